@@ -1,0 +1,366 @@
+"""Images of handwritten characters: where they are, how they are read and split.
+
+Every source ends as binary 28 x 28 images, ink 1, upright, in three parts, with
+the alphabet and the number within it of each character where they are known.
+"""
+import hashlib
+import os
+import pathlib
+import re
+import time
+import typing
+import urllib.error
+import urllib.request
+import zipfile
+
+import imageio.v3 as imageio
+import numpy as np
+import scipy.io
+import torch
+
+import glyphs
+from util import UserError, show_progress
+
+NUM_ROWS = NUM_COLS = 28
+SMALL_NUM_PER_ALPHABET = 10
+
+CHARDATA_URL = "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/chardata.mat"
+CHARDATA_BLOB_ID = "016a3536ffe5e1d38e42563a18d7a78bfaf643ec"
+CHARDATA_SIZES = dict(train=24345, valid=1345, test=8115)  # valid is the end of train
+
+# Where sites keep chardata.mat; $OMNIGLOT_PATH goes before it. A new site is a new line.
+SITES = {
+    "local": pathlib.Path(__file__).resolve().parent / "datasets/omniglot/chardata.mat",
+    "om": pathlib.Path("/om2/user", os.environ.get("USER", ""), "datasets/omniglot/omniglot.mat"),
+}
+
+
+class Split(typing.NamedTuple):
+    """obs [N, 28, 28] in {0, 1}, float32; alphabet [N, L] one-hot, float32, or None;
+    character [N], numbers from 1 within an alphabet, or None"""
+
+    obs: torch.Tensor
+    alphabet: torch.Tensor | None
+    character: torch.Tensor | None
+
+    def select(self, ids):
+        """The characters of the given ids, [M] or a slice"""
+        return Split(*(None if field is None else field[ids] for field in self))
+
+    def to(self, device):
+        return Split(*(None if field is None else field.to(device) for field in self))
+
+
+class Dataset(typing.NamedTuple):
+    train: Split
+    valid: Split
+    test: Split
+    num_alphabets: int  # L; 0 if the source has none
+
+
+def load(location="local", small_dataset=False, dataset_size=None):
+    """Loads a data set: `local`, `om`, `glyphs` or a path (README, "Data").
+
+    Args:
+        small_dataset: 10 training images an alphabet, which are also the test set
+        dataset_size: number of training images, the same for each alphabet
+    Raises: UserError for anything wrong with the location or the data
+    """
+    train, test, num_alphabets = _load_parts(location)
+    permutation = np.random.RandomState(123).permutation(len(train.obs))
+    num_valid = round(len(train.obs) * CHARDATA_SIZES["valid"] / CHARDATA_SIZES["train"])
+    train, valid = (train.select(torch.from_numpy(ids)) for ids in np.split(permutation, [len(permutation) - num_valid]))
+    if small_dataset and dataset_size is not None:
+        raise UserError("--small-dataset and --dataset-size exclude each other; give one")
+    if small_dataset:
+        train = _take_per_alphabet(train, SMALL_NUM_PER_ALPHABET, num_alphabets, "--small-dataset")
+        test = train
+    elif dataset_size is not None:
+        if dataset_size % max(num_alphabets, 1):
+            raise UserError(f"--dataset-size {dataset_size} is not a multiple of the {num_alphabets} alphabets")
+        num_per_alphabet = dataset_size // max(num_alphabets, 1)
+        train = _take_per_alphabet(train, num_per_alphabet, num_alphabets, f"--dataset-size {dataset_size}")
+    if len(train.obs) == 0 or len(test.obs) == 0:
+        raise UserError(f"{location} holds too few images to split into training and test images")
+    return Dataset(train, valid, test, num_alphabets)
+
+
+def get_fingerprint(split):
+    """A short hash of images and alphabets, to tell whether a run goes on with the data it began with."""
+    digest = hashlib.sha1(np.packbits(split.obs.bool().numpy()).tobytes())
+    if split.alphabet is not None:
+        digest.update(split.alphabet.argmax(1).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _take_per_alphabet(split, num, num_alphabets, flag):
+    """The first images of each alphabet (of all, where there are no alphabets)."""
+    ids = [torch.arange(len(split.obs))]
+    if num_alphabets:
+        ids = [split.alphabet[:, i].nonzero().squeeze(1) for i in range(num_alphabets)]
+    fewest = min(len(i) for i in ids)
+    if fewest < num:
+        raise UserError(
+            f"{flag} takes {num} training images of each alphabet, but one has only {fewest}; use fewer or more data"
+        )
+    return split.select(torch.cat([i[:num] for i in ids]))
+
+
+# ------------------------------------------------------------------ locations
+
+
+def _load_parts(location):
+    """train, test (Split), number of alphabets"""
+    if location == "glyphs":
+        return _split(*glyphs.draw_glyphs())
+    if location in SITES:
+        return _load_mat(_find_site(location))
+    path = pathlib.Path(location).expanduser()
+    if not path.exists():
+        names = ", ".join([*SITES, "glyphs"])
+        raise UserError(f"--data-location {location}: there is no such file or folder, nor such a name ({names})")
+    if path.suffix == ".mat":
+        return _load_mat(path)
+    if path.suffix in (".npy", ".npz"):
+        return _split(_load_array(path), None, None)
+    if path.is_dir() or zipfile.is_zipfile(path):
+        return _split(*_load_image_files(path))
+    raise UserError(f"--data-location {location} is none of .mat, .npy, .npz, .zip or a folder of images")
+
+
+def _find_site(name):
+    path = pathlib.Path(os.environ.get("OMNIGLOT_PATH") or SITES[name]).expanduser()
+    if path.is_dir():
+        path = path / "chardata.mat"
+    if not path.exists():
+        if name != "local":
+            raise UserError(f"--data-location {name}: there is no {path}; set $OMNIGLOT_PATH to where the file is")
+        download(CHARDATA_URL, path, CHARDATA_BLOB_ID)
+    return path
+
+
+def download(url, path, blob_id, timeout=30, num_tries=3):
+    """Fetches a file, checks it against its git blob id, then gives it its name.
+
+    Args: timeout: seconds without a byte; num_tries: how often a failure is tried again
+    Raises: UserError if that fails; there is then no file at path
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        for attempt in range(num_tries):
+            try:
+                _fetch(url, temporary, timeout)
+                break
+            except (OSError, EOFError, urllib.error.URLError) as error:
+                permanent = isinstance(error, urllib.error.HTTPError) and error.code < 500
+                no_room = isinstance(error, OSError) and error.errno == 28
+                if attempt == num_tries - 1 or permanent or no_room:
+                    reason = getattr(error, "reason", None) or error
+                    raise UserError(
+                        f"cannot download {url} ({reason}); get the file by other means and put it at {path},"
+                        " or train on --data-location glyphs, which needs no download"
+                    ) from None
+                time.sleep(attempt + 1)
+        content = temporary.read_bytes()
+        if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
+            raise UserError(f"what {url} sent is not the expected file (its git blob id is not {blob_id}); try again later")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fetch(url, path, timeout):
+    with urllib.request.urlopen(url, timeout=timeout) as response, open(path, "wb") as file:
+        total = int(response.headers.get("Content-Length") or 0)
+        with show_progress(total=total or None, unit="B", unit_scale=True, desc="downloading chardata.mat") as bar:
+            while chunk := response.read(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+            if bar.n < total:
+                raise EOFError(f"the connection broke off after {bar.n} of {total} bytes")
+
+
+# ------------------------------------------------------------------ formats
+
+
+def _load_mat(path):
+    try:
+        mat = scipy.io.loadmat(path)
+    except Exception as error:  # scipy raises many kinds for a broken file
+        reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
+        raise UserError(f"{path} is damaged or not a .mat file ({reason}); delete it to have it downloaded anew") from None
+    keys = ["data", "target", "targetchar", "testdata", "testtarget", "testtargetchar"]
+    missing = [key for key in keys if key not in mat]
+    if missing:
+        raise UserError(f"{path} has no {', '.join(missing)}: it is not in chardata.mat's format")
+    train, test = (_read_mat_part(path, mat, prefix) for prefix in ["", "test"])
+    if train.alphabet.shape[1] != test.alphabet.shape[1]:
+        raise UserError(f"{path}: target and testtarget have different numbers of alphabets")
+    return train, test, train.alphabet.shape[1]
+
+
+def _read_mat_part(path, mat, prefix):
+    obs, alphabet, character = (mat[prefix + key] for key in ["data", "target", "targetchar"])
+    for name, array in [("data", obs), ("target", alphabet), ("targetchar", character)]:
+        if array.ndim != 2 or array.dtype.kind not in "uifb" or array.shape[1] != obs.shape[1]:
+            raise UserError(f"{path}: {prefix}{name} has the shape {list(array.shape)}, type {array.dtype}; {prefix}data has {list(obs.shape)}")
+    if obs.shape[0] != NUM_ROWS * NUM_COLS or character.shape[0] != 1 or obs.shape[1] == 0:
+        raise UserError(f"{path}: {prefix}data has the shape {list(obs.shape)}, {prefix}targetchar {list(character.shape)}; expected [784, N] and [1, N]")
+    if ((alphabet != 0).sum(0) != 1).any() or alphabet.max() != 1:
+        raise UserError(f"{path}: {prefix}target is not one-hot")
+    images = obs.T.reshape(-1, NUM_COLS, NUM_ROWS).transpose(0, 2, 1)  # stored column by column
+    return _make_split(_binarise(path, images), alphabet.argmax(0), character[0], len(alphabet))
+
+
+def _load_array(path):
+    try:
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            with array as archive:
+                if len(archive.files) != 1 and "images" not in archive.files:
+                    raise UserError(f"{path} holds {', '.join(archive.files)}; one array is needed, or one named images")
+                array = archive["images" if "images" in archive.files else archive.files[0]]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} is damaged or not an array ({str(error).splitlines()[0][:80]})") from None
+    if array.ndim != 3 or array.dtype.kind not in "uifb" or 0 in array.shape:
+        raise UserError(f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]")
+    _check_range(path, array)
+    return _binarise(path, np.stack([_fit(image) for image in array.astype(np.float32)]))
+
+
+def _check_range(path, images):
+    if not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
+        raise UserError(f"{path} has values outside [0, 1]; scale it so that paper is 0 and ink is 1")
+
+
+def _binarise(path, images):
+    _check_range(path, images)
+    return images >= 0.5
+
+
+def _load_image_files(path):
+    """A folder or zip of images: the official release of Omniglot, or one's own,
+    whose subfolders, if any, are alphabets. Returns: obs, alphabet ids or None, characters or None"""
+    files = list(_list_images(path))
+    if not files:
+        raise UserError(f"{path} holds no images (.png, .jpg) and none of Omniglot's zips")
+    folders = [name.split("/")[:-1] for name, _ in files]
+    official = [bool(f) and re.fullmatch(r"character\d+", f[-1]) is not None and len(f) > 1 for f in folders]
+    if all(official):
+        # images_background and images_evaluation have no alphabet in common
+        alphabets, characters = [f[-2] for f in folders], [int(f[-1][len("character") :]) for f in folders]
+        read = _read_official
+    else:
+        depth = len(os.path.commonprefix(folders))  # subfolders, where all images are in some, are alphabets
+        alphabets = [f[depth] for f in folders] if min(len(f) for f in folders) > depth else None
+        characters, read = None, read_image
+    obs = np.stack([read(name, content()) for name, content in show_progress(files, desc="reading images", unit="", leave=False)])
+    if alphabets is not None:
+        alphabets = np.unique(alphabets, return_inverse=True)[1]
+    return obs >= 0.5, alphabets, characters and np.array(characters)
+
+
+def _list_images(path):
+    """(name relative to path, function that reads its bytes) of every image, in the
+    order of names; zips of the official release in a folder are looked into."""
+    if path.is_file():
+        yield from _list_zip(path)
+        return
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+            continue
+        if file.suffix.lower() in (".png", ".jpg", ".jpeg"):
+            yield name, file.read_bytes
+        elif re.fullmatch(r"images_(background|evaluation)\.zip", file.name) and not file.with_suffix("").exists():
+            yield from _list_zip(file)
+
+
+def _list_zip(path):
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is damaged ({error}); fetch it again") from None
+    for name in sorted(archive.namelist()):
+        if name.lower().endswith((".png", ".jpg", ".jpeg")) and not name.startswith("__MACOSX"):
+            yield name, lambda name=name: archive.read(name)
+
+
+def _decode(name, content):
+    """The image's grey values [rows, columns] in [0, 1], black 0, on white where transparent."""
+    try:
+        image = imageio.imread(content)
+    except Exception as error:
+        raise UserError(f"{name} is damaged or not an image ({str(error).splitlines()[0][:80]})") from None
+    scale = 1 if image.dtype == bool else np.iinfo(image.dtype).max
+    image = image.astype(np.float32) / scale
+    if image.ndim == 2:
+        return image
+    alpha = image[..., -1] if image.shape[-1] in (2, 4) else np.ones(image.shape[:2], np.float32)
+    grey = image[..., 0] if image.shape[-1] <= 2 else image[..., :3] @ np.float32([0.299, 0.587, 0.114])
+    return grey * alpha + 1 - alpha
+
+
+def _read_official(name, content):
+    return _fit(1 - _decode(name, content))
+
+
+def read_image(name, content):
+    """One image file of any size, dark on light or light on dark: ink [28, 28] in [0, 1].
+    The background is what most of the image's edge is.
+
+    Raises: UserError if it cannot be decoded
+    """
+    grey = _decode(name, content)
+    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    return _fit(1 - grey if np.median(edge) > 0.5 else grey)
+
+
+def _fit(image):
+    """Averages an image down to 28 x 28 by area; one that is not square is first
+    set in the middle of a square of paper."""
+    rows, cols = image.shape
+    side = max(rows, cols)
+    if rows != cols:
+        top, left = (side - rows) // 2, (side - cols) // 2
+        image = np.pad(image, [(top, side - rows - top), (left, side - cols - left)])
+    if side == NUM_ROWS:
+        return image
+    average = _get_area_average(side, NUM_ROWS)
+    return average @ image @ average.T
+
+
+def _get_area_average(num_in, num_out):
+    """[num_out, num_in]: the share of each old cell in each new one"""
+    edges = np.arange(num_out + 1) * num_in / num_out
+    cells = np.arange(num_in)
+    overlap = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
+    return (overlap.clip(0) * num_out / num_in).astype(np.float32)
+
+
+# ------------------------------------------------------------------ splits
+
+
+def _split(obs, alphabet_ids, characters):
+    """Splits by a fixed seed into training and test part, in chardata.mat's proportions."""
+    num_train, num_test = CHARDATA_SIZES["train"], CHARDATA_SIZES["test"]
+    permutation = np.random.RandomState(123).permutation(len(obs))
+    cut = round(len(obs) * num_train / (num_train + num_test))
+    num_alphabets = 0 if alphabet_ids is None else int(alphabet_ids.max()) + 1
+    train, test = (
+        _make_split(obs[ids], *(None if a is None else a[ids] for a in (alphabet_ids, characters)), num_alphabets)
+        for ids in np.split(permutation, [cut])
+    )
+    return train, test, num_alphabets
+
+
+def _make_split(obs, alphabet_ids, characters, num_alphabets):
+    alphabet = None
+    if alphabet_ids is not None:
+        alphabet = torch.eye(num_alphabets)[torch.from_numpy(alphabet_ids.astype(np.int64))]
+    character = None if characters is None else torch.from_numpy(characters.astype(np.int64))
+    return Split(torch.from_numpy(np.ascontiguousarray(obs, dtype=np.float32)), alphabet, character)

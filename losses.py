@@ -1,0 +1,243 @@
+"""The four objectives: sleep, RWS, VIMCO and Memoised Wake-Sleep.
+
+Each function returns a scalar to call `.backward()` on, the mean over the batch,
+and a dict of statistics (detached scalars, in nats unless said otherwise).
+
+Scores are computed without gradients. What an objective then needs is the
+gradient of a weighted sum of log p and log q in which few weights matter: one
+latent an image for MWS, the particles of non-negligible weight for RWS and
+VIMCO. Only those latents are scored again, with gradients.
+"""
+import math
+
+import torch
+
+from rendering import NEGLIGIBLE
+
+# ------------------------------------------------------------------ sleep
+
+
+def sleep(generative_model, inference_network, num_samples=500, alphabet=None):
+    """-log q(z|x) on characters that the model dreams up: trains q only.
+
+    Args: alphabet [S, L] one-hot; for a conditional model, if None, drawn uniformly
+    Returns: loss; statistics {phi_loss}
+    """
+    if alphabet is None and generative_model.num_alphabets:
+        alphabet = generative_model.sample_alphabet(num_samples)
+    latent, obs = generative_model.sample(num_samples, alphabet)
+    loss = -inference_network.log_prob(latent.unsqueeze(0), obs, alphabet).mean()
+    return loss, {"phi_loss": loss.detach()}
+
+
+# ------------------------------------------------------------------ importance-weighted
+
+
+def rws(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None):
+    """Reweighted Wake-Sleep: wake-theta and wake-phi updates (Bornschein and Bengio, 2015).
+
+    Args: obs [B, R, C]; alphabet [B, L] one-hot; obs_id [B] if q is a LookupInferenceNetwork
+    Returns: loss; statistics {theta_loss, phi_loss}
+    """
+    return _importance_weighted(
+        rws_objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id
+    )
+
+
+def vimco(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None):
+    """VIMCO (Mnih and Rezende, 2016): the IWAE bound, its score-function gradient
+    with a leave-one-out baseline. Arguments and results as for `rws`.
+
+    Raises: ValueError if there are fewer than two particles
+    """
+    return _importance_weighted(
+        vimco_objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id
+    )
+
+
+def wake_theta(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None):
+    """The theta half of RWS: what `--algorithm sleep` trains the model with.
+    Arguments as for `rws`; statistics {theta_loss}."""
+    return _importance_weighted(
+        wake_theta_objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id
+    )
+
+
+def rws_objective(log_p, log_q):
+    """log_p, log_q [P, B] -> loss, its gradients for log_p and log_q (each [P, B]), statistics"""
+    theta_loss, grad_log_p, _, statistics = wake_theta_objective(log_p, log_q)
+    phi_loss = (grad_log_p * log_q).sum()  # the gradient is -normalised weight / B for both
+    return theta_loss + phi_loss, grad_log_p, grad_log_p, {**statistics, "phi_loss": phi_loss}
+
+
+def wake_theta_objective(log_p, log_q):
+    """As `rws_objective`, for the first half of its loss"""
+    log_weight = log_p - log_q
+    loss = -log_mean_weight(log_weight).mean()
+    grad_log_p = -log_weight.softmax(0) / log_weight.shape[1]
+    return loss, grad_log_p, torch.zeros_like(grad_log_p), {"theta_loss": loss}
+
+
+def vimco_objective(log_p, log_q):
+    """As `rws_objective`, for VIMCO. Raises: ValueError if P < 2"""
+    num_particles, batch_size = log_p.shape
+    if num_particles < 2:
+        raise ValueError("VIMCO needs at least two particles")
+    log_weight = log_p - log_q
+    bound = log_mean_weight(log_weight)  # [B]
+    mean_of_others = (log_weight.sum(0) - log_weight) / (num_particles - 1)  # [P, B]
+    itself = torch.eye(num_particles, dtype=torch.bool, device=log_p.device).unsqueeze(-1)
+    bound_without = log_mean_weight(torch.where(itself, mean_of_others, log_weight), dim=1)  # [P, B]
+    advantage = bound - bound_without
+    theta_loss = -bound.mean()
+    loss = theta_loss - (advantage * log_q).sum(0).mean()
+    weight = log_weight.softmax(0)
+    statistics = {"theta_loss": theta_loss, "phi_loss": theta_loss}
+    return loss, -weight / batch_size, (weight - advantage) / batch_size, statistics
+
+
+def log_mean_weight(log_weight, dim=0):
+    """log (1/P) sum_k w_k: the IWAE bound"""
+    return log_weight.logsumexp(dim) - math.log(log_weight.shape[dim])
+
+
+@torch.no_grad()
+def get_log_weight(generative_model, inference_network, obs, num_particles, alphabet=None, obs_id=None):
+    """log w = log p(z, x) - log q(z|x) of samples from q, without gradients: [P, B].
+    Arguments as for `rws`."""
+    given = obs if obs_id is None else obs_id
+    latent = inference_network.sample(given, num_particles, alphabet)
+    return sum(generative_model.log_prob(latent, obs, alphabet)) - inference_network.log_prob(latent, given, alphabet)
+
+
+def _importance_weighted(objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id):
+    context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)  # [B, H]
+    with torch.no_grad():
+        latent = inference_network.decoder.sample(num_particles, context)  # [P, B, A, 2]
+        log_q = inference_network.decoder.log_prob(latent, context)  # [P, B]
+        log_p = sum(generative_model.log_prob(latent, obs, alphabet))  # [P, B]
+        loss, grad_log_p, grad_log_q, statistics = objective(log_p, log_q)
+    zero = _attach_gradients(
+        generative_model, inference_network, latent, obs, context, alphabet, grad_log_p, grad_log_q
+    )
+    return loss + zero, statistics
+
+
+def _attach_gradients(generative_model, inference_network, latent, obs, context, alphabet, grad_log_p, grad_log_q):
+    """A scalar that is zero and has the gradient of
+    sum(grad_log_p * log p(z, x) + grad_log_q * log q(z|x)), the factors held constant.
+
+    Args: latent [P, B, A, 2]; context: of the network's decoder, [B, H];
+        grad_log_p, grad_log_q [P, B]
+    """
+    scale = 1 / latent.shape[1]  # the factors' own: weights up to one over the batch size
+    carries = (grad_log_p.abs() > NEGLIGIBLE * scale) | (grad_log_q.abs() > NEGLIGIBLE * scale)
+    particle_id, obs_id = carries.nonzero().unbind(1)
+    latent = latent[particle_id, obs_id].unsqueeze(0)  # [1, N, A, 2]
+    terms = []
+    if any(parameter.requires_grad for parameter in generative_model.parameters()):
+        alphabet = None if alphabet is None else alphabet[obs_id]
+        log_p = sum(generative_model.log_prob(latent, obs[obs_id], alphabet))  # [1, N]
+        terms.append((grad_log_p[particle_id, obs_id] * (log_p - log_p.detach())).sum())
+    log_q = inference_network.decoder.log_prob(latent, context[obs_id])  # [1, N]
+    terms.append((grad_log_q[particle_id, obs_id] * (log_q - log_q.detach())).sum())
+    return sum(terms)
+
+
+# ------------------------------------------------------------------ memoised wake-sleep
+
+
+def mws(generative_model, inference_network, memory, obs, obs_id, num_particles=10, alphabet=None):
+    """Memoised Wake-Sleep: updates the memory in place, trains on a draw from it.
+
+    Args:
+        memory [N, M, A]: packed latents (see `init_memory`), or plain ones [N, M, A, 2];
+            changed at rows obs_id
+        obs [B, R, C]; obs_id [B]: distinct rows of the memory; alphabet [B, L] one-hot
+    Returns: loss; statistics {theta_loss, phi_loss, prior_loss, novel_proportion and
+        new_map (shares, 0 to 1)}
+    """
+    context = inference_network.get_context(obs, alphabet)  # [B, H]
+    with torch.no_grad():
+        proposal = inference_network.decoder.sample(num_particles, context)  # [P, B, A, 2]
+        kept, log_joint, statistics = update_memory(
+            generative_model, memory, obs, obs_id, proposal, alphabet
+        )  # [M, B, A, 2], [M, B]
+        log_memory = log_joint.log_softmax(0)  # log r
+        drawn = log_memory.exp().t().multinomial(1).t()  # [1, B]
+        log_r = log_memory.gather(0, drawn).squeeze(0)  # [B]
+        latent = kept[drawn[0], torch.arange(len(obs), device=obs.device)].unsqueeze(0)  # [1, B, A, 2]
+    log_prior, log_likelihood = (x.squeeze(0) for x in generative_model.log_prob(latent, obs, alphabet))
+    theta_loss = -(log_prior + log_likelihood - log_r).mean()
+    phi_loss = -inference_network.decoder.log_prob(latent, context).mean()
+    losses = {"theta_loss": theta_loss, "phi_loss": phi_loss, "prior_loss": -log_prior.mean()}
+    return theta_loss + phi_loss, {**{k: v.detach() for k, v in losses.items()}, **statistics}
+
+
+@torch.no_grad()
+def update_memory(generative_model, memory, obs, obs_id, proposal, alphabet=None):
+    """Keeps for each image the M best distinct latents of its memory and the proposals.
+
+    Args: proposal [P, B, A, 2]; the others as for `mws`. Latents are distinct as
+        programs: two that draw the same are both kept, the same one twice is kept once.
+    Returns: kept [M, B, A, 2], best first; log_joint [M, B], their log p(z, x);
+        statistics {novel_proportion, new_map}
+    """
+    memory_size = memory.shape[1]
+    packed = memory.dim() == 3
+    remembered = memory[obs_id] if packed else pack(memory[obs_id], memory.dtype)  # [B, M, A]
+    candidate = torch.cat([remembered, pack(proposal, memory.dtype).transpose(0, 1)], 1)  # [B, M + P, A]
+    latent = unpack(candidate).transpose(0, 1)  # [M + P, B, A, 2]
+    log_joint = sum(generative_model.log_prob(latent, obs, alphabet)).t()  # [B, M + P]
+    same = (candidate.unsqueeze(1) == candidate.unsqueeze(2)).all(-1)  # [B, M + P, M + P]
+    repeated = same.tril(-1).any(-1)  # [B, M + P]: equal to one before it
+    distinct = log_joint.masked_fill(repeated, -math.inf)
+    best_remembered, best_novel = (x.max(1).values for x in distinct.split([memory_size, len(proposal)], 1))
+    kept_log_joint, kept_id = distinct.topk(memory_size, 1)  # [B, M]
+    kept = candidate.gather(1, kept_id.unsqueeze(-1).expand(-1, -1, candidate.shape[2]))  # [B, M, A]
+    memory[obs_id] = kept if packed else unpack(kept).to(memory.dtype)
+    statistics = {
+        "novel_proportion": (~repeated[:, memory_size:]).float().mean(),
+        "new_map": (best_novel > best_remembered).float().mean(),
+    }
+    return unpack(kept).transpose(0, 1), kept_log_joint.t(), statistics
+
+
+def init_memory(num_data, memory_size=10, num_arcs=10, num_primitives=64):
+    """A memory of distinct random latents for each image: ids uniform, on/off fair,
+    the first arc off. Where there are fewer than memory_size latents, all of them.
+
+    Returns: [N, M, A], an arc as 2 * id + on/off in one byte (two if K > 128)
+    """
+    dtype = torch.uint8 if num_primitives <= 128 else torch.int16
+    num_latents = num_primitives**num_arcs * 2 ** (num_arcs - 1)
+    if num_latents <= 2 * memory_size:
+        # So few that draws would collide without end: choose from the list of all.
+        codes = [torch.arange(0, 2 * num_primitives, 2)] + [torch.arange(2 * num_primitives)] * (num_arcs - 1)
+        every = torch.cartesian_prod(*codes).view(-1, num_arcs).to(dtype)
+        chosen = torch.rand(num_data, num_latents).argsort(1)[:, :memory_size]
+        return every[chosen]
+    memory = _random_codes((num_data, memory_size, num_arcs), num_primitives, dtype)
+    while True:
+        same = (memory.unsqueeze(1) == memory.unsqueeze(2)).all(-1)  # [N, M, M]
+        repeated = same.tril(-1).any(-1)  # [N, M]
+        if not repeated.any():
+            return memory
+        memory[repeated] = _random_codes((int(repeated.sum()), num_arcs), num_primitives, dtype)
+
+
+def _random_codes(shape, num_primitives, dtype):
+    codes = torch.randint(2 * num_primitives, shape, dtype=dtype)
+    codes[..., 0] -= codes[..., 0] % 2
+    return codes
+
+
+def pack(latent, dtype):
+    """[..., A, 2] -> [..., A]"""
+    return (2 * latent[..., 0] + latent[..., 1]).to(dtype)
+
+
+def unpack(codes):
+    """[..., A] -> [..., A, 2]"""
+    codes = codes.long()
+    return torch.stack([codes // 2, codes % 2], -1)

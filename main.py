@@ -1,0 +1,335 @@
+"""Trains a generative model of handwritten characters and its inference network.
+
+    python main.py --cuda --data-location om --small-dataset
+    python main.py --test-run
+
+A run lives in save/<path_base>/. Stopped anywhere, it goes on from its latest
+checkpoint when the same command is given again.
+"""
+import math
+import signal
+
+import torch
+
+import data
+import losses
+import models
+import util
+from util import SETTINGS, UserError
+
+# ------------------------------------------------------------------ the state of a run
+
+
+class Run:
+    """All that a checkpoint holds: models, optimisers, memory, statistics, progress."""
+
+    def __init__(self, args, dataset, device):
+        util.set_seed(args.seed)
+        self.args, self.device = args, device
+        self.settings = {**util.get_settings(args), "data": data.get_fingerprint(dataset.train)}
+        self.num_alphabets = dataset.num_alphabets if args.condition_on_alphabet else 0
+        self.generative_model, self.inference_network = models.build(args, self.num_alphabets, device)
+        self.optimizer = get_optimizer(self.generative_model, self.inference_network, args.prior_lr_factor)
+        self.pretrain_optimizer = torch.optim.Adam(self.inference_network.parameters())
+        self.memory = None
+        if args.algorithm == "mws":
+            self.memory = losses.init_memory(
+                len(dataset.train.obs), args.memory_size, args.num_arcs, args.num_primitives
+            ).to(device)
+        self.pretrain_iteration = self.iteration = 0
+        self.epoch = self.order = None  # of the data; follow from the iteration
+        self.statistics = {}  # name -> [iterations done], float32
+        self.pending = []  # statistics of the last iterations, still on the device
+
+    def flush_statistics(self):
+        """Moves what was recorded to the CPU, all at once. Raises: UserError if training has diverged"""
+        for name in {name: None for row in self.pending for name in row}:
+            values = torch.stack([torch.as_tensor(row[name]) for row in self.pending if name in row]).float().cpu()
+            if not values.isfinite().all():
+                raise UserError(f"{name} is no longer finite after iteration {self.iteration}: training has diverged")
+            self.statistics[name] = torch.cat([self.statistics.get(name, values[:0]), values])
+        self.pending = []
+
+    def get_checkpoint(self):
+        self.flush_statistics()
+        return dict(
+            args=vars(self.args),
+            settings=self.settings,
+            num_alphabets=self.num_alphabets,
+            generative_model=self.generative_model.state_dict(),
+            inference_network=self.inference_network.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            pretrain_optimizer=self.pretrain_optimizer.state_dict(),
+            memory=self.memory,
+            statistics=self.statistics,
+            pretrain_iteration=self.pretrain_iteration,
+            iteration=self.iteration,
+            random_state=util.get_random_state(),
+        )
+
+    def restore(self, checkpoint):
+        """Raises: UserError if the checkpoint is of a run with other settings"""
+        theirs = checkpoint["settings"]
+        differences = [
+            f"{name.replace('_', '-')} is {theirs.get(name)} there and {value} here"
+            for name, value in self.settings.items()
+            if theirs.get(name) != value
+        ]
+        if differences:
+            folder = util.SAVE / util.get_path_base(self.args)
+            raise UserError(
+                f"{folder} holds a run with other settings: {', '.join(differences)};"
+                " give its settings, or move that folder away"
+            )
+        for name in ["generative_model", "inference_network", "optimizer", "pretrain_optimizer"]:
+            getattr(self, name).load_state_dict(checkpoint[name])
+        for name in ["statistics", "pretrain_iteration", "iteration"]:
+            setattr(self, name, checkpoint[name])
+        if self.memory is not None:
+            self.memory.copy_(checkpoint["memory"])
+        util.set_random_state(checkpoint["random_state"])
+
+
+def get_optimizer(generative_model, inference_network, prior_lr_factor, lr=1e-3):
+    prior = list(generative_model.prior.parameters())
+    others = [p for name, p in generative_model.named_parameters() if not name.startswith("prior.")]
+    others += inference_network.parameters()
+    return torch.optim.Adam([{"params": others, "lr": lr}, {"params": prior, "lr": lr * prior_lr_factor}])
+
+
+# ------------------------------------------------------------------ a step
+
+
+def get_batch(run, train):
+    """The batch of the current iteration: ids [B], obs [B, R, C], alphabet [B, L] or None.
+    An epoch's order depends on the seed and its number alone, so that the iteration
+    is the position in the data."""
+    num_data, batch_size = len(train.obs), run.args.batch_size
+    epoch, batch_id = divmod(run.iteration, math.ceil(num_data / batch_size))
+    if run.epoch != epoch:
+        generator = torch.Generator().manual_seed(run.args.seed + 1_000_003 * (epoch + 1))
+        run.epoch, run.order = epoch, torch.randperm(num_data, generator=generator).to(run.device)
+    obs_id = run.order[batch_id * batch_size : (batch_id + 1) * batch_size]
+    return obs_id, train.obs[obs_id], train.alphabet[obs_id] if run.num_alphabets else None
+
+
+def get_loss(run, obs_id, obs, alphabet):
+    """The scalar to differentiate and the statistics to keep"""
+    args, networks = run.args, (run.generative_model, run.inference_network)
+    if args.algorithm == "mws":
+        return losses.mws(*networks, run.memory, obs, obs_id, args.num_particles, alphabet)
+    if args.algorithm == "rws":
+        return losses.rws(*networks, obs, args.num_particles, alphabet)
+    if args.algorithm == "vimco":
+        return losses.vimco(*networks, obs, args.num_particles, alphabet)
+    theta_loss, theta_statistics = losses.wake_theta(*networks, obs, args.num_particles, alphabet)
+    phi_loss, phi_statistics = losses.sleep(*networks, get_num_dreams(args))
+    return theta_loss + phi_loss, {**theta_statistics, **phi_statistics}
+
+
+def get_num_dreams(args):
+    return min(500, args.batch_size * args.num_particles)
+
+
+def pretrain_step(run):
+    loss, statistics = losses.sleep(run.generative_model, run.inference_network, get_num_dreams(run.args))
+    run.pretrain_optimizer.zero_grad()
+    loss.backward()
+    run.pretrain_optimizer.step()
+    run.pretrain_iteration += 1
+    run.pending.append({"pretrain_loss": statistics["phi_loss"]})
+
+
+def train_step(run, train):
+    loss, statistics = get_loss(run, *get_batch(run, train))
+    run.optimizer.zero_grad()
+    loss.backward()
+    run.optimizer.step()
+    run.iteration += 1
+    run.pending.append(statistics)
+
+
+# ------------------------------------------------------------------ beside the steps
+
+
+def is_test_due(run):
+    interval, tested = run.args.test_interval, run.statistics.get("test_iteration", [0])[-1]
+    return bool(interval) and run.iteration % interval == 0 and run.iteration > tested
+
+
+@torch.no_grad()
+def test(run, split, stop):
+    """Estimates log p and KL(q || p) of the test images by importance sampling, in nats.
+    Training is not changed by it, nor anything recorded if a signal to stop arrives."""
+    args, device = run.args, run.device
+    log_p, kl = [], []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for obs_id in torch.arange(len(split.obs), device=device).split(args.test_batch_size):
+            if stop.received is not None:
+                return
+            log_weight = losses.get_log_weight(
+                run.generative_model,
+                run.inference_network,
+                split.obs[obs_id],
+                args.test_num_particles,
+                split.alphabet[obs_id] if run.num_alphabets else None,
+            )
+            log_p.append(losses.log_mean_weight(log_weight))
+            kl.append(log_p[-1] - log_weight.mean(0))
+    values = {"test_log_p": torch.cat(log_p).mean(), "test_kl": torch.cat(kl).mean()}
+    run.pending.append({"test_iteration": run.iteration, **values})
+    run.flush_statistics()
+
+
+def is_milestone(iteration):
+    """Every 5000, and floor(10^(n / 5)): 1, 2, 3, 6, 10, 15, 25, 39, 63, 100, ..."""
+    n = round(5 * math.log10(iteration + 1))
+    return iteration % 5000 == 0 or iteration in [math.floor(10 ** (k / 5) + 1e-9) for k in (n - 1, n, n + 1)]
+
+
+def save(run, name="latest"):
+    path = util.get_checkpoint_path(util.get_path_base(run.args), name)
+    util.save_checkpoint(path, run.get_checkpoint())
+    return path
+
+
+def save_if_due(run):
+    progress = run.iteration or run.pretrain_iteration
+    if progress % run.args.save_interval == 0:
+        save(run)
+    if run.iteration > 0 and is_milestone(run.iteration):
+        save(run, run.iteration)
+
+
+def report(run, bar):
+    """Moves the progress bar and, at the log interval, shows the newest statistics."""
+    bar.update(run.pretrain_iteration + run.iteration - bar.n)
+    if (run.iteration or run.pretrain_iteration) % run.args.log_interval == 0:
+        run.flush_statistics()
+        bar.set_description("training" if run.iteration else "pretraining", refresh=False)
+        hidden = {"test_iteration", "pretrain_loss"} if run.iteration else {}
+        names = [name for name in run.statistics if name not in hidden]
+        bar.set_postfix({name: f"{run.statistics[name][-1]:.4g}" for name in names}, refresh=False)
+
+
+# ------------------------------------------------------------------ a run
+
+
+def train(run, dataset, stop):
+    """Takes steps until the run is complete or a signal arrives. Each state between
+    two steps is one that a run can go on from."""
+    args = run.args
+    total, done = args.pretrain_iterations + args.num_iterations, run.pretrain_iteration + run.iteration
+    with util.show_progress(total=total, initial=done, unit="it") as bar:
+        while stop.received is None:
+            if is_test_due(run):
+                test(run, dataset.test, stop)
+                continue
+            if run.pretrain_iteration < args.pretrain_iterations:
+                pretrain_step(run)
+            elif run.iteration < args.num_iterations:
+                train_step(run, dataset.train)
+            else:
+                break
+            report(run, bar)
+            save_if_due(run)
+    return save(run)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = util.get_device(args.cuda)
+    dataset = load_data(args, device)
+    path_base = util.get_path_base(args)
+    with util.lock_run(path_base):
+        run = Run(args, dataset, device)
+        checkpoint = util.load_newest_checkpoint(path_base)
+        if checkpoint is not None:
+            run.restore(checkpoint)
+            print(f"going on from iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")
+        stop = util.StopSignal()
+        path = train(run, dataset, stop)
+    if stop.received is not None:
+        name = signal.Signals(stop.received).name
+        print(f"stopped by {name} at iteration {run.iteration}, saved {path}; the same command goes on from there")
+        return 128 + stop.received
+    print(f"trained {run.iteration} iterations: {path}; next: python eval_logp.py --checkpoint-path {path}")
+    return 0
+
+
+def load_data(args, device):
+    """The data set on the device. Raises: UserError if it does not fit the arguments"""
+    dataset = data.load(args.data_location, args.small_dataset, args.dataset_size)
+    if args.condition_on_alphabet and dataset.num_alphabets < 2:
+        raise UserError(f"--condition-on-alphabet: {args.data_location} has no alphabets to tell apart")
+    if args.test_run:
+        dataset = dataset._replace(test=dataset.test.select(slice(20)))
+    return dataset._replace(train=dataset.train.to(device), test=dataset.test.to(device))
+
+
+# ------------------------------------------------------------------ arguments
+
+
+def get_parser():
+    parser = util.ArgumentParser(description=__doc__)
+
+    def add(flag, help, **options):
+        name = flag.strip("-").replace("-", "_")
+        if options.get("action") != "store_true":
+            options.setdefault("default", SETTINGS.get(name))
+            help += "" if options["default"] is None else " (default: %(default)s)"
+        parser.add_argument(flag, help=help, **options)
+
+    positive, natural, share = util.in_range(int, 1), util.in_range(int, 0), util.in_range(float, 0, 1)
+    add("--test-run", "shrink everything to try the whole path in under two minutes", action="store_true")
+    add("--cuda", "use a GPU", action="store_true")
+    add("--seed", "of all randomness", type=natural)
+    add("--data-location", "local, om, glyphs, or a path: .mat, .npy, .npz, .zip, folder of images (default: local; glyphs for a test run)", default=None)
+    add("--small-dataset", "train on 10 images an alphabet, test on the same", action="store_true")
+    add("--dataset-size", "number of training images, the same for each alphabet (default: all)", type=positive)
+    add("--batch-size", "images a step", type=positive)
+    add("--condition-on-alphabet", "give the prior and the inference network the alphabet", action="store_true")
+    add("--likelihood", "of an image given a drawing: " + ", ".join(models.LIKELIHOODS), choices=models.LIKELIHOODS)
+    add("--num-arcs", "strokes a character, the invisible first one included", type=positive)
+    add("--num-primitives", "strokes in the library", type=util.in_range(int, 1, 16383))
+    add("--initial-max-curve", "how curved strokes are at first, in units of a circle's half angle / pi; at most 0.5 without --big-arcs", type=util.in_range(float, 0))
+    add("--big-arcs", "let strokes be more than half a circle", action="store_true")
+    add("--p-lstm-hidden-size", "units of the prior's LSTM", type=positive)
+    add("--p-uniform-mixture", "weight of a uniform distribution in each of the prior's choices, 0 to 1", type=share)
+    add("--q-lstm-hidden-size", "units of the inference network's LSTM", type=positive)
+    add("--q-uniform-mixture", "the same weight for the inference network", type=share)
+    add("--obs-embedding-dim", "size of an image's embedding", type=positive)
+    add("--algorithm", "mws, rws, vimco or sleep (RWS with the sleep phi update)", choices=["mws", "rws", "vimco", "sleep"])
+    add("--num-particles", "proposals an image (vimco: at least 2)", type=positive)
+    add("--memory-size", "latents remembered an image (mws)", type=positive)
+    add("--prior-lr-factor", "the prior's learning rate over the others', which is 1e-3", type=util.in_range(float, 0))
+    add("--pretrain-iterations", "sleep steps that train the inference network first", type=natural)
+    add("--num-iterations", "steps of the algorithm", type=positive)
+    add("--log-interval", "iterations between updates of the progress bar's statistics", type=positive, default=10)
+    add("--save-interval", "iterations between checkpoints", type=positive, default=1000)
+    add("--test-interval", "iterations between estimates of test log p and KL (default: never)", type=positive)
+    add("--test-batch-size", "images a step of a test", type=positive, default=5)
+    add("--test-num-particles", "samples an image of a test", type=positive, default=1000)
+    return parser
+
+
+def parse_args(argv=None):
+    """Raises: UserError if arguments are out of range or exclude each other"""
+    args = get_parser().parse_args(argv)
+    if args.data_location is None:
+        args.data_location = "glyphs" if args.test_run else SETTINGS["data_location"]
+    if args.test_run:
+        for name, limit in util.TEST_RUN_LIMITS.items():
+            value = getattr(args, name)
+            setattr(args, name, limit if value is None else min(value, limit))
+    if args.algorithm == "vimco" and args.num_particles < 2:
+        raise UserError("--algorithm vimco needs --num-particles of at least 2")
+    if args.initial_max_curve > 0.5 and not args.big_arcs:
+        raise UserError(f"--initial-max-curve {args.initial_max_curve} is too much without --big-arcs; give at most 0.5")
+    if args.small_dataset and args.dataset_size is not None:
+        raise UserError("--small-dataset and --dataset-size exclude each other; give one")
+    return args
+
+
+if __name__ == "__main__":
+    util.run_script(main)

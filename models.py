@@ -1,0 +1,356 @@
+"""The generative model of characters and the networks that infer programs.
+
+A latent is a program of A strokes, an integer tensor [..., A, 2]: the stroke's
+primitive (0 to K - 1) and whether the pen is down (1) or up (0). The first
+stroke is always up: it carries the pen from the centre to the first point.
+
+Shapes: B images, P particles, A arcs, K primitives, R x C pixels, L alphabets.
+Source: Hewitt, Le and Tenenbaum (2020), section 4.2.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import rendering
+
+LIKELIHOODS = ["learned-affine", "affine", "bernoulli"]
+NUM_LEARNED_MAPS = 40
+
+# ------------------------------------------------------------------ decoder
+
+
+class Decoder(nn.Module):
+    """Autoregressive distribution over latents: an LSTM over strokes.
+
+    It serves the prior (context: the alphabet, if any) and the inference networks
+    (context: alphabet and image). Each step's input is the one-hot id and on/off
+    of the stroke before, then the context; the first step has zeros for a stroke.
+    """
+
+    def __init__(self, num_primitives, num_arcs, lstm_hidden_size, context_size, uniform_mixture):
+        super().__init__()
+        self.num_primitives, self.num_arcs = num_primitives, num_arcs
+        self.context_size, self.uniform_mixture = context_size, uniform_mixture
+        self.lstm = nn.LSTMCell(num_primitives + 2 + context_size, lstm_hidden_size)
+        self.linear = nn.Linear(lstm_hidden_size, num_primitives + 2)
+
+    def sample(self, num_particles, context):
+        """context [B, H] -> latent [P, B, A, 2]"""
+        with torch.no_grad():
+            stroke_inputs, context_input = self._get_inputs(context)
+            stroke_input = torch.zeros((), device=context.device, dtype=context.dtype)
+            state, latent = None, []
+            for arc_id in range(self.num_arcs):
+                state = self._step(context_input + stroke_input, state)
+                id_log_prob, on_log_prob = self._get_log_probs(state[0])
+                shape = (num_particles, len(context))
+                primitive_id = _sample_categorical(id_log_prob.expand(*shape, -1))  # [P, B]
+                on = _sample_categorical(on_log_prob.expand(*shape, -1))
+                on = on if arc_id > 0 else torch.zeros_like(on)
+                latent.append(torch.stack([primitive_id, on], -1))
+                stroke_input = self._get_stroke_input(latent[-1], stroke_inputs)
+            return torch.stack(latent, -2)  # [P, B, A, 2]
+
+    def log_prob(self, latent, context):
+        """latent [P, B, A, 2], context [B, H] -> [P, B]"""
+        stroke_inputs, context_input = self._get_inputs(context)
+        before = self._get_stroke_input(latent[..., :-1, :], stroke_inputs)  # [P, B, A - 1, 4 * hidden]
+        inputs = [context_input.expand(len(latent), -1, -1), *(context_input.unsqueeze(-2) + before).unbind(-2)]
+        state, hidden = None, []
+        for x in inputs:
+            state = self._step(x, state)
+            hidden.append(state[0])
+        id_log_prob, on_log_prob = self._get_log_probs(torch.stack(hidden, -2))  # [P, B, A, K or 2]
+        id_log_prob = id_log_prob.gather(-1, latent[..., :1]).squeeze(-1)  # [P, B, A]
+        on_log_prob = on_log_prob[..., 1:, :].gather(-1, latent[..., 1:, 1:]).squeeze(-1)  # [P, B, A - 1]
+        return id_log_prob.sum(-1) + on_log_prob.sum(-1)
+
+    def _get_inputs(self, context):
+        """The LSTM's input weights take a one-hot vector, so they are a table of
+        rows, one an id and one an on/off; the context's part is the same for each
+        step and particle: [K + 2, 4 * hidden] and [B, 4 * hidden]."""
+        num_strokes = self.num_primitives + 2
+        bias = self.lstm.bias_ih + self.lstm.bias_hh
+        weight = self.lstm.weight_ih
+        return weight[:, :num_strokes].t(), F.linear(context, weight[:, num_strokes:], bias)
+
+    def _get_stroke_input(self, stroke, stroke_inputs):
+        primitive_id, on = stroke.unbind(-1)
+        table, switch = stroke_inputs.split([self.num_primitives, 2])
+        return F.embedding(primitive_id, table) + F.embedding(on, switch)
+
+    def _step(self, x, state):
+        if state is None:
+            i, _, g, o = x.chunk(4, -1)
+            cell = i.sigmoid() * g.tanh()
+        else:
+            i, f, g, o = (x + F.linear(state[0], self.lstm.weight_hh)).chunk(4, -1)
+            cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+        return o.sigmoid() * cell.tanh(), cell
+
+    def _get_log_probs(self, hidden):
+        """[..., hidden] -> ids [..., K] and on/off [..., 2]"""
+        logits = self.linear(hidden).split([self.num_primitives, 2], -1)
+        return [_mix_with_uniform(x.log_softmax(-1), self.uniform_mixture) for x in logits]
+
+
+def _mix_with_uniform(log_probs, weight):
+    if weight == 0:
+        return log_probs
+    log_uniform = torch.full_like(log_probs, math.log(weight / log_probs.shape[-1]))
+    return log_uniform if weight == 1 else torch.logaddexp(log_probs + math.log1p(-weight), log_uniform)
+
+
+def _sample_categorical(log_probs):
+    """Gumbel-max: one draw for each row, without a look at the values (on a GPU,
+    the CPU need not wait). log_probs [..., K] -> [...]"""
+    return (log_probs - torch.empty_like(log_probs, memory_format=torch.contiguous_format).exponential_().log()).argmax(-1)
+
+
+# ------------------------------------------------------------------ generative model
+
+
+class GenerativeModel(nn.Module):
+    """p(z) p(x|z): a prior over programs, a library of strokes, a renderer, a likelihood.
+
+    Args: as on main.py's command line; num_alphabets (L): 0 if not conditional
+    Raises: ValueError if initial_max_curve > 1/2 (without big_arcs), if the likelihood is unknown
+    """
+
+    def __init__(
+        self, num_primitives=64, initial_max_curve=0.3, big_arcs=False, lstm_hidden_size=4, num_rows=28,
+        num_cols=28, num_arcs=10, likelihood="learned-affine", uniform_mixture=0.0, num_alphabets=0,
+    ):  # fmt: skip
+        super().__init__()
+        if initial_max_curve > 0.5 and not big_arcs:
+            raise ValueError(f"initial_max_curve is {initial_max_curve}; without big arcs it is at most 0.5")
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood is {likelihood!r}; it is one of {', '.join(LIKELIHOODS)}")
+        self.num_rows, self.num_cols, self.num_arcs = num_rows, num_cols, num_arcs
+        self.big_arcs, self.likelihood, self.num_alphabets = big_arcs, likelihood, num_alphabets
+        self.chunk_size = 64  # latents drawn and scored at a time; halved when memory runs out
+        self.prior = Decoder(num_primitives, num_arcs, lstm_hidden_size, num_alphabets, uniform_mixture)
+
+        curve = 1 + (2 * torch.rand(num_primitives) - 1) * initial_max_curve
+        pre_theta = curve if big_arcs else torch.logit(0.01 + 0.98 * (curve - 0.5)) / 10
+        self.pre_dxdy = nn.Parameter((2 * torch.rand(num_primitives, 2) - 1) * 0.4)
+        self.pre_theta = nn.Parameter(pre_theta)
+        self.pre_sharpness = nn.Parameter(torch.full((num_primitives,), 20.0))
+        self.pre_width = nn.Parameter(torch.full((num_primitives,), -2.0))
+        self.pre_rendering_params = nn.Parameter(torch.tensor([3.0, -3.0]))
+        if likelihood == "learned-affine":
+            identity = torch.eye(3)[:2]
+            self.theta_affine = nn.Parameter(identity + 0.03 * torch.randn(NUM_LEARNED_MAPS, 2, 3))
+        elif likelihood == "affine":
+            self.register_buffer("theta_affine", rendering.get_fixed_maps(), persistent=False)
+
+    def get_primitives(self):
+        """[K, 5]: dx, dy (of the unit square), theta (radians), sharpness, width"""
+        dxdy = 0.66 * self.pre_dxdy.tanh()
+        if self.big_arcs:
+            theta = (math.pi * self.pre_theta).remainder(2 * math.pi) - math.pi
+        else:
+            theta = 0.99 * math.pi * ((10 * self.pre_theta).sigmoid() - 0.5)
+        width = 0.1 * self.pre_width.sigmoid()
+        return torch.cat([dxdy, torch.stack([theta, self.pre_sharpness, width], 1)], 1)
+
+    def get_rendering_params(self):
+        """[2]: scale and bias of the ink"""
+        scale, bias = self.pre_rendering_params
+        return torch.stack([F.softplus(scale), bias])
+
+    def get_arcs(self, latent):
+        """latent [..., A, 2] -> arcs [..., A, 7]: each starts where the one before ended"""
+        primitives = F.embedding(latent[..., 0], self.get_primitives())  # [..., A, 5]
+        end = 0.5 + primitives[..., :2].cumsum(-2)
+        start = F.pad(end[..., :-1, :], (0, 0, 1, 0), value=0.5)
+        return torch.cat([start, primitives], -1)
+
+    def get_logits(self, latent, num_rows=None, num_cols=None):
+        """latent [..., A, 2] -> logits of ink [..., R, C], at the model's resolution or another"""
+        flat = latent.flatten(0, -3)  # [N, A, 2]
+        num_rows, num_cols = num_rows or self.num_rows, num_cols or self.num_cols
+        logits = rendering.get_logits(
+            self.get_arcs(flat), flat[..., 1], self.get_rendering_params(), num_rows, num_cols
+        )  # [N, R, C]
+        return logits.view(*latent.shape[:-2], num_rows, num_cols)
+
+    def log_prior(self, latent, alphabet=None):
+        """log p(z): latent [P, B, A, 2], alphabet [B, L] one-hot -> [P, B]"""
+        return self.prior.log_prob(latent, self._get_context(latent.shape[1], alphabet))
+
+    def log_likelihood(self, latent, obs):
+        """log p(x|z): latent [P, B, A, 2], obs [B, R, C] -> [P, B], a chunk of latents at a time"""
+        num_particles, batch_size = latent.shape[:2]
+        latent = latent.flatten(0, 1)  # [P * B, A, 2]
+        obs_id = torch.arange(batch_size, device=obs.device).repeat(num_particles)
+        log_likelihood, done = [], 0
+        while done < len(latent):
+            chunk = slice(done, done + self.chunk_size)
+            try:
+                log_likelihood.append(self._chunk_log_likelihood(latent[chunk], obs, obs_id[chunk]))
+                done += self.chunk_size
+            except torch.OutOfMemoryError:
+                if self.chunk_size == 1:
+                    raise
+                self.chunk_size = self.chunk_size // 2
+                torch.cuda.empty_cache()
+        return torch.cat(log_likelihood).view(num_particles, batch_size)
+
+    def _chunk_log_likelihood(self, latent, obs, obs_id):
+        """latent [N, A, 2], obs [B, R, C], obs_id [N] -> [N]. With gradients, what a
+        chunk needs for its backward pass is computed again there: memory stays flat."""
+        if torch.is_grad_enabled():
+            return checkpoint(self._log_likelihood, latent, obs[obs_id], use_reentrant=False, preserve_rng_state=False)
+        return self._log_likelihood(latent, obs[obs_id])
+
+    def _log_likelihood(self, latent, obs):
+        logits = self.get_logits(latent)  # [N, R, C]
+        if self.likelihood == "bernoulli":
+            return -F.binary_cross_entropy_with_logits(logits, obs, reduction="none").flatten(1).sum(1)
+        return rendering.affine_log_prob(logits, obs, self.theta_affine)
+
+    def log_prob(self, latent, obs, alphabet=None):
+        """log p(z) and log p(x|z), in nats.
+
+        Args: latent [P, B, A, 2]; obs [B, R, C]; alphabet [B, L] one-hot (conditional models only)
+        Returns: log_prior [P, B], log_likelihood [P, B]
+        Raises: ValueError if a conditional model gets no alphabet, or another one gets one
+        """
+        return self.log_prior(latent, alphabet), self.log_likelihood(latent, obs)
+
+    @torch.no_grad()
+    def sample(self, num_samples, alphabet=None):
+        """Draws characters: latent [S, A, 2] and obs [S, R, C]. A conditional model
+        draws alphabets uniformly, or takes alphabet [S, L], one draw for each row."""
+        if alphabet is None and self.num_alphabets:
+            alphabet = self.sample_alphabet(num_samples)
+        latent = self.prior.sample(1, self._get_context(num_samples, alphabet))[0]  # [S, A, 2]
+        probs = self.get_logits(latent).sigmoid()  # [S, R, C]
+        if self.likelihood != "bernoulli":
+            map_id = torch.randint(len(self.theta_affine), (num_samples,), device=probs.device)
+            probs = rendering.apply_maps(probs, self.theta_affine[map_id])
+        return latent, torch.bernoulli(probs)
+
+    def sample_alphabet(self, num_samples):
+        """Uniform alphabets, one-hot: [S, L]"""
+        device = self.pre_theta.device
+        alphabet_id = torch.randint(self.num_alphabets, (num_samples,), device=device)
+        return F.one_hot(alphabet_id, self.num_alphabets).to(self.pre_theta.dtype)
+
+    def _get_context(self, batch_size, alphabet):
+        return _get_context(self.pre_theta.new_empty(batch_size, 0), alphabet, self.num_alphabets)
+
+
+def _get_context(context, alphabet, num_alphabets):
+    """The alphabet goes before the rest of a decoder's context: [B, L + ...]"""
+    if (alphabet is not None) != (num_alphabets > 0):
+        raise ValueError("a conditional model needs alphabets" if num_alphabets else "the model is not conditional, but got alphabets")
+    if alphabet is None:
+        return context
+    if alphabet.shape != (len(context), num_alphabets):
+        raise ValueError(f"alphabet has the shape {list(alphabet.shape)}, not {[len(context), num_alphabets]}")
+    return torch.cat([alphabet.to(context), context], -1)
+
+
+# ------------------------------------------------------------------ inference networks
+
+
+class InferenceNetwork(nn.Module):
+    """q(z|x): a convolutional network reads the image, a decoder writes the program.
+
+    Raises: ValueError if images are not 28 x 28, which the convolutions are made for
+    """
+
+    def __init__(
+        self, num_primitives=64, lstm_hidden_size=64, num_rows=28, num_cols=28, num_arcs=10,
+        obs_embedding_dim=64, uniform_mixture=0.0, num_alphabets=0,
+    ):  # fmt: skip
+        super().__init__()
+        if (num_rows, num_cols) != (28, 28):
+            raise ValueError(f"images are {num_rows} x {num_cols}; the inference network reads 28 x 28")
+        self.num_alphabets = num_alphabets
+        self.conv0 = nn.Conv2d(1, 64, 3, padding=2)
+        self.conv1 = nn.Conv2d(64, 128, 3, padding=1)
+        self.conv2 = nn.Conv2d(128, 128, 3)
+        self.conv3 = nn.Conv2d(128, obs_embedding_dim, 3)
+        context_size = num_alphabets + obs_embedding_dim
+        self.decoder = Decoder(num_primitives, num_arcs, lstm_hidden_size, context_size, uniform_mixture)
+
+    def embed(self, obs):
+        """obs [B, 28, 28] -> [B, E]"""
+        x = obs.unsqueeze(1).to(memory_format=torch.channels_last)  # [B, 1, 28, 28]
+        x = F.max_pool2d(self.conv0(x).relu(), 3, 2)  # [B, 64, 14, 14]
+        x = F.max_pool2d(self.conv1(x).relu(), 3, 2)  # [B, 128, 6, 6]
+        x = self.conv3(self.conv2(x).relu()).relu()  # [B, E, 2, 2]
+        return F.max_pool2d(x, 2, 2).flatten(1)  # [B, E]
+
+    def get_context(self, obs, alphabet=None):
+        """What the decoder is told of each image: [B, L + E]"""
+        return _get_context(self.embed(obs), alphabet, self.num_alphabets)
+
+    def sample(self, obs, num_particles, alphabet=None):
+        """obs [B, R, C], alphabet [B, L] one-hot -> latent [P, B, A, 2]"""
+        with torch.no_grad():
+            return self.decoder.sample(num_particles, self.get_context(obs, alphabet))
+
+    def log_prob(self, latent, obs, alphabet=None):
+        """log q(z|x), in nats: latent [P, B, A, 2], obs [B, R, C] -> [P, B]"""
+        return self.decoder.log_prob(latent, self.get_context(obs, alphabet))
+
+
+class LookupInferenceNetwork(nn.Module):
+    """q(z|i): a program for each of N images, known by its index. Takes obs_id [B]
+    (integers below N) where InferenceNetwork takes obs. For evaluation only."""
+
+    def __init__(
+        self, num_data, num_primitives=64, lstm_hidden_size=128, num_arcs=10, uniform_mixture=0.0, num_alphabets=0
+    ):
+        super().__init__()
+        self.num_data, self.num_alphabets = num_data, num_alphabets
+        self.decoder = Decoder(num_primitives, num_arcs, lstm_hidden_size, num_alphabets + num_data, uniform_mixture)
+
+    def get_context(self, obs_id, alphabet=None):
+        """What the decoder is told of each image: [B, L + N]"""
+        one_hot = F.one_hot(obs_id, self.num_data).to(self.decoder.linear.weight.dtype)
+        return _get_context(one_hot, alphabet, self.num_alphabets)
+
+    def sample(self, obs_id, num_particles, alphabet=None):
+        """obs_id [B], alphabet [B, L] one-hot -> latent [P, B, A, 2]"""
+        return self.decoder.sample(num_particles, self.get_context(obs_id, alphabet))
+
+    def log_prob(self, latent, obs_id, alphabet=None):
+        """log q(z|i), in nats: latent [P, B, A, 2], obs_id [B] -> [P, B]"""
+        return self.decoder.log_prob(latent, self.get_context(obs_id, alphabet))
+
+
+# ------------------------------------------------------------------ from arguments
+
+
+def build(args, num_alphabets, device="cpu"):
+    """The models of a run, freshly initialised from torch's global random state.
+
+    Args: args: a namespace with main.py's model arguments; num_alphabets: of the
+        data, used if args.condition_on_alphabet
+    Returns: GenerativeModel, InferenceNetwork, on the device
+    """
+    num_alphabets = num_alphabets if args.condition_on_alphabet else 0
+    shared = dict(num_primitives=args.num_primitives, num_arcs=args.num_arcs, num_alphabets=num_alphabets)
+    generative_model = GenerativeModel(
+        initial_max_curve=args.initial_max_curve,
+        big_arcs=args.big_arcs,
+        lstm_hidden_size=args.p_lstm_hidden_size,
+        likelihood=args.likelihood,
+        uniform_mixture=args.p_uniform_mixture,
+        **shared,
+    )
+    inference_network = InferenceNetwork(
+        lstm_hidden_size=args.q_lstm_hidden_size,
+        obs_embedding_dim=args.obs_embedding_dim,
+        uniform_mixture=args.q_uniform_mixture,
+        **shared,
+    )
+    return generative_model.to(device), inference_network.to(device)

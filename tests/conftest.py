@@ -1,0 +1,23 @@
+import os
+import pathlib
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def omniglot():
+    """The folder with chardata.mat and the official release's zips, where there is one."""
+    folder = pathlib.Path(os.environ.get("OMNIGLOT_PATH", ROOT.parent / "shared" / "data" / "omniglot"))
+    if folder.is_file():
+        folder = folder.parent
+    if not (folder / "chardata.mat").exists():
+        pytest.skip(f"no Omniglot at {folder}; set $OMNIGLOT_PATH")
+    return folder

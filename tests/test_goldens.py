@@ -1,0 +1,141 @@
+"""Reference values computed by an independent implementation in float32."""
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+import losses
+import models
+import rendering
+
+FOLDER = pathlib.Path(os.environ.get("GOLDENS_PATH", pathlib.Path(__file__).parents[2] / "shared" / "goldens"))
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no reference values at {FOLDER}")
+GENERATIVE = ["bernoulli", "learned_affine", "learned_affine_alphabet", "affine", "big_arcs_uniform_mixture"]
+INFERENCE = ["cnn", "cnn_alphabet", "cnn_uniform_mixture", "lookup"]
+
+
+def load(name):
+    return {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(FOLDER / f"{name}.npz").items()}
+
+
+def load_parameters(module, golden, decoder):
+    """param_lstm_weight_ih belongs to decoder.lstm.weight_ih, param_conv0_weight to conv0.weight"""
+    state = {}
+    for name in module.state_dict():
+        key = name.replace(f"{decoder}.", "prior_" if decoder == "prior" else "").replace(".", "_")
+        state[name] = golden[f"param_{key}"]
+    module.load_state_dict(state)
+
+
+def assert_gradients(module, golden, decoder):
+    for name, parameter in module.named_parameters():
+        key = name.replace(f"{decoder}.", "prior_" if decoder == "prior" else "").replace(".", "_")
+        if f"grad_{key}" in golden:
+            expected = golden[f"grad_{key}"]
+            error = (parameter.grad - expected).norm() / expected.norm()
+            assert error < (5e-4 if "theta" in name else 1e-4), (name, error)
+
+
+def get_generative_model(name, golden):
+    model = models.GenerativeModel(
+        lstm_hidden_size=golden["param_prior_lstm_weight_hh"].shape[1],
+        big_arcs="big_arcs" in name,
+        likelihood={"bernoulli": "bernoulli", "affine": "affine"}.get(name, "learned-affine"),
+        uniform_mixture=float(golden["uniform_mixture"]),
+        num_alphabets=50 if "alphabet" in name else 0,
+    )
+    load_parameters(model, golden, "prior")
+    return model
+
+
+def test_render():
+    golden = load("render")
+    arcs = golden["arcs"].requires_grad_()
+    params = golden["rendering_params"].requires_grad_()
+    logits = rendering.get_logits(arcs, golden["on_offs"], params, 28, 28)
+    assert (logits - golden["logits"]).abs().max() < 3e-4
+    (logits * golden["cotangent"]).sum().backward()
+    for i in range(7):
+        expected = golden["grad_arcs"][..., i]
+        error = (arcs.grad[..., i] - expected).norm() / expected.norm()
+        assert error < (5e-4 if i == 4 else 1e-4), i
+    assert (params.grad - golden["grad_rendering_params"]).norm() < 1e-4 * params.grad.norm()
+    logits = rendering.get_logits(arcs, golden["on_offs"], params, 17, 23)
+    assert (logits - golden["logits_17x23"]).abs().max() < 3e-4
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_generative_model(name):
+    golden = load(f"generative_{name}")
+    model = get_generative_model(name, golden)
+    latent, obs = golden["latent"], golden["obs"]
+    torch.testing.assert_close(model.get_primitives(), golden["primitives"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model.get_rendering_params(), golden["rendering_params"])
+    assert (model.get_logits(latent).flatten(0, 1) - golden["logits"]).abs().max() < 3e-4
+    log_prior, log_likelihood = model.log_prob(latent, obs, golden["alphabet"] if "alphabet" in name else None)
+    torch.testing.assert_close(log_prior, golden["log_prior"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(log_likelihood, golden["log_likelihood"], atol=1e-3, rtol=0)
+    (log_prior + log_likelihood).mean().backward()
+    assert_gradients(model, golden, "prior")
+
+
+@pytest.mark.parametrize("name", INFERENCE)
+def test_inference_network(name):
+    golden = load(f"inference_{name}")
+    num_alphabets = 50 if "alphabet" in name else 0
+    if name == "lookup":
+        network, given = models.LookupInferenceNetwork(num_data=20), golden["obs_id"]
+    else:
+        network = models.InferenceNetwork(
+            uniform_mixture=float(golden["uniform_mixture"]), num_alphabets=num_alphabets
+        )
+        given = golden["obs"]
+    load_parameters(network, golden, "decoder")
+    log_q = network.log_prob(golden["latent"], given, golden["alphabet"] if num_alphabets else None)
+    torch.testing.assert_close(log_q, golden["log_q"], atol=1e-3, rtol=0)
+    log_q.mean().backward()
+    assert_gradients(network, golden, "decoder")
+    norms = [p.grad.norm().item() for n, p in network.named_parameters() if n.startswith("conv")]
+    np.testing.assert_allclose(norms, golden["gradnorm_conv"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_particles", [2, 5, 50])
+def test_objectives(num_particles):
+    golden = load(f"objectives_{num_particles}")
+    log_p, log_q = golden["log_p"].t(), golden["log_q"].t()
+    torch.testing.assert_close(losses.log_mean_weight(log_p - log_q), golden["iwae"], atol=1e-3, rtol=0)
+    for name, objective in [("rws", losses.rws_objective), ("vimco", losses.vimco_objective)]:
+        loss, grad_log_p, grad_log_q, statistics = objective(log_p, log_q)
+        for key, value in [("loss", loss), *statistics.items()]:
+            torch.testing.assert_close(value.double(), golden[f"{name}_{key}"], atol=1e-3, rtol=1e-5)
+        for key, value in [("grad_log_p", grad_log_p), ("grad_log_q", grad_log_q)]:
+            expected = golden[f"{name}_{key}"]
+            assert (value.t() - expected).norm() < 1e-4 * expected.norm(), (name, key)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_memory_update(packed):
+    golden = load("memory_update")
+    model = models.GenerativeModel()
+    load_parameters(model, golden, "prior")
+    memory = golden["memory_before"].clone()
+    if packed:
+        memory = losses.pack(memory, torch.uint8)
+    obs_id, obs = golden["obs_id"], golden["obs"]
+    kept, log_joint, statistics = losses.update_memory(model, memory, obs, obs_id, golden["proposal"])
+    expected = losses.pack(golden["memory_after"], torch.uint8)
+    for after, want in zip(memory if packed else losses.pack(memory, torch.uint8), expected):
+        assert {tuple(z.tolist()) for z in after} == {tuple(z.tolist()) for z in want}
+    by_latent = {
+        (b, tuple(losses.pack(golden["memory_after"][i, m], torch.uint8).tolist())): golden["after_log_joint"][b, m]
+        for b, i in enumerate(obs_id)
+        for m in range(4)
+    }
+    for m in range(4):
+        for b in range(8):
+            want = by_latent[b, tuple(losses.pack(kept[m, b], torch.uint8).tolist())]
+            assert abs(log_joint[m, b] - want) < 1e-3
+    for name, value in statistics.items():
+        assert abs(value - golden[name]) < 1e-6, name

@@ -1,0 +1,131 @@
+import math
+
+import pytest
+import reference
+import torch
+
+import rendering
+
+PARAMS = torch.tensor([3.0, -3.0])
+HARD_THETAS = [0, 1e-8, 1e-5, 1e-3, math.pi / 2, math.pi - 1e-6, math.pi]
+
+
+def get_arcs(num, thetas=None):
+    """Random arcs [num, 1, 7]; every fourth has a chord of length 0"""
+    arcs = torch.empty(num, 1, 7)
+    arcs[..., :2] = torch.rand(num, 1, 2)
+    arcs[..., 2:4] = torch.rand(num, 1, 2) - 0.5
+    arcs[::4, :, 2:4] = 0
+    arcs[..., 4] = (torch.rand(num, 1) * 2 - 1) * math.pi if thetas is None else thetas[:, None]
+    arcs[..., 5], arcs[..., 6] = 20, 0.01
+    return arcs
+
+
+def draw(arcs):
+    return rendering.get_logits(arcs, torch.ones(arcs.shape[:2]), PARAMS.to(arcs), 28, 28)
+
+
+def test_agrees_with_the_textbook():
+    arcs = get_arcs(300).double()
+    arcs = arcs[(arcs[:, 0, 4].abs() > 0.01) & (arcs[:, 0, 2:4].abs().sum(-1) > 0)].view(-1, 5, 7)
+    on_offs = torch.rand(arcs.shape[:2]) < 0.7
+    expected = reference.get_logits(arcs, on_offs, PARAMS.double(), 20, 28)
+    logits = rendering.get_logits(arcs, on_offs, PARAMS.double(), 20, 28)
+    torch.testing.assert_close(logits, expected, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("theta", sorted({sign * t for t in HARD_THETAS for sign in (1, -1)}))
+def test_float32_is_right_where_the_textbook_is_not(theta):
+    arcs = get_arcs(100, torch.full((100,), theta)).requires_grad_()
+    params = PARAMS.clone().requires_grad_()
+    logits = rendering.get_logits(arcs, torch.ones(100, 1), params, 28, 28)
+    assert (logits - draw(arcs.double())).abs().max() < 1e-3
+    (logits * torch.randn_like(logits)).sum().backward()
+    assert arcs.grad.isfinite().all() and params.grad.isfinite().all()
+
+
+def test_straight_is_the_limit_of_curved():
+    arcs = get_arcs(40).double()
+    arcs[..., 4] = 0
+    straight = draw(arcs)
+    arcs[..., 4] = 1e-7
+    torch.testing.assert_close(draw(arcs), straight, atol=1e-4, rtol=0)
+
+
+def test_points_on_the_centre_and_the_ends():
+    # A half circle over a chord between two pixels' centres, about a third one.
+    on_grid = 8 / 27
+    for theta in (math.pi / 2, -math.pi / 2, 0.8, -2.5):
+        arc = torch.tensor([[[on_grid, 13 / 27, 10 / 27, 0, theta, 20, 0.01]]], requires_grad=True)
+        logits = draw(arc)
+        assert (logits - draw(arc.double())).abs().max() < 1e-3
+        row = 27 - 13
+        for col in (8, 18):  # full ink at both ends
+            assert logits[0, row, col] == pytest.approx(math.log(1 + 1e-6), abs=1e-5)
+        logits.sum().backward()
+        assert arc.grad.isfinite().all()
+
+
+def test_gradients_are_right():
+    arcs = get_arcs(30).double()
+    arcs[..., 2:4] += 0.05
+    arcs = arcs.view(10, 3, 7).requires_grad_()
+    on_offs = torch.rand(10, 3) < 0.7
+    params = PARAMS.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda a, p: rendering.get_logits(a, on_offs, p, 5, 6), (arcs, params), eps=1e-7, atol=1e-4, rtol=1e-3
+    )
+
+
+def test_an_arc_that_is_off_leaves_no_ink():
+    arcs = get_arcs(8).view(4, 2, 7)
+    nothing = rendering.get_logits(arcs, torch.zeros(4, 2), PARAMS, 28, 28)
+    torch.testing.assert_close(nothing, torch.full_like(nothing, math.log(1e-6)))
+    on_offs = torch.tensor([[0, 1]]).expand(4, 2)
+    torch.testing.assert_close(rendering.get_logits(arcs, on_offs, PARAMS, 28, 28), draw(arcs[:, 1:]))
+
+
+def get_images(num):
+    """logits and obs [num, 28, 28], some ink at the page's edge"""
+    arcs = get_arcs(num * 4).view(num, 4, 7)
+    arcs[..., 6] = 0.04
+    logits = draw(arcs)
+    return logits, torch.bernoulli(logits.sigmoid())
+
+
+@pytest.mark.parametrize("spread", [0.03, 0.3])  # 0.3: much ink leaves the page
+def test_affine_likelihood_agrees_with_the_reference(spread):
+    logits, obs = get_images(8)
+    maps = (torch.eye(3)[:2] + spread * torch.randn(40, 2, 3)).requires_grad_()
+    logits.requires_grad_()
+    values, gradients = [], []
+    for module in (reference, rendering):
+        value = module.affine_log_prob(logits, obs, maps)
+        values.append(value.detach())
+        gradients.append(torch.autograd.grad((value * torch.arange(1, 9)).sum(), [logits, maps]))
+    torch.testing.assert_close(values[1], values[0], atol=1e-3, rtol=0)
+    for expected, gradient in zip(*gradients, strict=True):
+        assert (gradient - expected).norm() < 1e-4 * expected.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(rendering.affine_log_prob(logits, obs, maps), values[0], atol=1e-3, rtol=0)
+
+
+def test_one_affine_map_is_a_bernoulli():
+    logits, obs = get_images(4)
+    identity = torch.eye(3)[None, :2]
+    expected = torch.distributions.Bernoulli(logits=logits).log_prob(obs).sum((1, 2))
+    torch.testing.assert_close(rendering.affine_log_prob(logits, obs, identity), expected, atol=1e-3, rtol=0)
+
+
+def test_maps_far_off_the_page_are_finite():
+    logits, obs = get_images(2)
+    maps = torch.tensor([[[1.0, 0, 1e20], [0, 1, 0]], [[1, 0, -5], [0, 1, 5]]])
+    log_prob = rendering.affine_log_prob(logits, obs, maps)
+    torch.testing.assert_close(log_prob, obs.sum((1, 2)) * math.log(torch.finfo(torch.float32).eps), rtol=1e-3, atol=0)
+
+
+def test_fixed_maps():
+    maps = rendering.get_fixed_maps()
+    assert maps.shape == (2187, 2, 3)
+    assert len({tuple(m.flatten().tolist()) for m in maps}) == 2187
+    assert (maps == torch.eye(3)[:2]).all(-1).all(-1).sum() == 1

@@ -1,0 +1,311 @@
+"""What every script needs: errors, run folders, checkpoints, random states, signals."""
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import io
+import math
+import os
+import pathlib
+import random
+import signal
+import sys
+import zipfile
+
+import torch
+from tqdm import tqdm
+
+SAVE = pathlib.Path("save")
+
+# ------------------------------------------------------------------ errors
+
+
+class UserError(ValueError):
+    """Something that the user can put right; its message says what and how, in one line."""
+
+
+def run_script(main):
+    """Calls main(); an error that the user can put right ends in one line on
+    standard error and exit status 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory even for one latent at a time; use a smaller --batch-size or another GPU"
+    except OSError as error:
+        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but what the user got wrong is one line, and flags are not abbreviated"""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def in_range(number, low, high=math.inf):
+    """An argument's type: int or float, low <= value <= high"""
+
+    def parse(text):
+        value = number(text)
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is out of range ({low} to {high})")
+        return value
+
+    parse.__name__ = number.__name__  # argparse says "invalid int value"
+    return parse
+
+
+def show_progress(*args, **kwargs):
+    """A tqdm bar on standard error; in a log file, a line only now and then."""
+    return tqdm(*args, mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=sys.stderr.isatty(), **kwargs)
+
+
+# ------------------------------------------------------------------ run folders
+
+# Every argument that changes what a run learns, with its default: the command
+# line takes the defaults from here, the name of a run's folder what differs.
+SETTINGS = dict(
+    seed=0,
+    data_location="local",
+    small_dataset=False,
+    dataset_size=None,
+    batch_size=250,
+    condition_on_alphabet=False,
+    likelihood="learned-affine",
+    num_arcs=10,
+    num_primitives=64,
+    initial_max_curve=0.3,
+    big_arcs=False,
+    p_lstm_hidden_size=4,
+    p_uniform_mixture=0.0,
+    q_lstm_hidden_size=64,
+    q_uniform_mixture=0.0,
+    obs_embedding_dim=64,
+    algorithm="mws",
+    num_particles=10,
+    memory_size=10,
+    prior_lr_factor=1.0,
+    pretrain_iterations=10000,
+    num_iterations=200000,
+)
+# What --test-run shrinks its arguments to.
+TEST_RUN_LIMITS = dict(
+    batch_size=20, num_particles=20, memory_size=20, pretrain_iterations=20, num_iterations=60,
+    save_interval=20, log_interval=5, test_interval=30, test_batch_size=5, test_num_particles=10,
+)  # fmt: skip
+
+
+def get_settings(args):
+    """The arguments that change what a run learns, as a dict of plain values."""
+    settings = {name: getattr(args, name, default) for name, default in SETTINGS.items()}
+    settings.update({name: float(settings[name]) for name, default in SETTINGS.items() if type(default) is float})
+    if settings["algorithm"] != "mws":
+        settings["memory_size"] = 0
+    settings["data_location"] = _get_location_name(settings["data_location"])
+    settings["test_run"] = getattr(args, "test_run", False)
+    return settings
+
+
+def get_path_base(args):
+    """The name of a run's folder in save/: two runs that differ in any argument
+    that changes the result never share one.
+
+    a_ if conditional, the algorithm, its number of latents an image (for mws
+    particles + memory), _large unless small_dataset; then _<flag>=<value> for each
+    other argument that is not at its default.
+    """
+    settings, defaults = get_settings(args), dict(SETTINGS)
+    test_run = settings.pop("test_run")
+    if test_run:
+        defaults.update({name: min(limit, defaults[name]) for name, limit in TEST_RUN_LIMITS.items() if name in defaults})
+        defaults["data_location"] = "glyphs"
+    conditional, small = settings.pop("condition_on_alphabet"), settings.pop("small_dataset")
+    algorithm, num_particles = settings.pop("algorithm"), settings.pop("num_particles")
+    memory_size = settings.pop("memory_size")
+    total = num_particles + memory_size
+    if algorithm == "mws" and memory_size != (total + 1) // 2:
+        settings["memory_size"], defaults["memory_size"] = memory_size, None
+    parts = [f"{'a_' if conditional else ''}{algorithm}_{total}{'' if small else '_large'}"]
+    parts += [f"{name.replace('_', '-')}={value}" for name, value in settings.items() if value != defaults[name]]
+    name = ("test_run_" if test_run else "") + "_".join(parts)
+    if len(name) > 200:  # file systems allow 255 bytes
+        name = f"{name[:180]}_{hashlib.sha1(name.encode()).hexdigest()[:12]}"
+    return name
+
+
+def _get_location_name(location):
+    """A name for where data is, fit for a folder's name. The named copies of
+    chardata.mat are the same data; of a path, what it leads to counts."""
+    if location in ("local", "om"):
+        return "local"
+    if location == "glyphs":
+        return location
+    path = pathlib.Path(location).expanduser().resolve()
+    stem = "".join(c if c.isalnum() or c in ".-" else "-" for c in path.name)[:40]
+    return f"{stem}-{hashlib.sha1(os.fsencode(path)).hexdigest()[:8]}"
+
+
+def get_checkpoint_path(path_base, iteration="latest"):
+    return SAVE / path_base / "checkpoints" / f"{iteration}.pt"
+
+
+@contextlib.contextmanager
+def lock_run(path_base):
+    """Holds a run's folder for this process. Raises: UserError if another has it."""
+    folder = SAVE / path_base
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{folder} is being trained by {holder}; wait for it or stop it") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+
+
+# ------------------------------------------------------------------ checkpoints
+
+CHECKPOINT_KEYS = {
+    "args", "settings", "num_alphabets", "generative_model", "inference_network", "optimizer",
+    "pretrain_optimizer", "memory", "statistics", "pretrain_iteration", "iteration", "random_state",
+}  # fmt: skip
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes a dict of tensors and plain values so that at any moment path holds
+    either the old file or the new one, whole.
+
+    Raises: UserError if it cannot be written; what was there stays
+    """
+    path = pathlib.Path(path)
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path} ({error.strerror}); earlier checkpoints are intact: make room and run the same command again"
+        ) from None
+
+
+def load_checkpoint(path, device="cpu", keys=CHECKPOINT_KEYS):
+    """Reads what save_checkpoint wrote: a dict. Nothing in the file is executed.
+
+    Raises: UserError if the file is missing, damaged, not a checkpoint (its keys
+        must include `keys`), or holds anything but tensors and plain values
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself does not look at checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"{path} is damaged ({damaged} in it fails its checksum)")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever a broken file makes the readers raise
+        reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
+    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of this program")
+    return checkpoint
+
+
+def load_newest_checkpoint(path_base, device="cpu"):
+    """latest.pt of a run or, if it is damaged, the newest intact one, with a warning.
+
+    Returns: the checkpoint, or None where there is none
+    Raises: UserError if there are checkpoints, but no intact one
+    """
+    latest = get_checkpoint_path(path_base)
+    for leftover in latest.parent.glob(".*.tmp"):
+        leftover.unlink()
+    numbered = [path for path in latest.parent.glob("*.pt") if path.stem.isdigit()]
+    numbered.sort(key=lambda path: int(path.stem), reverse=True)
+    paths = [latest] * latest.exists() + numbered
+    for path in paths:
+        try:
+            checkpoint = load_checkpoint(path, device)
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            continue
+        if path != paths[0]:
+            print(f"warning: going on from {path}, the newest intact checkpoint", file=sys.stderr)
+        return checkpoint
+    if paths:
+        raise UserError(f"no checkpoint in {latest.parent} is intact; delete the folder {SAVE / path_base} to start anew")
+    return None
+
+
+# ------------------------------------------------------------------ randomness
+
+
+def set_seed(seed):
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def get_random_state():
+    """The states of torch's generators: a dict of byte tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def get_device(cuda):
+    """Raises: UserError if a GPU is asked for and there is none that works"""
+    if not cuda:
+        return torch.device("cpu")
+    try:
+        torch.zeros(1, device="cuda")
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--cuda: there is no usable GPU ({reason}); run without --cuda") from None
+    return torch.device("cuda")
+
+
+# ------------------------------------------------------------------ signals
+
+
+class StopSignal:
+    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) so that a loop can save and leave."""
+
+    def __init__(self):
+        self.received = None
+        for number in [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.received = number
