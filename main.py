@@ -6,6 +6,7 @@
 A run lives in save/<path_base>/. Stopped anywhere, it goes on from its latest
 checkpoint when the same command is given again.
 """
+import argparse
 import math
 import signal
 
@@ -305,6 +306,7 @@ def get_parser():
     add("--prior-lr-factor", "the prior's learning rate over the others', which is 1e-3", type=util.in_range(float, 0))
     add("--pretrain-iterations", "sleep steps that train the inference network first", type=natural)
     add("--num-iterations", "steps of the algorithm", type=positive)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the renderer and the likelihood (default: for long runs)")
     add("--log-interval", "iterations between updates of the progress bar's statistics", type=positive, default=10)
     add("--save-interval", "iterations between checkpoints", type=positive, default=1000)
     add("--test-interval", "iterations between estimates of test log p and KL (default: never)", type=positive)

@@ -171,7 +171,7 @@ class GenerativeModel(nn.Module):
 
     def get_logits(self, latent, num_rows=None, num_cols=None):
         """latent [..., A, 2] -> logits of ink [..., R, C], at the model's resolution or another"""
-        flat = latent.flatten(0, -3)  # [N, A, 2]
+        flat = latent.reshape(-1, *latent.shape[-2:])  # [N, A, 2]
         num_rows, num_cols = num_rows or self.num_rows, num_cols or self.num_cols
         logits = rendering.get_logits(
             self.get_arcs(flat), flat[..., 1], self.get_rendering_params(), num_rows, num_cols
@@ -229,7 +229,7 @@ class GenerativeModel(nn.Module):
         if alphabet is None and self.num_alphabets:
             alphabet = self.sample_alphabet(num_samples)
         latent = self.prior.sample(1, self._get_context(num_samples, alphabet))[0]  # [S, A, 2]
-        probs = self.get_logits(latent).sigmoid()  # [S, R, C]
+        probs = torch.cat([self.get_logits(chunk) for chunk in latent.split(self.chunk_size)]).sigmoid()  # [S, R, C]
         if self.likelihood != "bernoulli":
             map_id = torch.randint(len(self.theta_affine), (num_samples,), device=probs.device)
             probs = rendering.apply_maps(probs, self.theta_affine[map_id])

@@ -173,6 +173,8 @@ def lock_run(path_base):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
+        for leftover in (folder / "checkpoints").glob(".*.tmp"):  # of a run that was killed
+            leftover.unlink()
         yield
 
 
@@ -243,8 +245,6 @@ def load_newest_checkpoint(path_base, device="cpu"):
     Raises: UserError if there are checkpoints, but no intact one
     """
     latest = get_checkpoint_path(path_base)
-    for leftover in latest.parent.glob(".*.tmp"):
-        leftover.unlink()
     numbered = [path for path in latest.parent.glob("*.pt") if path.stem.isdigit()]
     numbered.sort(key=lambda path: int(path.stem), reverse=True)
     paths = [latest] * latest.exists() + numbered

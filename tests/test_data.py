@@ -1,0 +1,300 @@
+import hashlib
+import http.server
+import re
+import threading
+import time
+import zipfile
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import scipy.io
+import torch
+
+import data
+from util import UserError
+
+NUM_ALPHABETS = 5
+
+
+def make_mat(num_train=200, num_test=40):
+    """In chardata.mat's format, column by column: image i has ink in its top row, left part of i + 1 pixels"""
+    random_state = np.random.RandomState(0)
+    mat = {}
+    for prefix, num in [("", num_train), ("test", num_test)]:
+        images = np.zeros((num, 28, 28), np.float32)
+        for i, image in enumerate(images):
+            image[0, : i % 28 + 1] = 1
+        mat[prefix + "data"] = images.transpose(0, 2, 1).reshape(num, 784).T
+        mat[prefix + "target"] = np.eye(NUM_ALPHABETS, dtype=np.uint8)[np.arange(num) % NUM_ALPHABETS].T
+        mat[prefix + "targetchar"] = random_state.randint(1, 9, (1, num))
+    return mat
+
+
+def save_mat(path, **changes):
+    mat = {key: value for key, value in {**make_mat(), **changes}.items() if value is not None}
+    scipy.io.savemat(path, mat)
+    return str(path)
+
+
+def test_mat(tmp_path):
+    dataset = data.load(save_mat(tmp_path / "chardata.mat"))
+    num_valid = round(200 * 1345 / 24345)
+    assert [len(split.obs) for split in dataset[:3]] == [200 - num_valid, num_valid, 40]
+    assert dataset.num_alphabets == NUM_ALPHABETS
+    order = np.random.RandomState(123).permutation(200)
+    for split, ids in zip(dataset[:3], [order[:-num_valid], order[-num_valid:], np.arange(40)], strict=True):
+        assert split.obs.dtype == torch.float32
+        assert (split.obs[:, 1:] == 0).all()  # upright: the ink is in the top row, from the left
+        assert (split.obs[:, 0].sum(1).numpy() == ids % 28 + 1).all()
+        assert (split.obs[:, 0, 0] == 1).all()
+        assert (split.alphabet.argmax(1).numpy() == ids % NUM_ALPHABETS).all()
+        assert split.alphabet.shape == (len(ids), NUM_ALPHABETS) and (split.alphabet.sum(1) == 1).all()
+
+
+def test_small_dataset_and_dataset_size(tmp_path):
+    path = save_mat(tmp_path / "chardata.mat")
+    small = data.load(path, small_dataset=True)
+    assert small.train.alphabet.sum(0).tolist() == [10] * NUM_ALPHABETS
+    assert small.test is small.train
+    full = data.load(path)
+    of_first = full.train.obs[full.train.alphabet[:, 0] == 1]
+    assert (small.train.obs[:10] == of_first[:10]).all()
+    sized = data.load(path, dataset_size=15)
+    assert sized.train.alphabet.sum(0).tolist() == [3] * NUM_ALPHABETS and len(sized.test.obs) == 40
+    assert data.get_fingerprint(small.train) != data.get_fingerprint(full.train)
+    for bad in (dict(dataset_size=1000), dict(dataset_size=7), dict(dataset_size=5, small_dataset=True)):
+        with pytest.raises(UserError):
+            data.load(path, **bad)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(target=None), "has no target"),
+        (dict(data=np.zeros((100, 200))), "784"),
+        (dict(data=np.full((784, 200), 1.5)), r"outside \[0, 1\]"),
+        (dict(data=np.full((784, 200), -0.1)), r"outside \[0, 1\]"),
+        (dict(testdata=np.full((784, 40), np.nan)), r"outside \[0, 1\]"),
+        (dict(target=np.zeros((5, 200))), "not one-hot"),
+        (dict(target=np.eye(5)), "shape"),
+        (dict(targetchar=np.zeros((1, 7))), "shape"),
+        (dict(data=np.array(["text"])), "shape"),
+        (dict(target=np.eye(4)[np.arange(200) % 4].T), "different numbers"),
+    ],
+)
+def test_bad_mat(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        data.load(save_mat(tmp_path / "bad.mat", **changes))
+
+
+def test_damaged_and_missing_files(tmp_path):
+    whole = tmp_path / "whole.mat"
+    save_mat(whole)
+    (tmp_path / "cut.mat").write_bytes(whole.read_bytes()[:5000])
+    (tmp_path / "noise.mat").write_bytes(bytes(range(256)) * 20)
+    (tmp_path / "empty.npy").write_bytes(b"")
+    (tmp_path / "text.txt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    np.save(tmp_path / "objects.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "flat.npy", np.zeros((5, 784)))
+    np.save(tmp_path / "bytes.npy", np.full((5, 28, 28), 255, np.uint8))
+    with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
+        archive.writestr("a.txt", "no image")
+    for name in "cut.mat noise.mat empty.npy text.txt empty objects.npy flat.npy bytes.npy none.zip missing".split():
+        with pytest.raises(UserError) as error:
+            data.load(str(tmp_path / name))
+        assert name in str(error.value)
+
+
+def make_release(write, num_hands=20):
+    """write(name, png bytes): two alphabets of 105 x 105 black strokes on white, one in each half"""
+    for half, alphabet, num_characters in [("images_background", "Aaa", 3), ("images_evaluation", "Bbb", 2)]:
+        for character in range(1, num_characters + 1):
+            for hand in range(num_hands):
+                image = np.ones((105, 105), bool)
+                image[10:30, : 30 + hand] = False  # the upper left
+                png = imageio.imwrite("<bytes>", (image * 255).astype(np.uint8), extension=".png")
+                write(f"{half}/{alphabet}/character{character:02}/{hand:02}.png", png)
+
+
+def test_official_release_zipped_and_unpacked(tmp_path):
+    zips = tmp_path / "zips"
+    zips.mkdir()
+    unpacked = tmp_path / "unpacked"
+    archives = {half: zipfile.ZipFile(zips / f"{half}.zip", "w") for half in ("images_background", "images_evaluation")}
+
+    def write(name, png):
+        archives[name.split("/")[0]].writestr(name, png)
+        (unpacked / name).parent.mkdir(parents=True, exist_ok=True)
+        (unpacked / name).write_bytes(png)
+
+    make_release(write)
+    for archive in archives.values():
+        archive.close()
+    datasets = [data.load(str(path)) for path in (zips, unpacked)]
+    assert len(list(zips.iterdir())) == 2  # nothing unpacked
+    for dataset in datasets:
+        assert dataset.num_alphabets == 2
+        assert len(dataset.test.obs) == 25 and len(dataset.train.obs) + len(dataset.valid.obs) == 75
+        assert set(dataset.train.character.tolist()) == {1, 2, 3}
+        assert dataset.train.obs[:, 4:7, :7].all() and not dataset.train.obs[:, 9:].any()
+    for a, b in zip(datasets[0].train, datasets[1].train, strict=True):
+        assert (a == b).all()
+    one = data.load(str(zips / "images_background.zip"))
+    assert one.num_alphabets == 1 and len(one.test.obs) == 15
+    assert data.load(str(unpacked / "images_background")).num_alphabets == 1
+    broken = (zips / "images_background.zip").read_bytes()
+    (zips / "images_background.zip").write_bytes(broken[: len(broken) // 2])
+    with pytest.raises(UserError, match="images_background.zip"):
+        data.load(str(zips))
+
+
+def test_area_average():
+    average = data._get_area_average(105, 28)
+    np.testing.assert_allclose(average.sum(1), 1, rtol=1e-6)
+    np.testing.assert_allclose(average.sum(0), 28 / 105, rtol=1e-5)
+    np.testing.assert_allclose(average[0, :5] * 3.75, [1, 1, 1, 0.75, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("invert", [False, True])
+def test_own_images(tmp_path, invert):
+    for i in range(8):
+        grey = np.full((60, 90), 250, np.uint8)
+        grey[10:30, 20:70] = 5
+        folder = tmp_path / "all"
+        folder.mkdir(exist_ok=True)
+        imageio.imwrite(folder / f"{i}.{'jpg' if i % 2 else 'png'}", 255 - grey if invert else grey)
+        folder = tmp_path / "sorted" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        imageio.imwrite(folder / f"{i}.png", np.stack([grey] * 3, -1))
+    dataset = data.load(str(tmp_path / "all"))
+    assert dataset.num_alphabets == 0 and dataset.train.alphabet is None
+    # 90 wide, 15 rows of paper above: ink in rows 25-45 of 90, columns 20-70
+    assert dataset.train.obs[:, 8:13, 7:21].all()
+    assert not dataset.train.obs[:, :7].any() and not dataset.train.obs[:, 15:].any()
+    dataset = data.load(str(tmp_path / "sorted"))
+    assert dataset.num_alphabets == 2 and len(dataset.train.obs) == 6
+    (tmp_path / "all" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match="0.png"):
+        data.load(str(tmp_path / "all"))
+
+
+def test_arrays(tmp_path):
+    images = (np.random.RandomState(0).rand(12, 28, 28) < 0.2).astype(np.float32)
+    np.save(tmp_path / "a.npy", images)
+    np.savez(tmp_path / "a.npz", images)
+    np.save(tmp_path / "large.npy", images.repeat(2, 1).repeat(2, 2))
+    datasets = [data.load(str(tmp_path / name)) for name in ("a.npy", "a.npz", "large.npy")]
+    for dataset in datasets:
+        assert dataset.num_alphabets == 0
+        assert (dataset.train.obs == datasets[0].train.obs).all()
+    assert {image.tobytes() for image in images} >= {image.numpy().tobytes() for image in datasets[0].train.obs}
+    with pytest.raises(UserError, match="has only"):
+        data.load(str(tmp_path / "a.npy"), small_dataset=True)
+
+
+def test_glyphs():
+    start = time.perf_counter()
+    dataset = data.load("glyphs")
+    assert time.perf_counter() - start < 20
+    assert dataset.num_alphabets == 14
+    ink = dataset.train.obs.mean().item()
+    assert 0.05 < ink < 0.2  # Omniglot's is 0.08
+    rows = dataset.train.obs.any(2).float().sum(1)
+    cols = dataset.train.obs.any(1).float().sum(1)
+    extent = torch.maximum(rows, cols)  # a gap inside a character counts as nothing
+    assert 12 < extent.mean() < 24
+    assert (dataset.train.obs.flatten(1).sum(1) > 5).all()
+    again = data.load("glyphs")
+    assert data.get_fingerprint(again.train) == data.get_fingerprint(dataset.train)
+    assert (dataset.train.alphabet.sum(0) >= 10).all()
+
+
+def test_omniglot(omniglot, monkeypatch):
+    dataset = data.load(str(omniglot / "chardata.mat"))
+    assert [len(split.obs) for split in dataset[:3]] == [23000, 1345, 8115] and dataset.num_alphabets == 50
+    monkeypatch.setenv("OMNIGLOT_PATH", str(omniglot / "chardata.mat"))
+    for location in ("local", "om"):
+        small = data.load(location, small_dataset=True)
+        assert len(small.train.obs) == 500 and (small.train.alphabet.sum(0) == 10).all()
+        assert (small.train.obs[0] == dataset.train.obs[dataset.train.alphabet[:, 0] == 1][0]).all()
+
+
+def test_omniglot_release(omniglot):
+    zips = sorted(omniglot.glob("images_*.zip"))
+    if len(zips) < 2:
+        pytest.skip(f"no zips of the official release at {omniglot}")
+    dataset = data.load(str(omniglot))
+    assert [len(split.obs) for split in dataset[:3]] == [23000, 1345, 8115] and dataset.num_alphabets == 50
+
+
+# ------------------------------------------------------------------ download
+
+
+@pytest.fixture
+def server():
+    """An HTTP server on this machine: /whole, /cut (breaks off once, then whole), /always-cut, 404 else"""
+    content = np.random.RandomState(0).bytes(300_000)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        requests = []
+
+        def do_GET(self):
+            self.requests.append(self.path)
+            if self.path not in ("/whole", "/cut", "/always-cut"):
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            cut = self.path == "/always-cut" or self.path == "/cut" and len(self.requests) == 1
+            self.wfile.write(content[:100_000] if cut else content)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url, server.requests = f"http://127.0.0.1:{server.server_port}", Handler.requests
+    server.blob_id = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    server.content = content
+    yield server
+    server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["whole", "cut"])
+def test_download(server, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    path = tmp_path / "new" / "chardata.mat"
+    data.download(f"{server.url}/{name}", path, server.blob_id)
+    assert path.read_bytes() == server.content
+    assert [file.name for file in path.parent.iterdir()] == ["chardata.mat"]
+    assert len(server.requests) == (1 if name == "whole" else 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "blob_id", "num_requests", "message"),
+    [("always-cut", None, 3, "broke off"), ("missing", None, 1, "Not Found"), ("whole", "0" * 40, 1, "not the expected file")],
+)
+def test_failed_download(server, tmp_path, monkeypatch, name, blob_id, num_requests, message):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match=message):
+        data.download(f"{server.url}/{name}", tmp_path / "chardata.mat", blob_id or server.blob_id)
+    assert list(tmp_path.iterdir()) == [] and len(server.requests) == num_requests
+
+
+def test_local_is_downloaded_when_missing(server, tmp_path, monkeypatch):
+    """Where the network is down: nothing answers at a port that was just closed."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("OMNIGLOT_PATH", str(tmp_path / "chardata.mat"))
+    monkeypatch.setattr(data, "CHARDATA_URL", f"{server.url}/whole")
+    monkeypatch.setattr(data, "CHARDATA_BLOB_ID", server.blob_id)
+    with pytest.raises(UserError, match="not a .mat file"):  # it arrived, though it is noise
+        data.load("local")
+    (tmp_path / "chardata.mat").unlink()
+    server.server_close()
+    server.shutdown()
+    with pytest.raises(UserError, match=re.escape(f"put it at {tmp_path / 'chardata.mat'}")):
+        data.load("local")
+    assert list(tmp_path.iterdir()) == []

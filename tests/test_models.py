@@ -1,0 +1,197 @@
+"""Draws agree with densities, shapes and errors."""
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+import models
+import rendering
+
+K, A = 3, 2
+
+
+def assert_frequencies(drawn, log_prob):
+    """Chi-squared: the ids drawn [S] follow the probabilities exp(log_prob) [Z]."""
+    counts = torch.bincount(drawn, minlength=len(log_prob)).double()
+    expected = log_prob.double().exp() * len(drawn)
+    assert abs(expected.sum() / len(drawn) - 1) < 1e-5
+    assert stats.chisquare(counts, expected / expected.sum() * len(drawn)).pvalue > 1e-3
+
+
+def get_latents():
+    """Every latent [K^A * 2^(A - 1), A, 2], in the order of get_ids"""
+    ids = torch.arange(K * K * 2)
+    arcs = torch.stack([ids // (2 * K), torch.zeros_like(ids), ids // 2 % K, ids % 2], -1)
+    return arcs.view(-1, A, 2)
+
+
+def get_ids(latent):
+    assert (latent[..., 0, 1] == 0).all()
+    return latent[..., 0, 0] * 2 * K + latent[..., 1, 0] * 2 + latent[..., 1, 1]
+
+
+def sharpen(decoder):
+    """Makes a freshly initialised decoder's choices uneven"""
+    with torch.no_grad():
+        decoder.linear.weight.mul_(4)
+
+
+@pytest.mark.parametrize("uniform_mixture", [0, 0.3, 1])
+@pytest.mark.parametrize("num_alphabets", [0, 4])
+def test_prior_draws_follow_its_density(uniform_mixture, num_alphabets):
+    model = models.GenerativeModel(
+        K, num_arcs=A, likelihood="bernoulli", uniform_mixture=uniform_mixture, num_alphabets=num_alphabets
+    )
+    sharpen(model.prior)
+    alphabet = torch.eye(4)[[2]] if num_alphabets else None
+    drawn, _ = model.sample(20000, alphabet.expand(20000, -1) if num_alphabets else None)
+    log_prior = model.log_prior(get_latents().unsqueeze(1), alphabet)[:, 0]
+    assert_frequencies(get_ids(drawn), log_prior.detach())
+    if uniform_mixture == 1:
+        torch.testing.assert_close(log_prior, torch.full((18,), -math.log(18)))
+
+
+@pytest.mark.parametrize("lookup", [True, False])
+@pytest.mark.parametrize("num_alphabets", [0, 4])
+def test_inference_draws_follow_their_density(lookup, num_alphabets):
+    options = dict(num_primitives=K, num_arcs=A, uniform_mixture=0.1, num_alphabets=num_alphabets)
+    if lookup:
+        network, given = models.LookupInferenceNetwork(5, **options), torch.tensor([3, 0])
+    else:
+        network, given = models.InferenceNetwork(**options), torch.bernoulli(torch.full((2, 28, 28), 0.3))
+    sharpen(network.decoder)
+    alphabet = torch.eye(4)[[1, 3]] if num_alphabets else None
+    drawn = network.sample(given, 20000, alphabet)
+    assert drawn.shape == (20000, 2, A, 2)
+    log_q = network.log_prob(get_latents().unsqueeze(1).expand(-1, 2, -1, -1), given, alphabet)
+    for b in range(2):
+        assert_frequencies(get_ids(drawn)[:, b], log_q[:, b].detach())
+
+
+def test_an_unconditioned_draw_takes_alphabets_uniformly():
+    model = models.GenerativeModel(K, num_arcs=A, likelihood="bernoulli", num_alphabets=4)
+    drawn = model.sample_alphabet(8000)
+    assert_frequencies(drawn.argmax(1), torch.full((4,), math.log(1 / 4)))
+    assert model.sample(3)[0].shape == (3, A, 2)
+
+
+@pytest.mark.parametrize("likelihood", models.LIKELIHOODS)
+def test_pixels_follow_their_density(likelihood):
+    model = models.GenerativeModel(1, num_arcs=A, likelihood=likelihood)  # one primitive: few drawings
+    with torch.no_grad():
+        model.prior.linear.bias[-1] = 20  # always with ink
+        model.pre_rendering_params.copy_(torch.tensor([4.0, -2.0]))
+        model.pre_dxdy.copy_(torch.tensor([[0.1, 0.3]]))
+        model.pre_width.fill_(1.0)
+        if likelihood == "learned-affine":
+            model.theta_affine.add_(0.1 * torch.randn(40, 2, 3))
+    num_samples = 20000
+    latent, obs = model.sample(num_samples)
+    probs = model.get_logits(latent[:1]).sigmoid()
+    if likelihood != "bernoulli":
+        by_map = rendering.apply_maps(probs.expand(len(model.theta_affine), -1, -1), model.theta_affine)
+        probs = by_map.mean(0, keepdim=True)
+    variance = probs * (1 - probs) / num_samples
+    z = (obs.mean(0) - probs[0]) / variance[0].clamp(min=1e-7).sqrt()
+    assert z.abs().max() < 5  # 784 pixels: 5 sigma happens once in 2000 runs
+    if likelihood == "learned-affine":
+        # One map for all pixels of an image: neighbours covary as the maps make them.
+        a, b = by_map[:, 1:], by_map[:, :-1]
+        expected = (a * b).mean(0) - a.mean(0) * b.mean(0)
+        x, y = obs[:, 1:], obs[:, :-1]
+        covariance = (x * y).mean(0) - x.mean(0) * y.mean(0)
+        assert (covariance - expected).abs().max() < 5 * 0.5 / num_samples**0.5
+        assert expected.abs().max() > 0.02
+
+
+def test_likelihood_is_a_distribution_over_images():
+    # Of 2 x 3 pixels all 64 images can be listed.
+    model = models.GenerativeModel(K, num_arcs=A, num_rows=2, num_cols=3, likelihood="learned-affine")
+    latent = get_latents()[[1, 8, 17]].unsqueeze(0)
+    images = torch.cartesian_prod(*[torch.tensor([0.0, 1])] * 6).view(-1, 2, 3)
+    total = sum(model.log_likelihood(latent, image.expand(3, 2, 3)).exp() for image in images)
+    torch.testing.assert_close(total, torch.ones(1, 3))
+
+
+def test_alphabets_change_what_is_drawn():
+    model = models.GenerativeModel(K, num_arcs=A, likelihood="bernoulli", num_alphabets=4)
+    latent = get_latents().unsqueeze(1).expand(-1, 4, -1, -1)
+    assert model.log_prior(latent, torch.eye(4)).std(1).min() > 1e-4
+
+
+@pytest.mark.parametrize("likelihood", models.LIKELIHOODS)
+def test_chunks_and_memory_errors_change_nothing(likelihood, monkeypatch):
+    """There is no GPU to fill here: a stand-in refuses chunks of more than 4 latents."""
+    model = models.GenerativeModel(likelihood=likelihood, num_arcs=4)
+    latent, obs = model.sample(6)
+    latent = latent.unsqueeze(0).repeat(3, 1, 1, 1)
+    parameters = [model.pre_dxdy, model.pre_theta, model.pre_width, model.pre_rendering_params]
+
+    def score():
+        log_likelihood = model.log_likelihood(latent, obs)
+        return log_likelihood.detach(), torch.autograd.grad(log_likelihood.mean(), parameters)
+
+    expected, expected_gradients = score()
+    original = model._chunk_log_likelihood
+
+    def refuse(latent, obs, obs_id):
+        if len(latent) > 4:
+            raise torch.OutOfMemoryError("a stand-in")
+        return original(latent, obs, obs_id)
+
+    monkeypatch.setattr(model, "_chunk_log_likelihood", refuse)
+    log_likelihood, gradients = score()
+    assert model.chunk_size == 4
+    torch.testing.assert_close(log_likelihood, expected, atol=1e-4, rtol=0)
+    for gradient, want in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - want).norm() <= 1e-4 * want.norm()
+    model.chunk_size = 1
+    monkeypatch.setattr(model, "_chunk_log_likelihood", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(torch.OutOfMemoryError):
+        score()
+
+
+def test_initial_values():
+    model = models.GenerativeModel(2000, initial_max_curve=0.3)
+    dx, dy, theta, sharpness, width = model.get_primitives().unbind(1)
+    # theta is 0.99 pi (0.01 + 0.98 (t - 1/2) - 1/2), t uniform on [0.7, 1.3]
+    assert theta.min() > 0.99 * math.pi * (0.01 + 0.98 * 0.2 - 0.5) - 1e-4
+    assert theta.max() < 0.99 * math.pi * (0.01 + 0.98 * 0.8 - 0.5) + 1e-4
+    assert abs(theta.mean()) < 0.03
+    assert max(dx.abs().max(), dy.abs().max()) <= 0.66 * math.tanh(0.4)
+    assert (sharpness == 20).all()
+    torch.testing.assert_close(width, torch.full((2000,), 0.1 / (1 + math.exp(2))))
+    big = models.GenerativeModel(2000, initial_max_curve=0.8, big_arcs=True).get_primitives()[:, 2]
+    assert -0.8 * math.pi - 1e-4 < big.min() < -0.75 * math.pi and 0.75 * math.pi < big.max() < 0.8 * math.pi + 1e-4
+    scale, bias = model.get_rendering_params()
+    assert scale.item() == pytest.approx(math.log1p(math.exp(3))) and bias == -3
+
+
+def test_an_image_is_drawn_where_its_strokes_are():
+    model = models.GenerativeModel(2, num_arcs=2)
+    with torch.no_grad():  # up and left with the pen off, then right
+        model.pre_dxdy.copy_(torch.tensor([[-0.3, 0.3], [0.6, 0.0]]))
+        model.pre_theta.zero_()
+    ink = model.get_logits(torch.tensor([[0, 0], [1, 1]])).sigmoid() > 0.5
+    rows, cols = ink.nonzero().unbind(1)
+    x, y = 0.5 - 0.66 * math.tanh(0.3), 0.5 + 0.66 * math.tanh(0.3)
+    assert abs(rows.float().mean() - (1 - y) * 27) < 0.7  # y is upwards, rows are downwards
+    assert abs(cols.min() - x * 27) < 1.5
+    assert abs(cols.max() - (x + 0.66 * math.tanh(0.6)) * 27) < 1.5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: models.GenerativeModel(initial_max_curve=0.6),
+        lambda: models.GenerativeModel(likelihood="gaussian"),
+        lambda: models.InferenceNetwork(num_rows=32),
+        lambda: models.GenerativeModel().log_prior(torch.zeros(1, 2, 10, 2).long(), torch.eye(2)),
+        lambda: models.GenerativeModel(num_alphabets=2).log_prior(torch.zeros(1, 2, 10, 2).long()),
+        lambda: models.GenerativeModel(num_alphabets=2).log_prior(torch.zeros(1, 2, 10, 2).long(), torch.eye(3)),
+    ],
+)
+def test_errors(make):
+    with pytest.raises(ValueError):
+        make()

@@ -1,0 +1,196 @@
+"""Folders of runs, checkpoints, bad files."""
+import argparse
+import itertools
+import os
+import pathlib
+import pickle
+import subprocess
+import zipfile
+
+import pytest
+import torch
+
+import main
+import util
+from util import UserError
+
+DIFFERENT = dict(
+    seed=["--seed", "1"],
+    data_location=["--data-location", "glyphs"],
+    data_path=["--data-location", "a/b.mat"],
+    other_path=["--data-location", "a-b.mat"],
+    small_dataset=["--small-dataset"],
+    dataset_size=["--dataset-size", "100"],
+    batch_size=["--batch-size", "100"],
+    condition_on_alphabet=["--condition-on-alphabet"],
+    likelihood=["--likelihood", "affine"],
+    num_arcs=["--num-arcs", "5"],
+    num_primitives=["--num-primitives", "32"],
+    initial_max_curve=["--initial-max-curve", "0.2"],
+    big_arcs=["--big-arcs"],
+    p_lstm_hidden_size=["--p-lstm-hidden-size", "8"],
+    p_uniform_mixture=["--p-uniform-mixture", "0.1"],
+    q_lstm_hidden_size=["--q-lstm-hidden-size", "32"],
+    q_uniform_mixture=["--q-uniform-mixture", "0.1"],
+    obs_embedding_dim=["--obs-embedding-dim", "32"],
+    rws=["--algorithm", "rws"],
+    vimco=["--algorithm", "vimco"],
+    sleep=["--algorithm", "sleep"],
+    num_particles=["--num-particles", "5"],
+    memory_size=["--memory-size", "5"],
+    split=["--num-particles", "5", "--memory-size", "15"],
+    prior_lr_factor=["--prior-lr-factor", "0.1"],
+    pretrain_iterations=["--pretrain-iterations", "100"],
+    num_iterations=["--num-iterations", "100"],
+    test_run=["--test-run"],
+)
+
+
+def test_path_base():
+    for flags, expected in [
+        ([], "mws_20_large"),
+        (["--small-dataset"], "mws_20"),
+        (["--small-dataset", "--condition-on-alphabet", "--num-particles", "20", "--memory-size", "20"], "a_mws_40"),
+        (["--small-dataset", "--algorithm", "vimco", "--num-particles", "5"], "vimco_5"),
+        (["--small-dataset", "--num-particles", "1", "--memory-size", "2"], "mws_3"),
+        (["--small-dataset", "--seed", "3", "--prior-lr-factor", "1"], "mws_20_seed=3"),
+        (["--data-location", "om", "--small-dataset"], "mws_20"),  # the same data
+        (["--cuda", "--save-interval", "10", "--log-interval", "3", "--test-interval", "7"], "mws_20_large"),
+        (["--algorithm", "rws", "--memory-size", "3"], "rws_10_large"),  # rws has no memory
+    ]:
+        assert util.get_path_base(main.parse_args(flags)) == expected
+
+
+def test_runs_that_differ_do_not_share_a_folder():
+    names = {key: util.get_path_base(main.parse_args(flags)) for key, flags in {**DIFFERENT, "default": []}.items()}
+    for a, b in itertools.combinations(names, 2):
+        assert names[a] != names[b], (a, b)
+    assert all(len(name) < 255 and "/" not in name for name in names.values())
+    flags = [flag for key, flags in DIFFERENT.items() if key not in ("dataset_size", "test_run", "vimco") for flag in flags]
+    assert len(util.get_path_base(main.parse_args(flags))) < 255
+    missing = set(util.SETTINGS) - set(DIFFERENT) - {"algorithm"}
+    assert not missing
+
+
+def make_checkpoint(iteration=3):
+    checkpoint = dict.fromkeys(util.CHECKPOINT_KEYS)
+    return {**checkpoint, "iteration": iteration, "memory": torch.arange(1000), "args": {"seed": 0}}
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (1, 3, 10, "latest"):
+        util.save_checkpoint(util.get_checkpoint_path("run", name), make_checkpoint(12 if name == "latest" else name))
+    return pathlib.Path("save/run/checkpoints")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def overwrite_with_noise(path):
+    content = bytearray(path.read_bytes())
+    middle = content.find(torch.arange(1000).numpy().tobytes())  # in the data, where only a checksum can tell
+    content[middle + 100 : middle + 300] = os.urandom(200)
+    path.write_bytes(content)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+def put_code(path):
+    path.write_bytes(pickle.dumps(RunsCode()))
+
+
+def put_code_in_zip(path):
+    torch.save(RunsCode(), path)
+
+
+def put_code_in_checkpoint(path):
+    torch.save({**make_checkpoint(), "memory": RunsCode()}, path)
+
+
+def put_other_things(path):
+    torch.save({"weights": torch.zeros(3)}, path)
+
+
+def put_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello", "world")
+
+
+DAMAGES = [cut, overwrite_with_noise, put_code, put_code_in_zip, put_code_in_checkpoint, put_other_things, put_zip, lambda path: path.write_bytes(b"")]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoints(run_folder, damage, capsys):
+    assert util.load_newest_checkpoint("run")["iteration"] == 12
+    damage(run_folder / "latest.pt")
+    with pytest.raises(UserError, match="latest.pt") as error:
+        util.load_checkpoint(run_folder / "latest.pt")
+    assert len(str(error.value).splitlines()) == 1
+    assert util.load_newest_checkpoint("run")["iteration"] == 10
+    assert "latest.pt" in capsys.readouterr().err
+    damage(run_folder / "10.pt")
+    assert util.load_newest_checkpoint("run")["iteration"] == 3
+    for name in (1, 3):
+        damage(run_folder / f"{name}.pt")
+    with pytest.raises(UserError, match="no checkpoint in .* is intact"):
+        util.load_newest_checkpoint("run")
+    assert not pathlib.Path("executed").exists()
+
+
+def test_missing_checkpoints(run_folder):
+    assert util.load_newest_checkpoint("another") is None
+    with pytest.raises(UserError, match="no checkpoint"):
+        util.load_checkpoint("save/run/checkpoints/7.pt")
+    (run_folder / "latest.pt").unlink()
+    assert util.load_newest_checkpoint("run")["iteration"] == 10
+
+
+def test_full_disk(tmp_path):
+    """A real full disk: a tmpfs of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]).returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    try:
+        path = disk / "latest.pt"
+        util.save_checkpoint(path, make_checkpoint())
+        before = path.read_bytes()
+        with pytest.raises(UserError, match="No space left.*intact"):
+            util.save_checkpoint(path, {**make_checkpoint(4), "memory": torch.zeros(1_000_000)})
+        assert path.read_bytes() == before and os.listdir(disk) == ["latest.pt"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_run_is_locked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with util.lock_run("run"):
+        with pytest.raises(UserError, match=f"process {os.getpid()}"):
+            with util.lock_run("run"):
+                pass
+        with util.lock_run("another"):
+            pass
+    with util.lock_run("run"):
+        pass
+
+
+def test_numbers_out_of_range():
+    parse = util.in_range(int, 1, 5)
+    assert parse("5") == 5
+    for text in ("0", "6"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            parse(text)
+    for text in ("nan", "inf", "-1"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            util.in_range(float, 0)(text)
+
+
+def test_milestones():
+    assert [i for i in range(1, 300) if main.is_milestone(i)] == [1, 2, 3, 6, 10, 15, 25, 39, 63, 100, 158, 251]
+    assert [i for i in range(90_000, 110_000) if main.is_milestone(i)] == [90_000, 95_000, 100_000, 105_000]
