@@ -3,6 +3,7 @@
 Every source ends as binary 28 x 28 images, ink 1, upright, in three parts, with
 the alphabet and the number within it of each character where they are known.
 """
+
 import hashlib
 import os
 import pathlib
@@ -69,7 +70,9 @@ def load(location="local", small_dataset=False, dataset_size=None):
     train, test, num_alphabets = _load_parts(location)
     permutation = np.random.RandomState(123).permutation(len(train.obs))
     num_valid = round(len(train.obs) * CHARDATA_SIZES["valid"] / CHARDATA_SIZES["train"])
-    train, valid = (train.select(torch.from_numpy(ids)) for ids in np.split(permutation, [len(permutation) - num_valid]))
+    train, valid = (
+        train.select(torch.from_numpy(ids)) for ids in np.split(permutation, [len(permutation) - num_valid])
+    )
     if small_dataset and dataset_size is not None:
         raise UserError("--small-dataset and --dataset-size exclude each other; give one")
     if small_dataset:
@@ -165,7 +168,9 @@ def download(url, path, blob_id, timeout=30, num_tries=3):
                 time.sleep(attempt + 1)
         content = temporary.read_bytes()
         if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
-            raise UserError(f"what {url} sent is not the expected file (its git blob id is not {blob_id}); try again later")
+            raise UserError(
+                f"what {url} sent is not the expected file (its git blob id is not {blob_id}); try again later"
+            )
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -190,7 +195,9 @@ def _load_mat(path):
         mat = scipy.io.loadmat(path)
     except Exception as error:  # scipy raises many kinds for a broken file
         reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
-        raise UserError(f"{path} is damaged or not a .mat file ({reason}); delete it to have it downloaded anew") from None
+        raise UserError(
+            f"{path} is damaged or not a .mat file ({reason}); delete it to have it downloaded anew"
+        ) from None
     keys = ["data", "target", "targetchar", "testdata", "testtarget", "testtargetchar"]
     missing = [key for key in keys if key not in mat]
     if missing:
@@ -205,9 +212,13 @@ def _read_mat_part(path, mat, prefix):
     obs, alphabet, character = (mat[prefix + key] for key in ["data", "target", "targetchar"])
     for name, array in [("data", obs), ("target", alphabet), ("targetchar", character)]:
         if array.ndim != 2 or array.dtype.kind not in "uifb" or array.shape[1] != obs.shape[1]:
-            raise UserError(f"{path}: {prefix}{name} has the shape {list(array.shape)}, type {array.dtype}; {prefix}data has {list(obs.shape)}")
+            raise UserError(
+                f"{path}: {prefix}{name} has the shape {list(array.shape)}, type {array.dtype}; {prefix}data has {list(obs.shape)}"
+            )
     if obs.shape[0] != NUM_ROWS * NUM_COLS or character.shape[0] != 1 or obs.shape[1] == 0:
-        raise UserError(f"{path}: {prefix}data has the shape {list(obs.shape)}, {prefix}targetchar {list(character.shape)}; expected [784, N] and [1, N]")
+        raise UserError(
+            f"{path}: {prefix}data has the shape {list(obs.shape)}, {prefix}targetchar {list(character.shape)}; expected [784, N] and [1, N]"
+        )
     if ((alphabet != 0).sum(0) != 1).any() or alphabet.max() != 1:
         raise UserError(f"{path}: {prefix}target is not one-hot")
     images = obs.T.reshape(-1, NUM_COLS, NUM_ROWS).transpose(0, 2, 1)  # stored column by column
@@ -220,14 +231,18 @@ def _load_array(path):
         if not isinstance(array, np.ndarray):
             with array as archive:
                 if len(archive.files) != 1 and "images" not in archive.files:
-                    raise UserError(f"{path} holds {', '.join(archive.files)}; one array is needed, or one named images")
+                    raise UserError(
+                        f"{path} holds {', '.join(archive.files)}; one array is needed, or one named images"
+                    )
                 array = archive["images" if "images" in archive.files else archive.files[0]]
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{path} is damaged or not an array ({str(error).splitlines()[0][:80]})") from None
     if array.ndim != 3 or array.dtype.kind not in "uifb" or 0 in array.shape:
-        raise UserError(f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]")
+        raise UserError(
+            f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]"
+        )
     _check_range(path, array)
     return _binarise(path, np.stack([_fit(image) for image in array.astype(np.float32)]))
 
@@ -258,7 +273,9 @@ def _load_image_files(path):
         depth = len(os.path.commonprefix(folders))  # subfolders, where all images are in some, are alphabets
         alphabets = [f[depth] for f in folders] if min(len(f) for f in folders) > depth else None
         characters, read = None, read_image
-    obs = np.stack([read(name, content()) for name, content in show_progress(files, desc="reading images", unit="", leave=False)])
+    obs = np.stack(
+        [read(name, content()) for name, content in show_progress(files, desc="reading images", unit="", leave=False)]
+    )
     if alphabets is not None:
         alphabets = np.unique(alphabets, return_inverse=True)[1]
     return obs >= 0.5, alphabets, characters and np.array(characters)

@@ -1,5 +1,6 @@
 """Characters that need no download: the letters of the font that matplotlib ships,
 each drawn by twenty "hands", in the size and stroke of handwritten ones."""
+
 import unicodedata
 
 import matplotlib

@@ -8,6 +8,7 @@ gradient of a weighted sum of log p and log q in which few weights matter: one
 latent an image for MWS, the particles of non-negligible weight for RWS and
 VIMCO. Only those latents are scored again, with gradients.
 """
+
 import math
 
 import torch
@@ -139,7 +140,7 @@ def _attach_gradients(generative_model, inference_network, latent, obs, context,
         alphabet = None if alphabet is None else alphabet[obs_id]
         log_p = sum(generative_model.log_prob(latent, obs[obs_id], alphabet))  # [1, N]
         terms.append((grad_log_p[particle_id, obs_id] * (log_p - log_p.detach())).sum())
-    log_q = inference_network.decoder.log_prob(latent, context[obs_id])  # [1, N]
+    log_q = inference_network.decoder.log_prob(latent, context.index_select(0, obs_id))  # [1, N]
     terms.append((grad_log_q[particle_id, obs_id] * (log_q - log_q.detach())).sum())
     return sum(terms)
 

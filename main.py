@@ -6,6 +6,7 @@
 A run lives in save/<path_base>/. Stopped anywhere, it goes on from its latest
 checkpoint when the same command is given again.
 """
+
 import argparse
 import math
 import signal
@@ -15,8 +16,11 @@ import torch
 import data
 import losses
 import models
+import rendering
 import util
 from util import SETTINGS, UserError
+
+LONG_RUN = 1000  # iterations; compiling takes about as long as some hundred
 
 # ------------------------------------------------------------------ the state of a run
 
@@ -243,13 +247,14 @@ def main(argv=None):
     dataset = load_data(args, device)
     path_base = util.get_path_base(args)
     with util.lock_run(path_base):
+        rendering.set_compile(args.compile)
         run = Run(args, dataset, device)
         checkpoint = util.load_newest_checkpoint(path_base)
         if checkpoint is not None:
             run.restore(checkpoint)
             print(f"going on from iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")
-        stop = util.StopSignal()
-        path = train(run, dataset, stop)
+        with util.StopSignal() as stop:
+            path = train(run, dataset, stop)
     if stop.received is not None:
         name = signal.Signals(stop.received).name
         print(f"stopped by {name} at iteration {run.iteration}, saved {path}; the same command goes on from there")
@@ -285,7 +290,11 @@ def get_parser():
     add("--test-run", "shrink everything to try the whole path in under two minutes", action="store_true")
     add("--cuda", "use a GPU", action="store_true")
     add("--seed", "of all randomness", type=natural)
-    add("--data-location", "local, om, glyphs, or a path: .mat, .npy, .npz, .zip, folder of images (default: local; glyphs for a test run)", default=None)
+    add(
+        "--data-location",
+        "local, om, glyphs, or a path: .mat, .npy, .npz, .zip, folder of images (default: local; glyphs for a test run)",
+        default=None,
+    )
     add("--small-dataset", "train on 10 images an alphabet, test on the same", action="store_true")
     add("--dataset-size", "number of training images, the same for each alphabet (default: all)", type=positive)
     add("--batch-size", "images a step", type=positive)
@@ -293,20 +302,32 @@ def get_parser():
     add("--likelihood", "of an image given a drawing: " + ", ".join(models.LIKELIHOODS), choices=models.LIKELIHOODS)
     add("--num-arcs", "strokes a character, the invisible first one included", type=positive)
     add("--num-primitives", "strokes in the library", type=util.in_range(int, 1, 16383))
-    add("--initial-max-curve", "how curved strokes are at first, in units of a circle's half angle / pi; at most 0.5 without --big-arcs", type=util.in_range(float, 0))
+    add(
+        "--initial-max-curve",
+        "how curved strokes are at first, in units of a circle's half angle / pi; at most 0.5 without --big-arcs",
+        type=util.in_range(float, 0),
+    )
     add("--big-arcs", "let strokes be more than half a circle", action="store_true")
     add("--p-lstm-hidden-size", "units of the prior's LSTM", type=positive)
     add("--p-uniform-mixture", "weight of a uniform distribution in each of the prior's choices, 0 to 1", type=share)
     add("--q-lstm-hidden-size", "units of the inference network's LSTM", type=positive)
     add("--q-uniform-mixture", "the same weight for the inference network", type=share)
     add("--obs-embedding-dim", "size of an image's embedding", type=positive)
-    add("--algorithm", "mws, rws, vimco or sleep (RWS with the sleep phi update)", choices=["mws", "rws", "vimco", "sleep"])
+    add(
+        "--algorithm",
+        "mws, rws, vimco or sleep (RWS with the sleep phi update)",
+        choices=["mws", "rws", "vimco", "sleep"],
+    )
     add("--num-particles", "proposals an image (vimco: at least 2)", type=positive)
     add("--memory-size", "latents remembered an image (mws)", type=positive)
     add("--prior-lr-factor", "the prior's learning rate over the others', which is 1e-3", type=util.in_range(float, 0))
     add("--pretrain-iterations", "sleep steps that train the inference network first", type=natural)
     add("--num-iterations", "steps of the algorithm", type=positive)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the renderer and the likelihood (default: for long runs)")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help=f"compile the renderer and the likelihood (default: for runs of {LONG_RUN} iterations and more)",
+    )
     add("--log-interval", "iterations between updates of the progress bar's statistics", type=positive, default=10)
     add("--save-interval", "iterations between checkpoints", type=positive, default=1000)
     add("--test-interval", "iterations between estimates of test log p and KL (default: never)", type=positive)
@@ -324,10 +345,14 @@ def parse_args(argv=None):
         for name, limit in util.TEST_RUN_LIMITS.items():
             value = getattr(args, name)
             setattr(args, name, limit if value is None else min(value, limit))
+    if args.compile is None:
+        args.compile = args.pretrain_iterations + args.num_iterations >= LONG_RUN
     if args.algorithm == "vimco" and args.num_particles < 2:
         raise UserError("--algorithm vimco needs --num-particles of at least 2")
     if args.initial_max_curve > 0.5 and not args.big_arcs:
-        raise UserError(f"--initial-max-curve {args.initial_max_curve} is too much without --big-arcs; give at most 0.5")
+        raise UserError(
+            f"--initial-max-curve {args.initial_max_curve} is too much without --big-arcs; give at most 0.5"
+        )
     if args.small_dataset and args.dataset_size is not None:
         raise UserError("--small-dataset and --dataset-size exclude each other; give one")
     return args

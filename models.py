@@ -7,6 +7,7 @@ stroke is always up: it carries the pen from the centre to the first point.
 Shapes: B images, P particles, A arcs, K primitives, R x C pixels, L alphabets.
 Source: Hewitt, Le and Tenenbaum (2020), section 4.2.
 """
+
 import math
 
 import torch
@@ -18,6 +19,7 @@ import rendering
 
 LIKELIHOODS = ["learned-affine", "affine", "bernoulli"]
 NUM_LEARNED_MAPS = 40
+GRADIENT_CHUNK_SIZE = 256  # latents that are differentiated at a time
 
 # ------------------------------------------------------------------ decoder
 
@@ -107,7 +109,9 @@ def _mix_with_uniform(log_probs, weight):
 def _sample_categorical(log_probs):
     """Gumbel-max: one draw for each row, without a look at the values (on a GPU,
     the CPU need not wait). log_probs [..., K] -> [...]"""
-    return (log_probs - torch.empty_like(log_probs, memory_format=torch.contiguous_format).exponential_().log()).argmax(-1)
+    return (log_probs - torch.empty_like(log_probs, memory_format=torch.contiguous_format).exponential_().log()).argmax(
+        -1
+    )
 
 
 # ------------------------------------------------------------------ generative model
@@ -131,7 +135,7 @@ class GenerativeModel(nn.Module):
             raise ValueError(f"likelihood is {likelihood!r}; it is one of {', '.join(LIKELIHOODS)}")
         self.num_rows, self.num_cols, self.num_arcs = num_rows, num_cols, num_arcs
         self.big_arcs, self.likelihood, self.num_alphabets = big_arcs, likelihood, num_alphabets
-        self.chunk_size = 64  # latents drawn and scored at a time; halved when memory runs out
+        self.chunk_size = math.inf  # at most so many latents are scored at a time: less when memory ran out
         self.prior = Decoder(num_primitives, num_arcs, lstm_hidden_size, num_alphabets, uniform_mixture)
 
         curve = 1 + (2 * torch.rand(num_primitives) - 1) * initial_max_curve
@@ -189,23 +193,28 @@ class GenerativeModel(nn.Module):
         obs_id = torch.arange(batch_size, device=obs.device).repeat(num_particles)
         log_likelihood, done = [], 0
         while done < len(latent):
-            chunk = slice(done, done + self.chunk_size)
+            size = min(self._get_chunk_size(), self.chunk_size)
+            chunk = slice(done, done + size)
             try:
-                log_likelihood.append(self._chunk_log_likelihood(latent[chunk], obs, obs_id[chunk]))
-                done += self.chunk_size
+                log_likelihood.append(self._chunk_log_likelihood(latent[chunk], obs, obs_id[chunk], size < len(latent)))
+                done += size
             except torch.OutOfMemoryError:
-                if self.chunk_size == 1:
+                if size == 1:
                     raise
-                self.chunk_size = self.chunk_size // 2
+                self.chunk_size = size // 2
                 torch.cuda.empty_cache()
         return torch.cat(log_likelihood).view(num_particles, batch_size)
 
-    def _chunk_log_likelihood(self, latent, obs, obs_id):
-        """latent [N, A, 2], obs [B, R, C], obs_id [N] -> [N]. With gradients, what a
-        chunk needs for its backward pass is computed again there: memory stays flat."""
-        if torch.is_grad_enabled():
-            return checkpoint(self._log_likelihood, latent, obs[obs_id], use_reentrant=False, preserve_rng_state=False)
-        return self._log_likelihood(latent, obs[obs_id])
+    def _get_chunk_size(self):
+        return GRADIENT_CHUNK_SIZE if torch.is_grad_enabled() else rendering.get_chunk_size(self.pre_theta.device)
+
+    def _chunk_log_likelihood(self, latent, obs, obs_id, one_of_many):
+        """latent [N, A, 2], obs [B, R, C], obs_id [N] -> [N]. With gradients, what one of
+        many chunks needs for its backward pass is computed again there: memory stays flat."""
+        obs = obs.index_select(0, obs_id)  # [N, R, C]
+        if torch.is_grad_enabled() and one_of_many:
+            return checkpoint(self._log_likelihood, latent, obs, use_reentrant=False, preserve_rng_state=False)
+        return self._log_likelihood(latent, obs)
 
     def _log_likelihood(self, latent, obs):
         logits = self.get_logits(latent)  # [N, R, C]
@@ -229,7 +238,9 @@ class GenerativeModel(nn.Module):
         if alphabet is None and self.num_alphabets:
             alphabet = self.sample_alphabet(num_samples)
         latent = self.prior.sample(1, self._get_context(num_samples, alphabet))[0]  # [S, A, 2]
-        probs = torch.cat([self.get_logits(chunk) for chunk in latent.split(self.chunk_size)]).sigmoid()  # [S, R, C]
+        probs = torch.cat(
+            [self.get_logits(chunk) for chunk in latent.split(rendering.get_chunk_size(latent.device))]
+        ).sigmoid()  # [S, R, C]
         if self.likelihood != "bernoulli":
             map_id = torch.randint(len(self.theta_affine), (num_samples,), device=probs.device)
             probs = rendering.apply_maps(probs, self.theta_affine[map_id])
@@ -248,7 +259,11 @@ class GenerativeModel(nn.Module):
 def _get_context(context, alphabet, num_alphabets):
     """The alphabet goes before the rest of a decoder's context: [B, L + ...]"""
     if (alphabet is not None) != (num_alphabets > 0):
-        raise ValueError("a conditional model needs alphabets" if num_alphabets else "the model is not conditional, but got alphabets")
+        raise ValueError(
+            "a conditional model needs alphabets"
+            if num_alphabets
+            else "the model is not conditional, but got alphabets"
+        )
     if alphabet is None:
         return context
     if alphabet.shape != (len(context), num_alphabets):

@@ -5,12 +5,16 @@ Two functions take nearly all the time of a training step, and both live here:
 affine maps of the drawing. Both are plain tensor code that works in float32
 and float64, with and without gradients.
 """
+
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
 
 LOG_PAPER = math.log(1e-6)  # a pixel that no arc comes near has the logit log(1e-6)
+BLOCK = 16  # images that are scored side by side: a register's width of floats
+MAPS_AT_ONCE = 40
 NEGLIGIBLE = 1e-8  # a weight that is lost in float32 beside a weight of one
 
 # ------------------------------------------------------------------ arcs
@@ -58,8 +62,30 @@ def get_pixel_centres(num_rows, num_cols, like):
     return x.repeat(num_rows), y.repeat_interleave(num_cols)
 
 
+def _get_exponent(x, y, arcs):
+    """Log of an arc's ink at points, before it is clipped: x, y broadcast against the
+    seven parameters of the arcs"""
+    x_start, y_start, dx, dy, theta, sharpness, width = arcs
+    squared_distance = get_squared_distance(x - (x_start + dx / 2), y - (y_start + dy / 2), dx, dy, theta)
+    return sharpness**2 * (width**2 - squared_distance)
+
+
+def _find_strongest(arcs, on_offs, num_rows, num_cols):
+    """The arc of most ink at each pixel: no gradients, the fast way.
+
+    Args: as for `get_logits`
+    Returns: exponent [B, R * C], -inf where no arc is on; arc_id [B, R * C]
+    """
+    x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
+    exponent = _get_exponent(x, y, arcs.unsqueeze(-1).unbind(-2))  # [B, A, R * C]
+    return exponent.masked_fill(on_offs.unsqueeze(-1) == 0, -math.inf).max(1)
+
+
 def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     """Draws arcs: the logits of a pixel being ink.
+
+    A pixel's ink is that of one arc, so gradients go through one arc a pixel: the
+    strongest is found without, and computed again with them.
 
     Args:
         arcs [B, A, 7]: (x_start, y_start, dx, dy, theta, sharpness, width)
@@ -68,22 +94,19 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
         num_rows (R), num_cols (C): of the image; row 0 is its top
     Returns: logits [B, R, C]
     """
-    x_start, y_start, dx, dy, theta, sharpness, width = arcs.unsqueeze(-1).unbind(-2)
-    # each [B, A, 1]
-    x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
-    squared_distance = get_squared_distance(
-        x - (x_start + dx / 2), y - (y_start + dy / 2), dx, dy, theta
-    )  # [B, A, R * C]
-    exponent = sharpness**2 * (width**2 - squared_distance)
-    # The scale is positive, so the arc of most ink is the one of the largest
-    # exponent: one exp a pixel, not one an arc.
-    on = on_offs.unsqueeze(-1) != 0  # [B, A, 1]
-    exponent = exponent.masked_fill(~on, -math.inf).amax(1)  # [B, R * C]
+    with torch.no_grad():
+        exponent, arc_id = _run(_find_strongest, (arcs, on_offs), (num_rows, num_cols))  # [B, R * C]
+    on = exponent > -math.inf
+    if torch.is_grad_enabled() and arcs.requires_grad:
+        arc_id = arc_id.unsqueeze(1).expand(-1, 7, -1)
+        strongest = arcs.transpose(1, 2).gather(2, arc_id)  # [B, 7, R * C]
+        x, y = get_pixel_centres(num_rows, num_cols, arcs)
+        exponent = _get_exponent(x, y, strongest.unbind(1))
     scale, bias = rendering_params
     ink = scale * exponent.clamp(max=0).exp() + bias
-    ink = torch.where(on.any(1), ink, -math.inf)  # [B, R * C]
+    ink = torch.where(on, ink, -math.inf)
     # log(exp(ink) + 1e-6), without overflow
-    logits = torch.logaddexp(ink, torch.full_like(ink, LOG_PAPER))
+    logits = torch.logaddexp(ink, torch.full_like(ink, LOG_PAPER))  # [B, R * C]
     return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
 
 
@@ -137,7 +160,7 @@ def get_taps(maps, num_rows, num_cols):
     """Bilinear sampling written out: which four pixels a map's pixels are made of.
 
     Args: maps [T, 2, 3]
-    Returns: index [T, 4, R * C] into the R * C pixels; weight, the same shape,
+    Returns: index [4, T, R * C] into the R * C pixels; weight, the same shape,
         0 where the tap lies outside of the image
     """
     grid = F.affine_grid(maps, (len(maps), 1, num_rows, num_cols), align_corners=True)
@@ -152,29 +175,43 @@ def get_taps(maps, num_rows, num_cols):
             weight.append((1 - (x - col).abs()) * (1 - (y - row).abs()) * inside)
             row, col = row.clamp(0, num_rows - 1), col.clamp(0, num_cols - 1)
             index.append((row * num_cols + col).long())
-    return torch.stack(index, 1), torch.stack(weight, 1)
+    return torch.stack(index), torch.stack(weight)
 
 
-def _log_prob_by_map(probs, obs, index, weight):
+def _log_prob_by_map(probs, ink, index, weight):
     """log p(x | map) of every image under every map: no gradients, the fast way.
 
-    Pixels are rows and images are columns, so that a bilinear tap is a contiguous
-    row times a number, and four pixels' probabilities (at least eps^4, which
-    float32 holds) share a logarithm.
+    Images lie in blocks of 16 columns, their pixels in rows, so that a bilinear tap
+    is a contiguous row times a number, and a block stays in the cache for all maps.
+    Four pixels' probabilities, at least eps^4, which float32 holds, share a logarithm.
 
-    Args: probs [R * C, N]; obs [R * C, N]; index, weight [T, 4, R * C]
-    Returns: [N, T]
+    Args: probs, ink [blocks, pixels, 16]; index, weight [4, T, pixels]; the number
+        of pixels is a multiple of 4
+    Returns: [blocks, T, 16]
     """
-    ink, by_map = obs > 0.5, []
-    for i, w in zip(index, weight.unsqueeze(-1)):
-        q = probs[i[0]] * w[0]
-        for tap in [1, 2, 3]:
-            q = torch.addcmul(q, probs[i[tap]], w[tap])
-        q = _clamp(q)
-        q = torch.where(ink, q, 1 - q)  # [R * C, N]
-        q = F.pad(q, (0, 0, 0, -len(q) % 4), value=1.0).view(4, -1, q.shape[1])
-        by_map.append((q[0] * q[1] * q[2] * q[3]).log().sum(0))
-    return torch.stack(by_map, -1)
+    q = probs[:, index[0]] * weight[0].unsqueeze(-1)  # [blocks, T, pixels, 16]
+    for tap in [1, 2, 3]:
+        q = q + probs[:, index[tap]] * weight[tap].unsqueeze(-1)
+    q = _clamp(q)
+    q = torch.where(ink.unsqueeze(1), q, 1 - q).unflatten(2, (4, -1))  # [blocks, T, 4, pixels / 4, 16]
+    return (q[:, :, 0] * q[:, :, 1] * q[:, :, 2] * q[:, :, 3]).log().sum(2)
+
+
+def _score_maps(probs, obs, maps):
+    """log p(x | map): probs, obs [N, R, C], maps [T, 2, 3] -> [N, T]"""
+    index, weight = get_taps(maps, *obs.shape[1:])
+    num_images, num_pixels = len(obs), index.shape[-1]
+    rest = -num_pixels % 4  # pixels that are surely paper, and are
+    index, weight = (F.pad(x, (0, rest)) for x in (index, weight))
+    blocks = []
+    for image in (probs, obs > 0.5):
+        columns = F.pad(image.flatten(1), (0, rest, 0, -num_images % BLOCK))
+        blocks.append(columns.view(-1, BLOCK, num_pixels + rest).transpose(1, 2).contiguous())
+    by_map = [
+        _run(_log_prob_by_map, blocks, (i, w))  # [blocks, 40, 16]
+        for i, w in zip(index.split(MAPS_AT_ONCE, 1), weight.split(MAPS_AT_ONCE, 1))
+    ]
+    return torch.cat(by_map, 1).transpose(1, 2).flatten(0, 1)[:num_images]  # [N, T]
 
 
 def affine_log_prob(logits, obs, maps):
@@ -188,14 +225,55 @@ def affine_log_prob(logits, obs, maps):
     """
     probs = logits.sigmoid()
     with torch.no_grad():
-        index, weight = get_taps(maps, *obs.shape[1:])
-        columns = [image.flatten(1).t().contiguous() for image in (probs, obs)]  # [R * C, N]
-        by_map = _log_prob_by_map(*columns, index, weight)  # [N, T]
+        by_map = _score_maps(probs, obs, maps)  # [N, T]
         log_prob = by_map.logsumexp(1) - math.log(len(maps))  # [N]
     if not (torch.is_grad_enabled() and (probs.requires_grad or maps.requires_grad)):
         return log_prob
     responsibility = by_map.softmax(1)
     image_id, map_id = (responsibility > NEGLIGIBLE).nonzero().unbind(1)
-    carrying = _log_prob_one_map_each(probs[image_id], obs[image_id], maps[map_id])
+    # index_select, not [], whose gradient is summed in an order that differs between runs
+    carrying = _log_prob_one_map_each(
+        probs.index_select(0, image_id), obs.index_select(0, image_id), maps.index_select(0, map_id)
+    )
     carrying = responsibility[image_id, map_id] * (carrying - carrying.detach())
     return log_prob + torch.zeros_like(log_prob).index_add(0, image_id, carrying)
+
+
+# ------------------------------------------------------------------ compilation
+
+_compiled = {}  # kernel -> its compiled form
+
+
+def set_compile(enabled):
+    """Has the two kernels without gradients compiled, for all sizes at once, or not.
+    Where that fails (there is no C++ compiler, say), one line warns of it."""
+    _compiled.clear()
+    if not enabled:
+        return
+    for kernel in [_find_strongest, _log_prob_by_map]:
+        _compiled[kernel] = torch.compile(kernel, dynamic=True)
+    try:
+        with torch.no_grad():
+            logits = get_logits(torch.rand(3, 2, 7), torch.ones(3, 2), torch.rand(2), 28, 28)
+            affine_log_prob(logits, torch.zeros(3, 28, 28), torch.rand(3, 2, 3))
+    except Exception as error:  # torch raises many kinds
+        _compiled.clear()
+        reason = str(error).strip().split("\n")[0][:100]
+        print(f"warning: not compiled, training is slower: {reason}", file=sys.stderr)
+
+
+def get_chunk_size(device):
+    """How many latents to score at a time: in plain PyTorch on a CPU, what fits the cache"""
+    return 1024 if _compiled or device.type == "cuda" else 64
+
+
+def _run(kernel, batched, rest):
+    """Calls a kernel, compiled or not. A batch of one is made one of two: sizes of one
+    are compiled apart."""
+    if kernel not in _compiled:
+        return kernel(*batched, *rest)
+    size = len(batched[0])
+    if size == 1:
+        batched = [torch.cat([x, x]) for x in batched]
+    out = _compiled[kernel](*batched, *rest)
+    return out if size > 1 else tuple(x[:1] for x in out) if isinstance(out, tuple) else out[:1]

@@ -1,4 +1,5 @@
 """What every script needs: errors, run folders, checkpoints, random states, signals."""
+
 import argparse
 import contextlib
 import fcntl
@@ -7,7 +8,6 @@ import io
 import math
 import os
 import pathlib
-import random
 import signal
 import sys
 import zipfile
@@ -126,7 +126,9 @@ def get_path_base(args):
     settings, defaults = get_settings(args), dict(SETTINGS)
     test_run = settings.pop("test_run")
     if test_run:
-        defaults.update({name: min(limit, defaults[name]) for name, limit in TEST_RUN_LIMITS.items() if name in defaults})
+        defaults.update(
+            {name: min(limit, defaults[name]) for name, limit in TEST_RUN_LIMITS.items() if name in defaults}
+        )
         defaults["data_location"] = "glyphs"
     conditional, small = settings.pop("condition_on_alphabet"), settings.pop("small_dataset")
     algorithm, num_particles = settings.pop("algorithm"), settings.pop("num_particles")
@@ -258,7 +260,9 @@ def load_newest_checkpoint(path_base, device="cpu"):
             print(f"warning: going on from {path}, the newest intact checkpoint", file=sys.stderr)
         return checkpoint
     if paths:
-        raise UserError(f"no checkpoint in {latest.parent} is intact; delete the folder {SAVE / path_base} to start anew")
+        raise UserError(
+            f"no checkpoint in {latest.parent} is intact; delete the folder {SAVE / path_base} to start anew"
+        )
     return None
 
 
@@ -266,8 +270,11 @@ def load_newest_checkpoint(path_base, device="cpu"):
 
 
 def set_seed(seed):
-    random.seed(seed)
+    """Seeds torch, and has it sum in the same order each time, where it can."""
     torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def get_random_state():
@@ -300,12 +307,20 @@ def get_device(cuda):
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) so that a loop can save and leave."""
+    """Within it, SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) are noted in `received`,
+    so that a loop can save and leave."""
 
     def __init__(self):
         self.received = None
-        for number in [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]:
-            signal.signal(number, self._receive)
+
+    def __enter__(self):
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        self.handlers = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def _receive(self, number, frame):
         self.received = number

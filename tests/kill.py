@@ -4,6 +4,7 @@ to the end. Usage: kill.py NUM_KILLS SEED SECONDS [main.py's arguments]
 Each attempt is a process of its own, forked after the imports, which would
 otherwise take nearly all the time. It is killed SECONDS at most after its start.
 """
+
 import os
 import pathlib
 import random

@@ -1,6 +1,7 @@
 """The renderer and the affine likelihood as one would first write them, from the
 textbook's formulas: slow, and wrong in float32 for nearly straight arcs, but plain
 to read. The project's own are compared with these in float64."""
+
 import math
 
 import torch
@@ -23,9 +24,7 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     angle = torch.atan2(y - y_centre, x - x_centre) - torch.atan2(y_middle - y_centre, x_middle - x_centre)
     angle = (angle + math.pi).remainder(2 * math.pi) - math.pi
     to_circle = (torch.hypot(x - x_centre, y - y_centre) - radius).abs()
-    to_end = torch.minimum(
-        torch.hypot(x - x_start, y - y_start), torch.hypot(x - x_start - dx, y - y_start - dy)
-    )
+    to_end = torch.minimum(torch.hypot(x - x_start, y - y_start), torch.hypot(x - x_start - dx, y - y_start - dy))
     distance = torch.where(angle.abs() <= theta.abs(), to_circle, to_end)  # [B, A, R, C]
 
     scale, bias = rendering_params

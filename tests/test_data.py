@@ -275,7 +275,11 @@ def test_download(server, tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize(
     ("name", "blob_id", "num_requests", "message"),
-    [("always-cut", None, 3, "broke off"), ("missing", None, 1, "Not Found"), ("whole", "0" * 40, 1, "not the expected file")],
+    [
+        ("always-cut", None, 3, "broke off"),
+        ("missing", None, 1, "Not Found"),
+        ("whole", "0" * 40, 1, "not the expected file"),
+    ],
 )
 def test_failed_download(server, tmp_path, monkeypatch, name, blob_id, num_requests, message):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)

@@ -1,5 +1,6 @@
 """Objectives on a model so small that all its latents can be listed: log p(x), the
 posterior and every expected gradient are known exactly."""
+
 import itertools
 import math
 
@@ -91,9 +92,7 @@ def test_bound_rises_to_log_p():
         log_px = log_p.logsumexp(0).mean()
         bounds = [exact_bound(log_p, log_q, n)[0] for n in (1, 2, 3)]
         assert bounds == sorted(bounds) and bounds[-1] < log_px
-        log_weight = losses.get_log_weight(
-            model, network, obs, 4000, obs_id=torch.arange(NUM_IMAGES)
-        )  # [4000, 3]
+        log_weight = losses.get_log_weight(model, network, obs, 4000, obs_id=torch.arange(NUM_IMAGES))  # [4000, 3]
         assert abs(losses.log_mean_weight(log_weight).mean() - log_px) < 0.05
         assert log_px - bounds[0] > 0.1  # there was something to gain
 
@@ -187,7 +186,9 @@ def test_memory_keeps_the_best_distinct_latents():
     num_novel = num_new_map = 0
     for b in range(NUM_IMAGES):
         score = dict(zip(codes, log_p[:, b].tolist(), strict=True))
-        remembered, proposed = ({tuple(z.tolist()) for z in group} for group in (before[b], losses.pack(proposal[:, b], torch.uint8)))
+        remembered, proposed = (
+            {tuple(z.tolist()) for z in group} for group in (before[b], losses.pack(proposal[:, b], torch.uint8))
+        )
         best = sorted(score[z] for z in remembered | proposed)[::-1][:memory_size]
         assert len({tuple(z.tolist()) for z in memory[b]}) == memory_size
         assert [score[tuple(z.tolist())] for z in memory[b]] == pytest.approx(best, abs=1e-4)
@@ -219,7 +220,9 @@ def test_memory_keeps_latents_that_score_the_same():
         assert {tuple(z.tolist()) for z in image_memory} == {tuple(z.tolist()) for z in losses.pack(inked, torch.uint8)}
 
 
-@pytest.mark.parametrize(("num_primitives", "num_arcs", "memory_size"), [(64, 10, 10), (2, 2, 5), (3, 2, 7), (300, 3, 4), (2, 1, 10)])
+@pytest.mark.parametrize(
+    ("num_primitives", "num_arcs", "memory_size"), [(64, 10, 10), (2, 2, 5), (3, 2, 7), (300, 3, 4), (2, 1, 10)]
+)
 def test_initial_memory(num_primitives, num_arcs, memory_size):
     memory = losses.init_memory(50, memory_size, num_arcs, num_primitives)
     size = min(memory_size, num_primitives**num_arcs * 2 ** (num_arcs - 1))

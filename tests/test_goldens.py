@@ -1,4 +1,5 @@
 """Reference values computed by an independent implementation in float32."""
+
 import os
 import pathlib
 
@@ -88,9 +89,7 @@ def test_inference_network(name):
     if name == "lookup":
         network, given = models.LookupInferenceNetwork(num_data=20), golden["obs_id"]
     else:
-        network = models.InferenceNetwork(
-            uniform_mixture=float(golden["uniform_mixture"]), num_alphabets=num_alphabets
-        )
+        network = models.InferenceNetwork(uniform_mixture=float(golden["uniform_mixture"]), num_alphabets=num_alphabets)
         given = golden["obs"]
     load_parameters(network, golden, "decoder")
     log_q = network.log_prob(golden["latent"], given, golden["alphabet"] if num_alphabets else None)
@@ -126,7 +125,7 @@ def test_memory_update(packed):
     obs_id, obs = golden["obs_id"], golden["obs"]
     kept, log_joint, statistics = losses.update_memory(model, memory, obs, obs_id, golden["proposal"])
     expected = losses.pack(golden["memory_after"], torch.uint8)
-    for after, want in zip(memory if packed else losses.pack(memory, torch.uint8), expected):
+    for after, want in zip(memory if packed else losses.pack(memory, torch.uint8), expected, strict=True):
         assert {tuple(z.tolist()) for z in after} == {tuple(z.tolist()) for z in want}
     by_latent = {
         (b, tuple(losses.pack(golden["memory_after"][i, m], torch.uint8).tolist())): golden["after_log_joint"][b, m]

@@ -1,4 +1,5 @@
 """Draws agree with densities, shapes and errors."""
+
 import math
 
 import pytest
@@ -135,10 +136,10 @@ def test_chunks_and_memory_errors_change_nothing(likelihood, monkeypatch):
     expected, expected_gradients = score()
     original = model._chunk_log_likelihood
 
-    def refuse(latent, obs, obs_id):
+    def refuse(latent, obs, obs_id, one_of_many):
         if len(latent) > 4:
             raise torch.OutOfMemoryError("a stand-in")
-        return original(latent, obs, obs_id)
+        return original(latent, obs, obs_id, one_of_many)
 
     monkeypatch.setattr(model, "_chunk_log_likelihood", refuse)
     log_likelihood, gradients = score()
