@@ -209,7 +209,7 @@ def _score_maps(probs, obs, maps):
         blocks.append(columns.view(-1, BLOCK, num_pixels + rest).transpose(1, 2).contiguous())
     by_map = [
         _run(_log_prob_by_map, blocks, (i, w))  # [blocks, 40, 16]
-        for i, w in zip(index.split(MAPS_AT_ONCE, 1), weight.split(MAPS_AT_ONCE, 1))
+        for i, w in zip(index.split(MAPS_AT_ONCE, 1), weight.split(MAPS_AT_ONCE, 1), strict=True)
     ]
     return torch.cat(by_map, 1).transpose(1, 2).flatten(0, 1)[:num_images]  # [N, T]
 
