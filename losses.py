@@ -13,7 +13,27 @@ import math
 
 import torch
 
-from rendering import NEGLIGIBLE
+NEGLIGIBLE = 1e-8  # a weight that is lost in float32 beside a weight of one
+
+# ------------------------------------------------------------------ scores
+
+
+@torch.no_grad()
+def score(generative_model, latent, obs, alphabet=None):
+    """log p(z, x) without gradients, each distinct latent of an image scored once.
+
+    Args: latent [P, B, A, 2]; obs [B, R, C]; alphabet [B, L] one-hot
+    Returns: [P, B]
+    """
+    if latent.is_cuda:  # to know how many are distinct, the CPU would have to wait
+        return sum(generative_model.log_prob(latent, obs, alphabet))
+    obs_id = torch.arange(len(obs)).expand(latent.shape[:2])
+    codes = torch.cat([obs_id.unsqueeze(-1), pack(latent, torch.long)], -1).flatten(0, 1)  # [P * B, 1 + A]
+    distinct, inverse = codes.unique(dim=0, return_inverse=True)
+    obs_id, latent = distinct[:, 0], unpack(distinct[:, 1:]).unsqueeze(0)  # [N], [1, N, A, 2]
+    alphabet = None if alphabet is None else alphabet[obs_id]
+    return sum(generative_model.log_prob(latent, obs[obs_id], alphabet))[0, inverse].view(-1, len(obs))
+
 
 # ------------------------------------------------------------------ sleep
 
@@ -108,7 +128,7 @@ def get_log_weight(generative_model, inference_network, obs, num_particles, alph
     Arguments as for `rws`."""
     given = obs if obs_id is None else obs_id
     latent = inference_network.sample(given, num_particles, alphabet)
-    return sum(generative_model.log_prob(latent, obs, alphabet)) - inference_network.log_prob(latent, given, alphabet)
+    return score(generative_model, latent, obs, alphabet) - inference_network.log_prob(latent, given, alphabet)
 
 
 def _importance_weighted(objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id):
@@ -116,7 +136,7 @@ def _importance_weighted(objective, generative_model, inference_network, obs, nu
     with torch.no_grad():
         latent = inference_network.decoder.sample(num_particles, context)  # [P, B, A, 2]
         log_q = inference_network.decoder.log_prob(latent, context)  # [P, B]
-        log_p = sum(generative_model.log_prob(latent, obs, alphabet))  # [P, B]
+        log_p = score(generative_model, latent, obs, alphabet)  # [P, B]
         loss, grad_log_p, grad_log_q, statistics = objective(log_p, log_q)
     zero = _attach_gradients(
         generative_model, inference_network, latent, obs, context, alphabet, grad_log_p, grad_log_q
@@ -131,8 +151,8 @@ def _attach_gradients(generative_model, inference_network, latent, obs, context,
     Args: latent [P, B, A, 2]; context: of the network's decoder, [B, H];
         grad_log_p, grad_log_q [P, B]
     """
-    scale = 1 / latent.shape[1]  # the factors' own: weights up to one over the batch size
-    carries = (grad_log_p.abs() > NEGLIGIBLE * scale) | (grad_log_q.abs() > NEGLIGIBLE * scale)
+    threshold = NEGLIGIBLE / latent.shape[1]  # the factors are weights over the batch size
+    carries = (grad_log_p.abs() > threshold) | (grad_log_q.abs() > threshold)
     particle_id, obs_id = carries.nonzero().unbind(1)
     latent = latent[particle_id, obs_id].unsqueeze(0)  # [1, N, A, 2]
     terms = []
@@ -189,7 +209,7 @@ def update_memory(generative_model, memory, obs, obs_id, proposal, alphabet=None
     remembered = memory[obs_id] if packed else pack(memory[obs_id], memory.dtype)  # [B, M, A]
     candidate = torch.cat([remembered, pack(proposal, memory.dtype).transpose(0, 1)], 1)  # [B, M + P, A]
     latent = unpack(candidate).transpose(0, 1)  # [M + P, B, A, 2]
-    log_joint = sum(generative_model.log_prob(latent, obs, alphabet)).t()  # [B, M + P]
+    log_joint = score(generative_model, latent, obs, alphabet).t()  # [B, M + P]
     same = (candidate.unsqueeze(1) == candidate.unsqueeze(2)).all(-1)  # [B, M + P, M + P]
     repeated = same.tril(-1).any(-1)  # [B, M + P]: equal to one before it
     distinct = log_joint.masked_fill(repeated, -math.inf)

@@ -247,8 +247,8 @@ def main(argv=None):
     dataset = load_data(args, device)
     path_base = util.get_path_base(args)
     with util.lock_run(path_base):
-        rendering.set_compile(args.compile)
         run = Run(args, dataset, device)
+        rendering.set_compile(args.compile, device)
         checkpoint = util.load_newest_checkpoint(path_base)
         if checkpoint is not None:
             run.restore(checkpoint)

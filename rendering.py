@@ -10,12 +10,12 @@ import math
 import sys
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
 LOG_PAPER = math.log(1e-6)  # a pixel that no arc comes near has the logit log(1e-6)
 BLOCK = 16  # images that are scored side by side: a register's width of floats
 MAPS_AT_ONCE = 40
-NEGLIGIBLE = 1e-8  # a weight that is lost in float32 beside a weight of one
 
 # ------------------------------------------------------------------ arcs
 
@@ -27,19 +27,35 @@ def _norm(x, y):
     return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
-def get_squared_distance(x, y, dx, dy, theta):
+def get_arc_constants(arcs):
+    """What `get_exponent` needs of an arc, computed once an arc and not once a pixel:
+    arcs [..., 7] -> [..., 10]"""
+    x_start, y_start, dx, dy, theta, sharpness, width = arcs.unbind(-1)
+    constants = [
+        x_start + dx / 2,
+        y_start + dy / 2,
+        dx,
+        dy,
+        theta.sin(),
+        theta.cos(),
+        _norm(dx, dy),
+        dx * dx + dy * dy,
+        sharpness**2,
+        width**2,
+    ]
+    return torch.stack(constants, -1)
+
+
+def get_squared_distance(x, y, dx, dy, sin, cos, chord, squared_chord):
     """Squared distance of points to an arc, where points are given relative to
     the middle of the arc's chord. All arguments broadcast.
 
-    The part of a circle over the chord (dx, dy), theta half its angle, signed.
-    The circle's centre, which the textbook formula goes through, runs off to
-    infinity as the arc gets straight; this form never needs it (the distance
-    to the circle is rationalised), and the values and gradients are finite for
+    The part of a circle over the chord (dx, dy) of length `chord`; sin and cos are of
+    theta, half its angle, signed. The circle's centre, which the textbook formula goes
+    through, runs off to infinity as the arc gets straight; this form never needs it (the
+    distance to the circle is rationalised), and the values and gradients are finite for
     any theta in [-pi, pi] and any chord, a single point included.
     """
-    sin, cos = theta.sin(), theta.cos()
-    chord = _norm(dx, dy)
-    squared_chord = dx * dx + dy * dy
     squared = x * x + y * y
     along = (x * dx + y * dy).abs()
     across = x * dy - y * dx
@@ -54,6 +70,12 @@ def get_squared_distance(x, y, dx, dy, theta):
     return torch.where(beside, to_circle * to_circle, to_end)
 
 
+def get_exponent(x, y, constants):
+    """Log of an arc's ink at points, before it is clipped: x, y broadcast against the ten constants"""
+    x_middle, y_middle, *shape, squared_sharpness, squared_width = constants
+    return squared_sharpness * (squared_width - get_squared_distance(x - x_middle, y - y_middle, *shape))
+
+
 def get_pixel_centres(num_rows, num_cols, like):
     """x [R * C] and y [R * C] of the pixels: the unit square, y upwards."""
     options = dict(dtype=like.dtype, device=like.device)
@@ -62,22 +84,13 @@ def get_pixel_centres(num_rows, num_cols, like):
     return x.repeat(num_rows), y.repeat_interleave(num_cols)
 
 
-def _get_exponent(x, y, arcs):
-    """Log of an arc's ink at points, before it is clipped: x, y broadcast against the
-    seven parameters of the arcs"""
-    x_start, y_start, dx, dy, theta, sharpness, width = arcs
-    squared_distance = get_squared_distance(x - (x_start + dx / 2), y - (y_start + dy / 2), dx, dy, theta)
-    return sharpness**2 * (width**2 - squared_distance)
-
-
-def _find_strongest(arcs, on_offs, num_rows, num_cols):
+def _find_strongest(constants, on_offs, x, y):
     """The arc of most ink at each pixel: no gradients, the fast way.
 
-    Args: as for `get_logits`
+    Args: constants [B, A, 10]; on_offs [B, A]; x, y [R * C]
     Returns: exponent [B, R * C], -inf where no arc is on; arc_id [B, R * C]
     """
-    x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
-    exponent = _get_exponent(x, y, arcs.unsqueeze(-1).unbind(-2))  # [B, A, R * C]
+    exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, A, R * C]
     return exponent.masked_fill(on_offs.unsqueeze(-1) == 0, -math.inf).max(1)
 
 
@@ -94,14 +107,17 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
         num_rows (R), num_cols (C): of the image; row 0 is its top
     Returns: logits [B, R, C]
     """
+    if _compiled and len(arcs) == 1:  # a batch of one would be compiled apart
+        return get_logits(*(torch.cat([x, x]) for x in (arcs, on_offs)), rendering_params, num_rows, num_cols)[:1]
+    x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
+    constants = get_arc_constants(arcs)  # [B, A, 10]
     with torch.no_grad():
-        exponent, arc_id = _run(_find_strongest, (arcs, on_offs), (num_rows, num_cols))  # [B, R * C]
+        exponent, arc_id = _run(_find_strongest, 0, (constants, on_offs), (x, y))  # [B, R * C]
     on = exponent > -math.inf
     if torch.is_grad_enabled() and arcs.requires_grad:
-        arc_id = arc_id.unsqueeze(1).expand(-1, 7, -1)
-        strongest = arcs.transpose(1, 2).gather(2, arc_id)  # [B, 7, R * C]
-        x, y = get_pixel_centres(num_rows, num_cols, arcs)
-        exponent = _get_exponent(x, y, strongest.unbind(1))
+        arc_id = arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)
+        strongest = constants.transpose(1, 2).gather(2, arc_id)  # [B, 10, R * C]
+        exponent = get_exponent(x, y, strongest.unbind(1))
     scale, bias = rendering_params
     ink = scale * exponent.clamp(max=0).exp() + bias
     ink = torch.where(on, ink, -math.inf)
@@ -150,12 +166,6 @@ def _clamp(probs):
     return probs.clamp(eps, 1 - eps)
 
 
-def _log_prob_one_map_each(probs, obs, maps):
-    """log p(x | map) of N images with a map each, differentiable: [N]."""
-    q = apply_maps(probs, maps)
-    return torch.where(obs > 0.5, q, 1 - q).log().flatten(1).sum(1)
-
-
 def get_taps(maps, num_rows, num_cols):
     """Bilinear sampling written out: which four pixels a map's pixels are made of.
 
@@ -178,65 +188,101 @@ def get_taps(maps, num_rows, num_cols):
     return torch.stack(index), torch.stack(weight)
 
 
-def _log_prob_by_map(probs, ink, index, weight):
+def _log_prob_by_map(probs, paper, index, weight):
     """log p(x | map) of every image under every map: no gradients, the fast way.
 
     Images lie in blocks of 16 columns, their pixels in rows, so that a bilinear tap
     is a contiguous row times a number, and a block stays in the cache for all maps.
     Four pixels' probabilities, at least eps^4, which float32 holds, share a logarithm.
 
-    Args: probs, ink [blocks, pixels, 16]; index, weight [4, T, pixels]; the number
-        of pixels is a multiple of 4
+    Args: probs, paper (1 - obs) [blocks, pixels, 16]; index, weight [4, T, 4, pixels / 4]
     Returns: [blocks, T, 16]
     """
-    q = probs[:, index[0]] * weight[0].unsqueeze(-1)  # [blocks, T, pixels, 16]
+    product = 1.0
+    paper = paper.unflatten(1, (4, 1, -1))  # [blocks, 4, 1, pixels / 4, 16]
+    for quarter in range(4):
+        q = _sample_taps(lambda i: probs[:, i], index[:, :, quarter], weight[:, :, quarter])  # noqa: B023
+        product = product * _clamp((q - paper[:, quarter]).abs())  # [blocks, T, pixels / 4, 16]
+    return product.log().sum(2)
+
+
+def _sample_taps(rows, index, weight):
+    """sum_tap rows(index_tap) * weight_tap"""
+    sampled = rows(index[0]) * weight[0].unsqueeze(-1)
     for tap in [1, 2, 3]:
-        q = q + probs[:, index[tap]] * weight[tap].unsqueeze(-1)
-    q = _clamp(q)
-    q = torch.where(ink.unsqueeze(1), q, 1 - q).unflatten(2, (4, -1))  # [blocks, T, 4, pixels / 4, 16]
-    return (q[:, :, 0] * q[:, :, 1] * q[:, :, 2] * q[:, :, 3]).log().sum(2)
+        sampled = sampled + rows(index[tap]) * weight[tap].unsqueeze(-1)
+    return sampled
 
 
-def _score_maps(probs, obs, maps):
-    """log p(x | map): probs, obs [N, R, C], maps [T, 2, 3] -> [N, T]"""
-    index, weight = get_taps(maps, *obs.shape[1:])
-    num_images, num_pixels = len(obs), index.shape[-1]
-    rest = -num_pixels % 4  # pixels that are surely paper, and are
-    index, weight = (F.pad(x, (0, rest)) for x in (index, weight))
-    blocks = []
-    for image in (probs, obs > 0.5):
-        columns = F.pad(image.flatten(1), (0, rest, 0, -num_images % BLOCK))
-        blocks.append(columns.view(-1, BLOCK, num_pixels + rest).transpose(1, 2).contiguous())
-    by_map = [
-        _run(_log_prob_by_map, blocks, (i, w))  # [blocks, 40, 16]
-        for i, w in zip(index.split(MAPS_AT_ONCE, 1), weight.split(MAPS_AT_ONCE, 1), strict=True)
-    ]
-    return torch.cat(by_map, 1).transpose(1, 2).flatten(0, 1)[:num_images]  # [N, T]
+def _differentiate_by_map(probs, paper, grad, index, weight):
+    """The backward pass of _log_prob_by_map.
+
+    Args: probs, paper [pixels, N]; grad [T, N], of log p(x | map); index, weight [4, T, pixels]
+    Returns: the gradients of the sampled probabilities [T, pixels, N] and of weight
+    """
+    q = _sample_taps(lambda i: probs[i], index, weight)  # [T, pixels, N]
+    signed = q - paper  # its absolute value is the probability of what is seen
+    inside = signed.abs() == _clamp(signed.abs())
+    grad_q = torch.where(inside, grad.unsqueeze(1) / torch.where(inside, signed, 1.0), 0.0)
+    grad_weight = [(grad_q * probs[index[tap]]).sum(-1) for tap in range(4)]
+    return grad_q, torch.stack(grad_weight)
+
+
+class _ScoreMaps(torch.autograd.Function):
+    """log p(x | map): probs, paper [pixels, N], index, weight [4, T, pixels] -> [N, T]"""
+
+    @staticmethod
+    def forward(ctx, probs, paper, index, weight):
+        ctx.save_for_backward(probs, paper, index, weight)
+        num_pixels, num_images = probs.shape
+        rest = -num_pixels % 4  # pixels that are surely paper, and are
+        blocks = [_make_blocks(probs, rest, 0.0), _make_blocks(paper, rest, 1.0)]
+        quarters = [F.pad(x, (0, rest)).unflatten(2, (4, -1)).split(MAPS_AT_ONCE, 1) for x in (index, weight)]
+        by_map = [_run(_log_prob_by_map, 0, blocks, taps) for taps in zip(*quarters, strict=True)]
+        return torch.cat(by_map, 1).transpose(1, 2).flatten(0, 1)[:num_images]  # [N, T]
+
+    @staticmethod
+    def backward(ctx, grad):
+        probs, paper, index, weight = ctx.saved_tensors
+        grad_probs, grad_weight = torch.zeros_like(probs), []
+        slices = [x.split(MAPS_AT_ONCE, 1) for x in (index, weight)]
+        for some, i, w in zip(grad.t().split(MAPS_AT_ONCE), *slices, strict=True):
+            grad_q, grad_w = _run(_differentiate_by_map, 1, (probs, paper, some), (i, w))
+            grad_weight.append(grad_w)
+            grad_probs += _sum_over_taps(grad_q, i, w)
+        return grad_probs, None, None, torch.cat(grad_weight, 1)
+
+
+def _make_blocks(columns, rest, value):
+    """[pixels, N] -> [blocks, pixels + rest, 16], at least two blocks, filled up with a value"""
+    num_blocks = max(math.ceil(columns.shape[1] / BLOCK), 2)
+    columns = F.pad(columns, (0, num_blocks * BLOCK - columns.shape[1], 0, rest), value=value)
+    return columns.unflatten(1, (-1, BLOCK)).transpose(0, 1).contiguous()
+
+
+def _sum_over_taps(grad_q, index, weight):
+    """Sends the gradient of sampled pixels back to where they were sampled from, always
+    in the same order: grad_q [T, pixels, N] -> [pixels, N]"""
+    num_maps, num_pixels, _ = grad_q.shape
+    target, order = index.flatten().sort(stable=True)
+    first = torch.searchsorted(target, torch.arange(num_pixels, device=target.device))
+    source = order % (num_maps * num_pixels)
+    return F.embedding_bag(
+        source, grad_q.flatten(0, 1), first, mode="sum", per_sample_weights=weight.flatten()[order]
+    )
 
 
 def affine_log_prob(logits, obs, maps):
     """log p(x | z) under an equal mixture of affine maps of the drawing.
 
-    Gradients go through the maps of non-negligible responsibility only; what the
-    others would add is lost in float32.
-
     Args: logits [N, R, C]; obs [N, R, C] in {0, 1}; maps [T, 2, 3]
     Returns: [N]
     """
-    probs = logits.sigmoid()
-    with torch.no_grad():
-        by_map = _score_maps(probs, obs, maps)  # [N, T]
-        log_prob = by_map.logsumexp(1) - math.log(len(maps))  # [N]
-    if not (torch.is_grad_enabled() and (probs.requires_grad or maps.requires_grad)):
-        return log_prob
-    responsibility = by_map.softmax(1)
-    image_id, map_id = (responsibility > NEGLIGIBLE).nonzero().unbind(1)
-    # index_select, not [], whose gradient is summed in an order that differs between runs
-    carrying = _log_prob_one_map_each(
-        probs.index_select(0, image_id), obs.index_select(0, image_id), maps.index_select(0, map_id)
-    )
-    carrying = responsibility[image_id, map_id] * (carrying - carrying.detach())
-    return log_prob + torch.zeros_like(log_prob).index_add(0, image_id, carrying)
+    if _compiled and len(logits) == 1:
+        return affine_log_prob(*(torch.cat([x, x]) for x in (logits, obs)), maps)[:1]
+    index, weight = get_taps(maps, *obs.shape[1:])
+    probs, paper = logits.sigmoid().flatten(1).t(), 1 - obs.flatten(1).t()  # [R * C, N]
+    return _ScoreMaps.apply(probs, paper, index, weight).logsumexp(1) - math.log(len(maps))
 
 
 # ------------------------------------------------------------------ compilation
@@ -244,18 +290,21 @@ def affine_log_prob(logits, obs, maps):
 _compiled = {}  # kernel -> its compiled form
 
 
-def set_compile(enabled):
-    """Has the two kernels without gradients compiled, for all sizes at once, or not.
-    Where that fails (there is no C++ compiler, say), one line warns of it."""
+def set_compile(enabled, device="cpu"):
+    """Has the kernels compiled, for all batch sizes at once, or not. Where that fails
+    (there is no C++ compiler, say), one line warns of it."""
     _compiled.clear()
     if not enabled:
         return
-    for kernel in [_find_strongest, _log_prob_by_map]:
-        _compiled[kernel] = torch.compile(kernel, dynamic=True)
+    # Fused to the end: inductor would else write down what is read more than a few times.
+    options = dict.fromkeys(["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000)
+    for kernel in [_find_strongest, _log_prob_by_map, _differentiate_by_map]:
+        _compiled[kernel] = torch.compile(kernel, options=options)
     try:
-        with torch.no_grad():
-            logits = get_logits(torch.rand(3, 2, 7), torch.ones(3, 2), torch.rand(2), 28, 28)
-            affine_log_prob(logits, torch.zeros(3, 28, 28), torch.rand(3, 2, 3))
+        arcs, maps = torch.rand(3, 10, 7, device=device), torch.rand(MAPS_AT_ONCE, 2, 3, device=device)
+        arcs.requires_grad_()
+        logits = get_logits(arcs, torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)
+        affine_log_prob(logits, torch.zeros_like(logits), maps).sum().backward()
     except Exception as error:  # torch raises many kinds
         _compiled.clear()
         reason = str(error).strip().split("\n")[0][:100]
@@ -267,13 +316,13 @@ def get_chunk_size(device):
     return 1024 if _compiled or device.type == "cuda" else 64
 
 
-def _run(kernel, batched, rest):
-    """Calls a kernel, compiled or not. A batch of one is made one of two: sizes of one
-    are compiled apart."""
+def _run(kernel, batch_dim, batched, rest):
+    """Calls a kernel, compiled or not; the first of its arguments, `batched`, have the
+    batch, of two at least, in their dimension batch_dim. What would be compiled apart is
+    made the same: inputs that require gradients, or that are not contiguous."""
     if kernel not in _compiled:
         return kernel(*batched, *rest)
-    size = len(batched[0])
-    if size == 1:
-        batched = [torch.cat([x, x]) for x in batched]
-    out = _compiled[kernel](*batched, *rest)
-    return out if size > 1 else tuple(x[:1] for x in out) if isinstance(out, tuple) else out[:1]
+    batched, rest = ([x.detach().contiguous() for x in args] for args in (batched, rest))
+    for x in batched:
+        torch._dynamo.mark_dynamic(x, batch_dim)
+    return _compiled[kernel](*batched, *rest)

@@ -1,6 +1,7 @@
-"""The renderer and the affine likelihood as one would first write them, from the
-textbook's formulas: slow, and wrong in float32 for nearly straight arcs, but plain
-to read. The project's own are compared with these in float64."""
+"""What the project does fast, as one would first write it: the renderer from the
+textbook's formulas (wrong in float32 for nearly straight arcs), the likelihood of
+every image under every map, one-hot inputs to the LSTM, and training steps that
+score everything with gradients. Tests compare with it, and `benchmark.py`."""
 
 import math
 
@@ -44,3 +45,98 @@ def affine_log_prob(logits, obs, maps):
     obs = obs.repeat_interleave(num_maps, 0)
     log_prob = torch.distributions.Bernoulli(probs=probs, validate_args=False).log_prob(obs)
     return log_prob.sum((1, 2)).view(num_images, num_maps).logsumexp(1) - math.log(num_maps)
+
+
+# ------------------------------------------------------------------ models
+
+
+def log_likelihood(model, latent, obs):
+    """latent [P, B, A, 2], obs [B, R, C] -> [P, B]"""
+    num_particles = len(latent)
+    latent = latent.flatten(0, 1)
+    logits = get_logits(model.get_arcs(latent), latent[..., 1], model.get_rendering_params(), *obs.shape[1:])
+    return affine_log_prob(logits, obs.repeat(num_particles, 1, 1), model.theta_affine).view(num_particles, -1)
+
+
+def decode(decoder, context, latent=None, num_particles=1):
+    """Samples from a decoder, context [B, H], or scores latent [P, B, A, 2]: both, and log q [P, B]"""
+    num_particles = num_particles if latent is None else len(latent)
+    context = context.repeat(num_particles, 1)  # [P * B, H]
+    stroke = context.new_zeros(len(context), decoder.num_primitives + 2)
+    state, chosen, log_q = None, [], 0
+    for arc_id in range(decoder.num_arcs):
+        state = decoder.lstm(torch.cat([stroke, context], 1), state)
+        logits = decoder.linear(state[0]).split([decoder.num_primitives, 2], 1)
+        id_dist, on_dist = (torch.distributions.Categorical(logits=x) for x in logits)
+        if latent is not None:
+            primitive_id, on = latent[..., arc_id, :].flatten(0, 1).unbind(-1)
+        else:
+            primitive_id, on = id_dist.sample(), on_dist.sample() * (arc_id > 0)
+        log_q = log_q + id_dist.log_prob(primitive_id) + (on_dist.log_prob(on) if arc_id > 0 else 0)
+        stroke = torch.cat([F.one_hot(primitive_id, decoder.num_primitives), F.one_hot(on, 2)], 1).to(context)
+        chosen.append(torch.stack([primitive_id, on], 1))
+    return torch.stack(chosen, 1).unflatten(0, (num_particles, -1)), log_q.view(num_particles, -1)
+
+
+def log_joint(model, latent, obs):
+    no_context = obs.new_zeros(len(obs), 0)
+    return decode(model.prior, no_context, latent)[1] + log_likelihood(model, latent, obs)
+
+
+# ------------------------------------------------------------------ objectives
+
+
+def sleep(model, network, num_samples):
+    with torch.no_grad():
+        latent = decode(model.prior, torch.zeros(num_samples, 0, device=model.pre_theta.device))[0]
+        logits = get_logits(model.get_arcs(latent[0]), latent[0, ..., 1], model.get_rendering_params(), 28, 28)
+        maps = model.theta_affine[torch.randint(len(model.theta_affine), (num_samples,), device=logits.device)]
+        grid = F.affine_grid(maps, (num_samples, 1, 28, 28), align_corners=True)
+        obs = F.grid_sample(logits.sigmoid()[:, None], grid, align_corners=True)[:, 0].bernoulli()
+    return -decode(network.decoder, network.get_context(obs), latent)[1].mean()
+
+
+def rws(model, network, obs, num_particles, given=None):
+    context = network.get_context(obs if given is None else given)
+    with torch.no_grad():
+        latent = decode(network.decoder, context, num_particles=num_particles)[0]
+    log_q = decode(network.decoder, context, latent)[1]
+    log_p = log_joint(model, latent, obs)
+    log_weight = log_p - log_q.detach()
+    theta_loss = -(log_weight.logsumexp(0) - math.log(num_particles)).mean()
+    return theta_loss - (log_weight.softmax(0).detach() * log_q).sum(0).mean()
+
+
+def vimco(model, network, obs, num_particles, given=None):
+    context = network.get_context(obs if given is None else given)
+    with torch.no_grad():
+        latent = decode(network.decoder, context, num_particles=num_particles)[0]
+    log_q = decode(network.decoder, context, latent)[1]
+    log_weight = log_joint(model, latent, obs) - log_q
+    bound = log_weight.logsumexp(0) - math.log(num_particles)
+    advantage = []
+    for k in range(num_particles):
+        others = torch.cat([log_weight[:k], log_weight[k + 1 :]])
+        without = torch.cat([others, others.mean(0, keepdim=True)])
+        advantage.append(bound - (without.logsumexp(0) - math.log(num_particles)))
+    return -bound.mean() - (torch.stack(advantage).detach() * log_q).sum(0).mean()
+
+
+def mws(model, network, memory, obs, obs_id, num_particles):
+    """memory [N, M, A, 2], changed in place"""
+    context, memory_size = network.get_context(obs), memory.shape[1]
+    with torch.no_grad():
+        proposal = decode(network.decoder, context, num_particles=num_particles)[0]
+    latent = torch.cat([memory[obs_id].transpose(0, 1), proposal])  # [M + P, B, A, 2]
+    log_p = log_joint(model, latent, obs)
+    with torch.no_grad():
+        same = (latent[:, None] == latent[None]).flatten(3).all(-1)  # [M + P, M + P, B]
+        repeated = same.permute(2, 0, 1).tril(-1).any(-1).t()  # equal to one before it: [M + P, B]
+        kept = log_p.masked_fill(repeated, -math.inf).topk(memory_size, 0).indices  # [M, B]
+        memory[obs_id] = latent.gather(0, kept[..., None, None].expand(-1, -1, *latent.shape[2:])).transpose(0, 1)
+        log_r = log_p.gather(0, kept).log_softmax(0)
+        drawn = torch.distributions.Categorical(logits=log_r.t()).sample()[None]  # [1, B]
+        log_r, drawn = log_r.gather(0, drawn), kept.gather(0, drawn)
+    latent = latent.gather(0, drawn[..., None, None].expand(-1, -1, *latent.shape[2:]))
+    log_q = decode(network.decoder, context, latent)[1]
+    return -(log_p.gather(0, drawn) - log_r).mean() - log_q.mean()

@@ -1,0 +1,243 @@
+"""How fast a step is, against the same step written straightforwardly.
+
+    python benchmark.py             # a table: about ten minutes on two CPU cores
+    python benchmark.py --quick     # smaller batches, under a minute
+    python benchmark.py --profile   # where the time of an MWS step goes
+
+Both run in one process on the same random characters, in turn, and the medians
+are compared. The reference is tests/reference.py: it scores everything, with
+gradients. The floor is the convolutions' own forward and backward pass.
+"""
+
+import json
+import multiprocessing
+import pathlib
+import resource
+import statistics
+import sys
+import time
+
+import torch
+
+import losses
+import main
+import models
+import rendering
+import util
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "tests"))
+import reference  # noqa: E402
+
+ALGORITHMS = ["mws", "rws", "vimco", "pretrain", "eval rws", "eval vimco"]
+
+# ------------------------------------------------------------------ steps
+
+
+class Steps:
+    """The steps of one algorithm on random characters: `step` is the project's, `reference`
+    the straightforward one; each takes an optimiser's step. `floor` is the convolutions'."""
+
+    def __init__(self, algorithm, batch_size, device):
+        util.set_seed(0)
+        self.algorithm, self.device = algorithm, device
+        self.model = models.GenerativeModel().to(device)
+        _, self.obs = self.model.sample(50 if algorithm.startswith("eval") else batch_size)
+        if algorithm.startswith("eval"):
+            self.num_particles = max(batch_size * 100 // 250, 2)
+            self.network = models.LookupInferenceNetwork(len(self.obs)).to(device)
+            self.optimizer = torch.optim.Adam(self.network.parameters())
+        else:
+            self.num_particles = 10
+            self.network = models.InferenceNetwork().to(device)
+            self.optimizer = main.get_optimizer(self.model, self.network, 1)
+        self.obs_id = torch.arange(len(self.obs), device=device)
+        self.memory = losses.init_memory(len(self.obs)).to(device)
+        self.plain_memory = losses.unpack(self.memory)
+
+    def step(self):
+        self.model.requires_grad_(not self.algorithm.startswith("eval"))
+        networks, given = (self.model, self.network), self.obs_id if self.algorithm.startswith("eval") else None
+        if self.algorithm == "mws":
+            loss, _ = losses.mws(*networks, self.memory, self.obs, self.obs_id, self.num_particles)
+        elif self.algorithm == "pretrain":
+            loss, _ = losses.sleep(*networks, 2 * len(self.obs))
+        else:
+            objective = losses.rws if self.algorithm.endswith("rws") else losses.vimco
+            loss, _ = objective(*networks, self.obs, self.num_particles, obs_id=given)
+        self._update(loss)
+
+    def reference(self):
+        self.model.requires_grad_(self.algorithm != "eval rws")
+        networks, given = (self.model, self.network), self.obs_id if self.algorithm.startswith("eval") else None
+        if self.algorithm == "mws":
+            loss = reference.mws(*networks, self.plain_memory, self.obs, self.obs_id, self.num_particles)
+        elif self.algorithm == "pretrain":
+            loss = reference.sleep(*networks, 2 * len(self.obs))
+        else:
+            objective = reference.rws if self.algorithm.endswith("rws") else reference.vimco
+            loss = objective(*networks, self.obs, self.num_particles, given)
+        self._update(loss)
+
+    def floor(self):
+        """The convolutions' forward and backward pass on the same images; nothing for a lookup network"""
+        if self.algorithm.startswith("eval"):
+            return
+        obs = self.obs.repeat(2, 1, 1) if self.algorithm == "pretrain" else self.obs
+        self.network.embed(obs).sum().backward()
+
+    def _update(self, loss):
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def get_seconds(function, device):
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# ------------------------------------------------------------------ measurements
+
+
+def compare(algorithm, batch_size, num_runs, device):
+    """Runs step, reference and floor in turn. Returns: a row of the table"""
+    steps = Steps(algorithm, batch_size, device)
+    seconds = {"step": [], "reference": [], "floor": []}
+    steps.step()  # warm-up; the reference gets a small one
+    Steps(algorithm, 2, device).reference()
+    for _ in range(num_runs):
+        for name, times in seconds.items():
+            repeats = 1 if name == "reference" else 3
+            times += [get_seconds(getattr(steps, name), device) for _ in range(repeats)]
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "algorithm": algorithm,
+        "device": device.type,
+        "batch_size": len(steps.obs),
+        "num_particles": steps.num_particles,
+        "seconds": median["step"],
+        "reference_seconds": median["reference"],
+        "ratio": median["reference"] / median["step"],
+        "ratio_to_convolutions": None if algorithm.startswith("eval") else median["step"] / median["floor"],
+        "peak_megabytes": get_peak_memory(algorithm, batch_size, device, "step"),
+        "reference_peak_megabytes": get_peak_memory(algorithm, batch_size, device, "reference"),
+    }
+
+
+def get_peak_memory(algorithm, batch_size, device, name):
+    """Megabytes that a process of its own needs for three steps over what it had after
+    its imports; on a GPU, what it allocated there"""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure_memory, (algorithm, batch_size, device, name))
+
+
+def _measure_memory(algorithm, batch_size, device, name):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rendering.set_compile(name == "step", device)
+    steps = Steps(algorithm, batch_size, device)
+    for _ in range(3 if name == "step" else 1):
+        getattr(steps, name)()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+def profile(batch_size, num_runs, device):
+    """Prints the seconds of an MWS step's parts, each timed by itself."""
+    steps = Steps("mws", batch_size, device)
+    for _ in range(3):
+        steps.step()
+    model, network, obs = steps.model, steps.network, steps.obs
+    context = network.get_context(obs).detach()
+    latent = network.decoder.sample(20, context)  # what an MWS step scores: 10 + 10
+    with torch.no_grad():
+        flat = latent.flatten(0, 1)
+        logits = torch.cat([model.get_logits(chunk) for chunk in flat.split(1024)])
+
+    def no_grad(function):
+        return torch.no_grad()(function)
+
+    parts = {
+        "convolutions, forward": no_grad(lambda: network.embed(obs)),
+        "convolutions, forward and backward": lambda: network.embed(obs).sum().backward(),
+        "propose 10 latents an image": lambda: network.decoder.sample(10, context),
+        "prior of 20 latents an image": no_grad(lambda: model.log_prior(latent)),
+        "draw 20 latents an image": no_grad(lambda: [model.get_logits(chunk) for chunk in flat.split(1024)]),
+        "likelihood of 20 latents an image": no_grad(
+            lambda: [
+                rendering.affine_log_prob(logits[i : i + 1024], obs.repeat(20, 1, 1)[i : i + 1024], model.theta_affine)
+                for i in range(0, len(flat), 1024)
+            ]
+        ),
+        "gradient of log p of one latent an image": lambda: sum(model.log_prob(latent[:1], obs)).sum().backward(),
+        "gradient of log q of one latent an image": lambda: (
+            network.decoder.log_prob(latent[:1], context).sum().backward()
+        ),
+        "optimiser": steps.optimizer.step,
+        "the whole step": steps.step,
+    }
+    for name, part in parts.items():
+        seconds = statistics.median(get_seconds(part, device) for _ in range(num_runs))
+        print(f"{seconds * 1e3:9.1f} ms  {name}")
+
+
+def scale(batch_size, num_runs, device):
+    """Prints what scoring costs from 1 to 40 latents an image."""
+    steps = Steps("mws", batch_size, device)
+    for num_particles in [1, 4, 10, 40]:
+        latent = steps.network.sample(steps.obs, num_particles)
+        with torch.no_grad():
+            times = [get_seconds(lambda z=latent: steps.model.log_prob(z, steps.obs), device) for _ in range(num_runs)]
+        num_latents = num_particles * len(steps.obs)
+        print(f"{num_latents:6} latents: {statistics.median(times) / num_latents * 1e6:7.1f} microseconds each")
+
+
+# ------------------------------------------------------------------ script
+
+
+def run(argv=None):
+    args = get_parser().parse_args(argv)
+    device = util.get_device(args.cuda)
+    batch_size, num_runs = (args.batch_size or (25 if args.quick else 250)), (1 if args.quick else args.num_runs)
+    rendering.set_compile(args.compile, device)
+    if args.profile:
+        profile(batch_size, 7, device)
+        return 0
+    header = "algorithm   images x latents   seconds   reference   ratio   x convolutions   peak MB   reference"
+    print(header, file=sys.stderr if args.json else sys.stdout)
+    for algorithm in args.algorithms or ALGORITHMS:
+        row = compare(algorithm, batch_size, num_runs, device)
+        if args.json:
+            print(json.dumps(row), flush=True)
+            continue
+        floor = row["ratio_to_convolutions"]
+        print(
+            f"{algorithm:11} {row['batch_size']:6} x {row['num_particles']:<9} {row['seconds']:8.4f}"
+            f"   {row['reference_seconds']:9.3f} {row['ratio']:7.1f} {'-' if floor is None else f'{floor:.2f}':>15}"
+            f" {row['peak_megabytes']:9.0f} {row['reference_peak_megabytes']:11.0f}",
+            flush=True,
+        )
+    if not args.json:
+        scale(batch_size, num_runs, device)
+    return 0
+
+
+def get_parser():
+    parser = util.ArgumentParser(description=__doc__)
+    positive = util.in_range(int, 1)
+    parser.add_argument("--cuda", action="store_true", help="measure a GPU")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the batch, one run of each")
+    parser.add_argument("--json", action="store_true", help="print lines of JSON, not a table")
+    parser.add_argument("--profile", action="store_true", help="print the time of an MWS step's parts instead")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="measure plain PyTorch")
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, help="what to measure (default: all)")
+    parser.add_argument("--batch-size", type=positive, help="images (default: 250, the paper's)")
+    parser.add_argument("--num-runs", type=positive, default=3, help="runs of each (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    util.run_script(run)
