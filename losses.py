@@ -27,12 +27,15 @@ def score(generative_model, latent, obs, alphabet=None):
     """
     if latent.is_cuda:  # to know how many are distinct, the CPU would have to wait
         return sum(generative_model.log_prob(latent, obs, alphabet))
-    obs_id = torch.arange(len(obs)).expand(latent.shape[:2])
-    codes = torch.cat([obs_id.unsqueeze(-1), pack(latent, torch.long)], -1).flatten(0, 1)  # [P * B, 1 + A]
-    distinct, inverse = codes.unique(dim=0, return_inverse=True)
-    obs_id, latent = distinct[:, 0], unpack(distinct[:, 1:]).unsqueeze(0)  # [N], [1, N, A, 2]
+    num_particles, batch_size = latent.shape[:2]
+    obs_id, latent = torch.arange(batch_size).repeat(num_particles), latent.flatten(0, 1)  # [P * B], [P * B, A, 2]
+    key = obs_id  # equal for equal latents of an image, counted from 0
+    for arc in pack(latent, torch.long).unbind(-1):
+        distinct, key = (key * (arc.max() + 1) + arc).unique(return_inverse=True)
+    chosen = torch.empty_like(distinct).scatter_(0, key, torch.arange(len(key)))  # one of each
+    obs_id, latent = obs_id[chosen], latent[chosen].unsqueeze(0)  # [N], [1, N, A, 2]
     alphabet = None if alphabet is None else alphabet[obs_id]
-    return sum(generative_model.log_prob(latent, obs[obs_id], alphabet))[0, inverse].view(-1, len(obs))
+    return sum(generative_model.log_prob(latent, obs[obs_id], alphabet))[0, key].view(num_particles, batch_size)
 
 
 # ------------------------------------------------------------------ sleep

@@ -107,11 +107,11 @@ def _mix_with_uniform(log_probs, weight):
 
 
 def _sample_categorical(log_probs):
-    """Gumbel-max: one draw for each row, without a look at the values (on a GPU,
-    the CPU need not wait). log_probs [..., K] -> [...]"""
-    return (log_probs - torch.empty_like(log_probs, memory_format=torch.contiguous_format).exponential_().log()).argmax(
-        -1
-    )
+    """One draw for each row by inverting the distribution function: one random number a
+    draw, and (on a GPU) no look at the values. log_probs [..., K] -> [...]"""
+    cumulative = log_probs.exp().cumsum(-1)
+    threshold = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
+    return (cumulative <= threshold).sum(-1).clamp(max=log_probs.shape[-1] - 1)
 
 
 # ------------------------------------------------------------------ generative model
@@ -298,8 +298,9 @@ class InferenceNetwork(nn.Module):
     def embed(self, obs):
         """obs [B, 28, 28] -> [B, E]"""
         x = obs.unsqueeze(1).to(memory_format=torch.channels_last)  # [B, 1, 28, 28]
-        x = F.max_pool2d(self.conv0(x).relu(), 3, 2)  # [B, 64, 14, 14]
-        x = F.max_pool2d(self.conv1(x).relu(), 3, 2)  # [B, 128, 6, 6]
+        # Pooling first gives the same values and gradients, and leaves relu little to do.
+        x = F.max_pool2d(self.conv0(x), 3, 2).relu()  # [B, 64, 14, 14]
+        x = F.max_pool2d(self.conv1(x), 3, 2).relu()  # [B, 128, 6, 6]
         x = self.conv3(self.conv2(x).relu()).relu()  # [B, E, 2, 2]
         return F.max_pool2d(x, 2, 2).flatten(1)  # [B, E]
 

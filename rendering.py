@@ -84,21 +84,29 @@ def get_pixel_centres(num_rows, num_cols, like):
     return x.repeat(num_rows), y.repeat_interleave(num_cols)
 
 
-def _find_strongest(constants, on_offs, x, y):
-    """The arc of most ink at each pixel: no gradients, the fast way.
+def _draw(constants, on_offs, x, y, rendering_params):
+    """Logits of ink, and the arc that each pixel's is of: no gradients, the fast way.
 
-    Args: constants [B, A, 10]; on_offs [B, A]; x, y [R * C]
-    Returns: exponent [B, R * C], -inf where no arc is on; arc_id [B, R * C]
+    Args: constants [B, A, 10]; on_offs [B, A]; x, y [R * C]; rendering_params [2]
+    Returns: logits [B, R * C]; arc_id [B, R * C], of an arc that is off where none is on
     """
     exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, A, R * C]
-    return exponent.masked_fill(on_offs.unsqueeze(-1) == 0, -math.inf).max(1)
+    exponent, arc_id = exponent.masked_fill(on_offs.unsqueeze(-1) == 0, -math.inf).max(1)
+    return _get_ink_logits(exponent, exponent > -math.inf, rendering_params), arc_id
+
+
+def _get_ink_logits(exponent, on, rendering_params):
+    scale, bias = rendering_params
+    ink = torch.where(on, scale * exponent.clamp(max=0).exp() + bias, -math.inf)
+    # log(exp(ink) + 1e-6), without overflow
+    return torch.logaddexp(ink, torch.full_like(ink, LOG_PAPER))
 
 
 def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     """Draws arcs: the logits of a pixel being ink.
 
-    A pixel's ink is that of one arc, so gradients go through one arc a pixel: the
-    strongest is found without, and computed again with them.
+    A pixel's ink is that of one arc, the strongest, so gradients go through one arc a
+    pixel: it is found without, and computed again with them.
 
     Args:
         arcs [B, A, 7]: (x_start, y_start, dx, dy, theta, sharpness, width)
@@ -112,17 +120,12 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
     constants = get_arc_constants(arcs)  # [B, A, 10]
     with torch.no_grad():
-        exponent, arc_id = _run(_find_strongest, 0, (constants, on_offs), (x, y))  # [B, R * C]
-    on = exponent > -math.inf
-    if torch.is_grad_enabled() and arcs.requires_grad:
+        logits, arc_id = _run(_draw, 0, (constants, on_offs), (x, y, rendering_params))  # [B, R * C]
+    if torch.is_grad_enabled() and (arcs.requires_grad or rendering_params.requires_grad):
+        on = on_offs.gather(1, arc_id) != 0
         arc_id = arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)
         strongest = constants.transpose(1, 2).gather(2, arc_id)  # [B, 10, R * C]
-        exponent = get_exponent(x, y, strongest.unbind(1))
-    scale, bias = rendering_params
-    ink = scale * exponent.clamp(max=0).exp() + bias
-    ink = torch.where(on, ink, -math.inf)
-    # log(exp(ink) + 1e-6), without overflow
-    logits = torch.logaddexp(ink, torch.full_like(ink, LOG_PAPER))  # [B, R * C]
+        logits = _get_ink_logits(get_exponent(x, y, strongest.unbind(1)), on, rendering_params)
     return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
 
 
@@ -229,12 +232,12 @@ def _differentiate_by_map(probs, paper, grad, index, weight):
 
 
 class _ScoreMaps(torch.autograd.Function):
-    """log p(x | map): probs, paper [pixels, N], index, weight [4, T, pixels] -> [N, T]"""
+    """log p(x | map): probs, paper [N, pixels], index, weight [4, T, pixels] -> [N, T]"""
 
     @staticmethod
     def forward(ctx, probs, paper, index, weight):
         ctx.save_for_backward(probs, paper, index, weight)
-        num_pixels, num_images = probs.shape
+        num_images, num_pixels = probs.shape
         rest = -num_pixels % 4  # pixels that are surely paper, and are
         blocks = [_make_blocks(probs, rest, 0.0), _make_blocks(paper, rest, 1.0)]
         quarters = [F.pad(x, (0, rest)).unflatten(2, (4, -1)).split(MAPS_AT_ONCE, 1) for x in (index, weight)]
@@ -244,20 +247,22 @@ class _ScoreMaps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         probs, paper, index, weight = ctx.saved_tensors
+        probs, paper = probs.t(), paper.t()  # [pixels, N]
         grad_probs, grad_weight = torch.zeros_like(probs), []
         slices = [x.split(MAPS_AT_ONCE, 1) for x in (index, weight)]
         for some, i, w in zip(grad.t().split(MAPS_AT_ONCE), *slices, strict=True):
             grad_q, grad_w = _run(_differentiate_by_map, 1, (probs, paper, some), (i, w))
             grad_weight.append(grad_w)
             grad_probs += _sum_over_taps(grad_q, i, w)
-        return grad_probs, None, None, torch.cat(grad_weight, 1)
+        return grad_probs.t(), None, None, torch.cat(grad_weight, 1)
 
 
-def _make_blocks(columns, rest, value):
-    """[pixels, N] -> [blocks, pixels + rest, 16], at least two blocks, filled up with a value"""
-    num_blocks = max(math.ceil(columns.shape[1] / BLOCK), 2)
-    columns = F.pad(columns, (0, num_blocks * BLOCK - columns.shape[1], 0, rest), value=value)
-    return columns.unflatten(1, (-1, BLOCK)).transpose(0, 1).contiguous()
+def _make_blocks(images, rest, value):
+    """[N, pixels] -> [blocks, pixels + rest, 16], at least two blocks, filled up with a value"""
+    num_blocks = max(math.ceil(len(images) / BLOCK), 2)
+    padding = (0, rest, 0, num_blocks * BLOCK - len(images))
+    images = F.pad(images, padding, value=value) if any(padding) else images
+    return images.unflatten(0, (num_blocks, BLOCK)).transpose(1, 2).contiguous()
 
 
 def _sum_over_taps(grad_q, index, weight):
@@ -267,9 +272,7 @@ def _sum_over_taps(grad_q, index, weight):
     target, order = index.flatten().sort(stable=True)
     first = torch.searchsorted(target, torch.arange(num_pixels, device=target.device))
     source = order % (num_maps * num_pixels)
-    return F.embedding_bag(
-        source, grad_q.flatten(0, 1), first, mode="sum", per_sample_weights=weight.flatten()[order]
-    )
+    return F.embedding_bag(source, grad_q.flatten(0, 1), first, mode="sum", per_sample_weights=weight.flatten()[order])
 
 
 def affine_log_prob(logits, obs, maps):
@@ -281,7 +284,7 @@ def affine_log_prob(logits, obs, maps):
     if _compiled and len(logits) == 1:
         return affine_log_prob(*(torch.cat([x, x]) for x in (logits, obs)), maps)[:1]
     index, weight = get_taps(maps, *obs.shape[1:])
-    probs, paper = logits.sigmoid().flatten(1).t(), 1 - obs.flatten(1).t()  # [R * C, N]
+    probs, paper = logits.sigmoid().flatten(1), 1 - obs.flatten(1)  # [N, R * C]
     return _ScoreMaps.apply(probs, paper, index, weight).logsumexp(1) - math.log(len(maps))
 
 
@@ -297,8 +300,10 @@ def set_compile(enabled, device="cpu"):
     if not enabled:
         return
     # Fused to the end: inductor would else write down what is read more than a few times.
-    options = dict.fromkeys(["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000)
-    for kernel in [_find_strongest, _log_prob_by_map, _differentiate_by_map]:
+    options = dict.fromkeys(
+        ["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000
+    )
+    for kernel in [_draw, _log_prob_by_map, _differentiate_by_map]:
         _compiled[kernel] = torch.compile(kernel, options=options)
     try:
         arcs, maps = torch.rand(3, 10, 7, device=device), torch.rand(MAPS_AT_ONCE, 2, 3, device=device)

@@ -78,6 +78,16 @@ def decode(decoder, context, latent=None, num_particles=1):
     return torch.stack(chosen, 1).unflatten(0, (num_particles, -1)), log_q.view(num_particles, -1)
 
 
+def embed(network, obs):
+    """obs [B, 28, 28] -> [B, E]; of a lookup network, obs are the ids"""
+    if not hasattr(network, "conv0"):
+        return network.get_context(obs)
+    x = F.max_pool2d(network.conv0(obs.unsqueeze(1)).relu(), 3, 2)
+    x = F.max_pool2d(network.conv1(x).relu(), 3, 2)
+    x = network.conv3(network.conv2(x).relu()).relu()
+    return F.max_pool2d(x, 2, 2).flatten(1)
+
+
 def log_joint(model, latent, obs):
     no_context = obs.new_zeros(len(obs), 0)
     return decode(model.prior, no_context, latent)[1] + log_likelihood(model, latent, obs)
@@ -93,11 +103,11 @@ def sleep(model, network, num_samples):
         maps = model.theta_affine[torch.randint(len(model.theta_affine), (num_samples,), device=logits.device)]
         grid = F.affine_grid(maps, (num_samples, 1, 28, 28), align_corners=True)
         obs = F.grid_sample(logits.sigmoid()[:, None], grid, align_corners=True)[:, 0].bernoulli()
-    return -decode(network.decoder, network.get_context(obs), latent)[1].mean()
+    return -decode(network.decoder, embed(network, obs), latent)[1].mean()
 
 
 def rws(model, network, obs, num_particles, given=None):
-    context = network.get_context(obs if given is None else given)
+    context = embed(network, obs if given is None else given)
     with torch.no_grad():
         latent = decode(network.decoder, context, num_particles=num_particles)[0]
     log_q = decode(network.decoder, context, latent)[1]
@@ -108,7 +118,7 @@ def rws(model, network, obs, num_particles, given=None):
 
 
 def vimco(model, network, obs, num_particles, given=None):
-    context = network.get_context(obs if given is None else given)
+    context = embed(network, obs if given is None else given)
     with torch.no_grad():
         latent = decode(network.decoder, context, num_particles=num_particles)[0]
     log_q = decode(network.decoder, context, latent)[1]
@@ -124,7 +134,7 @@ def vimco(model, network, obs, num_particles, given=None):
 
 def mws(model, network, memory, obs, obs_id, num_particles):
     """memory [N, M, A, 2], changed in place"""
-    context, memory_size = network.get_context(obs), memory.shape[1]
+    context, memory_size = embed(network, obs), memory.shape[1]
     with torch.no_grad():
         proposal = decode(network.decoder, context, num_particles=num_particles)[0]
     latent = torch.cat([memory[obs_id].transpose(0, 1), proposal])  # [M + P, B, A, 2]

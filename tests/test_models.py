@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import reference
 import torch
 from scipy import stats
 
+import losses
 import models
 import rendering
 
@@ -119,6 +121,40 @@ def test_alphabets_change_what_is_drawn():
     model = models.GenerativeModel(K, num_arcs=A, likelihood="bernoulli", num_alphabets=4)
     latent = get_latents().unsqueeze(1).expand(-1, 4, -1, -1)
     assert model.log_prior(latent, torch.eye(4)).std(1).min() > 1e-4
+
+
+def test_fast_and_straightforward_agree():
+    model, network = models.GenerativeModel(), models.InferenceNetwork()
+    latent, obs = model.sample(5)
+    latent = torch.cat([latent.unsqueeze(0), network.sample(obs, 3)])
+    torch.testing.assert_close(network.embed(obs), reference.embed(network, obs), atol=1e-5, rtol=0)
+    log_q = reference.decode(network.decoder, reference.embed(network, obs), latent)[1]
+    torch.testing.assert_close(network.log_prob(latent, obs), log_q, atol=1e-4, rtol=0)
+    log_joint = reference.log_joint(model, latent, obs)
+    torch.testing.assert_close(sum(model.log_prob(latent, obs)), log_joint, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        losses.score(model, latent.repeat(2, 1, 1, 1), obs), log_joint.repeat(2, 1), atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("objective", ["rws", "vimco"])
+def test_gradients_of_the_particles_that_matter_are_those_of_all(objective, monkeypatch):
+    model, network = models.GenerativeModel(num_arcs=4), models.InferenceNetwork(num_arcs=4)
+    with torch.no_grad():  # equal strokes tie where one ends and the next starts
+        model.pre_width.add_(0.3 * torch.randn(64))
+    _, obs = model.sample(6)
+    latent, decode = network.sample(obs, 5), reference.decode
+    parameters = [*model.parameters(), *network.parameters()]
+    network.decoder.sample = lambda *_: latent
+    loss, _ = getattr(losses, objective)(model, network, obs, 5)
+    gradients = torch.autograd.grad(loss, parameters)
+    # The textbook's formulas need float64. A call with options is the one that samples.
+    monkeypatch.setattr(reference, "decode", lambda *args, **options: (latent, None) if options else decode(*args))
+    want = getattr(reference, objective)(model.double(), network.double(), obs.double(), 5)
+    assert abs(loss - want) < 1e-3
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        want_gradient = torch.autograd.grad(want, parameter, retain_graph=True)[0]
+        assert (gradient - want_gradient).norm() <= 2e-4 * want_gradient.norm()
 
 
 @pytest.mark.parametrize("likelihood", models.LIKELIHOODS)
