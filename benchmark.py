@@ -4,7 +4,7 @@
     python benchmark.py --quick     # smaller batches, under a minute
     python benchmark.py --profile   # where the time of an MWS step goes
 
-Both run in one process on the same random characters, in turn, and the medians
+Both run in one process on the same embedded characters, in turn, and the medians
 are compared. The reference is tests/reference.py: it scores everything, with
 gradients. The floor is the convolutions' own forward and backward pass.
 """
@@ -12,13 +12,14 @@ gradients. The floor is the convolutions' own forward and backward pass.
 import json
 import multiprocessing
 import pathlib
-import resource
+import re
 import statistics
 import sys
 import time
 
 import torch
 
+import data
 import losses
 import main
 import models
@@ -34,14 +35,15 @@ ALGORITHMS = ["mws", "rws", "vimco", "pretrain", "eval rws", "eval vimco"]
 
 
 class Steps:
-    """The steps of one algorithm on random characters: `step` is the project's, `reference`
+    """The steps of one algorithm on embedded characters, networks as initialised: `step` is the project's, `reference`
     the straightforward one; each takes an optimiser's step. `floor` is the convolutions'."""
 
     def __init__(self, algorithm, batch_size, device):
         util.set_seed(0)
         self.algorithm, self.device = algorithm, device
         self.model = models.GenerativeModel().to(device)
-        _, self.obs = self.model.sample(50 if algorithm.startswith("eval") else batch_size)
+        num_images = 50 if algorithm.startswith("eval") else batch_size
+        self.obs = data.load("glyphs").train.obs[:num_images].to(device)
         if algorithm.startswith("eval"):
             self.num_particles = max(batch_size * 100 // 250, 2)
             self.network = models.LookupInferenceNetwork(len(self.obs)).to(device)
@@ -135,14 +137,20 @@ def get_peak_memory(algorithm, batch_size, device, name):
 
 
 def _measure_memory(algorithm, batch_size, device, name):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # what was the peak counts from now
+    before = _get_peak_resident()
     rendering.set_compile(name == "step", device)
     steps = Steps(algorithm, batch_size, device)
     for _ in range(3 if name == "step" else 1):
         getattr(steps, name)()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return _get_peak_resident() - before
+
+
+def _get_peak_resident():
+    """Megabytes"""
+    return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 2**10
 
 
 def profile(batch_size, num_runs, device):

@@ -13,7 +13,9 @@ import math
 
 import torch
 
-NEGLIGIBLE = 1e-8  # a weight that is lost in float32 beside a weight of one
+from models import GRADIENT_CHUNK_SIZE
+
+NEGLIGIBLE = 2**-24  # a weight that is lost in float32 beside a weight of one
 
 # ------------------------------------------------------------------ scores
 
@@ -129,16 +131,15 @@ def log_mean_weight(log_weight, dim=0):
 def get_log_weight(generative_model, inference_network, obs, num_particles, alphabet=None, obs_id=None):
     """log w = log p(z, x) - log q(z|x) of samples from q, without gradients: [P, B].
     Arguments as for `rws`."""
-    given = obs if obs_id is None else obs_id
-    latent = inference_network.sample(given, num_particles, alphabet)
-    return score(generative_model, latent, obs, alphabet) - inference_network.log_prob(latent, given, alphabet)
+    context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)
+    latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)
+    return score(generative_model, latent, obs, alphabet) - log_q
 
 
 def _importance_weighted(objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id):
     context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)  # [B, H]
     with torch.no_grad():
-        latent = inference_network.decoder.sample(num_particles, context)  # [P, B, A, 2]
-        log_q = inference_network.decoder.log_prob(latent, context)  # [P, B]
+        latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)  # [P, B, A, 2], [P, B]
         log_p = score(generative_model, latent, obs, alphabet)  # [P, B]
         loss, grad_log_p, grad_log_q, statistics = objective(log_p, log_q)
     zero = _attach_gradients(
@@ -158,14 +159,22 @@ def _attach_gradients(generative_model, inference_network, latent, obs, context,
     carries = (grad_log_p.abs() > threshold) | (grad_log_q.abs() > threshold)
     particle_id, obs_id = carries.nonzero().unbind(1)
     latent = latent[particle_id, obs_id].unsqueeze(0)  # [1, N, A, 2]
-    terms = []
-    if any(parameter.requires_grad for parameter in generative_model.parameters()):
-        alphabet = None if alphabet is None else alphabet[obs_id]
-        log_p = sum(generative_model.log_prob(latent, obs[obs_id], alphabet))  # [1, N]
-        terms.append((grad_log_p[particle_id, obs_id] * (log_p - log_p.detach())).sum())
+    grad_log_p, grad_log_q = (grad[particle_id, obs_id] for grad in (grad_log_p, grad_log_q))  # [N]
     log_q = inference_network.decoder.log_prob(latent, context.index_select(0, obs_id))  # [1, N]
-    terms.append((grad_log_q[particle_id, obs_id] * (log_q - log_q.detach())).sum())
-    return sum(terms)
+    zero = (grad_log_q * (log_q - log_q.detach())).sum()
+    parameters = [parameter for parameter in generative_model.parameters() if parameter.requires_grad]
+    if not parameters:
+        return zero
+    # Differentiated here, a chunk at a time, so that memory stays flat.
+    for ids in torch.arange(len(obs_id), device=obs_id.device).split(GRADIENT_CHUNK_SIZE):
+        some_obs_id = obs_id[ids]
+        some_alphabet = None if alphabet is None else alphabet[some_obs_id]
+        with torch.enable_grad():
+            log_p = sum(generative_model.log_prob(latent[:, ids], obs[some_obs_id], some_alphabet))  # [1, n]
+            gradients = torch.autograd.grad((grad_log_p[ids] * log_p).sum(), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            zero = zero + (gradient * (parameter - parameter.detach())).sum()
+    return zero
 
 
 # ------------------------------------------------------------------ memoised wake-sleep

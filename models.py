@@ -41,55 +41,60 @@ class Decoder(nn.Module):
 
     def sample(self, num_particles, context):
         """context [B, H] -> latent [P, B, A, 2]"""
-        with torch.no_grad():
-            stroke_inputs, context_input = self._get_inputs(context)
-            stroke_input = torch.zeros((), device=context.device, dtype=context.dtype)
-            state, latent = None, []
-            for arc_id in range(self.num_arcs):
-                state = self._step(context_input + stroke_input, state)
-                id_log_prob, on_log_prob = self._get_log_probs(state[0])
-                shape = (num_particles, len(context))
-                primitive_id = _sample_categorical(id_log_prob.expand(*shape, -1))  # [P, B]
-                on = _sample_categorical(on_log_prob.expand(*shape, -1))
-                on = on if arc_id > 0 else torch.zeros_like(on)
-                latent.append(torch.stack([primitive_id, on], -1))
-                stroke_input = self._get_stroke_input(latent[-1], stroke_inputs)
-            return torch.stack(latent, -2)  # [P, B, A, 2]
+        return self.sample_and_log_prob(num_particles, context)[0]
+
+    @torch.no_grad()
+    def sample_and_log_prob(self, num_particles, context):
+        """context [B, H] -> latent [P, B, A, 2], log_prob [P, B], without gradients"""
+        table, context_input = self._get_inputs(context)
+        num_rows = num_particles * len(context)
+        context_input = context_input.repeat(num_particles, 1)  # [P * B, 4 * hidden]
+        x, state, latent, log_prob = context_input, None, [], 0
+        for arc_id in range(self.num_arcs):
+            state = self._step(x, state)
+            id_log_prob, on_log_prob = self._get_log_probs(state[0])  # [P * B, K], [P * B, 2]
+            primitive_id = _sample_categorical(id_log_prob)  # [P * B, 1]
+            log_prob = log_prob + id_log_prob.gather(1, primitive_id)
+            if arc_id == 0:
+                on = torch.zeros_like(primitive_id)
+            else:
+                on = _sample_categorical(on_log_prob)
+                log_prob = log_prob + on_log_prob.gather(1, on)
+            latent.append(torch.cat([primitive_id, on], 1))
+            x = context_input + F.embedding(2 * primitive_id + on, table).squeeze(1)
+        shape = (num_particles, num_rows // num_particles)
+        return torch.stack(latent, 1).unflatten(0, shape), log_prob.view(shape)
 
     def log_prob(self, latent, context):
         """latent [P, B, A, 2], context [B, H] -> [P, B]"""
-        stroke_inputs, context_input = self._get_inputs(context)
-        before = self._get_stroke_input(latent[..., :-1, :], stroke_inputs)  # [P, B, A - 1, 4 * hidden]
-        inputs = [context_input.expand(len(latent), -1, -1), *(context_input.unsqueeze(-2) + before).unbind(-2)]
-        state, hidden = None, []
-        for x in inputs:
+        table, context_input = self._get_inputs(context)
+        context_input = context_input.repeat(len(latent), 1)  # [P * B, 4 * hidden]
+        codes = (2 * latent[..., 0] + latent[..., 1]).flatten(0, 1)  # [P * B, A]
+        x, state, hidden = context_input, None, []
+        for arc_id in range(self.num_arcs):
             state = self._step(x, state)
             hidden.append(state[0])
-        id_log_prob, on_log_prob = self._get_log_probs(torch.stack(hidden, -2))  # [P, B, A, K or 2]
-        id_log_prob = id_log_prob.gather(-1, latent[..., :1]).squeeze(-1)  # [P, B, A]
-        on_log_prob = on_log_prob[..., 1:, :].gather(-1, latent[..., 1:, 1:]).squeeze(-1)  # [P, B, A - 1]
-        return id_log_prob.sum(-1) + on_log_prob.sum(-1)
+            x = context_input + F.embedding(codes[:, arc_id], table)
+        id_log_prob, on_log_prob = self._get_log_probs(torch.stack(hidden, 1))  # [P * B, A, K or 2]
+        id_log_prob = id_log_prob.gather(2, codes.unsqueeze(2) // 2).sum((1, 2))
+        on_log_prob = on_log_prob[:, 1:].gather(2, codes[:, 1:].unsqueeze(2) % 2).sum((1, 2))
+        return (id_log_prob + on_log_prob).view(latent.shape[:2])
 
     def _get_inputs(self, context):
-        """The LSTM's input weights take a one-hot vector, so they are a table of
-        rows, one an id and one an on/off; the context's part is the same for each
-        step and particle: [K + 2, 4 * hidden] and [B, 4 * hidden]."""
-        num_strokes = self.num_primitives + 2
-        bias = self.lstm.bias_ih + self.lstm.bias_hh
-        weight = self.lstm.weight_ih
-        return weight[:, :num_strokes].t(), F.linear(context, weight[:, num_strokes:], bias)
-
-    def _get_stroke_input(self, stroke, stroke_inputs):
-        primitive_id, on = stroke.unbind(-1)
-        table, switch = stroke_inputs.split([self.num_primitives, 2])
-        return F.embedding(primitive_id, table) + F.embedding(on, switch)
+        """The LSTM's input weights take one-hot vectors, so a stroke's part is a row of a
+        table, with one for each id and on/off; the context's is the same for each step
+        and particle: [2 * K, 4 * hidden] and [B, 4 * hidden]."""
+        weight = self.lstm.weight_ih.split([self.num_primitives, 2, self.context_size], 1)
+        table = weight[0].t().unsqueeze(1) + weight[1].t()  # [K, 2, 4 * hidden]
+        return table.flatten(0, 1), F.linear(context, weight[2], self.lstm.bias_ih + self.lstm.bias_hh)
 
     def _step(self, x, state):
+        """A step of the LSTM, x [N, 4 * hidden] its gates' input: hidden and cell state, each [N, hidden]"""
         if state is None:
-            i, _, g, o = x.chunk(4, -1)
+            i, _, g, o = x.chunk(4, 1)
             cell = i.sigmoid() * g.tanh()
         else:
-            i, f, g, o = (x + F.linear(state[0], self.lstm.weight_hh)).chunk(4, -1)
+            i, f, g, o = torch.addmm(x, state[0], self.lstm.weight_hh.t()).chunk(4, 1)
             cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
         return o.sigmoid() * cell.tanh(), cell
 
@@ -108,10 +113,10 @@ def _mix_with_uniform(log_probs, weight):
 
 def _sample_categorical(log_probs):
     """One draw for each row by inverting the distribution function: one random number a
-    draw, and (on a GPU) no look at the values. log_probs [..., K] -> [...]"""
-    cumulative = log_probs.exp().cumsum(-1)
-    threshold = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
-    return (cumulative <= threshold).sum(-1).clamp(max=log_probs.shape[-1] - 1)
+    draw, and (on a GPU) no look at the values. log_probs [N, K] -> [N, 1]"""
+    cumulative = log_probs.exp().cumsum(1)
+    threshold = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
+    return (cumulative <= threshold).sum(1, keepdim=True).clamp(max=log_probs.shape[1] - 1)
 
 
 # ------------------------------------------------------------------ generative model

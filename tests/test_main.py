@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from test_data import make_mat
 from test_util import cut, put_code
 
 import main
+import rendering
 import util
 from util import UserError
 
@@ -145,6 +147,30 @@ def test_signals_save_and_exit(folder):
 
 def get_path_base(flags):
     return util.get_path_base(main.parse_args(flags))
+
+
+def test_a_compiled_run_goes_on_with_the_same_bits(folder, monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("there is no C++ compiler")
+    flags = [*SHORT, "--compile", "--data-location", "data.mat"]
+    train_step = main.train_step
+
+    def interrupt(run, train):
+        train_step(run, train)
+        if run.iteration == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        run(*flags)
+        expected = load_latest()
+        get_run_folder().rename("expected")
+        monkeypatch.setattr(main, "train_step", interrupt)
+        run(*flags, status=128 + signal.SIGTERM)
+        assert load_latest()["iteration"] == 7
+        run(*flags)
+    finally:
+        rendering.set_compile(False)
+    assert_same(load_latest(), expected)
 
 
 def test_a_complete_run_is_not_repeated(folder):

@@ -19,7 +19,9 @@ def assert_frequencies(drawn, log_prob):
     counts = torch.bincount(drawn, minlength=len(log_prob)).double()
     expected = log_prob.double().exp() * len(drawn)
     assert abs(expected.sum() / len(drawn) - 1) < 1e-5
-    assert stats.chisquare(counts, expected / expected.sum() * len(drawn)).pvalue > 1e-3
+    assert (
+        stats.chisquare(counts, expected / expected.sum() * len(drawn)).pvalue > 1e-4
+    )  # there are some twenty of these
 
 
 def get_latents():
@@ -48,7 +50,7 @@ def test_prior_draws_follow_its_density(uniform_mixture, num_alphabets):
     )
     sharpen(model.prior)
     alphabet = torch.eye(4)[[2]] if num_alphabets else None
-    drawn, _ = model.sample(20000, alphabet.expand(20000, -1) if num_alphabets else None)
+    drawn, _ = model.sample(50000, alphabet.expand(50000, -1) if num_alphabets else None)
     log_prior = model.log_prior(get_latents().unsqueeze(1), alphabet)[:, 0]
     assert_frequencies(get_ids(drawn), log_prior.detach())
     if uniform_mixture == 1:
@@ -65,9 +67,11 @@ def test_inference_draws_follow_their_density(lookup, num_alphabets):
         network, given = models.InferenceNetwork(**options), torch.bernoulli(torch.full((2, 28, 28), 0.3))
     sharpen(network.decoder)
     alphabet = torch.eye(4)[[1, 3]] if num_alphabets else None
-    drawn = network.sample(given, 20000, alphabet)
-    assert drawn.shape == (20000, 2, A, 2)
+    drawn = network.sample(given, 50000, alphabet)
+    assert drawn.shape == (50000, 2, A, 2)
     log_q = network.log_prob(get_latents().unsqueeze(1).expand(-1, 2, -1, -1), given, alphabet)
+    latent, log_prob = network.decoder.sample_and_log_prob(7, network.get_context(given, alphabet))
+    torch.testing.assert_close(log_prob, network.log_prob(latent, given, alphabet))
     for b in range(2):
         assert_frequencies(get_ids(drawn)[:, b], log_q[:, b].detach())
 
@@ -89,7 +93,7 @@ def test_pixels_follow_their_density(likelihood):
         model.pre_width.fill_(1.0)
         if likelihood == "learned-affine":
             model.theta_affine.add_(0.1 * torch.randn(40, 2, 3))
-    num_samples = 20000
+    num_samples = 50000
     latent, obs = model.sample(num_samples)
     probs = model.get_logits(latent[:1]).sigmoid()
     if likelihood != "bernoulli":
@@ -145,7 +149,8 @@ def test_gradients_of_the_particles_that_matter_are_those_of_all(objective, monk
     _, obs = model.sample(6)
     latent, decode = network.sample(obs, 5), reference.decode
     parameters = [*model.parameters(), *network.parameters()]
-    network.decoder.sample = lambda *_: latent
+    log_q = network.log_prob(latent, obs).detach()
+    network.decoder.sample_and_log_prob = lambda *_: (latent, log_q)
     loss, _ = getattr(losses, objective)(model, network, obs, 5)
     gradients = torch.autograd.grad(loss, parameters)
     # The textbook's formulas need float64. A call with options is the one that samples.

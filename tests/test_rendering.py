@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 import reference
@@ -132,3 +133,46 @@ def test_fixed_maps():
     cos, sin = math.cos(0.1 * math.pi), math.sin(0.1 * math.pi)
     expected = torch.tensor([[1.1 * cos, -1.1 * sin, -0.2], [1.1 * sin, 1.1 * cos, -0.2]])
     assert ((maps - expected).abs() < 1e-6).all(-1).all(-1).any()
+
+
+@pytest.fixture
+def compiled():
+    if shutil.which("g++") is None:
+        pytest.skip("there is no C++ compiler")
+    rendering.set_compile(True)
+    yield
+    rendering.set_compile(False)
+
+
+def test_compiled_is_the_same_for_all_batch_sizes(compiled):
+    counters = torch._dynamo.utils.counters["stats"]
+    num_compiled = counters["unique_graphs"]
+    for batch_size in (1, 2, 15, 33, 250):
+        arcs, on_offs = get_arcs(batch_size * 10).view(batch_size, 10, 7), torch.rand(batch_size, 10) < 0.5
+        arcs, params, maps = arcs.requires_grad_(), PARAMS.clone().requires_grad_(), torch.eye(3)[:2].repeat(40, 1, 1)
+        maps = (maps + 0.03 * torch.randn_like(maps)).requires_grad_()
+        obs = torch.bernoulli(torch.full((batch_size, 28, 28), 0.1))
+        results = []
+        for enabled in (True, False):
+            kernels = dict(rendering._compiled)
+            if not enabled:
+                rendering._compiled.clear()
+            logits = rendering.get_logits(arcs, on_offs, params, 28, 28)
+            log_prob = rendering.affine_log_prob(logits, obs, maps)
+            gradients = torch.autograd.grad(log_prob.mean(), [arcs, params, maps])
+            rendering._compiled.update(kernels)
+            results.append([logits.detach(), log_prob.detach(), *gradients])
+        for got, want in zip(*results, strict=True):
+            assert (got - want).norm() <= 1e-4 * want.norm()
+        assert (results[0][1] - results[1][1]).abs().max() < 1e-3
+    assert counters["unique_graphs"] == num_compiled  # one size for all: compiled when enabled, not since
+
+
+def test_no_compiler_is_one_warning(monkeypatch, capsys):
+    def refuse(*args, **options):
+        raise RuntimeError("there is no compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", lambda kernel, **options: refuse)
+    rendering.set_compile(True)
+    assert capsys.readouterr().err == "warning: not compiled, training is slower: there is no compiler\n"
+    assert not rendering._compiled
