@@ -84,14 +84,14 @@ def get_pixel_centres(num_rows, num_cols, like):
     return x.repeat(num_rows), y.repeat_interleave(num_cols)
 
 
-def _draw(constants, on_offs, x, y, rendering_params):
+def _draw(constants, on, x, y, rendering_params):
     """Logits of ink, and the arc that each pixel's is of: no gradients, the fast way.
 
-    Args: constants [B, A, 10]; on_offs [B, A]; x, y [R * C]; rendering_params [2]
+    Args: constants [B, A, 10]; on [B, A], bool; x, y [R * C]; rendering_params [2]
     Returns: logits [B, R * C]; arc_id [B, R * C], of an arc that is off where none is on
     """
     exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, A, R * C]
-    exponent, arc_id = exponent.masked_fill(on_offs.unsqueeze(-1) == 0, -math.inf).max(1)
+    exponent, arc_id = exponent.masked_fill(~on.unsqueeze(-1), -math.inf).max(1)
     return _get_ink_logits(exponent, exponent > -math.inf, rendering_params), arc_id
 
 
@@ -120,7 +120,7 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
     constants = get_arc_constants(arcs)  # [B, A, 10]
     with torch.no_grad():
-        logits, arc_id = _run(_draw, 0, (constants, on_offs), (x, y, rendering_params))  # [B, R * C]
+        logits, arc_id = _run(_draw, 0, (constants, on_offs != 0), (x, y, rendering_params))  # [B, R * C]
     if torch.is_grad_enabled() and (arcs.requires_grad or rendering_params.requires_grad):
         on = on_offs.gather(1, arc_id) != 0
         arc_id = arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)

@@ -99,8 +99,8 @@ SETTINGS = dict(
 )
 # What --test-run shrinks its arguments to.
 TEST_RUN_LIMITS = dict(
-    batch_size=20, num_particles=20, memory_size=20, pretrain_iterations=20, num_iterations=60,
-    save_interval=20, log_interval=5, test_interval=30, test_batch_size=5, test_num_particles=10,
+    batch_size=10, num_particles=20, memory_size=20, pretrain_iterations=20, num_iterations=40,
+    save_interval=20, log_interval=5, test_interval=20, test_batch_size=5, test_num_particles=10,
 )  # fmt: skip
 
 

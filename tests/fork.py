@@ -19,7 +19,12 @@ for argv in json.loads(sys.argv[1]):
             os.dup2(stdout.fileno(), 1)
             os.dup2(stderr.fileno(), 2)
             sys.argv = ["main.py", *argv]
-            util.run_script(main.main)
+            try:
+                util.run_script(main.main)
+            except SystemExit as end:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(end.code)  # a fork of much takes long to take down in order
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         stdout.seek(0)
         stderr.seek(0)
