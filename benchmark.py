@@ -10,10 +10,10 @@ gradients. The floor is the convolutions' own forward and backward pass.
 """
 
 import json
-import multiprocessing
 import pathlib
 import re
 import statistics
+import subprocess
 import sys
 import time
 
@@ -26,7 +26,8 @@ import models
 import rendering
 import util
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "tests"))
+ROOT = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tests"))
 import reference  # noqa: E402
 
 ALGORITHMS = ["mws", "rws", "vimco", "pretrain", "eval rws", "eval vimco"]
@@ -104,7 +105,7 @@ def get_seconds(function, device):
 # ------------------------------------------------------------------ measurements
 
 
-def compare(algorithm, batch_size, num_runs, device):
+def compare(algorithm, batch_size, num_runs, device, with_memory):
     """Runs step, reference and floor in turn. Returns: a row of the table"""
     steps = Steps(algorithm, batch_size, device)
     seconds = {"step": [], "reference": [], "floor": []}
@@ -124,21 +125,24 @@ def compare(algorithm, batch_size, num_runs, device):
         "reference_seconds": median["reference"],
         "ratio": median["reference"] / median["step"],
         "ratio_to_convolutions": None if algorithm.startswith("eval") else median["step"] / median["floor"],
-        "peak_megabytes": get_peak_memory(algorithm, batch_size, device, "step"),
-        "reference_peak_megabytes": get_peak_memory(algorithm, batch_size, device, "reference"),
+        "peak_megabytes": get_peak_memory(algorithm, batch_size, device, "step") if with_memory else None,
+        "reference_peak_megabytes": get_peak_memory(algorithm, batch_size, device, "reference")
+        if with_memory
+        else None,
     }
 
 
 def get_peak_memory(algorithm, batch_size, device, name):
     """Megabytes that a process of its own needs for three steps over what it had after
     its imports; on a GPU, what it allocated there"""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_memory, (algorithm, batch_size, device, name))
+    code = f"import benchmark; print(benchmark._measure_memory({algorithm!r}, {batch_size}, {device.type!r}, {name!r}))"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return float(process.stdout.split()[-1])
 
 
 def _measure_memory(algorithm, batch_size, device, name):
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # what was the peak counts from now
-    before = _get_peak_resident()
+    device, before = torch.device(device), _get_peak_resident()
     rendering.set_compile(name == "step", device)
     steps = Steps(algorithm, batch_size, device)
     for _ in range(3 if name == "step" else 1):
@@ -206,28 +210,30 @@ def scale(batch_size, num_runs, device):
 # ------------------------------------------------------------------ script
 
 
+def format_row(row):
+    def show(value, width, digits):
+        return "-".rjust(width) if value is None else f"{value:{width}.{digits}f}"
+
+    return (
+        f"{row['algorithm']:11} {row['batch_size']:6} x {row['num_particles']:<9} {row['seconds']:8.4f}"
+        f" {row['reference_seconds']:11.3f} {row['ratio']:7.1f} {show(row['ratio_to_convolutions'], 16, 2)}"
+        f" {show(row['peak_megabytes'], 9, 0)} {show(row['reference_peak_megabytes'], 11, 0)}"
+    )
+
+
 def run(argv=None):
     args = get_parser().parse_args(argv)
     device = util.get_device(args.cuda)
-    batch_size, num_runs = (args.batch_size or (25 if args.quick else 250)), (1 if args.quick else args.num_runs)
+    batch_size, num_runs = (args.batch_size or (50 if args.quick else 250)), (1 if args.quick else args.num_runs)
     rendering.set_compile(args.compile, device)
     if args.profile:
         profile(batch_size, 7, device)
         return 0
-    header = "algorithm   images x latents   seconds   reference   ratio   x convolutions   peak MB   reference"
-    print(header, file=sys.stderr if args.json else sys.stdout)
+    if not args.json:
+        print("algorithm   images x latents   seconds   reference   ratio   x convolutions   peak MB   reference")
     for algorithm in args.algorithms or ALGORITHMS:
-        row = compare(algorithm, batch_size, num_runs, device)
-        if args.json:
-            print(json.dumps(row), flush=True)
-            continue
-        floor = row["ratio_to_convolutions"]
-        print(
-            f"{algorithm:11} {row['batch_size']:6} x {row['num_particles']:<9} {row['seconds']:8.4f}"
-            f"   {row['reference_seconds']:9.3f} {row['ratio']:7.1f} {'-' if floor is None else f'{floor:.2f}':>15}"
-            f" {row['peak_megabytes']:9.0f} {row['reference_peak_megabytes']:11.0f}",
-            flush=True,
-        )
+        row = compare(algorithm, batch_size, num_runs, device, with_memory=not args.quick)
+        print(json.dumps(row) if args.json else format_row(row), flush=True)
     if not args.json:
         scale(batch_size, num_runs, device)
     return 0
@@ -237,7 +243,7 @@ def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     positive = util.in_range(int, 1)
     parser.add_argument("--cuda", action="store_true", help="measure a GPU")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the batch, one run of each")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the batch, one run of each, no peak memory")
     parser.add_argument("--json", action="store_true", help="print lines of JSON, not a table")
     parser.add_argument("--profile", action="store_true", help="print the time of an MWS step's parts instead")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="measure plain PyTorch")

@@ -9,7 +9,9 @@ checkpoint when the same command is given again.
 
 import argparse
 import math
+import shlex
 import signal
+import sys
 
 import torch
 
@@ -248,18 +250,19 @@ def main(argv=None):
     path_base = util.get_path_base(args)
     with util.lock_run(path_base):
         run = Run(args, dataset, device)
-        rendering.set_compile(args.compile, device)
         checkpoint = util.load_newest_checkpoint(path_base)
         if checkpoint is not None:
             run.restore(checkpoint)
             print(f"going on from iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")
+        rendering.set_compile(args.compile, device)
         with util.StopSignal() as stop:
             path = train(run, dataset, stop)
     if stop.received is not None:
         name = signal.Signals(stop.received).name
         print(f"stopped by {name} at iteration {run.iteration}, saved {path}; the same command goes on from there")
         return 128 + stop.received
-    print(f"trained {run.iteration} iterations: {path}; next: python eval_logp.py --checkpoint-path {path}")
+    again = shlex.join([*(sys.argv[1:] if argv is None else argv), "--seed", str(args.seed + 1)])
+    print(f"trained {run.iteration} iterations: {path}; next, for another seed: python main.py {again}")
     return 0
 
 
