@@ -10,7 +10,6 @@ import math
 import sys
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 
 LOG_PAPER = math.log(1e-6)  # a pixel that no arc comes near has the logit log(1e-6)
