@@ -176,3 +176,9 @@ def test_no_compiler_is_one_warning(monkeypatch, capsys):
     rendering.set_compile(True)
     assert capsys.readouterr().err == "warning: not compiled, training is slower: there is no compiler\n"
     assert not rendering._compiled
+
+
+def test_compiling_draws_no_random_numbers(compiled):
+    before = torch.get_rng_state()
+    rendering.set_compile(True)
+    assert torch.equal(torch.get_rng_state(), before)
