@@ -345,7 +345,7 @@ def parse_args(argv=None):
     if args.data_location is None:
         args.data_location = "glyphs" if args.test_run else SETTINGS["data_location"]
     if args.test_run:
-        for name, limit in util.TEST_RUN_LIMITS.items():
+        for name, limit in util.get_test_run_limits(args.likelihood).items():
             value = getattr(args, name)
             setattr(args, name, limit if value is None else min(value, limit))
     if args.compile is None:

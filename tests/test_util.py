@@ -58,6 +58,9 @@ def test_path_base():
         (["--data-location", "om", "--small-dataset"], "mws_20"),  # the same data
         (["--cuda", "--save-interval", "10", "--log-interval", "3", "--test-interval", "7"], "mws_20_large"),
         (["--algorithm", "rws", "--memory-size", "3"], "rws_10_large"),  # rws has no memory
+        (["--test-run"], "test_run_mws_20_large"),
+        (["--test-run", "--likelihood", "affine"], "test_run_mws_20_large_likelihood=affine"),
+        (["--test-run", "--algorithm", "rws", "--num-particles", "40"], "test_run_rws_40_large"),
     ]:
         assert util.get_path_base(main.parse_args(flags)) == expected
 
