@@ -289,7 +289,7 @@ def get_parser():
             help += "" if options["default"] is None else " (default: %(default)s)"
         parser.add_argument(flag, help=help, **options)
 
-    positive, natural, share = util.in_range(int, 1), util.in_range(int, 0), util.in_range(float, 0, 1)
+    positive, natural = util.in_range(int, 1), util.in_range(int, 0)
     add("--test-run", "shrink everything to try the whole path in under two minutes", action="store_true")
     add("--cuda", "use a GPU", action="store_true")
     add("--seed", "of all randomness", type=natural)
@@ -302,20 +302,7 @@ def get_parser():
     add("--dataset-size", "number of training images, the same for each alphabet (default: all)", type=positive)
     add("--batch-size", "images a step", type=positive)
     add("--condition-on-alphabet", "give the prior and the inference network the alphabet", action="store_true")
-    add("--likelihood", "of an image given a drawing: " + ", ".join(models.LIKELIHOODS), choices=models.LIKELIHOODS)
-    add("--num-arcs", "strokes a character, the invisible first one included", type=positive)
-    add("--num-primitives", "strokes in the library", type=util.in_range(int, 1, 16383))
-    add(
-        "--initial-max-curve",
-        "how curved strokes are at first, in units of a circle's half angle / pi; at most 0.5 without --big-arcs",
-        type=util.in_range(float, 0),
-    )
-    add("--big-arcs", "let strokes be more than half a circle", action="store_true")
-    add("--p-lstm-hidden-size", "units of the prior's LSTM", type=positive)
-    add("--p-uniform-mixture", "weight of a uniform distribution in each of the prior's choices, 0 to 1", type=share)
-    add("--q-lstm-hidden-size", "units of the inference network's LSTM", type=positive)
-    add("--q-uniform-mixture", "the same weight for the inference network", type=share)
-    add("--obs-embedding-dim", "size of an image's embedding", type=positive)
+    add_model_arguments(add)
     add(
         "--algorithm",
         "mws, rws, vimco or sleep (RWS with the sleep phi update)",
@@ -337,6 +324,24 @@ def get_parser():
     add("--test-batch-size", "images a step of a test", type=positive, default=5)
     add("--test-num-particles", "samples an image of a test", type=positive, default=1000)
     return parser
+
+
+def add_model_arguments(add):
+    positive, share = util.in_range(int, 1), util.in_range(float, 0, 1)
+    add("--likelihood", "of an image given a drawing: " + ", ".join(models.LIKELIHOODS), choices=models.LIKELIHOODS)
+    add("--num-arcs", "strokes a character, the invisible first one included", type=positive)
+    add("--num-primitives", "strokes in the library", type=util.in_range(int, 1, 16383))
+    add(
+        "--initial-max-curve",
+        "how curved strokes are at first, in units of a circle's half angle / pi; at most 0.5 without --big-arcs",
+        type=util.in_range(float, 0),
+    )
+    add("--big-arcs", "let strokes be more than half a circle", action="store_true")
+    add("--p-lstm-hidden-size", "units of the prior's LSTM", type=positive)
+    add("--p-uniform-mixture", "weight of a uniform distribution in each of the prior's choices, 0 to 1", type=share)
+    add("--q-lstm-hidden-size", "units of the inference network's LSTM", type=positive)
+    add("--q-uniform-mixture", "the same weight for the inference network", type=share)
+    add("--obs-embedding-dim", "size of an image's embedding", type=positive)
 
 
 def parse_args(argv=None):
