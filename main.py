@@ -98,6 +98,7 @@ class Run:
 
 
 def get_optimizer(generative_model, inference_network, prior_lr_factor, lr=1e-3):
+    """Adam for both models, the prior's parameters at prior_lr_factor times the others' rate"""
     prior = list(generative_model.prior.parameters())
     others = [p for name, p in generative_model.named_parameters() if not name.startswith("prior.")]
     others += inference_network.parameters()
@@ -135,6 +136,7 @@ def get_loss(run, obs_id, obs, alphabet):
 
 
 def get_num_dreams(args):
+    """Samples from the generative model in a step of sleep"""
     return min(500, args.batch_size * args.num_particles)
 
 

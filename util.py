@@ -100,7 +100,7 @@ SETTINGS = dict(
 
 
 def get_test_run_limits(likelihood):
-    """What --test-run shrinks its arguments to; the 2187 maps of `affine` take some forty times as long as the others."""
+    """What --test-run shrinks its arguments to: fewer latents for the 2187 maps of `affine`, to stay under two minutes."""
     limits = dict(pretrain_iterations=20, num_iterations=40, save_interval=20, log_interval=5)
     limits.update(test_interval=20, test_batch_size=5, test_num_particles=10)
     size = dict(batch_size=2, num_particles=10, memory_size=10) if likelihood == "affine" else {}
@@ -288,6 +288,7 @@ def get_random_state():
 
 
 def set_random_state(state):
+    """Takes what get_random_state gave."""
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

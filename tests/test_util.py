@@ -1,6 +1,7 @@
 """Folders of runs, checkpoints, bad files."""
 
 import argparse
+import contextlib
 import itertools
 import os
 import pathlib
@@ -166,21 +167,28 @@ def test_missing_checkpoints(run_folder):
     assert util.load_newest_checkpoint("run")["iteration"] == 10
 
 
-def test_full_disk(tmp_path):
-    """A real full disk: a tmpfs of one megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]).returncode:
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A real disk that is soon full: a tmpfs of so many megabytes, at a new folder"""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(command).returncode:
         pytest.skip("mounting a tmpfs takes root")
     try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk(tmp_path):
+    disk = tmp_path / "disk"
+    with small_disk(disk, 1):
         path = disk / "latest.pt"
         util.save_checkpoint(path, make_checkpoint())
         before = path.read_bytes()
         with pytest.raises(UserError, match="No space left.*intact"):
             util.save_checkpoint(path, {**make_checkpoint(4), "memory": torch.zeros(1_000_000)})
         assert path.read_bytes() == before and os.listdir(disk) == ["latest.pt"]
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_run_is_locked(tmp_path, monkeypatch):
