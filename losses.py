@@ -13,8 +13,6 @@ import math
 
 import torch
 
-from models import GRADIENT_CHUNK_SIZE
-
 NEGLIGIBLE = 2**-24  # a weight that is lost in float32 beside a weight of one
 
 # ------------------------------------------------------------------ scores
@@ -166,7 +164,7 @@ def _attach_gradients(generative_model, inference_network, latent, obs, context,
     if not parameters:
         return zero
     # Differentiated here, a chunk at a time, so that memory stays flat.
-    for ids in torch.arange(len(obs_id), device=obs_id.device).split(GRADIENT_CHUNK_SIZE):
+    for ids in torch.arange(len(obs_id), device=obs_id.device).split(generative_model.get_chunk_size()):
         some_obs_id = obs_id[ids]
         some_alphabet = None if alphabet is None else alphabet[some_obs_id]
         with torch.enable_grad():

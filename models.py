@@ -19,7 +19,8 @@ import rendering
 
 LIKELIHOODS = ["learned-affine", "affine", "bernoulli"]
 NUM_LEARNED_MAPS = 40
-GRADIENT_CHUNK_SIZE = 256  # latents that are differentiated at a time
+GRADIENT_CHUNK_SIZE = 256  # latents that are differentiated at a time, in plain PyTorch
+EMBEDDING_CHUNK_SIZE = 64  # images that are embedded at a time
 
 # ------------------------------------------------------------------ decoder
 
@@ -198,7 +199,7 @@ class GenerativeModel(nn.Module):
         obs_id = torch.arange(batch_size, device=obs.device).repeat(num_particles)
         log_likelihood, done = [], 0
         while done < len(latent):
-            size = min(self._get_chunk_size(), self.chunk_size)
+            size = min(self.get_chunk_size(), self.chunk_size)
             chunk = slice(done, done + size)
             try:
                 log_likelihood.append(self._chunk_log_likelihood(latent[chunk], obs, obs_id[chunk], size < len(latent)))
@@ -210,8 +211,10 @@ class GenerativeModel(nn.Module):
                 torch.cuda.empty_cache()
         return torch.cat(log_likelihood).view(num_particles, batch_size)
 
-    def _get_chunk_size(self):
-        return GRADIENT_CHUNK_SIZE if torch.is_grad_enabled() else rendering.get_chunk_size(self.pre_theta.device)
+    def get_chunk_size(self):
+        """How many latents to score, or with gradients to differentiate, at a time"""
+        size = rendering.get_chunk_size(self.pre_theta.device)
+        return max(GRADIENT_CHUNK_SIZE, size) if torch.is_grad_enabled() else size
 
     def _chunk_log_likelihood(self, latent, obs, obs_id, one_of_many):
         """latent [N, A, 2], obs [B, R, C], obs_id [N] -> [N]. With gradients, what one of
@@ -301,7 +304,10 @@ class InferenceNetwork(nn.Module):
         self.decoder = Decoder(num_primitives, num_arcs, lstm_hidden_size, context_size, uniform_mixture)
 
     def embed(self, obs):
-        """obs [B, 28, 28] -> [B, E]"""
+        """obs [B, 28, 28] -> [B, E]; in chunks, whose memory is used again for the next"""
+        return torch.cat([self._embed(chunk) for chunk in obs.split(EMBEDDING_CHUNK_SIZE)])
+
+    def _embed(self, obs):
         x = obs.unsqueeze(1).to(memory_format=torch.channels_last)  # [B, 1, 28, 28]
         # Pooling first gives the same values and gradients, and leaves relu little to do.
         x = F.max_pool2d(self.conv0(x), 3, 2).relu()  # [B, 64, 14, 14]
