@@ -334,7 +334,10 @@ def read_image(name, content):
     """
     grey = _decode(name, content)
     edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    return _fit(1 - grey if np.median(edge) > 0.5 else grey)
+    ink = _fit(1 - grey if np.median(edge) > 0.5 else grey)
+    # Strokes much thinner than a pixel would be lost when ink becomes binary.
+    darkest = np.quantile(ink[ink > 0.02], 0.9) if (ink > 0.02).any() else 1
+    return (ink * 1.5 / darkest).clip(0, 1) if darkest < 0.6 else ink
 
 
 def _fit(image):

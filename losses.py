@@ -25,17 +25,31 @@ def score(generative_model, latent, obs, alphabet=None):
     Args: latent [P, B, A, 2]; obs [B, R, C]; alphabet [B, L] one-hot
     Returns: [P, B]
     """
+    num_particles, batch_size = latent.shape[:2]
     if latent.is_cuda:  # to know how many are distinct, the CPU would have to wait
         return sum(generative_model.log_prob(latent, obs, alphabet))
-    num_particles, batch_size = latent.shape[:2]
-    obs_id, latent = torch.arange(batch_size).repeat(num_particles), latent.flatten(0, 1)  # [P * B], [P * B, A, 2]
-    key = obs_id  # equal for equal latents of an image, counted from 0
-    for arc in pack(latent, torch.long).unbind(-1):
-        distinct, key = (key * (arc.max() + 1) + arc).unique(return_inverse=True)
-    chosen = torch.empty_like(distinct).scatter_(0, key, torch.arange(len(key)))  # one of each
-    obs_id, latent = obs_id[chosen], latent[chosen].unsqueeze(0)  # [N], [1, N, A, 2]
+    codes, obs_id = pack(latent.flatten(0, 1), torch.int16), torch.arange(batch_size).repeat(num_particles)
+    return score_rows(generative_model, codes, obs, alphabet, obs_id).view(num_particles, batch_size)
+
+
+@torch.no_grad()
+def score_rows(generative_model, codes, obs, alphabet, obs_id):
+    """As `score`, for packed latents each of an image of its own: codes [N, A], obs_id [N], rows of obs -> [N]"""
+    distinct, key = get_hash(codes, obs_id).unique(return_inverse=True)  # [D], [N]
+    chosen = torch.empty_like(distinct).scatter_(0, key, torch.arange(len(key), device=key.device))  # one of each
+    if not torch.equal(codes[chosen[key]], codes):  # a collision, once in many thousand years
+        chosen = key = torch.arange(len(codes), device=codes.device)
+    obs_id, latent = obs_id[chosen], unpack(codes[chosen]).unsqueeze(0)  # [D], [1, D, A, 2]
     alphabet = None if alphabet is None else alphabet[obs_id]
-    return sum(generative_model.log_prob(latent, obs[obs_id], alphabet))[0, key].view(num_particles, batch_size)
+    return sum(generative_model.log_prob(latent, obs[obs_id], alphabet))[0, key]
+
+
+def get_hash(codes, obs_id):
+    """A 64-bit number for each latent and image: codes [N, A], obs_id [N] -> [N]. Two
+    that differ have the same one with a probability below 1e-17."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**63), 2**63 - 1, (codes.shape[1] + 1,), generator=generator).to(codes.device)
+    return (codes * factors[1:]).sum(1) + obs_id * factors[0]
 
 
 # ------------------------------------------------------------------ sleep
@@ -57,25 +71,26 @@ def sleep(generative_model, inference_network, num_samples=500, alphabet=None):
 # ------------------------------------------------------------------ importance-weighted
 
 
-def rws(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None):
+def rws(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None, scorer=score):
     """Reweighted Wake-Sleep: wake-theta and wake-phi updates (Bornschein and Bengio, 2015).
 
-    Args: obs [B, R, C]; alphabet [B, L] one-hot; obs_id [B] if q is a LookupInferenceNetwork
+    Args: obs [B, R, C]; alphabet [B, L] one-hot; obs_id [B] if q is a LookupInferenceNetwork;
+        scorer: `score`, or what does the same, faster
     Returns: loss; statistics {theta_loss, phi_loss}
     """
     return _importance_weighted(
-        rws_objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id
+        rws_objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer
     )
 
 
-def vimco(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None):
+def vimco(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None, scorer=score):
     """VIMCO (Mnih and Rezende, 2016): the IWAE bound, its score-function gradient
     with a leave-one-out baseline. Arguments and results as for `rws`.
 
     Raises: ValueError if there are fewer than two particles
     """
     return _importance_weighted(
-        vimco_objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id
+        vimco_objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer
     )
 
 
@@ -83,7 +98,7 @@ def wake_theta(generative_model, inference_network, obs, num_particles=10, alpha
     """The theta half of RWS: what `--algorithm sleep` trains the model with.
     Arguments as for `rws`; statistics {theta_loss}."""
     return _importance_weighted(
-        wake_theta_objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id
+        wake_theta_objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id, score
     )
 
 
@@ -126,19 +141,19 @@ def log_mean_weight(log_weight, dim=0):
 
 
 @torch.no_grad()
-def get_log_weight(generative_model, inference_network, obs, num_particles, alphabet=None, obs_id=None):
+def get_log_weight(generative_model, inference_network, obs, num_particles, alphabet=None, obs_id=None, scorer=score):
     """log w = log p(z, x) - log q(z|x) of samples from q, without gradients: [P, B].
     Arguments as for `rws`."""
     context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)
     latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)
-    return score(generative_model, latent, obs, alphabet) - log_q
+    return scorer(generative_model, latent, obs, alphabet) - log_q
 
 
-def _importance_weighted(objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id):
+def _importance_weighted(objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer):
     context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)  # [B, H]
     with torch.no_grad():
         latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)  # [P, B, A, 2], [P, B]
-        log_p = score(generative_model, latent, obs, alphabet)  # [P, B]
+        log_p = scorer(generative_model, latent, obs, alphabet)  # [P, B]
         loss, grad_log_p, grad_log_q, statistics = objective(log_p, log_q)
     zero = _attach_gradients(
         generative_model, inference_network, latent, obs, context, alphabet, grad_log_p, grad_log_q

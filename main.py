@@ -9,9 +9,7 @@ checkpoint when the same command is given again.
 
 import argparse
 import math
-import shlex
 import signal
-import sys
 
 import torch
 
@@ -49,12 +47,7 @@ class Run:
         self.pending = []  # statistics of the last iterations, still on the device
 
     def flush_statistics(self):
-        """Moves what was recorded to the CPU, all at once. Raises: UserError if training has diverged"""
-        for name in {name: None for row in self.pending for name in row}:
-            values = torch.stack([torch.as_tensor(row[name]) for row in self.pending if name in row]).float().cpu()
-            if not values.isfinite().all():
-                raise UserError(f"{name} is no longer finite after iteration {self.iteration}: training has diverged")
-            self.statistics[name] = torch.cat([self.statistics.get(name, values[:0]), values])
+        util.append_statistics(self.statistics, self.pending)
         self.pending = []
 
     def get_checkpoint(self):
@@ -263,8 +256,10 @@ def main(argv=None):
         name = signal.Signals(stop.received).name
         print(f"stopped by {name} at iteration {run.iteration}, saved {path}; the same command goes on from there")
         return 128 + stop.received
-    again = shlex.join([*(sys.argv[1:] if argv is None else argv), "--seed", str(args.seed + 1)])
-    print(f"trained {run.iteration} iterations: {path}; next, for another seed: python main.py {again}")
+    print(
+        f"trained {run.iteration} iterations: {path}; next, to see what it learned: python diagnostics.py --checkpoint-path"
+        f" {path}, and for log p: python eval_logp.py --checkpoint-path {path} --algorithm rws"
+    )
     return 0
 
 
@@ -283,14 +278,7 @@ def load_data(args, device):
 
 def get_parser():
     parser = util.ArgumentParser(description=__doc__)
-
-    def add(flag, help, **options):
-        name = flag.strip("-").replace("-", "_")
-        if options.get("action") != "store_true":
-            options.setdefault("default", SETTINGS.get(name))
-            help += "" if options["default"] is None else " (default: %(default)s)"
-        parser.add_argument(flag, help=help, **options)
-
+    add = parser.add
     positive, natural = util.in_range(int, 1), util.in_range(int, 0)
     add("--test-run", "shrink everything to try the whole path in under two minutes", action="store_true")
     add("--cuda", "use a GPU", action="store_true")
@@ -315,10 +303,10 @@ def get_parser():
     add("--prior-lr-factor", "the prior's learning rate over the others', which is 1e-3", type=util.in_range(float, 0))
     add("--pretrain-iterations", "sleep steps that train the inference network first", type=natural)
     add("--num-iterations", "steps of the algorithm", type=positive)
-    parser.add_argument(
+    add(
         "--compile",
+        f"compile the renderer and the likelihood (default: for runs of {LONG_RUN} iterations and more)",
         action=argparse.BooleanOptionalAction,
-        help=f"compile the renderer and the likelihood (default: for runs of {LONG_RUN} iterations and more)",
     )
     add("--log-interval", "iterations between updates of the progress bar's statistics", type=positive, default=10)
     add("--save-interval", "iterations between checkpoints", type=positive, default=1000)

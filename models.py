@@ -8,6 +8,7 @@ Shapes: B images, P particles, A arcs, K primitives, R x C pixels, L alphabets.
 Source: Hewitt, Le and Tenenbaum (2020), section 4.2.
 """
 
+import argparse
 import math
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import rendering
+from util import UserError
 
 LIKELIHOODS = ["learned-affine", "affine", "bernoulli"]
 NUM_LEARNED_MAPS = 40
@@ -381,3 +383,18 @@ def build(args, num_alphabets, device="cpu"):
         **shared,
     )
     return generative_model.to(device), inference_network.to(device)
+
+
+def from_checkpoint(checkpoint, device="cpu"):
+    """The models of a checkpoint of main.py, as `util.load_checkpoint` reads it.
+
+    Returns: GenerativeModel, InferenceNetwork, on the device
+    Raises: UserError if what is in it does not fit together
+    """
+    try:
+        built = build(argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"], device)
+        for name, model in zip(["generative_model", "inference_network"], built, strict=True):
+            model.load_state_dict(checkpoint[name])
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"the checkpoint is not of this program's models ({error})") from None
+    return built

@@ -47,6 +47,13 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
+    def add(self, flag, help, **options):
+        """add_argument; an argument of SETTINGS has its default from there, and help tells the default"""
+        if options.get("action") not in ("store_true", argparse.BooleanOptionalAction):
+            options.setdefault("default", SETTINGS.get(flag.strip("-").replace("-", "_")))
+            help += "" if options["default"] is None else " (default: %(default)s)"
+        self.add_argument(flag, help=help, **options)
+
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
@@ -163,20 +170,39 @@ def get_checkpoint_path(path_base, iteration="latest"):
 
 
 @contextlib.contextmanager
-def lock_run(path_base):
-    """Holds a run's folder for this process. Raises: UserError if another has it."""
-    folder = SAVE / path_base
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+") as file:
+def lock(path, what):
+    """Holds a lock file for this process. Raises: UserError if another has it; `what` says what that one is at"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UserError(f"{folder} is being trained by {holder}; wait for it or stop it") from None
+            raise UserError(f"{what} by {holder}; wait for it or stop it") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
+        yield
+
+
+def is_locked(path):
+    """Whether a process of this machine holds a lock file"""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+@contextlib.contextmanager
+def lock_run(path_base):
+    """Holds a run's folder for this process. Raises: UserError if another has it."""
+    folder = SAVE / path_base
+    with lock(folder / "lock", f"{folder} is being trained"):
         for leftover in (folder / "checkpoints").glob(".*.tmp"):  # of a run that was killed
             leftover.unlink()
         yield
@@ -191,19 +217,23 @@ CHECKPOINT_KEYS = {
 
 
 def save_checkpoint(path, checkpoint):
-    """Writes a dict of tensors and plain values so that at any moment path holds
-    either the old file or the new one, whole.
+    """Writes a dict of tensors and plain values, as `write` does."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write(path, buffer.getbuffer())
+
+
+def write(path, content):
+    """Writes bytes so that at any moment path holds either the old file or the new one, whole.
 
     Raises: UserError if it cannot be written; what was there stays
     """
     path = pathlib.Path(path)
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -214,7 +244,7 @@ def save_checkpoint(path, checkpoint):
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path} ({error.strerror}); earlier checkpoints are intact: make room and run the same command again"
+            f"cannot write {path} ({error.strerror}); what was saved before is intact: make room and run the same command again"
         ) from None
 
 
@@ -242,6 +272,27 @@ def load_checkpoint(path, device="cpu", keys=CHECKPOINT_KEYS):
     return checkpoint
 
 
+def find_checkpoint(path):
+    """The checkpoint that a user means: a file, or the latest of a run, given by its folder or its path base.
+
+    Raises: UserError if there is none; it names the runs that there are
+    """
+    for candidate in [pathlib.Path(path), pathlib.Path(path, "checkpoints/latest.pt"), get_checkpoint_path(path)]:
+        if candidate.is_file():
+            return candidate
+    runs = sorted(latest.parents[1].name for latest in SAVE.glob("*/checkpoints/latest.pt"))
+    there = f"{SAVE}/ holds {', '.join(runs)}" if runs else f"{SAVE}/ holds no run: train one with python main.py"
+    raise UserError(f"there is no checkpoint {path}; {there}")
+
+
+def get_run_name(checkpoint_path, run_args):
+    """The folder in save/ that a checkpoint is of: where it lies, else what its arguments, a dict, say"""
+    folder = pathlib.Path(checkpoint_path).resolve().parent
+    if folder.name == "checkpoints" and folder.parents[1] == SAVE.resolve():
+        return folder.parent.name
+    return get_path_base(argparse.Namespace(**run_args))
+
+
 def load_newest_checkpoint(path_base, device="cpu"):
     """latest.pt of a run or, if it is damaged, the newest intact one, with a warning.
 
@@ -266,6 +317,16 @@ def load_newest_checkpoint(path_base, device="cpu"):
             f"no checkpoint in {latest.parent} is intact; delete the folder {SAVE / path_base} to start anew"
         )
     return None
+
+
+def append_statistics(statistics, pending):
+    """Moves what was recorded on the device, a list of dicts of scalars, to the curves on
+    the CPU, name -> [times recorded], all at once. Raises: UserError if training has diverged"""
+    for name in {name: None for row in pending for name in row}:
+        values = torch.stack([torch.as_tensor(row[name]) for row in pending if name in row]).float().cpu()
+        if not values.isfinite().all():
+            raise UserError(f"{name} is no longer finite: training has diverged")
+        statistics[name] = torch.cat([statistics.get(name, values[:0]), values])
 
 
 # ------------------------------------------------------------------ randomness

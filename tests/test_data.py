@@ -302,3 +302,11 @@ def test_local_is_downloaded_when_missing(server, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=re.escape(f"put it at {tmp_path / 'chardata.mat'}")):
         data.load("local")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_thin_strokes_survive():
+    rows, cols = np.mgrid[:1000, :1000]
+    for line in (abs(rows - cols), abs(rows - 400), abs(3 * rows - cols - 700) / 3):
+        content = imageio.imwrite("<bytes>", (255 * (line >= 4)).astype(np.uint8), extension=".png")
+        ink = data.read_image("thin.png", content) >= 0.5
+        assert ink.any(0).all() and ink.sum() < 90  # unbroken from left to right, and still thin

@@ -45,7 +45,7 @@ def run(*flags, status=0):
 def run_script(*argvs):
     """Runs main.py for each of the argument lists as a process of its own. Returns: a
     list of (status, stdout, stderr). One interpreter forks them, which saves the imports."""
-    command = [sys.executable, ROOT / "tests" / "fork.py", json.dumps(argvs)]
+    command = [sys.executable, ROOT / "tests" / "fork.py", "main", json.dumps(argvs)]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
     return json.loads(process.stdout)
 
@@ -115,7 +115,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(folder, algorithm, num
     run_script(flags)
     expected = load_latest()
     get_run_folder().rename("expected")
-    command = [sys.executable, ROOT / "tests" / "kill.py", str(num_kills), "0", "0.8", *flags]
+    command = [sys.executable, ROOT / "tests" / "kill.py", "main", str(num_kills), "0", "0.8", *flags]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     assert int(process.stdout.split()[-2]) >= 5  # a fast machine may be done before the last

@@ -1,0 +1,328 @@
+"""Estimates log p of images under a trained generative model, and reports the estimates.
+
+    python eval_logp.py --checkpoint-path save/mws_20/checkpoints/latest.pt --algorithm rws
+    python eval_logp.py --report
+
+The generative model stays as it is; a fresh inference network is trained for the images
+that are evaluated, and proposes the particles of the importance-weighted bound
+log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016). The value goes to
+save/<path_base>/logp/<mode>_<algorithm>.pt. Stopped anywhere, the same command goes on.
+"""
+
+import argparse
+import functools
+import hashlib
+import math
+import signal
+import sys
+
+import torch
+
+import data
+import losses
+import models
+import rendering
+import report
+import sweep
+import util
+from score_table import ScoreTable, get_enumeration_bound
+from util import UserError
+
+ALGORITHMS = ["sleep", "rws", "vimco"]
+STATE_KEYS = {"settings", "network", "optimizer", "table", "iteration", "statistics", "log_p", "random_state"}
+LEARNING_RATE = 1e-3
+MANY_LATENTS = 300_000  # scored in an evaluation, from which on compiling pays
+
+# ------------------------------------------------------------------ the state of an evaluation
+
+
+class Evaluation:
+    """A trained generative model, the images, and all that a checkpoint of an evaluation holds."""
+
+    def __init__(self, args, checkpoint, images, num_alphabets, device):
+        util.set_seed(args.seed)
+        self.args, self.device = args, device
+        self.obs = images.obs.to(device)
+        self.alphabet = images.alphabet.to(device) if num_alphabets else None
+        self.generative_model, _ = models.from_checkpoint(checkpoint, device)
+        self.generative_model.requires_grad_(False)
+        self.network = build_network(args, checkpoint["args"], len(self.obs), num_alphabets).to(device)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=LEARNING_RATE)
+        self.table = ScoreTable(self.generative_model.num_arcs, device)
+        self.iteration = 0
+        self.statistics, self.pending = {}, []
+        self.log_p = torch.empty(0, device=device)  # of the images done
+
+    def get_checkpoint(self, settings):
+        util.append_statistics(self.statistics, self.pending)
+        self.pending = []
+        return dict(
+            settings=settings,
+            network=self.network.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            table=self.table.state_dict(),
+            iteration=self.iteration,
+            statistics=self.statistics,
+            log_p=self.log_p,
+            random_state=util.get_random_state(),
+        )
+
+    def restore(self, state):
+        for name in ["network", "optimizer", "table"]:
+            getattr(self, name).load_state_dict(state[name])
+        self.iteration, self.log_p = state["iteration"], state["log_p"]
+        self.statistics = {name: values.cpu() for name, values in state["statistics"].items()}
+        util.set_random_state(state["random_state"])
+
+    def get_inputs(self, obs_id):
+        """For a batch of images: obs, alphabet, what tells a lookup network which they are, and a scorer"""
+        return dict(
+            obs=self.obs[obs_id],
+            alphabet=None if self.alphabet is None else self.alphabet[obs_id],
+            obs_id=None if self.args.algorithm == "sleep" else obs_id,
+            scorer=functools.partial(self.table.score, obs_id),
+        )
+
+
+def build_network(args, model_args, num_images, num_alphabets):
+    """The fresh inference network: amortised for sleep, which trains on other images, else one that knows
+    the images by their number"""
+    shared = dict(
+        num_primitives=model_args["num_primitives"],
+        num_arcs=model_args["num_arcs"],
+        lstm_hidden_size=args.lstm_hidden_size,
+        num_alphabets=num_alphabets,
+    )
+    if args.algorithm == "sleep":
+        return models.InferenceNetwork(obs_embedding_dim=model_args["obs_embedding_dim"], **shared)
+    return models.LookupInferenceNetwork(num_images, **shared)
+
+
+# ------------------------------------------------------------------ steps
+
+
+def train_step(evaluation):
+    args, networks = evaluation.args, (evaluation.generative_model, evaluation.network)
+    num_images = len(evaluation.obs)
+    batch_size = min(args.batch_size, num_images)
+    if args.algorithm == "sleep":
+        loss, statistics = losses.sleep(*networks, min(500, batch_size * args.num_particles))
+    else:
+        start = evaluation.iteration * batch_size
+        obs_id = torch.arange(start, start + batch_size, device=evaluation.device) % num_images
+        objective = losses.rws if args.algorithm == "rws" else losses.vimco
+        loss, statistics = objective(*networks, num_particles=args.num_particles, **evaluation.get_inputs(obs_id))
+    evaluation.optimizer.zero_grad()
+    loss.backward()
+    evaluation.optimizer.step()
+    evaluation.iteration += 1
+    evaluation.pending.append(statistics)
+
+
+@torch.no_grad()
+def estimate_step(evaluation):
+    """The bound of the next images"""
+    args, done = evaluation.args, len(evaluation.log_p)
+    last = min(done + args.test_batch_size, len(evaluation.obs))
+    obs_id = torch.arange(done, last, device=evaluation.device)
+    log_weight = losses.get_log_weight(
+        evaluation.generative_model,
+        evaluation.network,
+        num_particles=args.test_num_particles,
+        **evaluation.get_inputs(obs_id),
+    )  # [P, B]
+    evaluation.log_p = torch.cat([evaluation.log_p, losses.log_mean_weight(log_weight)])
+
+
+def run(evaluation, settings, path, stop):
+    """Trains the network, then estimates log p, until done or a signal arrives. Returns: whether done"""
+    args, num_images = evaluation.args, len(evaluation.obs)
+    total = args.num_iterations + math.ceil(num_images / args.test_batch_size)
+    with util.show_progress(total=total, unit="it") as bar:
+        while stop.received is None:
+            if evaluation.iteration < args.num_iterations:
+                train_step(evaluation)
+            elif len(evaluation.log_p) < num_images:
+                estimate_step(evaluation)
+            else:
+                return True
+            done = evaluation.iteration + math.ceil(len(evaluation.log_p) / args.test_batch_size)
+            if done % args.save_interval == 0:
+                util.save_checkpoint(path, evaluation.get_checkpoint(settings))
+            show(evaluation, bar, done)
+    util.save_checkpoint(path, evaluation.get_checkpoint(settings))
+    return False
+
+
+def show(evaluation, bar, done):
+    bar.update(done - bar.n)
+    if done % 10 == 0 and evaluation.pending:
+        bar.set_description("training" if len(evaluation.log_p) == 0 else "estimating", refresh=False)
+        loss = evaluation.pending[-1]["phi_loss"].item()
+        bar.set_postfix({"phi_loss": f"{loss:.4g}", "latents scored": evaluation.table.num_scored}, refresh=False)
+
+
+# ------------------------------------------------------------------ an evaluation
+
+
+def evaluate(args):
+    device = util.get_device(args.cuda)
+    checkpoint_path = util.find_checkpoint(args.checkpoint_path)
+    checkpoint = util.load_checkpoint(checkpoint_path, device)
+    images, num_alphabets = load_images(args, checkpoint)
+    settings = get_settings(args, checkpoint, images)
+    name = util.get_run_name(checkpoint_path, checkpoint["args"])
+    folder = util.SAVE / name / "logp"
+    path, state_path = (parent / f"{args.mode}_{args.algorithm}.pt" for parent in (folder, folder / "checkpoints"))
+    with util.lock(folder / f".{path.stem}.lock", f"{name} is being evaluated by {args.algorithm}"):
+        if path.exists() and not args.force:
+            check_settings(path, util.load_checkpoint(path, keys=report.KEYS), settings)
+            print(f"{path} is complete: {report.describe(path)}; --force repeats it")
+            return 0
+        evaluation = Evaluation(args, checkpoint, images, num_alphabets, device)
+        if state_path.exists() and load_state(state_path, evaluation, settings, args.force):
+            print(f"going on from iteration {evaluation.iteration} of the evaluation of {name}")
+        rendering.set_compile(args.compile, device)
+        with util.StopSignal() as stop:
+            if not run(evaluation, settings, state_path, stop):
+                print(
+                    f"stopped by {signal.Signals(stop.received).name} at iteration {evaluation.iteration},"
+                    f" saved {state_path}; the same command goes on from there"
+                )
+                return 128 + stop.received
+        util.save_checkpoint(path, get_result(evaluation, settings, name, checkpoint))
+        state_path.unlink(missing_ok=True)
+    print(f"{report.describe(path)}: {path}; next, for a table: python eval_logp.py --report")
+    return 0
+
+
+def load_images(args, checkpoint):
+    """The images to evaluate, a data.Split, and the number of alphabets (0 if the model is not conditional).
+    Raises: UserError if they do not fit the model"""
+    model_args, num_alphabets = checkpoint["args"], checkpoint["num_alphabets"]
+    location = args.data_location or model_args["data_location"]
+    dataset = data.load(location, model_args["small_dataset"], model_args["dataset_size"])
+    if num_alphabets not in (0, dataset.num_alphabets):
+        raise UserError(
+            f"the model was trained with {num_alphabets} alphabets and {location} has {dataset.num_alphabets};"
+            " give the data that it was trained on"
+        )
+    return getattr(dataset, args.mode).select(slice(args.num_data)), num_alphabets
+
+
+def get_settings(args, checkpoint, images):
+    """All that the result depends on, as plain values"""
+    digest = hashlib.sha1()
+    for value in checkpoint["generative_model"].values():
+        digest.update(value.cpu().numpy().tobytes())
+    names = "mode algorithm num_particles num_iterations batch_size lstm_hidden_size test_batch_size"
+    settings = {name: getattr(args, name) for name in [*names.split(), "test_num_particles", "seed"]}
+    return {
+        **settings,
+        "model": f"{digest.hexdigest()[:12]} at iteration {checkpoint['iteration']}",
+        "images": f"{data.get_fingerprint(images)} ({len(images.obs)})",
+    }
+
+
+def check_settings(path, saved, settings):
+    """Raises: UserError if what is saved is another evaluation than this one; it names the differences"""
+    differences = [
+        f"{name.replace('_', '-')} is {saved['settings'].get(name)} there and {value} here"
+        for name, value in settings.items()
+        if saved["settings"].get(name) != value
+    ]
+    if differences:
+        raise UserError(f"{path} holds another evaluation: {', '.join(differences)}; --force replaces it")
+
+
+def load_state(path, evaluation, settings, force):
+    """Whether the evaluation goes on from the file. A damaged one, or with --force one of
+    another evaluation, is left behind."""
+    try:
+        state = util.load_checkpoint(path, evaluation.device, STATE_KEYS)
+    except UserError as error:
+        print(f"warning: {error}; the evaluation starts anew", file=sys.stderr)
+        return False
+    if force and state["settings"] != settings:
+        return False
+    check_settings(path, state, settings)
+    evaluation.restore(state)
+    return True
+
+
+def get_result(evaluation, settings, name, checkpoint):
+    """What report.py reads, see report.KEYS"""
+    log_p, state = evaluation.log_p.double().cpu(), evaluation.get_checkpoint(settings)
+    rows = evaluation.table.settle()
+    bound = get_enumeration_bound(rows, len(log_p)).cpu()  # [N]
+    return dict(
+        settings=settings,
+        args=vars(evaluation.args),
+        log_p=log_p.mean().item(),
+        log_p_by_image=log_p,
+        standard_error=log_p.std().item() / math.sqrt(len(log_p)) if len(log_p) > 1 else math.nan,
+        enumeration_bound=bound.mean().item(),
+        enumeration_bound_by_image=bound,
+        latents=dict(obs_id=rows.obs_id.int().cpu(), codes=rows.codes.cpu(), log_joint=rows.log_joint.cpu()),
+        num_scored=evaluation.table.num_scored,
+        statistics=state["statistics"],
+        run=name,
+        model_settings=checkpoint["settings"],
+        model_iteration=checkpoint["iteration"],
+    )
+
+
+# ------------------------------------------------------------------ script
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.report:
+        return report.main(args.mode, [util.get_path_base(model) for model in sweep.get_sweep_argss()])
+    return evaluate(args)
+
+
+def get_parser():
+    parser = util.ArgumentParser(description=__doc__)
+    add, positive = parser.add, util.in_range(int, 1)
+    add(
+        "--report", "print a table of all that is evaluated, write save/logp.csv and save/logp.pdf", action="store_true"
+    )
+    add("--checkpoint-path", "a checkpoint of main.py, or a run's folder or path base for its latest")
+    add("--algorithm", "that trains the fresh inference network", choices=ALGORITHMS, default="sleep")
+    add("--mode", "images: test, or train (the first of each)", choices=["test", "train"], default="test")
+    add("--data-location", "as main.py takes it (default: where the model was trained)", default=None)
+    add("--num-data", "images to evaluate", type=positive, default=50)
+    add("--num-particles", "an image in training", type=positive, default=100)
+    add("--num-iterations", "of training", type=util.in_range(int, 0), default=20000)
+    add("--batch-size", "images a step of training", type=positive, default=50)
+    add("--lstm-hidden-size", "units of the inference network's LSTM", type=positive, default=128)
+    add("--test-batch-size", "images at a time in the estimate", type=positive, default=1)
+    add("--test-num-particles", "an image in the estimate", type=positive, default=5000)
+    add("--cuda", "use a GPU", action="store_true")
+    add("--seed", "of all randomness", type=util.in_range(int, 0), default=0)
+    add("--force", "repeat an evaluation that is complete, or of other settings", action="store_true")
+    add("--save-interval", "iterations between checkpoints of the evaluation", type=positive, default=500)
+    add(
+        "--compile",
+        "compile the renderer and the likelihood (default: where many latents are scored)",
+        action=argparse.BooleanOptionalAction,
+    )
+    return parser
+
+
+def parse_args(argv=None):
+    """Raises: UserError if arguments are out of range or something is missing"""
+    args = get_parser().parse_args(argv)
+    if not args.report and args.checkpoint_path is None:
+        raise UserError("give --checkpoint-path, the model to evaluate, or --report")
+    if args.algorithm == "vimco" and args.num_particles < 2:
+        raise UserError("--algorithm vimco needs --num-particles of at least 2")
+    if args.compile is None:
+        trained = args.num_iterations * min(args.batch_size, args.num_data) * args.num_particles
+        args.compile = trained + args.num_data * args.test_num_particles >= MANY_LATENTS
+    return args
+
+
+if __name__ == "__main__":
+    util.run_script(main)

@@ -1,0 +1,209 @@
+"""The report of all evaluations in save/: a table, save/logp.csv and save/logp.pdf."""
+
+import collections
+import csv
+import io
+import math
+import re
+import sys
+import textwrap
+from typing import NamedTuple
+
+import matplotlib.figure
+import torch
+
+import score_table
+import util
+from util import UserError
+
+ALGORITHMS = ["sleep", "rws", "vimco"]  # that train the network of an evaluation
+ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
+KEYS = {
+    "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
+    "latents", "statistics", "run", "model_settings", "model_iteration",
+}  # fmt: skip
+
+# ------------------------------------------------------------------ reading
+
+
+class Run(NamedTuple):
+    """What is known of log p under one trained model"""
+
+    name: str  # of its folder in save/
+    settings: dict  # of its training
+    iteration: int
+    estimates: dict  # of ESTIMATES, those that there are -> (mean over images, its standard error), nats
+
+
+def describe(path):
+    """A file of eval_logp.py in a sentence"""
+    result = util.load_checkpoint(path, keys=KEYS)
+    return (
+        f"log p(x) = {result['log_p']:.2f} nats an image (standard error over {len(result['log_p_by_image'])} images"
+        f" {result['standard_error']:.2f}), enumeration bound {result['enumeration_bound']:.2f},"
+        f" {result['run']} at iteration {result['model_iteration']} by {result['settings']['algorithm']}"
+    )
+
+
+def read_run(folder, mode):
+    """The evaluations of one run, or None; a warning for each that is damaged or left out"""
+    results = {}
+    for algorithm in ALGORITHMS:
+        path = folder / "logp" / f"{mode}_{algorithm}.pt"
+        try:
+            if path.exists():
+                results[algorithm] = util.load_checkpoint(path, keys=KEYS)
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+    if not results:
+        return None
+    newest = max(results.values(), key=lambda result: result["model_iteration"])
+    for algorithm, result in list(results.items()):
+        if any(result["settings"][name] != newest["settings"][name] for name in ("model", "images")):
+            print(
+                f"warning: {folder.name}: {mode}_{algorithm}.pt is of another model or other images than the newest"
+                " evaluation and left out; eval_logp.py --force repeats it",
+                file=sys.stderr,
+            )
+            del results[algorithm]
+    estimates = {algorithm: (result["log_p"], result["standard_error"]) for algorithm, result in results.items()}
+    estimates["best"] = max(estimates.values())
+    bound = get_joint_bound(results.values())
+    estimates["enumeration bound"] = bound.mean().item(), get_standard_error(bound.tolist())
+    return Run(folder.name, newest["model_settings"], newest["model_iteration"], estimates)
+
+
+def get_joint_bound(results):
+    """The enumeration bound of the latents that any of the evaluations of a model met: [N]"""
+    some_rows = []
+    for result in results:
+        latents = result["latents"]
+        some_rows.append(score_table.get_rows(latents["obs_id"].long(), latents["codes"], latents["log_joint"]))
+        num_images = len(result["log_p_by_image"])
+    return score_table.get_enumeration_bound(score_table.keep_best(score_table.merge(some_rows)), num_images)
+
+
+def get_standard_error(values):
+    """Of the mean; nan for a single value"""
+    if len(values) < 2:
+        return math.nan
+    return (torch.tensor(values, dtype=torch.double).std() / math.sqrt(len(values))).item()
+
+
+# ------------------------------------------------------------------ rows
+
+
+def get_name(run):
+    """A run's name without its seed, which its row shares with other seeds"""
+    return re.sub(r"_seed=\d+", "", run.name)
+
+
+def get_num_latents(run):
+    return run.settings["num_particles"] + run.settings["memory_size"]
+
+
+def get_rows(runs, order):
+    """A dict for each model, over its seeds, those named in `order` first: the columns of the CSV file"""
+    groups = collections.defaultdict(list)
+    for run in runs:
+        groups[get_name(run)].append(run)
+    names = [name for name in order if name in groups] + sorted(groups.keys() - set(order))
+    return [get_row(name, groups[name]) for name in names]
+
+
+def get_row(name, runs):
+    iterations = sorted({run.iteration for run in runs})
+    row = {
+        "model": name,
+        "algorithm": runs[0].settings["algorithm"],
+        "particles": get_num_latents(runs[0]),
+        "iteration": "-".join(map(str, iterations[:1] + iterations[1:][-1:])),
+        "seeds": len(runs),
+    }
+    for estimate in ESTIMATES:
+        found = [run.estimates[estimate] for run in runs if estimate in run.estimates]
+        values = [value for value, _ in found]
+        row[estimate] = sum(values) / len(values) if values else None
+        row[f"{estimate} s.e. over seeds"] = get_standard_error(values) if len(values) > 1 else None
+        row[f"{estimate} s.e. over images"] = found[0][1] if len(found) == 1 else None
+    return row
+
+
+# ------------------------------------------------------------------ showing
+
+
+def print_table(rows):
+    width = max(len(row["model"]) for row in rows)
+    print(f"{'model':{width}} particles     iteration seeds" + "".join(f"{name:>18}" for name in ESTIMATES))
+    for row in rows:
+        values = "".join(f"{format_value(row, name):>18}" for name in ESTIMATES)
+        print(f"{row['model']:{width}} {row['particles']:9} {row['iteration']:>13} {row['seeds']:5}{values}")
+
+
+def format_value(row, name):
+    if row[name] is None:
+        return "missing"
+    error = row[f"{name} s.e. over seeds"]
+    return f"{row[name]:.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+def write_csv(path, rows):
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    util.write(path, file.getvalue().encode())
+
+
+def write_figure(path, rows):
+    """The paper's figure: log p against the number of latents an image, a line for each training algorithm"""
+    lines = collections.defaultdict(list)
+    for row in rows:
+        lines[re.sub(rf"_{row['particles']}(?=_|$)", "", row["model"], count=1)].append(row)
+    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, line in lines.items():
+        line = sorted(line, key=lambda row: row["particles"])
+        errors = [row["best s.e. over seeds"] or 0 for row in line]
+        x, y = [row["particles"] for row in line], [row["best"] for row in line]
+        label = "\n".join(textwrap.wrap(label, 80))
+        axes.errorbar(x, y, errors if any(errors) else None, marker="o", capsize=3, label=label)
+    ticks = sorted({row["particles"] for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("particles an image (mws: proposals + memory)")
+    axes.set_ylabel("log p(x), nats an image")
+    figure.legend(
+        loc="outside lower center", title="trained by", ncols=1 if len(max(lines, key=len)) > 25 else 4, fontsize=7
+    )
+    axes.grid(alpha=0.3)
+    save_figure(path, figure)
+
+
+def save_figure(path, figure):
+    file = io.BytesIO()
+    figure.savefig(file, format="pdf", metadata={"CreationDate": None})
+    util.write(path, file.getvalue())
+
+
+def main(mode, paper_models):
+    """Args: mode: test or train; paper_models: path bases of the models that the report should have"""
+    runs = [read_run(path.parent, mode) for path in sorted(util.SAVE.glob("*/logp"))]
+    rows = get_rows([run for run in runs if run is not None], paper_models)
+    if not rows:
+        print(
+            f"nothing in {util.SAVE}/ has been evaluated on {mode} images yet; evaluate a model with"
+            " python eval_logp.py --checkpoint-path CHECKPOINT --algorithm rws"
+        )
+        return 0
+    print_table(rows)
+    missing = [name for name in paper_models if name not in {row["model"] for row in rows}]
+    if missing:
+        print(f"models of the paper without a value: {', '.join(missing)}")
+    suffix = "" if mode == "test" else f"_{mode}"
+    paths = util.SAVE / f"logp{suffix}.csv", util.SAVE / f"logp{suffix}.pdf"
+    write_csv(paths[0], rows)
+    write_figure(paths[1], rows)
+    print(f"nats an image, means over {mode} images; also in {paths[0]}, and a figure in {paths[1]}")
+    return 0

@@ -1,0 +1,332 @@
+"""Pictures: strokes as vectors, curves, and the script end to end."""
+
+import html.parser
+import itertools
+import json
+import math
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import urllib.parse
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from test_main import TINY, folder  # noqa: F401
+from test_util import cut
+
+import data
+import diagnostics
+import eval_logp
+import figures
+import main
+import models
+import strokes
+import util
+from util import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TRAIN = [*TINY, *"--data-location data.mat --pretrain-iterations 4 --num-iterations 12".split()]
+DRAW = "--num-reconstructions 6 --num-prior-samples 5 --alphabet-num-rows 2 --alphabet-num-cols 2".split()
+
+# ------------------------------------------------------------------ vectors
+
+
+def sample_svg_path(path, num=400):
+    """Points of "M x y L x y" or "M x y A r r 0 large sweep x y", by the formulas of
+    the SVG standard (appendix B.2.4): [num, 2]"""
+    tokens = path.split()
+    x1, y1, x2, y2 = (float(token) for token in (*tokens[1:3], *tokens[-2:]))
+    t = np.linspace(0, 1, num)[:, None]
+    start, end = np.array([x1, y1]), np.array([x2, y2])
+    if tokens[3] == "L":
+        return start + t * (end - start)
+    radius, large, sweep = float(tokens[4]), tokens[7] == "1", tokens[8] == "1"
+    half = (start - end) / 2
+    radius = max(radius, np.hypot(*half))
+    factor = math.sqrt(max(radius**2 / (half @ half) - 1, 0)) * (-1 if large == sweep else 1)
+    centre = factor * np.array([half[1], -half[0]]) + (start + end) / 2
+    first, last = (math.atan2(*(point - centre)[::-1]) for point in (start, end))
+    angle = (last - first) % (2 * math.pi) if sweep else -((first - last) % (2 * math.pi))
+    phi = first + t[:, 0] * angle
+    return centre + radius * np.stack([np.cos(phi), np.sin(phi)], 1)
+
+
+def rasterise(svg, resolution):
+    """Ink [R, R] of an SVG file's paths"""
+    scale = resolution / strokes.NUM_PIXELS
+    centres = (np.stack(np.meshgrid(*[np.arange(resolution)] * 2), -1) + 0.5) / scale  # x, y
+    ink = np.zeros((resolution, resolution), bool)
+    for path, width in re.findall(r'<path d="([^"]*)".*stroke-width="([^"]*)"', svg):
+        points = sample_svg_path(path)
+        distance = np.min([np.hypot(*(centres - point).transpose(2, 0, 1)) for point in points], 0)
+        ink |= distance <= float(width) / 2
+    return ink
+
+
+def get_mean_distance(a, b):
+    """Between the ink of two images, in pixels: the mean way from a pixel of one to the nearest of the other"""
+
+    def one_way(a, b):
+        a, b = np.argwhere(a), np.argwhere(b)
+        return np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1)).min(1).mean()
+
+    return max(one_way(a, b), one_way(b, a))
+
+
+@pytest.mark.parametrize("big_arcs", [False, True])
+def test_svg_agrees_with_the_renderer(big_arcs):
+    torch.manual_seed(2)
+    model = models.GenerativeModel(big_arcs=big_arcs, initial_max_curve=0.9 if big_arcs else 0.3, num_arcs=5)
+    with torch.no_grad():
+        model.pre_width.copy_(torch.linspace(-3, -0.5, 64))
+        model.pre_rendering_params.copy_(torch.tensor([8.0, -4.0]))
+        model.pre_theta[:4] = 0 if not big_arcs else 1  # straight
+    latent, _ = model.sample(12)
+    latent[..., 1:, 1] = 1
+    resolution = 112  # four times as fine, so that half a pixel is two here
+    probs = figures.draw(model, latent, resolution).numpy()
+    distances = []
+    for drawn, z in zip(probs, latent, strict=True):
+        # The renderer's pixel centres are at 0 and 1, those of an SVG half a pixel inside.
+        program = strokes.get_program(model, z)
+        svg = strokes.to_svg(program).replace("viewBox", "x")
+        ink = rasterise(svg, resolution)
+        distances.append(get_mean_distance(drawn > 0.5, ink) / 4)
+    assert max(distances) < 0.5 and np.mean(distances) < 0.3
+
+
+def test_path_of_a_known_arc():
+    # A quarter circle from the left to the top of a circle around the middle: clockwise.
+    quarter = strokes.get_path([0.25, 0.5, 0.25, 0.25, math.pi / 4])
+    points = sample_svg_path(quarter)
+    assert np.hypot(*(points - 14).T) == pytest.approx(27 / 4, abs=1e-3)
+    assert points[-1] == pytest.approx([14, 14 - 27 / 4], abs=1e-3)
+    assert strokes.get_path([0.5, 0.5, 0.1, 0, 0.0]).split()[3] == "L"
+    assert strokes.get_path([0.5, 0.5, 0.1, 0, 2.0]).split()[7:9] == ["1", "1"]
+
+
+def test_half_width():
+    # scale 10, bias -5: half of the highest probability is that of the logit where exp(...) is ink
+    half = strokes.get_half_width(20.0, 0.05, 10.0, -5.0)
+    ink = 10 * math.exp(400 * (0.05**2 - half**2)) - 5
+    assert 1 / (1 + math.exp(-ink)) == pytest.approx(0.5 / (1 + math.exp(-5)), rel=1e-5)
+    assert strokes.get_half_width(20.0, 0.0, 3.0, 8.0) == 0  # all black
+    assert strokes.get_half_width(0.0, 0.1, 3.0, -3.0) == 0
+
+
+# ------------------------------------------------------------------ figures
+
+
+def test_stages_and_tiles():
+    model = models.GenerativeModel(num_arcs=5)
+    latent, _ = model.sample(6)
+    latent[0, :, 1] = 0
+    latent[1, 1:, 1] = 1
+    stages = figures.draw_stages(model, latent, 28)
+    for z, stage in zip(latent, stages, strict=True):
+        visible = z[:, 1].nonzero().squeeze(1).tolist()
+        assert stage.isnan().flatten(1).all(1).tolist() == [i >= len(visible) for i in range(4)]
+        if visible:
+            torch.testing.assert_close(stage[len(visible) - 1], model.get_logits(z).sigmoid().detach())
+            first = z.clone()
+            first[visible[0] + 1 :, 1] = 0
+            torch.testing.assert_close(stage[0], model.get_logits(first).sigmoid().detach())
+    grid = figures.tile(torch.arange(3.0).view(3, 1, 1).expand(3, 28, 28), 2, below=4)
+    assert grid.shape == (2 + 2 * 34, 2 + 2 * 30)
+    assert (grid[2:30, 2:30] == 0).all() and (grid[2:30, 32:60] == 1).all() and (grid[36:64, 2:30] == 2).all()
+    assert np.isnan(grid).sum() == grid.size - 3 * 28 * 28
+
+
+def test_thinned_curves():
+    x, mean, low, high = figures.thin(np.arange(1.0, 100_001))
+    assert len(x) == figures.MAX_POINTS
+    assert x == pytest.approx(mean) and (low < mean).all() and (mean < high).all()
+    x, mean, low, high = figures.thin([3.0, 1.0])
+    assert list(x) == [1, 2] and list(mean) == list(low) == list(high) == [3, 1]
+    assert figures.smooth(np.full(200, 5.0)) == pytest.approx(5)
+
+
+def test_extent_of_primitives():
+    model = models.GenerativeModel(num_primitives=40, big_arcs=True, initial_max_curve=0.9)
+    primitives = model.get_primitives().detach()
+    for primitive in primitives:
+        extent = figures.get_extent(primitive.unsqueeze(0))
+        arcs = torch.cat([torch.zeros(2), primitive])[None, None] + torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0])
+        for zoom, fits in [(0.49 / extent, True), (0.8 / extent, False)]:
+            scaled = arcs * torch.tensor([1, 1, zoom, zoom, 1, 1 / zoom, zoom])
+            ink = figures.draw_arcs(model, scaled, torch.ones(1, 1, dtype=torch.long), 64)[0]
+            border = torch.cat([ink[0], ink[-1], ink[:, 0], ink[:, -1]]).max()
+            assert (border < 0.1 + ink.min()) == fits, (primitive, zoom)
+
+
+# ------------------------------------------------------------------ the script
+
+
+def train(*flags):
+    main.main([*TRAIN, *flags])
+    return util.get_path_base(main.parse_args([*TRAIN, *flags]))
+
+
+def get_files(name):
+    files = (util.SAVE / name).rglob("*.*")
+    return {str(f.relative_to(util.SAVE / name)) for f in files if f.suffix in (".pdf", ".gif", ".svg", ".json")}
+
+
+FILES = {"losses.pdf", "primitives/12.pdf", "prior/12.pdf", "reconstructions/12.pdf", "reconstructions/12.gif"}
+
+
+def test_every_kind_of_run(folder, capsys):  # noqa: F811
+    """Algorithms, likelihoods, conditional or not; runs without a checkpoint, with a damaged one, without data"""
+    plain = [
+        train("--algorithm", algorithm, "--likelihood", likelihood)
+        for algorithm, likelihood in [("mws", "learned-affine"), ("rws", "bernoulli"), ("vimco", "learned-affine")]
+    ]
+    conditional = [train("--condition-on-alphabet", "--algorithm", algorithm) for algorithm in ("mws", "sleep")]
+    pathlib.Path("save/empty").mkdir()
+    shutil.copytree(util.SAVE / plain[0], "save/broken")
+    for path in pathlib.Path("save/broken/checkpoints").iterdir():
+        cut(path)
+    capsys.readouterr()
+    assert diagnostics.main(DRAW) == 0
+    stdout, stderr = capsys.readouterr()
+    assert "empty: no checkpoint yet, skipped" in stdout and "broken: no checkpoint" in stderr
+    for name in plain:
+        assert get_files(name) == FILES | {"reconstructions.gif"}
+    for name in conditional:
+        assert get_files(name) == FILES | {"alphabets/12.pdf", "reconstructions.gif"}
+    frames = imageio.imread(util.SAVE / plain[0] / "reconstructions.gif")
+    assert len(frames) == 5  # iterations 1, 2, 3, 6, 10
+    pathlib.Path("data.mat").unlink()
+    assert diagnostics.main([*DRAW, "--checkpoint-path", f"save/{conditional[0]}/checkpoints/6.pt"]) == 0
+    stdout = capsys.readouterr().out
+    assert "without its data no reconstructions and alphabets: " in stdout and "data.mat" in stdout
+    new = get_files(conditional[0]) - get_files(conditional[1])
+    assert new == {"primitives/6.pdf", "prior/6.pdf"}
+
+
+def test_vectors_and_own_images(folder, capsys):  # noqa: F811
+    model = train("--condition-on-alphabet")
+    row, col = np.mgrid[:200, :150]
+    letter = (abs(row - 2 * col / 3 - 50) < 4).astype(np.uint8)
+    imageio.imwrite("dark.png", 255 - 255 * letter)
+    imageio.imwrite("light.png", 255 * letter)
+    flags = [*DRAW, "--checkpoint-path", model, "--resolution", "40", "--svg", "--obs-ids", "3", "5"]
+    assert diagnostics.main([*flags, "--images", "dark.png", "light.png", "--num-particles", "50"]) == 0
+    folder = util.SAVE / model  # noqa: F811
+    assert {path.name for path in (folder / "reconstructions/12").iterdir()} == {"3.svg", "3.json", "5.svg", "5.json"}
+    assert (folder / "images/12.pdf").exists()
+    checkpoint = util.load_checkpoint(util.find_checkpoint(model))
+    generative_model, _ = models.from_checkpoint(checkpoint)
+    for name in ("dark", "light"):
+        program = json.loads((folder / f"images/{name}.json").read_text())
+        latent = torch.tensor([[[s["primitive"], s["on"]] for s in program["strokes"]]]).unsqueeze(0)
+        obs = torch.as_tensor(data.read_image("x", pathlib.Path(f"{name}.png").read_bytes()) >= 0.5).float()
+        assert obs.sum() > 20 and (obs - obs.flip(0)).abs().sum() > 10
+        alphabet = torch.eye(5)[program["alphabet"]].unsqueeze(0)
+        log_joint = sum(generative_model.log_prob(latent, obs.unsqueeze(0), alphabet))
+        assert program["log_joint"] == pytest.approx(log_joint.item(), abs=1e-2)
+        num_on = sum(s["on"] for s in program["strokes"])
+        assert (folder / f"images/{name}.svg").read_text().count("<path") == num_on
+    with pytest.raises(UserError, match="--obs-ids 1000: there are"):
+        diagnostics.main([*flags, "--obs-ids", "1000"])
+    with pytest.raises(UserError, match="--images: cannot read none.png"):
+        diagnostics.main([*flags, "--images", "none.png"])
+    with pytest.raises(UserError, match="needs --checkpoint-path"):
+        diagnostics.main(["--images", "dark.png"])
+
+
+def test_a_hundred_checkpoints(folder):  # noqa: F811
+    """What one checkpoint after another is drawn with goes again; no display, no pyplot"""
+    model = train()
+    checkpoints = util.SAVE / model / "checkpoints"
+    checkpoint = util.load_checkpoint(checkpoints / "10.pt")
+    for iteration in range(100, 200):
+        torch.save({**checkpoint, "iteration": iteration}, checkpoints / f"{iteration}.pt")
+    code = (
+        "import diagnostics, matplotlib.figure, gc, sys\n"
+        f"diagnostics.main({[*DRAW, '--checkpoint-path', model]!r})\n"
+        "gc.collect()\n"
+        "print(sum(isinstance(x, matplotlib.figure.Figure) for x in gc.get_objects()), 'matplotlib.pyplot' in sys.modules)"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert process.stdout.splitlines()[-1] == "0 False", process.stderr
+    assert len(imageio.imread(util.SAVE / model / "reconstructions.gif")) == diagnostics.MAX_FRAMES
+
+
+# ------------------------------------------------------------------ the overview page
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.images = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if (tag, name) == ("a", "href")]
+        self.images += [value for name, value in attrs if (tag, name) == ("img", "src")]
+
+
+def find_chromium():
+    return next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+
+
+def test_overview(folder):  # noqa: F811
+    model, other = train("--algorithm", "rws"), train("--condition-on-alphabet")
+    flags = f"--num-data 3 --num-particles 4 --num-iterations 3 --test-num-particles 5 --checkpoint-path {model}"
+    eval_logp.main([*flags.split(), "--algorithm", "rws", "--no-compile"])
+    diagnostics.main(DRAW)
+    text = pathlib.Path("save/index.html").read_text()
+    page = Page(text)
+    assert len(page.links) == len(page.images) == 4 + 5
+    assert all((util.SAVE / urllib.parse.unquote(link)).is_file() for link in page.links)
+    assert all(src.startswith("data:image/png;base64,") for src in page.images)
+    value = torch.load(f"save/{model}/logp/test_rws.pt", weights_only=True)["log_p"]
+    assert f"rws {value:.2f}" in text and "not evaluated" in text and other in text
+    assert "http" not in re.sub("http://www.w3.org", "", text)
+    if find_chromium() is None:
+        pytest.skip("no chromium to open the overview page with")
+    # The page tells by its title how its images loaded.
+    script = (
+        "<script>onload = () => document.title = [...document.images].filter(i => i.naturalWidth > 20).length</script>"
+    )
+    pathlib.Path("save/probe.html").write_text(text.replace("</body>", f"{script}</body>"))
+    command = [find_chromium(), *"--headless --no-sandbox --disable-gpu --dump-dom --disable-sync".split()]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-quic"]
+    command += [f"--user-data-dir={folder}/browser", (folder / "save/probe.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert "<title>9</title>" in dom
+
+
+def test_missing_and_nothing(folder, capsys):  # noqa: F811
+    assert diagnostics.main([]) == 0
+    assert "no run in save/ yet" in capsys.readouterr().out and not pathlib.Path("save").exists()
+    with pytest.raises(UserError, match="there is no checkpoint mws_20; save/ holds no run"):
+        diagnostics.main(["--checkpoint-path", "mws_20"])
+
+
+def test_reconstructions_lie_over_real_images(omniglot, folder):  # noqa: F811
+    """An MWS model that has learned twenty characters a little draws its ink where theirs is"""
+    flags = "--dataset-size 50 --batch-size 50 --pretrain-iterations 0 --num-iterations 150 --likelihood bernoulli"
+    flags = [*flags.split(), "--num-particles", "2", "--memory-size", "2"]
+    flags += ["--data-location", str(omniglot / "chardata.mat"), "--no-compile"]
+    main.main(flags)
+    name = util.get_path_base(main.parse_args(flags))
+    dataset = data.load(str(omniglot / "chardata.mat"), False, 50)
+    subject = diagnostics.Subject(name, util.load_checkpoint(util.find_checkpoint(name)), dataset)
+    obs_id = torch.arange(50)
+    obs = subject.get_images(obs_id)[0]
+    probs = figures.draw(subject.generative_model, subject.reconstruct(obs_id), 28)
+
+    def get_overlap(probs):
+        return (probs * obs).sum() / obs.sum() - (probs * (1 - obs)).sum() / (1 - obs).sum()
+
+    upright = get_overlap(probs)
+    assert upright > 0.15
+    for flips in itertools.chain([[1], [2], [1, 2]]):
+        assert upright > get_overlap(probs.flip(flips)) + 0.05

@@ -1,0 +1,240 @@
+"""Evaluation and its report, end to end, against exact enumeration where there are few latents."""
+
+import csv
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_enumeration import NUM_IMAGES, get_exact, get_latents, get_tiny
+from test_main import assert_same, folder  # noqa: F401
+from test_util import cut
+
+import eval_logp
+import losses
+import main
+import models
+import report
+import score_table
+import util
+from util import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TRAIN = (
+    "--data-location data.mat --num-primitives 2 --num-arcs 2 --q-lstm-hidden-size 8 --obs-embedding-dim 8"
+    " --batch-size 7 --algorithm rws --num-particles 2 --pretrain-iterations 0 --num-iterations 4 --no-compile"
+).split()
+EVALUATE = "--num-data 4 --num-particles 8 --test-num-particles 200 --lstm-hidden-size 8 --no-compile".split()
+
+
+@pytest.fixture
+def model(folder):  # noqa: F811
+    """A trained model with 8 latents; returns its path base"""
+    main.main(TRAIN)
+    return util.get_path_base(main.parse_args(TRAIN))
+
+
+def evaluate(model, algorithm="rws", *flags, num_iterations=30, status=0):
+    """Runs eval_logp.py. Returns: what it saved"""
+    flags = [*EVALUATE, "--checkpoint-path", model, "--algorithm", algorithm, *flags]
+    assert eval_logp.main([*flags, "--num-iterations", str(num_iterations)]) == status
+    return load(model, algorithm)
+
+
+def load(model, algorithm, mode="test"):
+    return torch.load(util.SAVE / model / "logp" / f"{mode}_{algorithm}.pt", weights_only=True)
+
+
+def read_csv():
+    return {row["model"]: row for row in csv.DictReader(open("save/logp.csv"))}
+
+
+# ------------------------------------------------------------------ the table of scores
+
+
+@pytest.mark.parametrize("collide", [False, True])
+def test_scores_are_looked_up(monkeypatch, collide):
+    """Even if all latents had the same hash, no score would be another's."""
+    if collide:
+        monkeypatch.setattr(losses, "get_hash", lambda codes, obs_id: torch.zeros_like(obs_id))
+    model, network, obs = get_tiny()
+    table = score_table.ScoreTable(num_arcs=2)
+    for _ in range(3):
+        ids = torch.randperm(NUM_IMAGES)[:2]
+        latent = get_latents()[torch.randint(8, (20, 2))]  # [20, 2, A, 2]
+        expected = sum(model.log_prob(latent, obs[ids]))
+        torch.testing.assert_close(table.score(ids, model, latent, obs[ids]), expected)
+    if collide:
+        return
+    every = get_latents().unsqueeze(1).expand(-1, NUM_IMAGES, -1, -1)
+    table.score(torch.arange(NUM_IMAGES), model, every, obs)
+    assert table.num_scored == 8 * NUM_IMAGES
+    monkeypatch.setattr(losses, "score_rows", None)  # nothing is scored again
+    again = table.score(torch.arange(NUM_IMAGES), model, every, obs)
+    log_p, _ = get_exact(model, network, obs, torch.arange(NUM_IMAGES))
+    torch.testing.assert_close(again, log_p)
+    rows = table.settle()
+    bound = score_table.get_enumeration_bound(rows, NUM_IMAGES)
+    torch.testing.assert_close(bound, log_p.detach().double().logsumexp(0))
+    best = score_table.get_enumeration_bound(score_table.keep_best(rows, 3), NUM_IMAGES)
+    torch.testing.assert_close(best, log_p.detach().double().topk(3, 0).values.logsumexp(0))
+    torch.testing.assert_close(table.score(torch.arange(NUM_IMAGES), model, every, obs), log_p)
+
+
+def test_the_table_is_bounded(monkeypatch):
+    monkeypatch.setattr(score_table, "MAX_RECENT", 100)
+    monkeypatch.setattr(score_table.keep_best, "__defaults__", (50,))
+    model = models.GenerativeModel(likelihood="bernoulli")
+    _, obs = model.sample(3)
+    table, best = score_table.ScoreTable(num_arcs=10), torch.empty(0, 3)
+    for _ in range(10):
+        latent = model.sample(90)[0].view(30, 3, 10, 2)
+        best = torch.cat([best, table.score(torch.arange(3), model, latent, obs)])
+        assert len(table.settled.key) <= 150 and len(table.recent.key) <= 100
+    rows = table.settle()
+    for image in range(3):
+        kept = rows.log_joint[rows.obs_id == image].sort(descending=True).values
+        torch.testing.assert_close(kept, best[:, image].sort(descending=True).values[:50])
+
+
+# ------------------------------------------------------------------ estimates
+
+
+def get_exact_log_p(model):
+    """log p(x) of the images that are evaluated: [N], by listing all latents"""
+    checkpoint = util.load_checkpoint(util.find_checkpoint(model))
+    args = eval_logp.parse_args([*EVALUATE, "--checkpoint-path", model])
+    images, num_alphabets = eval_logp.load_images(args, checkpoint)
+    generative_model, _ = models.from_checkpoint(checkpoint)
+    latent = get_latents().unsqueeze(1).expand(-1, len(images.obs), -1, -1)
+    with torch.no_grad():
+        log_joint = sum(generative_model.log_prob(latent, images.obs, images.alphabet if num_alphabets else None))
+    return log_joint.double().logsumexp(0)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("algorithm", eval_logp.ALGORITHMS)
+def test_estimates_of_an_enumerable_model(folder, algorithm, conditional):  # noqa: F811
+    flags = [*TRAIN, *["--condition-on-alphabet"] * conditional]
+    main.main(flags)
+    model = util.get_path_base(main.parse_args(flags))
+    result = evaluate(model, algorithm, "--test-num-particles", "5000", num_iterations=200)
+    exact = get_exact_log_p(model)
+    assert result["log_p"] == pytest.approx(exact.mean().item(), abs=0.05)
+    assert result["log_p"] == pytest.approx(result["log_p_by_image"].mean().item())
+    assert result["standard_error"] == pytest.approx(exact.std().item() / 2, rel=0.05)
+    torch.testing.assert_close(result["enumeration_bound_by_image"], exact, atol=1e-3, rtol=0)
+    assert (result["log_p_by_image"] < exact + 0.05).all()
+    assert len(result["statistics"]["phi_loss"]) == 200
+    assert algorithm == "sleep" or result["num_scored"] == 32  # 8 latents of 4 images
+
+
+def test_an_evaluation_is_repeatable_and_kept(model, capsys):
+    first = evaluate(model, "vimco")
+    assert evaluate(model, "vimco", num_iterations=30) is not None
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(UserError, match="num-iterations is 30 there and 31 here; --force"):
+        evaluate(model, "vimco", num_iterations=31)
+    again = evaluate(model, "vimco", "--force")
+    assert_same({**again, "args": None}, {**first, "args": None})
+    other = evaluate(model, "vimco", "--force", "--seed", "1")
+    assert other["log_p"] != first["log_p"]
+    main.main([*TRAIN[:-3], "--num-iterations", "6", "--no-compile"])
+    other = model.replace("num-iterations=4", "num-iterations=6")
+    assert evaluate(other, "vimco", "--mode", "test")["model_iteration"] == 6
+
+
+def test_killed_at_random_moments_ends_with_the_same_numbers(model):
+    flags = [*EVALUATE, "--checkpoint-path", model, "--algorithm", "rws"]
+    flags += "--num-iterations 150 --save-interval 7 --test-num-particles 20".split()
+    (result,) = run_script(flags)
+    assert result[0] == 0, result
+    expected = load(model, "rws")
+    (util.SAVE / model / "logp" / "test_rws.pt").unlink()
+    command = [sys.executable, ROOT / "tests" / "kill.py", "eval_logp", "10", "0", "0.6", *flags]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout.split()[-2]) >= 4  # a fast machine may be done before the last
+    assert_same(load(model, "rws"), expected)
+    assert not list((util.SAVE / model / "logp" / "checkpoints").iterdir())
+
+
+def run_script(*argvs):
+    command = [sys.executable, ROOT / "tests" / "fork.py", "eval_logp", json.dumps(argvs)]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True).stdout)
+
+
+# ------------------------------------------------------------------ the report
+
+
+def test_report(model, capsys):
+    other = [*TRAIN, "--seed", "1"]
+    main.main(other)
+    other = util.get_path_base(main.parse_args(other))
+    values = {
+        algorithm: [evaluate(name, algorithm)["log_p"] for name in (model, other)] for algorithm in ("rws", "vimco")
+    }
+    capsys.readouterr()
+    assert eval_logp.main(["--report"]) == 0
+    table = capsys.readouterr().out
+    (row,) = read_csv().values()
+    assert row["model"] == model and row["particles"] == "2" and row["iteration"] == "4" and row["seeds"] == "2"
+    for algorithm, (a, b) in values.items():
+        assert float(row[algorithm]) == pytest.approx((a + b) / 2)
+        assert float(row[f"{algorithm} s.e. over seeds"]) == pytest.approx(abs(a - b) / 2)
+        assert f"{(a + b) / 2:.2f} ± {abs(a - b) / 2:.2f}" in table
+    best = [max(pair) for pair in zip(*values.values(), strict=True)]
+    assert float(row["best"]) == pytest.approx(np.mean(best))
+    assert row["sleep"] == "" and re.search(r"^rws_2\S+ .* missing ", table, re.M)
+    exact = [get_exact_log_p(name).mean().item() for name in (model, other)]
+    assert float(row["enumeration bound"]) == pytest.approx(np.mean(exact), abs=1e-3)
+    assert "without a value: mws_3, mws_5" in table
+    assert (util.SAVE / "logp.pdf").read_bytes().startswith(b"%PDF")
+    path = util.SAVE / other / "logp" / "test_vimco.pt"
+    result = torch.load(path, weights_only=True)  # as if of an older model
+    result["settings"]["model"], result["model_iteration"] = "older", 2
+    util.save_checkpoint(path, result)
+    cut(util.SAVE / model / "logp" / "test_rws.pt")
+    assert eval_logp.main(["--report"]) == 0
+    stderr = capsys.readouterr().err
+    assert "damaged" in stderr and "test_vimco.pt is of another model" in stderr and stderr.count("\n") == 2
+    (row,) = read_csv().values()
+    assert float(row["rws"]) == pytest.approx(values["rws"][1])
+    assert float(row["vimco"]) == pytest.approx(values["vimco"][0])
+
+
+def test_joint_bound_takes_each_latent_once():
+    def get_result(codes, log_joint):
+        codes = torch.tensor(codes, dtype=torch.int16).unsqueeze(1)
+        latents = dict(obs_id=torch.zeros(len(codes)).int(), codes=codes, log_joint=torch.tensor(log_joint))
+        return dict(latents=latents, log_p_by_image=torch.zeros(1))
+
+    results = [get_result([4, 2], [-3.0, -1.0]), get_result([2, 6], [-1.0, -2.0])]
+    bound = report.get_joint_bound(results)
+    assert bound.item() == pytest.approx(math.log(math.exp(-3) + math.exp(-1) + math.exp(-2)))
+
+
+def test_bad_input(folder):  # noqa: F811
+    pathlib.Path("broken.pt").write_bytes(b"PK")
+    torch.save({"a": 1}, "other.pt")
+    cases = [
+        (["--algorithm", "rws"], ["--checkpoint-path"]),
+        (["--checkpoint-path", "save/none/checkpoints/latest.pt"], ["save/none", "python main.py"]),
+        (["--checkpoint-path", "mws_20"], ["mws_20", "python main.py"]),
+        (["--checkpoint-path", "broken.pt"], ["broken.pt", "damaged"]),
+        (["--checkpoint-path", "other.pt"], ["other.pt", "not a checkpoint"]),
+        (["--checkpoint-path", "other.pt", "--num-data", "0"], ["--num-data"]),
+        (["--checkpoint-path", "other.pt", "--algorithm", "mws"], ["--algorithm"]),
+    ]
+    results = run_script(*[flags for flags, _ in cases], ["--report"])
+    for (flags, words), (status, _, stderr) in zip(cases, results, strict=False):
+        assert status == 2 and stderr.count("\n") == 1 and stderr.startswith("eval_logp.py: error:"), (flags, stderr)
+        assert all(word in stderr for word in words), (flags, stderr)
+    status, stdout, stderr = results[-1]
+    assert status == 0 and stdout.count("\n") == 1 and "nothing in save/" in stdout and not stderr
+    assert not pathlib.Path("save").exists()
