@@ -107,8 +107,13 @@ def get_rows(runs, order):
     groups = collections.defaultdict(list)
     for run in runs:
         groups[get_name(run)].append(run)
-    names = [name for name in order if name in groups] + sorted(groups.keys() - set(order))
+    names = [name for name in order if name in groups] + sorted(groups.keys() - set(order), key=get_natural_order)
     return [get_row(name, groups[name]) for name in names]
+
+
+def get_natural_order(name):
+    """Numbers by their value: rws_3, rws_10"""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def get_row(name, runs):

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import shlex
 import shutil
+import sys
 import time
 
 import torch
@@ -139,7 +140,11 @@ def submit(args):
 
 
 def show_status(args):
-    jobs = {(job.kind, job.index): job for job in slurm.get_jobs(args.test_run, args.data_location)}
+    try:
+        jobs = {(job.kind, job.index): job for job in slurm.get_jobs(args.test_run, args.data_location)}
+    except UserError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        jobs = {}
     some_tasks = get_tasks(args)
     width = max(len(str(task)) for _, task in some_tasks)
     value = "log p" if args.eval_logp else "theta loss"

@@ -121,7 +121,7 @@ def start(task, slot, num_slots, num_gpus):
     cores = sorted(os.sched_getaffinity(0))
     share = cores[slot % len(cores) :: num_slots]
     # Two processes with a thread for every core each would slow each other down several times over.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(len(share))}
+    environment = {"OMP_NUM_THREADS": str(len(share)), **os.environ}
     command = task.get_command()
     if num_gpus:
         command.append("--cuda")

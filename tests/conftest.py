@@ -1,8 +1,10 @@
 import os
 import pathlib
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, a process for each core
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -21,3 +23,8 @@ def omniglot():
     if not (folder / "chardata.mat").exists():
         pytest.skip(f"no Omniglot at {folder}; set $OMNIGLOT_PATH")
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """What mostly waits goes first, beside what computes"""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)

@@ -312,7 +312,7 @@ def test_missing_and_nothing(folder, capsys):  # noqa: F811
 
 def test_reconstructions_lie_over_real_images(omniglot, folder):  # noqa: F811
     """An MWS model that has learned twenty characters a little draws its ink where theirs is"""
-    flags = "--dataset-size 50 --batch-size 50 --pretrain-iterations 0 --num-iterations 150 --likelihood bernoulli"
+    flags = "--dataset-size 50 --batch-size 50 --pretrain-iterations 0 --num-iterations 100 --likelihood bernoulli"
     flags = [*flags.split(), "--num-particles", "2", "--memory-size", "2"]
     flags += ["--data-location", str(omniglot / "chardata.mat"), "--no-compile"]
     main.main(flags)
