@@ -5,11 +5,14 @@
 set -euo pipefail
 dir=$1
 host=$(hostname -s)
+port=$((20000 + RANDOM % 10000)) # not those of a Slurm that runs here
 mkdir -p "$dir"/state "$dir"/spool
 # cred_expire is also how long a job that was requeued waits before it may start again.
 cat >"$dir/slurm.conf" <<END
 ClusterName=test
 SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=$port
+SlurmdPort=$((port + 1))
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge

@@ -1,7 +1,6 @@
 """Pictures: strokes as vectors, curves, and the script end to end."""
 
 import html.parser
-import itertools
 import json
 import math
 import pathlib
@@ -310,15 +309,17 @@ def test_missing_and_nothing(folder, capsys):  # noqa: F811
         diagnostics.main(["--checkpoint-path", "mws_20"])
 
 
-def test_reconstructions_lie_over_real_images(omniglot, folder):  # noqa: F811
-    """An MWS model that has learned twenty characters a little draws its ink where theirs is"""
-    flags = "--dataset-size 50 --batch-size 50 --pretrain-iterations 0 --num-iterations 100 --likelihood bernoulli"
-    flags = [*flags.split(), "--num-particles", "2", "--memory-size", "2"]
-    flags += ["--data-location", str(omniglot / "chardata.mat"), "--no-compile"]
+def test_learns_real_characters(omniglot, folder):  # noqa: F811
+    """MWS on fifty characters, to be quick: its loss falls, and it draws its ink where theirs is"""
+    location = str(omniglot / "chardata.mat")
+    flags = "--dataset-size 50 --batch-size 50 --pretrain-iterations 0 --num-iterations 50 --likelihood bernoulli"
+    flags = [*flags.split(), *"--num-particles 2 --memory-size 2 --no-compile --data-location".split(), location]
     main.main(flags)
     name = util.get_path_base(main.parse_args(flags))
-    dataset = data.load(str(omniglot / "chardata.mat"), False, 50)
-    subject = diagnostics.Subject(name, util.load_checkpoint(util.find_checkpoint(name)), dataset)
+    checkpoint = util.load_checkpoint(util.find_checkpoint(name))
+    loss = checkpoint["statistics"]["theta_loss"]
+    assert loss[:5].mean() - loss[-5:].mean() > 20
+    subject = diagnostics.Subject(name, checkpoint, data.load(location, False, 50))
     obs_id = torch.arange(50)
     obs = subject.get_images(obs_id)[0]
     probs = figures.draw(subject.generative_model, subject.reconstruct(obs_id), 28)
@@ -327,6 +328,6 @@ def test_reconstructions_lie_over_real_images(omniglot, folder):  # noqa: F811
         return (probs * obs).sum() / obs.sum() - (probs * (1 - obs)).sum() / (1 - obs).sum()
 
     upright = get_overlap(probs)
-    assert upright > 0.15
-    for flips in itertools.chain([[1], [2], [1, 2]]):
-        assert upright > get_overlap(probs.flip(flips)) + 0.05
+    assert upright > 0.1
+    for flipped in ([1], [2], [1, 2]):
+        assert upright > get_overlap(probs.flip(flipped)) + 0.03

@@ -274,16 +274,6 @@ def test_test_run(folder):
     assert get_run_folder().name.startswith("test_run_")
 
 
-def test_learns_real_characters(omniglot, folder):
-    """Fifty characters, to be quick; the README has the command for five hundred."""
-    flags = (
-        "--dataset-size 50 --batch-size 50 --pretrain-iterations 0 --num-iterations 50 --likelihood bernoulli".split()
-    )
-    run(*flags, "--num-particles", "2", "--memory-size", "2", "--data-location", str(omniglot / "chardata.mat"))
-    loss = load_latest()["statistics"]["theta_loss"]
-    assert loss[:5].mean() - loss[-5:].mean() > 20
-
-
 def test_conditional_on_real_alphabets(omniglot, folder):
     run(*SHORT, "--data-location", str(omniglot / "chardata.mat"), "--small-dataset", "--condition-on-alphabet")
     checkpoint = load_latest()

