@@ -9,6 +9,7 @@ are compared. The reference is tests/reference.py: it scores everything, with
 gradients. The floor is the convolutions' own forward and backward pass.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -25,12 +26,14 @@ import main
 import models
 import rendering
 import util
+from score_table import ScoreTable
 
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tests"))
 import reference  # noqa: E402
 
-ALGORITHMS = ["mws", "rws", "vimco", "pretrain", "eval rws", "eval vimco"]
+ALGORITHMS = ["mws", "rws", "vimco", "pretrain", "eval rws", "eval vimco", "eval sharp"]
+SHARPNESS = 50  # "eval sharp" is eval rws by a network whose logits are so many times larger, as after long training
 
 # ------------------------------------------------------------------ steps
 
@@ -49,6 +52,11 @@ class Steps:
             self.num_particles = max(batch_size * 100 // 250, 2)
             self.network = models.LookupInferenceNetwork(len(self.obs)).to(device)
             self.optimizer = torch.optim.Adam(self.network.parameters())
+            self.table = ScoreTable(self.model.num_arcs, device)
+            if algorithm == "eval sharp":
+                with torch.no_grad():
+                    for parameter in self.network.decoder.linear.parameters():
+                        parameter *= SHARPNESS
         else:
             self.num_particles = 10
             self.network = models.InferenceNetwork().to(device)
@@ -65,19 +73,20 @@ class Steps:
         elif self.algorithm == "pretrain":
             loss, _ = losses.sleep(*networks, 2 * len(self.obs))
         else:
-            objective = losses.rws if self.algorithm.endswith("rws") else losses.vimco
-            loss, _ = objective(*networks, self.obs, self.num_particles, obs_id=given)
+            objective = losses.vimco if self.algorithm.endswith("vimco") else losses.rws
+            scorer = losses.score if given is None else functools.partial(self.table.score, given)
+            loss, _ = objective(*networks, self.obs, self.num_particles, obs_id=given, scorer=scorer)
         self._update(loss)
 
     def reference(self):
-        self.model.requires_grad_(self.algorithm != "eval rws")
+        self.model.requires_grad_(self.algorithm not in ("eval rws", "eval sharp"))
         networks, given = (self.model, self.network), self.obs_id if self.algorithm.startswith("eval") else None
         if self.algorithm == "mws":
             loss = reference.mws(*networks, self.plain_memory, self.obs, self.obs_id, self.num_particles)
         elif self.algorithm == "pretrain":
             loss = reference.sleep(*networks, 2 * len(self.obs))
         else:
-            objective = reference.rws if self.algorithm.endswith("rws") else reference.vimco
+            objective = reference.vimco if self.algorithm.endswith("vimco") else reference.rws
             loss = objective(*networks, self.obs, self.num_particles, given)
         self._update(loss)
 

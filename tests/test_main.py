@@ -23,7 +23,7 @@ from util import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = (
-    "--num-arcs 3 --num-primitives 5 --q-lstm-hidden-size 8 --obs-embedding-dim 8 --batch-size 7"
+    "--num-arcs 3 --num-primitives 5 --q-lstm-hidden-size 8 --obs-embedding-dim 8 --batch-size 5"
     " --num-particles 2 --memory-size 2 --log-interval 3 --no-compile"
 ).split()
 SHORT = [*TINY, *"--pretrain-iterations 6 --num-iterations 12 --save-interval 5".split()]

@@ -28,7 +28,7 @@ from util import UserError
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = (
     "--data-location data.mat --likelihood bernoulli --num-primitives 5 --num-arcs 3"
-    " --q-lstm-hidden-size 8 --obs-embedding-dim 8 --batch-size 7 --num-particles 2 --memory-size 2 --no-compile"
+    " --q-lstm-hidden-size 8 --obs-embedding-dim 8 --batch-size 5 --num-particles 2 --memory-size 2 --no-compile"
 )
 # sweep.py with two models in place of the paper's, as a script
 SMALL_SWEEP = f"""
@@ -126,7 +126,7 @@ def test_dry_run_prints_what_would_be_run(folder):
 
 def test_sweep_here(make_sweep):
     """Trained two at a time, interrupted, killed, gone on with; evaluated, reported, deleted"""
-    models = make_sweep("--pretrain-iterations 5 --num-iterations 150 --save-interval 10")
+    models = make_sweep("--pretrain-iterations 5 --num-iterations 300 --save-interval 10")
     for number in (signal.SIGINT, signal.SIGKILL):
         process = subprocess.Popen([sys.executable, "small_sweep.py", "--jobs", "2"], stdout=subprocess.PIPE, text=True)
         reached = 10 if number == signal.SIGINT else 63
@@ -135,14 +135,15 @@ def test_sweep_here(make_sweep):
             time.sleep(0.02)
         process.send_signal(number)
         stdout, _ = process.communicate(timeout=60)
+        wait_for(lambda: not any(util.is_locked(util.SAVE / name / "lock") for name in models), 30)
         if number == signal.SIGINT:
             assert process.returncode == 128 + number and stdout.count("stopped, goes on when the sweep does") == 2
-            assert all("stopped by SIGINT" in tasks.get_log_end(tasks.Task(name, "train", [], 150)) for name in models)
-        assert all(reached <= load(name)["iteration"] < 150 for name in models)
+            assert all("stopped by SIGINT" in tasks.get_log_end(tasks.Task(name, "train", [], 300)) for name in models)
+        assert all(reached <= load(name)["iteration"] < 300 for name in models)
     stdout = run("--jobs", "2")
-    assert "2 of 2 done" in stdout and len(re.findall(r"^\w+.*: done, 150 iterations", stdout, re.M)) == 2
+    assert "2 of 2 done" in stdout and len(re.findall(r"^\w+.*: done, 300 iterations", stdout, re.M)) == 2
     stdout = run("--status")
-    assert [line.split()[1:3] for line in stdout.splitlines()[1:]] == [["done", "150/150"]] * 2
+    assert [line.split()[1:3] for line in stdout.splitlines()[1:]] == [["done", "300/300"]] * 2
     assert "2 are complete already\n0 of 0 done" in run()
 
     assert "3 of 3 done" in run("--eval-logp", "--test-run", "--jobs", "2", "--models", models[1])
@@ -150,7 +151,7 @@ def test_sweep_here(make_sweep):
     values = [f"{torch.load(path, weights_only=True)['log_p']:.2f}" for path in paths]
     stdout = run("--status", "--eval-logp", "--test-run", "--models", models[1])
     assert [line.split()[1:5:2] for line in stdout.splitlines()[1:]] == [
-        [a, "150/150"] for a in ("sleep", "rws", "vimco")
+        [a, "300/300"] for a in ("sleep", "rws", "vimco")
     ]
     assert [(line.split()[2], line.split()[4]) for line in stdout.splitlines()[1:]] == [("done", v) for v in values]
     stdout = report()
