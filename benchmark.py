@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import reference  # noqa: E402
 
 ALGORITHMS = ["mws", "rws", "vimco", "pretrain", "eval rws", "eval vimco", "eval sharp"]
-SHARPNESS = 50  # "eval sharp" is eval rws by a network whose logits are so many times larger, as after long training
+SHARPNESS = 1000  # "eval sharp" is eval rws by a network whose logits are so many times larger, as after long training
 
 # ------------------------------------------------------------------ steps
 

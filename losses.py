@@ -35,13 +35,21 @@ def score(generative_model, latent, obs, alphabet=None):
 @torch.no_grad()
 def score_rows(generative_model, codes, obs, alphabet, obs_id):
     """As `score`, for packed latents each of an image of its own: codes [N, A], obs_id [N], rows of obs -> [N]"""
-    distinct, key = get_hash(codes, obs_id).unique(return_inverse=True)  # [D], [N]
-    chosen = torch.empty_like(distinct).scatter_(0, key, torch.arange(len(key), device=key.device))  # one of each
-    if not torch.equal(codes[chosen[key]], codes):  # a collision, once in many thousand years
-        chosen = key = torch.arange(len(codes), device=codes.device)
+    chosen, key = find_distinct(codes, obs_id)  # [D], [N]
     obs_id, latent = obs_id[chosen], unpack(codes[chosen]).unsqueeze(0)  # [D], [1, D, A, 2]
     alphabet = None if alphabet is None else alphabet[obs_id]
     return sum(generative_model.log_prob(latent, obs[obs_id], alphabet))[0, key]
+
+
+def find_distinct(codes, obs_id):
+    """One row of each latent of an image: codes [N, A], obs_id [N] -> chosen [D], rows; key [N]: row i is
+    like row chosen[key[i]]"""
+    distinct, key = get_hash(codes, obs_id).unique(return_inverse=True)
+    rows = torch.arange(len(key), device=key.device)
+    chosen = torch.empty_like(distinct).scatter_(0, key, rows)
+    if not torch.equal(codes[chosen[key]], codes):  # a collision, once in many thousand years
+        return rows, rows
+    return chosen, key
 
 
 def get_hash(codes, obs_id):
@@ -168,11 +176,17 @@ def _attach_gradients(generative_model, inference_network, latent, obs, context,
     Args: latent [P, B, A, 2]; context: of the network's decoder, [B, H];
         grad_log_p, grad_log_q [P, B]
     """
-    threshold = NEGLIGIBLE / latent.shape[1]  # the factors are weights over the batch size
-    carries = (grad_log_p.abs() > threshold) | (grad_log_q.abs() > threshold)
-    particle_id, obs_id = carries.nonzero().unbind(1)
-    latent = latent[particle_id, obs_id].unsqueeze(0)  # [1, N, A, 2]
-    grad_log_p, grad_log_q = (grad[particle_id, obs_id] for grad in (grad_log_p, grad_log_q))  # [N]
+    num_particles, batch_size = latent.shape[:2]
+    codes = pack(latent.flatten(0, 1), torch.int16)  # [P * B, A]
+    obs_id = torch.arange(batch_size, device=codes.device).repeat(num_particles)
+    chosen, key = find_distinct(codes, obs_id)
+    grad_log_p, grad_log_q = (  # [D]: of latents that are equal together
+        grad.new_zeros(len(chosen)).index_add(0, key, grad.flatten()) for grad in (grad_log_p, grad_log_q)
+    )
+    threshold = NEGLIGIBLE / batch_size  # the factors are weights over the batch size
+    carries = ((grad_log_p.abs() > threshold) | (grad_log_q.abs() > threshold)).nonzero().squeeze(1)  # [N]
+    grad_log_p, grad_log_q = grad_log_p[carries], grad_log_q[carries]
+    obs_id, latent = obs_id[chosen[carries]], unpack(codes[chosen[carries]]).unsqueeze(0)  # [N], [1, N, A, 2]
     log_q = inference_network.decoder.log_prob(latent, context.index_select(0, obs_id))  # [1, N]
     zero = (grad_log_q * (log_q - log_q.detach())).sum()
     parameters = [parameter for parameter in generative_model.parameters() if parameter.requires_grad]
