@@ -175,8 +175,7 @@ def evaluate(args):
     folder = util.SAVE / name / "logp"
     path, state_path = (parent / f"{args.mode}_{args.algorithm}.pt" for parent in (folder, folder / "checkpoints"))
     with util.lock(folder / f".{path.stem}.lock", f"{name} is being evaluated by {args.algorithm}"):
-        if path.exists() and not args.force:
-            check_settings(path, util.load_checkpoint(path, keys=report.KEYS), settings)
+        if not args.force and is_complete(path, settings):
             print(f"{path} is complete: {report.describe(path)}; --force repeats it")
             return 0
         evaluation = Evaluation(args, checkpoint, images, num_alphabets, device)
@@ -222,6 +221,19 @@ def get_settings(args, checkpoint, images):
         "model": f"{digest.hexdigest()[:12]} at iteration {checkpoint['iteration']}",
         "images": f"{data.get_fingerprint(images)} ({len(images.obs)})",
     }
+
+
+def is_complete(path, settings):
+    """Whether the evaluation is there; a damaged one is not. Raises: UserError if another one is"""
+    if not path.exists():
+        return False
+    try:
+        result = util.load_checkpoint(path, keys=report.KEYS)
+    except UserError as error:
+        print(f"warning: {error}; it is evaluated again", file=sys.stderr)
+        return False
+    check_settings(path, result, settings)
+    return True
 
 
 def check_settings(path, saved, settings):

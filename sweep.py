@@ -197,9 +197,11 @@ def remove(args):
     print("\n".join(str(folder) for folder in folders))
     if args.dry_run:
         return 0
-    if not args.yes and input(f"delete these {len(folders)} runs, checkpoints and all? [y/N] ").strip().lower() != "y":
-        print("nothing is deleted")
-        return 1
+    if not args.yes:
+        print(f"delete these {len(folders)} runs, checkpoints and all? [y/N] ", end="", flush=True)
+        if sys.stdin.readline().strip().lower() != "y":
+            print("nothing is deleted")
+            return 1
     for folder in folders:
         shutil.rmtree(folder)
     print(f"deleted {len(folders)} runs")

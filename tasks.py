@@ -73,12 +73,19 @@ def get_lock(task):
     return folder / "lock" if task.kind == "train" else folder / "logp" / f".test_{task.kind}.lock"
 
 
+def was_stopped(status):
+    """Whether a process ended because it was asked to, by one of the signals on which runs save"""
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    return status in [128 + number for number in numbers] or -status in numbers
+
+
 def is_failed(task):
-    """Whether its last attempt ended by itself with an error"""
+    """Whether its last attempt ended with an error"""
     try:
-        return 0 < int(task.get_path("status").read_text()) < 128
+        status = int(task.get_path("status").read_text())
     except (OSError, ValueError):
         return False
+    return status != 0 and not was_stopped(status)
 
 
 def get_log_end(task, num_lines=4):
@@ -143,10 +150,11 @@ def finish(worker):
         what = "theta loss" if task.kind == "train" else "log p"
         seconds = time.time() - worker.start
         print(f"{task}: done, {progress.iteration} iterations, {what} {progress.value}, {seconds:.0f} s", flush=True)
-    elif status < 0 or status > 128:
+    elif was_stopped(status):
         print(f"{task}: stopped, goes on when the sweep does", flush=True)
     else:
-        print(f"{task}: failed, see {task.get_path('log')}; its end:\n{get_log_end(task)}", flush=True)
+        how = f"failed with status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
+        print(f"{task}: {how}, see {task.get_path('log')}; its end:\n{get_log_end(task)}", flush=True)
     return status == 0
 
 

@@ -142,6 +142,9 @@ def test_an_evaluation_is_repeatable_and_kept(model, capsys):
         evaluate(model, "vimco", num_iterations=31)
     again = evaluate(model, "vimco", "--force")
     assert_same({**again, "args": None}, {**first, "args": None})
+    cut(util.SAVE / model / "logp" / "test_vimco.pt")
+    assert evaluate(model, "vimco")["log_p"] == first["log_p"]
+    assert "it is evaluated again" in capsys.readouterr().err
     other = evaluate(model, "vimco", "--force", "--seed", "1")
     assert other["log_p"] != first["log_p"]
     main.main([*TRAIN[:-3], "--num-iterations", "6", "--no-compile"])

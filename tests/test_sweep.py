@@ -124,7 +124,7 @@ def test_dry_run_prints_what_would_be_run(folder):
 # ------------------------------------------------------------------ here
 
 
-def test_sweep_here(make_sweep):
+def test_sweep_here(make_sweep, monkeypatch):
     """Trained two at a time, interrupted, killed, gone on with; evaluated, reported, deleted"""
     models = make_sweep("--pretrain-iterations 5 --num-iterations 300 --save-interval 10")
     for number in (signal.SIGINT, signal.SIGKILL):
@@ -160,6 +160,8 @@ def test_sweep_here(make_sweep):
     pathlib.Path("save/notes").mkdir()
     stdout = run("--rm", "--dry-run")
     assert sorted(stdout.splitlines()) == sorted(f"save/{name}" for name in models)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+    assert "nothing is deleted" in run("--rm", status=1)
     assert "deleted 2 runs" in run("--rm", "--yes")
     assert sorted(path.name for path in pathlib.Path("save").iterdir()) == ["logp.csv", "logp.pdf", "notes"]
 
@@ -172,7 +174,10 @@ def test_failures_and_locks(make_sweep):
     with util.lock_run(models[0]):
         stdout = run("--jobs", "2", status=1)
         assert f"{models[0]}: is being worked on by process {os.getpid()} on" in stdout
-        assert f"{models[1]}: failed, see save/{models[1]}/logs/train.log" in stdout and "is intact" in stdout
+        assert (
+            f"{models[1]}: failed with status 2, see save/{models[1]}/logs/train.log" in stdout
+            and "is intact" in stdout
+        )
         assert "0 of 2 done" in stdout
         stdout = run("--status")
         assert [line.split()[1] for line in stdout.splitlines()[1:]] == ["running", "failed"]
