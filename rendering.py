@@ -101,11 +101,45 @@ def _get_ink_logits(exponent, on, rendering_params):
     return torch.logaddexp(ink, torch.full_like(ink, LOG_PAPER))
 
 
+def _differentiate_draw(strongest, on, grad, rendering_params, x, y):
+    """The backward pass of _draw, through the arc that a pixel is of.
+
+    Args: strongest [B, 10, R * C], that arc's constants; on [B, R * C]; grad [B, R * C], of the
+        logits; rendering_params [B, 2]
+    Returns: the gradients of strongest and of rendering_params
+    """
+
+    def draw(strongest, rendering_params):
+        return _get_ink_logits(get_exponent(x, y, strongest.unbind(1)), on, rendering_params.split(1, 1))
+
+    return torch.func.vjp(draw, strongest, rendering_params)[1](grad)
+
+
+class _DrawArcs(torch.autograd.Function):
+    """Logits of ink: constants [B, A, 10], on [B, A], x, y [R * C], rendering_params [2] -> [B, R * C]"""
+
+    @staticmethod
+    def forward(ctx, constants, on, x, y, rendering_params):
+        logits, arc_id = _run(_draw, 0, (constants, on), (x, y, rendering_params))  # [B, R * C]
+        ctx.save_for_backward(constants, on, x, y, rendering_params, arc_id)
+        return logits
+
+    @staticmethod
+    def backward(ctx, grad):
+        constants, on, x, y, rendering_params, arc_id = ctx.saved_tensors
+        on, arc_id = on.gather(1, arc_id), arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)
+        constants = constants.transpose(1, 2)  # [B, 10, A]
+        strongest = constants.gather(2, arc_id)  # [B, 10, R * C]
+        params = rendering_params.expand(len(on), -1)  # [B, 2]
+        grad_strongest, grad_params = _run(_differentiate_draw, 0, (strongest, on, grad, params), (x, y))
+        grad_constants = torch.zeros_like(constants).scatter_add(2, arc_id, grad_strongest)
+        return grad_constants.transpose(1, 2), None, None, None, grad_params.sum(0)
+
+
 def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     """Draws arcs: the logits of a pixel being ink.
 
-    A pixel's ink is that of one arc, the strongest, so gradients go through one arc a
-    pixel: it is found without, and computed again with them.
+    A pixel's ink is that of one arc, the strongest, so gradients go through one arc a pixel.
 
     Args:
         arcs [B, A, 7]: (x_start, y_start, dx, dy, theta, sharpness, width)
@@ -118,13 +152,7 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
         return get_logits(*(torch.cat([x, x]) for x in (arcs, on_offs)), rendering_params, num_rows, num_cols)[:1]
     x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
     constants = get_arc_constants(arcs)  # [B, A, 10]
-    with torch.no_grad():
-        logits, arc_id = _run(_draw, 0, (constants, on_offs != 0), (x, y, rendering_params))  # [B, R * C]
-    if torch.is_grad_enabled() and (arcs.requires_grad or rendering_params.requires_grad):
-        on = on_offs.gather(1, arc_id) != 0
-        arc_id = arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)
-        strongest = constants.transpose(1, 2).gather(2, arc_id)  # [B, 10, R * C]
-        logits = _get_ink_logits(get_exponent(x, y, strongest.unbind(1)), on, rendering_params)
+    logits = _DrawArcs.apply(constants, on_offs != 0, x, y, rendering_params)  # [B, R * C]
     return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
 
 
@@ -304,6 +332,7 @@ def set_compile(enabled, device="cpu"):
     )
     for kernel in [_draw, _log_prob_by_map, _differentiate_by_map]:
         _compiled[kernel] = torch.compile(kernel, options=options)
+    _compiled[_differentiate_draw] = torch.compile(_differentiate_draw)  # so fused, it would compile for minutes
     try:
         # Any numbers, but no random ones: a run's random state is restored by now.
         numbers = torch.linspace(0.1, 0.9, MAPS_AT_ONCE * 6, device=device)
