@@ -88,6 +88,20 @@ def load(location="local", small_dataset=False, dataset_size=None):
     return Dataset(train, valid, test, num_alphabets)
 
 
+def load_for_model(checkpoint, location=None, load=load):
+    """The data set that a model was trained on, or the like of it from another location.
+
+    Args: checkpoint: of main.py; location: None for where it was trained; load: `load`, or it cached
+    Raises: UserError as `load` does, and if a conditional model has another number of alphabets
+    """
+    args, num_known = checkpoint["args"], checkpoint["num_alphabets"]
+    location = location or args["data_location"]
+    dataset = load(location, args["small_dataset"], args["dataset_size"])
+    if num_known not in (0, dataset.num_alphabets):
+        raise UserError(f"the model knows {num_known} alphabets, {location} has {dataset.num_alphabets}; give its data")
+    return dataset
+
+
 def get_fingerprint(split):
     """A short hash of images and alphabets, to tell whether a run goes on with the data it began with."""
     digest = hashlib.sha1(np.packbits(split.obs.bool().numpy()).tobytes())
@@ -328,14 +342,14 @@ def _read_official(name, content):
 
 def read_image(name, content):
     """One image file of any size, dark on light or light on dark: ink [28, 28] in [0, 1].
-    The background is what most of the image's edge is.
+    The background is what most of the image's edge is. Where strokes are much thinner than a
+    pixel of the result they are darkened, so as not to be lost when ink becomes binary.
 
     Raises: UserError if it cannot be decoded
     """
     grey = _decode(name, content)
     edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     ink = _fit(1 - grey if np.median(edge) > 0.5 else grey)
-    # Strokes much thinner than a pixel would be lost when ink becomes binary.
     darkest = np.quantile(ink[ink > 0.02], 0.9) if (ink > 0.02).any() else 1
     return (ink * 1.5 / darkest).clip(0, 1) if darkest < 0.6 else ink
 

@@ -35,16 +35,12 @@ NUM_PROPOSALS = 10  # of the inference network, the best of which is drawn
 
 
 class Subject:
-    """A model to draw: its checkpoint, what it has learned and, where there is any, its data."""
+    """A model to draw, its data and its memory, where there are any."""
 
-    def __init__(self, name, checkpoint, dataset):
-        self.folder, self.checkpoint = util.SAVE / name, checkpoint
+    def __init__(self, name, checkpoint, dataset, memory):
+        self.folder, self.dataset, self.memory = util.SAVE / name, dataset, memory
         self.iteration, self.num_alphabets = checkpoint["iteration"], checkpoint["num_alphabets"]
         self.generative_model, self.inference_network = models.from_checkpoint(checkpoint)
-        self.dataset, self.memory = dataset, checkpoint["memory"]
-        if dataset is not None and checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
-            print(f"{name}: these are not the images that it was trained on; it reads them, its memory is left out")
-            self.memory = None
 
     def get_images(self, obs_id):
         """Training images by number: obs [N, R, C], alphabet [N, L] or None"""
@@ -119,6 +115,7 @@ def save_programs(folder, subject, latent, names, **details):
 
 
 def draw_losses(name, checkpoint):
+    """losses.pdf"""
     statistics, memory = checkpoint["statistics"], checkpoint["memory"]
     if not any(len(values) for values in statistics.values()):
         print(f"{name}: no losses yet")
@@ -142,6 +139,7 @@ def draw_model(name, subject, args):
 
 
 def draw_reconstructions(name, subject, args):
+    """Returns: obs_id [N], obs [N, R, R], stages [N, A - 1, R, R], what the films show too"""
     obs_id = choose_ids(args.obs_ids, len(subject.dataset.train.obs), args.num_reconstructions, "--obs-ids")
     obs, _ = subject.get_images(obs_id)
     latent = subject.reconstruct(obs_id)  # [N, A, 2]
@@ -190,9 +188,7 @@ def film_training(name, subject, obs_id, args):
         except UserError as error:
             print(f"{name}: {error}, left out of the film")
             continue
-        if subject.memory is None:
-            checkpoint["memory"] = None
-        then = Subject(name, {**checkpoint, "settings": subject.checkpoint["settings"]}, subject.dataset)
+        then = Subject(name, checkpoint, subject.dataset, None if subject.memory is None else checkpoint["memory"])
         probs = figures.draw(then.generative_model, then.reconstruct(obs_id), args.resolution)
         frames.append(pair_frame(obs, probs, 4, f"{name}, iteration {then.iteration}"))
     if frames:
@@ -256,19 +252,21 @@ def read_file(path):
 
 
 def draw_run(name, checkpoint, args, load_data):
+    """All that can be drawn of a run; what needs data that is missing is named"""
     util.set_seed(0)
     draw_losses(name, checkpoint)
     if args.loss_only:
         return
-    dataset, run_args = None, checkpoint["args"]
+    dataset, memory = None, checkpoint["memory"]
     try:
-        dataset = load_data(
-            args.data_location or run_args["data_location"], run_args["small_dataset"], run_args["dataset_size"]
-        )
+        dataset = data.load_for_model(checkpoint, args.data_location, load_data)
     except UserError as error:
         missing = "reconstructions" + (" and alphabets" if checkpoint["num_alphabets"] else "")
         print(f"{name}: without its data no {missing}: {error}")
-    subject = Subject(name, checkpoint, dataset)
+    if dataset is not None and checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
+        print(f"{name}: these are not the images that it was trained on; it reads them, its memory is left out")
+        memory = None
+    subject = Subject(name, checkpoint, dataset, memory)
     draw_model(name, subject, args)
     if args.images:
         draw_images(name, subject, args)
@@ -276,7 +274,7 @@ def draw_run(name, checkpoint, args, load_data):
         obs_id, obs, stages = draw_reconstructions(name, subject, args)
         film_strokes(name, subject, obs, stages)
         film_training(name, subject, obs_id, args)
-        if subject.num_alphabets == dataset.num_alphabets > 0:
+        if subject.num_alphabets:
             draw_alphabets(name, subject, args)
     print(f"{name}: drawn at iteration {subject.iteration}")
 

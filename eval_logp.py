@@ -28,7 +28,6 @@ import util
 from score_table import ScoreTable, get_enumeration_bound
 from util import UserError
 
-ALGORITHMS = ["sleep", "rws", "vimco"]
 STATE_KEYS = {"settings", "network", "optimizer", "table", "iteration", "statistics", "log_p", "random_state"}
 LEARNING_RATE = 1e-3
 MANY_LATENTS = 300_000  # scored in an evaluation, from which on compiling pays
@@ -55,7 +54,6 @@ class Evaluation:
 
     def get_checkpoint(self, settings):
         util.append_statistics(self.statistics, self.pending)
-        self.pending = []
         return dict(
             settings=settings,
             network=self.network.state_dict(),
@@ -102,11 +100,12 @@ def build_network(args, model_args, num_images, num_alphabets):
 
 
 def train_step(evaluation):
+    """A step of the inference network, in nats an image"""
     args, networks = evaluation.args, (evaluation.generative_model, evaluation.network)
     num_images = len(evaluation.obs)
     batch_size = min(args.batch_size, num_images)
     if args.algorithm == "sleep":
-        loss, statistics = losses.sleep(*networks, min(500, batch_size * args.num_particles))
+        loss, statistics = losses.sleep(*networks, losses.get_num_dreams(batch_size, args.num_particles))
     else:
         start = evaluation.iteration * batch_size
         obs_id = torch.arange(start, start + batch_size, device=evaluation.device) % num_images
@@ -166,6 +165,7 @@ def show(evaluation, bar, done):
 
 
 def evaluate(args):
+    """One evaluation, from where it was left, to its file. Returns: the exit status"""
     device = util.get_device(args.cuda)
     checkpoint_path = util.find_checkpoint(args.checkpoint_path)
     checkpoint = util.load_checkpoint(checkpoint_path, device)
@@ -198,15 +198,8 @@ def evaluate(args):
 def load_images(args, checkpoint):
     """The images to evaluate, a data.Split, and the number of alphabets (0 if the model is not conditional).
     Raises: UserError if they do not fit the model"""
-    model_args, num_alphabets = checkpoint["args"], checkpoint["num_alphabets"]
-    location = args.data_location or model_args["data_location"]
-    dataset = data.load(location, model_args["small_dataset"], model_args["dataset_size"])
-    if num_alphabets not in (0, dataset.num_alphabets):
-        raise UserError(
-            f"the model was trained with {num_alphabets} alphabets and {location} has {dataset.num_alphabets};"
-            " give the data that it was trained on"
-        )
-    return getattr(dataset, args.mode).select(slice(args.num_data)), num_alphabets
+    dataset = data.load_for_model(checkpoint, args.data_location)
+    return getattr(dataset, args.mode).select(slice(args.num_data)), checkpoint["num_alphabets"]
 
 
 def get_settings(args, checkpoint, images):
@@ -238,13 +231,9 @@ def is_complete(path, settings):
 
 def check_settings(path, saved, settings):
     """Raises: UserError if what is saved is another evaluation than this one; it names the differences"""
-    differences = [
-        f"{name.replace('_', '-')} is {saved['settings'].get(name)} there and {value} here"
-        for name, value in settings.items()
-        if saved["settings"].get(name) != value
-    ]
+    differences = util.describe_differences(saved["settings"], settings)
     if differences:
-        raise UserError(f"{path} holds another evaluation: {', '.join(differences)}; --force replaces it")
+        raise UserError(f"{path} holds another evaluation: {differences}; --force replaces it")
 
 
 def load_state(path, evaluation, settings, force):
@@ -301,7 +290,7 @@ def get_parser():
         "--report", "print a table of all that is evaluated, write save/logp.csv and save/logp.pdf", action="store_true"
     )
     add("--checkpoint-path", "a checkpoint of main.py, or a run's folder or path base for its latest")
-    add("--algorithm", "that trains the fresh inference network", choices=ALGORITHMS, default="sleep")
+    add("--algorithm", "that trains the fresh inference network", choices=report.ALGORITHMS, default="sleep")
     add("--mode", "images: test, or train (the first of each)", choices=["test", "train"], default="test")
     add("--data-location", "as main.py takes it (default: where the model was trained)", default=None)
     add("--num-data", "images to evaluate", type=positive, default=50)

@@ -97,7 +97,7 @@ def grid_figure(images, num_cols, title, labels=()):
 
 
 def primitives_figure(generative_model, resolution, title):
-    """Every primitive drawn from the centre, all on one scale on which none is cut off"""
+    """Every primitive [K, 5] drawn from the centre, at 56 x 56 at least, all on one scale on which none is cut off"""
     primitives = generative_model.get_primitives().detach()  # [K, 5]
     zoom = min(1.0, 0.47 / get_extent(primitives))
     primitives = primitives * primitives.new_tensor([zoom, zoom, 1, 1 / zoom, zoom])  # ink keeps its shape
@@ -111,6 +111,7 @@ def primitives_figure(generative_model, resolution, title):
 
 @torch.no_grad()
 def draw_arcs(generative_model, arcs, on, resolution):
+    """arcs [N, A, 7], on [N, A] -> probabilities of ink [N, R, R] at a resolution"""
     return (
         rendering.get_logits(arcs, on, generative_model.get_rendering_params(), resolution, resolution).sigmoid().cpu()
     )
@@ -187,6 +188,7 @@ def smooth(values):
 
 
 def plot_curve(axes, values, label=None):
+    """A curve [N], smoothed; behind it the band of its raw values, or where it is short these themselves"""
     x, mean, low, high = thin(values)
     line = axes.plot(x, smooth(mean), lw=1.3, label=label)[0]
     if len(values) > MAX_POINTS:

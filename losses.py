@@ -76,6 +76,11 @@ def sleep(generative_model, inference_network, num_samples=500, alphabet=None):
     return loss, {"phi_loss": loss.detach()}
 
 
+def get_num_dreams(batch_size, num_particles):
+    """Samples from the generative model in a step of sleep, beside one of so many images and particles"""
+    return min(500, batch_size * num_particles)
+
+
 # ------------------------------------------------------------------ importance-weighted
 
 

@@ -48,7 +48,6 @@ class Run:
 
     def flush_statistics(self):
         util.append_statistics(self.statistics, self.pending)
-        self.pending = []
 
     def get_checkpoint(self):
         self.flush_statistics()
@@ -69,17 +68,11 @@ class Run:
 
     def restore(self, checkpoint):
         """Raises: UserError if the checkpoint is of a run with other settings"""
-        theirs = checkpoint["settings"]
-        differences = [
-            f"{name.replace('_', '-')} is {theirs.get(name)} there and {value} here"
-            for name, value in self.settings.items()
-            if theirs.get(name) != value
-        ]
+        differences = util.describe_differences(checkpoint["settings"], self.settings)
         if differences:
             folder = util.SAVE / util.get_path_base(self.args)
             raise UserError(
-                f"{folder} holds a run with other settings: {', '.join(differences)};"
-                " give its settings, or move that folder away"
+                f"{folder} holds a run with other settings: {differences}; give its settings, or move that folder away"
             )
         for name in ["generative_model", "inference_network", "optimizer", "pretrain_optimizer"]:
             getattr(self, name).load_state_dict(checkpoint[name])
@@ -124,17 +117,13 @@ def get_loss(run, obs_id, obs, alphabet):
     if args.algorithm == "vimco":
         return losses.vimco(*networks, obs, args.num_particles, alphabet)
     theta_loss, theta_statistics = losses.wake_theta(*networks, obs, args.num_particles, alphabet)
-    phi_loss, phi_statistics = losses.sleep(*networks, get_num_dreams(args))
+    phi_loss, phi_statistics = losses.sleep(*networks, losses.get_num_dreams(args.batch_size, args.num_particles))
     return theta_loss + phi_loss, {**theta_statistics, **phi_statistics}
 
 
-def get_num_dreams(args):
-    """Samples from the generative model in a step of sleep"""
-    return min(500, args.batch_size * args.num_particles)
-
-
 def pretrain_step(run):
-    loss, statistics = losses.sleep(run.generative_model, run.inference_network, get_num_dreams(run.args))
+    num_samples = losses.get_num_dreams(run.args.batch_size, run.args.num_particles)
+    loss, statistics = losses.sleep(run.generative_model, run.inference_network, num_samples)
     run.pretrain_optimizer.zero_grad()
     loss.backward()
     run.pretrain_optimizer.step()

@@ -43,7 +43,7 @@ def get_cells(name):
         progress, losses = str(error), []
     run = report.read_run(util.SAVE / name, "test")
     log_p = [f"{key} {value:.2f}" for key, (value, _) in run.estimates.items()] if run else ["not evaluated"]
-    cells = [html.escape(name), *(f"{html.escape(chr(10).join(lines))}" for lines in ([progress], losses, log_p))]
+    cells = [html.escape("\n".join(lines)) for lines in ([name], [progress], losses, log_p)]
     for kind in KINDS:
         pdf, thumbnail = get_newest_pdf(name, kind), get_thumbnail_path(name, kind)
         if pdf is None or not thumbnail.exists():

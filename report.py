@@ -99,6 +99,7 @@ def get_name(run):
 
 
 def get_num_latents(run):
+    """Of an image: for mws proposals and memory"""
     return run.settings["num_particles"] + run.settings["memory_size"]
 
 
@@ -117,6 +118,7 @@ def get_natural_order(name):
 
 
 def get_row(name, runs):
+    """The CSV file's columns for the runs of a model, which differ in the seed only; None where there is no value"""
     iterations = sorted({run.iteration for run in runs})
     row = {
         "model": name,

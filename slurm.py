@@ -13,6 +13,8 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import torch
+
 import util
 from tasks import ROOT, Task, open_log
 from util import UserError
@@ -24,6 +26,8 @@ FOLDER = util.SAVE / ".sweep"  # lists of submitted tasks, and what Slurm itself
 
 
 class Job(NamedTuple):
+    """A task of this sweep in Slurm's queue"""
+
     number: str  # as scancel takes it
     kind: str  # train or eval
     index: int  # of the task
@@ -37,6 +41,7 @@ def get_tag(test_run, data_location):
 
 
 def require(command):
+    """Raises: UserError if a command of Slurm's is not there"""
     if shutil.which(command) is None:
         raise UserError(f"there is no {command} on the PATH; run on a machine of the cluster, or without --cluster")
 
@@ -123,8 +128,6 @@ def run_task(where):
     path, _, index = where.rpartition(":") if re.search(r":\d+$", where) else (where, "", None)
     index = os.environ["SLURM_ARRAY_TASK_ID"] if index is None else index
     task = Task(*json.loads(pathlib.Path(path).read_text())[index])
-    import torch
-
     with open_log(task) as log:
         command = task.get_command()
         if torch.cuda.is_available():

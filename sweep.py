@@ -102,6 +102,7 @@ def choose_tasks(args):
 
 
 def run_here(args):
+    """Runs what is left to do on this machine. Returns: 0 if all ended well, 1, or 128 + the signal that stopped it"""
     left = [task for _, task in choose_tasks(args)]
     use_cuda = torch.cuda.is_available() if args.cuda is None else args.cuda
     num_gpus = torch.cuda.device_count() if use_cuda else 0
@@ -121,6 +122,7 @@ def run_here(args):
 
 
 def submit(args):
+    """Submits to Slurm what is left to do and not in the queue"""
     queued = {(job.kind, job.index): job.number for job in slurm.get_jobs(args.test_run, args.data_location)}
     kind, left = "eval" if args.eval_logp else "train", []
     for index, task in choose_tasks(args):
@@ -140,6 +142,7 @@ def submit(args):
 
 
 def show_status(args):
+    """Prints a line for each task"""
     try:
         jobs = {(job.kind, job.index): job for job in slurm.get_jobs(args.test_run, args.data_location)}
     except UserError as error:
@@ -170,6 +173,7 @@ def get_state(task, progress, job):
 
 
 def format_age(saved):
+    """Time since then, in hours:minutes:seconds"""
     if saved is None:
         return "-"
     seconds = max(int(time.time() - saved), 0)
@@ -232,17 +236,15 @@ def parse_args(argv=None):
     add("--cluster", "submit to Slurm", action=boolean)
     add("--status", "print how far each run is", action=boolean)
     add("--cancel", "cancel this sweep's jobs (those submitted from here with the same data)", action=boolean)
-    add("--rm", "delete runs from save/, after asking", action=boolean)
+    add("--rm", "delete the runs in save/, after asking (with --test-run test runs only)", action=boolean)
     add("--yes", "do not ask", action=boolean)
     add("--dry-run", "print what would be run, submitted or deleted", action=boolean)
     add("--test-run", "everything small", action=boolean)
     add("--data-location", "as main.py takes it (default: main.py's)", default=None)
     add("--models", "only these models, by path base (default: all)", nargs="+")
     add("--jobs", "tasks at a time, here", type=util.in_range(int, 1), default=1)
-    parser.add(
-        "--cuda", "use GPUs, here (default: if there are any; jobs on Slurm look for themselves)",
-        action=argparse.BooleanOptionalAction,
-    )  # fmt: skip
+    cuda = "use GPUs, here (default: if there are any; jobs on Slurm look for themselves)"
+    add("--cuda", cuda, action=argparse.BooleanOptionalAction)
     add("--no-repeat", "do not use om-repeat, even if it is there", action=boolean)
     add("--partition", "Slurm's", default=None)
     add("--gres", "what a job asks Slurm for; none: nothing", default="gpu:1")

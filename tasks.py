@@ -43,6 +43,8 @@ class Task(NamedTuple):
 
 
 class Progress(NamedTuple):
+    """What of a task is saved"""
+
     done: bool
     iteration: int | None = None  # of the training
     value: str = ""  # the last loss, or log p
@@ -69,6 +71,7 @@ def get_progress(task):
 
 
 def get_lock(task):
+    """The file that its process holds a lock on"""
     folder = util.SAVE / task.model
     return folder / "lock" if task.kind == "train" else folder / "logp" / f".test_{task.kind}.lock"
 
@@ -113,6 +116,8 @@ def open_log(task):
 
 
 class Worker(NamedTuple):
+    """A task that runs here as a child process"""
+
     task: Task
     process: subprocess.Popen
     slot: int

@@ -272,14 +272,20 @@ def load_checkpoint(path, device="cpu", keys=CHECKPOINT_KEYS):
     return checkpoint
 
 
+def describe_differences(theirs, ours):
+    """What differs between the settings, dicts, of something saved and of this run, in words; "" if nothing does"""
+    names = [name for name, value in ours.items() if theirs.get(name) != value]
+    return ", ".join(f"{name.replace('_', '-')} is {theirs.get(name)} there and {ours[name]} here" for name in names)
+
+
 def find_checkpoint(path):
     """The checkpoint that a user means: a file, or the latest of a run, given by its folder or its path base.
 
     Raises: UserError if there is none; it names the runs that there are
     """
-    for candidate in [pathlib.Path(path), pathlib.Path(path, "checkpoints/latest.pt"), get_checkpoint_path(path)]:
-        if candidate.is_file():
-            return candidate
+    candidates = [pathlib.Path(path), pathlib.Path(path, "checkpoints/latest.pt"), get_checkpoint_path(path)]
+    if found := next(filter(pathlib.Path.is_file, candidates), None):
+        return found
     runs = sorted(latest.parents[1].name for latest in SAVE.glob("*/checkpoints/latest.pt"))
     there = f"{SAVE}/ holds {', '.join(runs)}" if runs else f"{SAVE}/ holds no run: train one with python main.py"
     raise UserError(f"there is no checkpoint {path}; {there}")
@@ -320,13 +326,14 @@ def load_newest_checkpoint(path_base, device="cpu"):
 
 
 def append_statistics(statistics, pending):
-    """Moves what was recorded on the device, a list of dicts of scalars, to the curves on
-    the CPU, name -> [times recorded], all at once. Raises: UserError if training has diverged"""
+    """Moves what was recorded on the device, a list of dicts of scalars, to the curves on the CPU, name -> [times
+    recorded], all at once, and empties the list. Raises: UserError if training has diverged"""
     for name in {name: None for row in pending for name in row}:
         values = torch.stack([torch.as_tensor(row[name]) for row in pending if name in row]).float().cpu()
         if not values.isfinite().all():
             raise UserError(f"{name} is no longer finite: training has diverged")
         statistics[name] = torch.cat([statistics.get(name, values[:0]), values])
+    pending.clear()
 
 
 # ------------------------------------------------------------------ randomness

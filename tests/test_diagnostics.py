@@ -317,7 +317,7 @@ def test_learns_real_characters(omniglot, folder):  # noqa: F811
     checkpoint = util.load_checkpoint(util.find_checkpoint(name))
     loss = checkpoint["statistics"]["theta_loss"]
     assert loss[:5].mean() - loss[-5:].mean() > 20
-    subject = diagnostics.Subject(name, checkpoint, data.load(location, False, 50))
+    subject = diagnostics.Subject(name, checkpoint, data.load(location, False, 50), checkpoint["memory"])
     obs_id = torch.arange(50)
     obs = subject.get_images(obs_id)[0]
     probs = figures.draw(subject.generative_model, subject.reconstruct(obs_id), 28)
@@ -329,3 +329,14 @@ def test_learns_real_characters(omniglot, folder):  # noqa: F811
     assert upright > 0.1
     for flipped in ([1], [2], [1, 2]):
         assert upright > get_overlap(probs.flip(flipped)) + 0.03
+
+
+def test_data_with_other_alphabets(folder, capsys):  # noqa: F811
+    model = train("--condition-on-alphabet", "--algorithm", "rws")
+    capsys.readouterr()
+    flags = ["--checkpoint-path", model, "--data-location", "glyphs"]
+    assert diagnostics.main([*DRAW, *flags]) == 0
+    assert "the model knows 5 alphabets, glyphs has 14; give its data" in capsys.readouterr().out
+    assert get_files(model) == {"losses.pdf", "primitives/12.pdf", "prior/12.pdf"}
+    with pytest.raises(UserError, match="the model knows 5 alphabets, glyphs has 14"):
+        eval_logp.main([*flags, "--algorithm", "rws"])

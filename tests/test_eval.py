@@ -118,7 +118,7 @@ def get_exact_log_p(model):
 
 
 @pytest.mark.parametrize("conditional", [False, True])
-@pytest.mark.parametrize("algorithm", eval_logp.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", report.ALGORITHMS)
 def test_estimates_of_an_enumerable_model(folder, algorithm, conditional):  # noqa: F811
     flags = [*TRAIN, *["--condition-on-alphabet"] * conditional]
     main.main(flags)
