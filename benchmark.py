@@ -26,6 +26,7 @@ import main
 import models
 import rendering
 import util
+from cuda_graph import NUM_WARM_UPS, ReplayedStep
 from score_table import ScoreTable
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -64,6 +65,8 @@ class Steps:
         self.obs_id = torch.arange(len(self.obs), device=device)
         self.memory = losses.init_memory(len(self.obs)).to(device)
         self.plain_memory = losses.unpack(self.memory)
+        if device.type == "cuda" and not algorithm.startswith("eval"):
+            self.step = ReplayedStep(self.step)
 
     def step(self):
         self.model.requires_grad_(not self.algorithm.startswith("eval"))
@@ -76,7 +79,8 @@ class Steps:
             objective = losses.vimco if self.algorithm.endswith("vimco") else losses.rws
             scorer = losses.score if given is None else functools.partial(self.table.score, given)
             loss, _ = objective(*networks, self.obs, self.num_particles, obs_id=given, scorer=scorer)
-        self._update(loss)
+        main.update(self.optimizer, loss)
+        return {"loss": loss.detach()}
 
     def reference(self):
         self.model.requires_grad_(self.algorithm not in ("eval rws", "eval sharp"))
@@ -88,7 +92,7 @@ class Steps:
         else:
             objective = reference.vimco if self.algorithm.endswith("vimco") else reference.rws
             loss = objective(*networks, self.obs, self.num_particles, given)
-        self._update(loss)
+        main.update(self.optimizer, loss)
 
     def floor(self):
         """The convolutions' forward and backward pass on the same images; nothing for a lookup network"""
@@ -96,11 +100,6 @@ class Steps:
             return
         obs = self.obs.repeat(2, 1, 1) if self.algorithm == "pretrain" else self.obs
         self.network.embed(obs).sum().backward()
-
-    def _update(self, loss):
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
 
 
 def get_seconds(function, device):
@@ -118,7 +117,8 @@ def compare(algorithm, batch_size, num_runs, device, with_memory):
     """Runs step, reference and floor in turn. Returns: a row of the table"""
     steps = Steps(algorithm, batch_size, device)
     seconds = {"step": [], "reference": [], "floor": []}
-    steps.step()  # warm-up; the reference gets a small one
+    for _ in range(NUM_WARM_UPS + 2 if device.type == "cuda" else 1):  # the reference's warm-up is a small one
+        steps.step()
     Steps(algorithm, 2, device).reference()
     for _ in range(num_runs):
         for name, times in seconds.items():
@@ -169,7 +169,7 @@ def _get_peak_resident():
 def profile(batch_size, num_runs, device):
     """Prints the seconds of an MWS step's parts, each timed by itself."""
     steps = Steps("mws", batch_size, device)
-    for _ in range(3):
+    for _ in range(NUM_WARM_UPS + 2):
         steps.step()
     model, network, obs = steps.model, steps.network, steps.obs
     context = network.get_context(obs).detach()

@@ -13,6 +13,8 @@ import math
 
 import torch
 
+from models import sample_categorical
+
 NEGLIGIBLE = 2**-24  # a weight that is lost in float32 beside a weight of one
 
 # ------------------------------------------------------------------ scores
@@ -26,7 +28,7 @@ def score(generative_model, latent, obs, alphabet=None):
     Returns: [P, B]
     """
     num_particles, batch_size = latent.shape[:2]
-    if latent.is_cuda:  # to know how many are distinct, the CPU would have to wait
+    if not _can_select(latent):
         return sum(generative_model.log_prob(latent, obs, alphabet))
     codes, obs_id = pack(latent.flatten(0, 1), torch.int16), torch.arange(batch_size).repeat(num_particles)
     return score_rows(generative_model, codes, obs, alphabet, obs_id).view(num_particles, batch_size)
@@ -39,6 +41,12 @@ def score_rows(generative_model, codes, obs, alphabet, obs_id):
     obs_id, latent = obs_id[chosen], unpack(codes[chosen]).unsqueeze(0)  # [D], [1, D, A, 2]
     alphabet = None if alphabet is None else alphabet[obs_id]
     return sum(generative_model.log_prob(latent, obs[obs_id], alphabet))[0, key]
+
+
+def _can_select(latent):
+    """Whether to leave out latents by their values. On a GPU the CPU would wait to learn how many stay, and
+    the step could not be recorded; to compute all of them is faster."""
+    return latent.device.type == "cpu"
 
 
 def find_distinct(codes, obs_id):
@@ -182,16 +190,15 @@ def _attach_gradients(generative_model, inference_network, latent, obs, context,
         grad_log_p, grad_log_q [P, B]
     """
     num_particles, batch_size = latent.shape[:2]
-    codes = pack(latent.flatten(0, 1), torch.int16)  # [P * B, A]
-    obs_id = torch.arange(batch_size, device=codes.device).repeat(num_particles)
-    chosen, key = find_distinct(codes, obs_id)
-    grad_log_p, grad_log_q = (  # [D]: of latents that are equal together
-        grad.new_zeros(len(chosen)).index_add(0, key, grad.flatten()) for grad in (grad_log_p, grad_log_q)
-    )
-    threshold = NEGLIGIBLE / batch_size  # the factors are weights over the batch size
-    carries = ((grad_log_p.abs() > threshold) | (grad_log_q.abs() > threshold)).nonzero().squeeze(1)  # [N]
-    grad_log_p, grad_log_q = grad_log_p[carries], grad_log_q[carries]
-    obs_id, latent = obs_id[chosen[carries]], unpack(codes[chosen[carries]]).unsqueeze(0)  # [N], [1, N, A, 2]
+    latent = latent.flatten(0, 1)  # [P * B, A, 2]
+    obs_id = torch.arange(batch_size, device=latent.device).repeat(num_particles)  # [P * B]
+    grad_log_p, grad_log_q = grad_log_p.flatten(), grad_log_q.flatten()
+    if _can_select(latent):
+        # The factors are weights over the batch size.
+        latent, obs_id, grad_log_p, grad_log_q = _select_heavy(
+            latent, obs_id, grad_log_p, grad_log_q, NEGLIGIBLE / batch_size
+        )  # [N, A, 2], [N], [N], [N]
+    latent = latent.unsqueeze(0)  # [1, N, A, 2]
     log_q = inference_network.decoder.log_prob(latent, context.index_select(0, obs_id))  # [1, N]
     zero = (grad_log_q * (log_q - log_q.detach())).sum()
     parameters = [parameter for parameter in generative_model.parameters() if parameter.requires_grad]
@@ -207,6 +214,18 @@ def _attach_gradients(generative_model, inference_network, latent, obs, context,
         for parameter, gradient in zip(parameters, gradients, strict=True):
             zero = zero + (gradient * (parameter - parameter.detach())).sum()
     return zero
+
+
+def _select_heavy(latent, obs_id, grad_log_p, grad_log_q, threshold):
+    """Those latents that carry weight, equal ones of an image as one: [N, A, 2], [N], [N], [N] to fewer rows"""
+    codes = pack(latent, torch.int16)  # [N, A]
+    chosen, key = find_distinct(codes, obs_id)
+    grad_log_p, grad_log_q = (
+        grad.new_zeros(len(chosen)).index_add(0, key, grad) for grad in (grad_log_p, grad_log_q)
+    )  # [D]
+    heavy = ((grad_log_p.abs() > threshold) | (grad_log_q.abs() > threshold)).nonzero().squeeze(1)
+    chosen = chosen[heavy]
+    return latent[chosen], obs_id[chosen], grad_log_p[heavy], grad_log_q[heavy]
 
 
 # ------------------------------------------------------------------ memoised wake-sleep
@@ -229,7 +248,7 @@ def mws(generative_model, inference_network, memory, obs, obs_id, num_particles=
             generative_model, memory, obs, obs_id, proposal, alphabet
         )  # [M, B, A, 2], [M, B]
         log_memory = log_joint.log_softmax(0)  # log r
-        drawn = log_memory.exp().t().multinomial(1).t()  # [1, B]
+        drawn = sample_categorical(log_memory.t()).t()  # [1, B]
         log_r = log_memory.gather(0, drawn).squeeze(0)  # [B]
         latent = kept[drawn[0], torch.arange(len(obs), device=obs.device)].unsqueeze(0)  # [1, B, A, 2]
     log_prior, log_likelihood = (x.squeeze(0) for x in generative_model.log_prob(latent, obs, alphabet))

@@ -8,6 +8,7 @@ checkpoint when the same command is given again.
 """
 
 import argparse
+import functools
 import math
 import signal
 
@@ -18,6 +19,7 @@ import losses
 import models
 import rendering
 import util
+from cuda_graph import ReplayedStep
 from util import SETTINGS, UserError
 
 LONG_RUN = 1000  # iterations; compiling takes about as long as some hundred
@@ -35,7 +37,7 @@ class Run:
         self.num_alphabets = dataset.num_alphabets if args.condition_on_alphabet else 0
         self.generative_model, self.inference_network = models.build(args, self.num_alphabets, device)
         self.optimizer = get_optimizer(self.generative_model, self.inference_network, args.prior_lr_factor)
-        self.pretrain_optimizer = torch.optim.Adam(self.inference_network.parameters())
+        self.pretrain_optimizer = get_adam(self.inference_network.parameters(), device)
         self.memory = None
         if args.algorithm == "mws":
             self.memory = losses.init_memory(
@@ -74,8 +76,10 @@ class Run:
             raise UserError(
                 f"{folder} holds a run with other settings: {differences}; give its settings, or move that folder away"
             )
-        for name in ["generative_model", "inference_network", "optimizer", "pretrain_optimizer"]:
+        for name in ["generative_model", "inference_network"]:
             getattr(self, name).load_state_dict(checkpoint[name])
+        for name in ["optimizer", "pretrain_optimizer"]:
+            load_optimizer(getattr(self, name), checkpoint[name])
         for name in ["statistics", "pretrain_iteration", "iteration"]:
             setattr(self, name, checkpoint[name])
         if self.memory is not None:
@@ -88,28 +92,44 @@ def get_optimizer(generative_model, inference_network, prior_lr_factor, lr=1e-3)
     prior = list(generative_model.prior.parameters())
     others = [p for name, p in generative_model.named_parameters() if not name.startswith("prior.")]
     others += inference_network.parameters()
-    return torch.optim.Adam([{"params": others, "lr": lr}, {"params": prior, "lr": lr * prior_lr_factor}])
+    groups = [{"params": others, "lr": lr}, {"params": prior, "lr": lr * prior_lr_factor}]
+    return get_adam(groups, prior[0].device)
+
+
+def get_adam(groups, device, lr=1e-3):
+    """Adam for parameters or groups of them; on a GPU, the kind that a CUDA graph can record"""
+    on_gpu = device.type == "cuda"
+    return torch.optim.Adam(groups, lr=lr, fused=on_gpu, capturable=on_gpu)
+
+
+def load_optimizer(optimizer, state):
+    """Takes an optimiser's state, which may have been on another device"""
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        saved.update(fused=group["fused"], capturable=group["capturable"])
+    optimizer.load_state_dict(state)
 
 
 # ------------------------------------------------------------------ a step
 
 
-def get_batch(run, train):
-    """The batch of the current iteration: ids [B], obs [B, R, C], alphabet [B, L] or None.
-    An epoch's order depends on the seed and its number alone, so that the iteration
-    is the position in the data."""
-    num_data, batch_size = len(train.obs), run.args.batch_size
+def get_obs_id(run, num_data):
+    """The images of the current iteration's batch: [B]. An epoch's order depends on the
+    seed and its number alone, so that the iteration is the position in the data."""
+    batch_size = run.args.batch_size
     epoch, batch_id = divmod(run.iteration, math.ceil(num_data / batch_size))
     if run.epoch != epoch:
         generator = torch.Generator().manual_seed(run.args.seed + 1_000_003 * (epoch + 1))
-        run.epoch, run.order = epoch, torch.randperm(num_data, generator=generator).to(run.device)
-    obs_id = run.order[batch_id * batch_size : (batch_id + 1) * batch_size]
-    return obs_id, train.obs[obs_id], train.alphabet[obs_id] if run.num_alphabets else None
+        order = torch.randperm(num_data, generator=generator)
+        if run.device.type == "cuda":  # from pinned memory, so that the CPU need not wait
+            order = order.pin_memory().to(run.device, non_blocking=True)
+        run.epoch, run.order = epoch, order
+    return run.order[batch_id * batch_size : (batch_id + 1) * batch_size]
 
 
-def get_loss(run, obs_id, obs, alphabet):
+def get_loss(run, train, obs_id):
     """The scalar to differentiate and the statistics to keep"""
-    args, networks = run.args, (run.generative_model, run.inference_network)
+    args, networks, obs = run.args, (run.generative_model, run.inference_network), train.obs[obs_id]
+    alphabet = train.alphabet[obs_id] if run.num_alphabets else None
     if args.algorithm == "mws":
         return losses.mws(*networks, run.memory, obs, obs_id, args.num_particles, alphabet)
     if args.algorithm == "rws":
@@ -121,23 +141,33 @@ def get_loss(run, obs_id, obs, alphabet):
     return theta_loss + phi_loss, {**theta_statistics, **phi_statistics}
 
 
+def update(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 def pretrain_step(run):
+    """A step of sleep. Returns: the statistics to keep"""
     num_samples = losses.get_num_dreams(run.args.batch_size, run.args.num_particles)
     loss, statistics = losses.sleep(run.generative_model, run.inference_network, num_samples)
-    run.pretrain_optimizer.zero_grad()
-    loss.backward()
-    run.pretrain_optimizer.step()
-    run.pretrain_iteration += 1
-    run.pending.append({"pretrain_loss": statistics["phi_loss"]})
+    update(run.pretrain_optimizer, loss)
+    return {"pretrain_loss": statistics["phi_loss"]}
 
 
-def train_step(run, train):
-    loss, statistics = get_loss(run, *get_batch(run, train))
-    run.optimizer.zero_grad()
-    loss.backward()
-    run.optimizer.step()
-    run.iteration += 1
-    run.pending.append(statistics)
+def train_step(run, train, obs_id):
+    """A step of the algorithm on the images obs_id [B]. Returns: the statistics to keep"""
+    loss, statistics = get_loss(run, train, obs_id)
+    update(run.optimizer, loss)
+    return statistics
+
+
+def get_steps(run, train):
+    """The two steps, to be called without arguments and with obs_id; on a GPU replayed as CUDA graphs"""
+    steps = functools.partial(pretrain_step, run), functools.partial(train_step, run, train)
+    if run.device.type == "cuda" and run.args.compile:
+        return [ReplayedStep(step) for step in steps]
+    return steps
 
 
 # ------------------------------------------------------------------ beside the steps
@@ -210,6 +240,7 @@ def train(run, dataset, stop):
     """Takes steps until the run is complete or a signal arrives. Each state between
     two steps is one that a run can go on from."""
     args = run.args
+    pretrain_step, train_step = get_steps(run, dataset.train)
     total, done = args.pretrain_iterations + args.num_iterations, run.pretrain_iteration + run.iteration
     with util.show_progress(total=total, initial=done, unit="it") as bar:
         while stop.received is None:
@@ -217,9 +248,11 @@ def train(run, dataset, stop):
                 test(run, dataset.test, stop)
                 continue
             if run.pretrain_iteration < args.pretrain_iterations:
-                pretrain_step(run)
+                run.pending.append(pretrain_step())
+                run.pretrain_iteration += 1
             elif run.iteration < args.num_iterations:
-                train_step(run, dataset.train)
+                run.pending.append(train_step(get_obs_id(run, len(dataset.train.obs))))
+                run.iteration += 1
             else:
                 break
             report(run, bar)
@@ -294,7 +327,8 @@ def get_parser():
     add("--num-iterations", "steps of the algorithm", type=positive)
     add(
         "--compile",
-        f"compile the renderer and the likelihood (default: for runs of {LONG_RUN} iterations and more)",
+        f"compile the renderer and the likelihood, and on a GPU replay steps as CUDA graphs (default: for runs of"
+        f" {LONG_RUN} iterations and more)",
         action=argparse.BooleanOptionalAction,
     )
     add("--log-interval", "iterations between updates of the progress bar's statistics", type=positive, default=10)

@@ -56,12 +56,12 @@ class Decoder(nn.Module):
         for arc_id in range(self.num_arcs):
             state = self._step(x, state)
             id_log_prob, on_log_prob = self._get_log_probs(state[0])  # [P * B, K], [P * B, 2]
-            primitive_id = _sample_categorical(id_log_prob)  # [P * B, 1]
+            primitive_id = sample_categorical(id_log_prob)  # [P * B, 1]
             log_prob = log_prob + id_log_prob.gather(1, primitive_id)
             if arc_id == 0:
                 on = torch.zeros_like(primitive_id)
             else:
-                on = _sample_categorical(on_log_prob)
+                on = sample_categorical(on_log_prob)
                 log_prob = log_prob + on_log_prob.gather(1, on)
             latent.append(torch.cat([primitive_id, on], 1))
             x = context_input + F.embedding(2 * primitive_id + on, table).squeeze(1)
@@ -114,7 +114,7 @@ def _mix_with_uniform(log_probs, weight):
     return log_uniform if weight == 1 else torch.logaddexp(log_probs + math.log1p(-weight), log_uniform)
 
 
-def _sample_categorical(log_probs):
+def sample_categorical(log_probs):
     """One draw for each row by inverting the distribution function: one random number a
     draw, and (on a GPU) no look at the values. log_probs [N, K] -> [N, 1]"""
     cumulative = log_probs.exp().cumsum(1)
@@ -306,8 +306,9 @@ class InferenceNetwork(nn.Module):
         self.decoder = Decoder(num_primitives, num_arcs, lstm_hidden_size, context_size, uniform_mixture)
 
     def embed(self, obs):
-        """obs [B, 28, 28] -> [B, E]; in chunks, whose memory is used again for the next"""
-        return torch.cat([self._embed(chunk) for chunk in obs.split(EMBEDDING_CHUNK_SIZE)])
+        """obs [B, 28, 28] -> [B, E]; on a CPU in chunks, whose memory is used again for the next"""
+        chunk_size = EMBEDDING_CHUNK_SIZE if obs.device.type == "cpu" else len(obs)
+        return torch.cat([self._embed(chunk) for chunk in obs.split(chunk_size)])
 
     def _embed(self, obs):
         x = obs.unsqueeze(1).to(memory_format=torch.channels_last)  # [B, 1, 28, 28]
