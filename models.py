@@ -16,13 +16,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import patches
 import rendering
 from util import UserError
 
 LIKELIHOODS = ["learned-affine", "affine", "bernoulli"]
 NUM_LEARNED_MAPS = 40
 GRADIENT_CHUNK_SIZE = 256  # latents that are differentiated at a time, in plain PyTorch
-EMBEDDING_CHUNK_SIZE = 64  # images that are embedded at a time
 
 # ------------------------------------------------------------------ decoder
 
@@ -306,15 +306,13 @@ class InferenceNetwork(nn.Module):
         self.decoder = Decoder(num_primitives, num_arcs, lstm_hidden_size, context_size, uniform_mixture)
 
     def embed(self, obs):
-        """obs [B, 28, 28] -> [B, E]; on a CPU in chunks, whose memory is used again for the next"""
-        chunk_size = EMBEDDING_CHUNK_SIZE if obs.device.type == "cpu" else len(obs)
-        return torch.cat([self._embed(chunk) for chunk in obs.split(chunk_size)])
-
-    def _embed(self, obs):
-        x = obs.unsqueeze(1).to(memory_format=torch.channels_last)  # [B, 1, 28, 28]
-        # Pooling first gives the same values and gradients, and leaves relu little to do.
-        x = F.max_pool2d(self.conv0(x), 3, 2).relu()  # [B, 64, 14, 14]
-        x = F.max_pool2d(self.conv1(x), 3, 2).relu()  # [B, 128, 6, 6]
+        """obs [B, 28, 28] -> [B, E]"""
+        if patches.can_share(obs):
+            x = patches.convolve(obs, self.conv0, self.conv1)  # [B, 128, 6, 6]
+        else:
+            # Pooling first gives the same values and gradients, and leaves relu little to do.
+            x = F.max_pool2d(self.conv0(obs.unsqueeze(1)), 3, 2).relu()  # [B, 64, 14, 14]
+            x = F.max_pool2d(self.conv1(x), 3, 2).relu()  # [B, 128, 6, 6]
         x = self.conv3(self.conv2(x).relu()).relu()  # [B, E, 2, 2]
         return F.max_pool2d(x, 2, 2).flatten(1)  # [B, E]
 

@@ -13,6 +13,7 @@ import cuda_graph
 import losses
 import main
 import models
+import patches
 import rendering
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -125,6 +126,7 @@ def test_a_replayed_step_is_the_step(name, monkeypatch):
         torch.set_rng_state(random_state)
 
     monkeypatch.setattr(losses, "_can_select", lambda latent: False)
+    monkeypatch.setattr(patches, "can_share", lambda obs: False)
     monkeypatch.setattr(torch.cuda, "Stream", NoStream)
     monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())

@@ -127,6 +127,32 @@ def test_alphabets_change_what_is_drawn():
     assert model.log_prior(latent, torch.eye(4)).std(1).min() > 1e-4
 
 
+def get_images(name):
+    """A few images in float64, or what is unusual: [B, 28, 28]"""
+    noise = torch.rand(130, 28, 28, dtype=torch.double)  # more than are convolved at a time
+    return {
+        "noise": (noise > 0.5).double(),
+        "blank": torch.zeros_like(noise[:2]),
+        "full": torch.ones_like(noise[:1]),
+        "lines": models.GenerativeModel().sample(7)[1].double(),
+        "grey": noise[:3],
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["noise", "blank", "full", "lines", "grey"])
+def test_embeddings_and_gradients_are_those_of_the_convolutions(name):
+    network, obs, results = models.InferenceNetwork().double(), get_images(name), []
+    grad = torch.randn(len(obs), 64, dtype=torch.double)
+    for embed in (network.embed, lambda obs: reference.embed(network, obs)):
+        network.zero_grad()
+        embedding = embed(obs)
+        embedding.backward(grad)
+        gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+        results.append([embedding.detach(), *(gradient.clone() for gradient in gradients)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+
+
 def test_fast_and_straightforward_agree():
     model, network = models.GenerativeModel(), models.InferenceNetwork()
     latent, obs = model.sample(5)
