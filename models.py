@@ -50,7 +50,6 @@ class Decoder(nn.Module):
     def sample_and_log_prob(self, num_particles, context):
         """context [B, H] -> latent [P, B, A, 2], log_prob [P, B], without gradients"""
         table, context_input = self._get_inputs(context)
-        num_rows = num_particles * len(context)
         context_input = context_input.repeat(num_particles, 1)  # [P * B, 4 * hidden]
         x, state, latent, log_prob = context_input, None, [], 0
         for arc_id in range(self.num_arcs):
@@ -65,7 +64,7 @@ class Decoder(nn.Module):
                 log_prob = log_prob + on_log_prob.gather(1, on)
             latent.append(torch.cat([primitive_id, on], 1))
             x = context_input + F.embedding(2 * primitive_id + on, table).squeeze(1)
-        shape = (num_particles, num_rows // num_particles)
+        shape = (num_particles, len(context))
         return torch.stack(latent, 1).unflatten(0, shape), log_prob.view(shape)
 
     def log_prob(self, latent, context):
@@ -96,9 +95,11 @@ class Decoder(nn.Module):
         if state is None:
             i, _, g, o = x.chunk(4, 1)
             cell = i.sigmoid() * g.tanh()
-        else:
-            i, f, g, o = torch.addmm(x, state[0], self.lstm.weight_hh.t()).chunk(4, 1)
-            cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+            return o.sigmoid() * cell.tanh(), cell
+        if x.is_cuda:  # what nn.LSTMCell calls there: one launch, not nine
+            return torch.ops.aten._thnn_fused_lstm_cell(x, state[0] @ self.lstm.weight_hh.t(), state[1])[:2]
+        i, f, g, o = torch.addmm(x, state[0], self.lstm.weight_hh.t()).chunk(4, 1)
+        cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
         return o.sigmoid() * cell.tanh(), cell
 
     def _get_log_probs(self, hidden):

@@ -185,6 +185,23 @@ def test_scores_and_gradients_are_those_of_the_cpu(compiled, likelihood):
 
 
 @needs_gpu
+def test_inference_networks_are_those_of_the_cpu():
+    networks = [models.InferenceNetwork(), models.LookupInferenceNetwork(8)]
+    obs, obs_id, results = models.GenerativeModel().sample(8)[1], torch.arange(8), []
+    latent = networks[0].sample(obs, 3)
+    for device in ("cpu", "cuda"):
+        for network, given in zip(copy.deepcopy(networks), (obs, obs_id), strict=True):
+            log_q = network.to(device).log_prob(latent.to(device), given.to(device))
+            log_q.mean().backward()
+            gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+            results.append([log_q.detach(), *gradients])
+    for want, got in zip(results[:2], results[2:], strict=True):  # convolutions are TF32's
+        torch.testing.assert_close(got[0].cpu(), want[0], atol=1e-2, rtol=0)
+        for x, y in zip(got[1:], want[1:], strict=True):
+            assert (x.cpu() - y).norm() <= 3e-2 * y.norm()
+
+
+@needs_gpu
 def test_the_memory_is_that_of_the_cpu(compiled):
     setup = Setup("mws", torch.device("cuda"))
     before, obs_id = setup.memory.clone(), torch.arange(8, device="cuda")
