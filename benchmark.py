@@ -45,7 +45,7 @@ class Steps:
     the straightforward one; each takes an optimiser's step. `floor` is the convolutions'."""
 
     def __init__(self, algorithm, batch_size, device):
-        util.set_seed(0)
+        util.set_seed(0, device)
         self.algorithm, self.device = algorithm, device
         self.model = models.GenerativeModel().to(device)
         num_images = 50 if algorithm.startswith("eval") else batch_size

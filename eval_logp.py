@@ -39,7 +39,7 @@ class Evaluation:
     """A trained generative model, the images, and all that a checkpoint of an evaluation holds."""
 
     def __init__(self, args, checkpoint, images, num_alphabets, device):
-        util.set_seed(args.seed)
+        util.set_seed(args.seed, device)
         self.args, self.device = args, device
         self.obs = images.obs.to(device)
         self.alphabet = images.alphabet.to(device) if num_alphabets else None

@@ -190,17 +190,16 @@ def _attach_gradients(generative_model, inference_network, latent, obs, context,
         grad_log_p, grad_log_q [P, B]
     """
     num_particles, batch_size = latent.shape[:2]
-    latent = latent.flatten(0, 1)  # [P * B, A, 2]
     obs_id = torch.arange(batch_size, device=latent.device).repeat(num_particles)  # [P * B]
-    grad_log_p, grad_log_q = grad_log_p.flatten(), grad_log_q.flatten()
     if _can_select(latent):
         # The factors are weights over the batch size.
         latent, obs_id, grad_log_p, grad_log_q = _select_heavy(
             latent, obs_id, grad_log_p, grad_log_q, NEGLIGIBLE / batch_size
-        )  # [N, A, 2], [N], [N], [N]
-    latent = latent.unsqueeze(0)  # [1, N, A, 2]
-    log_q = inference_network.decoder.log_prob(latent, context.index_select(0, obs_id))  # [1, N]
+        )  # [1, N, A, 2], [N], [1, N], [1, N]
+        context = context.index_select(0, obs_id)  # [N, H]
+    log_q = inference_network.decoder.log_prob(latent, context)  # [1, N], or [P, B] again
     zero = (grad_log_q * (log_q - log_q.detach())).sum()
+    latent, grad_log_p = latent.flatten(0, 1), grad_log_p.flatten()  # [N, A, 2], [N]
     parameters = [parameter for parameter in generative_model.parameters() if parameter.requires_grad]
     if not parameters:
         return zero
@@ -209,7 +208,7 @@ def _attach_gradients(generative_model, inference_network, latent, obs, context,
         some_obs_id = obs_id[ids]
         some_alphabet = None if alphabet is None else alphabet[some_obs_id]
         with torch.enable_grad():
-            log_p = sum(generative_model.log_prob(latent[:, ids], obs[some_obs_id], some_alphabet))  # [1, n]
+            log_p = sum(generative_model.log_prob(latent[ids].unsqueeze(0), obs[some_obs_id], some_alphabet))  # [1, n]
             gradients = torch.autograd.grad((grad_log_p[ids] * log_p).sum(), parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             zero = zero + (gradient * (parameter - parameter.detach())).sum()
@@ -217,15 +216,16 @@ def _attach_gradients(generative_model, inference_network, latent, obs, context,
 
 
 def _select_heavy(latent, obs_id, grad_log_p, grad_log_q, threshold):
-    """Those latents that carry weight, equal ones of an image as one: [N, A, 2], [N], [N], [N] to fewer rows"""
-    codes = pack(latent, torch.int16)  # [N, A]
-    chosen, key = find_distinct(codes, obs_id)
+    """Those latents that carry weight, equal ones of an image as one: latent [P, B, A, 2], obs_id [P * B],
+    grad_log_p, grad_log_q [P, B] -> [1, N, A, 2], [N], [1, N], [1, N]"""
+    latent = latent.flatten(0, 1)
+    chosen, key = find_distinct(pack(latent, torch.int16), obs_id)
     grad_log_p, grad_log_q = (
-        grad.new_zeros(len(chosen)).index_add(0, key, grad) for grad in (grad_log_p, grad_log_q)
-    )  # [D]
-    heavy = ((grad_log_p.abs() > threshold) | (grad_log_q.abs() > threshold)).nonzero().squeeze(1)
+        grad.new_zeros(len(chosen)).index_add(0, key, grad.flatten()) for grad in (grad_log_p, grad_log_q)
+    )
+    heavy = ((grad_log_p.abs() > threshold) | (grad_log_q.abs() > threshold)).nonzero().squeeze(1)  # [N]
     chosen = chosen[heavy]
-    return latent[chosen], obs_id[chosen], grad_log_p[heavy], grad_log_q[heavy]
+    return latent[chosen].unsqueeze(0), obs_id[chosen], *(grad[None, heavy] for grad in (grad_log_p, grad_log_q))
 
 
 # ------------------------------------------------------------------ memoised wake-sleep

@@ -31,7 +31,7 @@ class Run:
     """All that a checkpoint holds: models, optimisers, memory, statistics, progress."""
 
     def __init__(self, args, dataset, device):
-        util.set_seed(args.seed)
+        util.set_seed(args.seed, device)
         self.args, self.device = args, device
         self.settings = {**util.get_settings(args), "data": data.get_fingerprint(dataset.train)}
         self.num_alphabets = dataset.num_alphabets if args.condition_on_alphabet else 0

@@ -127,12 +127,14 @@ class _DrawArcs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         constants, on, x, y, rendering_params, arc_id = ctx.saved_tensors
-        on, arc_id = on.gather(1, arc_id), arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)
-        constants = constants.transpose(1, 2)  # [B, 10, A]
-        strongest = constants.gather(2, arc_id)  # [B, 10, R * C]
+        arc_ids = torch.arange(constants.shape[1], device=arc_id.device)
+        is_of_arc = (arc_id.unsqueeze(-1) == arc_ids).to(grad.dtype)  # [B, R * C, A]
+        on = on.gather(1, arc_id)  # [B, R * C]
+        arc_id = arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)  # [B, 10, R * C]
+        strongest = constants.transpose(1, 2).gather(2, arc_id)  # [B, 10, R * C]
         params = rendering_params.expand(len(on), -1)  # [B, 2]
         grad_strongest, grad_params = _run(_differentiate_draw, 0, (strongest, on, grad, params), (x, y))
-        grad_constants = torch.zeros_like(constants).scatter_add(2, arc_id, grad_strongest)
+        grad_constants = torch.bmm(grad_strongest, is_of_arc)  # [B, 10, A], always in the same order
         return grad_constants.transpose(1, 2), None, None, None, grad_params.sum(0)
 
 

@@ -339,11 +339,13 @@ def append_statistics(statistics, pending):
 # ------------------------------------------------------------------ randomness
 
 
-def set_seed(seed):
-    """Seeds torch, and has it sum in the same order each time, where it can."""
+def set_seed(seed, device="cpu"):
+    """Seeds torch, and has it add in the same order each time. On a GPU torch's own mode for that has
+    operations wait for the CPU; those that a step uses keep to an order without it."""
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(torch.device(device).type == "cpu", warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
