@@ -18,27 +18,33 @@ import rendering
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 LOSSES = {
-    "sleep": lambda model, network, memory, obs, obs_id: losses.sleep(model, network, 16),
-    "rws": lambda model, network, memory, obs, obs_id: losses.rws(model, network, obs, 4),
-    "vimco": lambda model, network, memory, obs, obs_id: losses.vimco(model, network, obs, 4),
-    "wake_theta": lambda model, network, memory, obs, obs_id: losses.wake_theta(model, network, obs, 4),
-    "mws": lambda model, network, memory, obs, obs_id: losses.mws(model, network, memory, obs, obs_id, 4),
+    "sleep": lambda *networks, obs, **_: losses.sleep(*networks, 2 * len(obs)),
+    "rws": lambda *networks, obs, alphabet, **_: losses.rws(*networks, obs, 4, alphabet),
+    "vimco": lambda *networks, obs, alphabet, **_: losses.vimco(*networks, obs, 4, alphabet),
+    "wake_theta": lambda *networks, obs, alphabet, **_: losses.wake_theta(*networks, obs, 4, alphabet),
+    "mws": lambda *networks, obs, alphabet, memory, obs_id: losses.mws(*networks, memory, obs, obs_id, 4, alphabet),
 }
 
 
 class Setup:
-    """A small model, network, optimiser, memory and images, and a step of an objective on some of them"""
+    """A model, network, optimiser, memory and images, and a step of an objective on some of them"""
 
-    def __init__(self, name, device, num_images=8):
+    def __init__(self, name, device, num_images=8, num_alphabets=0):
         self.loss = LOSSES[name]
-        self.model = models.GenerativeModel().to(device)
-        self.network = models.InferenceNetwork().to(device)
+        self.model = models.GenerativeModel(num_alphabets=num_alphabets).to(device)
+        self.network = models.InferenceNetwork(num_alphabets=num_alphabets).to(device)
         self.optimizer = main.get_optimizer(self.model, self.network, 0.5)
         self.memory = losses.init_memory(num_images).to(device)
-        self.obs = self.model.sample(num_images)[1]
+        self.alphabet = self.model.sample_alphabet(num_images) if num_alphabets else None
+        self.obs = self.model.sample(num_images, self.alphabet)[1]
+
+    def get_loss(self, obs_id):
+        alphabet = None if self.alphabet is None else self.alphabet[obs_id]
+        given = dict(obs=self.obs[obs_id], alphabet=alphabet, memory=self.memory, obs_id=obs_id)
+        return self.loss(self.model, self.network, **given)
 
     def step(self, obs_id):
-        loss, statistics = self.loss(self.model, self.network, self.memory, self.obs[obs_id], obs_id)
+        loss, statistics = self.get_loss(obs_id)
         main.update(self.optimizer, loss)
         return {"loss": loss.detach(), **statistics}
 
@@ -49,9 +55,10 @@ class Setup:
 # ------------------------------------------------------------------ without a GPU
 
 
+@pytest.mark.parametrize("num_alphabets", [0, 5])
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_step_looks_at_no_value(name):
-    setup = Setup(name, "meta")
+def test_a_step_looks_at_no_value(name, num_alphabets):
+    setup = Setup(name, "meta", num_alphabets=num_alphabets)
     statistics = setup.step(torch.arange(8, device="meta"))
     assert all(value.shape == () for value in statistics.values())
 
@@ -64,7 +71,7 @@ def test_gradients_are_those_of_the_latents_that_carry_weight(name, monkeypatch)
     for selects in (True, False):
         monkeypatch.setattr(losses, "_can_select", lambda latent, selects=selects: selects)
         torch.manual_seed(1)
-        loss, _ = setup.loss(setup.model, setup.network, None, setup.obs, None)
+        loss, _ = setup.get_loss(torch.arange(8))
         setup.optimizer.zero_grad()
         loss.backward()
         parameters = [*setup.model.parameters(), *setup.network.parameters()]
