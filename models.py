@@ -22,7 +22,7 @@ from util import UserError
 
 LIKELIHOODS = ["learned-affine", "affine", "bernoulli"]
 NUM_LEARNED_MAPS = 40
-GRADIENT_CHUNK_SIZE = 256  # latents that are differentiated at a time, in plain PyTorch
+GRADIENT_CHUNK_SIZES = 256, 2500  # latents that are differentiated at a time, at least and at most
 
 # ------------------------------------------------------------------ decoder
 
@@ -216,8 +216,8 @@ class GenerativeModel(nn.Module):
 
     def get_chunk_size(self):
         """How many latents to score, or with gradients to differentiate, at a time"""
-        size = rendering.get_chunk_size(self.pre_theta.device)
-        return max(GRADIENT_CHUNK_SIZE, size) if torch.is_grad_enabled() else size
+        size, (low, high) = rendering.get_chunk_size(self.pre_theta.device), GRADIENT_CHUNK_SIZES
+        return min(max(low, size), high) if torch.is_grad_enabled() else size
 
     def _chunk_log_likelihood(self, latent, obs, obs_id, one_of_many):
         """latent [N, A, 2], obs [B, R, C], obs_id [N] -> [N]. With gradients, what one of
