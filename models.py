@@ -308,12 +308,7 @@ class InferenceNetwork(nn.Module):
 
     def embed(self, obs):
         """obs [B, 28, 28] -> [B, E]"""
-        if patches.can_share(obs):
-            x = patches.convolve(obs, self.conv0, self.conv1)  # [B, 128, 6, 6]
-        else:
-            # Pooling first gives the same values and gradients, and leaves relu little to do.
-            x = F.max_pool2d(self.conv0(obs.unsqueeze(1)), 3, 2).relu()  # [B, 64, 14, 14]
-            x = F.max_pool2d(self.conv1(x), 3, 2).relu()  # [B, 128, 6, 6]
+        x = patches.convolve(obs, self.conv0, self.conv1)  # [B, 128, 6, 6]
         x = self.conv3(self.conv2(x).relu()).relu()  # [B, E, 2, 2]
         return F.max_pool2d(x, 2, 2).flatten(1)  # [B, E]
 

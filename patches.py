@@ -1,11 +1,11 @@
-"""The first two layers of the inference network, each distinct patch of a batch convolved once.
+"""The first two layers of the inference network: on a CPU, each distinct patch of a batch is convolved once.
 
 After the first convolution and its pooling, a position depends on 5 x 5 pixels. Pixels are
 ink or paper and characters are lines, so a batch holds few different such patches, one for
 about eight positions. The second convolution multiplies each of them by its nine taps, and
 a position then only adds up the products of its neighbourhood. Values and gradients are
-those of the convolutions, at a fraction of the multiplications. On a CPU this pays; a GPU
-multiplies faster than it looks things up.
+those of the convolutions, at a fraction of the multiplications. A GPU multiplies faster
+than it looks things up.
 """
 
 import torch
@@ -16,27 +16,37 @@ IMAGE_CHUNK_SIZE = 128  # images that share patches
 PATCH_CHUNK_SIZE = 4096  # patches that are convolved at a time
 
 
-def can_share(obs):
-    """Whether `convolve` works for these images, and pays"""
-    return obs.device.type == "cpu" and obs.shape[1:] == (28, 28) and bool(((obs == 0) | (obs == 1)).all())
-
-
 def convolve(obs, conv0, conv1):
     """Two convolutions, each pooled by max_pool2d(x, 3, 2) and then rectified.
 
-    Args: obs [B, 28, 28] in {0, 1}; conv0 = Conv2d(1, C, 3, padding=2); conv1 = Conv2d(C, D, 3, padding=1)
+    Args: obs [B, 28, 28]; conv0 = Conv2d(1, C, 3, padding=2); conv1 = Conv2d(C, D, 3, padding=1)
     Returns: [B, D, 6, 6]
     """
-    return torch.cat([_convolve(chunk, conv0, conv1) for chunk in obs.split(IMAGE_CHUNK_SIZE)])
+    if not can_share(obs):
+        return _convolve_each(obs, conv0, conv1)
+    return torch.cat([_convolve_shared(chunk, conv0, conv1) for chunk in obs.split(IMAGE_CHUNK_SIZE)])
 
 
-def _convolve(obs, conv0, conv1):
+def can_share(obs):
+    """Whether images are binary and on a CPU"""
+    return obs.device.type == "cpu" and obs.shape[1:] == (28, 28) and bool(((obs == 0) | (obs == 1)).all())
+
+
+def _convolve_each(obs, conv0, conv1):
+    # Pooling first gives the same values and gradients, and leaves relu little to do.
+    x = F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()  # [B, C, 14, 14]
+    return F.max_pool2d(conv1(x), 3, 2).relu()  # [B, D, 6, 6]
+
+
+def _convolve_shared(obs, conv0, conv1):
     codes, order = get_codes(obs).flatten().sort(stable=True)
     distinct, key, counts = codes.unique_consecutive(return_inverse=True, return_counts=True)  # N of them
+    if len(distinct) > len(codes) // 2:  # noise, not characters
+        return _convolve_each(obs, conv0, conv1)
     key = torch.empty_like(key).scatter_(0, order, key).view(-1, SIZE, SIZE)  # [B, 14, 14]
     x = torch.cat([_convolve_patches(chunk, conv0) for chunk in distinct.split(PATCH_CHUNK_SIZE)])  # [N, C]
     taps = conv1.weight.permute(2, 3, 1, 0).flatten(0, 1)  # [9, C, D]
-    x = _ConvolveShared.apply(x, taps, key, order, counts)  # [B * 14 * 14, D]
+    x = _SumOfProducts.apply(x, taps, key, order, counts)  # [B * 14 * 14, D]
     x = F.max_pool2d(x.view(*key.shape, -1).permute(0, 3, 1, 2), 3, 2)  # [B, D, 6, 6]
     return (x + conv1.bias.view(-1, 1, 1)).relu()
 
@@ -56,7 +66,7 @@ def _convolve_patches(codes, conv0):
     return x.max(1).values.relu()
 
 
-class _ConvolveShared(torch.autograd.Function):
+class _SumOfProducts(torch.autograd.Function):
     """The second convolution, of which a position's row is the sum of nine products.
 
     Args: x [N, C], patches; taps [9, C, D]; key [B, 14, 14], each position's patch;

@@ -132,6 +132,7 @@ def get_images(name):
     noise = torch.rand(130, 28, 28, dtype=torch.double)  # more than are convolved at a time
     return {
         "noise": (noise > 0.5).double(),
+        "dots": (noise > 0.97).double(),
         "blank": torch.zeros_like(noise[:2]),
         "full": torch.ones_like(noise[:1]),
         "lines": models.GenerativeModel().sample(7)[1].double(),
@@ -139,7 +140,7 @@ def get_images(name):
     }[name]
 
 
-@pytest.mark.parametrize("name", ["noise", "blank", "full", "lines", "grey"])
+@pytest.mark.parametrize("name", ["noise", "dots", "blank", "full", "lines", "grey"])
 def test_embeddings_and_gradients_are_those_of_the_convolutions(name):
     network, obs, results = models.InferenceNetwork().double(), get_images(name), []
     grad = torch.randn(len(obs), 64, dtype=torch.double)
