@@ -142,6 +142,7 @@ def get_loss(run, train, obs_id):
 
 
 def update(optimizer, loss):
+    """A step of the optimiser down the gradient of the loss"""
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
