@@ -47,7 +47,7 @@ def _convolve_shared(obs, conv0, conv1):
     x = torch.cat([_convolve_patches(chunk, conv0) for chunk in distinct.split(PATCH_CHUNK_SIZE)])  # [N, C]
     taps = conv1.weight.permute(2, 3, 1, 0).flatten(0, 1)  # [9, C, D]
     x = _SumOfProducts.apply(x, taps, key, order, counts)  # [B * 14 * 14, D]
-    x = F.max_pool2d(x.view(*key.shape, -1).permute(0, 3, 1, 2), 3, 2)  # [B, D, 6, 6]
+    x = F.max_pool2d(x.view(*key.shape, x.shape[1]).permute(0, 3, 1, 2), 3, 2)  # [B, D, 6, 6]
     return (x + conv1.bias.view(-1, 1, 1)).relu()
 
 
@@ -95,7 +95,7 @@ class _SumOfProducts(torch.autograd.Function):
         position = F.pad(position, (1, 1, 1, 1), value=nowhere)  # [B, 16, 16]
         rows = _get_neighbours(position).flip(1)[order].t().flatten()  # [9 * B * 14 * 14]
         first = counts.cumsum(0) - counts + len(grad) * torch.arange(9).unsqueeze(1)  # [9, N]
-        grad = F.embedding_bag(rows, grad.contiguous(), first.int().flatten(), mode="sum").view(9, len(x), -1)
+        grad = F.embedding_bag(rows, grad.contiguous(), first.int().flatten(), mode="sum").unflatten(0, first.shape)
         grad_x = sum(g @ tap.t() for g, tap in zip(grad, taps, strict=True))
         return grad_x, torch.bmm(x.t().expand(9, -1, -1), grad), None, None, None
 
