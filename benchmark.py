@@ -6,7 +6,7 @@
 
 Both run in one process on the same embedded characters, in turn, and the medians
 are compared. The reference is tests/reference.py: it scores everything, with
-gradients. The floor is the convolutions' own forward and backward pass.
+gradients. Beside them runs the forward and backward pass of PyTorch's convolutions.
 """
 
 import functools
@@ -42,7 +42,7 @@ SHARPNESS = 1000  # "eval sharp" is eval rws by a network whose logits are so ma
 
 class Steps:
     """The steps of one algorithm on embedded characters, networks as initialised: `step` is the project's, `reference`
-    the straightforward one; each takes an optimiser's step. `floor` is the convolutions'."""
+    the straightforward one; each takes an optimiser's step. `convolve` runs the convolutions."""
 
     def __init__(self, algorithm, batch_size, device):
         util.set_seed(0, device)
@@ -95,7 +95,7 @@ class Steps:
             loss = objective(*networks, self.obs, self.num_particles, given)
         main.update(self.optimizer, loss)
 
-    def floor(self):
+    def convolve(self):
         """PyTorch's convolutions forward and backward on the same images, in the layout and the chunks that are
         fastest on a CPU; nothing for a lookup network"""
         if self.algorithm.startswith("eval"):
@@ -121,9 +121,9 @@ def get_seconds(function, device):
 
 
 def compare(algorithm, batch_size, num_runs, device, with_memory):
-    """Runs step, reference and floor in turn. Returns: a row of the table"""
+    """Runs step, reference and convolutions in turn. Returns: a row of the table"""
     steps = Steps(algorithm, batch_size, device)
-    seconds = {"step": [], "reference": [], "floor": []}
+    seconds = {"step": [], "reference": [], "convolve": []}
     for _ in range(NUM_WARM_UPS + 2 if device.type == "cuda" else 1):  # the reference's warm-up is a small one
         steps.step()
     Steps(algorithm, 2, device).reference()
@@ -140,7 +140,7 @@ def compare(algorithm, batch_size, num_runs, device, with_memory):
         "seconds": median["step"],
         "reference_seconds": median["reference"],
         "ratio": median["reference"] / median["step"],
-        "ratio_to_convolutions": None if algorithm.startswith("eval") else median["step"] / median["floor"],
+        "ratio_to_convolutions": None if algorithm.startswith("eval") else median["step"] / median["convolve"],
         "peak_megabytes": get_peak_memory(algorithm, batch_size, device, "step") if with_memory else None,
         "reference_peak_megabytes": get_peak_memory(algorithm, batch_size, device, "reference")
         if with_memory

@@ -20,6 +20,7 @@ import torch
 
 import data
 import losses
+import main as training
 import models
 import rendering
 import report
@@ -111,9 +112,7 @@ def train_step(evaluation):
         obs_id = torch.arange(start, start + batch_size, device=evaluation.device) % num_images
         objective = losses.rws if args.algorithm == "rws" else losses.vimco
         loss, statistics = objective(*networks, num_particles=args.num_particles, **evaluation.get_inputs(obs_id))
-    evaluation.optimizer.zero_grad()
-    loss.backward()
-    evaluation.optimizer.step()
+    training.update(evaluation.optimizer, loss)
     evaluation.iteration += 1
     evaluation.pending.append(statistics)
 

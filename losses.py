@@ -6,7 +6,8 @@ and a dict of statistics (detached scalars, in nats unless said otherwise).
 Scores are computed without gradients. What an objective then needs is the
 gradient of a weighted sum of log p and log q in which few weights matter: one
 latent an image for MWS, the particles of non-negligible weight for RWS and
-VIMCO. Only those latents are scored again, with gradients.
+VIMCO. Only those latents are scored again, with gradients; on a GPU, where choosing
+takes longer than computing, for RWS and VIMCO all of them.
 """
 
 import math
@@ -22,7 +23,7 @@ NEGLIGIBLE = 2**-24  # a weight that is lost in float32 beside a weight of one
 
 @torch.no_grad()
 def score(generative_model, latent, obs, alphabet=None):
-    """log p(z, x) without gradients, each distinct latent of an image scored once.
+    """log p(z, x) without gradients; on a CPU, each distinct latent of an image is scored once.
 
     Args: latent [P, B, A, 2]; obs [B, R, C]; alphabet [B, L] one-hot
     Returns: [P, B]

@@ -328,7 +328,7 @@ def get_parser():
     add("--num-iterations", "steps of the algorithm", type=positive)
     add(
         "--compile",
-        f"compile the renderer and the likelihood, and on a GPU replay steps as CUDA graphs (default: for runs of"
+        "compile the renderer and the likelihood, and on a GPU replay steps as CUDA graphs (default: for runs of"
         f" {LONG_RUN} iterations and more)",
         action=argparse.BooleanOptionalAction,
     )

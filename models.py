@@ -95,11 +95,11 @@ class Decoder(nn.Module):
         if state is None:
             i, _, g, o = x.chunk(4, 1)
             cell = i.sigmoid() * g.tanh()
-            return o.sigmoid() * cell.tanh(), cell
-        if x.is_cuda:  # what nn.LSTMCell calls there: one launch, not nine
+        elif x.is_cuda:  # what nn.LSTMCell calls there: one launch, not nine
             return torch.ops.aten._thnn_fused_lstm_cell(x, state[0] @ self.lstm.weight_hh.t(), state[1])[:2]
-        i, f, g, o = torch.addmm(x, state[0], self.lstm.weight_hh.t()).chunk(4, 1)
-        cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+        else:
+            i, f, g, o = torch.addmm(x, state[0], self.lstm.weight_hh.t()).chunk(4, 1)
+            cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
         return o.sigmoid() * cell.tanh(), cell
 
     def _get_log_probs(self, hidden):

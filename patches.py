@@ -28,7 +28,7 @@ def convolve(obs, conv0, conv1):
 
 
 def can_share(obs):
-    """Whether images are binary and on a CPU"""
+    """Whether images [B, R, C] are binary, 28 x 28 and on a CPU"""
     return obs.device.type == "cpu" and obs.shape[1:] == (28, 28) and bool(((obs == 0) | (obs == 1)).all())
 
 

@@ -340,8 +340,8 @@ def append_statistics(statistics, pending):
 
 
 def set_seed(seed, device="cpu"):
-    """Seeds torch, and has it add in the same order each time. On a GPU torch's own mode for that has
-    operations wait for the CPU; those that a step uses keep to an order without it."""
+    """Seeds torch, and has a run on the device add in the same order each time. On a GPU torch's own mode for
+    that has operations wait for the CPU; it is left off, and a step uses operations that keep to an order."""
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True

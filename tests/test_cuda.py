@@ -80,6 +80,10 @@ def test_gradients_are_those_of_the_latents_that_carry_weight(name, monkeypatch)
         assert (got - want).norm() <= 1e-5 * want.norm()
 
 
+aten = torch.ops.aten
+LOOKING = [aten._local_scalar_dense.default, aten.nonzero.default, aten._unique2.default, aten.equal.default]
+
+
 class Recorder(TorchDispatchMode):
     """Stands in for a CUDA graph: notes each operation with the tensors it was given, and
     repeats it on the same tensors; results go where they went at first. Unlike a CUDA graph,
@@ -90,7 +94,7 @@ class Recorder(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+        if function in LOOKING:
             raise RuntimeError(f"{function} looks at a value")
         result = function(*args, **(kwargs or {}))
         self.calls.append((function, *tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}, result))))
@@ -111,8 +115,18 @@ class NoStream:
         pass
 
 
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """What cuda_graph.py needs of torch.cuda, without a GPU"""
+    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+
+
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_replayed_step_is_the_step(name, monkeypatch):
+def test_a_replayed_step_is_the_step(name, no_gpu, monkeypatch):
     def get_setup():
         torch.manual_seed(0)
         setup = Setup(name, "cpu", num_images=7)
@@ -134,10 +148,6 @@ def test_a_replayed_step_is_the_step(name, monkeypatch):
 
     monkeypatch.setattr(losses, "_can_select", lambda latent: False)
     monkeypatch.setattr(patches, "can_share", lambda obs: False)
-    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
     monkeypatch.setattr(torch.cuda, "graph", record)
     batches = [torch.arange(4), torch.arange(4, 7)] * 6  # the last batch of an epoch is smaller
     expected = get_setup()
@@ -153,12 +163,7 @@ def test_a_replayed_step_is_the_step(name, monkeypatch):
         assert torch.equal(got, want)
 
 
-def test_what_cannot_be_recorded_goes_on_as_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+def test_what_cannot_be_recorded_goes_on_as_it_is(no_gpu, capsys):
     step = cuda_graph.ReplayedStep(lambda x: {"double": torch.tensor(2 * x.item())})
     assert [step(torch.tensor(i))["double"].item() for i in range(6)] == [0, 2, 4, 6, 8, 10]
     assert capsys.readouterr().err.count("warning: no CUDA graph") == 1

@@ -310,7 +310,7 @@ def test_missing_and_nothing(folder, capsys):  # noqa: F811
 def test_learns_real_characters(omniglot, folder):  # noqa: F811
     """MWS on fifty characters, to be quick: its loss falls, and it draws its ink where theirs is"""
     location = str(omniglot / "chardata.mat")
-    flags = "--dataset-size 50 --batch-size 50 --pretrain-iterations 0 --num-iterations 50 --likelihood bernoulli"
+    flags = "--dataset-size 50 --batch-size 50 --pretrain-iterations 0 --num-iterations 100 --likelihood bernoulli"
     flags = [*flags.split(), *"--num-particles 2 --memory-size 2 --no-compile --data-location".split(), location]
     main.main(flags)
     name = util.get_path_base(main.parse_args(flags))
@@ -326,9 +326,9 @@ def test_learns_real_characters(omniglot, folder):  # noqa: F811
         return (probs * obs).sum() / obs.sum() - (probs * (1 - obs)).sum() / (1 - obs).sum()
 
     upright = get_overlap(probs)
-    assert upright > 0.1
+    assert upright > 0.15
     for flipped in ([1], [2], [1, 2]):
-        assert upright > get_overlap(probs.flip(flipped)) + 0.03
+        assert upright > get_overlap(probs.flip(flipped)) + 0.05
 
 
 def test_data_with_other_alphabets(folder, capsys):  # noqa: F811

@@ -144,6 +144,11 @@ def test_sweep_here(make_sweep, monkeypatch):
     assert "2 of 2 done" in stdout and len(re.findall(r"^\w+.*: done, 300 iterations", stdout, re.M)) == 2
     stdout = run("--status")
     assert [line.split()[1:3] for line in stdout.splitlines()[1:]] == [["done", "300/300"]] * 2
+    went_on = [load(name) for name in models]
+    shutil.rmtree("save")
+    run("--jobs", "2")
+    for checkpoint, name in zip(went_on, models, strict=True):
+        assert_same(checkpoint, load(name))
     assert "2 are complete already\n0 of 0 done" in run()
 
     assert "3 of 3 done" in run("--eval-logp", "--test-run", "--jobs", "2", "--models", models[1])
