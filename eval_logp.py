@@ -19,6 +19,7 @@ import sys
 import torch
 
 import data
+import gpu
 import losses
 import main as training
 import models
@@ -26,6 +27,7 @@ import rendering
 import report
 import sweep
 import util
+from cuda_graph import ReplayedStep
 from score_table import ScoreTable, get_enumeration_bound
 from util import UserError
 
@@ -47,7 +49,7 @@ class Evaluation:
         self.generative_model, _ = models.from_checkpoint(checkpoint, device)
         self.generative_model.requires_grad_(False)
         self.network = build_network(args, checkpoint["args"], len(self.obs), num_alphabets).to(device)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=LEARNING_RATE)
+        self.optimizer = training.get_adam(self.network.parameters(), device, LEARNING_RATE)
         self.table = ScoreTable(self.generative_model.num_arcs, device)
         self.iteration = 0
         self.statistics, self.pending = {}, []
@@ -67,19 +69,19 @@ class Evaluation:
         )
 
     def restore(self, state):
-        for name in ["network", "optimizer", "table"]:
+        for name in ["network", "table"]:
             getattr(self, name).load_state_dict(state[name])
+        training.load_optimizer(self.optimizer, state["optimizer"])
         self.iteration, self.log_p = state["iteration"], state["log_p"]
         self.statistics = {name: values.cpu() for name, values in state["statistics"].items()}
         util.set_random_state(state["random_state"])
 
     def get_inputs(self, obs_id):
-        """For a batch of images: obs, alphabet, what tells a lookup network which they are, and a scorer"""
+        """For a batch of images: obs, alphabet, and what tells a lookup network which they are"""
         return dict(
             obs=self.obs[obs_id],
             alphabet=None if self.alphabet is None else self.alphabet[obs_id],
             obs_id=None if self.args.algorithm == "sleep" else obs_id,
-            scorer=functools.partial(self.table.score, obs_id),
         )
 
 
@@ -100,21 +102,34 @@ def build_network(args, model_args, num_images, num_alphabets):
 # ------------------------------------------------------------------ steps
 
 
-def train_step(evaluation):
-    """A step of the inference network, in nats an image"""
-    args, networks = evaluation.args, (evaluation.generative_model, evaluation.network)
+def get_obs_id(evaluation):
+    """The images of the current iteration's batch: [B]"""
     num_images = len(evaluation.obs)
-    batch_size = min(args.batch_size, num_images)
+    batch_size = min(evaluation.args.batch_size, num_images)
+    start = evaluation.iteration * batch_size
+    return torch.arange(start, start + batch_size, device=evaluation.device) % num_images
+
+
+def train_step(evaluation, obs_id):
+    """A step of the inference network on the images obs_id [B], for sleep on as many dreams as it has particles.
+    Returns: the statistics to keep, nats an image"""
+    args, networks = evaluation.args, (evaluation.generative_model, evaluation.network)
     if args.algorithm == "sleep":
-        loss, statistics = losses.sleep(*networks, losses.get_num_dreams(batch_size, args.num_particles))
+        loss, statistics = losses.sleep(*networks, losses.get_num_dreams(len(obs_id), args.num_particles))
     else:
-        start = evaluation.iteration * batch_size
-        obs_id = torch.arange(start, start + batch_size, device=evaluation.device) % num_images
         objective = losses.rws if args.algorithm == "rws" else losses.vimco
-        loss, statistics = objective(*networks, num_particles=args.num_particles, **evaluation.get_inputs(obs_id))
+        # A GPU scores faster than it looks scores up, and can replay a step that does.
+        scorer = losses.score if gpu.is_gpu(evaluation.device) else functools.partial(evaluation.table.score, obs_id)
+        inputs = evaluation.get_inputs(obs_id)
+        loss, statistics = objective(*networks, num_particles=args.num_particles, scorer=scorer, **inputs)
     training.update(evaluation.optimizer, loss)
-    evaluation.iteration += 1
-    evaluation.pending.append(statistics)
+    return statistics
+
+
+def get_step(evaluation):
+    """The step, to be called with obs_id; on a GPU replayed as a CUDA graph"""
+    step = functools.partial(train_step, evaluation)
+    return ReplayedStep(step) if evaluation.device.type == "cuda" and evaluation.args.compile else step
 
 
 @torch.no_grad()
@@ -127,6 +142,7 @@ def estimate_step(evaluation):
         evaluation.generative_model,
         evaluation.network,
         num_particles=args.test_num_particles,
+        scorer=functools.partial(evaluation.table.score, obs_id),
         **evaluation.get_inputs(obs_id),
     )  # [P, B]
     evaluation.log_p = torch.cat([evaluation.log_p, losses.log_mean_weight(log_weight)])
@@ -134,12 +150,13 @@ def estimate_step(evaluation):
 
 def run(evaluation, settings, path, stop):
     """Trains the network, then estimates log p, until done or a signal arrives. Returns: whether done"""
-    args, num_images = evaluation.args, len(evaluation.obs)
+    args, num_images, train_step = evaluation.args, len(evaluation.obs), get_step(evaluation)
     total = args.num_iterations + math.ceil(num_images / args.test_batch_size)
     with util.show_progress(total=total, unit="it") as bar:
         while stop.received is None:
             if evaluation.iteration < args.num_iterations:
-                train_step(evaluation)
+                evaluation.pending.append(train_step(get_obs_id(evaluation)))
+                evaluation.iteration += 1
             elif len(evaluation.log_p) < num_images:
                 estimate_step(evaluation)
             else:

@@ -14,9 +14,9 @@ import math
 
 import torch
 
-from models import sample_categorical
-
-NEGLIGIBLE = 2**-24  # a weight that is lost in float32 beside a weight of one
+import gpu
+from gpu import NEGLIGIBLE
+from models import pack, sample_categorical, unpack
 
 # ------------------------------------------------------------------ scores
 
@@ -47,7 +47,7 @@ def score_rows(generative_model, codes, obs, alphabet, obs_id):
 def _can_select(latent):
     """Whether to leave out latents by their values. On a GPU the CPU would wait to learn how many stay, and
     the step could not be recorded; to compute all of them is faster."""
-    return latent.device.type == "cpu"
+    return not gpu.is_gpu(latent.device)
 
 
 def find_distinct(codes, obs_id):
@@ -315,14 +315,3 @@ def _random_codes(shape, num_primitives, dtype):
     codes = torch.randint(2 * num_primitives, shape, dtype=dtype)
     codes[..., 0] -= codes[..., 0] % 2
     return codes
-
-
-def pack(latent, dtype):
-    """[..., A, 2] -> [..., A]"""
-    return (2 * latent[..., 0] + latent[..., 1]).to(dtype)
-
-
-def unpack(codes):
-    """[..., A] -> [..., A, 2]"""
-    codes = codes.long()
-    return torch.stack([codes // 2, codes % 2], -1)

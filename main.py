@@ -28,12 +28,13 @@ LONG_RUN = 1000  # iterations; compiling takes about as long as some hundred
 
 
 class Run:
-    """All that a checkpoint holds: models, optimisers, memory, statistics, progress."""
+    """The data, on the device, and all that a checkpoint holds: models, optimisers, memory, statistics, progress."""
 
     def __init__(self, args, dataset, device):
         util.set_seed(args.seed, device)
         self.args, self.device = args, device
         self.settings = {**util.get_settings(args), "data": data.get_fingerprint(dataset.train)}
+        self.train, self.test = dataset.train.to(device), dataset.test.to(device)
         self.num_alphabets = dataset.num_alphabets if args.condition_on_alphabet else 0
         self.generative_model, self.inference_network = models.build(args, self.num_alphabets, device)
         self.optimizer = get_optimizer(self.generative_model, self.inference_network, args.prior_lr_factor)
@@ -98,7 +99,7 @@ def get_optimizer(generative_model, inference_network, prior_lr_factor, lr=1e-3)
 
 def get_adam(groups, device, lr=1e-3):
     """Adam for parameters or groups of them; on a GPU, the kind that a CUDA graph can record"""
-    on_gpu = device.type == "cuda"
+    on_gpu = device.type == "cuda"  # torch has these for few devices
     return torch.optim.Adam(groups, lr=lr, fused=on_gpu, capturable=on_gpu)
 
 
@@ -112,24 +113,24 @@ def load_optimizer(optimizer, state):
 # ------------------------------------------------------------------ a step
 
 
-def get_obs_id(run, num_data):
+def get_obs_id(run):
     """The images of the current iteration's batch: [B]. An epoch's order depends on the
     seed and its number alone, so that the iteration is the position in the data."""
-    batch_size = run.args.batch_size
+    num_data, batch_size = len(run.train.obs), run.args.batch_size
     epoch, batch_id = divmod(run.iteration, math.ceil(num_data / batch_size))
     if run.epoch != epoch:
         generator = torch.Generator().manual_seed(run.args.seed + 1_000_003 * (epoch + 1))
         order = torch.randperm(num_data, generator=generator)
-        if run.device.type == "cuda":  # from pinned memory, so that the CPU need not wait
-            order = order.pin_memory().to(run.device, non_blocking=True)
-        run.epoch, run.order = epoch, order
+        if torch.cuda.is_available():  # from pinned memory, so that the CPU need not wait
+            order = order.pin_memory()
+        run.epoch, run.order = epoch, order.to(run.device, non_blocking=True)
     return run.order[batch_id * batch_size : (batch_id + 1) * batch_size]
 
 
-def get_loss(run, train, obs_id):
+def get_loss(run, obs_id):
     """The scalar to differentiate and the statistics to keep"""
-    args, networks, obs = run.args, (run.generative_model, run.inference_network), train.obs[obs_id]
-    alphabet = train.alphabet[obs_id] if run.num_alphabets else None
+    args, networks, obs = run.args, (run.generative_model, run.inference_network), run.train.obs[obs_id]
+    alphabet = run.train.alphabet[obs_id] if run.num_alphabets else None
     if args.algorithm == "mws":
         return losses.mws(*networks, run.memory, obs, obs_id, args.num_particles, alphabet)
     if args.algorithm == "rws":
@@ -156,16 +157,16 @@ def pretrain_step(run):
     return {"pretrain_loss": statistics["phi_loss"]}
 
 
-def train_step(run, train, obs_id):
+def train_step(run, obs_id):
     """A step of the algorithm on the images obs_id [B]. Returns: the statistics to keep"""
-    loss, statistics = get_loss(run, train, obs_id)
+    loss, statistics = get_loss(run, obs_id)
     update(run.optimizer, loss)
     return statistics
 
 
-def get_steps(run, train):
+def get_steps(run):
     """The two steps, to be called without arguments and with obs_id; on a GPU replayed as CUDA graphs"""
-    steps = functools.partial(pretrain_step, run), functools.partial(train_step, run, train)
+    steps = functools.partial(pretrain_step, run), functools.partial(train_step, run)
     if run.device.type == "cuda" and run.args.compile:
         return [ReplayedStep(step) for step in steps]
     return steps
@@ -180,10 +181,10 @@ def is_test_due(run):
 
 
 @torch.no_grad()
-def test(run, split, stop):
+def test(run, stop):
     """Estimates log p and KL(q || p) of the test images by importance sampling, in nats.
     Training is not changed by it, nor anything recorded if a signal to stop arrives."""
-    args, device = run.args, run.device
+    args, device, split = run.args, run.device, run.test
     log_p, kl = [], []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for obs_id in torch.arange(len(split.obs), device=device).split(args.test_batch_size):
@@ -237,22 +238,22 @@ def report(run, bar):
 # ------------------------------------------------------------------ a run
 
 
-def train(run, dataset, stop):
+def train(run, stop):
     """Takes steps until the run is complete or a signal arrives. Each state between
     two steps is one that a run can go on from."""
     args = run.args
-    pretrain_step, train_step = get_steps(run, dataset.train)
+    pretrain_step, train_step = get_steps(run)
     total, done = args.pretrain_iterations + args.num_iterations, run.pretrain_iteration + run.iteration
     with util.show_progress(total=total, initial=done, unit="it") as bar:
         while stop.received is None:
             if is_test_due(run):
-                test(run, dataset.test, stop)
+                test(run, stop)
                 continue
             if run.pretrain_iteration < args.pretrain_iterations:
                 run.pending.append(pretrain_step())
                 run.pretrain_iteration += 1
             elif run.iteration < args.num_iterations:
-                run.pending.append(train_step(get_obs_id(run, len(dataset.train.obs))))
+                run.pending.append(train_step(get_obs_id(run)))
                 run.iteration += 1
             else:
                 break
@@ -264,7 +265,7 @@ def train(run, dataset, stop):
 def main(argv=None):
     args = parse_args(argv)
     device = util.get_device(args.cuda)
-    dataset = load_data(args, device)
+    dataset = load_data(args)
     path_base = util.get_path_base(args)
     with util.lock_run(path_base):
         run = Run(args, dataset, device)
@@ -274,7 +275,7 @@ def main(argv=None):
             print(f"going on from iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")
         rendering.set_compile(args.compile, device)
         with util.StopSignal() as stop:
-            path = train(run, dataset, stop)
+            path = train(run, stop)
     if stop.received is not None:
         name = signal.Signals(stop.received).name
         print(f"stopped by {name} at iteration {run.iteration}, saved {path}; the same command goes on from there")
@@ -286,14 +287,14 @@ def main(argv=None):
     return 0
 
 
-def load_data(args, device):
-    """The data set on the device. Raises: UserError if it does not fit the arguments"""
+def load_data(args):
+    """The data set. Raises: UserError if it does not fit the arguments"""
     dataset = data.load(args.data_location, args.small_dataset, args.dataset_size)
     if args.condition_on_alphabet and dataset.num_alphabets < 2:
         raise UserError(f"--condition-on-alphabet: {args.data_location} has no alphabets to tell apart")
     if args.test_run:
         dataset = dataset._replace(test=dataset.test.select(slice(20)))
-    return dataset._replace(train=dataset.train.to(device), test=dataset.test.to(device))
+    return dataset
 
 
 # ------------------------------------------------------------------ arguments

@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import gpu
 import patches
 import rendering
 from util import UserError
@@ -50,6 +51,12 @@ class Decoder(nn.Module):
     def sample_and_log_prob(self, num_particles, context):
         """context [B, H] -> latent [P, B, A, 2], log_prob [P, B], without gradients"""
         table, context_input = self._get_inputs(context)
+        shape = (num_particles, len(context))
+        if gpu.uses_kernels(context) and gpu.can_decode(self):
+            codes, log_prob = gpu.sample(
+                table, context_input, *self._get_weights(), num_particles, self.num_arcs, self.uniform_mixture
+            )  # [P * B, A], [P * B]
+            return unpack(codes).unflatten(0, shape), log_prob.view(shape)
         context_input = context_input.repeat(num_particles, 1)  # [P * B, 4 * hidden]
         x, state, latent, log_prob = context_input, None, [], 0
         for arc_id in range(self.num_arcs):
@@ -64,19 +71,23 @@ class Decoder(nn.Module):
                 log_prob = log_prob + on_log_prob.gather(1, on)
             latent.append(torch.cat([primitive_id, on], 1))
             x = context_input + F.embedding(2 * primitive_id + on, table).squeeze(1)
-        shape = (num_particles, len(context))
         return torch.stack(latent, 1).unflatten(0, shape), log_prob.view(shape)
 
     def log_prob(self, latent, context):
         """latent [P, B, A, 2], context [B, H] -> [P, B]"""
         table, context_input = self._get_inputs(context)
+        codes = pack(latent.flatten(0, 1))  # [P * B, A]
+        if gpu.uses_kernels(context) and gpu.can_decode(self):
+            log_prob = gpu.ScoreCodes.apply(
+                table, context_input, *self._get_weights(), codes.short(), self.uniform_mixture
+            )  # [P * B]
+            return log_prob.view(latent.shape[:2])
         context_input = context_input.repeat(len(latent), 1)  # [P * B, 4 * hidden]
-        codes = (2 * latent[..., 0] + latent[..., 1]).flatten(0, 1)  # [P * B, A]
         x, state, hidden = context_input, None, []
         for arc_id in range(self.num_arcs):
             state = self._step(x, state)
             hidden.append(state[0])
-            x = context_input + F.embedding(codes[:, arc_id], table)
+            x = context_input + _look_up(table, codes[:, arc_id])
         id_log_prob, on_log_prob = self._get_log_probs(torch.stack(hidden, 1))  # [P * B, A, K or 2]
         id_log_prob = id_log_prob.gather(2, codes.unsqueeze(2) // 2).sum((1, 2))
         on_log_prob = on_log_prob[:, 1:].gather(2, codes[:, 1:].unsqueeze(2) % 2).sum((1, 2))
@@ -90,13 +101,14 @@ class Decoder(nn.Module):
         table = weight[0].t().unsqueeze(1) + weight[1].t()  # [K, 2, 4 * hidden]
         return table.flatten(0, 1), F.linear(context, weight[2], self.lstm.bias_ih + self.lstm.bias_hh)
 
+    def _get_weights(self):
+        return self.lstm.weight_hh, self.linear.weight, self.linear.bias
+
     def _step(self, x, state):
         """A step of the LSTM, x [N, 4 * hidden] its gates' input: hidden and cell state, each [N, hidden]"""
         if state is None:
             i, _, g, o = x.chunk(4, 1)
             cell = i.sigmoid() * g.tanh()
-        elif x.is_cuda:  # what nn.LSTMCell calls there: one launch, not nine
-            return torch.ops.aten._thnn_fused_lstm_cell(x, state[0] @ self.lstm.weight_hh.t(), state[1])[:2]
         else:
             i, f, g, o = torch.addmm(x, state[0], self.lstm.weight_hh.t()).chunk(4, 1)
             cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
@@ -106,6 +118,22 @@ class Decoder(nn.Module):
         """[..., hidden] -> ids [..., K] and on/off [..., 2]"""
         logits = self.linear(hidden).split([self.num_primitives, 2], -1)
         return [_mix_with_uniform(x.log_softmax(-1), self.uniform_mixture) for x in logits]
+
+
+def _look_up(table, index):
+    """table [K, D], index [...] -> [..., D]"""
+    return gpu.Lookup.apply(table, index) if gpu.is_gpu(table.device) else F.embedding(index, table)
+
+
+def pack(latent, dtype=torch.long):
+    """[..., A, 2] -> [..., A], a stroke's code: 2 * id + on/off"""
+    return (2 * latent[..., 0] + latent[..., 1]).to(dtype)
+
+
+def unpack(codes):
+    """[..., A] -> [..., A, 2]"""
+    codes = codes.long()
+    return torch.stack([codes // 2, codes % 2], -1)
 
 
 def _mix_with_uniform(log_probs, weight):
@@ -177,7 +205,7 @@ class GenerativeModel(nn.Module):
 
     def get_arcs(self, latent):
         """latent [..., A, 2] -> arcs [..., A, 7]: each starts where the one before ended"""
-        primitives = F.embedding(latent[..., 0], self.get_primitives())  # [..., A, 5]
+        primitives = _look_up(self.get_primitives(), latent[..., 0])  # [..., A, 5]
         end = 0.5 + primitives[..., :2].cumsum(-2)
         start = F.pad(end[..., :-1, :], (0, 0, 1, 0), value=0.5)
         return torch.cat([start, primitives], -1)

@@ -11,6 +11,8 @@ than it looks things up.
 import torch
 import torch.nn.functional as F
 
+import gpu
+
 SIZE = 14  # rows and columns after the first pooling
 IMAGE_CHUNK_SIZE = 128  # images that share patches
 PATCH_CHUNK_SIZE = 4096  # patches that are convolved at a time
@@ -29,7 +31,7 @@ def convolve(obs, conv0, conv1):
 
 def can_share(obs):
     """Whether images [B, R, C] are binary, 28 x 28 and on a CPU"""
-    return obs.device.type == "cpu" and obs.shape[1:] == (28, 28) and bool(((obs == 0) | (obs == 1)).all())
+    return not gpu.is_gpu(obs.device) and obs.shape[1:] == (28, 28) and bool(((obs == 0) | (obs == 1)).all())
 
 
 def _convolve_each(obs, conv0, conv1):

@@ -3,7 +3,7 @@
 Two functions take nearly all the time of a training step, and both live here:
 `get_logits` draws arcs, `affine_log_prob` scores images under a mixture over
 affine maps of the drawing. Both are plain tensor code that works in float32
-and float64, with and without gradients.
+and float64, with and without gradients, and on a GPU Triton kernels (gpu.py).
 """
 
 import math
@@ -12,7 +12,9 @@ import sys
 import torch
 import torch.nn.functional as F
 
-LOG_PAPER = math.log(1e-6)  # a pixel that no arc comes near has the logit log(1e-6)
+import gpu
+from gpu import LOG_PAPER
+
 BLOCK = 16  # images that are scored side by side: a register's width of floats
 MAPS_AT_ONCE = 40
 
@@ -59,14 +61,14 @@ def get_squared_distance(x, y, dx, dy, sin, cos, chord, squared_chord):
     along = (x * dx + y * dy).abs()
     across = x * dy - y * dx
     # Strictly on the arc's side: for a chord of length 0 both sides agree, and
-    # only the other one is 0/0-free.
-    beside = cos * (squared_chord / 2 - along) - sin * across > 0
+    # only the other one is 0/0-free. NaN is on the arc's side, which it makes NaN.
+    away = cos * (squared_chord / 2 - along) - sin * across <= 0
     numerator = (squared - squared_chord / 4) * sin - cos * across
     denominator = _norm(x * sin - cos / 2 * dy, y * sin + cos / 2 * dx) + chord / 2
-    beside = beside & (denominator > 0)
-    to_circle = numerator / torch.where(beside, denominator, 1.0)
+    away = away | (denominator <= 0)
+    to_circle = numerator / torch.where(away, 1.0, denominator)
     to_end = squared - along + squared_chord / 4
-    return torch.where(beside, to_circle * to_circle, to_end)
+    return torch.where(away, to_end, to_circle * to_circle)
 
 
 def get_exponent(x, y, constants):
@@ -91,7 +93,7 @@ def _draw(constants, on, x, y, rendering_params):
     """
     exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, A, R * C]
     exponent, arc_id = exponent.masked_fill(~on.unsqueeze(-1), -math.inf).max(1)
-    return _get_ink_logits(exponent, exponent > -math.inf, rendering_params), arc_id
+    return _get_ink_logits(exponent, exponent != -math.inf, rendering_params), arc_id
 
 
 def _get_ink_logits(exponent, on, rendering_params):
@@ -150,6 +152,9 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
         num_rows (R), num_cols (C): of the image; row 0 is its top
     Returns: logits [B, R, C]
     """
+    if gpu.uses_kernels(arcs):
+        logits = gpu.DrawArcs.apply(arcs, on_offs != 0, rendering_params, num_rows, num_cols)  # [B, R * C]
+        return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
     if _compiled and len(arcs) == 1:  # a batch of one would be compiled apart
         return get_logits(*(torch.cat([x, x]) for x in (arcs, on_offs)), rendering_params, num_rows, num_cols)[:1]
     x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
@@ -312,9 +317,13 @@ def affine_log_prob(logits, obs, maps):
     """
     if _compiled and len(logits) == 1:
         return affine_log_prob(*(torch.cat([x, x]) for x in (logits, obs)), maps)[:1]
-    index, weight = get_taps(maps, *obs.shape[1:])
-    probs, paper = logits.sigmoid().flatten(1), 1 - obs.flatten(1)  # [N, R * C]
-    return _ScoreMaps.apply(probs, paper, index, weight).logsumexp(1) - math.log(len(maps))
+    if gpu.uses_kernels(logits):
+        by_map = gpu.ScoreMaps.apply(logits.sigmoid(), obs, maps)  # [N, T]
+    else:
+        index, weight = get_taps(maps, *obs.shape[1:])
+        probs, paper = logits.sigmoid().flatten(1), 1 - obs.flatten(1)  # [N, R * C]
+        by_map = _ScoreMaps.apply(probs, paper, index, weight)  # [N, T]
+    return by_map.logsumexp(1) - math.log(len(maps))
 
 
 # ------------------------------------------------------------------ compilation
@@ -323,18 +332,14 @@ _compiled = {}  # kernel -> its compiled form
 
 
 def set_compile(enabled, device="cpu"):
-    """Has the kernels compiled, for all batch sizes at once, or not. Where that fails
-    (there is no C++ compiler, say), one line warns of it."""
+    """Has the kernels compiled, for all batch sizes at once, or not: on a CPU by torch.compile, on
+    a GPU by Triton. Where that fails (there is no C++ compiler, say), one line warns of it."""
     _compiled.clear()
+    gpu.set_kernels(enabled and gpu.is_gpu(device))
     if not enabled:
         return
-    # Fused to the end: inductor would else write down what is read more than a few times.
-    options = dict.fromkeys(
-        ["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000
-    )
-    for kernel in [_draw, _log_prob_by_map, _differentiate_by_map]:
-        _compiled[kernel] = torch.compile(kernel, options=options)
-    _compiled[_differentiate_draw] = torch.compile(_differentiate_draw)  # so fused, it would compile for minutes
+    if not gpu.is_gpu(device):
+        _compile_for_cpu()
     try:
         # Any numbers, but no random ones: a run's random state is restored by now.
         numbers = torch.linspace(0.1, 0.9, MAPS_AT_ONCE * 6, device=device)
@@ -344,14 +349,25 @@ def set_compile(enabled, device="cpu"):
         affine_log_prob(logits, torch.zeros_like(logits), maps).sum().backward()
     except Exception as error:  # torch raises many kinds
         _compiled.clear()
+        gpu.set_kernels(False)
         reason = str(error).strip().split("\n")[0][:100]
         print(f"warning: not compiled, training is slower: {reason}", file=sys.stderr)
+
+
+def _compile_for_cpu():
+    # Fused to the end: inductor would else write down what is read more than a few times.
+    options = dict.fromkeys(
+        ["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000
+    )
+    for kernel in [_draw, _log_prob_by_map, _differentiate_by_map]:
+        _compiled[kernel] = torch.compile(kernel, options=options)
+    _compiled[_differentiate_draw] = torch.compile(_differentiate_draw)  # so fused, it would compile for minutes
 
 
 def get_chunk_size(device):
     """How many latents to score at a time: on a GPU so many that they are few launches, on a CPU in plain
     PyTorch what fits the cache"""
-    if device.type == "cuda":
+    if gpu.is_gpu(device):
         return 8192
     return 1024 if _compiled else 64
 

@@ -6,6 +6,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, a proce
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

@@ -155,10 +155,10 @@ def test_a_compiled_run_goes_on_with_the_same_bits(folder, monkeypatch):
     flags = [*SHORT, "--compile", "--data-location", "data.mat"]
     train_step = main.train_step
 
-    def interrupt(run, train, obs_id):
+    def interrupt(run, obs_id):
         if run.iteration == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(run, train, obs_id)
+        return train_step(run, obs_id)
 
     try:
         run(*flags)

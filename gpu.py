@@ -1,0 +1,274 @@
+"""How a GPU computes what rendering.py and models.py compute on a CPU: operators on Triton kernels.
+
+Whether something is computed a GPU's way is decided here, by `is_gpu` and `uses_kernels`. A GPU
+should be given few and large kernels and must never be waited for, so nothing is looked up, and
+nothing left out by its value. All devices but the CPU count as GPUs, so that tests can run whole
+steps on torch's meta device, where there are no values to look at.
+
+The operators are torch's custom ones: the meta device knows the shapes of their results, and a
+CPU runs them under Triton's interpreter (TRITON_INTERPRET=1).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+LOG_PAPER = math.log(1e-6)  # a pixel that no arc comes near has the logit log(1e-6)
+NEGLIGIBLE = 2**-24  # a weight that is lost in float32 beside a weight of one
+MAX_DECODER_SIZE = 512  # units or primitives that a program of the decoder's kernels holds in registers
+
+_kernels = False
+
+
+def is_gpu(device):
+    return torch.device(device).type != "cpu"
+
+
+def set_kernels(enabled):
+    global _kernels
+    _kernels = enabled
+
+
+def uses_kernels(x):
+    """Whether a computation on x is one of the kernels"""
+    return _kernels and is_gpu(x.device) and x.dtype == torch.float32
+
+
+# ------------------------------------------------------------------ drawing
+
+
+@torch.library.custom_op("strokes::draw", mutates_args=())
+def _draw(
+    arcs: torch.Tensor, on: torch.Tensor, rendering_params: torch.Tensor, num_rows: int, num_cols: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    import triton_rendering
+
+    return triton_rendering.draw(arcs, on, rendering_params, num_rows, num_cols, LOG_PAPER)
+
+
+@_draw.register_fake
+def _(arcs, on, rendering_params, num_rows, num_cols):
+    logits = arcs.new_empty(len(arcs), num_rows * num_cols)
+    return logits, torch.empty_like(logits, dtype=torch.uint8)
+
+
+@torch.library.custom_op("strokes::differentiate_draw", mutates_args=())
+def _differentiate_draw(
+    arcs: torch.Tensor,
+    on: torch.Tensor,
+    rendering_params: torch.Tensor,
+    arc_id: torch.Tensor,
+    grad: torch.Tensor,
+    num_rows: int,
+    num_cols: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    import triton_rendering
+
+    return triton_rendering.differentiate_draw(
+        arcs, on, rendering_params, arc_id, grad, num_rows, num_cols, LOG_PAPER
+    )
+
+
+@_differentiate_draw.register_fake
+def _(arcs, on, rendering_params, arc_id, grad, num_rows, num_cols):
+    return torch.empty_like(arcs), arcs.new_empty(len(arcs), 2)
+
+
+class DrawArcs(torch.autograd.Function):
+    """Logits of ink: arcs [B, A, 7], on [B, A], rendering_params [2] -> [B, R * C]"""
+
+    @staticmethod
+    def forward(ctx, arcs, on, rendering_params, num_rows, num_cols):
+        ctx.size = num_rows, num_cols
+        given = arcs.contiguous(), on.contiguous(), rendering_params.contiguous()
+        logits, arc_id = _draw(*given, num_rows, num_cols)
+        ctx.save_for_backward(*given, arc_id)
+        return logits
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_arcs, grad_params = _differentiate_draw(*ctx.saved_tensors, grad.contiguous(), *ctx.size)
+        return grad_arcs, None, grad_params.sum(0), None, None
+
+
+# ------------------------------------------------------------------ the affine likelihood
+
+
+@torch.library.custom_op("strokes::score_maps", mutates_args=())
+def _score_maps(probs: torch.Tensor, obs: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    import triton_rendering
+
+    return triton_rendering.score_maps(probs, obs, maps, torch.finfo(torch.float32).eps)
+
+
+@_score_maps.register_fake
+def _(probs, obs, maps):
+    return probs.new_empty(len(probs), len(maps))
+
+
+@torch.library.custom_op("strokes::differentiate_score_maps", mutates_args=())
+def _differentiate_score_maps(
+    probs: torch.Tensor, obs: torch.Tensor, maps: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    import triton_rendering
+
+    eps = torch.finfo(torch.float32).eps
+    return triton_rendering.differentiate_score_maps(probs, obs, maps, grad, eps, NEGLIGIBLE)
+
+
+@_differentiate_score_maps.register_fake
+def _(probs, obs, maps, grad):
+    return torch.empty_like(probs), torch.empty_like(maps)
+
+
+class ScoreMaps(torch.autograd.Function):
+    """log p(x | z, map): probs [N, R, C], obs [N, R, C], maps [T, 2, 3] -> [N, T]"""
+
+    @staticmethod
+    def forward(ctx, probs, obs, maps):
+        given = F.pad(probs, (1, 1, 1, 1)), obs.contiguous(), maps.contiguous()  # with a border of paper
+        ctx.save_for_backward(*given)
+        return _score_maps(*given)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_probs, grad_maps = _differentiate_score_maps(*ctx.saved_tensors, grad.contiguous())
+        return grad_probs[:, 1:-1, 1:-1], None, grad_maps
+
+
+# ------------------------------------------------------------------ the decoder
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of a table, whose gradient is a matrix product and so always the same sum:
+    table [K, D], index [...] -> [..., D]"""
+
+    @staticmethod
+    def forward(ctx, table, index):
+        ctx.num_rows = len(table)
+        ctx.save_for_backward(index)
+        return F.embedding(index, table)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return get_one_hot(index.flatten(), ctx.num_rows, grad).t() @ grad.flatten(0, -2), None
+
+
+def get_one_hot(index, num_classes, like):
+    """F.one_hot looks at its values: index [N] -> [N, K]"""
+    return (index.unsqueeze(1) == torch.arange(num_classes, device=index.device)).to(like.dtype)
+
+
+def can_decode(decoder):
+    """Whether a models.Decoder is of a size that the kernels are for"""
+    return max(decoder.lstm.hidden_size, decoder.num_primitives) <= MAX_DECODER_SIZE
+
+
+@torch.library.custom_op("strokes::sample", mutates_args=())
+def _sample(
+    table: torch.Tensor,
+    context: torch.Tensor,
+    weight_hh: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    uniform: torch.Tensor,
+    uniform_mixture: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    import triton_decoder
+
+    codes = torch.empty(uniform.shape[:2], dtype=torch.int16, device=uniform.device)
+    given = table, context, weight_hh, weight, bias, uniform, codes, uniform_mixture
+    return codes, triton_decoder.decode(*given, save=False)[0]
+
+
+@_sample.register_fake
+def _(table, context, weight_hh, weight, bias, uniform, uniform_mixture):
+    return torch.empty(uniform.shape[:2], dtype=torch.int16, device=uniform.device), table.new_empty(len(uniform))
+
+
+@torch.library.custom_op("strokes::score_codes", mutates_args=())
+def _score_codes(
+    table: torch.Tensor,
+    context: torch.Tensor,
+    weight_hh: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    codes: torch.Tensor,
+    uniform_mixture: float,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    import triton_decoder
+
+    given = table, context, weight_hh, weight, bias, table.new_empty(0), codes, uniform_mixture
+    return triton_decoder.decode(*given, save)
+
+
+@_score_codes.register_fake
+def _(table, context, weight_hh, weight, bias, codes, uniform_mixture, save):
+    num_rows, num_arcs, num_units = *codes.shape, weight.shape[1]
+    hidden = table.new_empty(num_arcs, num_rows, num_units)
+    saved = [table.new_empty(num_arcs, num_rows, size) if save else table.new_empty(0) for size in (num_units, 4 * num_units)]
+    return table.new_empty(num_rows), hidden, *saved
+
+
+@torch.library.custom_op("strokes::differentiate_score_codes", mutates_args=())
+def _differentiate_score_codes(
+    weight_hh: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    codes: torch.Tensor,
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    cells: torch.Tensor,
+    gates: torch.Tensor,
+    uniform_mixture: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    import triton_decoder
+
+    return triton_decoder.differentiate_decode(
+        weight_hh, weight, bias, codes, grad, hidden, cells, gates, uniform_mixture
+    )
+
+
+@_differentiate_score_codes.register_fake
+def _(weight_hh, weight, bias, codes, grad, hidden, cells, gates, uniform_mixture):
+    return torch.empty_like(gates), gates.new_empty(*gates.shape[:2], len(bias))
+
+
+class ScoreCodes(torch.autograd.Function):
+    """log_prob of a decoder: table [2 * K, 4 * H], context [B, 4 * H], weight_hh [4 * H, H], weight [K + 2, H],
+    bias [K + 2], codes [P * B, A] int16 -> [P * B]"""
+
+    @staticmethod
+    def forward(ctx, table, context, weight_hh, weight, bias, codes, uniform_mixture):
+        ctx.uniform_mixture, ctx.num_contexts, ctx.num_codes = uniform_mixture, len(context), len(table)
+        save = any(ctx.needs_input_grad)
+        table, context, codes = table.contiguous(), context.contiguous(), codes.contiguous()
+        log_prob, *saved = _score_codes(table, context, weight_hh, weight, bias, codes, uniform_mixture, save)
+        if save:
+            ctx.save_for_backward(weight_hh, weight, bias, codes, *saved)
+        return log_prob
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight_hh, weight, bias, codes, hidden, cells, gates = ctx.saved_tensors
+        grad_gates, grad_logits = _differentiate_score_codes(
+            weight_hh, weight, bias, codes, grad.contiguous(), hidden, cells, gates, ctx.uniform_mixture
+        )  # [A, N, 4 * H], [A, N, K + 2]
+        before = get_one_hot(codes[:, :-1].t().flatten(), ctx.num_codes, grad)  # [(A - 1) * N, 2 * K]
+        after = grad_gates[1:].flatten(0, 1)  # [(A - 1) * N, 4 * H]
+        grad_context = grad_gates.unflatten(1, (-1, ctx.num_contexts)).sum((0, 1))
+        grad_logits = grad_logits.flatten(0, 1)
+        return (
+            before.t() @ after, grad_context, after.t() @ hidden[:-1].flatten(0, 1),
+            grad_logits.t() @ hidden.flatten(0, 1), grad_logits.sum(0), None, None,
+        )  # fmt: skip
+
+
+def sample(table, context, weight_hh, weight, bias, num_particles, num_arcs, uniform_mixture):
+    """As models.Decoder.sample_and_log_prob: codes [P * B, A] int16 and log_prob [P * B]. Fewer random
+    numbers are drawn than on a CPU, all at once."""
+    uniform = torch.rand(num_particles * len(context), num_arcs, 2, device=context.device)
+    return _sample(table.contiguous(), context.contiguous(), weight_hh, weight, bias, uniform, uniform_mixture)

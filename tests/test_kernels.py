@@ -1,0 +1,203 @@
+"""The Triton kernels against plain PyTorch: on a GPU where there is one, else under Triton's interpreter,
+which conftest.py asks for."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton runs these tests on a CPU")
+
+import gpu  # noqa: E402
+import losses  # noqa: E402
+import models  # noqa: E402
+import rendering  # noqa: E402
+
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def use_kernels(monkeypatch):
+    """Switches between a GPU's way of computing, on whatever device, and the plain one"""
+
+    def switch(enabled):
+        monkeypatch.setattr(gpu, "is_gpu", lambda device: enabled or torch.device(device).type != "cpu")
+        monkeypatch.setattr(gpu, "_kernels", enabled)
+
+    return switch
+
+
+def check_gradients(function, inputs, use_kernels, tolerance=1e-4):
+    """function's value and its gradients for those inputs that have any, by the kernels and plain, to a tolerance of
+    the norm. Returns: the plain value"""
+    results = []
+    for enabled in (False, True):
+        use_kernels(enabled)
+        leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+        value = function(*leaves)
+        cotangent = torch.linspace(-1, 2, value.numel(), device=value.device).view_as(value)
+        grads = torch.autograd.grad((value * cotangent).sum(), [x for x in leaves if x.requires_grad])
+        results.append([value.detach(), *grads])
+    for want, got in zip(*results, strict=True):
+        assert want.isfinite().all()
+        assert (got - want).norm() <= tolerance * want.norm()
+    return results[0][0]
+
+
+def make_arcs(num, num_arcs):
+    """Arcs of all kinds: [N, A, 7]"""
+    arcs = torch.rand(num, num_arcs, 7)
+    arcs[..., 2:4] = arcs[..., 2:4] * 1.4 - 0.7
+    arcs[..., 4] = (arcs[..., 4] * 2 - 1) * torch.pi
+    arcs[0, :, 4] *= 1e-5  # nearly straight
+    arcs[1, 0, 2:4] = 0  # a point
+    arcs[..., 5] = 15 + 10 * arcs[..., 5]
+    arcs[..., 6] *= 0.1
+    return arcs.to(device)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (17, 23), (40, 40)])
+def test_drawing(use_kernels, size):
+    arcs = make_arcs(6, 4).requires_grad_()
+    on = torch.rand(6, 4, device=device) < 0.7
+    on[2] = False
+    params = torch.tensor([3.0, -3.0], device=device, requires_grad=True)
+    logits = check_gradients(lambda a, p: rendering.get_logits(a, on, p, *size), [arcs, params], use_kernels)
+    assert (logits[2] == rendering.LOG_PAPER).all() and logits.max() > -1
+
+
+@pytest.mark.parametrize("spread", [0.03, 0.5])
+def test_affine_likelihood(use_kernels, spread):
+    """Maps near the identity, and maps that leave the page or shrink it to a point"""
+    maps = torch.eye(3)[:2] + spread * torch.randn(7, 2, 3)
+    maps = maps.to(device).requires_grad_()
+    arcs, on = make_arcs(5, 4), torch.ones(5, 4, device=device)
+    logits = rendering.get_logits(arcs, on, torch.tensor([3.0, -3.0], device=device), 28, 28).requires_grad_()
+    obs = (torch.rand(5, 28, 28, device=device) < logits.sigmoid()).float()
+    check_gradients(lambda x, m: rendering.affine_log_prob(x, obs, m), [logits, maps], use_kernels)
+
+
+def test_a_gradient_does_not_depend_on_the_order_of_its_sum(use_kernels):
+    use_kernels(True)
+    probs, obs = torch.rand(5, 28, 28, device=device), torch.zeros(5, 28, 28, device=device)
+    maps = (torch.eye(3)[:2] + 0.2 * torch.randn(9, 2, 3)).to(device)
+    results = []
+    for _ in range(3):
+        leaf = probs.clone().requires_grad_()
+        gpu.ScoreMaps.apply(leaf, obs, maps).logsumexp(1).sum().backward()
+        results.append(leaf.grad)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_all_fixed_maps(use_kernels):
+    logits, obs = torch.randn(2, 28, 28, device=device) * 4, torch.rand(2, 28, 28, device=device).round()
+    maps, results = rendering.get_fixed_maps()[::40].contiguous().to(device), []
+    for enabled in (False, True):
+        use_kernels(enabled)
+        results.append(rendering.affine_log_prob(logits, obs, maps))
+    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-5)
+
+
+DECODERS = dict(prior=(64, 4, 0, 0.0), network=(64, 64, 20, 0.0), mixed=(5, 6, 3, 0.2), lookup=(40, 128, 6, 0.0))
+
+
+def make_decoder(name, num_arcs=5):
+    num_primitives, hidden_size, context_size, uniform_mixture = DECODERS[name]
+    decoder = models.Decoder(num_primitives, num_arcs, hidden_size, context_size, uniform_mixture).to(device)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter *= 3  # so that choices are far from uniform
+    latent = torch.randint(num_primitives, (3, 7, num_arcs, 2), device=device)
+    latent[..., 1] %= 2
+    latent[..., 0, 1] = 0
+    return decoder, latent, torch.randn(7, context_size, device=device)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoder_log_prob(use_kernels, name):
+    decoder, latent, context = make_decoder(name)
+    names, parameters = zip(*decoder.named_parameters(), strict=True)
+
+    def log_prob(context, *parameters):
+        given = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(_LogProb(decoder), {f"decoder.{k}": v for k, v in given.items()}, (latent, context))
+
+    check_gradients(log_prob, [context.requires_grad_(context.numel() > 0), *parameters], use_kernels)
+
+
+class _LogProb(torch.nn.Module):
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latent, context):
+        return self.decoder.log_prob(latent, context)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoder_samples(use_kernels, name, monkeypatch):
+    """The same programs from the same random numbers, and their log-probabilities"""
+    decoder, _, context = make_decoder(name)
+    uniform = torch.rand(4 * 7, 5, 2, device=device)
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: uniform)
+    numbers = iter([(arc, i) for arc in range(5) for i in (0, 1) if (arc, i) != (0, 1)])
+
+    def rand_like(x):
+        arc, i = next(numbers)
+        return uniform[:, arc, i : i + 1]
+
+    monkeypatch.setattr(torch, "rand_like", rand_like)
+    results = []
+    for enabled in (False, True):
+        use_kernels(enabled)
+        results.append(decoder.sample_and_log_prob(4, context))
+    assert torch.equal(results[0][0], results[1][0]) and len(results[0][0].unique(dim=0)) > 1
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rws", "vimco", "mws"])
+@pytest.mark.parametrize("num_alphabets", [0, 3])
+def test_an_objective(use_kernels, name, num_alphabets, monkeypatch):
+    """Loss and all gradients of an objective, given the same programs"""
+    monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 4)
+    model = models.GenerativeModel(num_alphabets=num_alphabets, num_arcs=5)
+    with torch.no_grad():  # strokes that differ: equal ones tie where they meet
+        model.pre_sharpness += torch.randn(64)
+        model.pre_width += 0.3 * torch.randn(64)
+    network = models.InferenceNetwork(num_alphabets=num_alphabets, num_arcs=5).to(device)
+    model, results = model.to(device), []
+    alphabet = model.sample_alphabet(3) if num_alphabets else None
+    latent, obs = model.sample(3, alphabet)
+    latent = latent.repeat(4, 1, 1, 1)
+    memory = losses.init_memory(3, 4, num_arcs=5).to(device)
+    memory[:, :2] = losses.pack(latent[:2].transpose(0, 1), torch.uint8)
+    proposal = network.sample(obs, 4, alphabet)
+
+    def sample(num_particles, context):
+        return proposal, networks[1].decoder.log_prob(proposal, context).detach()
+
+    for enabled in (False, True):
+        use_kernels(enabled)
+        networks = copy.deepcopy((model, network))
+        networks[1].decoder.sample_and_log_prob = sample
+        torch.manual_seed(0)
+        if name == "mws":
+            obs_id = torch.arange(3, device=device)
+            loss, statistics = losses.mws(*networks, memory.clone(), obs, obs_id, 4, alphabet)
+        else:
+            loss, statistics = getattr(losses, name)(*networks, obs, 4, alphabet)
+        loss.backward()
+        grads = [p.grad for net in networks for p in net.parameters()]
+        results.append([loss.detach(), *statistics.values(), *grads])
+    for want, got in zip(*results, strict=True):
+        assert (got - want).norm() <= 1e-3 * want.norm() + 1e-6
+
+
+def test_nan_reaches_the_scores(use_kernels):
+    use_kernels(True)
+    for name in ["pre_dxdy", "pre_theta", "pre_sharpness", "pre_width", "pre_rendering_params", "theta_affine"]:
+        model = models.GenerativeModel()
+        latent, obs = model.sample(2)
+        latent[..., 1] = 1
+        getattr(model, name).data.fill_(torch.nan)
+        assert sum(model.to(device).log_prob(latent[None].to(device), obs.to(device))).isnan().all(), name

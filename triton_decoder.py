@@ -1,0 +1,267 @@
+"""The decoder of models.py on a GPU, as Triton kernels: all strokes of a program in one launch.
+
+An LSTM over ten strokes is hundreds of launches of a microsecond or two each. Here a program
+takes 16 latents through all of them. What one stroke hands to the next (hidden states, gradients)
+goes through memory that only this program touches, with a barrier between, so that matrix
+products read it in slices and registers suffice for any size.
+
+The tests hold these functions against plain PyTorch, `Decoder` in models.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+ROWS_PER_PROGRAM = 16  # latents side by side: the least that tl.dot takes
+SLICE = tl.constexpr(32)  # of a matrix product's inner dimension
+
+# ------------------------------------------------------------------ parts
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _tanh(x):
+    return 2 * _sigmoid(2 * x) - 1
+
+
+@triton.jit
+def _multiply(a, a_stride, b, b_inner_stride, b_col_stride, row, valid, col, num_inner, num_cols):
+    """a [rows, num_inner] @ b [num_inner, num_cols] by pointers and strides, filled up with zeros: [ROWS, COLS]"""
+    product = tl.zeros((row.shape[0], col.shape[0]), tl.float32)
+    for start in range(0, num_inner, SLICE):
+        inner = start + tl.arange(0, SLICE)
+        used = inner < num_inner
+        x = tl.load(a + row[:, None] * a_stride + inner[None, :], mask=valid[:, None] & used[None, :], other=0.0)
+        w = b + inner[:, None] * b_inner_stride + col[None, :] * b_col_stride
+        w = tl.load(w, mask=used[:, None] & (col < num_cols)[None, :], other=0.0)
+        # three products in TF32 are as good as one in float32
+        product = tl.dot(x, w, product, input_precision="tf32x3")
+    return product
+
+
+@triton.jit
+def _get_id_log_probs(hidden, row, valid, weight, bias, choice, num_units, num_choices):
+    """Log-softmax of the first K logits: hidden, pointer to [rows, H] -> [ROWS, CHOICES], -inf beyond K"""
+    logits = _multiply(hidden, num_units, weight, 1, num_units, row, valid, choice, num_units, num_choices)
+    logits += tl.load(bias + choice, mask=choice < num_choices, other=0.0)[None, :]
+    logits = tl.where((choice < num_choices)[None, :], logits, float("-inf"))
+    logits -= tl.max(logits, 1)[:, None]
+    return logits - tl.log(tl.sum(tl.exp(logits), 1))[:, None]
+
+
+@triton.jit
+def _get_on_log_probs(h, weight, bias, unit, num_units, num_choices):
+    """Log-softmax of the last two logits: h [ROWS, UNITS] -> off [ROWS], on [ROWS]"""
+    used = unit < num_units
+    w_off = tl.load(weight + num_choices * num_units + unit, mask=used, other=0.0)
+    w_on = tl.load(weight + (num_choices + 1) * num_units + unit, mask=used, other=0.0)
+    off = tl.sum(h * w_off[None, :], 1) + tl.load(bias + num_choices)
+    on = tl.sum(h * w_on[None, :], 1) + tl.load(bias + num_choices + 1)
+    high = tl.where(off > on, off, on)
+    total = high + tl.log(tl.exp(off - high) + tl.exp(on - high))
+    return off - total, on - total
+
+
+@triton.jit
+def _mix(log_prob, uniform_mixture, num_choices):
+    """A log-probability mixed with a uniform one, and the share of the mixture that is its own: both [ROWS]"""
+    own = (1 - uniform_mixture) * tl.exp(log_prob)
+    mixed = own + uniform_mixture / num_choices
+    share = own / tl.where(mixed > 0, mixed, 1.0)
+    pure = uniform_mixture == 0.0
+    return tl.where(pure, log_prob, tl.log(mixed)), tl.where(pure, 1.0, share)
+
+
+# ------------------------------------------------------------------ forward
+
+
+@triton.jit
+def _get_gate(number, hidden, table, context, weight_hh, row, image, both, valid, unit, code, arc, num_units):
+    """A gate's input, before its nonlinearity: of the image, the stroke before, and its hidden state, in the rows
+    `row`: [ROWS, UNITS]"""
+    column = number * num_units + unit[None, :]
+    x = tl.load(context + image[:, None] * (4 * num_units) + column, mask=both, other=0.0)
+    x += tl.load(table + code[:, None] * (4 * num_units) + column, mask=both & (code >= 0)[:, None], other=0.0)
+    weight = weight_hh + number * num_units * num_units
+    num_inner = tl.where(arc > 0, num_units, 0)
+    return x + _multiply(hidden, num_units, weight, 1, num_units, row, valid, unit, num_inner, num_units)
+
+
+@triton.jit
+def _sample(id_log_prob, off, uniform, choice, valid, arc, uniform_mixture, num_choices):
+    """Ids and on/off by inverting the distribution functions: uniform, pointer to two numbers a row -> each [ROWS]"""
+    prob = (1 - uniform_mixture) * tl.exp(id_log_prob)
+    prob += tl.where(choice < num_choices, uniform_mixture / num_choices, 0.0)[None, :]
+    threshold = tl.load(uniform, mask=valid, other=0.0) * tl.sum(prob, 1)
+    chosen = tl.sum((tl.cumsum(prob, 1) <= threshold[:, None]).to(tl.int32), 1)
+    log_off, _ = _mix(off, uniform_mixture, 2)
+    pen = tl.exp(log_off) <= tl.load(uniform + 1, mask=valid, other=0.0)
+    return tl.where(chosen < num_choices, chosen, num_choices - 1), tl.where(arc > 0, pen.to(tl.int32), 0)
+
+
+@triton.jit
+def _decode(
+    table, context, weight_hh, weight, bias, uniform, codes, log_prob, hidden, cells, gates, num_rows, num_contexts,
+    num_arcs, num_units, num_choices, uniform_mixture,
+    SAMPLE: tl.constexpr, SAVE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    unit, choice = tl.arange(0, UNITS), tl.arange(0, CHOICES)
+    valid = row < num_rows
+    both = valid[:, None] & (unit < num_units)[None, :]
+    image = row % num_contexts
+    cell = tl.zeros((ROWS, UNITS), tl.float32)
+    code = tl.full((ROWS,), -1, tl.int32)  # of the stroke before, which the first one does not have
+    total = tl.zeros((ROWS,), tl.float32)
+    for arc in range(num_arcs):
+        now, before = arc * num_rows + row, (arc - 1) * num_rows + row
+        h, w, n = hidden, weight_hh, num_units
+        i = _sigmoid(_get_gate(0, h, table, context, w, before, image, both, valid, unit, code, arc, n))
+        f = _sigmoid(_get_gate(1, h, table, context, w, before, image, both, valid, unit, code, arc, n))
+        g = _tanh(_get_gate(2, h, table, context, w, before, image, both, valid, unit, code, arc, n))
+        o = _sigmoid(_get_gate(3, h, table, context, w, before, image, both, valid, unit, code, arc, n))
+        cell = f * cell + i * g
+        h = o * _tanh(cell)
+        place = now[:, None] * num_units + unit[None, :]
+        tl.store(hidden + place, h, mask=both)
+        if SAVE:
+            tl.store(cells + place, cell, mask=both)
+            gate = gates + now[:, None] * 4 * num_units + unit[None, :]
+            tl.store(gate, i, mask=both)
+            tl.store(gate + num_units, f, mask=both)
+            tl.store(gate + 2 * num_units, g, mask=both)
+            tl.store(gate + 3 * num_units, o, mask=both)
+        tl.debug_barrier()  # the hidden state is there for all threads
+        id_log_prob = _get_id_log_probs(hidden, now, valid, weight, bias, choice, num_units, num_choices)
+        off, on = _get_on_log_probs(h, weight, bias, unit, num_units, num_choices)
+        if SAMPLE:
+            numbers = uniform + (row * num_arcs + arc) * 2
+            chosen, pen = _sample(id_log_prob, off, numbers, choice, valid, arc, uniform_mixture, num_choices)
+            code = 2 * chosen + pen
+            tl.store(codes + row * num_arcs + arc, code.to(tl.int16), mask=valid)
+        else:
+            code = tl.load(codes + row * num_arcs + arc, mask=valid, other=0).to(tl.int32)
+            chosen, pen = code // 2, code % 2
+        log_id = tl.sum(tl.where(choice[None, :] == chosen[:, None], id_log_prob, 0.0), 1)
+        log_id, _ = _mix(log_id, uniform_mixture, num_choices)
+        log_on, _ = _mix(tl.where(pen == 1, on, off), uniform_mixture, 2)
+        total += log_id + tl.where(arc > 0, log_on, 0.0)
+    tl.store(log_prob + row, total, mask=valid)
+
+
+def _get_options(num_units, num_choices):
+    units, choices = (max(triton.next_power_of_2(size), 16) for size in (num_units, num_choices))
+    return dict(
+        ROWS=ROWS_PER_PROGRAM, UNITS=units, CHOICES=choices, num_warps=4 if units == 16 else 8, num_stages=1
+    )
+
+
+def decode(table, context, weight_hh, weight, bias, uniform, codes, uniform_mixture, save):
+    """Samples latents, or scores them.
+
+    Args: table [2 * K, 4 * H] and context [B, 4 * H], the LSTM's inputs for a stroke's code 2 * id + on, and for an
+        image; weight_hh [4 * H, H]; weight [K + 2, H], bias [K + 2]; uniform [N, A, 2] in [0, 1), N a multiple of
+        B, to sample, or empty, to score; codes [N, A] int16, written or read; save: whether a backward pass follows
+    Returns: log_prob [N]; for the backward pass hidden [A, N, H], and, empty unless save, cells [A, N, H] and
+        gates [A, N, 4 * H]
+    """
+    num_rows, num_arcs = codes.shape
+    num_units, num_choices = weight.shape[1], weight.shape[0] - 2
+    log_prob, hidden = table.new_empty(num_rows), table.new_empty(num_arcs, num_rows, num_units)
+    cells = torch.empty_like(hidden) if save else table.new_empty(0)
+    gates = table.new_empty(num_arcs, num_rows, 4 * num_units) if save else table.new_empty(0)
+    if num_rows:
+        _decode[triton.cdiv(num_rows, ROWS_PER_PROGRAM),](
+            table, context, weight_hh, weight, bias, uniform, codes, log_prob, hidden, cells, gates, num_rows,
+            len(context), num_arcs, num_units, num_choices, float(uniform_mixture), SAMPLE=uniform.numel() > 0,
+            SAVE=save, **_get_options(num_units, num_choices),
+        )  # fmt: skip
+    return log_prob, hidden, cells, gates
+
+
+# ------------------------------------------------------------------ backward
+
+
+@triton.jit
+def _differentiate_choices(
+    h, weight, bias, code, factor, grad_logits, hidden, row, valid, arc, unit, choice, num_units, num_choices,
+    uniform_mixture,
+):  # fmt: skip
+    """Writes the gradient of a stroke's logits: the mixture's own share, times one-hot minus softmax.
+    Returns: that of the hidden state by way of on and off, [ROWS, UNITS]"""
+    id_log_prob = _get_id_log_probs(hidden, row, valid, weight, bias, choice, num_units, num_choices)
+    chosen, pen = choice[None, :] == (code // 2)[:, None], code % 2
+    _, share = _mix(tl.sum(tl.where(chosen, id_log_prob, 0.0), 1), uniform_mixture, num_choices)
+    grad_id = (factor * share)[:, None] * (tl.where(chosen, 1.0, 0.0) - tl.exp(id_log_prob))
+    off, on = _get_on_log_probs(h, weight, bias, unit, num_units, num_choices)
+    _, share = _mix(tl.where(pen == 1, on, off), uniform_mixture, 2)
+    grad_on = tl.where(arc > 0, factor * share * (pen.to(tl.float32) - tl.exp(on)), 0.0)
+    place = grad_logits + row * (num_choices + 2)
+    tl.store(place[:, None] + choice[None, :], grad_id, mask=valid[:, None] & (choice < num_choices)[None, :])
+    tl.store(place + num_choices, -grad_on, mask=valid)
+    tl.store(place + num_choices + 1, grad_on, mask=valid)
+    used = unit < num_units
+    w_off = tl.load(weight + num_choices * num_units + unit, mask=used, other=0.0)
+    w_on = tl.load(weight + (num_choices + 1) * num_units + unit, mask=used, other=0.0)
+    return grad_on[:, None] * (w_on - w_off)[None, :]
+
+
+@triton.jit
+def _differentiate_decode(
+    weight_hh, weight, bias, codes, grad, hidden, cells, gates, grad_gates, grad_logits, num_rows, num_arcs,
+    num_units, num_choices, uniform_mixture, ROWS: tl.constexpr, UNITS: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    unit, choice = tl.arange(0, UNITS), tl.arange(0, CHOICES)
+    valid = row < num_rows
+    both = valid[:, None] & (unit < num_units)[None, :]
+    factor = tl.load(grad + row, mask=valid, other=0.0)
+    grad_h = tl.zeros((ROWS, UNITS), tl.float32)
+    grad_cell = tl.zeros((ROWS, UNITS), tl.float32)
+    for back in range(num_arcs):
+        arc = num_arcs - 1 - back
+        now = arc * num_rows + row
+        place = now[:, None] * num_units + unit[None, :]
+        h = tl.load(hidden + place, mask=both, other=0.0)
+        cell = tl.load(cells + place, mask=both, other=0.0)
+        code = tl.load(codes + row * num_arcs + arc, mask=valid, other=0).to(tl.int32)
+        grad_h += _differentiate_choices(
+            h, weight, bias, code, factor, grad_logits, hidden, now, valid, arc, unit, choice, num_units, num_choices,
+            uniform_mixture,
+        )  # fmt: skip
+        tl.debug_barrier()  # the logits' gradients are there for all threads
+        n, c = num_units, num_choices
+        grad_h += _multiply(grad_logits, c + 2, weight, n, 1, now, valid, unit, c, n)
+        gate = now[:, None] * 4 * num_units + unit[None, :]
+        i = tl.load(gates + gate, mask=both, other=0.0)
+        f = tl.load(gates + gate + num_units, mask=both, other=0.0)
+        g = tl.load(gates + gate + 2 * num_units, mask=both, other=0.0)
+        o = tl.load(gates + gate + 3 * num_units, mask=both, other=0.0)
+        before = tl.load(cells + place - num_rows * num_units, mask=both & (now >= num_rows)[:, None], other=0.0)
+        tanh = _tanh(cell)
+        grad_cell += grad_h * o * (1 - tanh * tanh)
+        tl.store(grad_gates + gate, grad_cell * g * i * (1 - i), mask=both)
+        tl.store(grad_gates + gate + num_units, grad_cell * before * f * (1 - f), mask=both)
+        tl.store(grad_gates + gate + 2 * num_units, grad_cell * i * (1 - g * g), mask=both)
+        tl.store(grad_gates + gate + 3 * num_units, grad_h * tanh * o * (1 - o), mask=both)
+        grad_cell = grad_cell * f
+        tl.debug_barrier()  # and those of the gates
+        grad_h = _multiply(grad_gates, 4 * n, weight_hh, n, 1, now, valid, unit, 4 * n, n)
+
+
+def differentiate_decode(weight_hh, weight, bias, codes, grad, hidden, cells, gates, uniform_mixture):
+    """The gradients of the gates' inputs [A, N, 4 * H] and of the logits [A, N, K + 2] for grad [N] of log_prob;
+    the arguments as for `decode`, and what it returned"""
+    num_rows, num_arcs = codes.shape
+    num_units, num_choices = weight.shape[1], weight.shape[0] - 2
+    grad_gates, grad_logits = torch.empty_like(gates), gates.new_empty(num_arcs, num_rows, num_choices + 2)
+    if num_rows:
+        _differentiate_decode[triton.cdiv(num_rows, ROWS_PER_PROGRAM),](
+            weight_hh, weight, bias, codes, grad, hidden, cells, gates, grad_gates, grad_logits, num_rows, num_arcs,
+            num_units, num_choices, float(uniform_mixture), **_get_options(num_units, num_choices),
+        )  # fmt: skip
+    return grad_gates, grad_logits

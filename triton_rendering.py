@@ -1,0 +1,339 @@
+"""Drawing and scoring on a GPU: the hot path of rendering.py as Triton kernels.
+
+Each function launches one kernel, and computes what plain PyTorch does in rendering.py, against
+which the tests hold it. gpu.py makes operators of them.
+
+Results do not depend on the order in which threads finish: sums are taken within a program, or
+in integers. NaN is propagated, not compared away, so that diverged parameters show in the loss.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+ARC_SIZE = tl.constexpr(7)  # x_start, y_start, dx, dy, theta, sharpness, width
+BLOCK_PIXELS = 1024  # pixels of a program: a 28 x 28 image at once
+MAPS_PER_PROGRAM = 10
+MAPS_PER_GRADIENT = 2  # few, as most weigh nothing and their programs end at once
+FIXED_POINT = 2.0**28  # gradients are added up as integers of this resolution: see _score_maps_backward
+
+# ------------------------------------------------------------------ drawing
+
+
+@triton.jit
+def _get_pixel_centre(pixel, num_rows, num_cols):
+    x = (pixel % num_cols).to(tl.float32) / max(num_cols - 1, 1)
+    y = 1 - (pixel // num_cols).to(tl.float32) / max(num_rows - 1, 1)
+    return x, y
+
+
+@triton.jit
+def _load_arc(arc):
+    """What the distance to an arc takes, as in rendering.get_arc_constants"""
+    dx, dy, theta = tl.load(arc + 2), tl.load(arc + 3), tl.load(arc + 4)
+    squared_chord = dx * dx + dy * dy
+    return (
+        tl.load(arc) + dx / 2, tl.load(arc + 1) + dy / 2, dx, dy, tl.sin(theta), tl.cos(theta),
+        tl.sqrt(squared_chord), squared_chord, tl.load(arc + 5), tl.load(arc + 6),
+    )  # fmt: skip
+
+
+@triton.jit
+def _logaddexp(a, b):
+    high = tl.where(a > b, a, b)
+    # |a - b| is NaN where a is; where a is -inf, exp(-inf) is 0
+    return high + tl.log(1 + tl.exp(-tl.abs(a - b)))
+
+
+@triton.jit
+def _draw(
+    arcs, on, rendering_params, logits, arc_id, num_arcs, num_rows, num_cols, log_paper, BLOCK: tl.constexpr
+):
+    latent = tl.program_id(0).to(tl.int64)
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    num_pixels = num_rows * num_cols
+    px, py = _get_pixel_centre(pixel, num_rows, num_cols)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    strongest = tl.zeros((BLOCK,), tl.int32)
+    for arc in range(num_arcs):
+        if tl.load(on + latent * num_arcs + arc) != 0:
+            x_middle, y_middle, dx, dy, sin, cos, chord, squared_chord, sharpness, width = _load_arc(
+                arcs + (latent * num_arcs + arc) * ARC_SIZE
+            )
+            x, y = px - x_middle, py - y_middle
+            squared = x * x + y * y
+            along = tl.abs(x * dx + y * dy)
+            across = x * dy - y * dx
+            u, v = x * sin - cos / 2 * dy, y * sin + cos / 2 * dx
+            denominator = tl.sqrt(u * u + v * v) + chord / 2
+            away = (cos * (squared_chord / 2 - along) - sin * across <= 0) | (denominator <= 0)
+            to_circle = ((squared - squared_chord / 4) * sin - cos * across) / tl.where(away, 1.0, denominator)
+            distance2 = tl.where(away, squared - along + squared_chord / 4, to_circle * to_circle)
+            exponent = sharpness * sharpness * (width * width - distance2)
+            better = (exponent > highest) | (exponent != exponent)
+            highest = tl.where(better, exponent, highest)
+            strongest = tl.where(better, arc, strongest)
+    scale, bias = tl.load(rendering_params), tl.load(rendering_params + 1)
+    ink = scale * tl.exp(tl.where(highest > 0, 0.0, highest)) + bias
+    ink = tl.where(highest == float("-inf"), highest, ink)
+    where = latent * num_pixels + pixel
+    tl.store(logits + where, _logaddexp(ink, log_paper), mask=pixel < num_pixels)
+    tl.store(arc_id + where, strongest.to(tl.uint8), mask=pixel < num_pixels)
+
+
+def draw(arcs, on, rendering_params, num_rows, num_cols, log_paper):
+    """arcs [N, A, 7], on [N, A] bool, rendering_params [2] -> logits [N, R * C], arc_id [N, R * C] uint8"""
+    num_latents, num_arcs = on.shape
+    num_pixels = num_rows * num_cols
+    logits = arcs.new_empty(num_latents, num_pixels)
+    arc_id = torch.empty_like(logits, dtype=torch.uint8)
+    grid = (num_latents, triton.cdiv(num_pixels, BLOCK_PIXELS))
+    if num_latents:
+        _draw[grid](
+            arcs, on, rendering_params, logits, arc_id, num_arcs, num_rows, num_cols, log_paper,
+            BLOCK=BLOCK_PIXELS, num_warps=8,
+        )  # fmt: skip
+    return logits, arc_id
+
+
+@triton.jit
+def _sum(values, mask):
+    return tl.sum(tl.where(mask, values, 0.0), 0)
+
+
+@triton.jit
+def _differentiate_draw(
+    arcs, on, rendering_params, arc_id, grad, grad_arcs, grad_params, num_arcs, num_rows, num_cols, log_paper,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    latent = tl.program_id(0).to(tl.int64)
+    chunk, num_chunks = tl.program_id(1), tl.num_programs(1)
+    pixel = chunk * BLOCK + tl.arange(0, BLOCK)
+    num_pixels = num_rows * num_cols
+    px, py = _get_pixel_centre(pixel, num_rows, num_cols)
+    strongest = tl.load(arc_id + latent * num_pixels + pixel, mask=pixel < num_pixels, other=255).to(tl.int32)
+    grad_logit = tl.load(grad + latent * num_pixels + pixel, mask=pixel < num_pixels, other=0.0)
+    scale, bias = tl.load(rendering_params), tl.load(rendering_params + 1)
+    grad_scale = tl.zeros((BLOCK,), tl.float32)
+    grad_bias = tl.zeros((BLOCK,), tl.float32)
+    for arc in range(num_arcs):
+        place = grad_arcs + ((latent * num_chunks + chunk) * num_arcs + arc) * ARC_SIZE
+        if tl.load(on + latent * num_arcs + arc) != 0:
+            mine = strongest == arc
+            x_middle, y_middle, dx, dy, sin, cos, chord, squared_chord, sharpness, width = _load_arc(
+                arcs + (latent * num_arcs + arc) * ARC_SIZE
+            )
+            x, y = px - x_middle, py - y_middle
+            squared = x * x + y * y
+            dot = x * dx + y * dy
+            sign = tl.where(dot > 0, 1.0, tl.where(dot < 0, -1.0, 0.0))
+            along = tl.abs(dot)
+            across = x * dy - y * dx
+            u, v = x * sin - cos / 2 * dy, y * sin + cos / 2 * dx
+            norm = tl.sqrt(u * u + v * v)
+            denominator = norm + chord / 2
+            away = (cos * (squared_chord / 2 - along) - sin * across <= 0) | (denominator <= 0)
+            denominator = tl.where(away, 1.0, denominator)
+            numerator = (squared - squared_chord / 4) * sin - cos * across
+            to_circle = numerator / denominator
+            distance2 = tl.where(away, squared - along + squared_chord / 4, to_circle * to_circle)
+            exponent = sharpness * sharpness * (width * width - distance2)
+            clipped = tl.exp(tl.where(exponent > 0, 0.0, exponent))
+            ink = scale * clipped + bias
+            grad_ink = tl.where(mine, grad_logit / (1 + tl.exp(log_paper - ink)), 0.0)
+            grad_scale += grad_ink * clipped
+            grad_bias += grad_ink
+            grad_exponent = tl.where(exponent > 0, 0.0, grad_ink * scale * clipped)
+            grad_distance2 = -sharpness * sharpness * grad_exponent
+            # beside the arc: of numerator and denominator, of the norm's (u, v)
+            gn = tl.where(away, 0.0, grad_distance2 * 2 * to_circle / denominator)
+            gd = tl.where(away, 0.0, -grad_distance2 * 2 * to_circle * to_circle / denominator)
+            inverse = tl.where(norm > 0, 1 / tl.where(norm > 0, norm, 1.0), 0.0)
+            gu, gv = gd * u * inverse, gd * v * inverse
+            # elsewhere: of the squared distance to the nearer end
+            ge = tl.where(away, grad_distance2, 0.0)
+            gx = gn * (2 * x * sin - cos * dy) + gu * sin + ge * (2 * x - sign * dx)
+            gy = gn * (2 * y * sin + cos * dx) + gv * sin + ge * (2 * y - sign * dy)
+            sum_x, sum_y = _sum(gx, mine), _sum(gy, mine)
+            grad_sin = _sum(gn * (squared - squared_chord / 4) + gu * x + gv * y, mine)
+            grad_cos = _sum(-gn * across - gu * dy / 2 + gv * dx / 2, mine)
+            # of the chord's length through the denominator, and of its square
+            by_length = tl.where(chord > 0, _sum(gd / 2, mine) / tl.where(chord > 0, chord, 1.0), 0.0)
+            by_chord = by_length + 2 * _sum(ge / 4 - gn * sin / 4, mine)
+            by_dx = _sum(gn * cos * y + gv * cos / 2 - ge * sign * x, mine)
+            by_dy = _sum(-gn * cos * x - gu * cos / 2 - ge * sign * y, mine)
+            tl.store(place, -sum_x)
+            tl.store(place + 1, -sum_y)
+            tl.store(place + 2, by_dx + by_chord * dx - sum_x / 2)
+            tl.store(place + 3, by_dy + by_chord * dy - sum_y / 2)
+            tl.store(place + 4, grad_sin * cos - grad_cos * sin)
+            tl.store(place + 5, _sum(grad_exponent * (width * width - distance2), mine) * 2 * sharpness)
+            tl.store(place + 6, _sum(grad_exponent, mine) * sharpness * sharpness * 2 * width)
+        else:
+            number = tl.arange(0, 8)
+            tl.store(place + number, tl.zeros((8,), tl.float32), mask=number < ARC_SIZE)
+    place = grad_params + (latent * num_chunks + chunk) * 2
+    tl.store(place, tl.sum(grad_scale, 0))
+    tl.store(place + 1, tl.sum(grad_bias, 0))
+
+
+def differentiate_draw(arcs, on, rendering_params, arc_id, grad, num_rows, num_cols, log_paper):
+    """The gradients of arcs [N, A, 7] and, by latent, of rendering_params [N, 2], for grad [N, R * C] of logits"""
+    num_latents, num_arcs = on.shape
+    num_chunks = triton.cdiv(num_rows * num_cols, BLOCK_PIXELS)
+    grad_arcs = arcs.new_empty(num_latents, num_chunks, *arcs.shape[1:])
+    grad_params = arcs.new_empty(num_latents, num_chunks, 2)
+    if num_latents:
+        _differentiate_draw[num_latents, num_chunks](
+            arcs, on, rendering_params, arc_id, grad, grad_arcs, grad_params, num_arcs, num_rows, num_cols,
+            log_paper, BLOCK=BLOCK_PIXELS, num_warps=8,
+        )  # fmt: skip
+    if num_chunks == 1:
+        return grad_arcs.squeeze(1), grad_params.squeeze(1)
+    return grad_arcs.sum(1), grad_params.sum(1)
+
+
+# ------------------------------------------------------------------ the affine likelihood
+
+
+@triton.jit
+def _load_map(maps, num_maps):
+    m = maps + num_maps * 6
+    return tl.load(m), tl.load(m + 1), tl.load(m + 2), tl.load(m + 3), tl.load(m + 4), tl.load(m + 5)
+
+
+@triton.jit
+def _get_position(a, b, c, x, y, size):
+    """Where a map takes points, in pixels: the pixel before it, from -1 to size - 1, and the way to the next, 0 to 1.
+    Beyond the border of paper everything is paper, so positions are clipped there; NaN stays in the fraction."""
+    position = (a * x + b * y + c + 1) * (0.5 * (size - 1))
+    clipped = tl.where(position > -1, position, -1.0)
+    clipped = tl.where(clipped < size, clipped, size * 1.0)
+    before = tl.floor(clipped)
+    before = tl.where(before < size, before, before - 1)
+    fraction = clipped - before + (position * 0)  # inf maps have diverged, too
+    return before.to(tl.int32), fraction, (position > -1) & (position < size)
+
+
+@triton.jit
+def _load_taps(image, row, col, stride):
+    at = image + (row + 1) * stride + col + 1
+    return tl.load(at), tl.load(at + 1), tl.load(at + stride), tl.load(at + stride + 1)
+
+
+@triton.jit
+def _score_maps(
+    probs, obs, maps, by_map, num_maps, num_rows, num_cols, eps, MAPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    latent = tl.program_id(0).to(tl.int64)
+    num_pixels, stride = num_rows * num_cols, num_cols + 2
+    image = probs + latent * (num_rows + 2) * stride
+    first = tl.program_id(1) * MAPS
+    for number in range(first, min(first + MAPS, num_maps)):
+        m0, m1, m2, m3, m4, m5 = _load_map(maps, number)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, num_pixels, BLOCK):
+            pixel = start + tl.arange(0, BLOCK)
+            inside = pixel < num_pixels
+            x = 2 * (pixel % num_cols).to(tl.float32) / max(num_cols - 1, 1) - 1
+            y = 2 * (pixel // num_cols).to(tl.float32) / max(num_rows - 1, 1) - 1
+            col, fx, _ = _get_position(m0, m1, m2, x, y, num_cols)
+            row, fy, _ = _get_position(m3, m4, m5, x, y, num_rows)
+            p00, p01, p10, p11 = _load_taps(image, row, col, stride)
+            q = (p00 * (1 - fx) + p01 * fx) * (1 - fy) + (p10 * (1 - fx) + p11 * fx) * fy
+            ink = tl.load(obs + latent * num_pixels + pixel, mask=inside, other=0.0)
+            seen = tl.abs(q - (1 - ink))
+            seen = tl.where(seen < eps, eps, seen)
+            seen = tl.where(seen > 1 - eps, 1 - eps, seen)
+            total += tl.where(inside, tl.log(seen), 0.0)
+        tl.store(by_map + latent * num_maps + number, tl.sum(total, 0))
+
+
+def score_maps(probs, obs, maps, eps):
+    """log p(x | z, map) of every image under every map.
+
+    Args: probs [N, R + 2, C + 2], with a border of zeros; obs [N, R, C]; maps [T, 2, 3]
+    Returns: [N, T]
+    """
+    num_images, num_rows, num_cols = obs.shape
+    by_map = probs.new_empty(num_images, len(maps))
+    grid = (num_images, triton.cdiv(len(maps), MAPS_PER_PROGRAM))
+    if num_images:
+        _score_maps[grid](
+            probs, obs, maps, by_map, len(maps), num_rows, num_cols, eps,
+            MAPS=MAPS_PER_PROGRAM, BLOCK=BLOCK_PIXELS, num_warps=4,
+        )  # fmt: skip
+    return by_map
+
+
+@triton.jit
+def _differentiate_score_maps(
+    probs, obs, maps, grad, largest, fixed, grad_maps, num_maps, num_rows, num_cols, eps, resolution, negligible,
+    MAPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    latent = tl.program_id(0).to(tl.int64)
+    num_pixels, stride = num_rows * num_cols, num_cols + 2
+    image, sums = probs + latent * (num_rows + 2) * stride, fixed + latent * (num_rows + 2) * stride
+    scale = tl.load(largest + latent)
+    first = tl.program_id(1) * MAPS
+    for number in range(first, min(first + MAPS, num_maps)):
+        place = grad_maps + (latent * num_maps + number) * 6
+        weight = tl.load(grad + latent * num_maps + number)
+        g0, g1, g2, g3, g4, g5 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        if tl.abs(weight) > negligible * scale:
+            m0, m1, m2, m3, m4, m5 = _load_map(maps, number)
+            for start in range(0, num_pixels, BLOCK):
+                pixel = start + tl.arange(0, BLOCK)
+                inside = pixel < num_pixels
+                x = 2 * (pixel % num_cols).to(tl.float32) / max(num_cols - 1, 1) - 1
+                y = 2 * (pixel // num_cols).to(tl.float32) / max(num_rows - 1, 1) - 1
+                col, fx, free_x = _get_position(m0, m1, m2, x, y, num_cols)
+                row, fy, free_y = _get_position(m3, m4, m5, x, y, num_rows)
+                p00, p01, p10, p11 = _load_taps(image, row, col, stride)
+                q = (p00 * (1 - fx) + p01 * fx) * (1 - fy) + (p10 * (1 - fx) + p11 * fx) * fy
+                signed = q - (1 - tl.load(obs + latent * num_pixels + pixel, mask=inside, other=0.0))
+                seen = tl.abs(signed)
+                inside = inside & (seen >= eps) & (seen <= 1 - eps)
+                slope = tl.where(inside, 1 / tl.where(inside, signed, 1.0), 0.0)  # of log p for q
+                fixed_slope = slope * (weight / scale) * resolution
+                at = sums + (row + 1) * stride + col + 1
+                tl.atomic_add(at, (fixed_slope * (1 - fx) * (1 - fy)).to(tl.int64), mask=inside, sem="relaxed")
+                tl.atomic_add(at + 1, (fixed_slope * fx * (1 - fy)).to(tl.int64), mask=inside, sem="relaxed")
+                tl.atomic_add(at + stride, (fixed_slope * (1 - fx) * fy).to(tl.int64), mask=inside, sem="relaxed")
+                tl.atomic_add(at + stride + 1, (fixed_slope * fx * fy).to(tl.int64), mask=inside, sem="relaxed")
+                grad_q = slope * weight
+                by_x = tl.where(free_x, grad_q * ((p01 - p00) * (1 - fy) + (p11 - p10) * fy), 0.0)
+                by_y = tl.where(free_y, grad_q * ((p10 - p00) * (1 - fx) + (p11 - p01) * fx), 0.0)
+                by_x, by_y = by_x * (0.5 * (num_cols - 1)), by_y * (0.5 * (num_rows - 1))
+                g0 += tl.sum(by_x * x, 0)
+                g1 += tl.sum(by_x * y, 0)
+                g2 += tl.sum(by_x, 0)
+                g3 += tl.sum(by_y * x, 0)
+                g4 += tl.sum(by_y * y, 0)
+                g5 += tl.sum(by_y, 0)
+        tl.store(place, g0)
+        tl.store(place + 1, g1)
+        tl.store(place + 2, g2)
+        tl.store(place + 3, g3)
+        tl.store(place + 4, g4)
+        tl.store(place + 5, g5)
+
+
+def differentiate_score_maps(probs, obs, maps, grad, eps, negligible):
+    """The gradients of probs [N, R + 2, C + 2] and maps [T, 2, 3] for grad [N, T] of log p(x | map).
+
+    Many pixels add to one: in integers, so that the order does not matter. An image's gradients
+    are divided by the sum of |grad| over maps first; a sum is then below 2^33 for images up to
+    28 x 28 (|1 / signed| is at most 2^23), far from 2^63 / FIXED_POINT, and resolved to 2^-28.
+    """
+    num_images, num_rows, num_cols = obs.shape
+    fixed = torch.zeros_like(probs, dtype=torch.int64)
+    grad_maps = maps.new_empty(num_images, len(maps), 6)
+    scale = grad.abs().sum(1)
+    grid = (num_images, triton.cdiv(len(maps), MAPS_PER_GRADIENT))
+    if num_images:
+        _differentiate_score_maps[grid](
+            probs, obs, maps, grad, scale, fixed, grad_maps, len(maps), num_rows, num_cols, eps, FIXED_POINT,
+            negligible, MAPS=MAPS_PER_GRADIENT, BLOCK=BLOCK_PIXELS, num_warps=8,
+        )  # fmt: skip
+    return fixed * (scale / FIXED_POINT).view(-1, 1, 1), grad_maps.sum(0).view_as(maps)
