@@ -3,12 +3,14 @@
     python benchmark.py             # a table: about ten minutes on two CPU cores
     python benchmark.py --quick     # smaller batches, under a minute
     python benchmark.py --profile   # where the time of an MWS step goes
+    python benchmark.py --cuda      # on a GPU, and how many kernels and launches a step is
 
 Both run in one process on the same embedded characters, in turn, and the medians
 are compared. The reference is tests/reference.py: it scores everything, with
 gradients. Beside them runs the forward and backward pass of PyTorch's convolutions.
 """
 
+import collections
 import functools
 import json
 import pathlib
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import gpu
 import losses
 import main
 import models
@@ -53,7 +56,7 @@ class Steps:
         if algorithm.startswith("eval"):
             self.num_particles = max(batch_size * 100 // 250, 2)
             self.network = models.LookupInferenceNetwork(len(self.obs)).to(device)
-            self.optimizer = torch.optim.Adam(self.network.parameters())
+            self.optimizer = main.get_adam(self.network.parameters(), device)
             self.table = ScoreTable(self.model.num_arcs, device)
             if algorithm == "eval sharp":
                 with torch.no_grad():
@@ -66,7 +69,7 @@ class Steps:
         self.obs_id = torch.arange(len(self.obs), device=device)
         self.memory = losses.init_memory(len(self.obs)).to(device)
         self.plain_memory = losses.unpack(self.memory)
-        if device.type == "cuda" and not algorithm.startswith("eval"):
+        if device.type == "cuda":
             self.step = ReplayedStep(self.step)
 
     def step(self):
@@ -78,7 +81,8 @@ class Steps:
             loss, _ = losses.sleep(*networks, 2 * len(self.obs))
         else:
             objective = losses.vimco if self.algorithm.endswith("vimco") else losses.rws
-            scorer = losses.score if given is None else functools.partial(self.table.score, given)
+            looked_up = given is not None and not gpu.is_gpu(self.device)
+            scorer = functools.partial(self.table.score, given) if looked_up else losses.score
             loss, _ = objective(*networks, self.obs, self.num_particles, obs_id=given, scorer=scorer)
         main.update(self.optimizer, loss)
         return {"loss": loss.detach()}
@@ -223,6 +227,79 @@ def scale(batch_size, num_runs, device):
         print(f"{num_latents:6} latents: {statistics.median(times) / num_latents * 1e6:7.1f} microseconds each")
 
 
+# ------------------------------------------------------------------ on a GPU
+
+# Floating-point operations, counted in the kernels' sources (a root, a division or an exponential as one), of
+# an arc and pixel, and of a map and pixel
+NUM_OPERATIONS = {"_draw": 46, "_score_maps": 52}
+
+
+def trace(function):
+    """What a GPU does in a call. Returns: kernels, a dict of name -> [seconds of each launch]; number of calls of the
+    CPU that launch something"""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profiler:
+        function()
+        torch.cuda.synchronize()
+    return count_kernels(profiler.events())
+
+
+def count_kernels(events):
+    """As `trace`, of the profiler's events"""
+    kernels, num_launches = collections.defaultdict(list), 0
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            if not event.name.startswith(("Memcpy", "Memset")):
+                kernels[event.name].append(event.time_range.elapsed_us() / 1e6)
+        elif re.match(r"cu(da)?(Launch|GraphLaunch|Memcpy|Memset)", event.name):
+            num_launches += 1
+    return kernels, num_launches
+
+
+def show_kernels(algorithms, batch_size, device):
+    """Prints how many kernels and launches a step of each algorithm is, and how near to the device's limits
+    the two hot kernels of an MWS step come."""
+    print("algorithm     kernels  launches  milliseconds of kernels")
+    for algorithm in algorithms:
+        steps = Steps(algorithm, batch_size, device)
+        for _ in range(NUM_WARM_UPS + 2):
+            steps.step()
+        kernels, num_launches = trace(steps.step)
+        milliseconds = 1e3 * sum(map(sum, kernels.values()))
+        print(f"{algorithm:11} {sum(map(len, kernels.values())):9} {num_launches:9} {milliseconds:24.3f}")
+    steps = Steps("mws", batch_size, device)
+    latent = steps.network.sample(steps.obs, 20)
+    with torch.no_grad():
+        for _ in range(2):
+            kernels, _ = trace(lambda: steps.model.log_prob(latent, steps.obs))
+    for name, operations, num_bytes in get_work(steps.model, latent, steps.obs):
+        if seconds := sum(kernels.get(name, [])):
+            print(f"{name}: {1e3 * seconds:.3f} ms, " + format_fractions(operations / seconds, num_bytes / seconds))
+
+
+def get_work(model, latent, obs):
+    """Of drawing and scoring latents [P, B, A, 2]: name of the kernel, operations, bytes moved at least"""
+    num_latents, num_pixels = latent[..., 0, 0].numel(), obs[0].numel()
+    num_on, image = latent[..., 1].sum().item(), 4 * num_latents * num_pixels
+    num_maps = len(model.theta_affine)
+    yield "_draw", NUM_OPERATIONS["_draw"] * num_on * num_pixels, 1.25 * image  # logits, and the arcs that they are of
+    yield "_score_maps", NUM_OPERATIONS["_score_maps"] * num_latents * num_maps * num_pixels, 2 * image
+
+
+def format_fractions(operations, num_bytes):
+    """Of the device's limits, for operations and bytes a second"""
+    device = torch.cuda.get_device_properties(0)
+    clock, memory_clock, width = (
+        getattr(device, name, None) for name in ("clock_rate", "memory_clock_rate", "memory_bus_width")
+    )
+    if not (clock and memory_clock and width):
+        return f"{operations / 1e12:.2f} TFLOP/s, {num_bytes / 1e9:.0f} GB/s (this torch does not tell the limits)"
+    limit = device.multi_processor_count * 128 * 2 * clock * 1e3  # 128 lanes, a product and a sum at a time
+    bandwidth = 2 * memory_clock * 1e3 * width / 8
+    return f"{operations / limit:.0%} of the device's operations, {num_bytes / bandwidth:.0%} of its bandwidth"
+
+
 # ------------------------------------------------------------------ script
 
 
@@ -252,6 +329,8 @@ def run(argv=None):
         print(json.dumps(row) if args.json else format_row(row), flush=True)
     if not args.json:
         scale(batch_size, num_runs, device)
+    if device.type == "cuda" and not args.json:
+        show_kernels(args.algorithms or ALGORITHMS, batch_size, device)
     return 0
 
 

@@ -137,6 +137,52 @@ class ScoreMaps(torch.autograd.Function):
         return grad_probs[:, 1:-1, 1:-1], None, grad_maps
 
 
+# ------------------------------------------------------------------ the first convolution
+
+
+@torch.library.custom_op("strokes::convolve", mutates_args=())
+def _convolve(obs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    import triton_convolution
+
+    return triton_convolution.convolve(obs, weight, bias)
+
+
+@_convolve.register_fake
+def _(obs, weight, bias):
+    out = obs.new_empty(len(obs), 14, 14, len(bias))
+    return out, torch.empty_like(out, dtype=torch.uint8)
+
+
+@torch.library.custom_op("strokes::differentiate_convolve", mutates_args=())
+def _differentiate_convolve(
+    obs: torch.Tensor, out: torch.Tensor, argmax: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    import triton_convolution
+
+    return triton_convolution.differentiate_convolve(obs, out, argmax, grad)
+
+
+@_differentiate_convolve.register_fake
+def _(obs, out, argmax, grad):
+    return out.new_empty(out.shape[3], 1, 3, 3), out.new_empty(out.shape[3])
+
+
+class Convolve(torch.autograd.Function):
+    """The inference network's first convolution, pooled and rectified: obs [B, 28, 28], weight [C, 1, 3, 3], bias [C]
+    -> [B, C, 14, 14], channels last"""
+
+    @staticmethod
+    def forward(ctx, obs, weight, bias):
+        obs = obs.contiguous()
+        out, argmax = _convolve(obs, weight.contiguous(), bias)
+        ctx.save_for_backward(obs, out, argmax)
+        return out.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *_differentiate_convolve(*ctx.saved_tensors, grad.permute(0, 2, 3, 1).contiguous())
+
+
 # ------------------------------------------------------------------ the decoder
 
 

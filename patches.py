@@ -36,7 +36,10 @@ def can_share(obs):
 
 def _convolve_each(obs, conv0, conv1):
     # Pooling first gives the same values and gradients, and leaves relu little to do.
-    x = F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()  # [B, C, 14, 14]
+    if gpu.uses_kernels(obs):
+        x = gpu.Convolve.apply(obs, conv0.weight, conv0.bias)  # [B, C, 14, 14]
+    else:
+        x = F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()  # [B, C, 14, 14]
     return F.max_pool2d(conv1(x), 3, 2).relu()  # [B, D, 6, 6]
 
 

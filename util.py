@@ -13,6 +13,7 @@ import sys
 import zipfile
 
 import torch
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 SAVE = pathlib.Path("save")
@@ -217,9 +218,9 @@ CHECKPOINT_KEYS = {
 
 
 def save_checkpoint(path, checkpoint):
-    """Writes a dict of tensors and plain values, as `write` does."""
+    """Writes a dict of tensors and plain values, as `write` does. On the CPU, so that it loads anywhere."""
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, checkpoint), buffer)
     write(path, buffer.getbuffer())
 
 

@@ -1,21 +1,33 @@
-"""What a GPU needs of a step, and what is the same there. Without one, a step runs on the meta
-device, where there are no values to look at, and under a stand-in for a CUDA graph."""
+"""What a GPU needs of a run, and what is the same there. Without one, whole runs and evaluations are built on the
+meta device, where there are no values to look at, take a GPU's branches there, and run under a stand-in for a CUDA
+graph. tests/test_kernels.py has the Triton kernels themselves."""
 
 import contextlib
 import copy
+import json
+import os
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import benchmark
 import cuda_graph
+import data
+import eval_logp
+import gpu
 import losses
 import main
 import models
-import patches
 import rendering
+import util
+from conftest import ROOT
 
+aten = torch.ops.aten
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 LOSSES = {
     "sleep": lambda *networks, obs, **_: losses.sleep(*networks, 2 * len(obs)),
@@ -55,12 +67,136 @@ class Setup:
 # ------------------------------------------------------------------ without a GPU
 
 
+META = torch.device("meta")
+FLAGS = ["--batch-size", "4", "--num-particles", "5", "--memory-size", "5", "--likelihood"]
+
+
+class Reader(TorchDispatchMode):
+    """Lets what is on the meta device be copied to the CPU, as zeros: what checkpoints do, and steps must not"""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function == aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "kernels"])
+def on_meta(request):
+    """The meta device, by plain PyTorch or by operators that stand for the kernels"""
+    rendering.set_compile(request.param, META)
+    assert gpu.uses_kernels(torch.empty(1, device=META)) == request.param
+    yield META
+    rendering.set_compile(False)
+
+
+def get_dataset(num_alphabets, num=10):
+    pixels = torch.rand(num, 28, 28, generator=torch.Generator().manual_seed(0))
+    split = data.Split((pixels < 0.1).float(), None, None)
+    if num_alphabets:
+        split = split._replace(alphabet=torch.eye(num_alphabets)[torch.arange(num) % num_alphabets])
+    return data.Dataset(split, split, split, num_alphabets)
+
+
+def get_run(algorithm, num_alphabets=0, flags=(*FLAGS, "learned-affine")):
+    flags = ["--algorithm", algorithm, *flags, *["--condition-on-alphabet"] * (num_alphabets > 0)]
+    return main.Run(main.parse_args(flags), get_dataset(num_alphabets), META)
+
+
+CASES = [(algorithm, "learned-affine", n) for algorithm in ("mws", "rws", "vimco", "sleep") for n in (0, 5)]
+CASES += [("mws", "bernoulli", 0), ("rws", "affine", 0)]
+
+
+@pytest.mark.parametrize("algorithm, likelihood, num_alphabets", CASES)
+def test_a_run_looks_at_no_value(algorithm, likelihood, num_alphabets, on_meta, tmp_path):
+    """A run, its steps, a checkpoint of it and a run that is restored from that"""
+    flags, path = [*FLAGS, likelihood], tmp_path / "checkpoint.pt"
+    run = get_run(algorithm, num_alphabets, flags)
+    for i in range(6):  # more than an epoch
+        statistics = main.pretrain_step(run) if i < 2 else main.train_step(run, main.get_obs_id(run))
+        assert all(value.shape == () and value.is_meta for value in statistics.values())
+        run.pending.append(statistics)
+        run.pretrain_iteration, run.iteration = run.pretrain_iteration + (i < 2), run.iteration + (i >= 2)
+    with Reader():
+        util.save_checkpoint(path, run.get_checkpoint())
+    checkpoint = util.load_checkpoint(path)
+    assert all(not x.is_meta for x in tree_leaves(checkpoint) if torch.is_tensor(x))
+    again = get_run(algorithm, num_alphabets, flags)
+    again.restore(checkpoint)
+    assert again.iteration == 4 and all(p.is_meta for p in again.generative_model.parameters())
+    main.train_step(again, main.get_obs_id(again))
+
+
+@pytest.mark.parametrize("algorithm", ["sleep", "rws", "vimco"])
 @pytest.mark.parametrize("num_alphabets", [0, 5])
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_step_looks_at_no_value(name, num_alphabets):
-    setup = Setup(name, "meta", num_alphabets=num_alphabets)
-    statistics = setup.step(torch.arange(8, device="meta"))
-    assert all(value.shape == () for value in statistics.values())
+def test_the_training_of_an_evaluation_looks_at_no_value(algorithm, num_alphabets, on_meta):
+    run, dataset = get_run("mws", num_alphabets), get_dataset(num_alphabets)
+    with Reader():
+        checkpoint = run.get_checkpoint()
+    flags = ["--checkpoint-path", "given", "--algorithm", algorithm, "--num-particles", "4", "--batch-size", "3"]
+    args = eval_logp.parse_args(flags)
+    evaluation = eval_logp.Evaluation(args, checkpoint, dataset.test, num_alphabets, META)
+    for _ in range(3):
+        statistics = eval_logp.train_step(evaluation, eval_logp.get_obs_id(evaluation))
+        assert all(value.is_meta for value in statistics.values())
+        evaluation.iteration += 1
+    assert evaluation.table.num_scored == 0
+    with Reader():
+        state = evaluation.get_checkpoint({})
+    evaluation.restore(state)
+
+
+# What one call launches on a GPU; of other operations that are no views, one is counted.
+NUM_LAUNCHES = {
+    "convolution": 3, "convolution_backward": 6, "logsumexp": 8, "_log_softmax": 1, "topk": 3, "index_put_": 2,
+    "draw": 1, "score_maps": 1, "differentiate_score_maps": 8, "differentiate_convolve": 2,
+}  # fmt: skip
+
+
+class Counter(TorchDispatchMode):
+    """Counts launches"""
+
+    def __init__(self):
+        super().__init__()
+        self.num_launches = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        is_view = any(x.alias_info is not None and not x.alias_info.is_write for x in function._schema.arguments)
+        if not (is_view or "empty" in name or name in ("_unsafe_view", "detach") or "profiler" in str(function)):
+            self.num_launches += NUM_LAUNCHES.get(name, 1)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("algorithm, limit", [("mws", 300), ("rws", 340), ("vimco", 350)])
+def test_number_of_launches(algorithm, limit):
+    """Of a step at the paper's setting, but for those of Adam, which are four"""
+    rendering.set_compile(True, META)
+    try:
+        run = get_run(algorithm, flags=["--batch-size", "10"])
+        run.optimizer.step = run.pretrain_optimizer.step = lambda: None
+        obs_id = main.get_obs_id(run)
+        with Counter() as step:
+            main.train_step(run, obs_id)
+        with Counter() as pretraining:
+            main.pretrain_step(run)
+    finally:
+        rendering.set_compile(False)
+    assert step.num_launches <= limit and pretraining.num_launches <= 150
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_a_gpu(capability):
+    triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip("compiling for a GPU that is not there needs Triton 3.3")
+    command = [sys.executable, str(ROOT / "tests/compile_kernels.py"), str(capability)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    kernels = json.loads(process.stdout)
+    assert len(kernels) == 15
+    for name, shared, stack in kernels:
+        assert shared <= 48 * 1024 and stack <= 512, name
 
 
 @pytest.mark.parametrize("name", ["rws", "vimco", "wake_theta"])
@@ -69,7 +205,7 @@ def test_gradients_are_those_of_the_latents_that_carry_weight(name, monkeypatch)
     with torch.no_grad():
         setup.network.decoder.linear.weight *= 30  # so that latents repeat
     for selects in (True, False):
-        monkeypatch.setattr(losses, "_can_select", lambda latent, selects=selects: selects)
+        monkeypatch.setattr(gpu, "is_gpu", lambda device, selects=selects: not selects)
         torch.manual_seed(1)
         loss, _ = setup.get_loss(torch.arange(8))
         setup.optimizer.zero_grad()
@@ -80,7 +216,18 @@ def test_gradients_are_those_of_the_latents_that_carry_weight(name, monkeypatch)
         assert (got - want).norm() <= 1e-5 * want.norm()
 
 
-aten = torch.ops.aten
+def test_the_benchmark_counts_kernels_and_launches():
+    def event(name, device, start, end):
+        on = getattr(torch.autograd.DeviceType, device)
+        time_range = types.SimpleNamespace(elapsed_us=lambda: end - start)
+        return types.SimpleNamespace(name=name, device_type=on, time_range=time_range)
+
+    events = [event("cudaGraphLaunch", "CPU", 0, 5), event("aten::add", "CPU", 0, 9), event("cuLaunchKernel", "CPU", 5, 6)]
+    events += [event("_draw", "CUDA", 10, 30), event("_draw", "CUDA", 40, 50), event("Memset (Device)", "CUDA", 60, 61)]
+    kernels, num_launches = benchmark.count_kernels(events)
+    assert num_launches == 2 and kernels == {"_draw": [pytest.approx(2e-5), pytest.approx(1e-5)]}
+
+
 LOOKING = [aten._local_scalar_dense.default, aten.nonzero.default, aten._unique2.default, aten.equal.default]
 
 
@@ -146,8 +293,7 @@ def test_a_replayed_step_is_the_step(name, no_gpu, monkeypatch):
                 place.copy_(value)
         torch.set_rng_state(random_state)
 
-    monkeypatch.setattr(losses, "_can_select", lambda latent: False)
-    monkeypatch.setattr(patches, "can_share", lambda obs: False)
+    monkeypatch.setattr(gpu, "is_gpu", lambda device: True)
     monkeypatch.setattr(torch.cuda, "graph", record)
     batches = [torch.arange(4), torch.arange(4, 7)] * 6  # the last batch of an epoch is smaller
     expected = get_setup()
@@ -183,6 +329,9 @@ def compiled(request):
 @pytest.mark.parametrize("likelihood", models.LIKELIHOODS)
 def test_scores_and_gradients_are_those_of_the_cpu(compiled, likelihood):
     model = models.GenerativeModel(likelihood=likelihood)
+    with torch.no_grad():  # strokes that differ: equal ones tie where they meet, and rounding decides
+        model.pre_sharpness += torch.randn(64)
+        model.pre_width += 0.3 * torch.randn(64)
     latent, obs = model.sample(8)
     latent = latent.unsqueeze(0).repeat(3, 1, 1, 1)
     results = []
@@ -251,3 +400,30 @@ def test_training(tmp_path, monkeypatch, capfd, flags):
     assert main.main(["--test-run", "--cuda", *flags]) == 0
     captured = capfd.readouterr()
     assert "trained 40 iterations" in captured.out and "no CUDA graph" not in captured.err
+
+
+@needs_gpu
+@pytest.mark.parametrize("algorithm", ["mws", "rws", "vimco"])
+@pytest.mark.parametrize("flags", [[], ["--compile"]])
+def test_a_run_goes_on_with_the_same_bits(tmp_path, monkeypatch, algorithm, flags):
+    monkeypatch.chdir(tmp_path)
+    command = ["--test-run", "--cuda", "--algorithm", algorithm, *flags]
+    assert main.main(command) == 0
+    latest = next(tmp_path.glob("save/*/checkpoints/latest.pt"))
+    expected = util.load_checkpoint(latest)
+    latest.write_bytes(latest.with_name("10.pt").read_bytes())
+    assert main.main(command) == 0
+    for got, want in zip(tree_leaves(util.load_checkpoint(latest)), tree_leaves(expected), strict=True):
+        assert torch.equal(got, want) if torch.is_tensor(got) else got == want
+
+
+@needs_gpu
+@pytest.mark.parametrize("algorithm", ["sleep", "rws", "vimco"])
+def test_evaluation(tmp_path, monkeypatch, capfd, algorithm):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["--test-run", "--cuda"]) == 0
+    latest = next(tmp_path.glob("save/*/checkpoints/latest.pt"))
+    flags = "--num-data 4 --num-iterations 12 --num-particles 20 --test-num-particles 50 --compile --cuda".split()
+    assert eval_logp.main(["--checkpoint-path", str(latest), "--algorithm", algorithm, *flags]) == 0
+    captured = capfd.readouterr()
+    assert "log p(x) = -" in captured.out and "warning" not in captured.err

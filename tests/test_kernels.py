@@ -98,6 +98,28 @@ def test_all_fixed_maps(use_kernels):
     torch.testing.assert_close(*results, atol=1e-3, rtol=1e-5)
 
 
+def test_first_layers(use_kernels, monkeypatch):
+    monkeypatch.setattr("triton_convolution.IMAGES_PER_PROGRAM", 2)
+    network = models.InferenceNetwork().to(device)
+    obs = models.GenerativeModel().sample(3)[1].to(device)
+    names = ["conv0.weight", "conv0.bias", "conv1.weight", "conv1.bias"]
+    parameters = dict(network.named_parameters())
+
+    def embed(*values):
+        return torch.func.functional_call(_Embed(network), {f"network.{k}": v for k, v in zip(names, values, strict=True)}, obs)
+
+    check_gradients(embed, [parameters[name] for name in names], use_kernels)
+
+
+class _Embed(torch.nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, obs):
+        return self.network.embed(obs)
+
+
 DECODERS = dict(prior=(64, 4, 0, 0.0), network=(64, 64, 20, 0.0), mixed=(5, 6, 3, 0.2), lookup=(40, 128, 6, 0.0))
 
 

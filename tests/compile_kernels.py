@@ -1,0 +1,66 @@
+"""Compiles every Triton kernel for a GPU that need not be there, at the sizes of the paper's setting, and prints
+a JSON list of [kernel, bytes of shared memory, bytes of a thread's stack, where spilled registers go]. Usage: compile_kernels.py CAPABILITY"""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+import triton_convolution  # noqa: E402
+import triton_decoder  # noqa: E402
+import triton_rendering  # noqa: E402
+
+POINTERS = {
+    torch.float32: "*fp32", torch.bool: "*i1", torch.uint8: "*u8", torch.int16: "*i16", torch.int64: "*i64",
+}  # fmt: skip
+cuobjdump = next(pathlib.Path(triton.__file__).parent.rglob("bin/cuobjdump"))
+results = []
+
+
+def get_type(value):
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def run(kernel, *args, grid, warmup, **options):
+    """In place of a launch"""
+    given = {**dict(zip(kernel.arg_names, args, strict=False)), **{k: v for k, v in options.items() if k.isupper()}}
+    constants = {name: value for name, value in given.items() if name.isupper()}
+    signature = {name: "constexpr" if name in constants else get_type(value) for name, value in given.items()}
+    flags = {name: value for name, value in options.items() if name.startswith("num_")}
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=flags)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    results.append([kernel.fn.__name__, compiled.metadata.shared, int(re.search(r"STACK:(\d+)", text)[1])])
+
+
+triton.runtime.jit.JITFunction.run = run
+arcs, on, params = torch.zeros(2, 10, 7), torch.ones(2, 10, dtype=torch.bool), torch.ones(2)
+logits, arc_id = triton_rendering.draw(arcs, on, params, 28, 28, -13.8)
+triton_rendering.differentiate_draw(arcs, on, params, arc_id, logits, 28, 28, -13.8)
+probs, obs, maps = torch.zeros(2, 30, 30), torch.zeros(2, 28, 28), torch.zeros(40, 2, 3)
+by_map = triton_rendering.score_maps(probs, obs, maps, 1e-7)
+triton_rendering.differentiate_score_maps(probs, obs, maps, by_map, 1e-7, 1e-7)
+out, argmax = triton_convolution.convolve(obs, torch.zeros(64, 1, 3, 3), torch.zeros(64))
+triton_convolution.differentiate_convolve(obs, out, argmax, out)
+for num_units in (4, 64, 128):
+    weights = torch.zeros(4 * num_units, num_units), torch.zeros(66, num_units), torch.zeros(66)
+    given = torch.zeros(128, 4 * num_units), torch.zeros(2, 4 * num_units), *weights
+    codes, uniform = torch.zeros(2, 10, dtype=torch.int16), torch.zeros(2, 10, 2)
+    triton_decoder.decode(*given, uniform, codes, 0.0, save=False)
+    log_prob, *saved = triton_decoder.decode(*given, uniform[:0], codes, 0.0, save=True)
+    triton_decoder.differentiate_decode(*weights, codes, log_prob, *saved, 0.0)
+print(json.dumps(results))
