@@ -137,7 +137,9 @@ def start(task, slot, num_slots, num_gpus):
     command = task.get_command()
     if num_gpus:
         command.append("--cuda")
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot % num_gpus)
+        # of those that this process may use, whose names may be no numbers
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % num_gpus]
     with open_log(task) as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=_die_with_parent

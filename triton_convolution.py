@@ -22,7 +22,7 @@ def _load_pixel(obs, image, row, col, mask, SIZE: tl.constexpr):
     return tl.load(obs + (image * SIZE + row - 2) * SIZE + col - 2, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_images"])
 def _convolve(
     obs, weight, bias, out, argmax, num_images, num_channels,
     SIZE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -63,7 +63,7 @@ def convolve(obs, weight, bias):
     return out, argmax
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_images"])
 def _differentiate_convolve(
     obs, out, argmax, grad, partial, num_images, num_channels, IMAGES: tl.constexpr, SIZE: tl.constexpr,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,

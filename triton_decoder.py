@@ -103,7 +103,7 @@ def _sample(id_log_prob, off, uniform, choice, valid, arc, uniform_mixture, num_
     return tl.where(chosen < num_choices, chosen, num_choices - 1), tl.where(arc > 0, pen.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_contexts"])
 def _decode(
     table, context, weight_hh, weight, bias, uniform, codes, log_prob, hidden, cells, gates, num_rows, num_contexts,
     num_arcs, num_units, num_choices, uniform_mixture,
@@ -210,7 +210,7 @@ def _differentiate_choices(
     return grad_on[:, None] * (w_on - w_off)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _differentiate_decode(
     weight_hh, weight, bias, codes, grad, hidden, cells, gates, grad_gates, grad_logits, num_rows, num_arcs,
     num_units, num_choices, uniform_mixture, ROWS: tl.constexpr, UNITS: tl.constexpr, CHOICES: tl.constexpr,
