@@ -14,12 +14,12 @@ import urllib.error
 import urllib.request
 import zipfile
 
-import imageio.v3 as imageio
 import numpy as np
 import scipy.io
 import torch
 
 import glyphs
+from images import fit, read_image, read_official
 from util import UserError, show_progress
 
 NUM_ROWS = NUM_COLS = 28
@@ -258,7 +258,7 @@ def _load_array(path):
             f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]"
         )
     _check_range(path, array)
-    return _binarise(path, np.stack([_fit(image) for image in array.astype(np.float32)]))
+    return _binarise(path, np.stack([fit(image) for image in array.astype(np.float32)]))
 
 
 def _check_range(path, images):
@@ -282,7 +282,7 @@ def _load_image_files(path):
     if all(official):
         # images_background and images_evaluation have no alphabet in common
         alphabets, characters = [f[-2] for f in folders], [int(f[-1][len("character") :]) for f in folders]
-        read = _read_official
+        read = read_official
     else:
         depth = len(os.path.commonprefix(folders))  # subfolders, where all images are in some, are alphabets
         alphabets = [f[depth] for f in folders] if min(len(f) for f in folders) > depth else None
@@ -319,61 +319,6 @@ def _list_zip(path):
     for name in sorted(archive.namelist()):
         if name.lower().endswith((".png", ".jpg", ".jpeg")) and not name.startswith("__MACOSX"):
             yield name, lambda name=name: archive.read(name)
-
-
-def _decode(name, content):
-    """The image's grey values [rows, columns] in [0, 1], black 0, on white where transparent."""
-    try:
-        image = imageio.imread(content)
-    except Exception as error:
-        raise UserError(f"{name} is damaged or not an image ({str(error).splitlines()[0][:80]})") from None
-    scale = 1 if image.dtype == bool else np.iinfo(image.dtype).max
-    image = image.astype(np.float32) / scale
-    if image.ndim == 2:
-        return image
-    alpha = image[..., -1] if image.shape[-1] in (2, 4) else np.ones(image.shape[:2], np.float32)
-    grey = image[..., 0] if image.shape[-1] <= 2 else image[..., :3] @ np.float32([0.299, 0.587, 0.114])
-    return grey * alpha + 1 - alpha
-
-
-def _read_official(name, content):
-    return _fit(1 - _decode(name, content))
-
-
-def read_image(name, content):
-    """One image file of any size, dark on light or light on dark: ink [28, 28] in [0, 1].
-    The background is what most of the image's edge is. Where strokes are much thinner than a
-    pixel of the result they are darkened, so as not to be lost when ink becomes binary.
-
-    Raises: UserError if it cannot be decoded
-    """
-    grey = _decode(name, content)
-    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    ink = _fit(1 - grey if np.median(edge) > 0.5 else grey)
-    darkest = np.quantile(ink[ink > 0.02], 0.9) if (ink > 0.02).any() else 1
-    return (ink * 1.5 / darkest).clip(0, 1) if darkest < 0.6 else ink
-
-
-def _fit(image):
-    """Averages an image down to 28 x 28 by area; one that is not square is first
-    set in the middle of a square of paper."""
-    rows, cols = image.shape
-    side = max(rows, cols)
-    if rows != cols:
-        top, left = (side - rows) // 2, (side - cols) // 2
-        image = np.pad(image, [(top, side - rows - top), (left, side - cols - left)])
-    if side == NUM_ROWS:
-        return image
-    average = _get_area_average(side, NUM_ROWS)
-    return average @ image @ average.T
-
-
-def _get_area_average(num_in, num_out):
-    """[num_out, num_in]: the share of each old cell in each new one"""
-    edges = np.arange(num_out + 1) * num_in / num_out
-    cells = np.arange(num_in)
-    overlap = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
-    return (overlap.clip(0) * num_out / num_in).astype(np.float32)
 
 
 # ------------------------------------------------------------------ splits

@@ -16,140 +16,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import gpu
 import patches
 import rendering
+from decoder import Decoder, look_up, pack, sample_categorical, unpack  # noqa: F401
 from util import UserError
 
 LIKELIHOODS = ["learned-affine", "affine", "bernoulli"]
 NUM_LEARNED_MAPS = 40
 GRADIENT_CHUNK_SIZES = 256, 2500  # latents that are differentiated at a time, at least and at most
-
-# ------------------------------------------------------------------ decoder
-
-
-class Decoder(nn.Module):
-    """Autoregressive distribution over latents: an LSTM over strokes.
-
-    It serves the prior (context: the alphabet, if any) and the inference networks
-    (context: alphabet and image). Each step's input is the one-hot id and on/off
-    of the stroke before, then the context; the first step has zeros for a stroke.
-    """
-
-    def __init__(self, num_primitives, num_arcs, lstm_hidden_size, context_size, uniform_mixture):
-        super().__init__()
-        self.num_primitives, self.num_arcs = num_primitives, num_arcs
-        self.context_size, self.uniform_mixture = context_size, uniform_mixture
-        self.lstm = nn.LSTMCell(num_primitives + 2 + context_size, lstm_hidden_size)
-        self.linear = nn.Linear(lstm_hidden_size, num_primitives + 2)
-
-    def sample(self, num_particles, context):
-        """context [B, H] -> latent [P, B, A, 2]"""
-        return self.sample_and_log_prob(num_particles, context)[0]
-
-    @torch.no_grad()
-    def sample_and_log_prob(self, num_particles, context):
-        """context [B, H] -> latent [P, B, A, 2], log_prob [P, B], without gradients"""
-        table, context_input = self._get_inputs(context)
-        shape = (num_particles, len(context))
-        if gpu.uses_kernels(context) and gpu.can_decode(self):
-            codes, log_prob = gpu.sample(
-                table, context_input, *self._get_weights(), num_particles, self.num_arcs, self.uniform_mixture
-            )  # [P * B, A], [P * B]
-            return unpack(codes).unflatten(0, shape), log_prob.view(shape)
-        context_input = context_input.repeat(num_particles, 1)  # [P * B, 4 * hidden]
-        x, state, latent, log_prob = context_input, None, [], 0
-        for arc_id in range(self.num_arcs):
-            state = self._step(x, state)
-            id_log_prob, on_log_prob = self._get_log_probs(state[0])  # [P * B, K], [P * B, 2]
-            primitive_id = sample_categorical(id_log_prob)  # [P * B, 1]
-            log_prob = log_prob + id_log_prob.gather(1, primitive_id)
-            if arc_id == 0:
-                on = torch.zeros_like(primitive_id)
-            else:
-                on = sample_categorical(on_log_prob)
-                log_prob = log_prob + on_log_prob.gather(1, on)
-            latent.append(torch.cat([primitive_id, on], 1))
-            x = context_input + F.embedding(2 * primitive_id + on, table).squeeze(1)
-        return torch.stack(latent, 1).unflatten(0, shape), log_prob.view(shape)
-
-    def log_prob(self, latent, context):
-        """latent [P, B, A, 2], context [B, H] -> [P, B]"""
-        table, context_input = self._get_inputs(context)
-        codes = pack(latent.flatten(0, 1))  # [P * B, A]
-        if gpu.uses_kernels(context) and gpu.can_decode(self):
-            log_prob = gpu.ScoreCodes.apply(
-                table, context_input, *self._get_weights(), codes.short(), self.uniform_mixture
-            )  # [P * B]
-            return log_prob.view(latent.shape[:2])
-        context_input = context_input.repeat(len(latent), 1)  # [P * B, 4 * hidden]
-        x, state, hidden = context_input, None, []
-        for arc_id in range(self.num_arcs):
-            state = self._step(x, state)
-            hidden.append(state[0])
-            x = context_input + _look_up(table, codes[:, arc_id])
-        id_log_prob, on_log_prob = self._get_log_probs(torch.stack(hidden, 1))  # [P * B, A, K or 2]
-        id_log_prob = id_log_prob.gather(2, codes.unsqueeze(2) // 2).sum((1, 2))
-        on_log_prob = on_log_prob[:, 1:].gather(2, codes[:, 1:].unsqueeze(2) % 2).sum((1, 2))
-        return (id_log_prob + on_log_prob).view(latent.shape[:2])
-
-    def _get_inputs(self, context):
-        """The LSTM's input weights take one-hot vectors, so a stroke's part is a row of a
-        table, with one for each id and on/off; the context's is the same for each step
-        and particle: [2 * K, 4 * hidden] and [B, 4 * hidden]."""
-        weight = self.lstm.weight_ih.split([self.num_primitives, 2, self.context_size], 1)
-        table = weight[0].t().unsqueeze(1) + weight[1].t()  # [K, 2, 4 * hidden]
-        return table.flatten(0, 1), F.linear(context, weight[2], self.lstm.bias_ih + self.lstm.bias_hh)
-
-    def _get_weights(self):
-        return self.lstm.weight_hh, self.linear.weight, self.linear.bias
-
-    def _step(self, x, state):
-        """A step of the LSTM, x [N, 4 * hidden] its gates' input: hidden and cell state, each [N, hidden]"""
-        if state is None:
-            i, _, g, o = x.chunk(4, 1)
-            cell = i.sigmoid() * g.tanh()
-        else:
-            i, f, g, o = torch.addmm(x, state[0], self.lstm.weight_hh.t()).chunk(4, 1)
-            cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-        return o.sigmoid() * cell.tanh(), cell
-
-    def _get_log_probs(self, hidden):
-        """[..., hidden] -> ids [..., K] and on/off [..., 2]"""
-        logits = self.linear(hidden).split([self.num_primitives, 2], -1)
-        return [_mix_with_uniform(x.log_softmax(-1), self.uniform_mixture) for x in logits]
-
-
-def _look_up(table, index):
-    """table [K, D], index [...] -> [..., D]"""
-    return gpu.Lookup.apply(table, index) if gpu.is_gpu(table.device) else F.embedding(index, table)
-
-
-def pack(latent, dtype=torch.long):
-    """[..., A, 2] -> [..., A], a stroke's code: 2 * id + on/off"""
-    return (2 * latent[..., 0] + latent[..., 1]).to(dtype)
-
-
-def unpack(codes):
-    """[..., A] -> [..., A, 2]"""
-    codes = codes.long()
-    return torch.stack([codes // 2, codes % 2], -1)
-
-
-def _mix_with_uniform(log_probs, weight):
-    if weight == 0:
-        return log_probs
-    log_uniform = torch.full_like(log_probs, math.log(weight / log_probs.shape[-1]))
-    return log_uniform if weight == 1 else torch.logaddexp(log_probs + math.log1p(-weight), log_uniform)
-
-
-def sample_categorical(log_probs):
-    """One draw for each row by inverting the distribution function: one random number a
-    draw, and (on a GPU) no look at the values. log_probs [N, K] -> [N, 1]"""
-    cumulative = log_probs.exp().cumsum(1)
-    threshold = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
-    return (cumulative <= threshold).sum(1, keepdim=True).clamp(max=log_probs.shape[1] - 1)
-
 
 # ------------------------------------------------------------------ generative model
 
@@ -205,7 +79,7 @@ class GenerativeModel(nn.Module):
 
     def get_arcs(self, latent):
         """latent [..., A, 2] -> arcs [..., A, 7]: each starts where the one before ended"""
-        primitives = _look_up(self.get_primitives(), latent[..., 0])  # [..., A, 5]
+        primitives = look_up(self.get_primitives(), latent[..., 0])  # [..., A, 5]
         end = 0.5 + primitives[..., :2].cumsum(-2)
         start = F.pad(end[..., :-1, :], (0, 0, 1, 0), value=0.5)
         return torch.cat([start, primitives], -1)
@@ -261,6 +135,17 @@ class GenerativeModel(nn.Module):
             return -F.binary_cross_entropy_with_logits(logits, obs, reduction="none").flatten(1).sum(1)
         return rendering.affine_log_prob(logits, obs, self.theta_affine)
 
+    def has_maps(self):
+        """Whether an image is a drawing seen through one of a number of affine maps, `theta_affine` [T, 2, 3]"""
+        return self.likelihood != "bernoulli"
+
+    @torch.no_grad()
+    def get_map_log_posterior(self, latent, obs):
+        """log p(map | x, z), which is proportional to p(x | z, map): latent [N, A, 2], obs [N, R, C] -> [N, T]"""
+        chunks = zip(*(x.split(rendering.get_chunk_size(obs.device)) for x in (latent, obs)), strict=True)
+        by_map = [rendering.affine_log_prob_by_map(self.get_logits(z), x, self.theta_affine) for z, x in chunks]
+        return torch.cat(by_map).log_softmax(1)
+
     def log_prob(self, latent, obs, alphabet=None):
         """log p(z) and log p(x|z), in nats.
 
@@ -280,7 +165,7 @@ class GenerativeModel(nn.Module):
         probs = torch.cat(
             [self.get_logits(chunk) for chunk in latent.split(rendering.get_chunk_size(latent.device))]
         ).sigmoid()  # [S, R, C]
-        if self.likelihood != "bernoulli":
+        if self.has_maps():
             map_id = torch.randint(len(self.theta_affine), (num_samples,), device=probs.device)
             probs = rendering.apply_maps(probs, self.theta_affine[map_id])
         return latent, torch.bernoulli(probs)

@@ -315,15 +315,18 @@ def affine_log_prob(logits, obs, maps):
     Args: logits [N, R, C]; obs [N, R, C] in {0, 1}; maps [T, 2, 3]
     Returns: [N]
     """
+    return affine_log_prob_by_map(logits, obs, maps).logsumexp(1) - math.log(len(maps))
+
+
+def affine_log_prob_by_map(logits, obs, maps):
+    """log p(x | z, map) for each map, [N, T]; the arguments as for `affine_log_prob`"""
     if _compiled and len(logits) == 1:
-        return affine_log_prob(*(torch.cat([x, x]) for x in (logits, obs)), maps)[:1]
+        return affine_log_prob_by_map(*(torch.cat([x, x]) for x in (logits, obs)), maps)[:1]
     if gpu.uses_kernels(logits):
-        by_map = gpu.ScoreMaps.apply(logits.sigmoid(), obs, maps)  # [N, T]
-    else:
-        index, weight = get_taps(maps, *obs.shape[1:])
-        probs, paper = logits.sigmoid().flatten(1), 1 - obs.flatten(1)  # [N, R * C]
-        by_map = _ScoreMaps.apply(probs, paper, index, weight)  # [N, T]
-    return by_map.logsumexp(1) - math.log(len(maps))
+        return gpu.ScoreMaps.apply(logits.sigmoid(), obs, maps)
+    index, weight = get_taps(maps, *obs.shape[1:])
+    probs, paper = logits.sigmoid().flatten(1), 1 - obs.flatten(1)  # [N, R * C]
+    return _ScoreMaps.apply(probs, paper, index, weight)
 
 
 # ------------------------------------------------------------------ compilation

@@ -103,7 +103,7 @@ def get_run(algorithm, num_alphabets=0, flags=(*FLAGS, "learned-affine")):
 
 
 CASES = [(algorithm, "learned-affine", n) for algorithm in ("mws", "rws", "vimco", "sleep") for n in (0, 5)]
-CASES += [("mws", "bernoulli", 0), ("rws", "affine", 0)]
+CASES += [("mws", "bernoulli", 0)]
 
 
 @pytest.mark.parametrize("algorithm, likelihood, num_alphabets", CASES)

@@ -12,6 +12,7 @@ import scipy.io
 import torch
 
 import data
+import images
 from util import UserError
 
 NUM_ALPHABETS = 5
@@ -151,7 +152,7 @@ def test_official_release_zipped_and_unpacked(tmp_path):
 
 
 def test_area_average():
-    average = data._get_area_average(105, 28)
+    average = images._get_area_average(105, 28)
     np.testing.assert_allclose(average.sum(1), 1, rtol=1e-6)
     np.testing.assert_allclose(average.sum(0), 28 / 105, rtol=1e-5)
     np.testing.assert_allclose(average[0, :5] * 3.75, [1, 1, 1, 0.75, 0], atol=1e-6)

@@ -1,0 +1,207 @@
+"""Image files, and how a character in one is brought to 28 x 28.
+
+`read_image` averages an image down as it is. `find_characters` is for photographs and scans of one's
+own: it finds the ink under uneven light, takes it apart into characters, and gives each the size and
+the stroke that Omniglot's have.
+"""
+
+import sys
+
+import imageio.v3 as imageio
+import numpy as np
+import scipy.ndimage
+
+from util import UserError
+
+SIDE = 28
+CHARACTER_SIDE = 19  # pixels, of a character's longer side in Omniglot (its median and a little)
+STROKE_RADIUS = 3  # on a grid four times as fine: strokes of Omniglot are 1.6 pixels wide
+MIN_CONTRAST = 0.1  # of ink to paper around it, of the range from black to white
+MAX_WORKING_SIDE = 800  # pixels; larger photographs are made smaller first
+
+# ------------------------------------------------------------------ decoding
+
+
+def decode(name, content):
+    """The image's grey values [rows, columns] in [0, 1], black 0, on white where transparent; of an animated
+    one its first frame, with a warning.
+
+    Raises: UserError if it cannot be decoded, or is of an unexpected shape or type
+    """
+    try:
+        num_frames = imageio.improps(content, plugin="pillow", index=...).n_images
+        image = imageio.imread(content, plugin="pillow", index=0)
+    except Exception as error:  # whatever the decoders raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        raise UserError(f"{name} is damaged or not an image ({reason})") from None
+    if num_frames and num_frames > 1:
+        print(f"warning: {name} is animated; its first frame of {num_frames} is read", file=sys.stderr)
+    if image.dtype not in (bool, np.uint8, np.uint16) or not _is_image(image.shape):
+        raise UserError(
+            f"{name} has pixels of type {image.dtype} in the shape {list(image.shape)}; save it as 8-bit grey or RGB"
+        )
+    image = image.astype(np.float32) / (1 if image.dtype == bool else np.iinfo(image.dtype).max)
+    if image.ndim == 2:
+        return image
+    alpha = image[..., -1] if image.shape[-1] in (2, 4) else np.ones(image.shape[:2], np.float32)
+    grey = image[..., 0] if image.shape[-1] <= 2 else image[..., :3] @ np.float32([0.299, 0.587, 0.114])
+    return grey * alpha + 1 - alpha
+
+
+def _is_image(shape):
+    return 0 not in shape and (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 2, 3, 4)))
+
+
+def read_official(name, content):
+    """An image of Omniglot's official release: ink [28, 28] in [0, 1]"""
+    return fit(1 - decode(name, content))
+
+
+def read_image(name, content):
+    """One image file of any size, dark on light or light on dark: ink [28, 28] in [0, 1].
+    The background is what most of the image's edge is. Where strokes are much thinner than a
+    pixel of the result they are darkened, so as not to be lost when ink becomes binary.
+
+    Raises: UserError if it cannot be decoded
+    """
+    ink = fit(_get_darkness(decode(name, content)))
+    darkest = np.quantile(ink[ink > 0.02], 0.9) if (ink > 0.02).any() else 1
+    return (ink * 1.5 / darkest).clip(0, 1) if darkest < 0.6 else ink
+
+
+def _get_darkness(grey):
+    """0 on the background, which is what most of the image's edge is, 1 where it differs most"""
+    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    return 1 - grey if np.median(edge) > 0.5 else grey
+
+
+def fit(image, side=SIDE):
+    """Averages an image down to 28 x 28 by area; one that is not square is first
+    set in the middle of a square of paper."""
+    rows, cols = image.shape
+    longer = max(rows, cols)
+    if rows != cols:
+        top, left = (longer - rows) // 2, (longer - cols) // 2
+        image = np.pad(image, [(top, longer - rows - top), (left, longer - cols - left)])
+    if longer == side:
+        return image
+    average = _get_area_average(longer, side)
+    return average @ image @ average.T
+
+
+def _get_area_average(num_in, num_out):
+    """[num_out, num_in]: the share of each old cell in each new one"""
+    edges = np.arange(num_out + 1) * num_in / num_out
+    cells = np.arange(num_in)
+    overlap = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
+    return (overlap.clip(0) * num_out / num_in).astype(np.float32)
+
+
+# ------------------------------------------------------------------ characters on a page
+
+
+def find_characters(name, content):
+    """The characters of a photograph or scan, in reading order.
+
+    Returns: a list of bool arrays [28, 28], ink True; empty, with a warning, for a blank page
+    Raises: UserError if the file cannot be decoded
+    """
+    ink = find_ink(decode(name, content))
+    characters, hopeless = [], 0
+    for part in split_page(ink):
+        character = normalise(part)
+        if 4 <= character.sum() <= SIDE**2 / 2:
+            characters.append(character)
+        else:
+            hopeless += 1
+    if not ink.any():
+        print(f"warning: {name} is blank, as far as can be seen, and skipped", file=sys.stderr)
+    elif hopeless:
+        print(f"warning: {name}: {hopeless} parts of it have no strokes that can be read, and are skipped", file=sys.stderr)
+    return characters
+
+
+def find_ink(grey):
+    """Where a page [rows, columns] is darker than the paper around it, or lighter, if the little that differs from
+    its surroundings is lighter: bool. The paper's brightness is what is left when dark things narrower than a third
+    of the page are filled in."""
+    from skimage.filters import threshold_otsu
+    from skimage.transform import resize
+
+    if max(grey.shape) > MAX_WORKING_SIDE:
+        scale = MAX_WORKING_SIDE / max(grey.shape)
+        grey = resize(grey, [max(round(n * scale), 1) for n in grey.shape], order=1, anti_aliasing=True)
+    detail = grey - scipy.ndimage.gaussian_filter(grey, max(grey.shape) / 8, mode="nearest")
+    light = grey if ((detail - detail.mean()) ** 3).mean() <= 0 else 1 - grey
+    coarse_shape = [max(round(n * min(96 / max(light.shape), 1)), 1) for n in light.shape]
+    coarse = resize(light, coarse_shape, order=1, anti_aliasing=True)
+    window = max(max(coarse_shape) // 3, 3)
+    # Beyond the edge the light goes on falling or rising as it did.
+    pad = [min(window, n - 1) for n in coarse.shape]
+    coarse = np.pad(coarse, [(n, n) for n in pad], mode="reflect", reflect_type="odd").clip(0, 1)
+    paper = scipy.ndimage.gaussian_filter(scipy.ndimage.grey_closing(coarse, (window, window)), window / 8)
+    paper = paper[tuple(slice(n, m - n) for n, m in zip(pad, paper.shape, strict=True))]
+    darkness = resize(paper, light.shape, order=1) - light
+    strongest = np.sort(darkness, axis=None)[-max(min(darkness.size // 20, 30), 1)]
+    if strongest < MIN_CONTRAST:
+        return np.zeros(light.shape, bool)
+    # Most of a page is paper: the threshold is between what is clearly darker and the rest.
+    threshold = threshold_otsu(darkness.clip(0, strongest))
+    return darkness > max(threshold, strongest / 3, MIN_CONTRAST / 2)
+
+
+def split_page(ink):
+    """Takes ink [rows, columns] apart: pieces that are near each other, for their size, are one character.
+
+    Returns: a list of bool arrays, each cropped to its ink, in reading order; specks are left out
+    """
+    pieces, num_pieces = scipy.ndimage.label(ink, np.ones((3, 3)))
+    if num_pieces == 0:
+        return []
+    boxes = scipy.ndimage.find_objects(pieces)
+    sides = np.array([max(box[0].stop - box[0].start, box[1].stop - box[1].start) for box in boxes])
+    kept = np.flatnonzero(sides >= max(0.06 * sides.max(), min(3, sides.max()))) + 1
+    ink = np.isin(pieces, kept)
+    reach = 0.12 * np.median(sides[sides >= sides.max() / 3])  # half of the gap within a character
+    groups, num_groups = scipy.ndimage.label(scipy.ndimage.distance_transform_edt(~ink) <= reach, np.ones((3, 3)))
+    groups = groups * ink
+    boxes = [box for box in scipy.ndimage.find_objects(groups, num_groups)]
+    height = np.median([box[0].stop - box[0].start for box in boxes])
+    parts = []
+    for number, box in enumerate(boxes, start=1):
+        row, col = (box[0].start + box[0].stop) / 2, box[1].start
+        parts.append((row, col, groups[box] == number))
+    # Lines of text: the next one begins where a character's middle is lower than the last one's by its height.
+    parts.sort(key=lambda part: part[0])
+    line, lines, last = 0, [], None
+    for row, col, part in parts:
+        line += last is not None and row - last > 0.7 * height
+        last = row
+        lines.append((line, col, part))
+    lines.sort(key=lambda part: part[:2])
+    return [part for _, _, part in lines]
+
+
+def normalise(part):
+    """A character's ink [rows, columns], cropped, in the middle of 28 x 28, with Omniglot's size and stroke: bool"""
+    from skimage.morphology import dilation, disk, skeletonize
+    from skimage.transform import resize
+
+    fine = 4
+    scale = fine * CHARACTER_SIDE / max(part.shape)
+    length = max(skeletonize(part).sum(), 1)
+    missing = (3 / scale - part.sum() / length) / 2  # strokes must outlast being made smaller
+    pad = max(round(missing), 0) + 1
+    part = np.pad(part, pad)
+    if missing >= 1:
+        part = dilation(part, disk(round(missing)))
+    shape = [max(round(n * scale), 1) for n in part.shape]
+    smooth = resize(part.astype(np.float32), shape, order=1, anti_aliasing=scale < 1) > 0.5
+    canvas = np.zeros((fine * SIDE, fine * SIDE), bool)
+    top, left = ((fine * SIDE - n) // 2 for n in shape)
+    if top < 0 or left < 0:
+        smooth = smooth[max(-top, 0) :, max(-left, 0) :][: fine * SIDE, : fine * SIDE]
+        top, left = max(top, 0), max(left, 0)
+    canvas[top : top + smooth.shape[0], left : left + smooth.shape[1]] = smooth
+    strokes = dilation(skeletonize(canvas), disk(STROKE_RADIUS))
+    return fit(strokes.astype(np.float32)) >= 0.5
