@@ -57,6 +57,7 @@ class Dataset(typing.NamedTuple):
     valid: Split
     test: Split
     num_alphabets: int  # L; 0 if the source has none
+    alphabet_names: tuple = ()  # L strings
 
 
 def load(location="local", small_dataset=False, dataset_size=None):
@@ -67,7 +68,8 @@ def load(location="local", small_dataset=False, dataset_size=None):
         dataset_size: number of training images, the same for each alphabet
     Raises: UserError for anything wrong with the location or the data
     """
-    train, test, num_alphabets = _load_parts(location)
+    train, test, alphabet_names = _load_parts(location)
+    num_alphabets = len(alphabet_names)
     permutation = np.random.RandomState(123).permutation(len(train.obs))
     num_valid = round(len(train.obs) * CHARDATA_SIZES["valid"] / CHARDATA_SIZES["train"])
     train, valid = (
@@ -85,7 +87,7 @@ def load(location="local", small_dataset=False, dataset_size=None):
         train = _take_per_alphabet(train, num_per_alphabet, num_alphabets, f"--dataset-size {dataset_size}")
     if len(train.obs) == 0 or len(test.obs) == 0:
         raise UserError(f"{location} holds too few images to split into training and test images")
-    return Dataset(train, valid, test, num_alphabets)
+    return Dataset(train, valid, test, num_alphabets, tuple(alphabet_names))
 
 
 def load_for_model(checkpoint, location=None, load=load):
@@ -127,9 +129,9 @@ def _take_per_alphabet(split, num, num_alphabets, flag):
 
 
 def _load_parts(location):
-    """train, test (Split), number of alphabets"""
+    """train, test (Split), names of the alphabets"""
     if location == "glyphs":
-        return _split(*glyphs.draw_glyphs())
+        return _split(*glyphs.draw_glyphs(), list(glyphs.ALPHABETS))
     if location in SITES:
         return _load_mat(_find_site(location))
     path = pathlib.Path(location).expanduser()
@@ -139,7 +141,7 @@ def _load_parts(location):
     if path.suffix == ".mat":
         return _load_mat(path)
     if path.suffix in (".npy", ".npz"):
-        return _split(_load_array(path), None, None)
+        return _split(_load_array(path), None, None, [])
     if path.is_dir() or zipfile.is_zipfile(path):
         return _split(*_load_image_files(path))
     raise UserError(f"--data-location {location} is none of .mat, .npy, .npz, .zip or a folder of images")
@@ -219,7 +221,7 @@ def _load_mat(path):
     train, test = (_read_mat_part(path, mat, prefix) for prefix in ["", "test"])
     if train.alphabet.shape[1] != test.alphabet.shape[1]:
         raise UserError(f"{path}: target and testtarget have different numbers of alphabets")
-    return train, test, train.alphabet.shape[1]
+    return train, test, [f"alphabet {i + 1}" for i in range(train.alphabet.shape[1])]  # Omniglot's own numbers
 
 
 def _read_mat_part(path, mat, prefix):
@@ -273,7 +275,7 @@ def _binarise(path, images):
 
 def _load_image_files(path):
     """A folder or zip of images: the official release of Omniglot, or one's own,
-    whose subfolders, if any, are alphabets. Returns: obs, alphabet ids or None, characters or None"""
+    whose subfolders, if any, are alphabets. Returns: obs, alphabet ids or None, characters or None, alphabets' names"""
     files = list(_list_images(path))
     if not files:
         raise UserError(f"{path} holds no images (.png, .jpg) and none of Omniglot's zips")
@@ -290,9 +292,10 @@ def _load_image_files(path):
     obs = np.stack(
         [read(name, content()) for name, content in show_progress(files, desc="reading images", unit="", leave=False)]
     )
+    names = []
     if alphabets is not None:
-        alphabets = np.unique(alphabets, return_inverse=True)[1]
-    return obs >= 0.5, alphabets, characters and np.array(characters)
+        names, alphabets = np.unique(alphabets, return_inverse=True)
+    return obs >= 0.5, alphabets, characters and np.array(characters), [str(name) for name in names]
 
 
 def _list_images(path):
@@ -324,17 +327,16 @@ def _list_zip(path):
 # ------------------------------------------------------------------ splits
 
 
-def _split(obs, alphabet_ids, characters):
+def _split(obs, alphabet_ids, characters, alphabet_names):
     """Splits by a fixed seed into training and test part, in chardata.mat's proportions."""
     num_train, num_test = CHARDATA_SIZES["train"], CHARDATA_SIZES["test"]
     permutation = np.random.RandomState(123).permutation(len(obs))
     cut = round(len(obs) * num_train / (num_train + num_test))
-    num_alphabets = 0 if alphabet_ids is None else int(alphabet_ids.max()) + 1
     train, test = (
-        _make_split(obs[ids], *(None if a is None else a[ids] for a in (alphabet_ids, characters)), num_alphabets)
+        _make_split(obs[ids], *(None if a is None else a[ids] for a in (alphabet_ids, characters)), len(alphabet_names))
         for ids in np.split(permutation, [cut])
     )
-    return train, test, num_alphabets
+    return train, test, alphabet_names
 
 
 def _make_split(obs, alphabet_ids, characters, num_alphabets):

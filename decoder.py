@@ -78,6 +78,23 @@ class Decoder(nn.Module):
             x = context_input + F.embedding(2 * primitive_id + on, table).squeeze(1)
         return torch.stack(latent, 1).unflatten(0, shape), log_prob.view(shape)
 
+    @torch.no_grad()
+    def resample(self, latent, context, chosen, temperature):
+        """Draws some strokes' primitives anew, each given the strokes before it, at a temperature.
+
+        Args: latent [N, A, 2]; context [N, H]; chosen [N, A], bool
+        Returns: [N, A, 2]
+        """
+        table, context_input = self._get_inputs(context)
+        x, state, latent = context_input, None, latent.clone()
+        for arc_id in range(self.num_arcs):
+            state = self._step(x, state)
+            log_prob = (self._get_log_probs(state[0])[0] / temperature).log_softmax(1)
+            new = sample_categorical(log_prob).squeeze(1)
+            latent[:, arc_id, 0] = torch.where(chosen[:, arc_id], new, latent[:, arc_id, 0])
+            x = context_input + look_up(table, pack(latent[:, arc_id]))
+        return latent
+
     def log_prob(self, latent, context):
         """latent [P, B, A, 2], context [B, H] -> [P, B]"""
         table, context_input = self._get_inputs(context)

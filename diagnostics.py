@@ -1,15 +1,15 @@
 """Draws what models have learned, into save/<path_base>/.
 
-    python diagnostics.py --data-location om                     # every run in save/
+    python diagnostics.py                                        # every run in save/
     python diagnostics.py --checkpoint-path save/mws_20/checkpoints/latest.pt
-    python diagnostics.py --checkpoint-path mws_20 --images my/letters/*.png
+    python diagnostics.py --checkpoint-path mws_20 --images my/letters/*.png --examples 9
 
 losses.pdf; primitives, prior, reconstructions and, for a conditional model, alphabets, each
 as <iteration>.pdf in a folder of its name; reconstructions/<iteration>.gif, drawn stroke by
 stroke; reconstructions.gif, as training went on; and save/index.html, an overview of all runs.
+Programs are drawn as the model sees them: through the most probable of its affine maps.
 """
 
-import functools
 import io
 import math
 import pathlib
@@ -20,54 +20,20 @@ import torch
 from matplotlib.backends.backend_pdf import PdfPages
 
 import data
+import drawings
 import figures
 import losses
-import models
 import overview
+import reading
 import strokes
 import util
+from subject import Subject
 from util import UserError
 
 NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames of reconstructions.gif
-NUM_PROPOSALS = 10  # of the inference network, the best of which is drawn
+STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # that a frame of a film is shown
 
-# ------------------------------------------------------------------ a model and its data
-
-
-class Subject:
-    """A model to draw, its data and its memory, where there are any."""
-
-    def __init__(self, name, checkpoint, dataset, memory):
-        self.folder, self.dataset, self.memory = util.SAVE / name, dataset, memory
-        self.iteration, self.num_alphabets = checkpoint["iteration"], checkpoint["num_alphabets"]
-        self.generative_model, self.inference_network = models.from_checkpoint(checkpoint)
-
-    def get_images(self, obs_id):
-        """Training images by number: obs [N, R, C], alphabet [N, L] or None"""
-        split = self.dataset.train
-        return split.obs[obs_id], split.alphabet[obs_id] if self.num_alphabets else None
-
-    def reconstruct(self, obs_id):
-        """The programs of training images, best first in the memory, or read: [N, A, 2]"""
-        if self.memory is not None:
-            return losses.unpack(self.memory[obs_id, 0])
-        return infer(self.generative_model, self.inference_network, *self.get_images(obs_id), NUM_PROPOSALS)[0]
-
-
-@torch.no_grad()
-def infer(generative_model, inference_network, obs, alphabet, num_particles):
-    """The best of a number of programs that the inference network proposes for each image.
-
-    Args: obs [B, R, C]; alphabet [B, L] one-hot or None
-    Returns: latent [B, A, 2]; log_joint [B], its log p(z, x) in nats
-    """
-    best = []
-    for ids in torch.arange(len(obs)).split(50):
-        some_alphabet = None if alphabet is None else alphabet[ids]
-        latent = inference_network.sample(obs[ids], num_particles, some_alphabet)  # [P, B, A, 2]
-        log_joint, particle_id = losses.score(generative_model, latent, obs[ids], some_alphabet).max(0)
-        best.append((latent[particle_id, torch.arange(len(ids))], log_joint))
-    return [torch.cat(parts) for parts in zip(*best, strict=True)]
+# ------------------------------------------------------------------ files
 
 
 def choose_ids(given, num_all, num_default, flag):
@@ -79,20 +45,20 @@ def choose_ids(given, num_all, num_default, flag):
     return torch.tensor(given)
 
 
-# ------------------------------------------------------------------ files
-
-
-def save_figures(name, kind, iteration, some_figures):
-    """Writes an iterable of figures as the pages of a PDF, and the first as a thumbnail. Returns: the PDF's path"""
+def save_figures(subject, kind, some_figures, stem=None):
+    """Writes an iterable of figures as the pages of a PDF and, if it is of the newest checkpoint and its own data, the
+    first as a thumbnail. Returns: the PDF's path"""
     file, thumbnail = io.BytesIO(), io.BytesIO()
     with PdfPages(file, metadata={"CreationDate": None}) as pages:
         for figure in some_figures:
             pages.savefig(figure)
             if thumbnail.tell() == 0:
-                figure.savefig(thumbnail, format="png", dpi=300 / figure.get_size_inches()[0])
-    stem = kind if iteration is None else f"{kind}/{iteration}"
-    util.write(util.SAVE / name / f"{stem}.pdf", file.getvalue())
-    util.write(overview.get_thumbnail_path(name, kind), thumbnail.getvalue())
+                figure.savefig(thumbnail, format="png", dpi=overview.THUMBNAIL_PIXELS / figure.get_size_inches()[0])
+    path = subject.folder / f"{stem or subject.get_stem(kind)}.pdf"
+    util.write(path, file.getvalue())
+    if subject.is_latest and not subject.other_data:
+        util.write(overview.get_thumbnail_path(subject.name, kind), thumbnail.getvalue())
+    return path
 
 
 def save_film(path, frames, milliseconds):
@@ -101,10 +67,10 @@ def save_film(path, frames, milliseconds):
     util.write(path, imageio.imwrite("<bytes>", frames, extension=".gif", duration=durations, loop=0))
 
 
-def save_programs(folder, subject, latent, names, **details):
-    """SVG and JSON of each latent [N, A, 2]; details: lists of N plain values"""
+def save_programs(folder, subject, latent, map_id, names, **details):
+    """SVG and JSON of each latent [N, A, 2]; map_id [N] or None; details: lists of N plain values"""
     for i, name in enumerate(names):
-        program = strokes.get_program(subject.generative_model, latent[i])
+        program = strokes.get_program(subject.generative_model, latent[i], None if map_id is None else map_id[i])
         util.write(folder / f"{name}.svg", strokes.to_svg(program).encode())
         more = {key: values[i] for key, values in details.items()}
         text = strokes.to_json(program, iteration=subject.iteration, **more)
@@ -114,58 +80,87 @@ def save_programs(folder, subject, latent, names, **details):
 # ------------------------------------------------------------------ what is drawn
 
 
-def draw_losses(name, checkpoint):
-    """losses.pdf"""
+def draw_losses(subject, checkpoint, args):
+    """losses.pdf, of an older checkpoint losses/<iteration>.pdf"""
     statistics, memory = checkpoint["statistics"], checkpoint["memory"]
     if not any(len(values) for values in statistics.values()):
-        print(f"{name}: no losses yet")
+        print(f"{subject.name}: no losses in this checkpoint")
         return
     log_num_images = None
     if memory is not None:  # the prior loss of one program for each image, equally often, were its entropy
         log_num_images = math.log(len(memory) / max(checkpoint["num_alphabets"], 1))
-    figure = figures.losses_figure(statistics, log_num_images, name)
-    save_figures(name, "losses", None, [figure])
+    figure = figures.losses_figure(statistics, log_num_images, subject.get_title(), args.log_iterations)
+    stem = "losses" if subject.is_latest else f"losses/{subject.iteration}"
+    save_figures(subject, "losses", [figure], stem)
 
 
-def draw_model(name, subject, args):
+def draw_model(subject, args):
     """What needs no data: the library of strokes, samples from the prior"""
-    model, iteration = subject.generative_model, subject.iteration
-    title = f"{name}, iteration {iteration}"
-    figure = figures.primitives_figure(model, args.resolution, f"primitives of {title}")
-    save_figures(name, "primitives", iteration, [figure])
+    model, name, iteration = subject.generative_model, subject.name, subject.iteration
+    source = "memory" if subject.memory is not None else "prior"
+    title = f"{name}, iteration {iteration}: primitives"
+    figure = figures.primitives_figure(model, args.resolution, title, subject.get_usage(), source)
+    save_figures(subject, "primitives", [figure], f"primitives/{iteration}")
     latent, _ = model.sample(args.num_prior_samples)
-    figure = figures.grid_figure(figures.draw(model, latent, args.resolution), 10, f"samples from the prior of {title}")
-    save_figures(name, "prior", iteration, [figure])
+    maps = drawings.draw_maps(model, len(latent)) if args.random_maps else None
+    probs = drawings.draw(model, latent, args.resolution, maps)
+    seen = ", through random maps" if maps is not None else ""
+    figure = figures.grid_figure(probs, 10, f"{name}, iteration {iteration}: samples from the prior{seen}")
+    save_figures(subject, "prior", [figure], f"prior/{iteration}")
 
 
-def draw_reconstructions(name, subject, args):
+def draw_strokes(subject, obs, latent, labels, title, args):
+    """Programs stroke by stroke. Args: obs [N, R, C]; latent [N, A, 2]
+    Returns: an iterable of figures; map_id [N] or None; stages [N, A - 1, R, R]"""
+    model, resolution = subject.generative_model, args.resolution
+    map_id, maps = drawings.get_maps(model, latent, obs)
+    stages = drawings.draw_stages(model, latent, resolution, maps)  # [N, A - 1, R, R]
+    seen = drawings.resize(drawings.draw(model, latent, 28, maps), resolution)
+    canonical = drawings.draw(model, latent, resolution) if args.canonical else None
+    pen, off = drawings.get_pen_path(model, latent, resolution, maps), drawings.is_off_page(model, latent, maps)
+    paths, off_page = [], []
+    for z, moves, row_off in zip(latent, pen, off, strict=True):
+        visible = (z[:, 1] > 0).nonzero().squeeze(1).tolist()
+        before = [-1, *visible]
+        paths.append([moves[i + 1 : j] for i, j in zip(before, visible, strict=False)])
+        off_page.append(row_off[visible].tolist())
+    pages = figures.stroke_figures(
+        drawings.resize(obs, resolution), seen, stages, labels, title, paths, off_page, canonical
+    )
+    return pages, map_id, stages
+
+
+def draw_reconstructions(subject, args):
     """Returns: obs_id [N], obs [N, R, R], stages [N, A - 1, R, R], what the films show too"""
     obs_id = choose_ids(args.obs_ids, len(subject.dataset.train.obs), args.num_reconstructions, "--obs-ids")
-    obs, _ = subject.get_images(obs_id)
-    latent = subject.reconstruct(obs_id)  # [N, A, 2]
-    stages = figures.draw_stages(subject.generative_model, latent, args.resolution)  # [N, A - 1, R, R]
-    obs = figures.resize(obs, args.resolution)  # [N, R, R]
+    obs, alphabet = subject.get_images(obs_id)
+    latent = subject.reconstruct(obs_id, args)  # [N, A, 2]
+    log_joint = losses.score(subject.generative_model, latent.unsqueeze(0), obs, alphabet)[0].tolist()
     source = "memory" if subject.memory is not None else "inference network"
-    title = f"{name}, iteration {subject.iteration}\ntraining images and their programs ({source}), stroke by stroke"
-    labels = [str(i) for i in obs_id.tolist()]
-    pages = figures.stroke_figures(obs, stages, labels, title)
-    save_figures(name, "reconstructions", subject.iteration, pages)
+    title = f"{subject.get_title()}: programs of {'' if subject.other_data else 'training '}images ({source})"
+    labels = [
+        "\n".join(filter(None, [f"image {i}", subject.get_alphabet_name(i), f"{score:.0f} nats"]))
+        for i, score in zip(obs_id.tolist(), log_joint, strict=True)
+    ]
+    pages, map_id, stages = draw_strokes(subject, obs, latent, labels, title, args)
+    save_figures(subject, "reconstructions", pages)
     if args.svg:
-        folder = subject.folder / "reconstructions" / str(subject.iteration)
-        save_programs(folder, subject, latent, labels, obs_id=obs_id.tolist())
-    return obs_id, obs, stages
+        folder = subject.folder / subject.get_stem("reconstructions")
+        names = [str(i) for i in obs_id.tolist()]
+        save_programs(folder, subject, latent, map_id, names, obs_id=obs_id.tolist(), log_joint=log_joint)
+    return obs_id, drawings.resize(obs, args.resolution), stages
 
 
-def film_strokes(name, subject, obs, stages, num_cols=4):
+def film_strokes(subject, obs, stages, num_cols=4):
     """Images beside their reconstructions, which are drawn stroke by stroke"""
     obs, stages = obs[: NUM_FILMED * 2], stages[: NUM_FILMED * 2]
     current, frames = torch.zeros_like(obs), []
-    for stage in [torch.zeros_like(obs), *stages.unbind(1)]:
+    for i, stage in enumerate([torch.zeros_like(obs), *stages.unbind(1)]):
         if len(frames) and stage.isnan().all():
             break
         current = torch.where(stage.isnan(), current, stage)
-        frames.append(pair_frame(obs, current, num_cols, f"{name}, iteration {subject.iteration}"))
-    save_film(subject.folder / "reconstructions" / f"{subject.iteration}.gif", frames, 500)
+        frames.append(pair_frame(obs, current, num_cols, f"{subject.get_title()}: images and programs, {i} strokes"))
+    save_film(subject.folder / f"{subject.get_stem('reconstructions')}.gif", frames, STROKE_MILLISECONDS)
 
 
 def pair_frame(obs, probs, num_cols, title):
@@ -173,29 +168,30 @@ def pair_frame(obs, probs, num_cols, title):
     return figures.to_frame(figures.tile(torch.stack([obs, probs], 1).flatten(0, 1), 2 * num_cols), title)
 
 
-def film_training(name, subject, obs_id, args):
-    """The same characters, as training went on"""
-    checkpoints = util.get_checkpoint_path(name).parent.glob("*.pt")
-    iterations = sorted(int(path.stem) for path in checkpoints if path.stem.isdigit())
-    if len(iterations) < 2:
+def film_training(subject, obs_id, args):
+    """The same characters, as training went on, up to the checkpoint that is drawn"""
+    numbered = [path for path in subject.path.parent.glob("*.pt") if path.stem.isdigit()]
+    numbered = sorted((p for p in numbered if int(p.stem) < subject.iteration), key=lambda path: int(path.stem))
+    if not numbered or not subject.is_latest or subject.other_data:
         return
-    chosen = torch.linspace(0, len(iterations) - 1, min(MAX_FRAMES, len(iterations))).round().long().tolist()
+    chosen = torch.linspace(0, len(numbered) - 1, min(MAX_FRAMES - 1, len(numbered))).round().long().tolist()
     obs_id, frames = obs_id[:NUM_FILMED], []
-    obs = figures.resize(subject.get_images(obs_id)[0], args.resolution)
-    for i in chosen:
+    obs = subject.get_images(obs_id)[0]
+    for path in [*(numbered[i] for i in chosen), subject.path]:
         try:
-            checkpoint = util.load_checkpoint(util.get_checkpoint_path(name, iterations[i]))
+            then = Subject(subject.name, path, util.load_checkpoint(path), subject.dataset)
         except UserError as error:
-            print(f"{name}: {error}, left out of the film")
+            print(f"{subject.name}: {error}, left out of the film")
             continue
-        then = Subject(name, checkpoint, subject.dataset, None if subject.memory is None else checkpoint["memory"])
-        probs = figures.draw(then.generative_model, then.reconstruct(obs_id), args.resolution)
-        frames.append(pair_frame(obs, probs, 4, f"{name}, iteration {then.iteration}"))
-    if frames:
-        save_film(subject.folder / "reconstructions.gif", frames, 300)
+        latent = then.reconstruct(obs_id)
+        _, maps = drawings.get_maps(then.generative_model, latent, obs)
+        probs = drawings.draw(then.generative_model, latent, args.resolution, maps)
+        title = f"{subject.name}: images and programs at iteration {then.iteration}"
+        frames.append(pair_frame(drawings.resize(obs, args.resolution), probs, 4, title))
+    save_film(subject.folder / "reconstructions.gif", frames, CHECKPOINT_MILLISECONDS)
 
 
-def draw_alphabets(name, subject, args):
+def draw_alphabets(subject, args):
     """For each alphabet its images, their reconstructions, and new characters"""
     num_cols, num = args.alphabet_num_cols, args.alphabet_num_rows * args.alphabet_num_cols
     alphabet_ids = choose_ids(args.alphabet_ids, subject.num_alphabets, subject.num_alphabets, "--alphabet-ids")
@@ -206,82 +202,112 @@ def draw_alphabets(name, subject, args):
             members = subject.dataset.train.alphabet[:, alphabet_id].nonzero().squeeze(1)
             obs_id = members[torch.linspace(0, len(members) - 1, min(num, len(members))).round().long()]
             new, _ = model.sample(num, one_hot[alphabet_id].expand(num, -1))
+            obs, latent = subject.get_images(obs_id)[0], subject.reconstruct(obs_id)
+            _, maps = drawings.get_maps(model, latent, obs)
             panels = {
-                "images": figures.resize(subject.get_images(obs_id)[0], args.resolution),
-                "reconstructions": figures.draw(model, subject.reconstruct(obs_id), args.resolution),
-                "new characters": figures.draw(model, new, args.resolution),
+                "images": drawings.resize(obs, args.resolution),
+                "as the model sees them": drawings.draw(model, latent, args.resolution, maps),
+                "new characters": drawings.draw(model, new, args.resolution),
             }
-            title = f"alphabet {alphabet_id} of {name}, iteration {subject.iteration}"
+            title = f"{subject.dataset.alphabet_names[alphabet_id]}: {subject.get_title()}"
             yield figures.panels_figure(panels, num_cols, title)
 
-    save_figures(name, "alphabets", subject.iteration, draw_pages())
+    save_figures(subject, "alphabets", draw_pages())
 
 
-def draw_images(name, subject, args):
-    """Reads programs off the user's own images, the best of many; a conditional model tries all alphabets"""
-    obs = torch.stack([torch.as_tensor(data.read_image(path, read_file(path)) >= 0.5).float() for path in args.images])
-    num_alphabets, networks = subject.num_alphabets, (subject.generative_model, subject.inference_network)
-    alphabets = torch.eye(num_alphabets).unbind() if num_alphabets else [None]
-    num_particles, tries = math.ceil(args.num_particles / len(alphabets)), []
-    for alphabet in alphabets:
-        given = None if alphabet is None else alphabet.expand(len(obs), -1)
-        tries.append(infer(*networks, obs, given, num_particles))
-    log_joint, best = torch.stack([score for _, score in tries]).max(0)  # [N]
-    latent = torch.stack([latent for latent, _ in tries])[best, torch.arange(len(obs))]  # [N, A, 2]
-    stems = [pathlib.Path(path).stem for path in args.images]
-    names = [f"{stem}-{i}" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems)]
-    details = dict(image=[str(path) for path in args.images], log_joint=log_joint.tolist())
-    if num_alphabets:
-        details["alphabet"] = best.tolist()
-    save_programs(subject.folder / "images", subject, latent, names, **details)
-    stages = figures.draw_stages(subject.generative_model, latent, args.resolution)
-    labels = [f"{stem[:12]}\n{score:.0f} nats" for stem, score in zip(names, log_joint.tolist(), strict=True)]
-    title = f"{name}, iteration {subject.iteration}\nbest of {args.num_particles} programs, stroke by stroke"
-    pages = figures.stroke_figures(figures.resize(obs, args.resolution), stages, labels, title)
-    save_figures(name, "images", subject.iteration, pages)
+# ------------------------------------------------------------------ images of one's own
 
 
-def read_file(path):
-    try:
-        return pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"--images: cannot read {path} ({error.strerror})") from None
+def get_free_path(folder, stem, *suffixes):
+    """The stem, with a number if there are such files already: what was drawn before stays"""
+    number, free = 1, stem
+    while any((folder / f"{free}{suffix}").exists() for suffix in suffixes):
+        number += 1
+        free = f"{stem}-{number}"
+    return free
+
+
+def draw_images(subject, args):
+    """Reads programs off the user's own images, and prints where everything is"""
+    characters, folder = reading.read_characters(args.images, args.as_is), subject.folder / "images"
+    networks = subject.generative_model, subject.inference_network
+    search = args.num_particles, args.num_best, args.num_rounds, args.num_mutants
+    programs = reading.find_programs(*networks, characters.obs, *search)
+    latent, log_joint = programs.latent[0], programs.log_joint[0].tolist()
+    names = []
+    for name in characters.names:  # one after another, as they are written
+        names.append(get_free_path(folder, name, ".json"))
+        while names[-1] in names[:-1]:
+            names[-1] += "-again"
+    labels = [f"{name}\n{score:.0f} nats" for name, score in zip(names, log_joint, strict=True)]
+    title = f"{subject.name}, iteration {subject.iteration}: best programs found"
+    pages, map_id, _ = draw_strokes(subject, characters.obs, latent, labels, title, args)
+    details = dict(image=characters.files, log_joint=log_joint)
+    if programs.alphabet_id is not None:
+        details["alphabet"] = programs.alphabet_id.tolist()
+    save_programs(folder, subject, latent, map_id, names, **details)
+    stem = get_free_path(folder, str(subject.iteration), ".pdf")
+    for name, file, score, z in zip(names, characters.files, log_joint, latent, strict=True):
+        print(f"{file}: log p(x, z) = {score:.1f} nats, {int(z[:, 1].sum())} strokes: {folder / name}.svg, {name}.json")
+    print(f"stroke by stroke: {save_figures(subject, 'images', pages, f'images/{stem}')}")
+    if args.examples:
+        draw_examples(subject, characters, programs, names, args, f"images/{stem}-examples")
+
+
+def draw_examples(subject, characters, programs, names, args, stem):
+    """New examples of characters, beside the originals"""
+    examples = reading.draw_examples(
+        subject.generative_model, programs, args.examples, args.resolution, args.vary
+    )  # [N, E, R, R]
+    how = "" if args.vary is None else f"\nstrokes redrawn at temperature {args.vary:g}"
+    title = f"{subject.name}, iteration {subject.iteration}{how}"
+    num_cols = math.ceil(math.sqrt(args.examples))
+
+    def draw_pages():
+        obs = drawings.resize(characters.obs, args.resolution)
+        for name, original, new in zip(names, obs, examples, strict=True):
+            yield figures.panels_figure({name: original.unsqueeze(0), "new examples": new}, num_cols, title)
+
+    print(f"new examples: {save_figures(subject, 'examples', draw_pages(), stem)}")
 
 
 # ------------------------------------------------------------------ runs
 
 
-def draw_run(name, checkpoint, args, load_data):
+def draw_run(name, path, checkpoint, args, load_data):
     """All that can be drawn of a run; what needs data that is missing is named"""
     util.set_seed(0)
-    draw_losses(name, checkpoint)
+    if args.images:
+        draw_images(Subject(name, path, checkpoint), args)
+        return
+    dataset, other_data = None, ""
+    if not args.loss_only:
+        try:
+            dataset = data.load_for_model(checkpoint, args.data_location, load_data)
+        except UserError as error:
+            missing = "reconstructions" + (" and alphabets" if checkpoint["num_alphabets"] else "")
+            print(f"{name}: without its data no {missing}: {error}")
+    if dataset is not None and checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
+        location = args.data_location or checkpoint["args"]["data_location"]
+        other_data = util.get_location_name(location)
+        print(f"{name}: {location} is not what it was trained on; it reads these images, its memory is left out")
+    subject = Subject(name, path, checkpoint, dataset, other_data)
+    draw_losses(subject, checkpoint, args)
     if args.loss_only:
         return
-    dataset, memory = None, checkpoint["memory"]
-    try:
-        dataset = data.load_for_model(checkpoint, args.data_location, load_data)
-    except UserError as error:
-        missing = "reconstructions" + (" and alphabets" if checkpoint["num_alphabets"] else "")
-        print(f"{name}: without its data no {missing}: {error}")
-    if dataset is not None and checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
-        print(f"{name}: these are not the images that it was trained on; it reads them, its memory is left out")
-        memory = None
-    subject = Subject(name, checkpoint, dataset, memory)
-    draw_model(name, subject, args)
-    if args.images:
-        draw_images(name, subject, args)
+    draw_model(subject, args)
     if dataset is not None:
-        obs_id, obs, stages = draw_reconstructions(name, subject, args)
-        film_strokes(name, subject, obs, stages)
-        film_training(name, subject, obs_id, args)
+        obs_id, obs, stages = draw_reconstructions(subject, args)
+        film_strokes(subject, obs, stages)
+        film_training(subject, obs_id, args)
         if subject.num_alphabets:
-            draw_alphabets(name, subject, args)
+            draw_alphabets(subject, args)
     print(f"{name}: drawn at iteration {subject.iteration}")
 
 
 def draw_all(args, load_data):
     """Every run in save/; what cannot be drawn is named"""
-    names = sorted(path.name for path in util.SAVE.glob("*") if path.is_dir())
+    names = sorted(path.name for path in util.SAVE.glob("*") if path.is_dir() and not path.name.startswith("."))
     if not names:
         print(f"there is no run in {util.SAVE}/ yet; train one with python main.py")
     for name in names:
@@ -290,20 +316,37 @@ def draw_all(args, load_data):
             if checkpoint is None:
                 print(f"{name}: no checkpoint yet, skipped")
             else:
-                draw_run(name, checkpoint, args, load_data)
+                draw_run(name, util.get_checkpoint_path(name), checkpoint, args, load_data)
         except UserError as error:
             print(f"{name}: {error}", file=sys.stderr)
 
 
+def get_loader():
+    """data.load, which loads, or fails to, once for the same arguments"""
+    known = {}
+
+    def load(*given):
+        if given not in known:
+            try:
+                known[given] = data.load(*given)
+            except UserError as error:
+                known[given] = error
+        if isinstance(known[given], UserError):
+            raise known[given]
+        return known[given]
+
+    return load
+
+
 def main(argv=None):
     args = parse_args(argv)
-    load_data = functools.lru_cache(2)(data.load)
+    load_data = get_loader()
     if args.checkpoint_path is None:
         draw_all(args, load_data)
     else:
         path = util.find_checkpoint(args.checkpoint_path)
         checkpoint = util.load_checkpoint(path)
-        draw_run(util.get_run_name(path, checkpoint["args"]), checkpoint, args, load_data)
+        draw_run(util.get_run_name(path, checkpoint["args"]), path, checkpoint, args, load_data)
     if util.SAVE.is_dir():
         print(f"overview: {overview.write_overview()}")
     return 0
@@ -316,19 +359,32 @@ def parse_args(argv=None):
     add("--data-location", "as main.py takes it (default: where each model was trained)", default=None)
     add("--checkpoint-path", "draw this one: a file, or a run's folder or path base (default: every run in save/)")
     add("--loss-only", "draw losses.pdf only", action="store_true")
+    add("--log-iterations", "a logarithmic axis of iterations", action="store_true")
     add("--resolution", "pixels of a drawing's side", type=util.in_range(int, 8, 1024), default=28)
+    add("--canonical", "show each program's drawing without the affine map, too", action="store_true")
     add("--num-reconstructions", "training images to draw", type=positive, default=100)
     add("--num-prior-samples", "samples from the prior to draw", type=positive, default=100)
+    add("--random-maps", "draw samples from the prior through random affine maps, as the model does", action="store_true")
     add("--obs-ids", "numbers of the training images to draw (default: evenly spaced)", type=natural, nargs="+")
     add("--alphabet-ids", "numbers of the alphabets to draw (default: all)", type=natural, nargs="+")
     add("--alphabet-num-rows", "rows of characters of an alphabet", type=positive, default=4)
     add("--alphabet-num-cols", "columns of characters of an alphabet", type=positive, default=5)
     add("--svg", "also write each reconstruction as SVG, with its program as JSON", action="store_true")
+    add("--search", "improve reconstructions of models without a memory by search", action="store_true")
     add("--images", "image files of your own: read programs off them (needs --checkpoint-path)", nargs="+")
-    add("--num-particles", "programs to try for each of --images", type=positive, default=1000)
+    add("--as-is", "do not prepare --images: one character each, of Omniglot's size and stroke", action="store_true")
+    add("--num-particles", "programs proposed for each of --images", type=positive, default=1000)
+    add("--num-best", "programs that the search keeps for each image", type=positive, default=200)
+    add("--num-rounds", "rounds of the search", type=natural, default=400)
+    add("--num-mutants", "changed programs for each image in a round", type=positive, default=200)
+    add("--examples", "new examples to draw of each of --images", type=positive, default=None)
+    add("--vary", "temperature at which --examples redraw some strokes from the prior", type=util.in_range(float, 1e-3))
     args = parser.parse_args(argv)
     if args.images and args.checkpoint_path is None:
         raise UserError("--images needs --checkpoint-path, the model that reads them")
+    for flag, needed in [("examples", "images"), ("vary", "examples"), ("as_is", "images")]:
+        if getattr(args, flag) and not getattr(args, needed):
+            raise UserError(f"--{flag.replace('_', '-')} needs --{needed}")
     return args
 
 

@@ -5,52 +5,23 @@ Figures are made without pyplot, so that they go when they are no longer referre
 """
 
 import math
-import textwrap
 
 import matplotlib
 import matplotlib.backends.backend_agg
+import matplotlib.colors
 import matplotlib.figure
+import matplotlib.transforms
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import rendering
+from drawings import draw, draw_arcs, draw_primitives, draw_stages, get_extent, resize  # noqa: F401
 
 MAX_POINTS = 300  # of a curve; longer ones are thinned
-PIXELS_AT_ONCE = 64 * 28 * 28
-EMPTY = "#e8eef4"
+EMPTY, NEWEST, PEN_UP, START = "#e8eef4", "#d1410c", "#3b7dd8", "#3b7dd8"
+SETTLED = 0.05  # of a curve: its beginning, which does not dictate the axis
 
-# ------------------------------------------------------------------ drawing programs
-
-
-@torch.no_grad()
-def draw(generative_model, latent, resolution):
-    """latent [..., A, 2] -> probabilities of ink [..., R, R] at a resolution"""
-    flat = latent.flatten(0, -3)  # [N, A, 2]
-    at_once = max(PIXELS_AT_ONCE // resolution**2, 1)
-    probs = [
-        generative_model.get_logits(chunk, resolution, resolution).sigmoid().cpu() for chunk in flat.split(at_once)
-    ]
-    return torch.cat(probs).view(*latent.shape[:-2], resolution, resolution)
-
-
-def draw_stages(generative_model, latent, resolution):
-    """A latent after each of its visible strokes: [N, A, 2] -> [N, A - 1, R, R], nan where there are no more"""
-    num_arcs = latent.shape[1]
-    stages = latent.unsqueeze(1).repeat(1, num_arcs, 1, 1)  # [N, A, A, 2]: the s-th ends with arc s
-    stages[..., 1] *= torch.ones(num_arcs, num_arcs, dtype=torch.long, device=latent.device).tril()
-    probs = draw(generative_model, stages, resolution)  # [N, A, R, R]
-    visible = latent[..., 1].cpu() > 0  # [N, A]
-    order = (~visible).long().argsort(dim=1, stable=True)  # the visible ones first
-    probs = probs.gather(1, order[..., None, None].expand_as(probs))
-    num_visible = visible.sum(1, keepdim=True)
-    probs[torch.arange(num_arcs) >= num_visible] = math.nan
-    return probs[:, : max(num_arcs - 1, 1)]
-
-
-def resize(obs, resolution):
-    """Images [N, R, C] at another resolution, their pixels kept square"""
-    return F.interpolate(obs.unsqueeze(1).cpu(), size=(resolution, resolution), mode="nearest")[:, 0]
+# ------------------------------------------------------------------ tiles
 
 
 def tile(images, num_cols, below=0):
@@ -70,15 +41,17 @@ def show(axes, image):
     axes.set_axis_off()
 
 
-# ------------------------------------------------------------------ grids
-
-
 def make_figure(width, height, title):
-    """A figure of so many inches, its title broken into lines that fit"""
-    lines = [line for part in title.split("\n") for line in textwrap.wrap(part, int(14 * width))]
+    """A figure of so many inches; a title too long for its line loses its middle"""
+    lines = [shorten(line, int(13 * width)) for line in title.split("\n")]
     figure = matplotlib.figure.Figure(figsize=(width, height + 0.17 * len(lines)), layout="constrained")
     figure.suptitle("\n".join(lines), fontsize=9)
     return figure
+
+
+def shorten(text, length):
+    """A text of at most so many characters, the middle left out"""
+    return text if len(text) <= length else f"{text[: (length - 2) // 2]}…{text[-(length - 1) // 2 :]}"
 
 
 def grid_figure(images, num_cols, title, labels=()):
@@ -96,66 +69,30 @@ def grid_figure(images, num_cols, title, labels=()):
     return figure
 
 
-def primitives_figure(generative_model, resolution, title):
-    """Every primitive [K, 5] drawn from the centre, at 56 x 56 at least, all on one scale on which none is cut off"""
-    primitives = generative_model.get_primitives().detach()  # [K, 5]
-    zoom = min(1.0, 0.47 / get_extent(primitives))
-    primitives = primitives * primitives.new_tensor([zoom, zoom, 1, 1 / zoom, zoom])  # ink keeps its shape
-    arcs = F.pad(primitives, (2, 0), value=0.5).unsqueeze(1)  # [K, 1, 7]
-    on = torch.ones(len(arcs), 1, dtype=torch.long, device=arcs.device)
+def primitives_figure(generative_model, resolution, title, usage, source):
+    """Every primitive, the most used first: usage [K], shares of the strokes of the source, memory or prior"""
     resolution = max(resolution, 56)
-    probs = draw_arcs(generative_model, arcs, on, resolution)
-    title = f"{title}\nfrom the centre of a square {1 / zoom:.2f} characters wide"
-    return grid_figure(probs, 8, title, [str(i) for i in range(len(probs))])
-
-
-@torch.no_grad()
-def draw_arcs(generative_model, arcs, on, resolution):
-    """arcs [N, A, 7], on [N, A] -> probabilities of ink [N, R, R] at a resolution"""
-    return (
-        rendering.get_logits(arcs, on, generative_model.get_rendering_params(), resolution, resolution).sigmoid().cpu()
-    )
-
-
-def get_extent(primitives):
-    """How far the ink of primitives [K, 5] goes from where they start, along an axis"""
-    dx, dy, theta, sharpness, width = (x.unsqueeze(1) for x in primitives.double().unbind(1))
-    # A point at t of the way is at the angle t * theta from the start's tangent, by the chord of that part.
-    t = torch.linspace(0, 1, 33, dtype=torch.double, device=dx.device)
-    chord = torch.where(theta.abs() < 1e-6, t, (t * theta).sin() / theta.sin())
-    turn = (1 - t) * theta
-    x = chord * (dx * turn.cos() - dy * turn.sin())
-    y = chord * (dx * turn.sin() + dy * turn.cos())
-    reach = (
-        torch.stack([x.abs(), y.abs()]).amax((0, 2)) + (width.squeeze(1) ** 2 + 3 / sharpness.squeeze(1) ** 2).sqrt()
-    )
-    return reach.max().item()
-
-
-def stroke_figures(obs, stages, labels, title, num_rows=20):
-    """Pages of rows: an image, then the drawing after each visible stroke.
-
-    Args: obs [N, R, R]; stages [N, S, R, R]; labels: N strings
-    """
-    rows = torch.cat([obs.unsqueeze(1), stages], 1)  # [N, 1 + S, R, R]
-    for page in range(0, len(rows), num_rows):
-        some = rows[page : page + num_rows]
-        figure = make_figure(0.6 * rows.shape[1] + 0.8, 0.6 * len(some) + 0.3, title)
-        axes = figure.subplots()
-        image = tile(some.flatten(0, 1), rows.shape[1])
-        show(axes, image)
-        height = image.shape[0] / len(some)
-        for i, label in enumerate(labels[page : page + num_rows]):
-            axes.text(-0.1 * height, (i + 0.5) * height, label, ha="right", va="center", fontsize=6)
-        yield figure
+    probs, start, side = draw_primitives(generative_model, resolution)
+    order = usage.argsort(descending=True, stable=True)
+    labels = [f"{i}: {usage[i]:.1%}" for i in order.tolist()]
+    figure = grid_figure(probs[order], 8, f"{title}\nshares of the {source}'s strokes; dots are starts; a tile is {side:.2f} characters wide", labels)
+    (axes,) = figure.axes
+    gap = max(resolution // 14, 1)
+    row, col = np.divmod(np.arange(len(order)), 8)
+    x = gap + col * (resolution + gap) + start[order, 0].numpy()
+    y = gap + row * (resolution + gap + resolution // 4) + start[order, 1].numpy()
+    axes.plot(x, y, ".", color=START, ms=3)
+    return figure
 
 
 def panels_figure(panels, num_cols, title):
     """Grids of images side by side: panels: {title: [N, R, R]}"""
     num_rows = math.ceil(max(len(images) for images in panels.values()) / num_cols)
-    figure = make_figure(0.55 * num_cols * len(panels) + 0.4, 0.55 * num_rows + 0.5, title)
-    for axes, (name, images) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-        show(axes, tile(images, num_cols))
+    widths = [min(num_cols, len(images)) for images in panels.values()]
+    figure = make_figure(max(0.55 * sum(widths) + 0.4, 4), 0.55 * num_rows + 0.5, title)
+    all_axes = np.atleast_1d(figure.subplots(1, len(panels), width_ratios=widths))
+    for axes, width, (name, images) in zip(all_axes, widths, panels.items(), strict=True):
+        show(axes, tile(images, width))
         axes.set_title(name, fontsize=8)
     return figure
 
@@ -167,6 +104,67 @@ def to_frame(image, title, num_pixels=6):
     canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+# ------------------------------------------------------------------ stroke by stroke
+
+
+def colour_newest(stages):
+    """Drawings after each stroke, [N, S, R, R], as RGB, the ink that is new in colour: [N, S, R, R, 3]"""
+    before = F.pad(stages, (0, 0, 0, 0, 1, 0))[:, :-1]
+    new = ((stages - before) / stages.clamp(min=1e-3)).clamp(0, 1).unsqueeze(-1)
+    colour = torch.tensor(matplotlib.colors.to_rgb(NEWEST))
+    return 1 - stages.unsqueeze(-1) * (1 - new * colour)
+
+
+def stroke_figures(obs, seen, stages, labels, title, paths=None, off_page=None, canonical=None, num_rows=20):
+    """Pages of rows: an image, its program as the model sees it, and the drawing after each visible stroke, the newest
+    in colour, with the pen's way to it.
+
+    Args: obs, seen, canonical (or None) [N, R, R]; stages [N, S, R, R]; labels: N strings; paths: for each row a list
+        of a visible stroke's pen-up moves [M, 2, 2], in pixels (column, row); off_page: for each row a list of bools
+    """
+    headings = ["image", "as the model\nsees it", *(f"stroke {i + 1}" for i in range(stages.shape[1]))]
+    images = [obs.unsqueeze(1), seen.unsqueeze(1)]
+    images = [x.unsqueeze(-1).neg().add(1).expand(-1, -1, -1, -1, 3) for x in images] + [colour_newest(stages)]
+    if canonical is not None:
+        headings.append("canonical")
+        images.append(1 - canonical[:, None, :, :, None].expand(-1, -1, -1, -1, 3))
+    rows = torch.cat(images, 1)  # [N, columns, R, R, 3]
+    size, gap = rows.shape[2], max(rows.shape[2] // 14, 1)
+    for page in range(0, len(rows), num_rows):
+        chosen = range(page, min(page + num_rows, len(rows)))
+        figure = make_figure(0.6 * rows.shape[1] + 1.1, 0.6 * len(chosen) + 0.5, title)
+        axes = figure.subplots()
+        channels = [tile(rows[page : page + num_rows, ..., c].flatten(0, 1), rows.shape[1]) for c in range(3)]
+        image = np.stack(channels, -1)
+        axes.imshow(np.where(np.isnan(image), matplotlib.colors.to_rgb(EMPTY), image), interpolation="none")
+        axes.set_axis_off()
+        axes.text(-gap, -gap, "log p(x, z)", ha="right", va="bottom", fontsize=5)
+        for col, heading in enumerate(headings):
+            axes.text(gap + col * (size + gap) + size / 2, -gap, heading, ha="center", va="bottom", fontsize=5)
+        for row, i in enumerate(chosen):
+            top = gap + row * (size + gap)
+            axes.text(-gap, top + size / 2, labels[i], ha="right", va="center", fontsize=6)
+            for step, moves in enumerate(paths[i] if paths else []):
+                left = gap + (2 + step) * (size + gap)
+                draw_pen(axes, moves, left, top, size)
+                if off_page[i][step]:
+                    axes.text(left + size / 2, top + size / 2, "off page", color=NEWEST, ha="center", fontsize=5)
+        yield figure
+
+
+def draw_pen(axes, moves, left, top, size):
+    """Pen-up moves [M, 2, 2] as dotted lines in a tile, as far as they are in it"""
+    box = matplotlib.transforms.TransformedBbox(
+        matplotlib.transforms.Bbox([[left - 0.5, top - 0.5], [left + size - 0.5, top + size - 0.5]]), axes.transData
+    )
+    for start, end in moves:
+        (line,) = axes.plot(
+            [left + start[0], left + end[0]], [top + start[1], top + end[1]], ":", color=PEN_UP, lw=0.6, scalex=False,
+            scaley=False,
+        )  # fmt: skip
+        line.set_clip_box(box)
 
 
 # ------------------------------------------------------------------ curves
@@ -187,45 +185,59 @@ def smooth(values):
     return np.array([values[max(i - reach, 0) : i + reach + 1].mean() for i in range(len(values))])
 
 
-def plot_curve(axes, values, label=None):
-    """A curve [N], smoothed; behind it the band of its raw values, or where it is short these themselves"""
+def plot_curve(axes, values, label="moving average"):
+    """A curve [N], smoothed; behind it the band of its raw values, or where it is short these themselves.
+    Returns: the range of what is behind, but for its beginning"""
     x, mean, low, high = thin(values)
     line = axes.plot(x, smooth(mean), lw=1.3, label=label)[0]
+    settled = int(SETTLED * len(x))
     if len(values) > MAX_POINTS:
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
-    else:
-        axes.plot(x, mean, lw=0.6, alpha=0.4, color=line.get_color())
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0, label="5th to 95th percentile")
+        return low[settled:].min(), high[settled:].max()
+    axes.plot(x, mean, lw=0.6, alpha=0.4, color=line.get_color(), label="each iteration")
+    return mean[settled:].min(), mean[settled:].max()
 
 
-def losses_figure(statistics, log_num_images, title):
-    """Curves of training. Args: statistics as in a checkpoint; log_num_images: where the prior loss has its dashed
-    line, log of the number of images (an alphabet's, if conditional), or None"""
+def losses_figure(statistics, log_num_images, title, log_iterations=False):
+    """Curves of training.
+
+    Args: statistics: as in a checkpoint; log_num_images: where the prior loss has its dashed line, log of the number
+        of images (an alphabet's, if conditional), or None; log_iterations: a logarithmic axis
+    """
     panels = [name for name in ["theta_loss", "phi_loss", "prior_loss"] if name in statistics]
     panels += ["shares"] * ("novel_proportion" in statistics)
-    panels += [name for name in ["test_log_p", "test_kl", "pretrain_loss"] if name in statistics]
-    num_cols = min(len(panels), 3)
-    num_rows = math.ceil(len(panels) / num_cols)
-    figure = make_figure(4 * num_cols, 2.8 * num_rows, title)
-    for axes in (all_axes := figure.subplots(num_rows, num_cols, squeeze=False).flatten())[len(panels) :]:
-        axes.set_axis_off()
-    for axes, name in zip(all_axes, panels, strict=False):
-        axes.set_xlabel("iteration of pretraining" if name == "pretrain_loss" else "iteration")
-        axes.set_ylabel("share of proposals / of images" if name == "shares" else "nats an image")
-        axes.set_title(TITLES[name], fontsize=9)
-        axes.grid(alpha=0.25)
-        if name == "shares":
-            plot_curve(axes, statistics["novel_proportion"], "novel proposals")
-            plot_curve(axes, statistics["new_map"], "new best programs")
-            axes.set_ylim(-0.02, 1.02)
-        elif name.startswith("test_"):
-            axes.plot(statistics["test_iteration"], statistics[name], marker=".")
-        else:
-            plot_curve(axes, statistics[name])
+    panels += [name for name in ["test_log_p", "test_kl", "pretrain_loss"] if len(statistics.get(name, []))]
+    num_rows = math.ceil(len(panels) / 4)
+    in_rows = [list(names) for names in np.array_split(panels, num_rows)]  # rows differ by one, so that none is empty
+    figure = make_figure(3.6 * len(in_rows[0]), 2.8 * num_rows, title)
+    rows = np.atleast_1d(figure.subfigures(num_rows, 1))
+    for row, names in zip(rows, in_rows, strict=True):
+        for axes, name in zip(np.atleast_1d(row.subplots(1, len(names))), names, strict=True):
+            plot_statistic(axes, str(name), statistics, log_num_images)
+            if log_iterations:
+                axes.set_xscale("log")
+    return figure
+
+
+def plot_statistic(axes, name, statistics, log_num_images):
+    axes.set_xlabel("iteration of pretraining" if name == "pretrain_loss" else "iteration")
+    axes.set_ylabel("share of proposals / of images" if name == "shares" else "nats per image")
+    axes.set_title(TITLES[name], fontsize=9)
+    axes.grid(alpha=0.25)
+    if name == "shares":
+        plot_curve(axes, statistics["novel_proportion"], "novel proposals")
+        plot_curve(axes, statistics["new_map"], "new best programs")
+        axes.set_ylim(-0.02, 1.02)
+    elif name.startswith("test_"):
+        axes.plot(statistics["test_iteration"], statistics[name], marker=".", label="estimate")
+    else:
+        low, high = plot_curve(axes, statistics[name])
         if name == "prior_loss" and log_num_images is not None:
             axes.axhline(log_num_images, ls="--", color="black", lw=1, label="log number of images")
-        if name in ("shares", "prior_loss"):
-            axes.legend(fontsize=7)
-    return figure
+            low, high = min(low, log_num_images), max(high, log_num_images)
+        if math.isfinite(high - low) and high > low:
+            axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.legend(fontsize=6)
 
 
 TITLES = {

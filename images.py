@@ -197,11 +197,13 @@ def normalise(part):
         part = dilation(part, disk(round(missing)))
     shape = [max(round(n * scale), 1) for n in part.shape]
     smooth = resize(part.astype(np.float32), shape, order=1, anti_aliasing=scale < 1) > 0.5
+    points = np.argwhere(skeletonize(np.pad(smooth, 1))).astype(float)  # row, column
+    if len(points) == 0:
+        return np.zeros((SIDE, SIDE), bool)
+    # A skeleton is shorter than its strokes by their thickness, so it is made larger again, if not by much.
+    low, high = points.min(0), points.max(0)
+    growth = np.clip((fine * CHARACTER_SIDE - 2 * STROKE_RADIUS) / max((high - low).max(), 1), 0.5, 1.7)
+    points = (points - (low + high) / 2) * growth + (fine * SIDE - 1) / 2
     canvas = np.zeros((fine * SIDE, fine * SIDE), bool)
-    top, left = ((fine * SIDE - n) // 2 for n in shape)
-    if top < 0 or left < 0:
-        smooth = smooth[max(-top, 0) :, max(-left, 0) :][: fine * SIDE, : fine * SIDE]
-        top, left = max(top, 0), max(left, 0)
-    canvas[top : top + smooth.shape[0], left : left + smooth.shape[1]] = smooth
-    strokes = dilation(skeletonize(canvas), disk(STROKE_RADIUS))
-    return fit(strokes.astype(np.float32)) >= 0.5
+    canvas[tuple(points.round().astype(int).clip(0, fine * SIDE - 1).T)] = True
+    return fit(dilation(canvas, disk(STROKE_RADIUS)).astype(np.float32)) >= 0.5

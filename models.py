@@ -161,7 +161,7 @@ class GenerativeModel(nn.Module):
         draws alphabets uniformly, or takes alphabet [S, L], one draw for each row."""
         if alphabet is None and self.num_alphabets:
             alphabet = self.sample_alphabet(num_samples)
-        latent = self.prior.sample(1, self._get_context(num_samples, alphabet))[0]  # [S, A, 2]
+        latent = self.sample_latent(num_samples, alphabet)  # [S, A, 2]
         probs = torch.cat(
             [self.get_logits(chunk) for chunk in latent.split(rendering.get_chunk_size(latent.device))]
         ).sigmoid()  # [S, R, C]
@@ -169,6 +169,18 @@ class GenerativeModel(nn.Module):
             map_id = torch.randint(len(self.theta_affine), (num_samples,), device=probs.device)
             probs = rendering.apply_maps(probs, self.theta_affine[map_id])
         return latent, torch.bernoulli(probs)
+
+    @torch.no_grad()
+    def sample_latent(self, num_samples, alphabet=None):
+        """As `sample`, programs only: [S, A, 2]"""
+        if alphabet is None and self.num_alphabets:
+            alphabet = self.sample_alphabet(num_samples)
+        return self.prior.sample(1, self._get_context(num_samples, alphabet))[0]
+
+    def resample(self, latent, chosen, temperature, alphabet=None):
+        """Draws the primitives of some strokes anew from the prior, at a temperature: latent [N, A, 2], chosen [N, A]
+        bool, alphabet [N, L] one-hot -> [N, A, 2]"""
+        return self.prior.resample(latent, self._get_context(len(latent), alphabet), chosen, temperature)
 
     def sample_alphabet(self, num_samples):
         """Uniform alphabets, one-hot: [S, L]"""

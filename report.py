@@ -163,29 +163,38 @@ def write_csv(path, rows):
 
 
 def write_figure(path, rows):
-    """The paper's figure: log p against the number of latents an image, a line for each training algorithm"""
+    """The paper's figure: log p against the number of latents per image, a line for each training algorithm; test runs
+    in a panel of their own. Bars are standard errors over seeds or, where there is one seed, over images."""
+    is_test_run = [row["model"].startswith("test_run_") for row in rows]
+    panels = [[row for row, other in zip(rows, is_test_run, strict=True) if other == kind] for kind in (False, True)]
+    panels = [(title, panel) for title, panel in zip(["", "test runs"], panels, strict=True) if panel]
+    figure = matplotlib.figure.Figure(figsize=(6 * len(panels), 4.4), layout="constrained")
+    for axes, (title, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw_panel(axes, panel)
+        axes.set_title(title, fontsize=9)
+    figure.supxlabel("bars: standard error over seeds or, of a single seed, over images", fontsize=7)
+    save_figure(path, figure)
+
+
+def draw_panel(axes, rows):
     lines = collections.defaultdict(list)
     for row in rows:
         lines[re.sub(rf"_{row['particles']}(?=_|$)", "", row["model"], count=1)].append(row)
-    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for label, line in lines.items():
+    for i, (label, line) in enumerate(lines.items()):
         line = sorted(line, key=lambda row: row["particles"])
-        errors = [row["best s.e. over seeds"] or 0 for row in line]
-        x, y = [row["particles"] for row in line], [row["best"] for row in line]
-        label = "\n".join(textwrap.wrap(label, 80))
-        axes.errorbar(x, y, errors if any(errors) else None, marker="o", capsize=3, label=label)
+        errors = [row["best s.e. over seeds"] or row["best s.e. over images"] or 0 for row in line]
+        # lines stand a little apart, so that their bars can be told from each other
+        x, y = [row["particles"] * 1.02 ** (i - len(lines) / 2) for row in line], [row["best"] for row in line]
+        label = "\n".join(textwrap.wrap(label, 60))
+        axes.errorbar(x, y, errors, marker="o", capsize=3, lw=1.2, elinewidth=0.8, label=label)
     ticks = sorted({row["particles"] for row in rows})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("particles an image (mws: proposals + memory)")
-    axes.set_ylabel("log p(x), nats an image")
-    figure.legend(
-        loc="outside lower center", title="trained by", ncols=1 if len(max(lines, key=len)) > 25 else 4, fontsize=7
-    )
+    axes.set_xlabel("latents per image (mws: proposals + memory)")
+    axes.set_ylabel("log p(x), nats per image")
+    axes.legend(title="trained by", fontsize=6, title_fontsize=7)
     axes.grid(alpha=0.3)
-    save_figure(path, figure)
 
 
 def save_figure(path, figure):

@@ -37,8 +37,10 @@ def get_path(arc):
 
 
 @torch.no_grad()
-def get_program(generative_model, latent):
-    """A latent [A, 2] as plain values: its strokes in order, in units of the unit square, y upwards"""
+def get_program(generative_model, latent, map_id=None):
+    """A latent [A, 2] as plain values: its strokes in order, in units of the unit square, y upwards; with map_id, the
+    affine map that it is seen through, 2 x 3, which takes points of the picture (from -1 to 1, y downwards) to those
+    of the drawing that are seen there"""
     names = ["x_start", "y_start", "dx", "dy", "theta", "sharpness", "width"]
     arcs = generative_model.get_arcs(latent.unsqueeze(0))[0].tolist()  # [A, 7]
     strokes = [
@@ -46,15 +48,36 @@ def get_program(generative_model, latent):
         for (primitive, on), arc in zip(latent.tolist(), arcs, strict=True)
     ]
     scale, bias = generative_model.get_rendering_params().tolist()
-    return {"strokes": strokes, "scale": scale, "bias": bias}
+    seen = {} if map_id is None else {"map_id": int(map_id), "map": generative_model.theta_affine[map_id].tolist()}
+    return {"strokes": strokes, "scale": scale, "bias": bias, **seen}
+
+
+def get_transform(affine_map):
+    """An affine map of a program as SVG's matrix(a b c d e f): where the drawing's points are seen. None if it has
+    no inverse"""
+    (a, b, x), (c, d, y) = affine_map
+    determinant = a * d - b * c
+    if abs(determinant) < 1e-6:
+        return None
+    # A point u of the drawing, in the SVG's units, is at scale * position + middle.
+    scale, middle = (NUM_PIXELS - 1) / 2, NUM_PIXELS / 2
+    a, b, c, d = d / determinant, -b / determinant, -c / determinant, a / determinant
+    move_x = middle - (a + b) * middle - scale * (a * x + b * y)
+    move_y = middle - (c + d) * middle - scale * (c * x + d * y)
+    return f"matrix({a:.6f} {c:.6f} {b:.6f} {d:.6f} {move_x:.4f} {move_y:.4f})"
 
 
 def to_svg(program):
-    """A program of `get_program` as the text of an SVG file"""
+    """A program of `get_program` as the text of an SVG file: arcs, seen through its map, if it has one"""
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {NUM_PIXELS} {NUM_PIXELS}" width="280" height="280">',
         f'<rect width="{NUM_PIXELS}" height="{NUM_PIXELS}" fill="white"/>',
     ]
+    transform = get_transform(program["map"]) if "map" in program else None
+    if transform:  # what lies beyond the drawing's edge is not seen
+        side = f'width="{NUM_PIXELS}" height="{NUM_PIXELS}"'
+        lines.append(f'<clipPath id="page"><rect {side}/></clipPath>')
+        lines.append(f'<g transform="{transform}" clip-path="url(#page)">')
     for stroke in program["strokes"]:
         half = get_half_width(stroke["sharpness"], stroke["width"], program["scale"], program["bias"])
         if stroke["on"] and half > 0:
@@ -63,7 +86,7 @@ def to_svg(program):
                 f'<path d="{get_path(arc)}" fill="none" stroke="black" stroke-linecap="round"'
                 f' stroke-width="{2 * half * (NUM_PIXELS - 1):.4f}"/>'
             )
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    return "\n".join([*lines, *["</g>"] * bool(transform), "</svg>"]) + "\n"
 
 
 def to_json(program, **details):

@@ -42,6 +42,11 @@ def run_script(main):
     sys.exit(2)
 
 
+def warn(message):
+    """One line on standard error"""
+    print(f"warning: {' '.join(message.split())}", file=sys.stderr)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, but what the user got wrong is one line, and flags are not abbreviated"""
 
@@ -121,7 +126,7 @@ def get_settings(args):
     settings.update({name: float(settings[name]) for name, default in SETTINGS.items() if type(default) is float})
     if settings["algorithm"] != "mws":
         settings["memory_size"] = 0
-    settings["data_location"] = _get_location_name(settings["data_location"])
+    settings["data_location"] = get_location_name(settings["data_location"])
     settings["test_run"] = getattr(args, "test_run", False)
     return settings
 
@@ -154,7 +159,7 @@ def get_path_base(args):
     return name
 
 
-def _get_location_name(location):
+def get_location_name(location):
     """A name for where data is, fit for a folder's name. The named copies of
     chardata.mat are the same data; of a path, what it leads to counts."""
     if location in ("local", "om"):

@@ -1,0 +1,134 @@
+"""Reads programs off images that a model was not trained on, and writes new examples of them."""
+
+import math
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import drawings
+import images
+import losses
+import rendering
+import search
+from util import UserError, show_progress, warn
+
+BATCH_SIZE = 50  # images that are searched for together
+COMPILING_PAYS = 20_000  # latents to score
+
+
+class Characters(NamedTuple):
+    """Characters found in image files, N of them"""
+
+    obs: torch.Tensor  # [N, 28, 28]
+    names: list  # of what is written for each
+    files: list  # that they are from
+
+
+class Programs(NamedTuple):
+    """The best programs of N images, best first"""
+
+    latent: torch.Tensor  # [K, N, A, 2]
+    log_joint: torch.Tensor  # [K, N], log p(z, x) in nats, -inf where there are fewer
+    alphabet_id: torch.Tensor | None  # [N], of a conditional model
+
+
+def read_characters(paths, as_is=False):
+    """The characters in image files, prepared (images.find_characters) or as they are. Files that cannot be read
+    are named in a warning. Raises: UserError if nothing is left"""
+    found, files = [], []
+    for path in paths:
+        try:
+            content = pathlib.Path(path).read_bytes()
+            some = [images.read_image(path, content) >= 0.5] if as_is else images.find_characters(path, content)
+        except OSError as error:
+            warn(f"cannot read {path} ({error.strerror}), skipped")
+            continue
+        except UserError as error:
+            warn(f"{error}, skipped")
+            continue
+        found += some
+        files += [str(path)] * len(some)
+    if not found:
+        raise UserError("--images: there is no character to read; give images of characters, or --as-is")
+    stems, names = [pathlib.Path(file).stem for file in files], []
+    for i, (stem, file) in enumerate(zip(stems, files, strict=True)):
+        number = files[:i].count(file) + 1
+        names.append(f"{stem}-{number}" if files.count(file) > 1 else stem)
+    return Characters(torch.as_tensor(np.stack(found)).float(), names, files)
+
+
+@torch.no_grad()
+def infer(generative_model, inference_network, obs, alphabet, num_particles):
+    """Programs that the inference network proposes for images, scored.
+
+    Args: obs [B, R, C]; alphabet [B, L] one-hot or None
+    Returns: latent [P, B, A, 2]; log_joint [P, B], log p(z, x) in nats
+    """
+    latent = inference_network.sample(obs, num_particles, alphabet)
+    return latent, losses.score(generative_model, latent, obs, alphabet)
+
+
+def find_programs(generative_model, inference_network, obs, num_particles, num_best, num_rounds, num_mutants, alphabet=None):
+    """The best programs of images [N, R, C]: the network's proposals, then improved by search. A conditional model
+    without an alphabet [N, L] tries all alphabets and stays with the one of the best proposal.
+
+    Returns: Programs
+    """
+    num_scored = len(obs) * (num_particles + num_rounds * num_mutants)
+    if num_scored >= COMPILING_PAYS:
+        rendering.set_compile(True)
+    networks, parts = (generative_model, inference_network), []
+    num_batches = math.ceil(len(obs) / BATCH_SIZE)
+    with show_progress(total=num_batches * max(num_rounds, 1), desc="searching", unit="round") as bar:
+        for ids in torch.arange(len(obs)).split(BATCH_SIZE):
+            given = None if alphabet is None else alphabet[ids]
+            if given is None and generative_model.num_alphabets:
+                given = guess_alphabets(*networks, obs[ids], num_particles)
+            latent, _ = infer(*networks, obs[ids], given, num_particles)
+
+            def count(rounds):
+                for round_id in rounds:
+                    yield round_id
+                    bar.update()
+
+            best = search.improve(
+                generative_model, latent, obs[ids], given, num_best, num_rounds, num_mutants, show_progress=count
+            )
+            parts.append((*best, None if given is None else given.argmax(1)))
+    latent, log_joint, alphabet_id = zip(*parts, strict=True)
+    return Programs(
+        torch.cat(latent, 1), torch.cat(log_joint, 1), None if alphabet_id[0] is None else torch.cat(alphabet_id)
+    )
+
+
+def guess_alphabets(generative_model, inference_network, obs, num_particles):
+    """One-hot alphabets [B, L] under which the network's best proposal for each image is most probable"""
+    one_hot = torch.eye(generative_model.num_alphabets)
+    num_particles = math.ceil(num_particles / len(one_hot))
+    scores = [
+        infer(generative_model, inference_network, obs, alphabet.expand(len(obs), -1), num_particles)[1].amax(0)
+        for alphabet in one_hot
+    ]
+    return one_hot[torch.stack(scores).argmax(0)]
+
+
+@torch.no_grad()
+def draw_examples(generative_model, programs, num_examples, resolution, temperature=None):
+    """New examples of characters: programs drawn from the posterior (the best ones, by their weights), seen through
+    random maps and, at a temperature, with about a third of their strokes drawn anew from the prior.
+
+    Returns: probabilities of ink [N, E, R, R]
+    """
+    num_images = programs.latent.shape[1]
+    chosen = programs.log_joint.softmax(0).t().multinomial(num_examples, replacement=True)  # [N, E]
+    latent = programs.latent[chosen, torch.arange(num_images).unsqueeze(1)].flatten(0, 1)  # [N * E, A, 2]
+    if temperature is not None:
+        redrawn = (torch.rand(latent.shape[:2]) < 1 / 3) & (latent[..., 1] > 0)
+        alphabet = None
+        if programs.alphabet_id is not None:
+            alphabet = torch.eye(generative_model.num_alphabets)[programs.alphabet_id.repeat_interleave(num_examples)]
+        latent = generative_model.resample(latent, redrawn, temperature, alphabet)
+    maps = drawings.draw_maps(generative_model, len(latent))
+    return drawings.draw(generative_model, latent, resolution, maps).unflatten(0, (num_images, num_examples))

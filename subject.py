@@ -1,0 +1,82 @@
+"""A trained model that is drawn, with its data and its memory."""
+
+import torch
+
+import losses
+import models
+import reading
+import util
+from util import UserError
+
+NUM_PROPOSALS = 10  # of the inference network, the best of which is drawn
+NUM_COUNTED = 2000  # samples from the prior, to tell how often it uses a primitive
+
+
+class Subject:
+    """A model to draw, its data and its memory, where there are any.
+
+    Args: path: of the checkpoint; dataset: None if it cannot be had; other_data: the name of a data set that is not
+        the one that it was trained on, or ""
+    """
+
+    def __init__(self, name, path, checkpoint, dataset=None, other_data=""):
+        self.name, self.folder, self.path = name, util.SAVE / name, path
+        self.dataset, self.other_data = dataset, other_data
+        self.memory = None if other_data else checkpoint["memory"]
+        self.iteration, self.num_alphabets = checkpoint["iteration"], checkpoint["num_alphabets"]
+        self.is_latest = is_latest(name, checkpoint)
+        self.generative_model, self.inference_network = models.from_checkpoint(checkpoint)
+
+    def get_title(self):
+        data_name = f", reading {self.other_data}, which it was not trained on" if self.other_data else ""
+        return f"{self.name}, iteration {self.iteration}{data_name}"
+
+    def get_stem(self, kind):
+        """Of a file, below the run's folder"""
+        return f"{kind}/{self.iteration}" + (f"-{self.other_data}" if self.other_data else "")
+
+    def get_images(self, obs_id):
+        """Training images by number: obs [N, R, C], alphabet [N, L] or None"""
+        split = self.dataset.train
+        return split.obs[obs_id], split.alphabet[obs_id] if self.num_alphabets else None
+
+    def reconstruct(self, obs_id, args=None):
+        """The programs of training images, best first in the memory, or read: [N, A, 2]"""
+        if self.memory is not None:
+            return losses.unpack(self.memory[obs_id, 0])
+        networks, (obs, alphabet) = (self.generative_model, self.inference_network), self.get_images(obs_id)
+        if args is not None and args.search:
+            limits = args.num_best, args.num_rounds, args.num_mutants
+            return reading.find_programs(*networks, obs, NUM_PROPOSALS, *limits, alphabet).latent[0]
+        best = []
+        for ids in torch.arange(len(obs)).split(reading.BATCH_SIZE):
+            latent, log_joint = reading.infer(
+                *networks, obs[ids], None if alphabet is None else alphabet[ids], NUM_PROPOSALS
+            )
+            best.append(latent[log_joint.argmax(0), torch.arange(len(ids))])
+        return torch.cat(best)
+
+    def get_alphabet_name(self, obs_id):
+        """Of a training image; "" where there are no alphabets"""
+        alphabet = self.dataset.train.alphabet
+        return "" if alphabet is None else self.dataset.alphabet_names[alphabet[obs_id].argmax()]
+
+    def get_usage(self):
+        """The share of strokes, of the memory's programs or the prior's, that each primitive is: [K]"""
+        if self.memory is not None:
+            latent = losses.unpack(self.memory.flatten(0, 1))
+        else:
+            with torch.random.fork_rng():
+                latent = self.generative_model.sample_latent(NUM_COUNTED)
+        visible = latent[..., 0][latent[..., 1] > 0]
+        counts = visible.bincount(minlength=len(self.generative_model.pre_theta))
+        return counts / counts.sum().clamp(min=1)
+
+
+def is_latest(name, checkpoint):
+    """Whether nothing newer of the run is saved"""
+    try:
+        newest = util.load_newest_checkpoint(name)
+    except UserError:
+        return True
+    return newest is None or checkpoint["iteration"] >= newest["iteration"]

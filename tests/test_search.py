@@ -1,0 +1,118 @@
+"""Search for programs, and the characters of one's own that it is for."""
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+
+import images
+import losses
+import models
+import reading
+import search
+from util import UserError
+
+
+@pytest.mark.parametrize("temperature", [0.0, 4.0])
+@pytest.mark.parametrize("num_alphabets", [0, 2])
+def test_the_best_programs_where_all_can_be_listed(temperature, num_alphabets):
+    model = models.GenerativeModel(num_primitives=4, num_arcs=3, num_alphabets=num_alphabets)
+    codes = torch.cartesian_prod(torch.arange(0, 8, 2), torch.arange(8), torch.arange(8))  # all 256
+    alphabet = model.sample_alphabet(3) if num_alphabets else None
+    _, obs = model.sample(3, alphabet)
+    every = losses.unpack(codes).unsqueeze(1).expand(-1, 3, -1, -1)
+    want = losses.score(model, every, obs, alphabet).topk(5, 0)
+    latent, log_joint = search.improve(model, every[:2], obs, alphabet, 5, 40, 30, temperature)
+    torch.testing.assert_close(log_joint, want.values, atol=1e-3, rtol=0)
+    torch.testing.assert_close(losses.score(model, latent, obs, alphabet), log_joint)
+    assert torch.equal(latent[0], every[want.indices[0], torch.arange(3)])
+
+
+def test_selection_keeps_distinct_programs_and_prefers_probable_ones():
+    codes = torch.tensor([[[0, 1], [0, 1], [0, 2], [0, 3]]]).repeat(4000, 1, 1)
+    log_joint = torch.tensor([[0.0, 0.0, -1.0, -2.0]]).repeat(4000, 1)
+    best, score = search.select(codes[:1], log_joint[:1], 4)
+    assert best[0, :3, 1].tolist() == [1, 2, 3] and score[0].tolist() == [0, -1, -2, -torch.inf]
+    best, _ = search.select(codes, log_joint, 1, temperature=2.0)
+    share = best[:, 0, 1].bincount(minlength=4)[1:] / 4000
+    torch.testing.assert_close(share, torch.tensor([0.0, -0.5, -1.0]).softmax(0), atol=0.03, rtol=0)
+
+
+def test_mutants_are_programs():
+    population = torch.randint(20, (2, 5, 6))
+    population[..., 0] -= population[..., 0] % 2
+    mutants = search.mutate(population, torch.zeros(2, 5), torch.randn(10, 2), 500)
+    assert mutants.shape == (2, 500, 6) and mutants.min() >= 0 and mutants.max() < 20
+    assert (mutants[..., 0] % 2 == 0).all() and len(mutants[0].unique(dim=0)) > 300
+
+
+# ------------------------------------------------------------------ characters on a page
+
+
+def encode(grey):
+    return imageio.imwrite("<bytes>", (255 * grey.clip(0, 1)).astype(np.uint8), extension=".png")
+
+
+def write_t(page, top, left, size, ink=0.0):
+    """A capital T, its strokes a tenth of its size"""
+    thick = max(size // 10, 1)
+    page[top : top + thick, left : left + size] = ink
+    page[top : top + size, left + (size - thick) // 2 : left + (size + thick) // 2] = ink
+    return page
+
+
+def get_t():
+    (t,) = images.find_characters("t", encode(write_t(np.ones((100, 100)), 20, 20, 60)))
+    return t
+
+
+def is_like(character, other, share=0.75):
+    return (character & other).sum() > share * max(character.sum(), other.sum())
+
+
+def test_size_stroke_and_polarity_of_a_character():
+    t = get_t()
+    rows, cols = np.flatnonzero(t.any(1)), np.flatnonzero(t.any(0))
+    assert 18 <= np.ptp(rows) + 1 <= 21 and abs(rows.mean() - 13.5) < 1.5 and abs(cols.mean() - 13.5) < 1.5
+    assert 1.2 < t.sum() / (2 * np.ptp(rows)) < 2.2  # width of a stroke
+    row, col = np.mgrid[:600, :800]
+    light = 0.35 + 0.5 * np.exp(-((col - 250) ** 2 + (row - 200) ** 2) / 300**2)
+    pages = {
+        "small": write_t(np.ones((800, 800)), 500, 100, 40),
+        "light on dark": write_t(np.zeros((300, 200)), 100, 50, 100, ink=1.0),
+        "uneven light": light * write_t(np.ones((600, 800)), 150, 300, 200, ink=0.5),
+        "noise": write_t(np.full((300, 300), 0.8), 100, 90, 100) + np.random.RandomState(0).normal(0, 0.02, (300, 300)),
+    }
+    for name, page in pages.items():
+        (found,) = images.find_characters(name, encode(page))
+        assert is_like(found, t), name
+
+
+def test_thick_strokes_and_several_characters(capsys):
+    t = get_t()
+    page = np.ones((300, 700))
+    page[50:110, 50:230] = page[50:250, 110:170] = 0  # strokes a third of the character's size
+    write_t(page, 60, 320, 150)
+    write_t(page, 60, 520, 150)
+    found = images.find_characters("page", encode(page))
+    assert len(found) == 3 and all(is_like(character, t) for character in found[1:])
+    assert is_like(found[0], t, 0.45)  # a pixel to the side, perhaps
+    dotted = np.ones((200, 100))
+    dotted[60:180, 46:54] = dotted[20:32, 44:56] = 0
+    assert len(images.find_characters("i", encode(dotted))) == 1
+    assert capsys.readouterr().err == ""
+    assert images.find_characters("blank", encode(np.full((90, 90), 0.7))) == []
+    assert "warning: blank is blank" in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_read_are_named_and_the_others_are_read(tmp_path, capsys):
+    write_t(page := np.ones((300, 400)), 50, 30, 100), write_t(page, 50, 230, 100)
+    (tmp_path / "two.png").write_bytes(encode(page))
+    (tmp_path / "broken.png").write_bytes(encode(page)[:50])
+    (tmp_path / "blank.png").write_bytes(encode(np.ones((50, 50))))
+    paths = [tmp_path / f"{name}.png" for name in ("broken", "two", "none", "blank")]
+    characters = reading.read_characters(paths)
+    assert characters.names == ["two-1", "two-2"] and characters.obs.shape == (2, 28, 28)
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    with pytest.raises(UserError, match="no character to read"):
+        reading.read_characters(paths[:1])
