@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 
+import waiting  # noqa: F401, I001  before torch
 import torch
 import torch.nn.functional as F
 
@@ -88,7 +89,7 @@ class Steps:
         return {"loss": loss.detach()}
 
     def reference(self):
-        self.model.requires_grad_(self.algorithm not in ("eval rws", "eval sharp"))
+        self.model.requires_grad_(not self.algorithm.startswith("eval"))
         networks, given = (self.model, self.network), self.obs_id if self.algorithm.startswith("eval") else None
         if self.algorithm == "mws":
             loss = reference.mws(*networks, self.plain_memory, self.obs, self.obs_id, self.num_particles)

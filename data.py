@@ -4,6 +4,8 @@ Every source ends as binary 28 x 28 images, ink 1, upright, in three parts, with
 the alphabet and the number within it of each character where they are known.
 """
 
+import contextlib
+import functools
 import hashlib
 import os
 import pathlib
@@ -20,7 +22,7 @@ import torch
 
 import glyphs
 from images import fit, read_image, read_official
-from util import UserError, show_progress
+from util import UserError, expand_user, show_progress
 
 NUM_ROWS = NUM_COLS = 28
 SMALL_NUM_PER_ALPHABET = 10
@@ -134,7 +136,7 @@ def _load_parts(location):
         return _split(*glyphs.draw_glyphs(), list(glyphs.ALPHABETS))
     if location in SITES:
         return _load_mat(_find_site(location))
-    path = pathlib.Path(location).expanduser()
+    path = expand_user(location)
     if not path.exists():
         names = ", ".join([*SITES, "glyphs"])
         raise UserError(f"--data-location {location}: there is no such file or folder, nor such a name ({names})")
@@ -148,7 +150,7 @@ def _load_parts(location):
 
 
 def _find_site(name):
-    path = pathlib.Path(os.environ.get("OMNIGLOT_PATH") or SITES[name]).expanduser()
+    path = expand_user(os.environ.get("OMNIGLOT_PATH") or SITES[name])
     if path.is_dir():
         path = path / "chardata.mat"
     if not path.exists():
@@ -206,14 +208,25 @@ def _fetch(url, path, timeout):
 # ------------------------------------------------------------------ formats
 
 
+@contextlib.contextmanager
+def decoding(path):
+    """The boundary to other people's decoders: whatever they raise is one line that names the file"""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
+        raise UserError(f"{path} is damaged, or not what its name says ({reason})") from None
+
+
 def _load_mat(path):
     try:
-        mat = scipy.io.loadmat(path)
-    except Exception as error:  # scipy raises many kinds for a broken file
-        reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
-        raise UserError(
-            f"{path} is damaged or not a .mat file ({reason}); delete it to have it downloaded anew"
-        ) from None
+        with decoding(path):
+            mat = scipy.io.loadmat(path)
+    except UserError as error:
+        fetched = path.resolve() == SITES["local"].resolve()
+        raise UserError(f"{error}" + "; delete it to have it downloaded anew" * fetched) from None
     keys = ["data", "target", "targetchar", "testdata", "testtarget", "testtargetchar"]
     missing = [key for key in keys if key not in mat]
     if missing:
@@ -227,6 +240,8 @@ def _load_mat(path):
 def _read_mat_part(path, mat, prefix):
     obs, alphabet, character = (mat[prefix + key] for key in ["data", "target", "targetchar"])
     for name, array in [("data", obs), ("target", alphabet), ("targetchar", character)]:
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{path}: {prefix}{name} is a {type(array).__name__}, not a plain matrix")
         if array.ndim != 2 or array.dtype.kind not in "uifb" or array.shape[1] != obs.shape[1]:
             raise UserError(
                 f"{path}: {prefix}{name} has the shape {list(array.shape)}, type {array.dtype}; {prefix}data has {list(obs.shape)}"
@@ -242,19 +257,17 @@ def _read_mat_part(path, mat, prefix):
 
 
 def _load_array(path):
-    try:
+    with decoding(path):
         array = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray):
             with array as archive:
                 if len(archive.files) != 1 and "images" not in archive.files:
                     raise UserError(
-                        f"{path} holds {', '.join(archive.files)}; one array is needed, or one named images"
+                        f"{path} holds {', '.join(archive.files)[:200]}; one array is needed, or one named images"
                     )
                 array = archive["images" if "images" in archive.files else archive.files[0]]
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path} is damaged or not an array ({str(error).splitlines()[0][:80]})") from None
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{path} holds no array; expected numbers [N, rows, columns]")
     if array.ndim != 3 or array.dtype.kind not in "uifb" or 0 in array.shape:
         raise UserError(
             f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]"
@@ -280,7 +293,7 @@ def _load_image_files(path):
     if not files:
         raise UserError(f"{path} holds no images (.png, .jpg) and none of Omniglot's zips")
     folders = [name.split("/")[:-1] for name, _ in files]
-    official = [bool(f) and re.fullmatch(r"character\d+", f[-1]) is not None and len(f) > 1 for f in folders]
+    official = [bool(f) and re.fullmatch(r"character\d{1,6}", f[-1], re.ASCII) is not None and len(f) > 1 for f in folders]
     if all(official):
         # images_background and images_evaluation have no alphabet in common
         alphabets, characters = [f[-2] for f in folders], [int(f[-1][len("character") :]) for f in folders]
@@ -304,7 +317,7 @@ def _list_images(path):
     if path.is_file():
         yield from _list_zip(path)
         return
-    for file in sorted(path.rglob("*")):
+    for file in sorted(_walk(path)):
         name = file.relative_to(path).as_posix()
         if any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
             continue
@@ -314,14 +327,32 @@ def _list_images(path):
             yield from _list_zip(file)
 
 
+def _walk(path):
+    """Every regular file below a folder. Raises: UserError for a folder that cannot be read"""
+
+    def refuse(error):
+        raise UserError(f"cannot read {error.filename} ({error.strerror}); let it be read, or move it away")
+
+    for parent, _, names in os.walk(path, onerror=refuse, followlinks=True):
+        for name in names:
+            file = pathlib.Path(parent, name)
+            if file.is_file():
+                yield file
+            elif not file.is_symlink():
+                raise UserError(f"{file} is no file, but a pipe or a device; move it away")
+
+
 def _list_zip(path):
-    try:
+    with decoding(path):
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is damaged ({error}); fetch it again") from None
+
+    def read(name):
+        with decoding(f"{path}: {name}"):  # encrypted, broken, or compressed in an unknown way
+            return archive.read(name)
+
     for name in sorted(archive.namelist()):
         if name.lower().endswith((".png", ".jpg", ".jpeg")) and not name.startswith("__MACOSX"):
-            yield name, lambda name=name: archive.read(name)
+            yield name, functools.partial(read, name)
 
 
 # ------------------------------------------------------------------ splits

@@ -15,10 +15,12 @@ import math
 import pathlib
 import sys
 
+import waiting  # noqa: F401, I001  before torch
 import imageio.v3 as imageio
 import torch
 from matplotlib.backends.backend_pdf import PdfPages
 
+import checkpoints
 import data
 import drawings
 import figures
@@ -179,7 +181,7 @@ def film_training(subject, obs_id, args):
     obs = subject.get_images(obs_id)[0]
     for path in [*(numbered[i] for i in chosen), subject.path]:
         try:
-            then = Subject(subject.name, path, util.load_checkpoint(path), subject.dataset)
+            then = Subject(subject.name, path, checkpoints.load(path), subject.dataset)
         except UserError as error:
             print(f"{subject.name}: {error}, left out of the film")
             continue
@@ -312,7 +314,7 @@ def draw_all(args, load_data):
         print(f"there is no run in {util.SAVE}/ yet; train one with python main.py")
     for name in names:
         try:
-            checkpoint = util.load_newest_checkpoint(name)
+            checkpoint = checkpoints.load_newest(name)
             if checkpoint is None:
                 print(f"{name}: no checkpoint yet, skipped")
             else:
@@ -345,15 +347,14 @@ def main(argv=None):
         draw_all(args, load_data)
     else:
         path = util.find_checkpoint(args.checkpoint_path)
-        checkpoint = util.load_checkpoint(path)
+        checkpoint = checkpoints.load(path)
         draw_run(util.get_run_name(path, checkpoint["args"]), path, checkpoint, args, load_data)
     if util.SAVE.is_dir():
         print(f"overview: {overview.write_overview()}")
     return 0
 
 
-def parse_args(argv=None):
-    """Raises: UserError if arguments are out of range or something is missing"""
+def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     add, positive, natural = parser.add, util.in_range(int, 1), util.in_range(int, 0)
     add("--data-location", "as main.py takes it (default: where each model was trained)", default=None)
@@ -379,7 +380,12 @@ def parse_args(argv=None):
     add("--num-mutants", "changed programs for each image in a round", type=positive, default=200)
     add("--examples", "new examples to draw of each of --images", type=positive, default=None)
     add("--vary", "temperature at which --examples redraw some strokes from the prior", type=util.in_range(float, 1e-3))
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv=None):
+    """Raises: UserError if arguments are out of range, missing, or exclude each other"""
+    args = get_parser().parse_args(argv)
     if args.images and args.checkpoint_path is None:
         raise UserError("--images needs --checkpoint-path, the model that reads them")
     for flag, needed in [("examples", "images"), ("vary", "examples"), ("as_is", "images")]:

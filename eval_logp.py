@@ -16,8 +16,10 @@ import math
 import signal
 import sys
 
+import waiting  # noqa: F401, I001  before torch
 import torch
 
+import checkpoints
 import data
 import gpu
 import losses
@@ -25,13 +27,14 @@ import main as training
 import models
 import rendering
 import report
-import sweep
 import util
 from cuda_graph import ReplayedStep
-from score_table import ScoreTable, get_enumeration_bound
+from score_table import ScoreTable, check_rows, get_enumeration_bound
 from util import UserError
 
 STATE_KEYS = {"settings", "network", "optimizer", "table", "iteration", "statistics", "log_p", "random_state"}
+SETTINGS = "mode algorithm num_particles num_iterations batch_size lstm_hidden_size test_batch_size".split()
+SETTINGS += ["test_num_particles", "seed"]  # what a result depends on, beside the model and the images
 LEARNING_RATE = 1e-3
 MANY_LATENTS = 300_000  # scored in an evaluation, from which on compiling pays
 
@@ -56,7 +59,9 @@ class Evaluation:
         self.log_p = torch.empty(0, device=device)  # of the images done
 
     def get_checkpoint(self, settings):
+        """Raises: UserError if training has diverged"""
         util.append_statistics(self.statistics, self.pending)
+        util.check_finite(self.network.parameters())
         return dict(
             settings=settings,
             network=self.network.state_dict(),
@@ -184,27 +189,27 @@ def evaluate(args):
     """One evaluation, from where it was left, to its file. Returns: the exit status"""
     device = util.get_device(args.cuda)
     checkpoint_path = util.find_checkpoint(args.checkpoint_path)
-    checkpoint = util.load_checkpoint(checkpoint_path, device)
+    checkpoint = checkpoints.load(checkpoint_path, device)
     images, num_alphabets = load_images(args, checkpoint)
     settings = get_settings(args, checkpoint, images)
     name = util.get_run_name(checkpoint_path, checkpoint["args"])
     folder = util.SAVE / name / "logp"
     path, state_path = (parent / f"{args.mode}_{args.algorithm}.pt" for parent in (folder, folder / "checkpoints"))
-    with util.lock(folder / f".{path.stem}.lock", f"{name} is being evaluated by {args.algorithm}"):
+    lock = util.lock(folder / f".{path.stem}.lock", f"{name} is being evaluated by {args.algorithm}")
+    with util.StopSignal() as stop, lock:
         if not args.force and is_complete(path, settings):
             print(f"{path} is complete: {report.describe(path)}; --force repeats it")
             return 0
         evaluation = Evaluation(args, checkpoint, images, num_alphabets, device)
         if state_path.exists() and load_state(state_path, evaluation, settings, args.force):
-            print(f"going on from iteration {evaluation.iteration} of the evaluation of {name}")
+            print(f"resuming at iteration {evaluation.iteration} of the evaluation of {name}")
         rendering.set_compile(args.compile, device)
-        with util.StopSignal() as stop:
-            if not run(evaluation, settings, state_path, stop):
-                print(
-                    f"stopped by {signal.Signals(stop.received).name} at iteration {evaluation.iteration},"
-                    f" saved {state_path}; the same command goes on from there"
-                )
-                return 128 + stop.received
+        if not run(evaluation, settings, state_path, stop):
+            print(
+                f"stopped by {signal.Signals(stop.received).name} at iteration {evaluation.iteration},"
+                f" saved {state_path}; the same command resumes there"
+            )
+            return 128 + stop.received
         util.save_checkpoint(path, get_result(evaluation, settings, name, checkpoint))
         state_path.unlink(missing_ok=True)
     print(f"{report.describe(path)}: {path}; next, for a table: python eval_logp.py --report")
@@ -223,10 +228,8 @@ def get_settings(args, checkpoint, images):
     digest = hashlib.sha1()
     for value in checkpoint["generative_model"].values():
         digest.update(value.cpu().numpy().tobytes())
-    names = "mode algorithm num_particles num_iterations batch_size lstm_hidden_size test_batch_size"
-    settings = {name: getattr(args, name) for name in [*names.split(), "test_num_particles", "seed"]}
     return {
-        **settings,
+        **{name: getattr(args, name) for name in SETTINGS},
         "model": f"{digest.hexdigest()[:12]} at iteration {checkpoint['iteration']}",
         "images": f"{data.get_fingerprint(images)} ({len(images.obs)})",
     }
@@ -237,7 +240,7 @@ def is_complete(path, settings):
     if not path.exists():
         return False
     try:
-        result = util.load_checkpoint(path, keys=report.KEYS)
+        result = report.load_result(path)
     except UserError as error:
         print(f"warning: {error}; it is evaluated again", file=sys.stderr)
         return False
@@ -253,10 +256,11 @@ def check_settings(path, saved, settings):
 
 
 def load_state(path, evaluation, settings, force):
-    """Whether the evaluation goes on from the file. A damaged one, or with --force one of
+    """Whether the evaluation resumes from the file. A damaged one, or with --force one of
     another evaluation, is left behind."""
     try:
         state = util.load_checkpoint(path, evaluation.device, STATE_KEYS)
+        check_state(state, evaluation)
     except UserError as error:
         print(f"warning: {error}; the evaluation starts anew", file=sys.stderr)
         return False
@@ -265,6 +269,31 @@ def load_state(path, evaluation, settings, force):
     check_settings(path, state, settings)
     evaluation.restore(state)
     return True
+
+
+def check_state(state, evaluation):
+    """Raises: UserError if a checkpoint of an evaluation is not whole, or does not fit it"""
+    expect, num_images = checkpoints.expect, len(evaluation.obs)
+    expect(isinstance(state["settings"], dict), "its settings are no dict")
+    if state["settings"].get("algorithm") != evaluation.args.algorithm:
+        return  # another evaluation, which is told apart by its settings
+    try:
+        checkpoints.check_tensors(state["network"], evaluation.network.state_dict(), "network")
+        right = checkpoints.is_integer(state["iteration"]) and 0 <= state["iteration"] < 2**53
+        expect(right, f"iteration is {checkpoints.show(state['iteration'])}")
+        groups = [list(evaluation.network.parameters())]
+        checkpoints.check_optimizer(state["optimizer"], "optimizer", groups, state["iteration"] > 0)
+        checkpoints.check_random_state(state["random_state"])
+        log_p, statistics = state["log_p"], state["statistics"]
+        right = isinstance(log_p, torch.Tensor) and log_p.dim() == 1 and len(log_p) <= num_images
+        expect(right and bool(log_p.isfinite().all()), "log_p is no list of numbers")
+        expect(isinstance(statistics, dict), "its statistics are no dict")
+        for name, values in statistics.items():
+            right = isinstance(values, torch.Tensor) and values.shape == (state["iteration"],)
+            expect(right and bool(values.isfinite().all()), f"its statistics of {name} are no curve of finite numbers")
+        check_rows(state["table"], evaluation.generative_model.num_arcs, num_images)
+    except UserError as error:
+        raise UserError(f"the evaluation's checkpoint is not whole: {error}") from None
 
 
 def get_result(evaluation, settings, name, checkpoint):
@@ -295,6 +324,8 @@ def get_result(evaluation, settings, name, checkpoint):
 def main(argv=None):
     args = parse_args(argv)
     if args.report:
+        import sweep  # which launches this script, and knows the paper's models
+
         return report.main(args.mode, [util.get_path_base(model) for model in sweep.get_sweep_argss()])
     return evaluate(args)
 
@@ -317,7 +348,7 @@ def get_parser():
     add("--test-batch-size", "images at a time in the estimate", type=positive, default=1)
     add("--test-num-particles", "an image in the estimate", type=positive, default=5000)
     add("--cuda", "use a GPU", action="store_true")
-    add("--seed", "of all randomness", type=util.in_range(int, 0), default=0)
+    add("--seed", "of all randomness", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--force", "repeat an evaluation that is complete, or of other settings", action="store_true")
     add("--save-interval", "iterations between checkpoints of the evaluation", type=positive, default=500)
     add(

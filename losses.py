@@ -18,6 +18,8 @@ import gpu
 from gpu import NEGLIGIBLE
 from models import pack, sample_categorical, unpack
 
+MEMORY_AT_ONCE = 2**26  # bytes, of comparisons of latents
+
 # ------------------------------------------------------------------ scores
 
 
@@ -224,7 +226,9 @@ def _select_heavy(latent, obs_id, grad_log_p, grad_log_q, threshold):
     grad_log_p, grad_log_q = (
         grad.new_zeros(len(chosen)).index_add(0, key, grad.flatten()) for grad in (grad_log_p, grad_log_q)
     )
-    heavy = ((grad_log_p.abs() > threshold) | (grad_log_q.abs() > threshold)).nonzero().squeeze(1)  # [N]
+    # What is not a number is heavy, too, so that it reaches the loss.
+    light = (grad_log_p.abs() <= threshold) & (grad_log_q.abs() <= threshold)
+    heavy = (~light).nonzero().squeeze(1)  # [N]
     chosen = chosen[heavy]
     return latent[chosen].unsqueeze(0), obs_id[chosen], *(grad[None, heavy] for grad in (grad_log_p, grad_log_q))
 
@@ -274,8 +278,7 @@ def update_memory(generative_model, memory, obs, obs_id, proposal, alphabet=None
     candidate = torch.cat([remembered, pack(proposal, memory.dtype).transpose(0, 1)], 1)  # [B, M + P, A]
     latent = unpack(candidate).transpose(0, 1)  # [M + P, B, A, 2]
     log_joint = score(generative_model, latent, obs, alphabet).t()  # [B, M + P]
-    same = (candidate.unsqueeze(1) == candidate.unsqueeze(2)).all(-1)  # [B, M + P, M + P]
-    repeated = same.tril(-1).any(-1)  # [B, M + P]: equal to one before it
+    repeated = find_repeated(candidate)  # [B, M + P]
     distinct = log_joint.masked_fill(repeated, -math.inf)
     best_remembered, best_novel = (x.max(1).values for x in distinct.split([memory_size, len(proposal)], 1))
     kept_log_joint, kept_id = distinct.topk(memory_size, 1)  # [B, M]
@@ -304,11 +307,16 @@ def init_memory(num_data, memory_size=10, num_arcs=10, num_primitives=64):
         return every[chosen]
     memory = _random_codes((num_data, memory_size, num_arcs), num_primitives, dtype)
     while True:
-        same = (memory.unsqueeze(1) == memory.unsqueeze(2)).all(-1)  # [N, M, M]
-        repeated = same.tril(-1).any(-1)  # [N, M]
+        parts = memory.split(max(MEMORY_AT_ONCE // (memory_size**2 * num_arcs), 1))
+        repeated = torch.cat([find_repeated(part) for part in parts])  # [N, M]
         if not repeated.any():
             return memory
         memory[repeated] = _random_codes((int(repeated.sum()), num_arcs), num_primitives, dtype)
+
+
+def find_repeated(codes):
+    """Which latents of an image are equal to one before them: [N, M, A] -> [N, M]"""
+    return (codes.unsqueeze(1) == codes.unsqueeze(2)).all(-1).tril(-1).any(-1)
 
 
 def _random_codes(shape, num_primitives, dtype):

@@ -12,8 +12,10 @@ import functools
 import math
 import signal
 
+import waiting  # noqa: F401, I001  before torch
 import torch
 
+import checkpoints
 import data
 import losses
 import models
@@ -21,8 +23,6 @@ import rendering
 import util
 from cuda_graph import ReplayedStep
 from util import SETTINGS, UserError
-
-LONG_RUN = 1000  # iterations; compiling takes about as long as some hundred
 
 # ------------------------------------------------------------------ the state of a run
 
@@ -33,6 +33,7 @@ class Run:
     def __init__(self, args, dataset, device):
         util.set_seed(args.seed, device)
         self.args, self.device = args, device
+        self.path_base = util.get_path_base(args)
         self.settings = {**util.get_settings(args), "data": data.get_fingerprint(dataset.train)}
         self.train, self.test = dataset.train.to(device), dataset.test.to(device)
         self.num_alphabets = dataset.num_alphabets if args.condition_on_alphabet else 0
@@ -53,7 +54,9 @@ class Run:
         util.append_statistics(self.statistics, self.pending)
 
     def get_checkpoint(self):
+        """Raises: UserError if training has diverged: what is saved is finite"""
         self.flush_statistics()
+        util.check_finite([*self.generative_model.parameters(), *self.inference_network.parameters()])
         return dict(
             args=vars(self.args),
             settings=self.settings,
@@ -70,13 +73,15 @@ class Run:
         )
 
     def restore(self, checkpoint):
-        """Raises: UserError if the checkpoint is of a run with other settings"""
+        """Takes a whole checkpoint (checkpoints.py). Raises: UserError if it is of a run with other settings"""
         differences = util.describe_differences(checkpoint["settings"], self.settings)
         if differences:
-            folder = util.SAVE / util.get_path_base(self.args)
+            folder = util.SAVE / self.path_base
             raise UserError(
                 f"{folder} holds a run with other settings: {differences}; give its settings, or move that folder away"
             )
+        if self.memory is not None and checkpoint["memory"].shape != self.memory.shape:
+            raise UserError(f"the memory is of {len(checkpoint['memory'])} images there, of {len(self.memory)} here")
         for name in ["generative_model", "inference_network"]:
             getattr(self, name).load_state_dict(checkpoint[name])
         for name in ["optimizer", "pretrain_optimizer"]:
@@ -211,17 +216,24 @@ def is_milestone(iteration):
 
 
 def save(run, name="latest"):
-    path = util.get_checkpoint_path(util.get_path_base(run.args), name)
+    path = util.get_checkpoint_path(run.path_base, name)
     util.save_checkpoint(path, run.get_checkpoint())
     return path
 
 
 def save_if_due(run):
-    progress = run.iteration or run.pretrain_iteration
-    if progress % run.args.save_interval == 0:
-        save(run)
+    """The milestone first: were the run killed in between, it would write it once more"""
     if run.iteration > 0 and is_milestone(run.iteration):
         save(run, run.iteration)
+    if (run.iteration or run.pretrain_iteration) % run.args.save_interval == 0:
+        save(run)
+
+
+def save_missing_milestone(run):
+    """Of the iteration that a run resumes at: another version may have been killed before it wrote it"""
+    iteration = run.iteration
+    if iteration > 0 and is_milestone(iteration) and not util.get_checkpoint_path(run.path_base, iteration).exists():
+        save(run, iteration)
 
 
 def report(run, bar):
@@ -267,15 +279,18 @@ def main(argv=None):
     device = util.get_device(args.cuda)
     dataset = load_data(args)
     path_base = util.get_path_base(args)
-    with util.lock_run(path_base):
+    with util.StopSignal() as stop, util.lock_run(path_base):
         run = Run(args, dataset, device)
-        checkpoint = util.load_newest_checkpoint(path_base)
+        checkpoint = checkpoints.load_newest(path_base, resumable=True)
         if checkpoint is not None:
             run.restore(checkpoint)
-            print(f"going on from iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")
+            save_missing_milestone(run)
+            if run.iteration >= args.num_iterations:
+                print(f"{util.SAVE / path_base} is complete: {run.iteration} iterations; more with --num-iterations")
+                return 0
+            print(f"resuming at iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")
         rendering.set_compile(args.compile, device)
-        with util.StopSignal() as stop:
-            path = train(run, stop)
+        path = train(run, stop)
     if stop.received is not None:
         name = signal.Signals(stop.received).name
         print(f"stopped by {name} at iteration {run.iteration}, saved {path}; the same command goes on from there")
@@ -306,7 +321,8 @@ def get_parser():
     positive, natural = util.in_range(int, 1), util.in_range(int, 0)
     add("--test-run", "shrink everything to try the whole path in under two minutes", action="store_true")
     add("--cuda", "use a GPU", action="store_true")
-    add("--seed", "of all randomness", type=natural)
+    add("--name", "of the run's folder in save/ (default: made of the settings)", type=util.to_run_name)
+    add("--seed", "of all randomness", type=util.in_range(int, 0, 2**63 - 1))
     add(
         "--data-location",
         "local, om, glyphs, or a path: .mat, .npy, .npz, .zip, folder of images (default: local; glyphs for a test run)",
@@ -314,7 +330,7 @@ def get_parser():
     )
     add("--small-dataset", "train on 10 images an alphabet, test on the same", action="store_true")
     add("--dataset-size", "number of training images, the same for each alphabet (default: all)", type=positive)
-    add("--batch-size", "images a step", type=positive)
+    add("--batch-size", "images per step", type=util.in_range(int, 1, 10**6))
     add("--condition-on-alphabet", "give the prior and the inference network the alphabet", action="store_true")
     add_model_arguments(add)
     add(
@@ -322,15 +338,15 @@ def get_parser():
         "mws, rws, vimco or sleep (RWS with the sleep phi update)",
         choices=["mws", "rws", "vimco", "sleep"],
     )
-    add("--num-particles", "proposals an image (vimco: at least 2)", type=positive)
-    add("--memory-size", "latents remembered an image (mws)", type=positive)
+    add("--num-particles", "proposals per image (vimco: at least 2)", type=util.in_range(int, 1, 10**6))
+    add("--memory-size", "latents remembered per image (mws)", type=util.in_range(int, 1, 10**5))
     add("--prior-lr-factor", "the prior's learning rate over the others', which is 1e-3", type=util.in_range(float, 0))
     add("--pretrain-iterations", "sleep steps that train the inference network first", type=natural)
-    add("--num-iterations", "steps of the algorithm", type=positive)
+    add("--num-iterations", "steps of the algorithm", type=positive, default=util.NUM_ITERATIONS)
     add(
         "--compile",
-        "compile the renderer and the likelihood, and on a GPU replay steps as CUDA graphs (default: for runs of"
-        f" {LONG_RUN} iterations and more)",
+        "compile the renderer and the likelihood, and on a GPU replay steps as CUDA graphs (default: yes, but for test"
+        " runs)",
         action=argparse.BooleanOptionalAction,
     )
     add("--log-interval", "iterations between updates of the progress bar's statistics", type=positive, default=10)
@@ -342,9 +358,9 @@ def get_parser():
 
 
 def add_model_arguments(add):
-    positive, share = util.in_range(int, 1), util.in_range(float, 0, 1)
+    share, size = util.in_range(float, 0, 1), util.in_range(int, 1, 10**5)
     add("--likelihood", "of an image given a drawing: " + ", ".join(models.LIKELIHOODS), choices=models.LIKELIHOODS)
-    add("--num-arcs", "strokes a character, the invisible first one included", type=positive)
+    add("--num-arcs", "strokes per character, the invisible first one included", type=util.in_range(int, 1, 1000))
     add("--num-primitives", "strokes in the library", type=util.in_range(int, 1, 16383))
     add(
         "--initial-max-curve",
@@ -352,11 +368,11 @@ def add_model_arguments(add):
         type=util.in_range(float, 0),
     )
     add("--big-arcs", "let strokes be more than half a circle", action="store_true")
-    add("--p-lstm-hidden-size", "units of the prior's LSTM", type=positive)
+    add("--p-lstm-hidden-size", "units of the prior's LSTM", type=size)
     add("--p-uniform-mixture", "weight of a uniform distribution in each of the prior's choices, 0 to 1", type=share)
-    add("--q-lstm-hidden-size", "units of the inference network's LSTM", type=positive)
+    add("--q-lstm-hidden-size", "units of the inference network's LSTM", type=size)
     add("--q-uniform-mixture", "the same weight for the inference network", type=share)
-    add("--obs-embedding-dim", "size of an image's embedding", type=positive)
+    add("--obs-embedding-dim", "size of an image's embedding", type=size)
 
 
 def parse_args(argv=None):
@@ -368,10 +384,12 @@ def parse_args(argv=None):
         for name, limit in util.get_test_run_limits(args.likelihood).items():
             value = getattr(args, name)
             setattr(args, name, limit if value is None else min(value, limit))
-    if args.compile is None:
-        args.compile = args.pretrain_iterations + args.num_iterations >= LONG_RUN
+    if args.compile is None:  # whatever the number of iterations, which changes no bits
+        args.compile = not args.test_run
     if args.algorithm == "vimco" and args.num_particles < 2:
         raise UserError("--algorithm vimco needs --num-particles of at least 2")
+    if args.q_uniform_mixture == 1:
+        raise UserError("--q-uniform-mixture 1 leaves the inference network nothing to learn; give less")
     if args.initial_max_curve > 0.5 and not args.big_arcs:
         raise UserError(
             f"--initial-max-curve {args.initial_max_curve} is too much without --big-arcs; give at most 0.5"

@@ -168,7 +168,8 @@ class GenerativeModel(nn.Module):
         if self.has_maps():
             map_id = torch.randint(len(self.theta_affine), (num_samples,), device=probs.device)
             probs = rendering.apply_maps(probs, self.theta_affine[map_id])
-        return latent, torch.bernoulli(probs)
+        # A model that has diverged shows it in its scores; here NaN would be an error of the device.
+        return latent, torch.bernoulli(probs.nan_to_num())
 
     @torch.no_grad()
     def sample_latent(self, num_samples, alphabet=None):

@@ -7,6 +7,7 @@ import shlex
 import time
 import urllib.parse
 
+import checkpoints
 import report
 import util
 from util import UserError
@@ -78,7 +79,7 @@ def describe(name):
     if not latest.exists():
         return {"run": (name, name), "progress": ("its checkpoint lies elsewhere", "")}
     try:
-        checkpoint = util.load_checkpoint(latest)
+        checkpoint = checkpoints.load(latest)
     except UserError as error:
         return {"run": (name, name), "progress": (str(error), "")}
     args, iteration = checkpoint["args"], checkpoint["iteration"]
@@ -89,7 +90,7 @@ def describe(name):
         "run": (name, name),
         "saved": (saved, saved),
         "data": (dataset, dataset),
-        "progress": (f"{iteration} of {args['num_iterations']}", str(iteration)),
+        "progress": (f"{iteration} of {args.get('num_iterations', iteration)}", str(iteration)),
         "last losses": ("\n".join(losses), losses[0].split()[-1] if losses else ""),
     }
     run = report.read_run(util.SAVE / name, "test")
@@ -102,7 +103,7 @@ def describe(name):
 def get_command(name):
     """That a run was started with, as far as its checkpoint tells"""
     try:
-        args = util.load_checkpoint(util.get_checkpoint_path(name))["args"]
+        args = checkpoints.load(util.get_checkpoint_path(name))["args"]
     except UserError:
         return ""
     defaults, flags = {**util.SETTINGS, "test_run": False}, []

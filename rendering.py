@@ -221,7 +221,7 @@ def get_taps(maps, num_rows, num_cols):
             inside = (row >= 0) & (row < num_rows) & (col >= 0) & (col < num_cols)
             weight.append((1 - (x - col).abs()) * (1 - (y - row).abs()) * inside)
             row, col = row.clamp(0, num_rows - 1), col.clamp(0, num_cols - 1)
-            index.append((row * num_cols + col).long())
+            index.append((row * num_cols + col).nan_to_num().long())  # NaN stays in the weight
     return torch.stack(index), torch.stack(weight)
 
 

@@ -5,7 +5,6 @@ import csv
 import io
 import math
 import re
-import sys
 import textwrap
 from typing import NamedTuple
 
@@ -14,30 +13,56 @@ import torch
 
 import score_table
 import util
-from util import UserError
+from util import UserError, warn
 
 ALGORITHMS = ["sleep", "rws", "vimco"]  # that train the network of an evaluation
 ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
 KEYS = {
-    "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
+    "args", "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
     "latents", "statistics", "run", "model_settings", "model_iteration",
 }  # fmt: skip
+
+SETTINGS = {
+    "mode", "algorithm", "num_particles", "num_iterations", "batch_size", "test_num_particles", "model", "images",
+}  # fmt: skip
+
+COMPARED = ["mode", "model", "images", "num_particles", "num_iterations", "batch_size", "test_num_particles"]
 
 # ------------------------------------------------------------------ reading
 
 
 class Run(NamedTuple):
-    """What is known of log p under one trained model"""
+    """What is known of log p under one trained model, by evaluations that are comparable"""
 
     name: str  # of its folder in save/
     settings: dict  # of its training
     iteration: int
     estimates: dict  # of ESTIMATES, those that there are -> (mean over images, its standard error), nats
+    work: str  # images, particles and iterations of the evaluations, in words
+    seen: bool  # whether the images are the ones that the model was trained on
+
+
+def load_result(path):
+    """A file of eval_logp.py. Raises: UserError if it cannot be read, or is not whole"""
+    result = util.load_checkpoint(path, keys=KEYS)
+    values, bound, latents = (result[key] for key in ("log_p_by_image", "enumeration_bound_by_image", "latents"))
+    right = all(isinstance(x, torch.Tensor) and x.dim() == 1 and len(x) > 0 for x in (values, bound))
+    right = right and len(values) == len(bound) and bool(values.isfinite().all())
+    right = right and isinstance(result["log_p"], float) and math.isclose(result["log_p"], values.mean(), abs_tol=1e-3)
+    right = right and isinstance(result["standard_error"], float) and isinstance(result["model_iteration"], int)
+    right = right and all(isinstance(result[key], dict) for key in ("args", "settings", "model_settings", "latents"))
+    right = right and "num_data" in result["args"]
+    right = right and SETTINGS <= result["settings"].keys() and isinstance(result["run"], str)
+    right = right and {"num_particles", "memory_size", "algorithm"} <= result["model_settings"].keys()
+    right = right and latents.keys() == {"obs_id", "codes", "log_joint"} and len({len(x) for x in latents.values()}) == 1
+    if not right:
+        raise UserError(f"{path} is not a whole evaluation; eval_logp.py --force repeats it")
+    return result
 
 
 def describe(path):
     """A file of eval_logp.py in a sentence"""
-    result = util.load_checkpoint(path, keys=KEYS)
+    result = load_result(path)
     return (
         f"log p(x) = {result['log_p']:.2f} nats an image (standard error over {len(result['log_p_by_image'])} images"
         f" {result['standard_error']:.2f}), enumeration bound {result['enumeration_bound']:.2f},"
@@ -52,25 +77,48 @@ def read_run(folder, mode):
         path = folder / "logp" / f"{mode}_{algorithm}.pt"
         try:
             if path.exists():
-                results[algorithm] = util.load_checkpoint(path, keys=KEYS)
+                results[algorithm] = load_result(path)
         except UserError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            warn(str(error))
     if not results:
         return None
-    newest = max(results.values(), key=lambda result: result["model_iteration"])
-    for algorithm, result in list(results.items()):
-        if any(result["settings"][name] != newest["settings"][name] for name in ("model", "images")):
-            print(
-                f"warning: {folder.name}: {mode}_{algorithm}.pt is of another model or other images than the newest"
-                " evaluation and left out; eval_logp.py --force repeats it",
-                file=sys.stderr,
-            )
-            del results[algorithm]
+    shown = choose_comparable(results)
+    for algorithm in results.keys() - shown.keys():
+        differences = describe_differences(results[algorithm]["settings"], next(iter(shown.values()))["settings"])
+        warn(f"{folder.name}: {mode}_{algorithm}.pt is left out, as its {differences}; eval_logp.py --force repeats it")
+    results, newest = shown, next(iter(shown.values()))
     estimates = {algorithm: (result["log_p"], result["standard_error"]) for algorithm, result in results.items()}
     estimates["best"] = max(estimates.values())
     bound = get_joint_bound(results.values())
     estimates["enumeration bound"] = bound.mean().item(), get_standard_error(bound.tolist())
-    return Run(folder.name, newest["model_settings"], newest["model_iteration"], estimates)
+    settings = newest["settings"]
+    work = f"{len(newest['log_p_by_image'])} images, {settings['num_iterations']} iterations, {settings['num_particles']} and"
+    work += f" {settings['test_num_particles']} particles"
+    seen = mode == "train" or bool(newest["model_settings"].get("small_dataset"))
+    return Run(folder.name, newest["model_settings"], newest["model_iteration"], estimates, work, seen)
+
+
+def choose_comparable(results):
+    """Those evaluations of a run, algorithm -> result, that may stand in one row: of the same model, images and
+    settings. Of several such groups the one of the latest model, then of the most images, particles and iterations.
+    """
+    groups = collections.defaultdict(dict)
+    for algorithm, result in results.items():
+        groups[str([result["settings"][name] for name in COMPARED])][algorithm] = result
+
+    def get_rank(group):
+        result = next(iter(group.values()))
+        settings = result["settings"]
+        work = [settings[name] for name in ("test_num_particles", "num_particles", "num_iterations")]
+        return [result["model_iteration"], len(result["log_p_by_image"]), *work, len(group)]
+
+    return max(groups.values(), key=get_rank)
+
+
+def describe_differences(settings, shown):
+    """Of an evaluation that is left out from the ones shown, in words"""
+    names = [name for name in COMPARED if settings[name] != shown[name]]
+    return ", ".join(f"{name.replace('_', '-')} is {settings[name]}, not {shown[name]}" for name in names)
 
 
 def get_joint_bound(results):
@@ -108,6 +156,11 @@ def get_rows(runs, order):
     groups = collections.defaultdict(list)
     for run in runs:
         groups[get_name(run)].append(run)
+    for name, group in list(groups.items()):  # seeds that were evaluated by different work are no means of one thing
+        some = collections.Counter(run.work for run in group).most_common(1)[0][0]
+        for run in [run for run in group if run.work != some]:
+            warn(f"{run.name} is left out of its row: it was evaluated by {run.work}, the others by {some}")
+        groups[name] = [run for run in group if run.work == some]
     names = [name for name in order if name in groups] + sorted(groups.keys() - set(order), key=get_natural_order)
     return [get_row(name, groups[name]) for name in names]
 
@@ -126,6 +179,8 @@ def get_row(name, runs):
         "particles": get_num_latents(runs[0]),
         "iteration": "-".join(map(str, iterations[:1] + iterations[1:][-1:])),
         "seeds": len(runs),
+        "images": "training" if runs[0].seen else "unseen",
+        "evaluated with": runs[0].work,
     }
     for estimate in ESTIMATES:
         found = [run.estimates[estimate] for run in runs if estimate in run.estimates]
@@ -141,10 +196,15 @@ def get_row(name, runs):
 
 def print_table(rows):
     width = max(len(row["model"]) for row in rows)
-    print(f"{'model':{width}} particles     iteration seeds" + "".join(f"{name:>18}" for name in ESTIMATES))
+    print(f"{'model':{width}} particles     iteration seeds   images" + "".join(f"{name:>18}" for name in ESTIMATES))
     for row in rows:
         values = "".join(f"{format_value(row, name):>18}" for name in ESTIMATES)
-        print(f"{row['model']:{width}} {row['particles']:9} {row['iteration']:>13} {row['seeds']:5}{values}")
+        print(f"{row['model']:{width}} {row['particles']:9} {row['iteration']:>13} {row['seeds']:5} {row['images']:>8}{values}")
+    for work in dict.fromkeys(row["evaluated with"] for row in rows):
+        names = [row["model"] for row in rows if row["evaluated with"] == work]
+        print(f"evaluated with {work}: {'all' if len(names) == len(rows) else ', '.join(names)}")
+    if any(row["images"] == "training" for row in rows):
+        print("training: the model was trained on these images, as with --small-dataset, whose test set is its training set")
 
 
 def format_value(row, name):

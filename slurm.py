@@ -126,8 +126,11 @@ def run_task(where):
     """What a job runs: a task of a listing, FILE:INDEX or FILE with the array's index. Its output goes
     to the task's log, its exit status beside it."""
     path, _, index = where.rpartition(":") if re.search(r":\d+$", where) else (where, "", None)
-    index = os.environ["SLURM_ARRAY_TASK_ID"] if index is None else index
-    task = Task(*json.loads(pathlib.Path(path).read_text())[index])
+    index = os.environ.get("SLURM_ARRAY_TASK_ID") if index is None else index
+    try:
+        task = Task(*json.loads(pathlib.Path(path).read_text())[index])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--task {where!r} is none of a sweep's tasks; jobs on Slurm run it, not people") from None
     with open_log(task) as log:
         command = task.get_command()
         if torch.cuda.is_available():

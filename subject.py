@@ -2,6 +2,7 @@
 
 import torch
 
+import checkpoints
 import losses
 import models
 import reading
@@ -76,7 +77,7 @@ class Subject:
 def is_latest(name, checkpoint):
     """Whether nothing newer of the run is saved"""
     try:
-        newest = util.load_newest_checkpoint(name)
+        newest = checkpoints.load_newest(name)
     except UserError:
         return True
     return newest is None or checkpoint["iteration"] >= newest["iteration"]

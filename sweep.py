@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 
+import waiting  # noqa: F401, I001  before torch
 import torch
 
 import main as training
@@ -217,7 +218,7 @@ def remove(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.task:
+    if args.task is not None:
         return slurm.run_task(args.task)
     if args.cancel:
         print(f"cancelled {slurm.cancel(args.test_run, args.data_location)} jobs")
@@ -228,8 +229,7 @@ def main(argv=None):
     return run_here(args)
 
 
-def parse_args(argv=None):
-    """Raises: UserError if arguments are out of range or exclude each other"""
+def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     add, boolean = parser.add, "store_true"
     add("--eval-logp", "evaluate the trained models instead: three tasks each", action=boolean)
@@ -251,7 +251,12 @@ def parse_args(argv=None):
     add("--mem", "memory of a job", default="16G")
     add("--time", f"limit of a job (default: {slurm.TIME_OF_REPEATED} with om-repeat, else {slurm.TIME})", default=None)
     parser.add_argument("--task", help=argparse.SUPPRESS)  # what a job runs
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv=None):
+    """Raises: UserError if arguments are out of range, missing, or exclude each other"""
+    args = get_parser().parse_args(argv)
     if sum([args.cluster, args.status, args.cancel, args.rm]) > 1:
         raise UserError("--cluster, --status, --cancel and --rm exclude each other; give one")
     if args.cluster and not args.dry_run:

@@ -10,6 +10,8 @@ import sys
 import time
 from typing import NamedTuple
 
+import checkpoints
+import eval_logp
 import report
 import util
 from util import UserError
@@ -55,7 +57,7 @@ def get_progress(task):
     """What the files of a task say; a damaged one counts as none"""
     path = util.get_checkpoint_path(task.model)
     try:
-        checkpoint = util.load_checkpoint(path)
+        checkpoint = checkpoints.load(path)
         iteration, saved = checkpoint["iteration"], path.stat().st_mtime
         if task.kind == "train":
             losses = checkpoint["statistics"].get("theta_loss", [])
@@ -63,11 +65,18 @@ def get_progress(task):
         path = util.SAVE / task.model / "logp" / f"test_{task.kind}.pt"
         if not path.exists():
             return Progress(False, iteration)
-        result = util.load_checkpoint(path, keys=report.KEYS)
+        result = report.load_result(path)
     except (UserError, OSError):
         return Progress(False)
-    current = result["model_iteration"] == iteration
+    current = result["model_iteration"] == iteration and is_as_asked(result, task)
     return Progress(current, iteration, f"{result['log_p']:.2f}", path.stat().st_mtime)
+
+
+def is_as_asked(result, task):
+    """Whether an evaluation has the settings that the task's flags ask for"""
+    asked = eval_logp.parse_args(task.flags)
+    same = all(result["settings"].get(name) == getattr(asked, name) for name in eval_logp.SETTINGS)
+    return same and result["args"]["num_data"] == asked.num_data
 
 
 def get_lock(task):

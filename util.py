@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
 import math
 import os
 import pathlib
+import re
 import signal
 import sys
 import zipfile
@@ -28,6 +30,7 @@ class UserError(ValueError):
 def run_script(main):
     """Calls main(); an error that the user can put right ends in one line on
     standard error and exit status 2."""
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
         sys.exit(main())
     except UserError as error:
@@ -36,10 +39,42 @@ def run_script(main):
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError:
         message = "out of GPU memory even for one latent at a time; use a smaller --batch-size or another GPU"
+    except MemoryError:
+        message = OUT_OF_MEMORY
+    except RuntimeError as error:
+        if not re.search("can't allocate memory|not enough memory|Storage size calculation overflowed", str(error)):
+            raise
+        message = OUT_OF_MEMORY
     except OSError as error:
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+OUT_OF_MEMORY = "out of memory: use fewer or smaller --batch-size, --num-particles, --memory-size or sizes of the model"
+
+
+class Stream:
+    """A standard stream that may be closed, or full, or read by nobody any more: what a run computes and saves does
+    not depend on it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def isatty(self):
+        return self.stream is not None and not self.stream.closed and self.stream.isatty()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def warn(message):
@@ -61,16 +96,18 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument(flag, help=help, **options)
 
     def error(self, message):
+        message = message if len(message) <= 250 else f"{message[:120]} ... {message[-120:]}"
         raise UserError(f"{message}; see --help")
 
 
-def in_range(number, low, high=math.inf):
-    """An argument's type: int or float, low <= value <= high"""
+def in_range(number, low, high=None):
+    """An argument's type: int or float, low <= value <= high; by default what 32 bits hold, or a million"""
+    high = (2**31 - 1 if number is int else 1e6) if high is None else high
 
     def parse(text):
         value = number(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} is out of range ({low} to {high})")
+        if not low <= value <= high:  # nan is in no range
+            raise argparse.ArgumentTypeError(f"{text[:40]} is out of range ({low} to {high})")
         return value
 
     parse.__name__ = number.__name__  # argparse says "invalid int value"
@@ -108,8 +145,8 @@ SETTINGS = dict(
     memory_size=10,
     prior_lr_factor=1.0,
     pretrain_iterations=10000,
-    num_iterations=200000,
 )
+NUM_ITERATIONS = 200000  # by default; a run can be continued to more, so they are no setting
 
 
 def get_test_run_limits(likelihood):
@@ -137,10 +174,12 @@ def get_path_base(args):
 
     a_ if conditional, the algorithm, its number of latents an image (for mws
     particles + memory), _large unless small_dataset; then _<flag>=<value> for each
-    other argument that is not at its default.
+    other argument that is not at its default; or what --name says.
     """
     settings, defaults = get_settings(args), dict(SETTINGS)
     test_run = settings.pop("test_run")
+    if getattr(args, "name", None):
+        return "test_run_" * test_run + args.name
     if test_run:
         limits = get_test_run_limits(settings["likelihood"])
         defaults.update({name: min(limits[name], defaults[name]) for name in limits.keys() & defaults})
@@ -154,9 +193,17 @@ def get_path_base(args):
     parts = [f"{'a_' if conditional else ''}{algorithm}_{total}{'' if small else '_large'}"]
     parts += [f"{name.replace('_', '-')}={value}" for name, value in settings.items() if value != defaults[name]]
     name = ("test_run_" if test_run else "") + "_".join(parts)
-    if len(name) > 200:  # file systems allow 255 bytes
-        name = f"{name[:180]}_{hashlib.sha1(name.encode()).hexdigest()[:12]}"
+    if len(os.fsencode(name)) > 200:  # file systems allow 255 bytes
+        short = os.fsencode(name)[:180].decode(errors="ignore")
+        name = f"{short}_{hashlib.sha1(os.fsencode(name)).hexdigest()[:12]}"
     return name
+
+
+def to_run_name(text):
+    """--name's type: a folder's name"""
+    if not re.fullmatch(r"[\w][\w.=+-]{0,99}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no name for a folder: use up to 100 letters, digits, . _ = + -")
+    return text
 
 
 def get_location_name(location):
@@ -166,9 +213,17 @@ def get_location_name(location):
         return "local"
     if location == "glyphs":
         return location
-    path = pathlib.Path(location).expanduser().resolve()
+    path = expand_user(location).resolve()
     stem = "".join(c if c.isalnum() or c in ".-" else "-" for c in path.name)[:40]
     return f"{stem}-{hashlib.sha1(os.fsencode(path)).hexdigest()[:8]}"
+
+
+def expand_user(path):
+    """Raises: UserError if it begins with the home of a user that there is not"""
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such user") from None
 
 
 def get_checkpoint_path(path_base, iteration="latest"):
@@ -193,15 +248,15 @@ def lock(path, what):
 
 
 def is_locked(path):
-    """Whether a process of this machine holds a lock file"""
+    """Whether a process of this machine holds a lock file. The kernel's list of locks tells without taking one, which
+    would keep a run from starting at that moment."""
     try:
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
+        status = os.stat(path)
+        locks = pathlib.Path("/proc/locks").read_text()
+    except OSError:
         return False
-    return False
+    major, minor = os.major(status.st_dev), os.minor(status.st_dev)
+    return f" {major:02x}:{minor:02x}:{status.st_ino} " in locks
 
 
 @contextlib.contextmanager
@@ -249,8 +304,10 @@ def write(path, content):
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room and run" if full else "see to it, and run"
         raise UserError(
-            f"cannot write {path} ({error.strerror}); what was saved before is intact: make room and run the same command again"
+            f"cannot write {path} ({error.strerror}); what was saved before is intact: {advice} the same command again"
         ) from None
 
 
@@ -305,30 +362,16 @@ def get_run_name(checkpoint_path, run_args):
     return get_path_base(argparse.Namespace(**run_args))
 
 
-def load_newest_checkpoint(path_base, device="cpu"):
-    """latest.pt of a run or, if it is damaged, the newest intact one, with a warning.
+def check_finite(tensors):
+    """Raises: UserError if a parameter is not finite"""
+    if not torch.stack([x.detach().isfinite().all() for x in tensors]).all().cpu():
+        raise UserError(DIVERGED.format("a parameter"))
 
-    Returns: the checkpoint, or None where there is none
-    Raises: UserError if there are checkpoints, but no intact one
-    """
-    latest = get_checkpoint_path(path_base)
-    numbered = [path for path in latest.parent.glob("*.pt") if path.stem.isdigit()]
-    numbered.sort(key=lambda path: int(path.stem), reverse=True)
-    paths = [latest] * latest.exists() + numbered
-    for path in paths:
-        try:
-            checkpoint = load_checkpoint(path, device)
-        except UserError as error:
-            print(f"warning: {error}", file=sys.stderr)
-            continue
-        if path != paths[0]:
-            print(f"warning: going on from {path}, the newest intact checkpoint", file=sys.stderr)
-        return checkpoint
-    if paths:
-        raise UserError(
-            f"no checkpoint in {latest.parent} is intact; delete the folder {SAVE / path_base} to start anew"
-        )
-    return None
+
+DIVERGED = (
+    "{} is no longer finite: training has diverged; what was saved before is intact, but will diverge again: train"
+    " another run, with another --seed or --prior-lr-factor"
+)
 
 
 def append_statistics(statistics, pending):
@@ -337,7 +380,7 @@ def append_statistics(statistics, pending):
     for name in {name: None for row in pending for name in row}:
         values = torch.stack([torch.as_tensor(row[name]) for row in pending if name in row]).float().cpu()
         if not values.isfinite().all():
-            raise UserError(f"{name} is no longer finite: training has diverged")
+            raise UserError(DIVERGED.format(name))
         statistics[name] = torch.cat([statistics.get(name, values[:0]), values])
     pending.clear()
 

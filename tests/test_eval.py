@@ -147,9 +147,10 @@ def test_an_evaluation_is_repeatable_and_kept(model, capsys):
     assert "it is evaluated again" in capsys.readouterr().err
     other = evaluate(model, "vimco", "--force", "--seed", "1")
     assert other["log_p"] != first["log_p"]
-    main.main([*TRAIN[:-3], "--num-iterations", "6", "--no-compile"])
-    other = model.replace("num-iterations=4", "num-iterations=6")
-    assert evaluate(other, "vimco", "--mode", "test")["model_iteration"] == 6
+    main.main([*TRAIN[:-3], "--num-iterations", "6", "--no-compile"])  # the same run, continued
+    with pytest.raises(UserError, match="at iteration 4 there and .* at iteration 6 here"):
+        evaluate(model, "vimco")
+    assert evaluate(model, "vimco", "--force")["model_iteration"] == 6
 
 
 def test_killed_at_random_moments_ends_with_the_same_numbers(model):
@@ -205,10 +206,25 @@ def test_report(model, capsys):
     cut(util.SAVE / model / "logp" / "test_rws.pt")
     assert eval_logp.main(["--report"]) == 0
     stderr = capsys.readouterr().err
-    assert "damaged" in stderr and "test_vimco.pt is of another model" in stderr and stderr.count("\n") == 2
+    assert "damaged" in stderr and "test_vimco.pt is left out, as its model is older" in stderr
+    assert stderr.count("\n") == 2
     (row,) = read_csv().values()
     assert float(row["rws"]) == pytest.approx(values["rws"][1])
     assert float(row["vimco"]) == pytest.approx(values["vimco"][0])
+
+
+def test_only_comparable_evaluations_share_a_row():
+    def get_result(num_images, num_particles):
+        settings = dict.fromkeys(report.COMPARED, 1) | dict(images=f"some ({num_images})", num_particles=num_particles)
+        return dict(settings=settings, model_iteration=7, log_p_by_image=torch.zeros(num_images))
+
+    results = dict(sleep=get_result(20, 100), rws=get_result(50, 100), vimco=get_result(50, 100))
+    assert report.choose_comparable(results).keys() == {"rws", "vimco"}
+    results["rws"] = get_result(50, 10)
+    shown = report.choose_comparable(results)
+    assert shown.keys() == {"vimco"}
+    differences = report.describe_differences(results["sleep"]["settings"], shown["vimco"]["settings"])
+    assert differences == "images is some (20), not some (50)"
 
 
 def test_joint_bound_takes_each_latent_once():

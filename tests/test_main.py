@@ -189,7 +189,7 @@ def test_damaged_latest_goes_on_from_the_newest_intact_one(folder, capfd):
     put_code(checkpoints / "10.pt")
     run(*flags)
     stdout, stderr = capfd.readouterr()
-    assert "going on from iteration 6 " in stdout
+    assert "resuming at iteration 6 " in stdout
     assert len([line for line in stderr.splitlines() if line.startswith("warning:")]) == 3
     assert_same(load_latest(), expected)
     for path in checkpoints.iterdir():

@@ -275,7 +275,7 @@ def test_sweep_on_slurm(cluster, make_sweep):
     wait_for(lambda: get_states() == ["done"] * 2)
     logs = {name: (util.SAVE / name / "logs/train.log").read_text() for name in models}
     stopped = next(name for name, log in logs.items() if "stopped by SIGUSR1" in log)
-    assert "going on from iteration" in logs[stopped]
+    assert "resuming at iteration" in logs[stopped]
     finished = load(stopped)
     wait_for(lambda: not slurm.get_jobs(False, None))
     evaluation = ["--eval-logp", "--test-run", "--models", models[0]]

@@ -12,6 +12,8 @@ import zipfile
 import pytest
 import torch
 
+import checkpoints
+import data
 import main
 import util
 from util import UserError
@@ -43,7 +45,6 @@ DIFFERENT = dict(
     split=["--num-particles", "5", "--memory-size", "15"],
     prior_lr_factor=["--prior-lr-factor", "0.1"],
     pretrain_iterations=["--pretrain-iterations", "100"],
-    num_iterations=["--num-iterations", "100"],
     test_run=["--test-run"],
 )
 
@@ -59,6 +60,9 @@ def test_path_base():
         (["--data-location", "om", "--small-dataset"], "mws_20"),  # the same data
         (["--cuda", "--save-interval", "10", "--log-interval", "3", "--test-interval", "7"], "mws_20_large"),
         (["--algorithm", "rws", "--memory-size", "3"], "rws_10_large"),  # rws has no memory
+        (["--num-iterations", "100"], "mws_20_large"),  # a run can be continued
+        (["--name", "mine", "--seed", "3"], "mine"),
+        (["--name", "mine", "--test-run"], "test_run_mine"),
         (["--test-run"], "test_run_mws_20_large"),
         (["--test-run", "--likelihood", "affine"], "test_run_mws_20_large_likelihood=affine"),
         (["--test-run", "--algorithm", "rws", "--num-particles", "40"], "test_run_rws_40_large"),
@@ -80,8 +84,11 @@ def test_runs_that_differ_do_not_share_a_folder():
 
 
 def make_checkpoint(iteration=3):
-    checkpoint = dict.fromkeys(util.CHECKPOINT_KEYS)
-    return {**checkpoint, "iteration": iteration, "memory": torch.arange(1000), "args": {"seed": 0}}
+    """Of a run that has not begun, but for its iteration"""
+    args = main.parse_args("--num-primitives 5 --num-arcs 3 --obs-embedding-dim 8 --q-lstm-hidden-size 8".split())
+    split = data.Split(torch.ones(4, 28, 28), None, None)
+    run = main.Run(args, data.Dataset(split, split, split, 0), torch.device("cpu"))
+    return {**run.get_checkpoint(), "iteration": iteration, "optimizer": {}, "pretrain_optimizer": {}}
 
 
 @pytest.fixture
@@ -98,8 +105,8 @@ def cut(path):
 
 def overwrite_with_noise(path):
     content = bytearray(path.read_bytes())
-    middle = content.find(torch.arange(1000).numpy().tobytes())  # in the data, where only a checksum can tell
-    content[middle + 100 : middle + 300] = os.urandom(200)
+    middle = len(content) // 2  # in a tensor's data, where only a checksum can tell
+    content[middle : middle + 200] = os.urandom(200)
     path.write_bytes(content)
 
 
@@ -143,28 +150,28 @@ DAMAGES = [
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints(run_folder, damage, capsys):
-    assert util.load_newest_checkpoint("run")["iteration"] == 12
+    assert checkpoints.load_newest("run")["iteration"] == 12
     damage(run_folder / "latest.pt")
     with pytest.raises(UserError, match="latest.pt") as error:
         util.load_checkpoint(run_folder / "latest.pt")
     assert len(str(error.value).splitlines()) == 1
-    assert util.load_newest_checkpoint("run")["iteration"] == 10
+    assert checkpoints.load_newest("run")["iteration"] == 10
     assert "latest.pt" in capsys.readouterr().err
     damage(run_folder / "10.pt")
-    assert util.load_newest_checkpoint("run")["iteration"] == 3
+    assert checkpoints.load_newest("run")["iteration"] == 3
     for name in (1, 3):
         damage(run_folder / f"{name}.pt")
     with pytest.raises(UserError, match="no checkpoint in .* is intact"):
-        util.load_newest_checkpoint("run")
+        checkpoints.load_newest("run")
     assert not pathlib.Path("executed").exists()
 
 
 def test_missing_checkpoints(run_folder):
-    assert util.load_newest_checkpoint("another") is None
+    assert checkpoints.load_newest("another") is None
     with pytest.raises(UserError, match="no checkpoint"):
         util.load_checkpoint("save/run/checkpoints/7.pt")
     (run_folder / "latest.pt").unlink()
-    assert util.load_newest_checkpoint("run")["iteration"] == 10
+    assert checkpoints.load_newest("run")["iteration"] == 10
 
 
 @contextlib.contextmanager

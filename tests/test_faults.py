@@ -1,0 +1,289 @@
+"""What a run promises under faults: checkpoints with wrong contents, kills between any two file operations, numbers
+that are not finite, options out of range."""
+
+import argparse
+import copy
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_main import SHORT, TINY, folder, get_run_folder, run  # noqa: F401
+from torch.utils._pytree import tree_leaves
+
+import checkpoints
+import data
+import diagnostics
+import eval_logp
+import main
+import models
+import rendering
+import sweep
+import util
+from util import UserError
+
+FLAGS = [*SHORT, "--data-location", "data.mat"]
+
+
+def load_all(run_folder):
+    return {path.name: util.load_checkpoint(path) for path in (run_folder / "checkpoints").glob("*.pt")}
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        for a, b in zip(tree_leaves(got[name]), tree_leaves(want[name]), strict=True):
+            assert torch.equal(a, b) if torch.is_tensor(a) else a == b, name
+
+
+# ------------------------------------------------------------------ wrong contents
+
+
+def get_places(value, path=()):
+    """Paths to the entries of nested dicts and lists"""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
+    for key, entry in items:
+        yield (*path, key)
+        yield from get_places(entry, (*path, key))
+
+
+def get_wrong(value):
+    """Values that must not stand where this one does"""
+    yield "text" if not isinstance(value, str) else 5
+    if torch.is_tensor(value):
+        yield value.unsqueeze(0) if value.dim() else torch.zeros(2)
+        if value.numel() > 1:
+            yield value[:1]
+        yield value.double() if value.dtype == torch.float32 else value.float()
+        if value.is_floating_point():
+            yield torch.full_like(value, torch.nan)
+            yield torch.full_like(value, 1e30)
+        elif value.dtype == torch.uint8 and value.dim() == 3:
+            yield torch.full_like(value, 255)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield from [-3, 2.5, 10**400, True]
+    elif isinstance(value, float):
+        yield from [torch.nan, torch.inf]
+    elif isinstance(value, dict):
+        yield {}
+    elif isinstance(value, list):
+        yield value[:-1]
+
+
+# What may be otherwise without a run being another: beside the settings, and what Adam does not use.
+FREE = "cuda data_location test_run compile log_interval save_interval test_interval test_batch_size name "
+FREE += "test_num_particles num_iterations amsgrad maximize foreach capturable differentiable fused decoupled_weight_decay"
+FREE = {*FREE.split(), "initial_lr"}
+
+
+def test_wrong_contents_are_found(folder):  # noqa: F811
+    """Each entry of a checkpoint removed, of another type, another shape, NaN or huge"""
+    run(*FLAGS)
+    original = util.load_checkpoint(get_run_folder() / "checkpoints/latest.pt")
+    checkpoints.check(original, resumable=True)
+    places = [p for p in get_places(original) if not FREE & set(p) and p[0] != "settings"]
+    assert len(places) > 150
+    num_checked = 0
+    for place in places:
+        for wrong in [None, *get_wrong(get_entry(original, place))]:
+            damaged = copy.deepcopy(original)
+            parent = get_entry(damaged, place[:-1])
+            if wrong is None:
+                del parent[place[-1]]
+                if place[0] == "statistics" and place[1:] not in [("theta_loss",), ("pretrain_loss",)]:
+                    continue  # a statistic more or less
+                if len(place) == 1:
+                    continue  # found by util.load_checkpoint
+            else:
+                parent[place[-1]] = wrong
+            if place == ("memory",) and torch.is_tensor(wrong) and wrong.shape == wrong[:1].shape == (1, 2, 3):
+                continue  # how many images there are, only the run itself knows
+            if place[0] == "args" and isinstance(wrong, int | float) and is_plausible(place[-1], wrong):
+                continue
+            if place[0] == "statistics" and wrong is not None and torch.is_tensor(wrong) and (wrong == 1e30).all():
+                continue
+            try:
+                checkpoints.check(damaged, resumable=True)
+            except UserError as found:
+                error = found
+            else:
+                raise AssertionError(f"{place}: {wrong!r} was not found")
+            assert len(str(error).splitlines()) == 1 and len(str(error)) < 300
+            num_checked += 1
+    assert num_checked > 600
+
+
+def get_entry(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def is_plausible(name, value):
+    """Another value that an argument might have, which nothing else in a checkpoint tells of"""
+    return name in ("seed", "prior_lr_factor", "pretrain_iterations") and value is True or type(value) is type(None)
+
+
+@pytest.mark.parametrize("wrong", [dict(iteration=2.5), dict(memory=torch.zeros(1, 2, 3, dtype=torch.uint8)), "nan", "cut"])
+def test_an_older_checkpoint_takes_the_place_of_a_wrong_one(folder, wrong, capsys):  # noqa: F811
+    run(*FLAGS)
+    expected, latest = load_all(get_run_folder()), get_run_folder() / "checkpoints/latest.pt"
+    checkpoint = util.load_checkpoint(latest)
+    if wrong == "nan":
+        checkpoint["generative_model"]["pre_width"][3] = torch.nan
+    util.save_checkpoint(latest, {**checkpoint, **(wrong if isinstance(wrong, dict) else {})})
+    if wrong == "cut":
+        latest.write_bytes(latest.read_bytes()[:-100])
+    if not (isinstance(wrong, dict) and "memory" in wrong):  # whose number of images only the run itself knows
+        capsys.readouterr()
+        sweep_status = diagnostics.main(["--loss-only"])
+        assert sweep_status == 0 and "warning: " in capsys.readouterr().err
+        run(*FLAGS)
+        assert_same(load_all(get_run_folder()), expected)
+        assert "newest intact checkpoint" in capsys.readouterr().err
+    else:
+        with pytest.raises(UserError, match="memory is of 1 images there"):
+            run(*FLAGS)
+    assert not pathlib.Path("executed").exists()
+
+
+def test_one_bad_run_does_not_stop_the_others(folder, capsys):  # noqa: F811
+    run(*FLAGS)
+    good = get_run_folder().name
+    checkpoint = util.load_checkpoint(util.get_checkpoint_path(good))
+    for i, change in enumerate([dict(args={}), dict(generative_model=None), dict(statistics=[1, 2]), dict(iteration=-3)]):
+        util.save_checkpoint(util.get_checkpoint_path(f"bad{i}"), {**checkpoint, **change})
+    flags = "--num-reconstructions 2 --num-prior-samples 2".split()
+    assert diagnostics.main(flags) == 0
+    stdout, stderr = capsys.readouterr()
+    assert f"{good}: drawn at iteration 12" in stdout and all(f"bad{i}" in stderr for i in range(4))
+    assert sweep.main(["--status"]) == 0
+    with pytest.raises(UserError, match="bad1.* is not a whole checkpoint: generative_model is no dict"):
+        eval_logp.main(["--checkpoint-path", "bad1"])
+
+
+# ------------------------------------------------------------------ kills
+
+
+def die(script, run_folder, destination, *flags):
+    """Runs tests/die.py. Returns: the paths of what it leaves, for each time that the script died"""
+    command = [sys.executable, ROOT / "tests" / "die.py", script, run_folder, destination, *flags]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return [pathlib.Path(destination.replace("{n}", str(n + 1))) for n in range(int(process.stdout.split()[-1]))]
+
+
+def test_killed_between_any_two_file_operations(folder):  # noqa: F811
+    """A stand-in for os.replace and os.fsync dies at the n-th call, for every n; then the run goes on. All files,
+    milestones included, end with the bits of a run that was never stopped."""
+    flags = [*TINY, "--data-location", "data.mat", "--pretrain-iterations", "1", "--num-iterations", "3"]
+    flags += ["--save-interval", "2"]
+    run(*flags)
+    expected = load_all(run_folder := get_run_folder())
+    assert expected.keys() == {"1.pt", "2.pt", "3.pt", "latest.pt"}
+    run_folder.rename("expected")
+    ends = die("main", str(run_folder), "killed{n}", *flags)
+    assert len(ends) == 15  # five saves of three operations each
+    for end in ends:
+        assert_same(load_all(end), expected)
+    model, results = pathlib.Path("expected/checkpoints/latest.pt").rename("model.pt"), []
+    flags = "--num-data 2 --num-particles 3 --test-num-particles 4 --lstm-hidden-size 8 --num-iterations 5".split()
+    flags += ["--no-compile", "--save-interval", "3", "--algorithm", "rws", "--checkpoint-path", str(model)]
+    assert eval_logp.main(flags) == 0
+    os.rename(run_folder, "evaluated")
+    ends = die("eval_logp", str(run_folder), "evaluated{n}", *flags)
+    assert len(ends) == 9
+    for end in [pathlib.Path("evaluated"), *ends]:
+        assert [path.name for path in (end / "logp").glob("*.pt")] == ["test_rws.pt"]
+        results.append({"test_rws.pt": util.load_checkpoint(end / "logp/test_rws.pt", keys=set())})
+        assert_same(results[-1], results[0])
+
+
+def test_a_run_continues_to_more_iterations(folder, capsys):  # noqa: F811
+    flags = [*TINY, "--data-location", "data.mat", "--pretrain-iterations", "2"]
+    run(*flags, "--num-iterations", "8", "--name", "long")
+    run(*flags, "--num-iterations", "4", "--name", "short")
+    run(*flags, "--num-iterations", "8", "--name", "short")
+    got, want = (load_all(pathlib.Path("save") / name) for name in ("short", "long"))
+    for checkpoint in [*got.values(), *want.values()]:
+        checkpoint.pop("args")
+    assert_same(got, want)
+    capsys.readouterr()
+    for number in ("8", "3"):
+        run(*flags, "--num-iterations", number, "--name", "short")
+    stdout, stderr = capsys.readouterr()
+    assert stdout.count("save/short is complete: 8 iterations") == 2 and stderr == ""
+    with pytest.raises(UserError, match="seed is 0 there and 1 here"):
+        run(*flags, "--name", "short", "--seed", "1")
+
+
+# ------------------------------------------------------------------ divergence
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["pre_dxdy", "pre_theta", "pre_sharpness", "pre_width", "theta_affine"])
+def test_nan_reaches_the_likelihood(name, compiled):
+    model = models.GenerativeModel()
+    latent, obs = model.sample(3)
+    latent[..., 1] = 1
+    getattr(model, name).data.fill_(torch.nan)
+    rendering.set_compile(compiled)
+    try:
+        log_prior, log_likelihood = model.log_prob(latent.unsqueeze(0), obs)
+        assert log_likelihood.isnan().all() and log_prior.isfinite().all()
+        with torch.no_grad():
+            assert model.log_prob(latent.unsqueeze(0), obs)[1].isnan().all()
+    finally:
+        rendering.set_compile(False)
+
+
+@pytest.mark.parametrize("where", ["generative_model.pre_dxdy", "generative_model.theta_affine", "inference_network.conv3.bias"])
+@pytest.mark.parametrize("algorithm", ["mws", "rws", "vimco", "sleep"])
+def test_divergence_ends_the_run(folder, algorithm, where, monkeypatch):  # noqa: F811
+    """Real NaN parameters, from the fourth iteration on"""
+    train_step = main.train_step
+
+    def diverge(run, obs_id):
+        if run.iteration == 4:
+            model, name = where.split(".", 1)
+            dict(getattr(run, model).named_parameters())[name].data.fill_(torch.nan)
+        return train_step(run, obs_id)
+
+    monkeypatch.setattr(main, "train_step", diverge)
+    with pytest.raises(UserError, match="no longer finite: training has diverged"):
+        run(*FLAGS, "--algorithm", algorithm, "--save-interval", "1")
+    saved = load_all(get_run_folder())
+    assert saved["latest.pt"]["iteration"] == 4
+    for checkpoint in saved.values():
+        checkpoints.check(checkpoint, resumable=True)
+
+
+# ------------------------------------------------------------------ options
+
+VALUES = ["0", "-1", "nan", "inf", "1" + 400 * "0", "1e400", "", "text", "9223372036854775807", "1e308"]
+
+
+def get_options(script):
+    """The flags of a script that take a value, from its parser"""
+    parser = {"main": main.get_parser, "eval_logp": eval_logp.get_parser, "diagnostics": diagnostics.get_parser,
+              "sweep": sweep.get_parser}[script]()  # fmt: skip
+    takes = (argparse._StoreAction,)
+    return [action.option_strings[0] for action in parser._actions if isinstance(action, takes)]
+
+
+@pytest.mark.parametrize("script", ["main", "eval_logp", "diagnostics", "sweep"])
+def test_any_value_of_an_option_is_taken_or_refused_in_one_line(script, folder):  # noqa: F811
+    module = {"main": main, "eval_logp": eval_logp, "diagnostics": diagnostics, "sweep": sweep}[script]
+    options = get_options(script)
+    assert len(options) >= 8
+    for option in options:
+        for value in VALUES:
+            try:
+                module.parse_args([f"{option}={value}"])
+            except UserError as error:
+                assert len(str(error).splitlines()) == 1 and len(str(error)) < 400, option
