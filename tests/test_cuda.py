@@ -72,11 +72,12 @@ FLAGS = ["--batch-size", "4", "--num-particles", "5", "--memory-size", "5", "--l
 
 
 class Reader(TorchDispatchMode):
-    """Lets what is on the meta device be copied to the CPU, as zeros: what checkpoints do, and steps must not"""
+    """Lets what is on the meta device be copied to the CPU, as zeros, or True: what checkpoints do, and steps must not"""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function == aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            dtype = kwargs.get("dtype") or args[0].dtype
+            return torch.full(args[0].shape, dtype == torch.bool, dtype=dtype)
         return function(*args, **(kwargs or {}))
 
 

@@ -298,7 +298,7 @@ def test_a_hundred_checkpoints(folder):  # noqa: F811
     """What one checkpoint after another is drawn with goes again; no display, no pyplot"""
     model = train()
     checkpoints = util.SAVE / model / "checkpoints"
-    checkpoint = util.load_checkpoint(checkpoints / "10.pt")
+    checkpoint = {**util.load_checkpoint(checkpoints / "10.pt"), "statistics": {}}
     for iteration in range(100, 200):
         torch.save({**checkpoint, "iteration": iteration}, checkpoints / f"{iteration}.pt")
     torch.save({**checkpoint, "iteration": 200}, checkpoints / "latest.pt")

@@ -87,7 +87,9 @@ def test_wrong_contents_are_found(folder):  # noqa: F811
     original = util.load_checkpoint(get_run_folder() / "checkpoints/latest.pt")
     checkpoints.check(original, resumable=True)
     places = [p for p in get_places(original) if not FREE & set(p) and p[0] != "settings"]
-    assert len(places) > 150
+    # of a parameter's moments, those of a few
+    places = [p for p in places if p[1:2] != ("state",) or len(p) < 3 or p[2] in (0, 7)]
+    assert len(places) > 100
     num_checked = 0
     for place in places:
         for wrong in [None, *get_wrong(get_entry(original, place))]:
@@ -115,7 +117,7 @@ def test_wrong_contents_are_found(folder):  # noqa: F811
                 raise AssertionError(f"{place}: {wrong!r} was not found")
             assert len(str(error).splitlines()) == 1 and len(str(error)) < 300
             num_checked += 1
-    assert num_checked > 600
+    assert num_checked > 400
 
 
 def get_entry(value, path):
@@ -226,18 +228,18 @@ def test_a_run_continues_to_more_iterations(folder, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", ["pre_dxdy", "pre_theta", "pre_sharpness", "pre_width", "theta_affine"])
-def test_nan_reaches_the_likelihood(name, compiled):
-    model = models.GenerativeModel()
-    latent, obs = model.sample(3)
-    latent[..., 1] = 1
-    getattr(model, name).data.fill_(torch.nan)
+def test_nan_reaches_the_likelihood(compiled):
     rendering.set_compile(compiled)
     try:
-        log_prior, log_likelihood = model.log_prob(latent.unsqueeze(0), obs)
-        assert log_likelihood.isnan().all() and log_prior.isfinite().all()
-        with torch.no_grad():
-            assert model.log_prob(latent.unsqueeze(0), obs)[1].isnan().all()
+        for name in ["pre_dxdy", "pre_theta", "pre_sharpness", "pre_width", "pre_rendering_params", "theta_affine"]:
+            model = models.GenerativeModel()
+            latent, obs = model.sample(3)
+            latent[..., 1] = 1
+            getattr(model, name).data.fill_(torch.nan)
+            log_prior, log_likelihood = model.log_prob(latent.unsqueeze(0), obs)
+            assert log_likelihood.isnan().all() and log_prior.isfinite().all(), name
+            with torch.no_grad():
+                assert model.log_prob(latent.unsqueeze(0), obs)[1].isnan().all(), name
     finally:
         rendering.set_compile(False)
 
