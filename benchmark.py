@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 
-import waiting  # noqa: F401, I001  before torch
+import environment  # noqa: F401, I001  before torch
 import torch
 import torch.nn.functional as F
 

@@ -15,7 +15,7 @@ import math
 import pathlib
 import sys
 
-import waiting  # noqa: F401, I001  before torch
+import environment  # noqa: F401, I001  before torch
 import imageio.v3 as imageio
 import torch
 from matplotlib.backends.backend_pdf import PdfPages

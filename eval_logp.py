@@ -16,7 +16,7 @@ import math
 import signal
 import sys
 
-import waiting  # noqa: F401, I001  before torch
+import environment  # noqa: F401, I001  before torch
 import torch
 
 import checkpoints

@@ -12,7 +12,7 @@ import functools
 import math
 import signal
 
-import waiting  # noqa: F401, I001  before torch
+import environment  # noqa: F401, I001  before torch
 import torch
 
 import checkpoints

@@ -7,13 +7,14 @@ and float64, with and without gradients, and on a GPU Triton kernels (gpu.py).
 """
 
 import math
-import sys
 
+import environment  # noqa: I001  before torch
 import torch
 import torch.nn.functional as F
 
 import gpu
 from gpu import LOG_PAPER
+from util import warn
 
 BLOCK = 16  # images that are scored side by side: a register's width of floats
 MAPS_AT_ONCE = 40
@@ -342,6 +343,9 @@ def set_compile(enabled, device="cpu"):
     if not enabled:
         return
     if not gpu.is_gpu(device):
+        if environment.UNUSABLE_CACHE is not None:
+            warn(f"not compiled, training is slower: {environment.UNUSABLE_CACHE}, the cache, cannot be written")
+            return
         _compile_for_cpu()
     try:
         # Any numbers, but no random ones: a run's random state is restored by now.
@@ -354,7 +358,7 @@ def set_compile(enabled, device="cpu"):
         _compiled.clear()
         gpu.set_kernels(False)
         reason = str(error).strip().split("\n")[0][:100]
-        print(f"warning: not compiled, training is slower: {reason}", file=sys.stderr)
+        warn(f"not compiled, training is slower: {reason}")
 
 
 def _compile_for_cpu():

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 
-import waiting  # noqa: F401, I001  before torch
+import environment  # noqa: F401, I001  before torch
 import torch
 
 import main as training

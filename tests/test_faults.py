@@ -5,8 +5,6 @@ import argparse
 import copy
 import os
 import pathlib
-import re
-import signal
 import subprocess
 import sys
 
@@ -17,7 +15,6 @@ from test_main import SHORT, TINY, folder, get_run_folder, run  # noqa: F401
 from torch.utils._pytree import tree_leaves
 
 import checkpoints
-import data
 import diagnostics
 import eval_logp
 import main
@@ -289,3 +286,28 @@ def test_any_value_of_an_option_is_taken_or_refused_in_one_line(script, folder):
                 module.parse_args([f"{option}={value}"])
             except UserError as error:
                 assert len(str(error).splitlines()) == 1 and len(str(error)) < 400, option
+
+
+# ------------------------------------------------------------------ streams and environment
+
+
+def run_process(*flags, **options):
+    command = [sys.executable, ROOT / "main.py", *TINY, "--data-location", "data.mat", "--pretrain-iterations", "1"]
+    return subprocess.run([*command, "--num-iterations", "2", *flags], text=True, **options)
+
+
+def test_closed_and_full_streams_and_a_cache_that_cannot_be_written(folder):  # noqa: F811
+    """One process for all: a full standard output, no standard error, an unusable cache"""
+    cache = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "data.mat" / "cache")}
+    with open("/dev/full", "w") as full:
+        process = run_process("--name", "full", stdout=full, preexec_fn=lambda: os.close(2), env=cache)
+    assert process.returncode == 0 and (folder / "save/full/checkpoints/latest.pt").exists()
+    process = run_process("--name", "warned", "--compile", capture_output=True, env=cache)
+    assert process.returncode == 0 and "trained 2 iterations" in process.stdout
+    assert process.stderr.count("warning: ") == 1 and "the cache, cannot be written" in process.stderr
+
+
+def test_a_task_is_for_jobs_only():
+    for where in ("", "none.json:3", "7"):
+        with pytest.raises(UserError, match="none of a sweep's tasks"):
+            sweep.main([f"--task={where}"])
