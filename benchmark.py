@@ -10,6 +10,7 @@ are compared. The reference is tests/reference.py: it scores everything, with
 gradients. Beside them runs the forward and backward pass of PyTorch's convolutions.
 """
 
+import environment  # noqa: F401  # isort: skip  (before torch)
 import collections
 import functools
 import json
@@ -20,7 +21,6 @@ import subprocess
 import sys
 import time
 
-import environment  # noqa: F401, I001  before torch
 import torch
 import torch.nn.functional as F
 

@@ -10,12 +10,11 @@ stroke; reconstructions.gif, as training went on; and save/index.html, an overvi
 Programs are drawn as the model sees them: through the most probable of its affine maps.
 """
 
+import environment  # noqa: F401  # isort: skip  (before torch)
 import io
 import math
-import pathlib
 import sys
 
-import environment  # noqa: F401, I001  before torch
 import imageio.v3 as imageio
 import torch
 from matplotlib.backends.backend_pdf import PdfPages

@@ -9,6 +9,7 @@ log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016). The v
 save/<path_base>/logp/<mode>_<algorithm>.pt. Stopped anywhere, the same command goes on.
 """
 
+import environment  # noqa: F401  # isort: skip  (before torch)
 import argparse
 import functools
 import hashlib
@@ -16,7 +17,6 @@ import math
 import signal
 import sys
 
-import environment  # noqa: F401, I001  before torch
 import torch
 
 import checkpoints

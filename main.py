@@ -7,12 +7,12 @@ A run lives in save/<path_base>/. Stopped anywhere, it goes on from its latest
 checkpoint when the same command is given again.
 """
 
+import environment  # noqa: F401  # isort: skip  (before torch)
 import argparse
 import functools
 import math
 import signal
 
-import environment  # noqa: F401, I001  before torch
 import torch
 
 import checkpoints
@@ -216,6 +216,7 @@ def is_milestone(iteration):
 
 
 def save(run, name="latest"):
+    """Returns: the path"""
     path = util.get_checkpoint_path(run.path_base, name)
     util.save_checkpoint(path, run.get_checkpoint())
     return path
@@ -318,7 +319,7 @@ def load_data(args):
 def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     add = parser.add
-    positive, natural = util.in_range(int, 1), util.in_range(int, 0)
+    positive, natural, many = util.in_range(int, 1), util.in_range(int, 0), util.in_range(int, 1, 10**6)
     add("--test-run", "shrink everything to try the whole path in under two minutes", action="store_true")
     add("--cuda", "use a GPU", action="store_true")
     add("--name", "of the run's folder in save/ (default: made of the settings)", type=util.to_run_name)
@@ -330,23 +331,19 @@ def get_parser():
     )
     add("--small-dataset", "train on 10 images an alphabet, test on the same", action="store_true")
     add("--dataset-size", "number of training images, the same for each alphabet (default: all)", type=positive)
-    add("--batch-size", "images per step", type=util.in_range(int, 1, 10**6))
+    add("--batch-size", "images per step", type=many)
     add("--condition-on-alphabet", "give the prior and the inference network the alphabet", action="store_true")
     add_model_arguments(add)
-    add(
-        "--algorithm",
-        "mws, rws, vimco or sleep (RWS with the sleep phi update)",
-        choices=["mws", "rws", "vimco", "sleep"],
-    )
-    add("--num-particles", "proposals per image (vimco: at least 2)", type=util.in_range(int, 1, 10**6))
+    algorithms = ["mws", "rws", "vimco", "sleep"]
+    add("--algorithm", "mws, rws, vimco or sleep (RWS with the sleep phi update)", choices=algorithms)
+    add("--num-particles", "proposals per image (vimco: at least 2)", type=many)
     add("--memory-size", "latents remembered per image (mws)", type=util.in_range(int, 1, 10**5))
     add("--prior-lr-factor", "the prior's learning rate over the others', which is 1e-3", type=util.in_range(float, 0))
     add("--pretrain-iterations", "sleep steps that train the inference network first", type=natural)
     add("--num-iterations", "steps of the algorithm", type=positive, default=util.NUM_ITERATIONS)
     add(
         "--compile",
-        "compile the renderer and the likelihood, and on a GPU replay steps as CUDA graphs (default: yes, but for test"
-        " runs)",
+        "compile the hot path, and on a GPU replay steps as CUDA graphs (default: yes, but for test runs)",
         action=argparse.BooleanOptionalAction,
     )
     add("--log-interval", "iterations between updates of the progress bar's statistics", type=positive, default=10)

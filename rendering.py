@@ -8,10 +8,10 @@ and float64, with and without gradients, and on a GPU Triton kernels (gpu.py).
 
 import math
 
-import environment  # noqa: I001  before torch
 import torch
 import torch.nn.functional as F
 
+import environment
 import gpu
 from gpu import LOG_PAPER
 from util import warn

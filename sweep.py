@@ -9,6 +9,7 @@
 What is complete is left alone, so that a sweep that was stopped goes on when it is started again.
 """
 
+import environment  # noqa: F401  # isort: skip  (before torch)
 import argparse
 import itertools
 import shlex
@@ -16,7 +17,6 @@ import shutil
 import sys
 import time
 
-import environment  # noqa: F401, I001  before torch
 import torch
 
 import main as training

@@ -1,6 +1,6 @@
-"""Runs a script again and again: dying at the n-th file operation of a save, for n = 1, 2, ..., then to the end, until it
-no longer dies. Prints how often it died; "{n}" in an argument is n, and so in a folder that is moved away after each.
-Usage: die.py SCRIPT FOLDER DESTINATION [the script's arguments], SCRIPT without .py"""
+"""Runs a script again and again: dying at the n-th file operation of a save, for n = STEP, 2 * STEP, ..., then to the
+end, until it no longer dies. Prints how often it died; "{n}" in an argument counts that, and so in a folder that is
+moved away after each. Usage: die.py SCRIPT STEP FOLDER DESTINATION [the script's arguments], SCRIPT without .py"""
 
 import importlib
 import os
@@ -12,7 +12,7 @@ import torch._dynamo  # noqa: E402, F401  an optimiser's first step would import
 
 import util  # noqa: E402
 
-script, folder, destination = importlib.import_module(sys.argv[1]), *sys.argv[2:4]
+script, step, (folder, destination) = importlib.import_module(sys.argv[1]), int(sys.argv[2]), sys.argv[3:5]
 
 DIED = 99
 
@@ -45,8 +45,8 @@ def run(argv, last):
 
 n = 0
 while True:
-    argv = [argument.replace("{n}", str(n + 1)) for argument in sys.argv[4:]]
-    status = run(argv, n + 1)
+    argv = [argument.replace("{n}", str(n + 1)) for argument in sys.argv[5:]]
+    status = run(argv, (n + 1) * step)
     if status == 0:
         break
     if status != DIED or run(argv, 0) != 0:

@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -25,7 +26,6 @@ import main
 import models
 import rendering
 import util
-from conftest import ROOT
 
 aten = torch.ops.aten
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -1,5 +1,7 @@
 import hashlib
 import http.server
+import io
+import os
 import re
 import threading
 import time
@@ -7,8 +9,10 @@ import zipfile
 
 import imageio.v3 as imageio
 import numpy as np
+import PIL.Image
 import pytest
 import scipy.io
+import scipy.sparse
 import torch
 
 import data
@@ -311,3 +315,49 @@ def test_thin_strokes_survive():
         content = imageio.imwrite("<bytes>", (255 * (line >= 4)).astype(np.uint8), extension=".png")
         ink = data.read_image("thin.png", content) >= 0.5
         assert ink.any(0).all() and ink.sum() < 90  # unbroken from left to right, and still thin
+
+
+def test_files_that_decoders_choke_on(tmp_path):
+    """One line that names the file, whatever the decoder raises"""
+    grey = np.full((30, 30), 255, np.uint8)
+    grey[5:25, 14:16] = 0
+    png = imageio.imwrite("<bytes>", grey, extension=".png")
+
+    def write_folder(name, write):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+        return tmp_path / name
+
+    def write_zip(path):
+        with zipfile.ZipFile(path / "a.zip", "w") as archive:
+            archive.writestr("a.png", png)
+        content = (path / "a.zip").read_bytes()
+        (path / "a.zip").write_bytes(content.replace(png[20:60], bytes(40)))
+
+    scipy.io.savemat(tmp_path / "sparse.mat", {**make_mat(20, 6), "data": scipy.sparse.eye(784, 20)})
+    np.savez(tmp_path / "text.npz", images=np.array("no array of numbers"))
+    cases = {
+        tmp_path / "sparse.mat": "not a plain matrix",
+        tmp_path / "text.npz": "expected numbers",
+        write_folder("broken", write_zip) / "a.zip": "a.zip: a.png is damaged",
+        write_folder("pipe", lambda folder: os.mkfifo(folder / "a.png")): "a pipe or a device",
+        write_folder("wide", lambda folder: imageio.imwrite(folder / "a.tif", grey.astype(np.float32))): "holds no images",
+    }
+    (tmp_path / "wide" / "a.tif").rename(tmp_path / "wide" / "a.png")
+    cases[tmp_path / "wide"] = "pixels of type float32"
+    for path, words in cases.items():
+        with pytest.raises(UserError, match=words) as error:
+            data.load(str(path))
+        assert len(str(error.value).splitlines()) == 1 and str(tmp_path) in str(error.value) or "a.png" in str(error.value)
+    with pytest.raises(UserError, match="there is no such user"):
+        data.load("~nosuchuser/x")
+
+
+def test_an_animated_image_is_its_first_frame(capsys):
+    grey = np.full((30, 30), 255, np.uint8)
+    grey[5:25, 14:16] = 0
+    frames = [PIL.Image.fromarray(frame) for frame in (grey, np.full_like(grey, 255))]
+    frames[0].save(file := io.BytesIO(), "PNG", save_all=True, append_images=frames[1:])
+    ink = data.read_image("film.png", file.getvalue())
+    assert np.array_equal(ink, data.read_image("still.png", imageio.imwrite("<bytes>", grey, extension=".png")))
+    assert capsys.readouterr().err == "warning: film.png is animated; its first frame of 2 is read\n"

@@ -169,9 +169,9 @@ def test_one_bad_run_does_not_stop_the_others(folder, capsys):  # noqa: F811
 # ------------------------------------------------------------------ kills
 
 
-def die(script, run_folder, destination, *flags):
+def die(script, step, run_folder, destination, *flags):
     """Runs tests/die.py. Returns: the paths of what it leaves, for each time that the script died"""
-    command = [sys.executable, ROOT / "tests" / "die.py", script, run_folder, destination, *flags]
+    command = [sys.executable, ROOT / "tests" / "die.py", script, str(step), run_folder, destination, *flags]
     process = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert process.returncode == 0, process.stderr[-2000:]
     return [pathlib.Path(destination.replace("{n}", str(n + 1))) for n in range(int(process.stdout.split()[-1]))]
@@ -186,7 +186,7 @@ def test_killed_between_any_two_file_operations(folder):  # noqa: F811
     expected = load_all(run_folder := get_run_folder())
     assert expected.keys() == {"1.pt", "2.pt", "3.pt", "latest.pt"}
     run_folder.rename("expected")
-    ends = die("main", str(run_folder), "killed{n}", *flags)
+    ends = die("main", 1, str(run_folder), "killed{n}", *flags)
     assert len(ends) == 15  # five saves of three operations each
     for end in ends:
         assert_same(load_all(end), expected)
@@ -195,12 +195,26 @@ def test_killed_between_any_two_file_operations(folder):  # noqa: F811
     flags += ["--no-compile", "--save-interval", "3", "--algorithm", "rws", "--checkpoint-path", str(model)]
     assert eval_logp.main(flags) == 0
     os.rename(run_folder, "evaluated")
-    ends = die("eval_logp", str(run_folder), "evaluated{n}", *flags)
+    ends = die("eval_logp", 1, str(run_folder), "evaluated{n}", *flags)
     assert len(ends) == 9
     for end in [pathlib.Path("evaluated"), *ends]:
         assert [path.name for path in (end / "logp").glob("*.pt")] == ["test_rws.pt"]
         results.append({"test_rws.pt": util.load_checkpoint(end / "logp/test_rws.pt", keys=set())})
         assert_same(results[-1], results[0])
+
+
+@pytest.mark.parametrize("kind", [["rws"], ["vimco"], ["sleep"], ["mws", "--condition-on-alphabet"]])
+def test_killed_between_some_file_operations(folder, kind):  # noqa: F811
+    """The same for other algorithms and a conditional model, at every fourth operation"""
+    flags = [*TINY, "--data-location", "data.mat", "--pretrain-iterations", "1", "--num-iterations", "3"]
+    flags += ["--save-interval", "2", "--algorithm", *kind]
+    run(*flags)
+    expected = load_all(run_folder := get_run_folder())
+    run_folder.rename("expected")
+    ends = die("main", 4, str(run_folder), "killed{n}", *flags)
+    assert len(ends) == 3
+    for end in ends:
+        assert_same(load_all(end), expected)
 
 
 def test_a_run_continues_to_more_iterations(folder, capsys):  # noqa: F811

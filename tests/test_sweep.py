@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import scipy.io
@@ -322,3 +323,19 @@ def test_cancel_and_om_repeat(cluster, make_sweep, monkeypatch):
         slurm.submit(
             [(0, tasks.Task("x", "train", [], 1))], sweep.parse_args([*SUBMIT, "--no-repeat", "--partition=no"])
         )
+
+
+def test_tasks_share_the_gpus_that_the_sweep_may_use(folder, monkeypatch):  # noqa: F811
+    """And no others: those named by the parent's CUDA_VISIBLE_DEVICES, if it is set"""
+    seen = []
+    monkeypatch.setattr(tasks.os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(tasks.subprocess, "Popen", lambda *_, env, **__: seen.append(env) or types.SimpleNamespace(pid=0))
+    task = tasks.Task("run", "train", [], 1)
+    for visible, expected in [("4,5", ["4", "5", "4"]), (None, ["0", "1", "0"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b", "GPU-a"])]:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        seen.clear()
+        for slot in range(3):
+            tasks.start(task, slot, 3, 2)
+        assert [environment["CUDA_VISIBLE_DEVICES"] for environment in seen] == expected

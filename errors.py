@@ -1,0 +1,68 @@
+"""How scripts end: in one line that says what is wrong and what to do, whatever their output goes to."""
+
+import contextlib
+import pathlib
+import re
+import signal
+import sys
+
+import torch
+
+
+class UserError(ValueError):
+    """Something that the user can put right; its message says what and how, in one line."""
+
+
+def run_script(main):
+    """Calls main(); an error that the user can put right ends in one line on
+    standard error and exit status 2."""
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    try:
+        sys.exit(main())
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory even for one latent at a time; use a smaller --batch-size or another GPU"
+    except MemoryError:
+        message = OUT_OF_MEMORY
+    except RuntimeError as error:
+        if not re.search("can't allocate memory|not enough memory|Storage size calculation overflowed", str(error)):
+            raise
+        message = OUT_OF_MEMORY
+    except OSError as error:
+        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+OUT_OF_MEMORY = "out of memory: use fewer or smaller --batch-size, --num-particles, --memory-size or sizes of the model"
+
+
+class Stream:
+    """A standard stream that may be closed, or full, or read by nobody any more: what a run computes and saves does
+    not depend on it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def isatty(self):
+        return self.stream is not None and not self.stream.closed and self.stream.isatty()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def warn(message):
+    """One line on standard error"""
+    print(f"warning: {' '.join(message.split())}", file=sys.stderr)
