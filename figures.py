@@ -111,7 +111,8 @@ def to_frame(image, title, num_pixels=6):
 
 def colour_newest(stages):
     """Drawings after each stroke, [N, S, R, R], as RGB, the ink that is new in colour: [N, S, R, R, 3]"""
-    before = F.pad(stages, (0, 0, 0, 0, 1, 0))[:, :-1]
+    paper = stages[:, :1].amin((2, 3), keepdim=True).expand_as(stages[:, :1])
+    before = torch.cat([paper, stages[:, :-1]], 1)
     new = ((stages - before) / stages.clamp(min=1e-3)).clamp(0, 1).unsqueeze(-1)
     colour = torch.tensor(matplotlib.colors.to_rgb(NEWEST))
     return 1 - stages.unsqueeze(-1) * (1 - new * colour)
