@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         codes = pack(latent.flatten(0, 1))  # [P * B, A]
         if gpu.uses_kernels(context) and gpu.can_decode(self):
             log_prob = gpu.ScoreCodes.apply(
-                table, context_input, *self._get_weights(), codes.short(), self.uniform_mixture
+                table, context_input, *self._get_weights(), codes.short(), self.uniform_mixture, torch.is_grad_enabled()
             )  # [P * B]
             return log_prob.view(latent.shape[:2])
         context_input = context_input.repeat(len(latent), 1)  # [P * B, 4 * hidden]

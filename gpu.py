@@ -285,12 +285,12 @@ def _(weight_hh, weight, bias, codes, grad, hidden, cells, gates, uniform_mixtur
 
 class ScoreCodes(torch.autograd.Function):
     """log_prob of a decoder: table [2 * K, 4 * H], context [B, 4 * H], weight_hh [4 * H, H], weight [K + 2, H],
-    bias [K + 2], codes [P * B, A] int16 -> [P * B]"""
+    bias [K + 2], codes [P * B, A] int16, with_gradients: whether a backward pass may follow -> [P * B]"""
 
     @staticmethod
-    def forward(ctx, table, context, weight_hh, weight, bias, codes, uniform_mixture):
+    def forward(ctx, table, context, weight_hh, weight, bias, codes, uniform_mixture, with_gradients):
         ctx.uniform_mixture, ctx.num_contexts, ctx.num_codes = uniform_mixture, len(context), len(table)
-        save = any(ctx.needs_input_grad)
+        save = with_gradients and any(ctx.needs_input_grad)
         table, context, codes = table.contiguous(), context.contiguous(), codes.contiguous()
         log_prob, *saved = _score_codes(table, context, weight_hh, weight, bias, codes, uniform_mixture, save)
         if save:
@@ -309,7 +309,7 @@ class ScoreCodes(torch.autograd.Function):
         grad_logits = grad_logits.flatten(0, 1)
         return (
             before.t() @ after, grad_context, after.t() @ hidden[:-1].flatten(0, 1),
-            grad_logits.t() @ hidden.flatten(0, 1), grad_logits.sum(0), None, None,
+            grad_logits.t() @ hidden.flatten(0, 1), grad_logits.sum(0), None, None, None,
         )  # fmt: skip
 
 

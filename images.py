@@ -5,13 +5,11 @@ own: it finds the ink under uneven light, takes it apart into characters, and gi
 the stroke that Omniglot's have.
 """
 
-import sys
-
 import imageio.v3 as imageio
 import numpy as np
 import scipy.ndimage
 
-from util import UserError
+from util import UserError, warn
 
 SIDE = 28
 CHARACTER_SIDE = 19  # pixels, of a character's longer side in Omniglot (its median and a little)
@@ -29,13 +27,13 @@ def decode(name, content):
     Raises: UserError if it cannot be decoded, or is of an unexpected shape or type
     """
     try:
-        num_frames = imageio.improps(content, plugin="pillow", index=...).n_images
-        image = imageio.imread(content, plugin="pillow", index=0)
+        frames = imageio.imread(content, plugin="pillow", index=...)  # [frames, rows, columns(, channels)]
+        image = frames[0]
     except Exception as error:  # whatever the decoders raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise UserError(f"{name} is damaged or not an image ({reason})") from None
-    if num_frames and num_frames > 1:
-        print(f"warning: {name} is animated; its first frame of {num_frames} is read", file=sys.stderr)
+    if len(frames) > 1:
+        warn(f"{name} is animated; its first frame of {len(frames)} is read")
     if image.dtype not in (bool, np.uint8, np.uint16) or not _is_image(image.shape):
         raise UserError(
             f"{name} has pixels of type {image.dtype} in the shape {list(image.shape)}; save it as 8-bit grey or RGB"
@@ -115,9 +113,9 @@ def find_characters(name, content):
         else:
             hopeless += 1
     if not ink.any():
-        print(f"warning: {name} is blank, as far as can be seen, and skipped", file=sys.stderr)
+        warn(f"{name} is blank, as far as can be seen, and skipped")
     elif hopeless:
-        print(f"warning: {name}: {hopeless} parts of it have no strokes that can be read, and are skipped", file=sys.stderr)
+        warn(f"{name}: {hopeless} parts of it have no strokes that can be read, and are skipped")
     return characters
 
 

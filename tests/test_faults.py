@@ -205,14 +205,14 @@ def test_killed_between_any_two_file_operations(folder):  # noqa: F811
 
 @pytest.mark.parametrize("kind", [["rws"], ["vimco"], ["sleep"], ["mws", "--condition-on-alphabet"]])
 def test_killed_between_some_file_operations(folder, kind):  # noqa: F811
-    """The same for other algorithms and a conditional model, at every fourth operation"""
+    """The same for other algorithms and a conditional model, at every seventh operation"""
     flags = [*TINY, "--data-location", "data.mat", "--pretrain-iterations", "1", "--num-iterations", "3"]
     flags += ["--save-interval", "2", "--algorithm", *kind]
     run(*flags)
     expected = load_all(run_folder := get_run_folder())
     run_folder.rename("expected")
-    ends = die("main", 4, str(run_folder), "killed{n}", *flags)
-    assert len(ends) == 3
+    ends = die("main", 7, str(run_folder), "killed{n}", *flags)
+    assert len(ends) == 2
     for end in ends:
         assert_same(load_all(end), expected)
 

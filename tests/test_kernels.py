@@ -19,6 +19,7 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture
 def use_kernels(monkeypatch):
     """Switches between a GPU's way of computing, on whatever device, and the plain one"""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
     def switch(enabled):
         monkeypatch.setattr(gpu, "is_gpu", lambda device: enabled or torch.device(device).type != "cpu")

@@ -107,7 +107,7 @@ def test_training(folder, capfd, algorithm, conditional):
     assert "novel_proportion" in stderr or algorithm != "mws"
 
 
-@pytest.mark.parametrize(("algorithm", "num_kills"), [("mws", 8), ("vimco", 5)])
+@pytest.mark.parametrize(("algorithm", "num_kills"), [("mws", 8)])  # test_faults.py has the others
 def test_killed_at_random_moments_ends_with_the_same_bits(folder, algorithm, num_kills):
     flags = [*TINY, *"--pretrain-iterations 40 --num-iterations 90 --save-interval 4 --data-location data.mat".split()]
     flags += ["--algorithm", algorithm, "--test-interval", "50", "--test-num-particles", "2"]
