@@ -15,7 +15,6 @@ import functools
 import hashlib
 import math
 import signal
-import sys
 
 import torch
 
@@ -30,7 +29,7 @@ import report
 import util
 from cuda_graph import ReplayedStep
 from score_table import ScoreTable, check_rows, get_enumeration_bound
-from util import UserError
+from util import UserError, warn
 
 STATE_KEYS = {"settings", "network", "optimizer", "table", "iteration", "statistics", "log_p", "random_state"}
 SETTINGS = "mode algorithm num_particles num_iterations batch_size lstm_hidden_size test_batch_size".split()
@@ -242,7 +241,7 @@ def is_complete(path, settings):
     try:
         result = report.load_result(path)
     except UserError as error:
-        print(f"warning: {error}; it is evaluated again", file=sys.stderr)
+        warn(f"{error}; it is evaluated again")
         return False
     check_settings(path, result, settings)
     return True
@@ -260,9 +259,9 @@ def load_state(path, evaluation, settings, force):
     another evaluation, is left behind."""
     try:
         state = util.load_checkpoint(path, evaluation.device, STATE_KEYS)
-        check_state(state, evaluation)
+        check_state(state, evaluation, settings)
     except UserError as error:
-        print(f"warning: {error}; the evaluation starts anew", file=sys.stderr)
+        warn(f"{error}; the evaluation starts anew")
         return False
     if force and state["settings"] != settings:
         return False
@@ -271,12 +270,12 @@ def load_state(path, evaluation, settings, force):
     return True
 
 
-def check_state(state, evaluation):
-    """Raises: UserError if a checkpoint of an evaluation is not whole, or does not fit it"""
+def check_state(state, evaluation, settings):
+    """Raises: UserError if a checkpoint of this evaluation is not whole; one of another is told apart by its settings"""
     expect, num_images = checkpoints.expect, len(evaluation.obs)
     expect(isinstance(state["settings"], dict), "its settings are no dict")
-    if state["settings"].get("algorithm") != evaluation.args.algorithm:
-        return  # another evaluation, which is told apart by its settings
+    if state["settings"] != settings:
+        return
     try:
         checkpoints.check_tensors(state["network"], evaluation.network.state_dict(), "network")
         right = checkpoints.is_integer(state["iteration"]) and 0 <= state["iteration"] < 2**53

@@ -159,8 +159,6 @@ class GenerativeModel(nn.Module):
     def sample(self, num_samples, alphabet=None):
         """Draws characters: latent [S, A, 2] and obs [S, R, C]. A conditional model
         draws alphabets uniformly, or takes alphabet [S, L], one draw for each row."""
-        if alphabet is None and self.num_alphabets:
-            alphabet = self.sample_alphabet(num_samples)
         latent = self.sample_latent(num_samples, alphabet)  # [S, A, 2]
         probs = torch.cat(
             [self.get_logits(chunk) for chunk in latent.split(rendering.get_chunk_size(latent.device))]

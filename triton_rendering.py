@@ -197,9 +197,22 @@ def differentiate_draw(arcs, on, rendering_params, arc_id, grad, num_rows, num_c
 
 
 @triton.jit
-def _load_map(maps, num_maps):
-    m = maps + num_maps * 6
+def _load_map(maps, number):
+    m = maps + number * 6
     return tl.load(m), tl.load(m + 1), tl.load(m + 2), tl.load(m + 3), tl.load(m + 4), tl.load(m + 5)
+
+
+@triton.jit
+def _get_grid_point(pixel, num_rows, num_cols):
+    """A pixel's place in affine_grid's coordinates, from -1 to 1: x, y"""
+    x = 2 * (pixel % num_cols).to(tl.float32) / max(num_cols - 1, 1) - 1
+    y = 2 * (pixel // num_cols).to(tl.float32) / max(num_rows - 1, 1) - 1
+    return x, y
+
+
+@triton.jit
+def _interpolate(p00, p01, p10, p11, fx, fy):
+    return (p00 * (1 - fx) + p01 * fx) * (1 - fy) + (p10 * (1 - fx) + p11 * fx) * fy
 
 
 @triton.jit
@@ -235,12 +248,11 @@ def _score_maps(
         for start in range(0, num_pixels, BLOCK):
             pixel = start + tl.arange(0, BLOCK)
             inside = pixel < num_pixels
-            x = 2 * (pixel % num_cols).to(tl.float32) / max(num_cols - 1, 1) - 1
-            y = 2 * (pixel // num_cols).to(tl.float32) / max(num_rows - 1, 1) - 1
+            x, y = _get_grid_point(pixel, num_rows, num_cols)
             col, fx, _ = _get_position(m0, m1, m2, x, y, num_cols)
             row, fy, _ = _get_position(m3, m4, m5, x, y, num_rows)
             p00, p01, p10, p11 = _load_taps(image, row, col, stride)
-            q = (p00 * (1 - fx) + p01 * fx) * (1 - fy) + (p10 * (1 - fx) + p11 * fx) * fy
+            q = _interpolate(p00, p01, p10, p11, fx, fy)
             ink = tl.load(obs + latent * num_pixels + pixel, mask=inside, other=0.0)
             seen = tl.abs(q - (1 - ink))
             seen = tl.where(seen < eps, eps, seen)
@@ -285,12 +297,11 @@ def _differentiate_score_maps(
             for start in range(0, num_pixels, BLOCK):
                 pixel = start + tl.arange(0, BLOCK)
                 inside = pixel < num_pixels
-                x = 2 * (pixel % num_cols).to(tl.float32) / max(num_cols - 1, 1) - 1
-                y = 2 * (pixel // num_cols).to(tl.float32) / max(num_rows - 1, 1) - 1
+                x, y = _get_grid_point(pixel, num_rows, num_cols)
                 col, fx, free_x = _get_position(m0, m1, m2, x, y, num_cols)
                 row, fy, free_y = _get_position(m3, m4, m5, x, y, num_rows)
                 p00, p01, p10, p11 = _load_taps(image, row, col, stride)
-                q = (p00 * (1 - fx) + p01 * fx) * (1 - fy) + (p10 * (1 - fx) + p11 * fx) * fy
+                q = _interpolate(p00, p01, p10, p11, fx, fy)
                 signed = q - (1 - tl.load(obs + latent * num_pixels + pixel, mask=inside, other=0.0))
                 seen = tl.abs(signed)
                 inside = inside & (seen >= eps) & (seen <= 1 - eps)
