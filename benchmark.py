@@ -27,8 +27,8 @@ import torch.nn.functional as F
 import data
 import gpu
 import losses
-import main
 import models
+import optimizers
 import rendering
 import util
 from cuda_graph import NUM_WARM_UPS, ReplayedStep
@@ -57,7 +57,7 @@ class Steps:
         if algorithm.startswith("eval"):
             self.num_particles = max(batch_size * 100 // 250, 2)
             self.network = models.LookupInferenceNetwork(len(self.obs)).to(device)
-            self.optimizer = main.get_adam(self.network.parameters(), device)
+            self.optimizer = optimizers.get_adam(self.network.parameters(), device)
             self.table = ScoreTable(self.model.num_arcs, device)
             if algorithm == "eval sharp":
                 with torch.no_grad():
@@ -66,7 +66,7 @@ class Steps:
         else:
             self.num_particles = 10
             self.network = models.InferenceNetwork().to(device)
-            self.optimizer = main.get_optimizer(self.model, self.network, 1)
+            self.optimizer = optimizers.get_optimizer(self.model, self.network, 1)
         self.obs_id = torch.arange(len(self.obs), device=device)
         self.memory = losses.init_memory(len(self.obs)).to(device)
         self.plain_memory = losses.unpack(self.memory)
@@ -85,7 +85,7 @@ class Steps:
             looked_up = given is not None and not gpu.is_gpu(self.device)
             scorer = functools.partial(self.table.score, given) if looked_up else losses.score
             loss, _ = objective(*networks, self.obs, self.num_particles, obs_id=given, scorer=scorer)
-        main.update(self.optimizer, loss)
+        optimizers.update(self.optimizer, loss)
         return {"loss": loss.detach()}
 
     def reference(self):
@@ -98,7 +98,7 @@ class Steps:
         else:
             objective = reference.vimco if self.algorithm.endswith("vimco") else reference.rws
             loss = objective(*networks, self.obs, self.num_particles, given)
-        main.update(self.optimizer, loss)
+        optimizers.update(self.optimizer, loss)
 
     def convolve(self):
         """PyTorch's convolutions forward and backward on the same images, in the layout and the chunks that are

@@ -21,13 +21,15 @@ import torch
 import checkpoints
 import data
 import gpu
+import locks
 import losses
-import main as training
 import models
 import rendering
 import report
 import util
 from cuda_graph import ReplayedStep
+from optimizers import get_adam, load_optimizer, update
+from save_clock import SaveClock
 from score_table import ScoreTable, check_rows, get_enumeration_bound
 from util import UserError, warn
 
@@ -51,7 +53,7 @@ class Evaluation:
         self.generative_model, _ = models.from_checkpoint(checkpoint, device)
         self.generative_model.requires_grad_(False)
         self.network = build_network(args, checkpoint["args"], len(self.obs), num_alphabets).to(device)
-        self.optimizer = training.get_adam(self.network.parameters(), device, LEARNING_RATE)
+        self.optimizer = get_adam(self.network.parameters(), device, LEARNING_RATE)
         self.table = ScoreTable(self.generative_model.num_arcs, device)
         self.iteration = 0
         self.statistics, self.pending = {}, []
@@ -75,7 +77,7 @@ class Evaluation:
     def restore(self, state):
         for name in ["network", "table"]:
             getattr(self, name).load_state_dict(state[name])
-        training.load_optimizer(self.optimizer, state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.iteration, self.log_p = state["iteration"], state["log_p"]
         self.statistics = {name: values.cpu() for name, values in state["statistics"].items()}
         util.set_random_state(state["random_state"])
@@ -126,7 +128,7 @@ def train_step(evaluation, obs_id):
         scorer = losses.score if gpu.is_gpu(evaluation.device) else functools.partial(evaluation.table.score, obs_id)
         inputs = evaluation.get_inputs(obs_id)
         loss, statistics = objective(*networks, num_particles=args.num_particles, scorer=scorer, **inputs)
-    training.update(evaluation.optimizer, loss)
+    update(evaluation.optimizer, loss)
     return statistics
 
 
@@ -155,6 +157,7 @@ def estimate_step(evaluation):
 def run(evaluation, settings, path, stop):
     """Trains the network, then estimates log p, until done or a signal arrives. Returns: whether done"""
     args, num_images, train_step = evaluation.args, len(evaluation.obs), get_step(evaluation)
+    clock = SaveClock(args.save_minutes)
     total = args.num_iterations + math.ceil(num_images / args.test_batch_size)
     with util.show_progress(total=total, unit="it") as bar:
         while stop.received is None:
@@ -166,8 +169,9 @@ def run(evaluation, settings, path, stop):
             else:
                 return True
             done = evaluation.iteration + math.ceil(len(evaluation.log_p) / args.test_batch_size)
-            if done % args.save_interval == 0:
+            if done % args.save_interval == 0 or clock.is_due():
                 util.save_checkpoint(path, evaluation.get_checkpoint(settings))
+                clock.restart()
             show(evaluation, bar, done)
     util.save_checkpoint(path, evaluation.get_checkpoint(settings))
     return False
@@ -194,8 +198,8 @@ def evaluate(args):
     name = util.get_run_name(checkpoint_path, checkpoint["args"])
     folder = util.SAVE / name / "logp"
     path, state_path = (parent / f"{args.mode}_{args.algorithm}.pt" for parent in (folder, folder / "checkpoints"))
-    lock = util.lock(folder / f".{path.stem}.lock", f"{name} is being evaluated by {args.algorithm}")
-    with util.StopSignal() as stop, lock:
+    what = f"{name} is being evaluated by {args.algorithm}"
+    with util.StopSignal() as stop, locks.lock(folder / f".{path.stem}.lock", what, stop):
         if not args.force and is_complete(path, settings):
             print(f"{path} is complete: {report.describe(path)}; --force repeats it")
             return 0
@@ -350,6 +354,7 @@ def get_parser():
     add("--seed", "of all randomness", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--force", "repeat an evaluation that is complete, or of other settings", action="store_true")
     add("--save-interval", "iterations between checkpoints of the evaluation", type=positive, default=500)
+    add("--save-minutes", "minutes between them, if these are fewer", type=util.in_range(float, 0.01), default=5)
     add(
         "--compile",
         "compile the renderer and the likelihood (default: where many latents are scored)",

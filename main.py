@@ -17,11 +17,14 @@ import torch
 
 import checkpoints
 import data
+import locks
 import losses
 import models
 import rendering
 import util
 from cuda_graph import ReplayedStep
+from optimizers import get_adam, get_optimizer, load_optimizer, update
+from save_clock import SaveClock
 from util import SETTINGS, UserError
 
 # ------------------------------------------------------------------ the state of a run
@@ -93,28 +96,6 @@ class Run:
         util.set_random_state(checkpoint["random_state"])
 
 
-def get_optimizer(generative_model, inference_network, prior_lr_factor, lr=1e-3):
-    """Adam for both models, the prior's parameters at prior_lr_factor times the others' rate"""
-    prior = list(generative_model.prior.parameters())
-    others = [p for name, p in generative_model.named_parameters() if not name.startswith("prior.")]
-    others += inference_network.parameters()
-    groups = [{"params": others, "lr": lr}, {"params": prior, "lr": lr * prior_lr_factor}]
-    return get_adam(groups, prior[0].device)
-
-
-def get_adam(groups, device, lr=1e-3):
-    """Adam for parameters or groups of them; on a GPU, the kind that a CUDA graph can record"""
-    on_gpu = device.type == "cuda"  # torch has these for few devices
-    return torch.optim.Adam(groups, lr=lr, fused=on_gpu, capturable=on_gpu)
-
-
-def load_optimizer(optimizer, state):
-    """Takes an optimiser's state, which may have been on another device"""
-    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        saved.update(fused=group["fused"], capturable=group["capturable"])
-    optimizer.load_state_dict(state)
-
-
 # ------------------------------------------------------------------ a step
 
 
@@ -145,13 +126,6 @@ def get_loss(run, obs_id):
     theta_loss, theta_statistics = losses.wake_theta(*networks, obs, args.num_particles, alphabet)
     phi_loss, phi_statistics = losses.sleep(*networks, losses.get_num_dreams(args.batch_size, args.num_particles))
     return theta_loss + phi_loss, {**theta_statistics, **phi_statistics}
-
-
-def update(optimizer, loss):
-    """A step of the optimiser down the gradient of the loss"""
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
 
 
 def pretrain_step(run):
@@ -222,12 +196,13 @@ def save(run, name="latest"):
     return path
 
 
-def save_if_due(run):
+def save_if_due(run, clock):
     """The milestone first: were the run killed in between, it would write it once more"""
     if run.iteration > 0 and is_milestone(run.iteration):
         save(run, run.iteration)
-    if (run.iteration or run.pretrain_iteration) % run.args.save_interval == 0:
+    if (run.iteration or run.pretrain_iteration) % run.args.save_interval == 0 or clock.is_due():
         save(run)
+        clock.restart()
 
 
 def save_missing_milestone(run):
@@ -254,7 +229,7 @@ def report(run, bar):
 def train(run, stop):
     """Takes steps until the run is complete or a signal arrives. Each state between
     two steps is one that a run can go on from."""
-    args = run.args
+    args, clock = run.args, SaveClock(run.args.save_minutes)
     pretrain_step, train_step = get_steps(run)
     total, done = args.pretrain_iterations + args.num_iterations, run.pretrain_iteration + run.iteration
     with util.show_progress(total=total, initial=done, unit="it") as bar:
@@ -271,7 +246,7 @@ def train(run, stop):
             else:
                 break
             report(run, bar)
-            save_if_due(run)
+            save_if_due(run, clock)
     return save(run)
 
 
@@ -280,7 +255,7 @@ def main(argv=None):
     device = util.get_device(args.cuda)
     dataset = load_data(args)
     path_base = util.get_path_base(args)
-    with util.StopSignal() as stop, util.lock_run(path_base):
+    with util.StopSignal() as stop, locks.lock_run(path_base, stop):
         run = Run(args, dataset, device)
         checkpoint = checkpoints.load_newest(path_base, resumable=True)
         if checkpoint is not None:
@@ -348,6 +323,7 @@ def get_parser():
     )
     add("--log-interval", "iterations between updates of the progress bar's statistics", type=positive, default=10)
     add("--save-interval", "iterations between checkpoints", type=positive, default=1000)
+    add("--save-minutes", "minutes between checkpoints, if these are fewer", type=util.in_range(float, 0.01), default=5)
     add("--test-interval", "iterations between estimates of test log p and KL (default: never)", type=positive)
     add("--test-batch-size", "images a step of a test", type=positive, default=5)
     add("--test-num-particles", "samples an image of a test", type=positive, default=1000)

@@ -1,43 +1,44 @@
-"""Tasks on Slurm: as one job array that requeues itself, or each repeated by openmind-tools' om-repeat.
+"""Tasks on Slurm: in job arrays that requeue themselves, or each repeated by openmind-tools' om-repeat.
 
 Nothing passes through a shell here; what om-repeat cannot carry is refused.
 """
 
+import collections
 import hashlib
 import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from typing import NamedTuple
 
-import torch
-
 import util
-from tasks import ROOT, Task, open_log
+from tasks import ROOT, Task, is_trained
 from util import UserError
 
 TIME = "12:00:00"
 TIME_OF_REPEATED = "2:00:00"
 WARNING = 120  # seconds before a job's time is up
-FOLDER = util.SAVE / ".sweep"  # lists of submitted tasks, and what Slurm itself prints
+FOLDER = util.SAVE / ".sweep"  # listings of submitted tasks, and what Slurm itself prints
 
 
 class Job(NamedTuple):
-    """A task of this sweep in Slurm's queue"""
+    """A task in Slurm's queue"""
 
-    number: str  # as scancel takes it
-    kind: str  # train or eval
-    index: int  # of the task
+    number: str | None  # as scancel takes it; None: its training job will submit it
+    model: str
+    kind: str
     state: str  # Slurm's: PENDING, RUNNING, ...
+    reason: str  # why it waits
 
 
-def get_tag(test_run, data_location):
-    """What this sweep's jobs are called: the same folder and flags, the same tag"""
-    where = [str(util.SAVE.resolve()), str(test_run), str(data_location)]
-    return "strokes-" + hashlib.sha1("\0".join(where).encode()).hexdigest()[:8]
+def get_tag():
+    """What the names of jobs submitted from this folder begin with"""
+    return "strokes-" + hashlib.sha1(os.fsencode(util.SAVE.resolve())).hexdigest()[:8]
 
 
 def require(command):
@@ -46,7 +47,40 @@ def require(command):
         raise UserError(f"there is no {command} on the PATH; run on a machine of the cluster, or without --cluster")
 
 
-# ------------------------------------------------------------------ submitting
+# ------------------------------------------------------------------ listings of submitted tasks
+
+
+class Listing(NamedTuple):
+    """What one call of sweep.py submits; its jobs look their tasks up in it"""
+
+    path: pathlib.Path
+    repeated: bool  # by om-repeat
+    setup: str  # a line of shell
+    warning: int  # seconds before a job's end at which it should save and end
+    tasks: list
+
+    @property
+    def name(self):
+        """8 digits"""
+        return self.path.stem
+
+
+def write_listing(listing):
+    content = {name: value for name, value in listing._asdict().items() if name != "path"}
+    util.write(listing.path, json.dumps(content, indent=1).encode())
+
+
+def read_listing(path):
+    """Raises: UserError if there is none"""
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+        content["tasks"] = [Task(*task) for task in content["tasks"]]
+        return Listing(pathlib.Path(path), **content)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a listing of submitted tasks") from None
+
+
+# ------------------------------------------------------------------ options for sbatch
 
 
 def get_seconds(limit):
@@ -63,120 +97,259 @@ def get_seconds(limit):
     return (days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
-def get_options(args, repeated):
-    """sbatch's options that do not depend on the task, each one word"""
-    limit = args.time or (TIME_OF_REPEATED if repeated else TIME)
-    seconds = get_seconds(limit)
-    options = [f"--time={limit}", f"--mem={args.mem}"]
+def is_repeated(args):
+    return not args.no_repeat and shutil.which("om-repeat") is not None
+
+
+def get_limit(args):
+    return args.time or (TIME_OF_REPEATED if is_repeated(args) else TIME)
+
+
+def get_warning(args):
+    """Seconds before the limit: of a short one, half of it"""
+    return min(WARNING, max(get_seconds(get_limit(args)) // 2, 1))
+
+
+def get_options(args):
+    """sbatch's options that do not depend on the task, each one word; the user's own come last, so they win"""
+    repeated = is_repeated(args)
+    options = [f"--time={get_limit(args)}", f"--mem={args.mem}"]
+    options += [f"--cpus-per-task={args.cpus_per_task}"] * (args.cpus_per_task is not None)
     options += [f"--partition={args.partition}"] * bool(args.partition)
     options += [f"--gres={args.gres}"] * (args.gres not in ("", "none"))
+    options += [f"--mail-user={args.mail}", "--mail-type=END,FAIL"] * bool(args.mail)
     if not repeated:
-        options += [f"--signal=B:USR1@{min(WARNING, max(seconds // 2, 1))}", "--requeue", "--open-mode=append"]
-    return options
+        options += [f"--signal=B:USR1@{get_warning(args)}", "--requeue", "--open-mode=append"]
+    return options + split_options(args.sbatch)
 
 
-def get_commands(tasks, args, listing, repeated):
-    """The commands that submit tasks [(index, Task)]: one of an array, or one each"""
-    run = [str(ROOT / "slurm_job.sh"), sys.executable, str(ROOT / "sweep.py")]
-    kind, options = "eval" if args.eval_logp else "train", get_options(args, repeated)
-    tag = get_tag(args.test_run, args.data_location)
-    if not repeated:
-        indices = ",".join(str(index) for index, _ in tasks)
-        output = listing.with_name("%A_%a.out")
-        options += [f"--array={indices}", f"--output={output}", "-J", f"{tag}-{kind}"]
-        return [["sbatch", *options, *run, f"--task={listing}"]]
-    commands = []
-    for index, task in tasks:
-        output = (util.SAVE / task.model / "logs" / "slurm-%j.out").resolve()
-        words = [*options, f"--output={output}", "-J", f"{tag}-{kind}-{index}", *run, f"--task={listing}:{index}"]
-        commands.append(["om-repeat", "sbatch", *words])
-    for word in (word for command in commands for word in command):
+def split_options(text):
+    """--sbatch's options as words. Raises: UserError if a quote is open, or for what the sweep itself sets"""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--sbatch {text!r}: {error}") from None
+    for word in words:
+        if re.match(r"(--job-name|--array|--wrap|-J|-a)", word):
+            raise UserError(f"--sbatch {word}: the sweep gives its jobs their names and tasks itself; leave it out")
+    return words
+
+
+# ------------------------------------------------------------------ submitting
+
+
+def get_script(listing, index=None):
+    """What a job runs: a task of a listing, the one at its array's index or at the given one"""
+    where = listing.path if index is None else f"{listing.path}:{index}"
+    return [str(ROOT / "slurm_job.sh"), sys.executable, str(ROOT / "sweep.py"), f"--task={where}"]
+
+
+def get_array(listing, indices, args, dependency=None):
+    """The command that submits some of a listing's tasks as a job array"""
+    throttle = f"%{args.jobs}" if args.jobs else ""
+    options = [*get_options(args), f"--array={','.join(map(str, indices))}{throttle}"]
+    options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", "-J", f"{get_tag()}-{listing.name}"]
+    # an evaluation whose training failed leaves the queue
+    options += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
+    return ["sbatch", *options, *get_script(listing)]
+
+
+def get_repeated(listing, index, args):
+    """The command that has om-repeat submit a task. Raises: UserError if that would mangle it"""
+    output = (util.SAVE / listing.tasks[index].model / "logs" / "slurm-%j.out").resolve()
+    name = f"{get_tag()}-{index}-{listing.name}"
+    command = ["om-repeat", "sbatch", *get_options(args), f"--output={output}", "-J", name, *get_script(listing, index)]
+    for word in command:
         if not re.fullmatch(r"[\w./=:,@%+-]+", word, re.ASCII):
             raise UserError(
                 f"om-repeat splits its command at spaces and special characters, and {word!r} has some;"
                 " move to another folder, or give --no-repeat"
             )
-    return commands
+    return command
 
 
-def submit(tasks, args):
-    """Submits tasks, [(index, Task)], or with --dry-run prints the commands"""
-    repeated = not args.no_repeat and shutil.which("om-repeat") is not None
-    kind = "eval" if args.eval_logp else "train"
-    listing = (FOLDER / f"{get_tag(args.test_run, args.data_location)}-{kind}.json").resolve()
-    commands = get_commands(tasks, args, listing, repeated)
-    if args.dry_run:
-        return commands
-    listed = json.loads(listing.read_text()) if listing.exists() else {}  # for jobs that are in the queue
-    util.write(listing, json.dumps({**listed, **{str(index): task for index, task in tasks}}, indent=1).encode())
-    for _, task in tasks:
+def submit(tasks, args, queue, dry_run=False):
+    """Submits tasks. Evaluations whose training is in the queue, a list of jobs, start after it.
+
+    Raises: UserError at the first that Slurm refuses, or where something cannot be submitted
+    """
+    repeated = is_repeated(args)
+    if repeated and args.jobs:
+        raise UserError("--jobs with --cluster limits a job array, which om-repeat does not submit; give --no-repeat")
+    name = hashlib.sha1(f"{time.time_ns()} {os.getpid()}".encode()).hexdigest()[:8]
+    listing = Listing((FOLDER / f"{name}.json").resolve(), repeated, args.setup, get_warning(args), tasks)
+    trainings = collections.defaultdict(list)  # model -> numbers of the jobs that train it
+    for job in queue:
+        trainings[job.model] += [job.number] * (job.kind == "train")
+    indices = range(len(tasks))
+    ready = [i for i in indices if tasks[i].kind == "train" or not trainings[tasks[i].model]]
+    waiting = [i for i in indices if i not in ready]
+    if repeated:
+        commands = [get_repeated(listing, i, args) for i in indices]
+        commands, later = [commands[i] for i in ready], {i: commands[i] for i in waiting}
+    else:
+        commands, later = get_arrays(listing, ready, waiting, trainings, args), {}
+    if dry_run:
+        print("\n".join(shlex.join(command) for command in [*commands, *later.values()]))
+        return
+    write_listing(listing)
+    for task in tasks:
         task.get_path("log").parent.mkdir(parents=True, exist_ok=True)
+    num_submitted = 0
     for command in commands:
-        process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if process.returncode != 0:
-            raise UserError(f"{command[0]} refused the job: {' '.join(process.stdout.split())}")
-        print(process.stdout.strip())
+        try:
+            number = submit_command(command)
+        except UserError as error:
+            before = f"; {num_submitted} jobs were submitted before it" if num_submitted else ""
+            raise UserError(f"{error}{before}") from None
+        num_submitted += 1
+        print(f"Submitted batch job {number}")
+    put_after_training(listing, later)
+    for task in [tasks[i] for i in later]:
+        if is_trained(task):  # its training may have looked for what comes next before it was put there
+            print("\n".join(submit_after_training(task.model)))
+    for i, task in enumerate(tasks):
+        when = "to be submitted when its training is complete" if i in later else "submitted"
+        print(f"{task}: {when}, log in {task.get_path('log')}")
+    output = util.SAVE / "RUN/logs/slurm-JOB.out" if repeated else FOLDER / "JOB_INDEX.out"
+    print(f"what Slurm itself prints goes to {output}; how far they are: python sweep.py --status")
+
+
+def get_arrays(listing, ready, waiting, trainings, args):
+    """sbatch's commands. With --jobs everything is in one array, which is what Slurm limits."""
+    tasks = listing.tasks
+    if args.jobs and waiting:
+        numbers = dict.fromkeys(number for i in waiting for number in trainings[tasks[i].model])
+        return [get_array(listing, ready + waiting, args, "afterany:" + ":".join(numbers))]
+    commands = [get_array(listing, ready, args)] if ready else []
+    for model in dict.fromkeys(tasks[i].model for i in waiting):
+        indices = [i for i in waiting if tasks[i].model == model]
+        commands.append(get_array(listing, indices, args, "afterok:" + ":".join(trainings[model])))
     return commands
 
 
-# ------------------------------------------------------------------ in a job
+def submit_command(command):
+    """Returns: the job's number. Raises: UserError with Slurm's reason if there is none: om-repeat ends well
+    whatever sbatch says, and prints more than sbatch does"""
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    match = re.search(r"^Submitted batch job (\d+)", process.stdout, re.M)
+    if process.returncode == 0 and match:
+        return match[1]
+    lines = [line.strip() for line in process.stdout.splitlines() if line.strip()]
+    reason = " ".join([line for line in lines if "error" in line.lower()] or lines[-3:]) or "it said nothing"
+    raise UserError(f"{command[0]} refused the job: {reason}")
 
 
-def run_task(where):
-    """What a job runs: a task of a listing, FILE:INDEX or FILE with the array's index. Its output goes
-    to the task's log, its exit status beside it."""
-    path, _, index = where.rpartition(":") if re.search(r":\d+$", where) else (where, "", None)
-    index = os.environ.get("SLURM_ARRAY_TASK_ID") if index is None else index
+# ------------------------------------------------------------------ after a training that om-repeat repeats
+
+# Slurm's dependencies are on a job, and such a training is a chain of jobs: its last one submits what comes after it.
+
+
+def get_after_path(model):
+    return util.SAVE / model / "logs" / "after_training.json"
+
+
+def put_after_training(listing, later):
+    """Leaves commands, {index: command}, to the trainings of their models"""
+    models = dict.fromkeys(listing.tasks[i].model for i in later)
+    for model in models:
+        commands = [[list(listing.tasks[i]), later[i]] for i in later if listing.tasks[i].model == model]
+        util.write(get_after_path(model), json.dumps(commands, indent=1).encode())
+
+
+def take_after_training(model):
+    """What was left to the training of a model: [(task, command)]; it is taken once only"""
+    path = get_after_path(model)
+    taken = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        task = Task(*json.loads(pathlib.Path(path).read_text())[index])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--task {where!r} is none of a sweep's tasks; jobs on Slurm run it, not people") from None
-    with open_log(task) as log:
-        command = task.get_command()
-        if torch.cuda.is_available():
-            command.append("--cuda")
-        elif os.environ.get("SLURM_JOB_GPUS") or os.environ.get("SLURM_STEP_GPUS"):
-            log.write(f"no usable GPU on {os.uname().nodename}: on its CPU\n")
-            log.flush()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        with util.StopSignal() as stop:
-            while process.poll() is None:
-                if stop.received is not None:
-                    process.send_signal(stop.received)
-                    stop.received = None
-                try:
-                    process.wait(0.5)
-                except subprocess.TimeoutExpired:
-                    continue
-    status = process.returncode if process.returncode >= 0 else 128 - process.returncode
-    task.get_path("status").write_text(f"{status}\n")
-    return status
+        os.rename(path, taken)
+    except FileNotFoundError:
+        return []
+    commands = json.loads(taken.read_text())
+    taken.unlink()
+    return [(Task(*task), command) for task, command in commands]
+
+
+def submit_after_training(model):
+    """Returns: lines that say what was submitted"""
+    lines = []
+    for task, command in take_after_training(model):
+        try:
+            lines.append(f"submitted {task} as job {submit_command(command)}")
+        except UserError as error:
+            lines.append(f"{task}: {error}")
+    return lines
 
 
 # ------------------------------------------------------------------ the queue
 
 
-def get_jobs(test_run, data_location):
-    """This sweep's jobs in the queue; none where there is no Slurm"""
+def get_queue():
+    """The jobs that were submitted from this folder, and how many from each other one: a list of Job, {folder: number}.
+    Raises: UserError if Slurm cannot be asked"""
     if shutil.which("squeue") is None:
-        return []
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%j|%K|%T"]
+        return [], {}
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%T|%r|%j|%Z"]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode != 0:
-        raise UserError(f"squeue failed: {' '.join(process.stderr.split())}")
-    jobs = []
+        *_, reason = ["squeue failed", *process.stderr.strip().splitlines()]
+        raise UserError(f"Slurm cannot be asked ({reason})")
+    jobs, others, listings = [], collections.Counter(), {}
     for line in process.stdout.splitlines():
-        number, name, array_index, state = line.split("|")
-        match = re.match(rf"{get_tag(test_run, data_location)}-(train|eval)(?:-(\d+))?(?!\d)", name)
-        if match and (match[2] or array_index.isdigit()):
-            jobs.append(Job(number, match[1], int(match[2] or array_index), state))
+        number, array_index, state, reason, name, folder = line.split("|", 5)
+        match = re.match(r"(strokes-[0-9a-f]{8})-(?:(\d+)-)?([0-9a-f]{8})", name)
+        if match and match[1] == get_tag():
+            task = find_task(match, name, array_index, listings)
+            if task:
+                jobs.append(Job(number, task.model, task.kind, state, reason if state == "PENDING" else ""))
+        elif match:
+            others[folder] += 1
+    jobs += [job for job in get_waiting() if (job.model, "train") in {(job.model, job.kind) for job in jobs}]
+    return jobs, others
+
+
+def find_task(match, name, array_index, listings):
+    """The task of a job, by its name's parts; None if the name isn't one of ours. om-repeat puts more at its end."""
+    if match[3] not in listings:
+        try:
+            listings[match[3]] = read_listing(FOLDER / f"{match[3]}.json")
+        except UserError:
+            listings[match[3]] = None
+    listing = listings[match[3]]
+    index = match[2] if listing and listing.repeated else array_index
+    if not listing or not (listing.repeated or match.end() == len(name)) or not str(index).isdigit():
+        return None
+    return listing.tasks[int(index)] if int(index) < len(listing.tasks) else None
+
+
+def get_waiting():
+    """What trainings will submit"""
+    jobs = []
+    for path in util.SAVE.glob("*/logs/after_training.json"):
+        try:
+            tasks = [Task(*task) for task, _ in json.loads(path.read_text())]
+        except (OSError, ValueError, TypeError):
+            continue
+        jobs += [Job(None, task.model, task.kind, "PENDING", "") for task in tasks]
     return jobs
 
 
-def cancel(test_run, data_location):
-    """Cancels this sweep's jobs. Returns: how many"""
+def cancel(jobs):
+    """Cancels jobs of the queue, and those that om-repeat has put behind them since. Returns: how many"""
     require("scancel")
-    jobs = get_jobs(test_run, data_location)
-    if jobs:
-        subprocess.run(["scancel", *sorted({job.number for job in jobs})], check=True)
-    return len(jobs)
+    for model in {job.model for job in jobs if job.number is None}:
+        kinds = {job.kind for job in jobs if job.number is None and job.model == model}
+        kept = [[list(task), command] for task, command in take_after_training(model) if task.kind not in kinds]
+        if kept:
+            util.write(get_after_path(model), json.dumps(kept).encode())
+    wanted, cancelled = {(job.model, job.kind) for job in jobs}, set()
+    for _ in range(10):
+        numbers = {job.number for job in jobs if job.number is not None} - cancelled
+        if not numbers:
+            break
+        process = subprocess.run(["scancel", *sorted(numbers)], capture_output=True, text=True)
+        if process.returncode != 0:
+            raise UserError(f"scancel failed: {' '.join(process.stderr.split())}")
+        cancelled |= numbers
+        jobs = [job for job in get_queue()[0] if (job.model, job.kind) in wanted and job.state != "COMPLETING"]
+    return len(cancelled) + len([job for job in jobs if job.number is None])

@@ -3,31 +3,37 @@
     python sweep.py --jobs 2              # train all here, two at a time; then
     python sweep.py --jobs 2 --eval-logp  # evaluate each three times
     python sweep.py --cluster             # the same on Slurm, and
-    python sweep.py --cluster --eval-logp
-    python sweep.py --status              # how far it is
+    python sweep.py --cluster --eval-logp # as soon as each is trained
+    python sweep.py --status              # how far they are
+    python sweep.py --models mws_5 rws_5 --seeds 0 1 2 -- --batch-size 50   # other settings of main.py
 
-What is complete is left alone, so that a sweep that was stopped goes on when it is started again.
+What is complete is skipped, so a sweep that was stopped resumes when it is started again.
 """
 
 import environment  # noqa: F401  # isort: skip  (before torch)
 import argparse
+import collections
 import itertools
 import shlex
 import shutil
 import sys
-import time
 
 import torch
 
+import eval_logp
+import locks
 import main as training
 import report
 import slurm
+import slurm_task
+import status
 import tasks
 import util
+from errors import warn
 from tasks import Task
 from util import UserError
 
-NUM_LATENTS = [3, 5, 10, 20, 40]  # of an image; for mws, remembered and proposed ones
+NUM_LATENTS = [3, 5, 10, 20, 40]  # per image; for mws, remembered and proposed ones
 TEST_RUN_EVALUATION = ["--num-data=5", "--num-iterations=10", "--num-particles=10", "--test-num-particles=100"]
 
 # ------------------------------------------------------------------ the models
@@ -62,38 +68,69 @@ def get_flags(args):
     return flags
 
 
-def get_tasks(args):
-    """The sweep's tasks, [(index, Task)], with --models those of some models.
-    Raises: UserError if one of these is not in the sweep"""
-    all_tasks = []
-    for model_args in get_sweep_argss(args.test_run, args.data_location):
-        model, total = util.get_path_base(model_args), model_args.num_iterations
-        if not args.eval_logp:
-            all_tasks.append(Task(model, "train", get_flags(model_args), total))
-            continue
-        for algorithm in report.ALGORITHMS:
-            flags = [f"--checkpoint-path={util.get_checkpoint_path(model)}", f"--algorithm={algorithm}"]
-            flags += [f"--data-location={args.data_location}"] * (args.data_location is not None)
-            all_tasks.append(Task(model, algorithm, flags + TEST_RUN_EVALUATION * args.test_run, total))
-    models = list(dict.fromkeys(task.model for task in all_tasks))
-    unknown = [model for model in args.models or [] if model not in models]
+def get_runs(args):
+    """main.py's arguments for each run: the sweep's models, or those of --models, with each seed and the settings
+    that were given after --. Raises: UserError if a model is not in the sweep, or two runs would share a folder"""
+    runs, known = {}, set()
+    models = [util.get_path_base(model_args) for model_args in get_sweep_argss()]
+    for seed in args.seeds or [None]:
+        for model, model_args in zip(models, get_sweep_argss(args.test_run, args.data_location), strict=True):
+            flags = [*get_flags(model_args), *args.settings] + [f"--seed={seed}"] * (seed is not None)
+            run_args = training.parse_args(flags)
+            if run_args.cuda:
+                raise UserError("give --cuda before the --: it is no setting of a run")
+            path_base = util.get_path_base(run_args)
+            names = {model, util.get_path_base(model_args), path_base}
+            known |= names
+            if args.models and not names & set(args.models):
+                continue
+            if path_base in runs:
+                raise UserError(f"two of the sweep's runs would share {util.SAVE / path_base}; choose one with --models")
+            runs[path_base] = run_args
+    unknown = [model for model in args.models or [] if model not in known]
     if unknown:
         raise UserError(f"--models: {', '.join(unknown)} is not in the sweep, which has {', '.join(models)}")
-    return [(i, task) for i, task in enumerate(all_tasks) if not args.models or task.model in args.models]
+    return runs
 
 
-def choose_tasks(args):
-    """The tasks that are left to do; what is left out is counted or named"""
+def get_tasks(args, kinds=None):
+    """The sweep's tasks, of these kinds (default: what --eval-logp says)"""
+    some_tasks = []
+    for model, run_args in get_runs(args).items():
+        for kind in kinds or (report.ALGORITHMS if args.eval_logp else ["train"]):
+            flags = get_flags(run_args) if kind == "train" else get_evaluation_flags(args, model, kind)
+            some_tasks.append(Task(model, kind, flags, run_args.num_iterations))
+    return some_tasks
+
+
+def get_evaluation_flags(args, model, algorithm):
+    """eval_logp.py's. Raises: UserError if those of --eval-options are wrong"""
+    flags = [f"--checkpoint-path={util.get_checkpoint_path(model)}", f"--algorithm={algorithm}"]
+    flags += [f"--data-location={args.data_location}"] * (args.data_location is not None)
+    flags += TEST_RUN_EVALUATION * args.test_run + shlex.split(args.eval_options)
+    parsed = eval_logp.parse_args(flags)
+    same = parsed.algorithm == algorithm and parsed.checkpoint_path == str(util.get_checkpoint_path(model))
+    if not same or parsed.mode != "test" or parsed.report or parsed.cuda:
+        raise UserError("--eval-options: the sweep itself chooses model, algorithm, mode and device")
+    return flags
+
+
+def choose_tasks(args, queue=()):
+    """The tasks that are left to do; those that are skipped are counted or named. Args: queue: Slurm's, a list of jobs"""
     left, num_done = [], 0
-    for index, task in get_tasks(args):
+    numbers = {(job.model, job.kind): job.number for job in queue}
+    for task in get_tasks(args):
         progress = tasks.get_progress(task)
         if progress.done:
             num_done += 1
-        elif task.kind != "train" and (progress.iteration or 0) < task.total:
-            print(f"{task}: its model is not trained yet ({progress.iteration or 0} of {task.total}), left out")
-        else:  # an evaluation of the model as it was before is out of date
-            flags = ["--force"] if progress.value and task.kind != "train" else []
-            left.append((index, task._replace(flags=task.flags + flags)))
+        elif (task.model, task.kind) in numbers:
+            number = numbers[task.model, task.kind]
+            print(f"{task}: in the queue already, " + (f"as job {number}" if number else "after its training"))
+        elif task.kind != "train" and not tasks.is_trained(task) and (task.model, "train") not in numbers:
+            iteration = tasks.get_training_progress(task).iteration
+            print(f"{task}: skipped, its model is not trained yet ({iteration} of {task.total} iterations)")
+        else:
+            left.append(task._replace(flags=task.flags + ["--force"] * progress.others))
     if num_done:
         print(f"{num_done} are complete already")
     return left
@@ -104,7 +141,7 @@ def choose_tasks(args):
 
 def run_here(args):
     """Runs what is left to do on this machine. Returns: 0 if all ended well, 1, or 128 + the signal that stopped it"""
-    left = [task for _, task in choose_tasks(args)]
+    left = choose_tasks(args)
     use_cuda = torch.cuda.is_available() if args.cuda is None else args.cuda
     num_gpus = torch.cuda.device_count() if use_cuda else 0
     if args.dry_run:
@@ -112,104 +149,110 @@ def run_here(args):
             print(shlex.join(task.get_command() + ["--cuda"] * (num_gpus > 0)))
         return 0
     with util.StopSignal() as stop:
-        num_done = tasks.run_here(left, args.jobs, num_gpus, stop)
-    print(
-        f"{num_done} of {len(left)} done, in {util.SAVE}/"
-        + ("; the same command goes on" if num_done < len(left) else "")
-    )
+        num_done = tasks.run_here(left, args.jobs or 1, num_gpus, stop)
+    resume = "; the same command resumes" if num_done < len(left) else ""
+    print(f"{num_done} of {len(left)} done, in {util.SAVE}/{resume}")
     if stop.received is not None:
         return 128 + stop.received
     return 0 if num_done == len(left) else 1
 
 
+def get_queue(may_fail=True):
+    """Slurm's, with a warning if it cannot be asked and may fail"""
+    try:
+        return slurm.get_queue()
+    except UserError as error:
+        if not may_fail:
+            raise
+        warn(str(error))
+        return [], {}
+
+
 def submit(args):
     """Submits to Slurm what is left to do and not in the queue"""
-    queued = {(job.kind, job.index): job.number for job in slurm.get_jobs(args.test_run, args.data_location)}
-    kind, left = "eval" if args.eval_logp else "train", []
-    for index, task in choose_tasks(args):
-        if (kind, index) in queued:
-            print(f"{task}: in the queue already, as job {queued[kind, index]}")
-        else:
-            left.append((index, task))
+    queue, _ = get_queue(may_fail=args.dry_run)
+    left = choose_tasks(args, queue)
     if not left:
         print("nothing to submit")
         return 0
-    commands = slurm.submit(left, args)
-    for command in commands if args.dry_run else []:
-        print(shlex.join(command))
-    for index, task in left:
-        print(f"{'would submit' if args.dry_run else 'submitted'} {index}: {shlex.join(task.get_command())}")
+    if not args.dry_run:
+        check_data(args)
+    asks_for_gpu = "gpu" in args.gres or "gpu" in args.sbatch
+    if asks_for_gpu if args.cuda is None else args.cuda:  # a job without a GPU that works then fails at once
+        left = [task._replace(flags=[*task.flags, "--cuda"]) for task in left]
+    slurm.submit(left, args, queue, args.dry_run)
+    for task in left if args.dry_run else []:
+        print(f"would submit: {shlex.join(task.get_command())}")
     return 0
 
 
-def show_status(args):
-    """Prints a line for each task"""
-    try:
-        jobs = {(job.kind, job.index): job for job in slurm.get_jobs(args.test_run, args.data_location)}
-    except UserError as error:
-        print(f"warning: {error}", file=sys.stderr)
-        jobs = {}
-    some_tasks = get_tasks(args)
-    width = max(len(str(task)) for _, task in some_tasks)
-    value = "log p" if args.eval_logp else "theta loss"
-    print(f"{'run':{width}}  state         iteration  {value:>10}  saved before  job")
-    for index, task in some_tasks:
-        job = jobs.get(("eval" if args.eval_logp else "train", index))
-        progress = tasks.get_progress(task)
-        iteration = f"{progress.iteration or 0}/{task.total}"
-        print(
-            f"{task!s:{width}}  {get_state(task, progress, job):8} {iteration:>14}  {progress.value:>10}"
-            f"  {format_age(progress.saved):>12}  {job.number if job else '-'}"
-        )
+def check_data(args):
+    """Loads the data once, here, rather than let each job find out that they are not there, or download them.
+    Raises: UserError if they do not fit"""
+    names = ["data_location", "small_dataset", "dataset_size", "condition_on_alphabet"]
+    argss = {tuple(getattr(run_args, name) for name in names): run_args for run_args in get_runs(args).values()}
+    for run_args in argss.values():
+        training.load_data(run_args)
+
+
+def cancel(args):
+    """Cancels the jobs of the chosen tasks, and says what else of ours is in the queue"""
+    queue, others = get_queue(may_fail=args.dry_run)
+    chosen = {(task.model, task.kind) for task in get_tasks(args, None if args.eval_logp else ["train", *report.ALGORITHMS])}
+    jobs = [job for job in queue if (job.model, job.kind) in chosen]
+    if args.dry_run:
+        for job in jobs:
+            print(f"would cancel {job.number or '(not submitted yet)'}: {job.model} {job.kind}")
+    else:
+        print(f"cancelled {slurm.cancel(jobs)} jobs")
+    rest = collections.Counter(job.model for job in queue if job not in jobs)
+    if rest:
+        print(f"other runs from here are in the queue: {', '.join(f'{model} ({n} jobs)' for model, n in rest.items())}")
+    for folder, number in others.items():
+        print(f"{number} jobs of sweeps in {folder} are in the queue")
     return 0
 
 
-def get_state(task, progress, job):
-    """waiting, running, done or failed"""
-    if progress.done:
-        return "done"
-    if util.is_locked(tasks.get_lock(task)) or (job and job.state in ("RUNNING", "COMPLETING")):
-        return "running"
-    return "failed" if job is None and tasks.is_failed(task) else "waiting"
-
-
-def format_age(saved):
-    """Time since then, in hours:minutes:seconds"""
-    if saved is None:
-        return "-"
-    seconds = max(int(time.time() - saved), 0)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+def is_run(folder):
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return (folder / "checkpoints").is_dir() or (folder / "lock").is_file() or (folder / "logs").is_dir()
 
 
 def remove(args):
-    """Deletes runs, once the user has seen which: with --test-run those of test runs only. What is not a run's
-    folder stays, and so does a run that is being worked on."""
-    known = {task.model for _, task in get_tasks(args)}
-    folders = []
-    for folder in sorted(util.SAVE.glob("*")):
-        is_run = (folder / "checkpoints").is_dir() or (folder / "lock").is_file() or folder.name in known
-        if not is_run or folder.is_symlink() or (args.test_run and not folder.name.startswith("test_run_")):
-            continue
-        if args.models and folder.name not in args.models:
-            continue
-        if any(util.is_locked(lock) for lock in [folder / "lock", *folder.glob("logp/.*.lock")]):
+    """Deletes runs, once the user has seen which: all, or those that options choose; with --eval-logp their
+    evaluations only. What is not a run's folder stays, and so does a run that is being worked on or in the queue."""
+    folders = sorted(folder for folder in util.SAVE.glob("[!.]*") if is_run(folder))
+    if args.models or args.seeds or args.settings or args.data_location:
+        chosen = get_runs(args)
+        folders = [folder for folder in folders if folder.name in chosen]
+    elif args.test_run:
+        folders = [folder for folder in folders if folder.name.startswith("test_run_")]
+    queued = {job.model for job in get_queue(may_fail=args.dry_run)[0]}
+    paths = []
+    for folder in folders:
+        path = folder / "logp" if args.eval_logp else folder
+        if folder.name in queued:
+            print(f"{folder} has jobs in the queue and stays")
+        elif any(locks.is_locked(lock) for lock in [folder / "lock", *folder.glob("logp/.*.lock")]):
             print(f"{folder} is being worked on and stays")
-        else:
-            folders.append(folder)
-    if not folders:
-        print(f"there is no run to delete in {util.SAVE}/")
+        elif path.is_dir():
+            paths.append(path)
+    if not paths:
+        print(f"there is nothing to delete in {util.SAVE}/")
         return 0
-    print("\n".join(str(folder) for folder in folders))
+    print("\n".join(map(str, paths)))
     if args.dry_run:
         return 0
+    what = f"{len(paths)} {'evaluated runs’ estimates' if args.eval_logp else 'runs'}"
     if not args.yes:
-        print(f"delete these {len(folders)} runs, checkpoints and all? [y/N] ", end="", flush=True)
+        print(f"delete these {what}, checkpoints and all? [y/N] ", end="", flush=True)
         if sys.stdin.readline().strip().lower() != "y":
             print("nothing is deleted")
             return 1
-    for folder in folders:
-        shutil.rmtree(folder)
-    print(f"deleted {len(folders)} runs")
+    for path in paths:
+        shutil.rmtree(path)
+    print(f"deleted {what}")
     return 0
 
 
@@ -219,46 +262,57 @@ def remove(args):
 def main(argv=None):
     args = parse_args(argv)
     if args.task is not None:
-        return slurm.run_task(args.task)
-    if args.cancel:
-        print(f"cancelled {slurm.cancel(args.test_run, args.data_location)} jobs")
-        return 0
-    for wanted, action in [(args.rm, remove), (args.status, show_status), (args.cluster, submit)]:
+        return slurm_task.run_task(args.task)
+    if args.status:
+        return status.show(get_tasks(args), get_queue()[0])
+    for wanted, action in [(args.rm, remove), (args.cancel, cancel), (args.cluster, submit)]:
         if wanted:
             return action(args)
     return run_here(args)
 
 
 def get_parser():
-    parser = util.ArgumentParser(description=__doc__)
+    parser = util.ArgumentParser(description=__doc__, usage="%(prog)s [options] [-- options of main.py for all runs]")
     add, boolean = parser.add, "store_true"
     add("--eval-logp", "evaluate the trained models instead: three tasks each", action=boolean)
-    add("--cluster", "submit to Slurm", action=boolean)
-    add("--status", "print how far each run is", action=boolean)
-    add("--cancel", "cancel this sweep's jobs (those submitted from here with the same data)", action=boolean)
-    add("--rm", "delete the runs in save/, after asking (with --test-run test runs only)", action=boolean)
-    add("--yes", "do not ask", action=boolean)
-    add("--dry-run", "print what would be run, submitted or deleted", action=boolean)
     add("--test-run", "everything small", action=boolean)
     add("--data-location", "as main.py takes it (default: main.py's)", default=None)
-    add("--models", "only these models, by path base (default: all)", nargs="+")
-    add("--jobs", "tasks at a time, here", type=util.in_range(int, 1), default=1)
-    cuda = "use GPUs, here (default: if there are any; jobs on Slurm look for themselves)"
+    add("--models", "only these models, by name (default: all)", nargs="+")
+    add("--seeds", "each model with each of these seeds (default: main.py's)", nargs="+", type=util.in_range(int, 0, 2**63 - 1))
+    add("--eval-options", "options of eval_logp.py for all evaluations, one string", default="")
+    add("--dry-run", "print what would be run, submitted, cancelled or deleted", action=boolean)
+    add("--jobs", "tasks at a time (default: here 1, on Slurm as many as it lets run)", type=util.in_range(int, 1), default=None)
+    cuda = "use GPUs (default: here if there are any, on Slurm if --gres asks for one; a job that finds none fails)"
     add("--cuda", cuda, action=argparse.BooleanOptionalAction)
+    add("--status", "print how far each task is, its job and its log", action=boolean)
+    add("--cancel", "cancel the jobs of these runs (with --eval-logp only their evaluations)", action=boolean)
+    add("--rm", "delete runs in save/, after asking (with --eval-logp only their evaluations)", action=boolean)
+    add("--yes", "do not ask", action=boolean)
+    add("--cluster", "submit to Slurm; evaluations of models whose training is in the queue start after it", action=boolean)
     add("--no-repeat", "do not use om-repeat, even if it is there", action=boolean)
     add("--partition", "Slurm's", default=None)
-    add("--gres", "what a job asks Slurm for; none: nothing", default="gpu:1")
+    gres = "what a job asks Slurm for, such as gpu:a100:1; none: nothing (default: gpu:1, with --no-cuda none)"
+    add("--gres", gres, default=None)
     add("--mem", "memory of a job", default="16G")
+    add("--cpus-per-task", "CPUs of a job, and its threads (default: Slurm's)", type=util.in_range(int, 1), default=None)
     add("--time", f"limit of a job (default: {slurm.TIME_OF_REPEATED} with om-repeat, else {slurm.TIME})", default=None)
+    add("--mail", "address that Slurm writes to when a job ends or fails", default=None)
+    add("--sbatch", 'further options of sbatch, one string: "--account=lab --qos=long"', default="")
+    add("--setup", 'a line of shell before each job: "module load cuda"', default="")
     parser.add_argument("--task", help=argparse.SUPPRESS)  # what a job runs
     return parser
 
 
 def parse_args(argv=None):
     """Raises: UserError if arguments are out of range, missing, or exclude each other"""
-    args = get_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = get_parser().parse_args(argv[:cut])
+    args.settings = argv[cut + 1 :]
     if sum([args.cluster, args.status, args.cancel, args.rm]) > 1:
         raise UserError("--cluster, --status, --cancel and --rm exclude each other; give one")
+    if args.gres is None:
+        args.gres = "none" if args.cuda is False else "gpu:1"
     if args.cluster and not args.dry_run:
         slurm.require("sbatch")
     return args

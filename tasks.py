@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import checkpoints
 import eval_logp
+import locks
 import report
 import util
 from util import UserError
@@ -48,35 +49,62 @@ class Progress(NamedTuple):
     """What of a task is saved"""
 
     done: bool
-    iteration: int | None = None  # of the training
+    iteration: int = 0  # its own: of the training, or of the evaluation
+    total: int = 0
     value: str = ""  # the last loss, or log p
     saved: float | None = None  # when, seconds since the epoch
+    others: bool = False  # of an evaluation: one with other settings, or of an older model, has to make way
 
 
 def get_progress(task):
     """What the files of a task say; a damaged one counts as none"""
+    return get_training_progress(task) if task.kind == "train" else get_evaluation_progress(task)
+
+
+def get_training_progress(task):
     path = util.get_checkpoint_path(task.model)
     try:
         checkpoint = checkpoints.load(path)
-        iteration, saved = checkpoint["iteration"], path.stat().st_mtime
-        if task.kind == "train":
-            losses = checkpoint["statistics"].get("theta_loss", [])
-            return Progress(iteration >= task.total, iteration, f"{losses[-1]:.2f}" if len(losses) else "", saved)
-        path = util.SAVE / task.model / "logp" / f"test_{task.kind}.pt"
-        if not path.exists():
-            return Progress(False, iteration)
-        result = report.load_result(path)
+        iteration, losses = checkpoint["iteration"], checkpoint["statistics"].get("theta_loss", [])
+        value = f"{losses[-1]:.2f}" if len(losses) else ""
+        return Progress(iteration >= task.total, iteration, task.total, value, path.stat().st_mtime)
     except (UserError, OSError):
-        return Progress(False)
-    current = result["model_iteration"] == iteration and is_as_asked(result, task)
-    return Progress(current, iteration, f"{result['log_p']:.2f}", path.stat().st_mtime)
+        return Progress(False, 0, task.total)
 
 
-def is_as_asked(result, task):
-    """Whether an evaluation has the settings that the task's flags ask for"""
-    asked = eval_logp.parse_args(task.flags)
-    same = all(result["settings"].get(name) == getattr(asked, name) for name in eval_logp.SETTINGS)
-    return same and result["args"]["num_data"] == asked.num_data
+def get_evaluation_progress(task):
+    """Done: with the model as it is now, as the task's flags ask. Others: with others in the way, finished or not"""
+    folder, asked = util.SAVE / task.model / "logp", eval_logp.parse_args(task.flags)
+    paths = [parent / f"test_{task.kind}.pt" for parent in (folder, folder / "checkpoints")]
+    progress, iteration = Progress(False, 0, asked.num_iterations), None
+    try:
+        iteration = checkpoints.load(util.get_checkpoint_path(task.model))["iteration"]
+        result = report.load_result(paths[0])
+        done = result["model_iteration"] == iteration and is_as_asked(result["settings"], asked)
+        done = done and result["args"]["num_data"] == asked.num_data
+        value, saved = f"{result['log_p']:.2f}", paths[0].stat().st_mtime
+        progress = Progress(done, asked.num_iterations * done, asked.num_iterations, value, saved, others=not done)
+    except (UserError, OSError):
+        pass
+    try:
+        if not progress.done:
+            state, saved = util.load_checkpoint(paths[1], keys={"iteration", "settings"}), paths[1].stat().st_mtime
+            if is_as_asked(state["settings"], asked) and state["settings"]["model"].endswith(f" {iteration}"):
+                return progress._replace(iteration=int(state["iteration"]), saved=saved)
+            return progress._replace(others=True)
+    except (UserError, OSError, TypeError, ValueError, KeyError, AttributeError):
+        pass  # there is none, or a damaged one
+    return progress
+
+
+def is_trained(task):
+    """Whether the task's model is trained to the end"""
+    return get_training_progress(task).done
+
+
+def is_as_asked(settings, asked):
+    """Whether an evaluation has the settings that eval_logp.py's arguments ask for"""
+    return all(settings.get(name) == getattr(asked, name) for name in eval_logp.SETTINGS)
 
 
 def get_lock(task):
@@ -100,14 +128,24 @@ def is_failed(task):
     return status != 0 and not was_stopped(status)
 
 
-def get_log_end(task, num_lines=4):
-    """The last lines of a task's log, without progress bars"""
+def read_log(task):
+    """Its lines, without progress bars"""
     try:
         text = task.get_path("log").read_text(errors="replace")
     except OSError:
-        return ""
+        return []
     lines = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
-    return "\n".join([line for line in lines if line and "it/s" not in line and "?it" not in line][-num_lines:])
+    return [line for line in lines if line and "it/s" not in line and "?it" not in line and "s/it" not in line]
+
+
+def get_log_end(task, num_lines=4):
+    return "\n".join(read_log(task)[-num_lines:])
+
+
+def get_device(task):
+    """What its last attempt ran on, GPU or CPU; "" if there was none"""
+    commands = [line for line in read_log(task) if line.startswith("--- ")]
+    return "" if not commands else "GPU" if "--cuda" in commands[-1].split() else "CPU"
 
 
 def open_log(task):
@@ -116,7 +154,9 @@ def open_log(task):
     path.parent.mkdir(parents=True, exist_ok=True)
     task.get_path("status").unlink(missing_ok=True)
     log = open(path, "a")
-    log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(task.get_command())}\n")
+    when, node = time.strftime("%Y-%m-%d %H:%M:%S"), os.uname().nodename
+    log.write("\n" if log.tell() else "")  # after a progress bar that was cut off
+    log.write(f"--- {when} on {node}: {shlex.join(task.get_command())}\n")
     log.flush()
     return log
 
@@ -143,15 +183,19 @@ def start(task, slot, num_slots, num_gpus):
     share = cores[slot % len(cores) :: num_slots]
     # Two processes with a thread for every core each would slow each other down several times over.
     environment = {"OMP_NUM_THREADS": str(len(share)), **os.environ}
-    command = task.get_command()
     if num_gpus:
-        command.append("--cuda")
+        task = task._replace(flags=[*task.flags, "--cuda"])
         # of those that this process may use, whose names may be no numbers
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_gpus)))
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % num_gpus]
     with open_log(task) as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=_die_with_parent
+            task.get_command(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            preexec_fn=_die_with_parent,
         )
     os.sched_setaffinity(process.pid, share)
     return Worker(task, process, slot, time.time())
@@ -177,7 +221,7 @@ def finish(worker):
 def wait_for_lock(task, seconds=5):
     """What ended a moment ago may still be saving. Returns: whether the task is free"""
     end = time.time() + seconds
-    while util.is_locked(get_lock(task)):
+    while locks.is_locked(get_lock(task)):
         if time.time() > end:
             holder = get_lock(task).read_text().strip()
             print(f"{task}: is being worked on by {holder}, left to it", flush=True)

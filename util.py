@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import os
@@ -170,45 +169,6 @@ def expand_user(path):
 
 def get_checkpoint_path(path_base, iteration="latest"):
     return SAVE / path_base / "checkpoints" / f"{iteration}.pt"
-
-
-@contextlib.contextmanager
-def lock(path, what):
-    """Holds a lock file for this process. Raises: UserError if another has it; `what` says what that one is at"""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(f"{what} by {holder}; wait for it or stop it") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
-        yield
-
-
-def is_locked(path):
-    """Whether a process of this machine holds a lock file. The kernel's list of locks tells without taking one, which
-    would keep a run from starting at that moment."""
-    try:
-        status = os.stat(path)
-        locks = pathlib.Path("/proc/locks").read_text()
-    except OSError:
-        return False
-    major, minor = os.major(status.st_dev), os.minor(status.st_dev)
-    return f" {major:02x}:{minor:02x}:{status.st_ino} " in locks
-
-
-@contextlib.contextmanager
-def lock_run(path_base):
-    """Holds a run's folder for this process. Raises: UserError if another has it."""
-    folder = SAVE / path_base
-    with lock(folder / "lock", f"{folder} is being trained"):
-        for leftover in (folder / "checkpoints").glob(".*.tmp"):  # of a run that was killed
-            leftover.unlink()
-        yield
 
 
 # ------------------------------------------------------------------ checkpoints

@@ -19,6 +19,7 @@ from test_data import make_mat
 from test_main import assert_same
 
 import eval_logp
+import locks
 import main
 import slurm
 import sweep
@@ -136,7 +137,7 @@ def test_sweep_here(make_sweep, monkeypatch):
             time.sleep(0.02)
         process.send_signal(number)
         stdout, _ = process.communicate(timeout=60)
-        wait_for(lambda: not any(util.is_locked(util.SAVE / name / "lock") for name in models), 30)
+        wait_for(lambda: not any(locks.is_locked(util.SAVE / name / "lock") for name in models), 30)
         if number == signal.SIGINT:
             assert process.returncode == 128 + number and stdout.count("stopped, goes on when the sweep does") == 2
             assert all("stopped by SIGINT" in tasks.get_log_end(tasks.Task(name, "train", [], 300)) for name in models)
@@ -177,7 +178,7 @@ def test_failures_and_locks(make_sweep):
     task = tasks.Task(models[0], "train", [], 8)
     (util.SAVE / models[1] / "checkpoints").mkdir(parents=True)
     pathlib.Path(util.get_checkpoint_path(models[1])).write_bytes(b"PK broken")
-    with util.lock_run(models[0]):
+    with locks.lock_run(models[0]):
         stdout = run("--jobs", "2", status=1)
         assert f"{models[0]}: is being worked on by process {os.getpid()} on" in stdout
         assert (

@@ -14,6 +14,7 @@ import torch
 
 import checkpoints
 import data
+import locks
 import main
 import util
 from util import UserError
@@ -200,13 +201,13 @@ def test_full_disk(tmp_path):
 
 def test_a_run_is_locked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with util.lock_run("run"):
+    with locks.lock_run("run"):
         with pytest.raises(UserError, match=f"process {os.getpid()}"):
-            with util.lock_run("run"):
+            with locks.lock_run("run"):
                 pass
-        with util.lock_run("another"):
+        with locks.lock_run("another"):
             pass
-    with util.lock_run("run"):
+    with locks.lock_run("run"):
         pass
 
 
