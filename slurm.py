@@ -106,8 +106,8 @@ def get_limit(args):
 
 
 def get_warning(args):
-    """Seconds before the limit: of a short one, half of it"""
-    return min(WARNING, max(get_seconds(get_limit(args)) // 2, 1))
+    """Seconds before the limit: of a short one, a fifth of it"""
+    return min(WARNING, max(get_seconds(get_limit(args)) // 5, 1))
 
 
 def get_options(args):
@@ -209,10 +209,11 @@ def submit(tasks, args, queue, dry_run=False):
         if is_trained(task):  # its training may have looked for what comes next before it was put there
             print("\n".join(submit_after_training(task.model)))
     for i, task in enumerate(tasks):
-        when = "to be submitted when its training is complete" if i in later else "submitted"
-        print(f"{task}: {when}, log in {task.get_path('log')}")
+        when = "will be submitted when its training is complete" if i in later else "submitted"
+        print(f"{task}: {when}")
     output = util.SAVE / "RUN/logs/slurm-JOB.out" if repeated else FOLDER / "JOB_INDEX.out"
-    print(f"what Slurm itself prints goes to {output}; how far they are: python sweep.py --status")
+    log = "eval_ALGORITHM.log" if args.eval_logp else "train.log"
+    print(f"their logs are {util.SAVE}/RUN/logs/{log}, Slurm's own output {output}; see python sweep.py --status")
 
 
 def get_arrays(listing, ready, waiting, trainings, args):

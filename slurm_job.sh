@@ -5,6 +5,9 @@ task=$SLURM_JOB_ID
 if [ -n "$SLURM_ARRAY_TASK_ID" ]; then # the job's number may be the one of the whole array
     task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 fi
+is_time_up() { # rather than that somebody cancelled it
+    squeue --noheader --jobs="$SLURM_JOB_ID" --format="%A %r" | grep -qx "$SLURM_JOB_ID TimeLimit"
+}
 warned=
 trap '' USR1 # the program ignores it, too, until it can save
 "$@" &
@@ -19,7 +22,8 @@ while kill -0 "$child" 2>/dev/null; do
 done
 wait "$child"
 status=$?
-if [ -n "$warned" ] && [ "$status" -eq $((128 + 10)) ]; then # it ended because of the warning
-    scontrol requeue "$task"
-fi
+case $status in
+138) [ -z "$warned" ] || scontrol requeue "$task" ;; # stopped by the warning
+143) ! is_time_up || scontrol requeue "$task" ;;     # which came too late for a program that was still starting
+esac
 exit "$status"

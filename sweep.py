@@ -228,7 +228,7 @@ def remove(args):
         folders = [folder for folder in folders if folder.name in chosen]
     elif args.test_run:
         folders = [folder for folder in folders if folder.name.startswith("test_run_")]
-    queued = {job.model for job in get_queue(may_fail=args.dry_run)[0]}
+    queued = {job.model for job in get_queue(may_fail=args.dry_run or not slurm.FOLDER.exists())[0]}
     paths = []
     for folder in folders:
         path = folder / "logp" if args.eval_logp else folder

@@ -211,7 +211,7 @@ def finish(worker):
         seconds = time.time() - worker.start
         print(f"{task}: done, {progress.iteration} iterations, {what} {progress.value}, {seconds:.0f} s", flush=True)
     elif was_stopped(status):
-        print(f"{task}: stopped, goes on when the sweep does", flush=True)
+        print(f"{task}: stopped, resumes when the sweep does", flush=True)
     else:
         how = f"failed with status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
         print(f"{task}: {how}, see {task.get_path('log')}; its end:\n{get_log_end(task)}", flush=True)
@@ -224,7 +224,7 @@ def wait_for_lock(task, seconds=5):
     while locks.is_locked(get_lock(task)):
         if time.time() > end:
             holder = get_lock(task).read_text().strip()
-            print(f"{task}: is being worked on by {holder}, left to it", flush=True)
+            print(f"{task}: skipped, {holder} is working on it", flush=True)
             return False
         time.sleep(0.1)
     return True

@@ -25,7 +25,6 @@ import slurm
 import sweep
 import tasks
 import util
-from util import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = (
@@ -42,8 +41,8 @@ util.run_script(sweep.main)
 """
 
 
-def get_small_argss(flags):
-    for algorithm in ["mws", "rws"]:
+def get_small_argss(flags, algorithms=("mws", "rws")):
+    for algorithm in algorithms:
         yield main.parse_args([*TINY.split(), "--algorithm", algorithm, *flags])
 
 
@@ -90,6 +89,19 @@ def report():
 
 def load(name):
     return util.load_checkpoint(util.get_checkpoint_path(name))
+
+
+def wait_for(condition, seconds=240):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.5)
+
+
+def get_cells(*flags):
+    """What --status shows of each task: state, iteration, value, ..."""
+    rows = [re.split("  +", line) for line in run("--status", *flags).splitlines()]
+    return [dict(zip(rows[0][1:], row[1:], strict=False)) for row in rows[1:] if len(row) > 4]
 
 
 # ------------------------------------------------------------------ what there is to do
@@ -139,13 +151,12 @@ def test_sweep_here(make_sweep, monkeypatch):
         stdout, _ = process.communicate(timeout=60)
         wait_for(lambda: not any(locks.is_locked(util.SAVE / name / "lock") for name in models), 30)
         if number == signal.SIGINT:
-            assert process.returncode == 128 + number and stdout.count("stopped, goes on when the sweep does") == 2
+            assert process.returncode == 128 + number and stdout.count("stopped, resumes when the sweep does") == 2
             assert all("stopped by SIGINT" in tasks.get_log_end(tasks.Task(name, "train", [], 300)) for name in models)
         assert all(reached <= load(name)["iteration"] < 300 for name in models)
     stdout = run("--jobs", "2")
     assert "2 of 2 done" in stdout and len(re.findall(r"^\w+.*: done, 300 iterations", stdout, re.M)) == 2
-    stdout = run("--status")
-    assert [line.split()[1:3] for line in stdout.splitlines()[1:]] == [["done", "300/300"]] * 2
+    assert [(cells["state"], cells["iteration"]) for cells in get_cells()] == [("done", "300/300")] * 2
     went_on = [load(name) for name in models]
     shutil.rmtree("save")
     run("--jobs", "2")
@@ -156,11 +167,8 @@ def test_sweep_here(make_sweep, monkeypatch):
     assert "3 of 3 done" in run("--eval-logp", "--test-run", "--jobs", "2", "--models", models[1])
     paths = [f"save/{models[1]}/logp/test_{algorithm}.pt" for algorithm in ("sleep", "rws", "vimco")]
     values = [f"{torch.load(path, weights_only=True)['log_p']:.2f}" for path in paths]
-    stdout = run("--status", "--eval-logp", "--test-run", "--models", models[1])
-    assert [line.split()[1:5:2] for line in stdout.splitlines()[1:]] == [
-        [a, "300/300"] for a in ("sleep", "rws", "vimco")
-    ]
-    assert [(line.split()[2], line.split()[4]) for line in stdout.splitlines()[1:]] == [("done", v) for v in values]
+    some_cells = get_cells("--eval-logp", "--test-run", "--models", models[1])
+    assert [(cells["state"], cells["iteration"], cells["log p"]) for cells in some_cells] == [("done", "5/5", v) for v in values]
     stdout = report()
     assert all(value in stdout for value in values)
 
@@ -180,14 +188,14 @@ def test_failures_and_locks(make_sweep):
     pathlib.Path(util.get_checkpoint_path(models[1])).write_bytes(b"PK broken")
     with locks.lock_run(models[0]):
         stdout = run("--jobs", "2", status=1)
-        assert f"{models[0]}: is being worked on by process {os.getpid()} on" in stdout
+        assert f"{models[0]}: skipped, process {os.getpid()} on" in stdout
         assert (
             f"{models[1]}: failed with status 2, see save/{models[1]}/logs/train.log" in stdout
             and "is intact" in stdout
         )
         assert "0 of 2 done" in stdout
-        stdout = run("--status")
-        assert [line.split()[1] for line in stdout.splitlines()[1:]] == ["running", "failed"]
+        assert [cells["state"] for cells in get_cells()] == ["running", "failed"]
+        assert "is intact" in run("--status").splitlines()[-1]
         stdout = run("--rm", "--dry-run")
         assert "is being worked on and stays" in stdout and stdout.splitlines()[-1] == f"save/{models[1]}"
     assert not tasks.get_progress(task).done
@@ -220,113 +228,7 @@ def test_times():
         assert slurm.get_seconds(text) == seconds
 
 
-# ------------------------------------------------------------------ on Slurm
-
-
-@pytest.fixture(scope="module")
-def slurm_conf(tmp_path_factory):
-    missing = [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(name) is None]
-    if missing or os.geteuid() != 0:
-        pytest.skip(f"no Slurm to start: {', '.join(missing) or 'needs root'}")
-    folder = tmp_path_factory.mktemp("slurm")
-    process = subprocess.run([ROOT / "tests/start-slurm.sh", folder], capture_output=True, text=True, timeout=60)
-    assert process.returncode == 0, process.stdout + process.stderr
-    yield folder / "slurm.conf"
-    for name in ("slurmctld", "slurmd"):
-        with contextlib.suppress(OSError):
-            os.kill(int((folder / f"{name}.pid").read_text()), signal.SIGKILL)
-
-
-@pytest.fixture
-def cluster(slurm_conf, folder, monkeypatch):
-    monkeypatch.setenv("SLURM_CONF", str(slurm_conf))
-    yield
-    subprocess.run(["scancel", "--me"], check=True)
-    wait_for(lambda: not subprocess.run(["squeue", "--noheader"], capture_output=True).stdout, 60)
-
-
-def wait_for(condition, seconds=240):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, subprocess.run(["squeue"], capture_output=True, text=True).stdout
-        time.sleep(0.5)
-
-
-def get_states(*flags):
-    """Of each task, as --status shows it"""
-    stdout = run("--status", *flags)
-    return [re.search(r"  (waiting|running|done|failed)  ", line)[1] for line in stdout.splitlines()[1:]]
-
-
-SUBMIT = ["--cluster", "--mem=1G", "--gres=none"]
-
-
-@pytest.mark.xdist_group("slurm")
-def test_sweep_on_slurm(cluster, make_sweep):
-    """Stopped for lack of time, requeued, finished, with the bits of a run here; then evaluated"""
-    models = make_sweep("--pretrain-iterations 0 --num-iterations 100")
-    run("--models", models[0])
-    saved = [util.get_checkpoint_path(models[0], iteration).stat().st_mtime for iteration in (25, 100)]
-    num_iterations = round((100 - 25) / (saved[1] - saved[0]) * 28)  # 28 s, where a job has up to 25
-    shutil.rmtree("save")
-    models = make_sweep(f"--pretrain-iterations 0 --num-iterations {num_iterations} --save-interval 100")
-    assert "Submitted batch job" in run(*SUBMIT, "--time=1")
-    assert "in the queue already" in run(*SUBMIT)
-    wait_for(lambda: "running" in get_states())
-    assert len(slurm.get_jobs(False, None)) == 2
-    wait_for(lambda: get_states() == ["done"] * 2)
-    logs = {name: (util.SAVE / name / "logs/train.log").read_text() for name in models}
-    stopped = next(name for name, log in logs.items() if "stopped by SIGUSR1" in log)
-    assert "resuming at iteration" in logs[stopped]
-    finished = load(stopped)
-    wait_for(lambda: not slurm.get_jobs(False, None))
-    evaluation = ["--eval-logp", "--test-run", "--models", models[0]]
-    run(*SUBMIT, *evaluation)
-    wait_for(lambda: get_states(*evaluation) == ["done"] * 3)
-    stdout = report()
-    assert re.search(rf"^{re.escape(models[0])} ", stdout, re.M) and "missing" not in stdout
-    shutil.rmtree("save")
-    run("--models", stopped)
-    assert_same(finished, load(stopped))
-
-
-@pytest.mark.xdist_group("slurm")
-def test_cancel_and_om_repeat(cluster, make_sweep, monkeypatch):
-    foreign = ["sbatch", "--parsable", "--mem=1M", "-J", "strokes-of-another", "--wrap", "sleep 600"]
-    foreign = subprocess.run(foreign, capture_output=True, text=True, check=True).stdout.strip()
-    make_sweep("--pretrain-iterations 10 --num-iterations 100000")
-    run(*SUBMIT)
-    assert "cancelled 2 jobs" in run("--cancel")
-    wait_for(lambda: not slurm.get_jobs(False, None))
-    queue = subprocess.run(["squeue", "--noheader", "--format=%i"], capture_output=True, text=True).stdout.split()
-    assert queue == [foreign]
-    subprocess.run(["scancel", foreign], check=True)
-
-    # A stand-in that does with its arguments what the real one does
-    pathlib.Path("om-repeat").write_text(
-        '#!/bin/sh\nexec sh -c "$(echo "$*" | sed "s/ -J \\([^ ]*\\) / -J \\1_repeat_1 /") >> om-repeat.log"\n'
-    )
-    pathlib.Path("om-repeat").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{os.getcwd()}:{os.environ['PATH']}")
-    models = make_sweep("--pretrain-iterations 3 --num-iterations 10")
-    stdout = run(*SUBMIT, "--dry-run")
-    commands = [line for line in stdout.splitlines() if line.startswith("om-repeat sbatch --time=2:00:00 --mem=1G ")]
-    assert len(commands) == 2 and all(f" -J {slurm.get_tag(False, None)}-train-" in command for command in commands)
-    run(*SUBMIT)
-    assert {job.index for job in slurm.get_jobs(False, None)} == {0, 1}
-    wait_for(lambda: get_states() == ["done"] * 2)
-    assert all((util.SAVE / name / "logs/train.log").exists() for name in models)
-    pathlib.Path("a folder").mkdir()
-    monkeypatch.chdir("a folder")
-    with pytest.raises(UserError, match="om-repeat splits its command"):
-        run(*SUBMIT)
-    with pytest.raises(UserError, match="sbatch refused the job: .*partition"):
-        slurm.submit(
-            [(0, tasks.Task("x", "train", [], 1))], sweep.parse_args([*SUBMIT, "--no-repeat", "--partition=no"])
-        )
-
-
-def test_tasks_share_the_gpus_that_the_sweep_may_use(folder, monkeypatch):  # noqa: F811
+def test_tasks_share_the_gpus_that_the_sweep_may_use(folder, monkeypatch):
     """And no others: those named by the parent's CUDA_VISIBLE_DEVICES, if it is set"""
     seen = []
     monkeypatch.setattr(tasks.os, "sched_setaffinity", lambda *_: None)
