@@ -30,4 +30,4 @@ def omniglot():
 
 def pytest_collection_modifyitems(items):
     """What mostly waits goes first, beside what computes"""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    items.sort(key=lambda item: item.get_closest_marker("waits") is None)

@@ -12,7 +12,7 @@ import time
 
 import pytest
 from test_main import assert_same
-from test_sweep import folder, get_cells, get_small_argss, load, report, run  # noqa: F401
+from test_sweep import folder, get_cells, get_small_argss, load, run  # noqa: F401
 
 import locks
 import main
@@ -90,43 +90,42 @@ def assert_bits_of_a_run_here(model, settings):
 # ------------------------------------------------------------------ sweeps
 
 
-@pytest.mark.xdist_group("slurm")
-def test_job_arrays(cluster):
+@pytest.mark.waits
+def test_job_arrays(cluster, monkeypatch):
     """One of three is warned: it alone is requeued, and ends with the bits of a run here; a model is evaluated after its
-    training, with the CPUs that Slurm gives; a job that asks for a GPU and finds none fails, and stops nothing else"""
-    settings = ["--pretrain-iterations=0", "--num-iterations=1000", "--save-interval=100"]
+    training, with as many threads as Slurm gives it CPUs"""
+    monkeypatch.setattr(sweep.report, "ALGORITHMS", ["rws"])
+    settings = ["--pretrain-iterations=0", "--num-iterations=250", "--save-interval=100"]
     names = [util.get_path_base(args) for args in sweep.get_runs(sweep.parse_args(["--", *settings])).values()]
     stdout = run(*SUBMIT, "--time=10", "--", *settings)
     number = re.search(r"Submitted batch job (\d+)", stdout)[1]
     assert run(*SUBMIT, "--", *settings).count("in the queue already, as job") == 3
     evaluation = ["--eval-logp", "--models", cluster[1], "--eval-options", EVALUATION]
-    assert "rws: submitted" in run(*SUBMIT, "--cpus-per-task=2", "--setup=echo threads", *evaluation, "--", *settings)
-    assert {cells["state"] for cells in get_cells(*evaluation, "--", *settings)} == {"queued"}
-    no_gpu = ["--models", cluster[1], "--seeds", "7"]
-    run("--cluster", "--mem=1M", *no_gpu, "--", *settings)
-    wait_for(lambda: all(has_reached(name, 63) for name in names))
+    setup = "--setup=echo $OMP_NUM_THREADS threads"
+    assert "rws: submitted" in run(*SUBMIT, "--cpus-per-task=2", setup, *evaluation, "--", *settings)
+    assert [cells["state"] for cells in get_cells(*evaluation, "--", *settings)] == ["queued"]
+    wait_for(lambda: all(has_reached(name, 25) for name in names))
     subprocess.run(["scancel", "--signal=USR1", "--batch", f"{number}_1"], check=True)
-    wait_for(lambda: all(has_reached(name, 1000) for name in names))
-    wait_for(lambda: all((util.SAVE / names[1] / f"logp/test_{a}.pt").exists() for a in ("sleep", "rws", "vimco")))
+    wait_for(lambda: all(has_reached(name, 158) for name in names))
+    wait_for((util.SAVE / names[1] / "logp/test_rws.pt").exists)
     wait_for(lambda: not list_jobs())
-    assert [(cells["state"], cells["iteration"]) for cells in get_cells("--", *settings)] == [("done", "1000/1000")] * 3
+    assert [(cells["state"], cells["iteration"]) for cells in get_cells("--", *settings)] == [("done", "250/250")] * 3
     shown = [subprocess.run(["scontrol", "show", "job", f"{number}_{i}"], capture_output=True, text=True) for i in range(3)]
     assert [re.search(r"Restarts=(\d+)", process.stdout)[1] for process in shown] == ["0", "1", "0"]
     log = read_log(names[1])
     assert log.count("stopped by SIGUSR1") == 1 and re.search(r"resuming at iteration [1-9]\d+", log)
     assert "stopped by" not in read_log(names[0]) + read_log(names[2])
-    assert [cells["state"] for cells in get_cells(*evaluation, "--", *settings)] == ["done"] * 3
-    assert "missing" not in report()
-    stdout = run("--status", *no_gpu, "--", *settings)
-    assert "  failed  " in stdout and "  GPU  " in stdout and "no usable GPU" in stdout.splitlines()[-1]
+    assert [cells["state"] for cells in get_cells(*evaluation, "--", *settings)] == ["done"]
+    assert "2 threads" in read_log(names[1], "eval_rws")
     assert_bits_of_a_run_here(names[1], settings)
 
 
-@pytest.mark.xdist_group("slurm")
-def test_om_repeat(cluster, om_repeat):
-    """Killed twice by the time limit, of which nothing warns it, a run loses next to nothing, and ends with the bits of
-    a run here; its evaluations are submitted at its end; nothing stays in the queue"""
-    settings = ["--pretrain-iterations=0", "--num-iterations=2000", "--save-minutes=0.01"]
+@pytest.mark.waits
+def test_om_repeat(cluster, om_repeat, monkeypatch):
+    """A run whose job is killed twice, without a warning, as at its time limit, loses next to nothing, and ends with the
+    bits of a run here; its evaluation is submitted at its end; nothing stays in the queue"""
+    monkeypatch.setattr(sweep.report, "ALGORITHMS", ["sleep"])
+    settings = ["--pretrain-iterations=0", "--num-iterations=300", "--save-minutes=0.01"]
     chosen = ["--models", cluster[0]]
     (name,) = [util.get_path_base(args) for args in sweep.get_runs(sweep.parse_args([*chosen, "--", *settings])).values()]
     stdout = run(*SUBMIT, *chosen, "--", *settings)
@@ -135,13 +134,13 @@ def test_om_repeat(cluster, om_repeat):
     assert "sleep: will be submitted when its training is complete" in run(*SUBMIT, *evaluation, "--", *settings)
     assert {cells["job"] for cells in get_cells(*evaluation, "--", *settings)} == {"after training"}
     reached = []
-    for milestone in (63, 251):
+    for milestone in (25, 158):
         wait_for(lambda: has_reached(name, milestone))  # noqa: B023
-        reached.append(load(name)["iteration"])
         (number,) = [line.split()[0] for line in list_jobs("%i %T") if line.endswith(" RUNNING")]
-        subprocess.run(["scontrol", "update", f"JobId={number}", "EndTime=now"], check=True)
+        reached.append(load(name)["iteration"])
+        subprocess.run(["scancel", number], check=True)
         wait_for(lambda: f"{number} RUNNING" not in list_jobs("%i %T"))  # noqa: B023
-    wait_for(lambda: all((util.SAVE / name / f"logp/test_{a}.pt").exists() for a in ("sleep", "rws", "vimco")))
+    wait_for((util.SAVE / name / "logp/test_sleep.pt").exists)
     wait_for(lambda: not list_jobs())
     log = read_log(name)
     resumed = [int(iteration) for iteration in re.findall(r"resuming at iteration (\d+)", log)]
@@ -154,7 +153,6 @@ def test_om_repeat(cluster, om_repeat):
 HELD = [*SUBMIT, "--sbatch=--hold"]  # in the queue, but never started
 
 
-@pytest.mark.xdist_group("slurm")
 def test_jobs_of_the_queue_are_told_apart(cluster):
     names = cluster
     stdout = run(*HELD, "--jobs=2")
@@ -184,7 +182,6 @@ def test_jobs_of_the_queue_are_told_apart(cluster):
     wait_for(lambda: sorted(list_jobs()) == [f"{foreign}_{i}" for i in range(3)])
 
 
-@pytest.mark.xdist_group("slurm")
 def test_what_slurm_refuses(cluster, om_repeat, monkeypatch):
     """Also where om-repeat says that all is well"""
     for flags in (["--partition=no"], ["--partition=no", "--no-repeat"], ["--no-repeat", "--sbatch", "--nodes 'a b'"]):
@@ -261,6 +258,17 @@ def test_warnings_that_come_early_wait(monkeypatch):
         end = None if seconds_left is None else time.time() + seconds_left
         monkeypatch.setattr(slurm_task, "get_job_end", lambda: end)  # noqa: B023
         assert abs(slurm_task.get_delay(120) - delay) < 1
+
+
+def test_a_job_without_the_gpu_that_it_was_given(folder):  # noqa: F811
+    """Fails at once, and --status says why"""
+    flags = [*sweep.get_flags(next(sweep.get_sweep_argss())), "--cuda"]
+    listing = slurm.Listing(pathlib.Path("listing.json"), False, "", 120, [tasks.Task("mws_3", "train", flags, 200000)])
+    slurm.write_listing(listing)
+    assert slurm_task.run_task(f"{listing.path}:0") == 2
+    (cells,) = get_cells("--models", "mws_3")
+    assert cells["state"] == "failed" and cells["on"] == "GPU" and cells["log"] == "save/mws_3/logs/train.log"
+    assert "no usable GPU" in run("--status", "--models", "mws_3").splitlines()[-1]
 
 
 def test_a_task_that_is_stopped_by_its_jobs_end_waits_to_be_killed(folder, monkeypatch):  # noqa: F811
