@@ -21,7 +21,7 @@ EVERY_ITERATION = ["theta_loss", "phi_loss", "prior_loss", "novel_proportion", "
 
 
 def load(path, device="cpu", resumable=False):
-    """A whole checkpoint of main.py. Args: resumable: whether a run can go on from it; else optimisers and
+    """A whole checkpoint of main.py. Args: resumable: whether a run can resume from it; if not, optimisers and
     statistics may be empty. Raises: UserError if it cannot be read or is not whole"""
     checkpoint = util.load_checkpoint(path, device)
     try:

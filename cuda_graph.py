@@ -17,7 +17,7 @@ class ReplayedStep:
     """Calls step, a function of tensors on a GPU to a dict of scalars that may change models,
     optimisers and memories in place. The first calls with inputs of some shapes run it as it is;
     it is then recorded, and from then on replayed: the same kernels, random numbers and results.
-    A step that cannot be recorded goes on as it is, with one line of warning."""
+    A step that cannot be recorded runs as it is, after one line of warning."""
 
     def __init__(self, step):
         self.step, self.stream = step, torch.cuda.Stream()

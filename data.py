@@ -66,7 +66,7 @@ def load(location="local", small_dataset=False, dataset_size=None):
     """Loads a data set: `local`, `om`, `glyphs` or a path (README, "Data").
 
     Args:
-        small_dataset: 10 training images an alphabet, which are also the test set
+        small_dataset: 10 training images per alphabet, which are also the test set
         dataset_size: number of training images, the same for each alphabet
     Raises: UserError for anything wrong with the location or the data
     """
@@ -107,7 +107,7 @@ def load_for_model(checkpoint, location=None, load=load):
 
 
 def get_fingerprint(split):
-    """A short hash of images and alphabets, to tell whether a run goes on with the data it began with."""
+    """A short hash of images and alphabets, to tell whether a run resumes with the data it began with."""
     digest = hashlib.sha1(np.packbits(split.obs.bool().numpy()).tobytes())
     if split.alphabet is not None:
         digest.update(split.alphabet.argmax(1).numpy().tobytes())
@@ -226,7 +226,7 @@ def _load_mat(path):
             mat = scipy.io.loadmat(path)
     except UserError as error:
         fetched = path.resolve() == SITES["local"].resolve()
-        raise UserError(f"{error}" + "; delete it to have it downloaded anew" * fetched) from None
+        raise UserError(f"{error}" + "; delete it to have it downloaded again" * fetched) from None
     keys = ["data", "target", "targetchar", "testdata", "testtarget", "testtargetchar"]
     missing = [key for key in keys if key not in mat]
     if missing:

@@ -80,7 +80,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def resample(self, latent, context, chosen, temperature):
-        """Draws some strokes' primitives anew, each given the strokes before it, at a temperature.
+        """Redraws some strokes' primitives, each given the strokes before it, at a temperature.
 
         Args: latent [N, A, 2]; context [N, H]; chosen [N, A], bool
         Returns: [N, A, 2]

@@ -6,7 +6,7 @@
 The generative model stays as it is; a fresh inference network is trained for the images
 that are evaluated, and proposes the particles of the importance-weighted bound
 log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016). The value goes to
-save/<path_base>/logp/<mode>_<algorithm>.pt. Stopped anywhere, the same command goes on.
+save/<path_base>/logp/<mode>_<algorithm>.pt. Stopped anywhere, the same command resumes.
 """
 
 import environment  # noqa: F401  # isort: skip  (before torch)
@@ -118,12 +118,12 @@ def get_obs_id(evaluation):
 
 def train_step(evaluation, obs_id):
     """A step of the inference network on the images obs_id [B], for sleep on as many dreams as it has particles.
-    Returns: the statistics to keep, nats an image"""
+    Returns: the statistics to keep, nats per image"""
     args, networks = evaluation.args, (evaluation.generative_model, evaluation.network)
     if args.algorithm == "sleep":
         loss, statistics = losses.sleep(*networks, losses.get_num_dreams(len(obs_id), args.num_particles))
     else:
-        objective = losses.rws if args.algorithm == "rws" else losses.vimco
+        objective = losses.OBJECTIVES[args.algorithm]
         # A GPU scores faster than it looks scores up, and can replay a step that does.
         scorer = losses.score if gpu.is_gpu(evaluation.device) else functools.partial(evaluation.table.score, obs_id)
         inputs = evaluation.get_inputs(obs_id)
@@ -265,7 +265,7 @@ def load_state(path, evaluation, settings, force):
         state = util.load_checkpoint(path, evaluation.device, STATE_KEYS)
         check_state(state, evaluation, settings)
     except UserError as error:
-        warn(f"{error}; the evaluation starts anew")
+        warn(f"{error}; the evaluation starts over")
         return False
     if force and state["settings"] != settings:
         return False
@@ -327,37 +327,37 @@ def get_result(evaluation, settings, name, checkpoint):
 def main(argv=None):
     args = parse_args(argv)
     if args.report:
-        import sweep  # which launches this script, and knows the paper's models
-
-        return report.main(args.mode, [util.get_path_base(model) for model in sweep.get_sweep_argss()])
+        return report.main(args.mode, args.all)
     return evaluate(args)
 
 
 def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     add, positive = parser.add, util.in_range(int, 1)
-    add(
-        "--report", "print a table of all that is evaluated, write save/logp.csv and save/logp.pdf", action="store_true"
-    )
-    add("--checkpoint-path", "a checkpoint of main.py, or a run's folder or path base for its latest")
-    add("--algorithm", "that trains the fresh inference network", choices=report.ALGORITHMS, default="sleep")
-    add("--mode", "images: test, or train (the first of each)", choices=["test", "train"], default="test")
-    add("--data-location", "as main.py takes it (default: where the model was trained)", default=None)
-    add("--num-data", "images to evaluate", type=positive, default=50)
-    add("--num-particles", "an image in training", type=positive, default=100)
-    add("--num-iterations", "of training", type=util.in_range(int, 0), default=20000)
-    add("--batch-size", "images a step of training", type=positive, default=50)
-    add("--lstm-hidden-size", "units of the inference network's LSTM", type=positive, default=128)
-    add("--test-batch-size", "images at a time in the estimate", type=positive, default=1)
-    add("--test-num-particles", "an image in the estimate", type=positive, default=5000)
+    parser.start_group("report")
+    add("--report", "print a table of all evaluations, write save/logp.csv and save/logp.pdf", action="store_true")
+    add("--all", "also name the paper's models that have not been evaluated", action="store_true")
+    parser.start_group("evaluation")
+    add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one")
+    add("--algorithm", "algorithm that trains the new inference network", choices=report.ALGORITHMS, default="sleep")
+    add("--mode", "evaluate test or training images", choices=["test", "train"], default="test")
+    add("--data-location", "as for main.py (default: where the model was trained)", default=None)
+    add("--num-data", "number of images", type=positive, default=50)
+    add("--num-particles", "particles per image in training", type=positive, default=100)
+    add("--num-iterations", "iterations of training", type=util.in_range(int, 0), default=20000)
+    add("--batch-size", "images per step of training", type=positive, default=50)
+    add("--lstm-hidden-size", "hidden units of the new network's LSTM", type=positive, default=128)
+    add("--test-batch-size", "images per step of the estimate", type=positive, default=1)
+    add("--test-num-particles", "particles per image in the estimate", type=positive, default=5000)
+    add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
+    add("--force", "repeat an evaluation that is complete, or replace one with other settings", action="store_true")
+    parser.start_group("running")
     add("--cuda", "use a GPU", action="store_true")
-    add("--seed", "of all randomness", type=util.in_range(int, 0, 2**63 - 1), default=0)
-    add("--force", "repeat an evaluation that is complete, or of other settings", action="store_true")
     add("--save-interval", "iterations between checkpoints of the evaluation", type=positive, default=500)
-    add("--save-minutes", "minutes between them, if these are fewer", type=util.in_range(float, 0.01), default=5)
+    add("--save-minutes", "minutes between checkpoints, if that is sooner", type=util.in_range(float, 0.01), default=5)
     add(
         "--compile",
-        "compile the renderer and the likelihood (default: where many latents are scored)",
+        "compile the renderer and the likelihood (default: if many latents are scored)",
         action=argparse.BooleanOptionalAction,
     )
     return parser

@@ -11,7 +11,7 @@ from matplotlib.textpath import TextPath
 from matplotlib.transforms import Affine2D
 
 NUM_HANDS = 20
-MAX_NUM_CHARACTERS = 40  # an alphabet
+MAX_NUM_CHARACTERS = 40  # per alphabet
 
 # The alphabets of DejaVu Sans: first and last code point of a stretch of letters.
 ALPHABETS = {

@@ -134,7 +134,7 @@ def find_ink(grey):
     coarse_shape = [max(round(n * min(96 / max(light.shape), 1)), 1) for n in light.shape]
     coarse = resize(light, coarse_shape, order=1, anti_aliasing=True)
     window = max(max(coarse_shape) // 3, 3)
-    # Beyond the edge the light goes on falling or rising as it did.
+    # Beyond the edge the light keeps falling or rising as it did.
     pad = [min(window, n - 1) for n in coarse.shape]
     coarse = np.pad(coarse, [(n, n) for n in pad], mode="reflect", reflect_type="odd").clip(0, 1)
     paper = scipy.ndimage.gaussian_filter(scipy.ndimage.grey_closing(coarse, (window, window)), window / 8)

@@ -5,7 +5,7 @@ and a dict of statistics (detached scalars, in nats unless said otherwise).
 
 Scores are computed without gradients. What an objective then needs is the
 gradient of a weighted sum of log p and log q in which few weights matter: one
-latent an image for MWS, the particles of non-negligible weight for RWS and
+latent per image for MWS, the particles of non-negligible weight for RWS and
 VIMCO. Only those latents are scored again, with gradients; on a GPU, where choosing
 takes longer than computing, for RWS and VIMCO all of them.
 """
@@ -58,7 +58,7 @@ def find_distinct(codes, obs_id):
     distinct, key = get_hash(codes, obs_id).unique(return_inverse=True)
     rows = torch.arange(len(key), device=key.device)
     chosen = torch.empty_like(distinct).scatter_(0, key, rows)
-    if not torch.equal(codes[chosen[key]], codes):  # a collision, once in many thousand years
+    if not torch.equal(codes[chosen[key]], codes):  # a collision, vanishingly rare
         return rows, rows
     return chosen, key
 
@@ -88,7 +88,7 @@ def sleep(generative_model, inference_network, num_samples=500, alphabet=None):
 
 
 def get_num_dreams(batch_size, num_particles):
-    """Samples from the generative model in a step of sleep, beside one of so many images and particles"""
+    """How many dreams a step of sleep takes, if a step of the algorithm has so many images and particles"""
     return min(500, batch_size * num_particles)
 
 
@@ -124,6 +124,13 @@ def wake_theta(generative_model, inference_network, obs, num_particles=10, alpha
     return _importance_weighted(
         wake_theta_objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id, score
     )
+
+
+def wake_sleep(generative_model, inference_network, obs, num_particles=10, alphabet=None, num_dreams=500):
+    """RWS with the sleep update of phi: `wake_theta` and `sleep` on so many dreams"""
+    theta_loss, theta_statistics = wake_theta(generative_model, inference_network, obs, num_particles, alphabet)
+    phi_loss, phi_statistics = sleep(generative_model, inference_network, num_dreams)
+    return theta_loss + phi_loss, {**theta_statistics, **phi_statistics}
 
 
 def rws_objective(log_p, log_q):
@@ -219,7 +226,7 @@ def _attach_gradients(generative_model, inference_network, latent, obs, context,
 
 
 def _select_heavy(latent, obs_id, grad_log_p, grad_log_q, threshold):
-    """Those latents that carry weight, equal ones of an image as one: latent [P, B, A, 2], obs_id [P * B],
+    """The latents that carry weight, equal ones of the same image merged: latent [P, B, A, 2], obs_id [P * B],
     grad_log_p, grad_log_q [P, B] -> [1, N, A, 2], [N], [1, N], [1, N]"""
     latent = latent.flatten(0, 1)
     chosen, key = find_distinct(pack(latent, torch.int16), obs_id)
@@ -323,3 +330,7 @@ def _random_codes(shape, num_primitives, dtype):
     codes = torch.randint(2 * num_primitives, shape, dtype=dtype)
     codes[..., 0] -= codes[..., 0] % 2
     return codes
+
+
+# What main.py's --algorithm chooses from
+OBJECTIVES = {"mws": mws, "rws": rws, "vimco": vimco, "sleep": wake_sleep}

@@ -1,10 +1,11 @@
 """Trains a generative model of handwritten characters and its inference network.
 
-    python main.py --cuda --data-location om --small-dataset
-    python main.py --test-run
+    python main.py --test-run                  # a quarter of a minute
+    python main.py --small-dataset             # the paper's MWS model
+    python main.py --small-dataset --cuda      # on a GPU
 
-A run lives in save/<path_base>/. Stopped anywhere, it goes on from its latest
-checkpoint when the same command is given again.
+A run lives in save/<run>/. Stopped anywhere, it resumes from its latest checkpoint
+when the same command is given again.
 """
 
 import environment  # noqa: F401  # isort: skip  (before torch)
@@ -23,6 +24,7 @@ import models
 import rendering
 import util
 from cuda_graph import ReplayedStep
+from curves import Curves
 from optimizers import get_adam, get_optimizer, load_optimizer, update
 from save_clock import SaveClock
 from util import SETTINGS, UserError
@@ -115,17 +117,19 @@ def get_obs_id(run):
 
 def get_loss(run, obs_id):
     """The scalar to differentiate and the statistics to keep"""
-    args, networks, obs = run.args, (run.generative_model, run.inference_network), run.train.obs[obs_id]
-    alphabet = run.train.alphabet[obs_id] if run.num_alphabets else None
-    if args.algorithm == "mws":
-        return losses.mws(*networks, run.memory, obs, obs_id, args.num_particles, alphabet)
-    if args.algorithm == "rws":
-        return losses.rws(*networks, obs, args.num_particles, alphabet)
-    if args.algorithm == "vimco":
-        return losses.vimco(*networks, obs, args.num_particles, alphabet)
-    theta_loss, theta_statistics = losses.wake_theta(*networks, obs, args.num_particles, alphabet)
-    phi_loss, phi_statistics = losses.sleep(*networks, losses.get_num_dreams(args.batch_size, args.num_particles))
-    return theta_loss + phi_loss, {**theta_statistics, **phi_statistics}
+    args, alphabet = run.args, run.train.alphabet[obs_id] if run.num_alphabets else None
+    more = {
+        "mws": dict(memory=run.memory, obs_id=obs_id),
+        "sleep": dict(num_dreams=losses.get_num_dreams(args.batch_size, args.num_particles)),
+    }.get(args.algorithm, {})
+    return losses.OBJECTIVES[args.algorithm](
+        run.generative_model,
+        run.inference_network,
+        obs=run.train.obs[obs_id],
+        num_particles=args.num_particles,
+        alphabet=alphabet,
+        **more,
+    )
 
 
 def pretrain_step(run):
@@ -212,11 +216,12 @@ def save_missing_milestone(run):
         save(run, iteration)
 
 
-def report(run, bar):
-    """Moves the progress bar and, at the log interval, shows the newest statistics."""
+def show(run, bar, curves):
+    """Moves the progress bar and, at the log interval, shows the newest statistics and writes the curves"""
     bar.update(run.pretrain_iteration + run.iteration - bar.n)
     if (run.iteration or run.pretrain_iteration) % run.args.log_interval == 0:
         run.flush_statistics()
+        curves.update(run.statistics)
         bar.set_description("training" if run.iteration else "pretraining", refresh=False)
         hidden = {"test_iteration", "pretrain_loss"} if run.iteration else {}
         names = [name for name in run.statistics if name not in hidden]
@@ -226,9 +231,9 @@ def report(run, bar):
 # ------------------------------------------------------------------ a run
 
 
-def train(run, stop):
+def train(run, stop, curves):
     """Takes steps until the run is complete or a signal arrives. Each state between
-    two steps is one that a run can go on from."""
+    two steps is one that a run can resume from."""
     args, clock = run.args, SaveClock(run.args.save_minutes)
     pretrain_step, train_step = get_steps(run)
     total, done = args.pretrain_iterations + args.num_iterations, run.pretrain_iteration + run.iteration
@@ -245,9 +250,11 @@ def train(run, stop):
                 run.iteration += 1
             else:
                 break
-            report(run, bar)
+            show(run, bar, curves)
             save_if_due(run, clock)
-    return save(run)
+    path = save(run)
+    curves.update(run.statistics)
+    return path
 
 
 def main(argv=None):
@@ -261,15 +268,17 @@ def main(argv=None):
         if checkpoint is not None:
             run.restore(checkpoint)
             save_missing_milestone(run)
+        curves = Curves(util.SAVE / path_base, run.statistics, args.tensorboard)
+        if checkpoint is not None:
             if run.iteration >= args.num_iterations:
                 print(f"{util.SAVE / path_base} is complete: {run.iteration} iterations; more with --num-iterations")
                 return 0
             print(f"resuming at iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")
         rendering.set_compile(args.compile, device)
-        path = train(run, stop)
+        path = train(run, stop, curves)
     if stop.received is not None:
         name = signal.Signals(stop.received).name
-        print(f"stopped by {name} at iteration {run.iteration}, saved {path}; the same command goes on from there")
+        print(f"stopped by {name} at iteration {run.iteration}, saved {path}; the same command resumes there")
         return 128 + stop.received
     print(
         f"trained {run.iteration} iterations: {path}; next, to see what it learned: python diagnostics.py --checkpoint-path"
@@ -293,59 +302,62 @@ def load_data(args):
 
 def get_parser():
     parser = util.ArgumentParser(description=__doc__)
-    add = parser.add
-    positive, natural, many = util.in_range(int, 1), util.in_range(int, 0), util.in_range(int, 1, 10**6)
-    add("--test-run", "shrink everything to try the whole path in under two minutes", action="store_true")
+    add, positive, natural = parser.add, util.in_range(int, 1), util.in_range(int, 0)
+    parser.start_group("run")
+    add("--test-run", "shrink everything, to try the whole path in under two minutes", action="store_true")
     add("--cuda", "use a GPU", action="store_true")
-    add("--name", "of the run's folder in save/ (default: made of the settings)", type=util.to_run_name)
-    add("--seed", "of all randomness", type=util.in_range(int, 0, 2**63 - 1))
-    add(
-        "--data-location",
-        "local, om, glyphs, or a path: .mat, .npy, .npz, .zip, folder of images (default: local; glyphs for a test run)",
-        default=None,
-    )
-    add("--small-dataset", "train on 10 images an alphabet, test on the same", action="store_true")
-    add("--dataset-size", "number of training images, the same for each alphabet (default: all)", type=positive)
-    add("--batch-size", "images per step", type=many)
-    add("--condition-on-alphabet", "give the prior and the inference network the alphabet", action="store_true")
-    add_model_arguments(add)
-    algorithms = ["mws", "rws", "vimco", "sleep"]
-    add("--algorithm", "mws, rws, vimco or sleep (RWS with the sleep phi update)", choices=algorithms)
-    add("--num-particles", "proposals per image (vimco: at least 2)", type=many)
-    add("--memory-size", "latents remembered per image (mws)", type=util.in_range(int, 1, 10**5))
-    add("--prior-lr-factor", "the prior's learning rate over the others', which is 1e-3", type=util.in_range(float, 0))
-    add("--pretrain-iterations", "sleep steps that train the inference network first", type=natural)
-    add("--num-iterations", "steps of the algorithm", type=positive, default=util.NUM_ITERATIONS)
+    add("--name", "name of the run's folder in save/ (default: made of the settings)", type=util.to_run_name)
+    add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1))
     add(
         "--compile",
-        "compile the hot path, and on a GPU replay steps as CUDA graphs (default: yes, but for test runs)",
+        "compile the hot path, and on a GPU replay steps as CUDA graphs (default: yes, except in test runs)",
         action=argparse.BooleanOptionalAction,
     )
-    add("--log-interval", "iterations between updates of the progress bar's statistics", type=positive, default=10)
+    parser.start_group("data")
+    location = "local, om, glyphs, or a path: .mat, .npy, .npz, .zip, folder of images"
+    add("--data-location", f"{location} (default: local; in a test run glyphs)", default=None)
+    add("--small-dataset", "train on 10 images per alphabet, test on the same images", action="store_true")
+    add("--dataset-size", "number of training images, the same for each alphabet (default: all)", type=positive)
+    add_model_arguments(parser)
+    parser.start_group("training")
+    algorithm = "mws, rws, vimco or sleep (RWS with the sleep update of phi)"
+    add("--algorithm", algorithm, choices=list(losses.OBJECTIVES))
+    many = util.in_range(int, 1, 10**6)
+    add("--batch-size", "images per step", type=many)
+    add("--num-particles", "proposals per image (vimco: at least 2)", type=many)
+    add("--memory-size", "latents remembered per image (mws)", type=util.in_range(int, 1, 10**5))
+    add("--prior-lr-factor", "learning rate of the prior, relative to the others' 1e-3", type=util.in_range(float, 0))
+    add("--pretrain-iterations", "sleep steps that train the inference network first", type=natural)
+    add("--num-iterations", "steps of the algorithm", type=positive, default=util.NUM_ITERATIONS)
+    parser.start_group("saving and logging")
     add("--save-interval", "iterations between checkpoints", type=positive, default=1000)
-    add("--save-minutes", "minutes between checkpoints, if these are fewer", type=util.in_range(float, 0.01), default=5)
+    add("--save-minutes", "minutes between checkpoints, if that is sooner", type=util.in_range(float, 0.01), default=5)
+    add("--log-interval", "iterations between updates of the progress bar and losses.csv", type=positive, default=10)
+    add("--tensorboard", "also log for TensorBoard", action="store_true")
     add("--test-interval", "iterations between estimates of test log p and KL (default: never)", type=positive)
-    add("--test-batch-size", "images a step of a test", type=positive, default=5)
-    add("--test-num-particles", "samples an image of a test", type=positive, default=1000)
+    add("--test-batch-size", "images per step of a test", type=positive, default=5)
+    add("--test-num-particles", "samples per image in a test", type=positive, default=1000)
     return parser
 
 
-def add_model_arguments(add):
-    share, size = util.in_range(float, 0, 1), util.in_range(int, 1, 10**5)
+def add_model_arguments(parser):
+    parser.start_group("model")
+    add, share, size = parser.add, util.in_range(float, 0, 1), util.in_range(int, 1, 10**5)
     add("--likelihood", "of an image given a drawing: " + ", ".join(models.LIKELIHOODS), choices=models.LIKELIHOODS)
-    add("--num-arcs", "strokes per character, the invisible first one included", type=util.in_range(int, 1, 1000))
+    add("--condition-on-alphabet", "give prior and inference network the alphabet", action="store_true")
+    add("--num-arcs", "strokes per character, including the invisible first one", type=util.in_range(int, 1, 1000))
     add("--num-primitives", "strokes in the library", type=util.in_range(int, 1, 16383))
     add(
         "--initial-max-curve",
-        "how curved strokes are at first, in units of a circle's half angle / pi; at most 0.5 without --big-arcs",
+        "initial curvature of strokes, in units of a circle's half angle / pi; at most 0.5 without --big-arcs",
         type=util.in_range(float, 0),
     )
-    add("--big-arcs", "let strokes be more than half a circle", action="store_true")
-    add("--p-lstm-hidden-size", "units of the prior's LSTM", type=size)
-    add("--p-uniform-mixture", "weight of a uniform distribution in each of the prior's choices, 0 to 1", type=share)
-    add("--q-lstm-hidden-size", "units of the inference network's LSTM", type=size)
-    add("--q-uniform-mixture", "the same weight for the inference network", type=share)
-    add("--obs-embedding-dim", "size of an image's embedding", type=size)
+    add("--big-arcs", "allow strokes of more than half a circle", action="store_true")
+    add("--p-lstm-hidden-size", "hidden units of the prior's LSTM", type=size)
+    add("--p-uniform-mixture", "weight of a uniform distribution in each of the prior's choices", type=share)
+    add("--q-lstm-hidden-size", "hidden units of the inference network's LSTM", type=size)
+    add("--q-uniform-mixture", "weight of a uniform distribution in each of the inference network's choices", type=share)
+    add("--obs-embedding-dim", "dimension of an image's embedding", type=size)
 
 
 def parse_args(argv=None):

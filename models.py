@@ -177,7 +177,7 @@ class GenerativeModel(nn.Module):
         return self.prior.sample(1, self._get_context(num_samples, alphabet))[0]
 
     def resample(self, latent, chosen, temperature, alphabet=None):
-        """Draws the primitives of some strokes anew from the prior, at a temperature: latent [N, A, 2], chosen [N, A]
+        """Redraws the primitives of some strokes from the prior, at a temperature: latent [N, A, 2], chosen [N, A]
         bool, alphabet [N, L] one-hot -> [N, A, 2]"""
         return self.prior.resample(latent, self._get_context(len(latent), alphabet), chosen, temperature)
 

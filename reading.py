@@ -117,7 +117,7 @@ def guess_alphabets(generative_model, inference_network, obs, num_particles):
 @torch.no_grad()
 def draw_examples(generative_model, programs, num_examples, resolution, temperature=None):
     """New examples of characters: programs drawn from the posterior (the best ones, by their weights), seen through
-    random maps and, at a temperature, with about a third of their strokes drawn anew from the prior.
+    random maps and, at a temperature, with about a third of their strokes redrawn from the prior.
 
     Returns: probabilities of ink [N, E, R, R]
     """

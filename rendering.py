@@ -30,7 +30,7 @@ def _norm(x, y):
 
 
 def get_arc_constants(arcs):
-    """What `get_exponent` needs of an arc, computed once an arc and not once a pixel:
+    """What `get_exponent` needs of an arc, computed once per arc, not per pixel:
     arcs [..., 7] -> [..., 10]"""
     x_start, y_start, dx, dy, theta, sharpness, width = arcs.unbind(-1)
     constants = [
@@ -144,7 +144,7 @@ class _DrawArcs(torch.autograd.Function):
 def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     """Draws arcs: the logits of a pixel being ink.
 
-    A pixel's ink is that of one arc, the strongest, so gradients go through one arc a pixel.
+    A pixel's ink is that of one arc, the strongest, so gradients flow through one arc per pixel.
 
     Args:
         arcs [B, A, 7]: (x_start, y_start, dx, dy, theta, sharpness, width)
@@ -189,7 +189,7 @@ def get_fixed_maps():
 
 
 def apply_maps(probs, maps):
-    """Images seen through affine maps, one map an image, bilinearly, 0 outside.
+    """Images seen through affine maps, one map per image, bilinearly, 0 outside.
 
     Args: probs [N, R, C]; maps [N, 2, 3]
     Returns: [N, R, C], clamped to where a logarithm is finite
@@ -362,7 +362,7 @@ def set_compile(enabled, device="cpu"):
 
 
 def _compile_for_cpu():
-    # Fused to the end: inductor would else write down what is read more than a few times.
+    # Forces full fusion: inductor otherwise materialises what is read more than a few times.
     options = dict.fromkeys(
         ["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000
     )

@@ -26,6 +26,10 @@ SETTINGS = {
     "mode", "algorithm", "num_particles", "num_iterations", "batch_size", "test_num_particles", "model", "images",
 }  # fmt: skip
 
+# Names of the runs of section 4.2
+PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)]
+PAPER_MODELS += ["a_mws_40_large"]
+
 COMPARED = ["mode", "model", "images", "num_particles", "num_iterations", "batch_size", "test_num_particles"]
 
 # ------------------------------------------------------------------ reading
@@ -64,7 +68,7 @@ def describe(path):
     """A file of eval_logp.py in a sentence"""
     result = load_result(path)
     return (
-        f"log p(x) = {result['log_p']:.2f} nats an image (standard error over {len(result['log_p_by_image'])} images"
+        f"log p(x) = {result['log_p']:.2f} nats per image (standard error over {len(result['log_p_by_image'])} images"
         f" {result['standard_error']:.2f}), enumeration bound {result['enumeration_bound']:.2f},"
         f" {result['run']} at iteration {result['model_iteration']} by {result['settings']['algorithm']}"
     )
@@ -141,33 +145,34 @@ def get_standard_error(values):
 # ------------------------------------------------------------------ rows
 
 
-def get_name(run):
+def get_name(run_name):
     """A run's name without its seed, which its row shares with other seeds"""
-    return re.sub(r"_seed=\d+", "", run.name)
+    return re.sub(r"_seed=\d+", "", run_name)
 
 
 def get_num_latents(run):
-    """Of an image: for mws proposals and memory"""
+    """Latents per image: for mws, proposals and memory"""
     return run.settings["num_particles"] + run.settings["memory_size"]
 
 
-def get_rows(runs, order):
-    """A dict for each model, over its seeds, those named in `order` first: the columns of the CSV file"""
+def get_rows(runs):
+    """A dict for each model, over its seeds, in the paper's order: the columns of the CSV file"""
     groups = collections.defaultdict(list)
     for run in runs:
-        groups[get_name(run)].append(run)
+        groups[get_name(run.name)].append(run)
     for name, group in list(groups.items()):  # seeds that were evaluated by different work are no means of one thing
         some = collections.Counter(run.work for run in group).most_common(1)[0][0]
         for run in [run for run in group if run.work != some]:
             warn(f"{run.name} is left out of its row: it was evaluated by {run.work}, the others by {some}")
         groups[name] = [run for run in group if run.work == some]
-    names = [name for name in order if name in groups] + sorted(groups.keys() - set(order), key=get_natural_order)
+    names = sorted(groups, key=get_order)
     return [get_row(name, groups[name]) for name in names]
 
 
-def get_natural_order(name):
-    """Numbers by their value: rws_3, rws_10"""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+def get_order(name):
+    """The paper's models first; then numbers by their value: rws_3, rws_10"""
+    place = PAPER_MODELS.index(name) if name in PAPER_MODELS else len(PAPER_MODELS)
+    return place, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def get_row(name, runs):
@@ -263,10 +268,10 @@ def save_figure(path, figure):
     util.write(path, file.getvalue())
 
 
-def main(mode, paper_models):
-    """Args: mode: test or train; paper_models: path bases of the models that the report should have"""
+def main(mode, name_missing=False):
+    """Args: mode: test or train; name_missing: also name the models of the paper that have no value"""
     runs = [read_run(path.parent, mode) for path in sorted(util.SAVE.glob("*/logp"))]
-    rows = get_rows([run for run in runs if run is not None], paper_models)
+    rows = get_rows([run for run in runs if run is not None])
     if not rows:
         print(
             f"nothing in {util.SAVE}/ has been evaluated on {mode} images yet; evaluate a model with"
@@ -274,12 +279,12 @@ def main(mode, paper_models):
         )
         return 0
     print_table(rows)
-    missing = [name for name in paper_models if name not in {row["model"] for row in rows}]
-    if missing:
+    missing = [name for name in PAPER_MODELS if name not in {row["model"] for row in rows}]
+    if name_missing and missing:
         print(f"models of the paper without a value: {', '.join(missing)}")
     suffix = "" if mode == "test" else f"_{mode}"
     paths = util.SAVE / f"logp{suffix}.csv", util.SAVE / f"logp{suffix}.pdf"
     write_csv(paths[0], rows)
     write_figure(paths[1], rows)
-    print(f"nats an image, means over {mode} images; also in {paths[0]}, and a figure in {paths[1]}")
+    print(f"nats per image, means over {mode} images; also in {paths[0]}, and a figure in {paths[1]}")
     return 0

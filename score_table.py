@@ -13,7 +13,7 @@ import torch
 import losses
 from util import UserError
 
-CAPACITY = 10_000  # latents kept of an image
+CAPACITY = 10_000  # latents kept per image
 MAX_RECENT = 100_000  # rows that are sorted again at each step
 
 

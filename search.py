@@ -3,7 +3,7 @@
 A network that has learned its training images by heart proposes poor programs for others, but good
 starting points. From these, an evolutionary search climbs log p(z, x): in each round the programs
 of a population are changed in a stroke or two, all changed ones are scored at once, and the
-population is drawn anew from old and new ones by their scores, at a temperature that falls to zero
+population is resampled from old and new ones by their scores, at a temperature that falls to zero
 (simulated annealing; with temperature 0, the best are kept). The best programs met are returned.
 
     latent, log_joint = search.improve(generative_model, latent, obs)

@@ -20,6 +20,7 @@ import sys
 
 import torch
 
+import comparison
 import eval_logp
 import locks
 import main as training
@@ -213,6 +214,13 @@ def cancel(args):
     return 0
 
 
+def plot(args):
+    """Draws the theta losses of the chosen runs into one figure"""
+    path, lines = comparison.draw(get_runs(args))
+    print("\n".join([*lines, str(path)]))
+    return 0
+
+
 def is_run(folder):
     if folder.is_symlink() or not folder.is_dir():
         return False
@@ -221,7 +229,7 @@ def is_run(folder):
 
 def remove(args):
     """Deletes runs, once the user has seen which: all, or those that options choose; with --eval-logp their
-    evaluations only. What is not a run's folder stays, and so does a run that is being worked on or in the queue."""
+    evaluations only. What is not a run's folder stays, and so does a run that is in use or in the queue."""
     folders = sorted(folder for folder in util.SAVE.glob("[!.]*") if is_run(folder))
     if args.models or args.seeds or args.settings or args.data_location:
         chosen = get_runs(args)
@@ -235,7 +243,7 @@ def remove(args):
         if folder.name in queued:
             print(f"{folder} has jobs in the queue and stays")
         elif any(locks.is_locked(lock) for lock in [folder / "lock", *folder.glob("logp/.*.lock")]):
-            print(f"{folder} is being worked on and stays")
+            print(f"{folder} is in use and stays")
         elif path.is_dir():
             paths.append(path)
     if not paths:
@@ -265,7 +273,7 @@ def main(argv=None):
         return slurm_task.run_task(args.task)
     if args.status:
         return status.show(get_tasks(args), get_queue()[0])
-    for wanted, action in [(args.rm, remove), (args.cancel, cancel), (args.cluster, submit)]:
+    for wanted, action in [(args.rm, remove), (args.cancel, cancel), (args.plot, plot), (args.cluster, submit)]:
         if wanted:
             return action(args)
     return run_here(args)
@@ -273,32 +281,38 @@ def main(argv=None):
 
 def get_parser():
     parser = util.ArgumentParser(description=__doc__, usage="%(prog)s [options] [-- options of main.py for all runs]")
-    add, boolean = parser.add, "store_true"
-    add("--eval-logp", "evaluate the trained models instead: three tasks each", action=boolean)
-    add("--test-run", "everything small", action=boolean)
-    add("--data-location", "as main.py takes it (default: main.py's)", default=None)
+    add, boolean, seed = parser.add, "store_true", util.in_range(int, 0, 2**63 - 1)
+    parser.start_group("which runs")
     add("--models", "only these models, by name (default: all)", nargs="+")
-    add("--seeds", "each model with each of these seeds (default: main.py's)", nargs="+", type=util.in_range(int, 0, 2**63 - 1))
-    add("--eval-options", "options of eval_logp.py for all evaluations, one string", default="")
+    add("--seeds", "train each model with each of these seeds (default: main.py's)", nargs="+", type=seed)
+    add("--test-run", "everything small", action=boolean)
+    add("--data-location", "as for main.py (default: main.py's)", default=None)
+    add("--eval-logp", "evaluate trained models instead: three tasks each", action=boolean)
+    add("--eval-options", "options of eval_logp.py for all evaluations, as one string", default="")
+    parser.start_group("what to do (default: run them here)")
+    add("--cluster", "submit them to Slurm; evaluations start when their training in the queue is complete", action=boolean)
+    add("--status", "print how far each task is, its job and its log", action=boolean)
+    add("--plot", "draw the theta losses into save/theta_loss.pdf, with their range over seeds", action=boolean)
+    add("--cancel", "cancel the jobs of these runs (with --eval-logp only their evaluations)", action=boolean)
+    add("--rm", "delete these runs, after asking (with --eval-logp only their evaluations)", action=boolean)
+    add("--yes", "do not ask", action=boolean)
     add("--dry-run", "print what would be run, submitted, cancelled or deleted", action=boolean)
-    add("--jobs", "tasks at a time (default: here 1, on Slurm as many as it lets run)", type=util.in_range(int, 1), default=None)
+    parser.start_group("how they run")
+    jobs = "tasks at a time (default: 1 here, on Slurm as many as it runs)"
+    add("--jobs", jobs, type=util.in_range(int, 1), default=None)
     cuda = "use GPUs (default: here if there are any, on Slurm if --gres asks for one; a job that finds none fails)"
     add("--cuda", cuda, action=argparse.BooleanOptionalAction)
-    add("--status", "print how far each task is, its job and its log", action=boolean)
-    add("--cancel", "cancel the jobs of these runs (with --eval-logp only their evaluations)", action=boolean)
-    add("--rm", "delete runs in save/, after asking (with --eval-logp only their evaluations)", action=boolean)
-    add("--yes", "do not ask", action=boolean)
-    add("--cluster", "submit to Slurm; evaluations of models whose training is in the queue start after it", action=boolean)
-    add("--no-repeat", "do not use om-repeat, even if it is there", action=boolean)
-    add("--partition", "Slurm's", default=None)
-    gres = "what a job asks Slurm for, such as gpu:a100:1; none: nothing (default: gpu:1, with --no-cuda none)"
+    parser.start_group("Slurm")
+    gres = "resources of a job, such as gpu:a100:1, or none (default: gpu:1, with --no-cuda none)"
     add("--gres", gres, default=None)
+    add("--cpus-per-task", "CPUs, and threads, of a job (default: Slurm's)", type=util.in_range(int, 1), default=None)
     add("--mem", "memory of a job", default="16G")
-    add("--cpus-per-task", "CPUs of a job, and its threads (default: Slurm's)", type=util.in_range(int, 1), default=None)
-    add("--time", f"limit of a job (default: {slurm.TIME_OF_REPEATED} with om-repeat, else {slurm.TIME})", default=None)
+    add("--time", f"time limit of a job (default: {slurm.TIME_OF_REPEATED} with om-repeat, else {slurm.TIME})", default=None)
+    add("--partition", "partition", default=None)
     add("--mail", "address that Slurm writes to when a job ends or fails", default=None)
-    add("--sbatch", 'further options of sbatch, one string: "--account=lab --qos=long"', default="")
-    add("--setup", 'a line of shell before each job: "module load cuda"', default="")
+    add("--sbatch", 'further options of sbatch, as one string: "--account=lab --qos=long"', default="")
+    add("--setup", 'line of shell to run before each task: "module load cuda"', default="")
+    add("--no-repeat", "do not use om-repeat, even if it is there", action=boolean)
     parser.add_argument("--task", help=argparse.SUPPRESS)  # what a job runs
     return parser
 
@@ -309,8 +323,8 @@ def parse_args(argv=None):
     cut = argv.index("--") if "--" in argv else len(argv)
     args = get_parser().parse_args(argv[:cut])
     args.settings = argv[cut + 1 :]
-    if sum([args.cluster, args.status, args.cancel, args.rm]) > 1:
-        raise UserError("--cluster, --status, --cancel and --rm exclude each other; give one")
+    if sum([args.cluster, args.status, args.plot, args.cancel, args.rm]) > 1:
+        raise UserError("--cluster, --status, --plot, --cancel and --rm exclude each other; give one")
     if args.gres is None:
         args.gres = "none" if args.cuda is False else "gpu:1"
     if args.cluster and not args.dry_run:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import hashlib
 import io
@@ -24,21 +25,29 @@ SAVE = pathlib.Path("save")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, but what the user got wrong is one line, and flags are not abbreviated"""
+    """argparse's, but what the user got wrong is one line, flags are not abbreviated, and --help shows them in groups"""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        self.group = self
+
+    def start_group(self, title):
+        """What is added from now on is shown under this title"""
+        self.group = self.add_argument_group(title)
 
     def add(self, flag, help, **options):
         """add_argument; an argument of SETTINGS has its default from there, and help tells the default"""
         if options.get("action") not in ("store_true", argparse.BooleanOptionalAction):
             options.setdefault("default", SETTINGS.get(flag.strip("-").replace("-", "_")))
-            help += "" if options["default"] is None else " (default: %(default)s)"
-        self.add_argument(flag, help=help, **options)
+            help += "" if options["default"] in (None, "") else " (default: %(default)s)"
+        self.group.add_argument(flag, help=help, **options)
 
     def error(self, message):
+        words = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        close = [difflib.get_close_matches(word, self._option_string_actions, 1) for word in words]
+        suggestion = f", did you mean {close[0][0]}?" if message.startswith("unrecognized") and any(close[:1]) else ""
         message = message if len(message) <= 250 else f"{message[:120]} ... {message[-120:]}"
-        raise UserError(f"{message}; see --help")
+        raise UserError(f"{message}{suggestion or '; see --help'}")
 
 
 def in_range(number, low, high=None):
@@ -113,7 +122,7 @@ def get_path_base(args):
     """The name of a run's folder in save/: two runs that differ in any argument
     that changes the result never share one.
 
-    a_ if conditional, the algorithm, its number of latents an image (for mws
+    a_ if conditional, the algorithm, its number of latents per image (for mws
     particles + memory), _large unless small_dataset; then _<flag>=<value> for each
     other argument that is not at its default; or what --name says.
     """
@@ -207,7 +216,7 @@ def write(path, content):
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room and run" if full else "see to it, and run"
+        advice = "make room and run" if full else "fix that and run"
         raise UserError(
             f"cannot write {path} ({error.strerror}); what was saved before is intact: {advice} the same command again"
         ) from None

@@ -187,9 +187,10 @@ def test_killed_between_any_two_file_operations(folder):  # noqa: F811
     assert expected.keys() == {"1.pt", "2.pt", "3.pt", "latest.pt"}
     run_folder.rename("expected")
     ends = die("main", 1, str(run_folder), "killed{n}", *flags)
-    assert len(ends) == 15  # five saves of three operations each
+    assert len(ends) == 18  # losses.csv and five saves, of three operations each
     for end in ends:
         assert_same(load_all(end), expected)
+        assert (end / "losses.csv").read_text() == pathlib.Path("expected/losses.csv").read_text()
     model, results = pathlib.Path("expected/checkpoints/latest.pt").rename("model.pt"), []
     flags = "--num-data 2 --num-particles 3 --test-num-particles 4 --lstm-hidden-size 8 --num-iterations 5".split()
     flags += ["--no-compile", "--save-interval", "3", "--algorithm", "rws", "--checkpoint-path", str(model)]

@@ -1,5 +1,6 @@
 """The training script, end to end, as a user runs it."""
 
+import csv
 import json
 import os
 import pathlib
@@ -103,6 +104,12 @@ def test_training(folder, capfd, algorithm, conditional):
     assert statistics["test_iteration"].tolist() == [6, 12]
     assert (statistics["test_log_p"] < 0).all() and (statistics["test_kl"] >= 0).all()
     assert checkpoint["num_alphabets"] == (5 if conditional else 0)
+    with open(get_run_folder() / "losses.csv") as file:
+        rows = list(csv.DictReader(file))
+    phases = ["pretrain"] * 6 + ["train"] * 6 + ["test"] + ["train"] * 6 + ["test"]
+    assert [row["phase"] for row in rows] == phases and rows[13]["iteration"] == "7"
+    got = torch.tensor([float(row["theta_loss"]) for row in rows if row["phase"] == "train"])
+    assert torch.equal(got, statistics["theta_loss"]) and float(rows[-1]["test_kl"]) == pytest.approx(statistics["test_kl"][-1])
     assert torch.load(path / "latest.pt", weights_only=True)["iteration"] == 12
     assert "novel_proportion" in stderr or algorithm != "mws"
 
@@ -185,6 +192,7 @@ def test_damaged_latest_goes_on_from_the_newest_intact_one(folder, capfd):
     flags = [*SHORT, "--data-location", "data.mat"]
     run(*flags)
     expected, checkpoints = load_latest(), get_run_folder() / "checkpoints"
+    curves = (get_run_folder() / "losses.csv").read_text()
     cut(checkpoints / "latest.pt")
     put_code(checkpoints / "10.pt")
     run(*flags)
@@ -192,6 +200,7 @@ def test_damaged_latest_goes_on_from_the_newest_intact_one(folder, capfd):
     assert "resuming at iteration 6 " in stdout
     assert len([line for line in stderr.splitlines() if line.startswith("warning:")]) == 3
     assert_same(load_latest(), expected)
+    assert (get_run_folder() / "losses.csv").read_text() == curves  # cut back to iteration 6, and appended to
     for path in checkpoints.iterdir():
         cut(path)
     with pytest.raises(UserError, match="no checkpoint in .* is intact"):
@@ -225,6 +234,7 @@ BAD_INPUT = [
     ("--data-location data.mat --algorithm vimco --num-particles 1", ["vimco"]),
     ("--data-location data.mat --initial-max-curve 0.6", ["--initial-max-curve"]),
     ("--data-location data.mat --likelihood normal", ["--likelihood"]),
+    ("--num-itertions 5", ["did you mean --num-iterations?"]),
     ("--data-location data.mat --algorithm em", ["--algorithm"]),
     ("--no-such-flag", ["--no-such-flag"]),
     ("--cuda", ["GPU"]),

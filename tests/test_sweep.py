@@ -111,7 +111,7 @@ def test_the_models_of_the_paper():
     argss = list(sweep.get_sweep_argss())
     names = [util.get_path_base(args) for args in argss]
     singles = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)]
-    assert names == [*singles, "a_mws_40_large"]
+    assert names == [*singles, "a_mws_40_large"] == sweep.report.PAPER_MODELS
     mws = [(args.num_particles, args.memory_size) for args in argss[:5]]
     assert mws == [(1, 2), (2, 3), (5, 5), (10, 10), (20, 20)]
     assert [args.num_particles for args in argss[5:10]] == [3, 5, 10, 20, 40]
@@ -157,6 +157,8 @@ def test_sweep_here(make_sweep, monkeypatch):
     stdout = run("--jobs", "2")
     assert "2 of 2 done" in stdout and len(re.findall(r"^\w+.*: done, 300 iterations", stdout, re.M)) == 2
     assert [(cells["state"], cells["iteration"]) for cells in get_cells()] == [("done", "300/300")] * 2
+    stdout = run("--plot")
+    assert pathlib.Path("save/theta_loss.pdf").exists() and stdout.count(" at 300\n") == 2
     went_on = [load(name) for name in models]
     shutil.rmtree("save")
     run("--jobs", "2")
@@ -197,7 +199,7 @@ def test_failures_and_locks(make_sweep):
         assert [cells["state"] for cells in get_cells()] == ["running", "failed"]
         assert "is intact" in run("--status").splitlines()[-1]
         stdout = run("--rm", "--dry-run")
-        assert "is being worked on and stays" in stdout and stdout.splitlines()[-1] == f"save/{models[1]}"
+        assert "is in use and stays" in stdout and stdout.splitlines()[-1] == f"save/{models[1]}"
     assert not tasks.get_progress(task).done
 
 
