@@ -22,9 +22,9 @@ def get_curves(models):
         except UserError as error:
             warn(f"{error}; left out of the figure")
             continue
-        losses = checkpoint["statistics"].get("theta_loss", [])
-        if len(losses) >= WINDOW:
-            curves[report.get_name(model)].append(losses)
+        theta_loss = checkpoint["statistics"].get("theta_loss", [])
+        if len(theta_loss) >= WINDOW:
+            curves[report.get_name(model)].append(theta_loss)
     return curves
 
 
@@ -38,7 +38,7 @@ def draw(models):
     axes = figure.subplots()
     for name, some in curves.items():
         length = min(map(len, some)) // WINDOW
-        means = [[part.mean().item() for part in losses[: length * WINDOW].split(WINDOW)] for losses in some]
+        means = [[part.mean().item() for part in theta_loss[: length * WINDOW].split(WINDOW)] for theta_loss in some]
         x = [WINDOW * (i + 1) for i in range(length)]
         low, middle, high = zip(*((min(v), sum(v) / len(v), max(v)) for v in zip(*means, strict=True)), strict=True)
         (line,) = axes.plot(x, middle, label=f"{name} ({len(some)} seeds)" if len(some) > 1 else name)

@@ -156,13 +156,13 @@ def estimate_step(evaluation):
 
 def run(evaluation, settings, path, stop):
     """Trains the network, then estimates log p, until done or a signal arrives. Returns: whether done"""
-    args, num_images, train_step = evaluation.args, len(evaluation.obs), get_step(evaluation)
+    args, num_images, step = evaluation.args, len(evaluation.obs), get_step(evaluation)
     clock = SaveClock(args.save_minutes)
     total = args.num_iterations + math.ceil(num_images / args.test_batch_size)
     with util.show_progress(total=total, unit="it") as bar:
         while stop.received is None:
             if evaluation.iteration < args.num_iterations:
-                evaluation.pending.append(train_step(get_obs_id(evaluation)))
+                evaluation.pending.append(step(get_obs_id(evaluation)))
                 evaluation.iteration += 1
             elif len(evaluation.log_p) < num_images:
                 estimate_step(evaluation)

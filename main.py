@@ -40,7 +40,7 @@ class Run:
         self.args, self.device = args, device
         self.path_base = util.get_path_base(args)
         self.settings = {**util.get_settings(args), "data": data.get_fingerprint(dataset.train)}
-        self.train, self.test = dataset.train.to(device), dataset.test.to(device)
+        self.train_data, self.test_data = dataset.train.to(device), dataset.test.to(device)
         self.num_alphabets = dataset.num_alphabets if args.condition_on_alphabet else 0
         self.generative_model, self.inference_network = models.build(args, self.num_alphabets, device)
         self.optimizer = get_optimizer(self.generative_model, self.inference_network, args.prior_lr_factor)
@@ -104,7 +104,7 @@ class Run:
 def get_obs_id(run):
     """The images of the current iteration's batch: [B]. An epoch's order depends on the
     seed and its number alone, so that the iteration is the position in the data."""
-    num_data, batch_size = len(run.train.obs), run.args.batch_size
+    num_data, batch_size = len(run.train_data.obs), run.args.batch_size
     epoch, batch_id = divmod(run.iteration, math.ceil(num_data / batch_size))
     if run.epoch != epoch:
         generator = torch.Generator().manual_seed(run.args.seed + 1_000_003 * (epoch + 1))
@@ -117,7 +117,7 @@ def get_obs_id(run):
 
 def get_loss(run, obs_id):
     """The scalar to differentiate and the statistics to keep"""
-    args, alphabet = run.args, run.train.alphabet[obs_id] if run.num_alphabets else None
+    args, alphabet = run.args, run.train_data.alphabet[obs_id] if run.num_alphabets else None
     more = {
         "mws": dict(memory=run.memory, obs_id=obs_id),
         "sleep": dict(num_dreams=losses.get_num_dreams(args.batch_size, args.num_particles)),
@@ -125,7 +125,7 @@ def get_loss(run, obs_id):
     return losses.OBJECTIVES[args.algorithm](
         run.generative_model,
         run.inference_network,
-        obs=run.train.obs[obs_id],
+        obs=run.train_data.obs[obs_id],
         num_particles=args.num_particles,
         alphabet=alphabet,
         **more,
@@ -167,7 +167,7 @@ def is_test_due(run):
 def test(run, stop):
     """Estimates log p and KL(q || p) of the test images by importance sampling, in nats.
     Training is not changed by it, nor anything recorded if a signal to stop arrives."""
-    args, device, split = run.args, run.device, run.test
+    args, device, split = run.args, run.device, run.test_data
     log_p, kl = [], []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for obs_id in torch.arange(len(split.obs), device=device).split(args.test_batch_size):
@@ -235,7 +235,7 @@ def train(run, stop, curves):
     """Takes steps until the run is complete or a signal arrives. Each state between
     two steps is one that a run can resume from."""
     args, clock = run.args, SaveClock(run.args.save_minutes)
-    pretrain_step, train_step = get_steps(run)
+    pretrain, step = get_steps(run)
     total, done = args.pretrain_iterations + args.num_iterations, run.pretrain_iteration + run.iteration
     with util.show_progress(total=total, initial=done, unit="it") as bar:
         while stop.received is None:
@@ -243,10 +243,10 @@ def train(run, stop, curves):
                 test(run, stop)
                 continue
             if run.pretrain_iteration < args.pretrain_iterations:
-                run.pending.append(pretrain_step())
+                run.pending.append(pretrain())
                 run.pretrain_iteration += 1
             elif run.iteration < args.num_iterations:
-                run.pending.append(train_step(get_obs_id(run)))
+                run.pending.append(step(get_obs_id(run)))
                 run.iteration += 1
             else:
                 break

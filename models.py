@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import likelihoods
 import patches
 import rendering
 from decoder import Decoder, look_up, pack, sample_categorical, unpack  # noqa: F401
@@ -130,10 +131,11 @@ class GenerativeModel(nn.Module):
         return self._log_likelihood(latent, obs)
 
     def _log_likelihood(self, latent, obs):
-        logits = self.get_logits(latent)  # [N, R, C]
-        if self.likelihood == "bernoulli":
-            return -F.binary_cross_entropy_with_logits(logits, obs, reduction="none").flatten(1).sum(1)
-        return rendering.affine_log_prob(logits, obs, self.theta_affine)
+        return self.get_likelihood().log_prob(self.get_logits(latent), obs)
+
+    def get_likelihood(self):
+        """Of an image, given the logits of a drawing: Bernoulli or AffineMixture"""
+        return likelihoods.AffineMixture(self.theta_affine) if self.has_maps() else likelihoods.Bernoulli()
 
     def has_maps(self):
         """Whether an image is a drawing seen through one of a number of affine maps, `theta_affine` [T, 2, 3]"""
@@ -143,8 +145,7 @@ class GenerativeModel(nn.Module):
     def get_map_log_posterior(self, latent, obs):
         """log p(map | x, z), which is proportional to p(x | z, map): latent [N, A, 2], obs [N, R, C] -> [N, T]"""
         chunks = zip(*(x.split(rendering.get_chunk_size(obs.device)) for x in (latent, obs)), strict=True)
-        by_map = [rendering.affine_log_prob_by_map(self.get_logits(z), x, self.theta_affine) for z, x in chunks]
-        return torch.cat(by_map).log_softmax(1)
+        return torch.cat([self.get_likelihood().map_log_posterior(self.get_logits(z), x) for z, x in chunks])
 
     def log_prob(self, latent, obs, alphabet=None):
         """log p(z) and log p(x|z), in nats.
@@ -160,14 +161,9 @@ class GenerativeModel(nn.Module):
         """Draws characters: latent [S, A, 2] and obs [S, R, C]. A conditional model
         draws alphabets uniformly, or takes alphabet [S, L], one draw for each row."""
         latent = self.sample_latent(num_samples, alphabet)  # [S, A, 2]
-        probs = torch.cat(
-            [self.get_logits(chunk) for chunk in latent.split(rendering.get_chunk_size(latent.device))]
-        ).sigmoid()  # [S, R, C]
-        if self.has_maps():
-            map_id = torch.randint(len(self.theta_affine), (num_samples,), device=probs.device)
-            probs = rendering.apply_maps(probs, self.theta_affine[map_id])
-        # A model that has diverged shows it in its scores; here NaN would be an error of the device.
-        return latent, torch.bernoulli(probs.nan_to_num())
+        chunks = latent.split(rendering.get_chunk_size(latent.device))
+        logits = torch.cat([self.get_logits(chunk) for chunk in chunks])  # [S, R, C]
+        return latent, self.get_likelihood().sample(logits)
 
     @torch.no_grad()
     def sample_latent(self, num_samples, alphabet=None):
@@ -188,10 +184,10 @@ class GenerativeModel(nn.Module):
         return F.one_hot(alphabet_id, self.num_alphabets).to(self.pre_theta.dtype)
 
     def _get_context(self, batch_size, alphabet):
-        return _get_context(self.pre_theta.new_empty(batch_size, 0), alphabet, self.num_alphabets)
+        return _prepend_alphabet(self.pre_theta.new_empty(batch_size, 0), alphabet, self.num_alphabets)
 
 
-def _get_context(context, alphabet, num_alphabets):
+def _prepend_alphabet(context, alphabet, num_alphabets):
     """The alphabet goes before the rest of a decoder's context: [B, L + ...]"""
     if (alphabet is not None) != (num_alphabets > 0):
         raise ValueError(
@@ -238,7 +234,7 @@ class InferenceNetwork(nn.Module):
 
     def get_context(self, obs, alphabet=None):
         """What the decoder is told of each image: [B, L + E]"""
-        return _get_context(self.embed(obs), alphabet, self.num_alphabets)
+        return _prepend_alphabet(self.embed(obs), alphabet, self.num_alphabets)
 
     def sample(self, obs, num_particles, alphabet=None):
         """obs [B, R, C], alphabet [B, L] one-hot -> latent [P, B, A, 2]"""
@@ -264,7 +260,7 @@ class LookupInferenceNetwork(nn.Module):
     def get_context(self, obs_id, alphabet=None):
         """What the decoder is told of each image: [B, L + N]"""
         one_hot = F.one_hot(obs_id, self.num_data).to(self.decoder.linear.weight.dtype)
-        return _get_context(one_hot, alphabet, self.num_alphabets)
+        return _prepend_alphabet(one_hot, alphabet, self.num_alphabets)
 
     def sample(self, obs_id, num_particles, alphabet=None):
         """obs_id [B], alphabet [B, L] one-hot -> latent [P, B, A, 2]"""

@@ -70,7 +70,9 @@ def infer(generative_model, inference_network, obs, alphabet, num_particles):
     return latent, losses.score(generative_model, latent, obs, alphabet)
 
 
-def find_programs(generative_model, inference_network, obs, num_particles, num_best, num_rounds, num_mutants, alphabet=None):
+def find_programs(
+    generative_model, inference_network, obs, num_particles=1000, num_best=200, num_rounds=400, num_mutants=200, alphabet=None
+):  # fmt: skip
     """The best programs of images [N, R, C]: the network's proposals, then improved by search. A conditional model
     without an alphabet [N, L] tries all alphabets and stays with the one of the best proposal.
 

@@ -168,7 +168,7 @@ def get_repeated(listing, index, args):
     return command
 
 
-def submit(tasks, args, queue, dry_run=False):
+def submit_tasks(tasks, args, queue, dry_run=False):
     """Submits tasks. Evaluations whose training is in the queue, a list of jobs, start after it.
 
     Raises: UserError at the first that Slurm refuses, or where something cannot be submitted

@@ -150,7 +150,7 @@ def run_here(args):
             print(shlex.join(task.get_command() + ["--cuda"] * (num_gpus > 0)))
         return 0
     with util.StopSignal() as stop:
-        num_done = tasks.run_here(left, args.jobs or 1, num_gpus, stop)
+        num_done = tasks.run_all(left, args.jobs or 1, num_gpus, stop)
     resume = "; the same command resumes" if num_done < len(left) else ""
     print(f"{num_done} of {len(left)} done, in {util.SAVE}/{resume}")
     if stop.received is not None:
@@ -181,7 +181,7 @@ def submit(args):
     asks_for_gpu = "gpu" in args.gres or "gpu" in args.sbatch
     if asks_for_gpu if args.cuda is None else args.cuda:  # a job without a GPU that works then fails at once
         left = [task._replace(flags=[*task.flags, "--cuda"]) for task in left]
-    slurm.submit(left, args, queue, args.dry_run)
+    slurm.submit_tasks(left, args, queue, args.dry_run)
     for task in left if args.dry_run else []:
         print(f"would submit: {shlex.join(task.get_command())}")
     return 0

@@ -230,7 +230,7 @@ def wait_for_lock(task, seconds=5):
     return True
 
 
-def run_here(tasks, num_slots, num_gpus, stop):
+def run_all(tasks, num_slots, num_gpus, stop):
     """Runs tasks as child processes, so many at a time, until all have ended or a signal arrives,
     which the children are told, so that each saves. Returns: how many ended well"""
     waiting, workers, num_done, told = list(tasks), [], 0, False

@@ -253,11 +253,14 @@ def describe_differences(theirs, ours):
 
 
 def find_checkpoint(path):
-    """The checkpoint that a user means: a file, or the latest of a run, given by its folder or its path base.
+    """The checkpoint that a user means: a file, the latest of a run, given by its folder or name, or a pretrained model,
+    given as pretrained/<name> wherever the program is called.
 
     Raises: UserError if there is none; it names the runs that there are
     """
+    pretrained = pathlib.Path(__file__).resolve().parent / "pretrained" / f"{pathlib.Path(path).stem}.pt"
     candidates = [pathlib.Path(path), pathlib.Path(path, "checkpoints/latest.pt"), get_checkpoint_path(path)]
+    candidates += [pretrained] * (pathlib.Path(path).parent == pathlib.Path("pretrained"))
     if found := next(filter(pathlib.Path.is_file, candidates), None):
         return found
     runs = sorted(latest.parents[1].name for latest in SAVE.glob("*/checkpoints/latest.pt"))

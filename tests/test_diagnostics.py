@@ -228,7 +228,7 @@ def test_every_kind_of_run(folder, capsys):  # noqa: F811
         train("--algorithm", algorithm, "--likelihood", likelihood)
         for algorithm, likelihood in [("mws", "learned-affine"), ("vimco", "bernoulli")]
     ]
-    conditional = [train("--condition-on-alphabet", "--algorithm", algorithm) for algorithm in ("mws", "sleep")]
+    conditional = [train("--condition-on-alphabet", "--algorithm", "sleep")]
     pathlib.Path("save/empty").mkdir()
     shutil.copytree(util.SAVE / plain[0], "save/broken")
     for path in pathlib.Path("save/broken/checkpoints").iterdir():
@@ -247,7 +247,7 @@ def test_every_kind_of_run(folder, capsys):  # noqa: F811
     assert diagnostics.main([*DRAW, "--checkpoint-path", f"save/{conditional[0]}/checkpoints/6.pt"]) == 0
     stdout = capsys.readouterr().out
     assert "without its data no reconstructions and alphabets: " in stdout and "data.mat" in stdout
-    new = get_files(conditional[0]) - get_files(conditional[1])
+    new = get_files(conditional[0]) - FILES - {"alphabets/12.pdf", "reconstructions.gif"}
     assert new == {"losses/6.pdf", "primitives/6.pdf", "prior/6.pdf"}
 
 

@@ -114,7 +114,7 @@ def test_training(folder, capfd, algorithm, conditional):
     assert "novel_proportion" in stderr or algorithm != "mws"
 
 
-@pytest.mark.parametrize(("algorithm", "num_kills"), [("mws", 8)])  # test_faults.py has the others
+@pytest.mark.parametrize(("algorithm", "num_kills"), [("mws", 4)])  # test_faults.py has the others
 def test_killed_at_random_moments_ends_with_the_same_bits(folder, algorithm, num_kills):
     flags = [*TINY, *"--pretrain-iterations 40 --num-iterations 90 --save-interval 4 --data-location data.mat".split()]
     flags += ["--algorithm", algorithm, "--test-interval", "50", "--test-num-particles", "2"]
@@ -125,7 +125,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(folder, algorithm, num
     command = [sys.executable, ROOT / "tests" / "kill.py", "main", str(num_kills), "0", "0.8", *flags]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
-    assert int(process.stdout.split()[-2]) >= 4  # a fast machine may be done before the last
+    assert int(process.stdout.split()[-2]) >= 2  # a fast machine may be done before the last
     assert_same(load_latest(), expected)
     for path in pathlib.Path("expected/checkpoints").glob("*.pt"):
         assert_same(util.load_checkpoint(get_run_folder() / "checkpoints" / path.name), util.load_checkpoint(path))
@@ -133,7 +133,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(folder, algorithm, num
 
 def test_signals_save_and_exit(folder):
     flags = [*TINY, *"--num-iterations 70 --pretrain-iterations 10 --data-location data.mat".split()]
-    run_script(flags)
+    run(*flags)
     expected = load_latest()
     run_folder = pathlib.Path("save") / get_path_base(flags)
     run_folder.rename("expected")
@@ -148,7 +148,7 @@ def test_signals_save_and_exit(folder):
         assert time.perf_counter() - start < 10
         assert process.returncode == 128 + number
         assert number.name in stdout and milestone <= load_latest()["iteration"] < 70
-    run_script(flags)
+    run(*flags)
     assert_same(load_latest(), expected)
 
 

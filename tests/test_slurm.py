@@ -273,12 +273,12 @@ def test_a_job_without_the_gpu_that_it_was_given(folder):  # noqa: F811
 
 def test_a_task_that_is_stopped_by_its_jobs_end_waits_to_be_killed(folder, monkeypatch):  # noqa: F811
     """Else om-repeat would take it for complete"""
-    monkeypatch.setattr(slurm_task, "HOLD", 0.5)
+    monkeypatch.setattr(slurm_task, "HOLD", 3)
     monkeypatch.setattr(tasks.Task, "get_command", lambda _: [sys.executable, "-c", "import sys; sys.exit(143)"])
     for repeated in (False, True):
         listing = slurm.Listing(pathlib.Path(f"{repeated}.json"), repeated, "echo set up", 120, [["run", "train", [], 1]])
         slurm.write_listing(listing)
         start = time.time()
         assert slurm_task.run_task(f"{listing.path}:0") == 143
-        assert (time.time() - start > 0.5) == repeated == ("waiting for Slurm to end this job" in read_log("run"))
+        assert (time.time() - start > 3) == repeated == ("waiting for Slurm to end this job" in read_log("run"))
     assert read_log("run").count("set up") == 2

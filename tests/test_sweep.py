@@ -140,10 +140,10 @@ def test_dry_run_prints_what_would_be_run(folder):
 
 def test_sweep_here(make_sweep, monkeypatch):
     """Trained two at a time, interrupted, killed, gone on with; evaluated, reported, deleted"""
-    models = make_sweep("--pretrain-iterations 5 --num-iterations 300 --save-interval 10")
+    models = make_sweep("--pretrain-iterations 5 --num-iterations 120 --save-interval 10")
     for number in (signal.SIGINT, signal.SIGKILL):
         process = subprocess.Popen([sys.executable, "small_sweep.py", "--jobs", "2"], stdout=subprocess.PIPE, text=True)
-        reached = 10 if number == signal.SIGINT else 63
+        reached = 10 if number == signal.SIGINT else 39
         while not all(util.get_checkpoint_path(name, reached).exists() for name in models):
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
@@ -152,22 +152,24 @@ def test_sweep_here(make_sweep, monkeypatch):
         wait_for(lambda: not any(locks.is_locked(util.SAVE / name / "lock") for name in models), 30)
         if number == signal.SIGINT:
             assert process.returncode == 128 + number and stdout.count("stopped, resumes when the sweep does") == 2
-            assert all("stopped by SIGINT" in tasks.get_log_end(tasks.Task(name, "train", [], 300)) for name in models)
-        assert all(reached <= load(name)["iteration"] < 300 for name in models)
+            assert all("stopped by SIGINT" in tasks.get_log_end(tasks.Task(name, "train", [], 120)) for name in models)
+        assert all(reached <= load(name)["iteration"] < 120 for name in models)
     stdout = run("--jobs", "2")
-    assert "2 of 2 done" in stdout and len(re.findall(r"^\w+.*: done, 300 iterations", stdout, re.M)) == 2
-    assert [(cells["state"], cells["iteration"]) for cells in get_cells()] == [("done", "300/300")] * 2
+    assert "2 of 2 done" in stdout and len(re.findall(r"^\w+.*: done, 120 iterations", stdout, re.M)) == 2
+    assert [(cells["state"], cells["iteration"]) for cells in get_cells()] == [("done", "120/120")] * 2
     stdout = run("--plot")
-    assert pathlib.Path("save/theta_loss.pdf").exists() and stdout.count(" at 300\n") == 2
+    assert pathlib.Path("save/theta_loss.pdf").exists() and stdout.count(" at 100\n") == 2
     went_on = [load(name) for name in models]
-    shutil.rmtree("save")
-    run("--jobs", "2")
-    for checkpoint, name in zip(went_on, models, strict=True):
+    for checkpoint, args in zip(went_on, sweep.get_sweep_argss(), strict=True):
+        name = util.get_path_base(args)
+        shutil.rmtree(util.SAVE / name)
+        main.main(sweep.get_flags(args))
         assert_same(checkpoint, load(name))
     assert "2 are complete already\n0 of 0 done" in run()
 
-    assert "3 of 3 done" in run("--eval-logp", "--test-run", "--jobs", "2", "--models", models[1])
-    paths = [f"save/{models[1]}/logp/test_{algorithm}.pt" for algorithm in ("sleep", "rws", "vimco")]
+    monkeypatch.setattr(sweep.report, "ALGORITHMS", ["sleep", "rws"])
+    assert "2 of 2 done" in run("--eval-logp", "--test-run", "--jobs", "2", "--models", models[1])
+    paths = [f"save/{models[1]}/logp/test_{algorithm}.pt" for algorithm in ("sleep", "rws")]
     values = [f"{torch.load(path, weights_only=True)['log_p']:.2f}" for path in paths]
     some_cells = get_cells("--eval-logp", "--test-run", "--models", models[1])
     assert [(cells["state"], cells["iteration"], cells["log p"]) for cells in some_cells] == [("done", "5/5", v) for v in values]
@@ -180,7 +182,7 @@ def test_sweep_here(make_sweep, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
     assert "nothing is deleted" in run("--rm", status=1)
     assert "deleted 2 runs" in run("--rm", "--yes")
-    assert sorted(path.name for path in pathlib.Path("save").iterdir()) == ["logp.csv", "logp.pdf", "notes"]
+    assert sorted(path.name for path in pathlib.Path("save").iterdir()) == ["logp.csv", "logp.pdf", "notes", "theta_loss.pdf"]
 
 
 def test_failures_and_locks(make_sweep):
