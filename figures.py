@@ -75,7 +75,7 @@ def primitives_figure(generative_model, resolution, title, usage, source):
     probs, start, side = draw_primitives(generative_model, resolution)
     order = usage.argsort(descending=True, stable=True)
     labels = [f"{i}: {usage[i]:.1%}" for i in order.tolist()]
-    figure = grid_figure(probs[order], 8, f"{title}\nshares of the {source}'s strokes; dots are starts; a tile is {side:.2f} characters wide", labels)
+    figure = grid_figure(probs[order], 8, f"{title}\nshare of the strokes in the {source}; dot: start; tile: {side:.2f} characters wide", labels)
     (axes,) = figure.axes
     gap = max(resolution // 14, 1)
     row, col = np.divmod(np.arange(len(order)), 8)
