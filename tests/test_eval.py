@@ -3,8 +3,10 @@
 import csv
 import json
 import math
+import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -151,6 +153,31 @@ def test_an_evaluation_is_repeatable_and_kept(model, capsys):
     with pytest.raises(UserError, match="at iteration 4 there and .* at iteration 6 here"):
         evaluate(model, "vimco")
     assert evaluate(model, "vimco", "--force")["model_iteration"] == 6
+
+
+def test_an_evaluation_in_progress_is_not_replaced_by_another(model, monkeypatch):
+    """Unless --force is given; one with the same settings resumes"""
+    train_step = eval_logp.train_step
+
+    def interrupt(evaluation, obs_id):
+        if evaluation.iteration == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(evaluation, obs_id)
+
+    flags = [*EVALUATE, "--checkpoint-path", model, "--algorithm", "rws", "--num-iterations", "30"]
+    monkeypatch.setattr(eval_logp, "train_step", interrupt)
+    assert eval_logp.main(flags) == 128 + signal.SIGTERM
+    monkeypatch.setattr(eval_logp, "train_step", train_step)
+    state = util.SAVE / model / "logp/checkpoints/test_rws.pt"
+    before = state.read_bytes()
+    for change in (["--lstm-hidden-size", "9"], ["--num-data", "3"], ["--test-num-particles", "100"]):
+        with pytest.raises(UserError, match="holds another evaluation: .* is .* there and .* here; --force"):
+            eval_logp.main([*flags, *change])
+        assert state.read_bytes() == before
+    assert eval_logp.main(flags) == 0
+    resumed = load(model, "rws")
+    evaluate(model, "rws", "--force")
+    assert_same(resumed["log_p_by_image"], load(model, "rws")["log_p_by_image"])
 
 
 def run_script(*argvs):
