@@ -11,6 +11,7 @@ takes longer than computing, for RWS and VIMCO all of them.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -95,6 +96,23 @@ def get_num_dreams(batch_size, num_particles):
 # ------------------------------------------------------------------ importance-weighted
 
 
+class Particles(NamedTuple):
+    """P programs for each of B images, drawn from the inference network, and their scores, without gradients"""
+
+    latent: torch.Tensor  # [P, B, A, 2]
+    log_p: torch.Tensor  # log p(z, x): [P, B]
+    log_q: torch.Tensor  # log q(z|x): [P, B]
+    context: torch.Tensor  # what the network's decoder is told of the images, with gradients: [B, H]
+
+
+def propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer):
+    """Draws Particles. Arguments as for `rws`."""
+    context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)
+    with torch.no_grad():
+        latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)
+        return Particles(latent, scorer(generative_model, latent, obs, alphabet), log_q, context)
+
+
 def rws(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None, scorer=score):
     """Reweighted Wake-Sleep: wake-theta and wake-phi updates (Bornschein and Bengio, 2015).
 
@@ -102,35 +120,10 @@ def rws(generative_model, inference_network, obs, num_particles=10, alphabet=Non
         scorer: `score`, or what does the same, faster
     Returns: loss; statistics {theta_loss, phi_loss}
     """
-    return _importance_weighted(
-        rws_objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer
-    )
-
-
-def vimco(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None, scorer=score):
-    """VIMCO (Mnih and Rezende, 2016): the IWAE bound, its score-function gradient
-    with a leave-one-out baseline. Arguments and results as for `rws`.
-
-    Raises: ValueError if there are fewer than two particles
-    """
-    return _importance_weighted(
-        vimco_objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer
-    )
-
-
-def wake_theta(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None):
-    """The theta half of RWS: what `--algorithm sleep` trains the model with.
-    Arguments as for `rws`; statistics {theta_loss}."""
-    return _importance_weighted(
-        wake_theta_objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id, score
-    )
-
-
-def wake_sleep(generative_model, inference_network, obs, num_particles=10, alphabet=None, num_dreams=500):
-    """RWS with the sleep update of phi: `wake_theta` and `sleep` on so many dreams"""
-    theta_loss, theta_statistics = wake_theta(generative_model, inference_network, obs, num_particles, alphabet)
-    phi_loss, phi_statistics = sleep(generative_model, inference_network, num_dreams)
-    return theta_loss + phi_loss, {**theta_statistics, **phi_statistics}
+    particles = propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer)
+    loss, grad_log_p, grad_log_q, statistics = rws_objective(particles.log_p, particles.log_q)
+    zero = differentiate(generative_model, inference_network, particles, obs, alphabet, grad_log_p, grad_log_q)
+    return loss + zero, statistics
 
 
 def rws_objective(log_p, log_q):
@@ -146,6 +139,18 @@ def wake_theta_objective(log_p, log_q):
     loss = -log_mean_weight(log_weight).mean()
     grad_log_p = -log_weight.softmax(0) / log_weight.shape[1]
     return loss, grad_log_p, torch.zeros_like(grad_log_p), {"theta_loss": loss}
+
+
+def vimco(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None, scorer=score):
+    """VIMCO (Mnih and Rezende, 2016): the IWAE bound, its score-function gradient
+    with a leave-one-out baseline. Arguments and results as for `rws`.
+
+    Raises: ValueError if there are fewer than two particles
+    """
+    particles = propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer)
+    loss, grad_log_p, grad_log_q, statistics = vimco_objective(particles.log_p, particles.log_q)
+    zero = differentiate(generative_model, inference_network, particles, obs, alphabet, grad_log_p, grad_log_q)
+    return loss + zero, statistics
 
 
 def vimco_objective(log_p, log_q):
@@ -166,6 +171,21 @@ def vimco_objective(log_p, log_q):
     return loss, -weight / batch_size, (weight - advantage) / batch_size, statistics
 
 
+def wake_sleep(generative_model, inference_network, obs, num_particles=10, alphabet=None, num_dreams=500):
+    """RWS with the sleep update of phi, on so many dreams. Other arguments and results as for `rws`."""
+    theta_loss, theta_statistics = wake_theta(generative_model, inference_network, obs, num_particles, alphabet)
+    phi_loss, phi_statistics = sleep(generative_model, inference_network, num_dreams)
+    return theta_loss + phi_loss, {**theta_statistics, **phi_statistics}
+
+
+def wake_theta(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None):
+    """The theta half of RWS. Arguments as for `rws`; statistics {theta_loss}."""
+    particles = propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, score)
+    loss, grad_log_p, grad_log_q, statistics = wake_theta_objective(particles.log_p, particles.log_q)
+    zero = differentiate(generative_model, inference_network, particles, obs, alphabet, grad_log_p, grad_log_q)
+    return loss + zero, statistics
+
+
 def log_mean_weight(log_weight, dim=0):
     """log (1/P) sum_k w_k: the IWAE bound"""
     return log_weight.logsumexp(dim) - math.log(log_weight.shape[dim])
@@ -175,30 +195,18 @@ def log_mean_weight(log_weight, dim=0):
 def get_log_weight(generative_model, inference_network, obs, num_particles, alphabet=None, obs_id=None, scorer=score):
     """log w = log p(z, x) - log q(z|x) of samples from q, without gradients: [P, B].
     Arguments as for `rws`."""
-    context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)
-    latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)
-    return scorer(generative_model, latent, obs, alphabet) - log_q
+    particles = propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer)
+    return particles.log_p - particles.log_q
 
 
-def _importance_weighted(objective, generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer):
-    context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)  # [B, H]
-    with torch.no_grad():
-        latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)  # [P, B, A, 2], [P, B]
-        log_p = scorer(generative_model, latent, obs, alphabet)  # [P, B]
-        loss, grad_log_p, grad_log_q, statistics = objective(log_p, log_q)
-    zero = _attach_gradients(
-        generative_model, inference_network, latent, obs, context, alphabet, grad_log_p, grad_log_q
-    )
-    return loss + zero, statistics
+# ------------------------------------------------------------------ gradients of scores
 
 
-def _attach_gradients(generative_model, inference_network, latent, obs, context, alphabet, grad_log_p, grad_log_q):
+def differentiate(generative_model, inference_network, particles, obs, alphabet, grad_log_p, grad_log_q):
     """A scalar that is zero and has the gradient of
-    sum(grad_log_p * log p(z, x) + grad_log_q * log q(z|x)), the factors held constant.
-
-    Args: latent [P, B, A, 2]; context: of the network's decoder, [B, H];
-        grad_log_p, grad_log_q [P, B]
+    sum(grad_log_p * log p(z, x) + grad_log_q * log q(z|x)), the factors [P, B] held constant.
     """
+    latent, context = particles.latent, particles.context
     num_particles, batch_size = latent.shape[:2]
     obs_id = torch.arange(batch_size, device=latent.device).repeat(num_particles)  # [P * B]
     if _can_select(latent):

@@ -34,6 +34,7 @@ class Job(NamedTuple):
     kind: str
     state: str  # Slurm's: PENDING, RUNNING, ...
     reason: str  # why it waits
+    repeated: bool  # by om-repeat: one of a chain of jobs
 
 
 def get_tag():
@@ -178,17 +179,19 @@ def submit_tasks(tasks, args, queue, dry_run=False):
         raise UserError("--jobs with --cluster limits a job array, which om-repeat does not submit; give --no-repeat")
     name = hashlib.sha1(f"{time.time_ns()} {os.getpid()}".encode()).hexdigest()[:8]
     listing = Listing((FOLDER / f"{name}.json").resolve(), repeated, args.setup, get_warning(args), tasks)
-    trainings = collections.defaultdict(list)  # model -> numbers of the jobs that train it
+    trainings = collections.defaultdict(list)  # model -> the jobs that train it
     for job in queue:
-        trainings[job.model] += [job.number] * (job.kind == "train")
+        trainings[job.model] += [job] * (job.kind == "train")
     indices = range(len(tasks))
-    ready = [i for i in indices if tasks[i].kind == "train" or not trainings[tasks[i].model]]
-    waiting = [i for i in indices if i not in ready]
+    waiting = [i for i in indices if tasks[i].kind != "train" and trainings[tasks[i].model]]
+    after = [i for i in waiting if repeated or any(job.repeated for job in trainings[tasks[i].model])]
+    ready, dependent = ([i for i in some if i not in others] for some, others in ((indices, waiting), (waiting, after)))
     if repeated:
         commands = [get_repeated(listing, i, args) for i in indices]
-        commands, later = [commands[i] for i in ready], {i: commands[i] for i in waiting}
+        commands, later = [commands[i] for i in ready], {i: commands[i] for i in after}
     else:
-        commands, later = get_arrays(listing, ready, waiting, trainings, args), {}
+        commands = get_arrays(listing, ready, dependent, trainings, args)
+        later = {i: get_array(listing, [i], args) for i in after}
     if dry_run:
         print("\n".join(shlex.join(command) for command in [*commands, *later.values()]))
         return
@@ -220,12 +223,13 @@ def get_arrays(listing, ready, waiting, trainings, args):
     """sbatch's commands. With --jobs everything is in one array, which is what Slurm limits."""
     tasks = listing.tasks
     if args.jobs and waiting:
-        numbers = dict.fromkeys(number for i in waiting for number in trainings[tasks[i].model])
+        numbers = dict.fromkeys(job.number for i in waiting for job in trainings[tasks[i].model])
         return [get_array(listing, ready + waiting, args, "afterany:" + ":".join(numbers))]
     commands = [get_array(listing, ready, args)] if ready else []
     for model in dict.fromkeys(tasks[i].model for i in waiting):
         indices = [i for i in waiting if tasks[i].model == model]
-        commands.append(get_array(listing, indices, args, "afterok:" + ":".join(trainings[model])))
+        numbers = [job.number for job in trainings[model]]
+        commands.append(get_array(listing, indices, args, "afterok:" + ":".join(numbers)))
     return commands
 
 
@@ -243,7 +247,8 @@ def submit_command(command):
 
 # ------------------------------------------------------------------ after a training that om-repeat repeats
 
-# Slurm's dependencies are on a job, and such a training is a chain of jobs: its last one submits what comes after it.
+# Slurm's dependencies are on a job, and such a task is a chain of jobs: the last one of a training submits what comes
+# after it, and om-repeat leaves no room for dependencies of its own jobs.
 
 
 def get_after_path(model):
@@ -254,7 +259,8 @@ def put_after_training(listing, later):
     """Leaves commands, {index: command}, to the trainings of their models"""
     models = dict.fromkeys(listing.tasks[i].model for i in later)
     for model in models:
-        commands = [[list(listing.tasks[i]), later[i]] for i in later if listing.tasks[i].model == model]
+        commands = [[list(task), command] for task, command in take_after_training(model)]
+        commands += [[list(listing.tasks[i]), later[i]] for i in later if listing.tasks[i].model == model]
         util.write(get_after_path(model), json.dumps(commands, indent=1).encode())
 
 
@@ -302,7 +308,8 @@ def get_queue():
         if match and match[1] == get_tag():
             task = find_task(match, name, array_index, listings)
             if task:
-                jobs.append(Job(number, task.model, task.kind, state, reason if state == "PENDING" else ""))
+                reason = reason if state == "PENDING" else ""
+                jobs.append(Job(number, task.model, task.kind, state, reason, listings[match[3]].repeated))
         elif match:
             others[folder] += 1
     jobs += [job for job in get_waiting() if (job.model, "train") in {(job.model, job.kind) for job in jobs}]
@@ -331,7 +338,7 @@ def get_waiting():
             tasks = [Task(*task) for task, _ in json.loads(path.read_text())]
         except (OSError, ValueError, TypeError):
             continue
-        jobs += [Job(None, task.model, task.kind, "PENDING", "") for task in tasks]
+        jobs += [Job(None, task.model, task.kind, "PENDING", "", False) for task in tasks]
     return jobs
 
 

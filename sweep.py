@@ -14,6 +14,7 @@ import environment  # noqa: F401  # isort: skip  (before torch)
 import argparse
 import collections
 import itertools
+import re
 import shlex
 import shutil
 import sys
@@ -178,7 +179,7 @@ def submit(args):
         return 0
     if not args.dry_run:
         check_data(args)
-    asks_for_gpu = "gpu" in args.gres or "gpu" in args.sbatch
+    asks_for_gpu = "gpu" in args.gres or re.search(r"(^| )(-G|--gpus|--gres[= ]\S*gpu)", args.sbatch)
     if asks_for_gpu if args.cuda is None else args.cuda:  # a job without a GPU that works then fails at once
         left = [task._replace(flags=[*task.flags, "--cuda"]) for task in left]
     slurm.submit_tasks(left, args, queue, args.dry_run)

@@ -1,5 +1,6 @@
 """Sweeps on a real Slurm of one node, as job arrays and by a stand-in for om-repeat."""
 
+import json
 import os
 import pathlib
 import re
@@ -192,8 +193,15 @@ def test_what_slurm_refuses(cluster, om_repeat, monkeypatch):
         run(*SUBMIT, "--jobs=2")
     with pytest.raises(UserError, match="no such file"):
         run(*SUBMIT, "--", "--data-location=nowhere.mat")
-    assert run(*HELD).count(": submitted") == 3  # and both links of a chain are cancelled
-    assert "cancelled 3 jobs" in run("--cancel")
+    assert run(*HELD).count(": submitted") == 3
+    for kinds in (["sleep", "rws"], ["sleep", "rws", "vimco"]):  # what is left to a training is added to
+        monkeypatch.setattr(sweep.report, "ALGORITHMS", kinds)
+        stdout = run(*HELD, "--no-repeat", "--eval-logp", "--models", cluster[0])
+        assert stdout.count("will be submitted when its training is complete") == 1 + (len(kinds) == 2)
+    left = slurm.take_after_training(cluster[0])
+    assert [task.kind for task, _ in left] == ["sleep", "rws", "vimco"] and all("sbatch" in command for _, command in left)
+    util.write(slurm.get_after_path(cluster[0]), json.dumps([[list(task), command] for task, command in left]).encode())
+    assert "cancelled 6 jobs" in run("--cancel") and not slurm.get_after_path(cluster[0]).exists()
     pathlib.Path("a folder").mkdir()
     shutil.copy("data.mat", "a folder")
     monkeypatch.chdir("a folder")
