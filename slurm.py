@@ -350,6 +350,7 @@ def cancel(jobs):
         kept = [[list(task), command] for task, command in take_after_training(model) if task.kind not in kinds]
         if kept:
             util.write(get_after_path(model), json.dumps(kept).encode())
+    num_waiting = len([job for job in jobs if job.number is None])
     wanted, cancelled = {(job.model, job.kind) for job in jobs}, set()
     for _ in range(10):
         numbers = {job.number for job in jobs if job.number is not None} - cancelled
@@ -360,4 +361,4 @@ def cancel(jobs):
             raise UserError(f"scancel failed: {' '.join(process.stderr.split())}")
         cancelled |= numbers
         jobs = [job for job in get_queue()[0] if (job.model, job.kind) in wanted and job.state != "COMPLETING"]
-    return len(cancelled) + len([job for job in jobs if job.number is None])
+    return len(cancelled) + num_waiting
