@@ -1,7 +1,6 @@
 """The learning curves of a sweep in one figure, with their spread over seeds."""
 
 import collections
-import io
 
 import matplotlib.figure
 
@@ -49,7 +48,6 @@ def draw(models):
     axes.set_title(f"means over {WINDOW} iterations; line: mean over seeds, band: their range", fontsize=9)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
-    file, path = io.BytesIO(), util.SAVE / "theta_loss.pdf"
-    figure.savefig(file, format="pdf", metadata={"CreationDate": None})
-    util.write(path, file.getvalue())
+    path = util.SAVE / "theta_loss.pdf"
+    report.save_figure(path, figure)
     return path, lines

@@ -1,6 +1,6 @@
 """Trains a generative model of handwritten characters and its inference network.
 
-    python main.py --test-run                  # a quarter of a minute
+    python main.py --test-run                  # half a minute
     python main.py --small-dataset             # the paper's MWS model
     python main.py --small-dataset --cuda      # on a GPU
 

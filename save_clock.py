@@ -41,10 +41,10 @@ def get_job_end():
             return None
         if os.environ.get("SLURM_JOB_END_TIME"):
             return float(os.environ["SLURM_JOB_END_TIME"])
-        command = ["squeue", "--noheader", f"--jobs={job}", "--format=%i %A %e"]
+        command = ["squeue", "--noheader", f"--jobs={job}", "--format=%A %e"]
         environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
         process = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
-        ends = {line.split()[1]: line.split()[2] for line in process.stdout.splitlines()}
+        ends = {line.split()[0]: line.split()[1] for line in process.stdout.splitlines()}
         return datetime.datetime.fromisoformat(ends[job]).timestamp()
     except (OSError, ValueError, KeyError, IndexError, subprocess.TimeoutExpired):
         return None

@@ -62,7 +62,7 @@ class Listing(NamedTuple):
 
     @property
     def name(self):
-        """8 digits"""
+        """8 hexadecimal digits"""
         return self.path.stem
 
 
@@ -126,10 +126,7 @@ def get_options(args):
 
 def split_options(text):
     """--sbatch's options as words. Raises: UserError if a quote is open, or for what the sweep itself sets"""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"--sbatch {text!r}: {error}") from None
+    words = util.split_words("--sbatch", text)
     for word in words:
         if re.match(r"(--job-name|--array|--wrap|-J|-a)", word):
             raise UserError(f"--sbatch {word}: the sweep gives its jobs their names and tasks itself; leave it out")

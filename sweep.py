@@ -109,7 +109,7 @@ def get_evaluation_flags(args, model, algorithm):
     """eval_logp.py's. Raises: UserError if those of --eval-options are wrong"""
     flags = [f"--checkpoint-path={util.get_checkpoint_path(model)}", f"--algorithm={algorithm}"]
     flags += [f"--data-location={args.data_location}"] * (args.data_location is not None)
-    flags += TEST_RUN_EVALUATION * args.test_run + shlex.split(args.eval_options)
+    flags += TEST_RUN_EVALUATION * args.test_run + util.split_words("--eval-options", args.eval_options)
     parsed = eval_logp.parse_args(flags)
     same = parsed.algorithm == algorithm and parsed.checkpoint_path == str(util.get_checkpoint_path(model))
     if not same or parsed.mode != "test" or parsed.report or parsed.cuda:
@@ -253,9 +253,9 @@ def remove(args):
     print("\n".join(map(str, paths)))
     if args.dry_run:
         return 0
-    what = f"{len(paths)} {'evaluated runs’ estimates' if args.eval_logp else 'runs'}"
+    what = f"the evaluations of {len(paths)} runs" if args.eval_logp else f"{len(paths)} runs"
     if not args.yes:
-        print(f"delete these {what}, checkpoints and all? [y/N] ", end="", flush=True)
+        print(f"delete {what}, checkpoints and all? [y/N] ", end="", flush=True)
         if sys.stdin.readline().strip().lower() != "y":
             print("nothing is deleted")
             return 1

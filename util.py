@@ -9,6 +9,7 @@ import io
 import os
 import pathlib
 import re
+import shlex
 import signal
 import sys
 import zipfile
@@ -147,6 +148,14 @@ def get_path_base(args):
         short = os.fsencode(name)[:180].decode(errors="ignore")
         name = f"{short}_{hashlib.sha1(os.fsencode(name)).hexdigest()[:12]}"
     return name
+
+
+def split_words(flag, text):
+    """An option's string as a shell would split it. Raises: UserError if a quote is open"""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{flag} {text!r}: {error}") from None
 
 
 def to_run_name(text):

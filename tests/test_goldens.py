@@ -13,7 +13,7 @@ import rendering
 
 FOLDER = pathlib.Path(os.environ.get("GOLDENS_PATH", pathlib.Path(__file__).parent / "goldens"))
 GENERATIVE = ["bernoulli", "learned_affine", "learned_affine_alphabet", "affine", "big_arcs_uniform_mixture"]
-INFERENCE = ["cnn_alphabet", "lookup"]
+INFERENCE = sorted(path.stem.removeprefix("inference_") for path in FOLDER.glob("inference_*.npz"))
 
 
 def load(name):

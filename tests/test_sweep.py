@@ -212,6 +212,7 @@ BAD_INPUT = [
     ("--models mws_4", ["mws_4", "not in the sweep"]),
     ("--cluster --dry-run --time soon", ["--time soon"]),
     ("--status --rm", ["exclude"]),
+    ("--eval-logp --eval-options '--seed'", ["--seed"]),
     ("--test-run --models test_run_mws_3", ["save"]),
 ]
 
