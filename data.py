@@ -20,7 +20,6 @@ import numpy as np
 import scipy.io
 import torch
 
-import glyphs
 from images import fit, read_image, read_official
 from util import UserError, expand_user, show_progress
 
@@ -133,6 +132,8 @@ def _take_per_alphabet(split, num, num_alphabets, flag):
 def _load_parts(location):
     """train, test (Split), names of the alphabets"""
     if location == "glyphs":
+        import glyphs  # and with it matplotlib, which training needs for nothing else
+
         return _split(*glyphs.draw_glyphs(), list(glyphs.ALPHABETS))
     if location in SITES:
         return _load_mat(_find_site(location))

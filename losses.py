@@ -21,6 +21,8 @@ from models import pack, sample_categorical, unpack
 
 MEMORY_AT_ONCE = 2**26  # bytes, of comparisons of latents
 
+_scored_at_once = 8192  # latents, without gradients: memory stays flat
+
 # ------------------------------------------------------------------ scores
 
 
@@ -33,18 +35,38 @@ def score(generative_model, latent, obs, alphabet=None):
     """
     num_particles, batch_size = latent.shape[:2]
     if not _can_select(latent):
-        return sum(generative_model.log_prob(latent, obs, alphabet))
+        return _score_particles(generative_model, latent, obs, alphabet)
     codes, obs_id = pack(latent.flatten(0, 1), torch.int16), torch.arange(batch_size).repeat(num_particles)
     return score_rows(generative_model, codes, obs, alphabet, obs_id).view(num_particles, batch_size)
+
+
+def _score_particles(generative_model, latent, obs, alphabet):
+    """As `score`, some particles at a time, and fewer from when memory runs out"""
+    global _scored_at_once
+    log_joint, done = [], 0
+    while done < len(latent):
+        num_particles = max(_scored_at_once // len(obs), 1)
+        try:
+            log_joint.append(sum(generative_model.log_prob(latent[done : done + num_particles], obs, alphabet)))
+            done += num_particles
+        except torch.OutOfMemoryError:
+            if num_particles == 1:
+                raise
+            _scored_at_once = num_particles * len(obs) // 2
+            torch.cuda.empty_cache()
+    return torch.cat(log_joint)
 
 
 @torch.no_grad()
 def score_rows(generative_model, codes, obs, alphabet, obs_id):
     """As `score`, for packed latents each of an image of its own: codes [N, A], obs_id [N], rows of obs -> [N]"""
     chosen, key = find_distinct(codes, obs_id)  # [D], [N]
-    obs_id, latent = obs_id[chosen], unpack(codes[chosen]).unsqueeze(0)  # [D], [1, D, A, 2]
-    alphabet = None if alphabet is None else alphabet[obs_id]
-    return sum(generative_model.log_prob(latent, obs[obs_id], alphabet))[0, key]
+    log_joint = []
+    for rows in chosen.split(_scored_at_once):
+        latent, images = unpack(codes[rows]).unsqueeze(0), obs_id[rows]  # [1, d, A, 2], [d]
+        some_alphabet = None if alphabet is None else alphabet[images]
+        log_joint.append(sum(generative_model.log_prob(latent, obs[images], some_alphabet))[0])  # [d]
+    return torch.cat(log_joint)[key]
 
 
 def _can_select(latent):
@@ -208,28 +230,19 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
     """
     latent, context = particles.latent, particles.context
     num_particles, batch_size = latent.shape[:2]
-    obs_id = torch.arange(batch_size, device=latent.device).repeat(num_particles)  # [P * B]
     if _can_select(latent):
+        obs_id = torch.arange(batch_size).repeat(num_particles)  # [P * B]
         # The factors are weights over the batch size.
         latent, obs_id, grad_log_p, grad_log_q = _select_heavy(
             latent, obs_id, grad_log_p, grad_log_q, NEGLIGIBLE / batch_size
         )  # [1, N, A, 2], [N], [1, N], [1, N]
-        context = context.index_select(0, obs_id)  # [N, H]
+        obs, context = obs[obs_id], context.index_select(0, obs_id)  # [N, R, C], [N, H]
+        alphabet = None if alphabet is None else alphabet[obs_id]  # [N, L]
     log_q = inference_network.decoder.log_prob(latent, context)  # [1, N], or [P, B] again
     zero = (grad_log_q * (log_q - log_q.detach())).sum()
-    latent, grad_log_p = latent.flatten(0, 1), grad_log_p.flatten()  # [N, A, 2], [N]
-    parameters = [parameter for parameter in generative_model.parameters() if parameter.requires_grad]
-    if not parameters:
-        return zero
-    # Differentiated here, a chunk at a time, so that memory stays flat.
-    for ids in torch.arange(len(obs_id), device=obs_id.device).split(generative_model.get_chunk_size()):
-        some_obs_id = obs_id[ids]
-        some_alphabet = None if alphabet is None else alphabet[some_obs_id]
-        with torch.enable_grad():
-            log_p = sum(generative_model.log_prob(latent[ids].unsqueeze(0), obs[some_obs_id], some_alphabet))  # [1, n]
-            gradients = torch.autograd.grad((grad_log_p[ids] * log_p).sum(), parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            zero = zero + (gradient * (parameter - parameter.detach())).sum()
+    if any(parameter.requires_grad for parameter in generative_model.parameters()):
+        log_p = sum(generative_model.log_prob(latent, obs, alphabet))
+        zero = zero + (grad_log_p * (log_p - log_p.detach())).sum()
     return zero
 
 

@@ -14,7 +14,6 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import likelihoods
 import patches
@@ -24,7 +23,6 @@ from util import UserError
 
 LIKELIHOODS = ["learned-affine", "affine", "bernoulli"]
 NUM_LEARNED_MAPS = 40
-GRADIENT_CHUNK_SIZES = 256, 2500  # latents that are differentiated at a time, at least and at most
 
 # ------------------------------------------------------------------ generative model
 
@@ -47,7 +45,6 @@ class GenerativeModel(nn.Module):
             raise ValueError(f"likelihood is {likelihood!r}; it is one of {', '.join(LIKELIHOODS)}")
         self.num_rows, self.num_cols, self.num_arcs = num_rows, num_cols, num_arcs
         self.big_arcs, self.likelihood, self.num_alphabets = big_arcs, likelihood, num_alphabets
-        self.chunk_size = math.inf  # at most so many latents are scored at a time: less when memory ran out
         self.prior = Decoder(num_primitives, num_arcs, lstm_hidden_size, num_alphabets, uniform_mixture)
 
         curve = 1 + (2 * torch.rand(num_primitives) - 1) * initial_max_curve
@@ -99,39 +96,11 @@ class GenerativeModel(nn.Module):
         return self.prior.log_prob(latent, self._get_context(latent.shape[1], alphabet))
 
     def log_likelihood(self, latent, obs):
-        """log p(x|z): latent [P, B, A, 2], obs [B, R, C] -> [P, B], a chunk of latents at a time"""
+        """log p(x|z): latent [P, B, A, 2], obs [B, R, C] -> [P, B]"""
         num_particles, batch_size = latent.shape[:2]
-        latent = latent.flatten(0, 1)  # [P * B, A, 2]
         obs_id = torch.arange(batch_size, device=obs.device).repeat(num_particles)
-        log_likelihood, done = [], 0
-        while done < len(latent):
-            size = min(self.get_chunk_size(), self.chunk_size)
-            chunk = slice(done, done + size)
-            try:
-                log_likelihood.append(self._chunk_log_likelihood(latent[chunk], obs, obs_id[chunk], size < len(latent)))
-                done += size
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                self.chunk_size = size // 2
-                torch.cuda.empty_cache()
-        return torch.cat(log_likelihood).view(num_particles, batch_size)
-
-    def get_chunk_size(self):
-        """How many latents to score, or with gradients to differentiate, at a time"""
-        size, (low, high) = rendering.get_chunk_size(self.pre_theta.device), GRADIENT_CHUNK_SIZES
-        return min(max(low, size), high) if torch.is_grad_enabled() else size
-
-    def _chunk_log_likelihood(self, latent, obs, obs_id, one_of_many):
-        """latent [N, A, 2], obs [B, R, C], obs_id [N] -> [N]. With gradients, what one of
-        many chunks needs for its backward pass is computed again there: memory stays flat."""
-        obs = obs.index_select(0, obs_id)  # [N, R, C]
-        if torch.is_grad_enabled() and one_of_many:
-            return checkpoint(self._log_likelihood, latent, obs, use_reentrant=False, preserve_rng_state=False)
-        return self._log_likelihood(latent, obs)
-
-    def _log_likelihood(self, latent, obs):
-        return self.get_likelihood().log_prob(self.get_logits(latent), obs)
+        logits = self.get_logits(latent.flatten(0, 1))  # [P * B, R, C]
+        return self.get_likelihood().log_prob(logits, obs.index_select(0, obs_id)).view(num_particles, batch_size)
 
     def get_likelihood(self):
         """Of an image, given the logits of a drawing: Bernoulli or AffineMixture"""
@@ -144,8 +113,7 @@ class GenerativeModel(nn.Module):
     @torch.no_grad()
     def get_map_log_posterior(self, latent, obs):
         """log p(map | x, z), which is proportional to p(x | z, map): latent [N, A, 2], obs [N, R, C] -> [N, T]"""
-        chunks = zip(*(x.split(rendering.get_chunk_size(obs.device)) for x in (latent, obs)), strict=True)
-        return torch.cat([self.get_likelihood().map_log_posterior(self.get_logits(z), x) for z, x in chunks])
+        return self.get_likelihood().map_log_posterior(self.get_logits(latent), obs)
 
     def log_prob(self, latent, obs, alphabet=None):
         """log p(z) and log p(x|z), in nats.
@@ -161,9 +129,7 @@ class GenerativeModel(nn.Module):
         """Draws characters: latent [S, A, 2] and obs [S, R, C]. A conditional model
         draws alphabets uniformly, or takes alphabet [S, L], one draw for each row."""
         latent = self.sample_latent(num_samples, alphabet)  # [S, A, 2]
-        chunks = latent.split(rendering.get_chunk_size(latent.device))
-        logits = torch.cat([self.get_logits(chunk) for chunk in chunks])  # [S, R, C]
-        return latent, self.get_likelihood().sample(logits)
+        return latent, self.get_likelihood().sample(self.get_logits(latent))
 
     @torch.no_grad()
     def sample_latent(self, num_samples, alphabet=None):

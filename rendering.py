@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import environment
 import gpu
+import kernels
 from gpu import LOG_PAPER
 from util import warn
 
@@ -123,22 +124,31 @@ class _DrawArcs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, constants, on, x, y, rendering_params):
-        logits, arc_id = _run(_draw, 0, (constants, on), (x, y, rendering_params))  # [B, R * C]
+        size = kernels.get_chunk_size(constants.device)
+        logits, arc_id = kernels.run_in_chunks(_draw, (constants, on), (x, y, rendering_params), size)  # [B, R * C]
         ctx.save_for_backward(constants, on, x, y, rendering_params, arc_id)
         return logits
 
     @staticmethod
     def backward(ctx, grad):
         constants, on, x, y, rendering_params, arc_id = ctx.saved_tensors
-        arc_ids = torch.arange(constants.shape[1], device=arc_id.device)
-        is_of_arc = (arc_id.unsqueeze(-1) == arc_ids).to(grad.dtype)  # [B, R * C, A]
-        on = on.gather(1, arc_id)  # [B, R * C]
-        arc_id = arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)  # [B, 10, R * C]
-        strongest = constants.transpose(1, 2).gather(2, arc_id)  # [B, 10, R * C]
-        params = rendering_params.expand(len(on), -1)  # [B, 2]
-        grad_strongest, grad_params = _run(_differentiate_draw, 0, (strongest, on, grad, params), (x, y))
-        grad_constants = torch.bmm(grad_strongest, is_of_arc)  # [B, 10, A], always in the same order
-        return grad_constants.transpose(1, 2), None, None, None, grad_params.sum(0)
+        chunks = kernels.split(kernels.get_gradient_chunk_size(grad.device), constants, on, arc_id, grad)
+        gradients = [_differentiate_arcs(*chunk, x, y, rendering_params) for chunk in chunks]
+        grad_constants, grad_params = zip(*gradients, strict=True)
+        return torch.cat(grad_constants), None, None, None, torch.stack(grad_params).sum(0)
+
+
+def _differentiate_arcs(constants, on, arc_id, grad, x, y, rendering_params):
+    """The backward pass of _DrawArcs: the gradients of constants and of rendering_params"""
+    arc_ids = torch.arange(constants.shape[1], device=arc_id.device)
+    is_of_arc = (arc_id.unsqueeze(-1) == arc_ids).to(grad.dtype)  # [B, R * C, A]
+    on = on.gather(1, arc_id)  # [B, R * C]
+    arc_id = arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)  # [B, 10, R * C]
+    strongest = constants.transpose(1, 2).gather(2, arc_id)  # [B, 10, R * C]
+    params = rendering_params.expand(len(on), -1)  # [B, 2]
+    grad_strongest, grad_params = kernels.run(_differentiate_draw, 0, (strongest, on, grad, params), (x, y))
+    grad_constants = torch.bmm(grad_strongest, is_of_arc)  # [B, 10, A], always in the same order
+    return grad_constants.transpose(1, 2), grad_params.sum(0)
 
 
 def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
@@ -156,7 +166,7 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     if gpu.uses_kernels(arcs):
         logits = gpu.DrawArcs.apply(arcs, on_offs != 0, rendering_params, num_rows, num_cols)  # [B, R * C]
         return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
-    if _compiled and len(arcs) == 1:  # a batch of one would be compiled apart
+    if kernels.compiled and len(arcs) == 1:  # a batch of one would be compiled apart
         return get_logits(*(torch.cat([x, x]) for x in (arcs, on_offs)), rendering_params, num_rows, num_cols)[:1]
     x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
     constants = get_arc_constants(arcs)  # [B, A, 10]
@@ -275,21 +285,30 @@ class _ScoreMaps(torch.autograd.Function):
         num_images, num_pixels = probs.shape
         rest = -num_pixels % 4  # pixels that are surely paper, and are
         blocks = [_make_blocks(probs, rest, 0.0), _make_blocks(paper, rest, 1.0)]
+        size = kernels.get_chunk_size(probs.device) // BLOCK
         quarters = [F.pad(x, (0, rest)).unflatten(2, (4, -1)).split(MAPS_AT_ONCE, 1) for x in (index, weight)]
-        by_map = [_run(_log_prob_by_map, 0, blocks, taps) for taps in zip(*quarters, strict=True)]
+        by_map = [kernels.run_in_chunks(_log_prob_by_map, blocks, taps, size) for taps in zip(*quarters, strict=True)]
         return torch.cat(by_map, 1).transpose(1, 2).flatten(0, 1)[:num_images]  # [N, T]
 
     @staticmethod
     def backward(ctx, grad):
         probs, paper, index, weight = ctx.saved_tensors
-        probs, paper = probs.t(), paper.t()  # [pixels, N]
-        grad_probs, grad_weight = torch.zeros_like(probs), []
-        slices = [x.split(MAPS_AT_ONCE, 1) for x in (index, weight)]
-        for some, i, w in zip(grad.t().split(MAPS_AT_ONCE), *slices, strict=True):
-            grad_q, grad_w = _run(_differentiate_by_map, 1, (probs, paper, some), (i, w))
-            grad_weight.append(grad_w)
-            grad_probs += _sum_over_taps(grad_q, i, w)
-        return grad_probs.t(), None, None, torch.cat(grad_weight, 1)
+        chunks = kernels.split(kernels.get_gradient_chunk_size(probs.device), probs, paper, grad)
+        grad_probs, grad_weight = zip(*[_differentiate_maps(*chunk, index, weight) for chunk in chunks], strict=True)
+        return torch.cat(grad_probs), None, None, torch.stack(grad_weight).sum(0)
+
+
+def _differentiate_maps(probs, paper, grad, index, weight):
+    """The backward pass of _ScoreMaps: probs, paper [N, pixels], grad [N, T], index, weight [4, T, pixels] ->
+    the gradients of probs and of weight"""
+    probs, paper = probs.t(), paper.t()  # [pixels, N]
+    grad_probs, grad_weight = torch.zeros_like(probs), []
+    slices = [x.split(MAPS_AT_ONCE, 1) for x in (index, weight)]
+    for some, i, w in zip(grad.t().split(MAPS_AT_ONCE), *slices, strict=True):
+        grad_q, grad_w = kernels.run(_differentiate_by_map, 1, (probs, paper, some), (i, w))
+        grad_weight.append(grad_w)
+        grad_probs += _sum_over_taps(grad_q, i, w)
+    return grad_probs.t(), torch.cat(grad_weight, 1)
 
 
 def _make_blocks(images, rest, value):
@@ -321,7 +340,7 @@ def affine_log_prob(logits, obs, maps):
 
 def affine_log_prob_by_map(logits, obs, maps):
     """log p(x | z, map) for each map, [N, T]; the arguments as for `affine_log_prob`"""
-    if _compiled and len(logits) == 1:
+    if kernels.compiled and len(logits) == 1:
         return affine_log_prob_by_map(*(torch.cat([x, x]) for x in (logits, obs)), maps)[:1]
     if gpu.uses_kernels(logits):
         return gpu.ScoreMaps.apply(logits.sigmoid(), obs, maps)
@@ -332,13 +351,11 @@ def affine_log_prob_by_map(logits, obs, maps):
 
 # ------------------------------------------------------------------ compilation
 
-_compiled = {}  # kernel -> its compiled form
-
 
 def set_compile(enabled, device="cpu"):
     """Has the kernels compiled, for all batch sizes at once, or not: on a CPU by torch.compile, on
     a GPU by Triton. Where that fails (there is no C++ compiler, say), one line warns of it."""
-    _compiled.clear()
+    kernels.compiled.clear()
     gpu.set_kernels(enabled and gpu.is_gpu(device))
     if not enabled:
         return
@@ -355,7 +372,7 @@ def set_compile(enabled, device="cpu"):
         logits = get_logits(arcs, torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)
         affine_log_prob(logits, torch.zeros_like(logits), maps).sum().backward()
     except Exception as error:  # torch raises many kinds
-        _compiled.clear()
+        kernels.compiled.clear()
         gpu.set_kernels(False)
         reason = str(error).strip().split("\n")[0][:100]
         warn(f"not compiled, training is slower: {reason}")
@@ -367,25 +384,5 @@ def _compile_for_cpu():
         ["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000
     )
     for kernel in [_draw, _log_prob_by_map, _differentiate_by_map]:
-        _compiled[kernel] = torch.compile(kernel, options=options)
-    _compiled[_differentiate_draw] = torch.compile(_differentiate_draw)  # so fused, it would compile for minutes
-
-
-def get_chunk_size(device):
-    """How many latents to score at a time: on a GPU so many that they are few launches, on a CPU in plain
-    PyTorch what fits the cache"""
-    if gpu.is_gpu(device):
-        return 8192
-    return 1024 if _compiled else 64
-
-
-def _run(kernel, batch_dim, batched, rest):
-    """Calls a kernel, compiled or not; the first of its arguments, `batched`, have the
-    batch, of two at least, in their dimension batch_dim. What would be compiled apart is
-    made the same: inputs that require gradients, or that are not contiguous."""
-    if kernel not in _compiled:
-        return kernel(*batched, *rest)
-    batched, rest = ([x.detach().contiguous() for x in args] for args in (batched, rest))
-    for x in batched:
-        torch._dynamo.mark_dynamic(x, batch_dim)
-    return _compiled[kernel](*batched, *rest)
+        kernels.compiled[kernel] = torch.compile(kernel, options=options)
+    kernels.compiled[_differentiate_draw] = torch.compile(_differentiate_draw)  # so fused, it would compile for minutes

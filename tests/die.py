@@ -1,23 +1,23 @@
-"""Runs a script again and again: dying at the n-th file operation of a save, for n = STEP, 2 * STEP, ..., then to the
-end, until it no longer dies. Prints how often it died; "{n}" in an argument counts that, and so in a folder that is
-moved away after each. Usage: die.py SCRIPT STEP FOLDER DESTINATION [the script's arguments], SCRIPT without .py"""
+"""Runs scripts again and again: dying at the n-th file operation of a save, for n = STEP, 2 * STEP, ..., then to the
+end, until a script no longer dies. The argument is a JSON list of cases, each SCRIPT (without .py), STEP, FOLDER,
+DESTINATION and the script's arguments; the folder is moved to the destination after each death and what followed, and
+"{n}" in any of them counts these. Prints a JSON list: how often each died."""
 
 import importlib
+import json
 import os
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import torch._dynamo  # noqa: E402, F401  an optimiser's first step would import it, in each process
+import torch._inductor.config  # noqa: E402, F401  torch would import it in each process
 
 import util  # noqa: E402
-
-script, step, (folder, destination) = importlib.import_module(sys.argv[1]), int(sys.argv[2]), sys.argv[3:5]
 
 DIED = 99
 
 
-def run(argv, last):
+def run(script, argv, last):
     """In a process of its own, forked after the imports; with `last`, that call of os.replace or os.fsync is its end.
     Returns: its exit status"""
     pid = os.fork()
@@ -43,14 +43,17 @@ def run(argv, last):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-n = 0
-while True:
-    argv = [argument.replace("{n}", str(n + 1)) for argument in sys.argv[5:]]
-    status = run(argv, (n + 1) * step)
-    if status == 0:
-        break
-    if status != DIED or run(argv, 0) != 0:
-        sys.exit(f"the {n + 1}th ended with {status}")
-    n += 1
-    os.rename(folder.replace("{n}", str(n)), destination.replace("{n}", str(n)))
-print(n)
+def count_deaths(script, step, folder, destination, argv):
+    n = 1
+    while True:
+        now = [argument.replace("{n}", str(n)) for argument in argv]
+        status = run(script, now, n * step)
+        if status == 0:
+            return n - 1
+        if status != DIED or run(script, now, 0) != 0:
+            sys.exit(f"the {n}th ended with {status}")
+        os.rename(folder.replace("{n}", str(n)), destination.replace("{n}", str(n)))
+        n += 1
+
+
+print(json.dumps([count_deaths(importlib.import_module(script), *case) for script, *case in json.loads(sys.argv[1])]))

@@ -14,6 +14,8 @@ import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import torch._inductor.config  # noqa: E402, F401  torch would import it in each process
+
 import util  # noqa: E402
 
 script = importlib.import_module(sys.argv[1])

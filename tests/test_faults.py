@@ -2,9 +2,10 @@
 that are not finite, options out of range."""
 
 import argparse
-import copy
+import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ import util
 from util import UserError
 
 FLAGS = [*SHORT, "--data-location", "data.mat"]
+AFFINE = ["--likelihood", "learned-affine"]
 
 
 def load_all(run_folder):
@@ -80,7 +82,7 @@ FREE = {*FREE.split(), "initial_lr"}
 
 def test_wrong_contents_are_found(folder):  # noqa: F811
     """Each entry of a checkpoint removed, of another type, another shape, NaN or huge"""
-    run(*FLAGS)
+    run(*FLAGS, *AFFINE)
     original = util.load_checkpoint(get_run_folder() / "checkpoints/latest.pt")
     checkpoints.check(original, resumable=True)
     places = [p for p in get_places(original) if not FREE & set(p) and p[0] != "settings"]
@@ -90,16 +92,12 @@ def test_wrong_contents_are_found(folder):  # noqa: F811
     num_checked = 0
     for place in places:
         for wrong in [None, *get_wrong(get_entry(original, place))]:
-            damaged = copy.deepcopy(original)
-            parent = get_entry(damaged, place[:-1])
+            damaged = replace(original, place, wrong)
             if wrong is None:
-                del parent[place[-1]]
                 if place[0] == "statistics" and place[1:] not in [("theta_loss",), ("pretrain_loss",)]:
                     continue  # a statistic more or less
                 if len(place) == 1:
                     continue  # found by util.load_checkpoint
-            else:
-                parent[place[-1]] = wrong
             if place == ("memory",) and torch.is_tensor(wrong) and wrong.shape == wrong[:1].shape == (1, 2, 3):
                 continue  # how many images there are, only the run itself knows
             if place[0] == "args" and isinstance(wrong, int | float) and is_plausible(place[-1], wrong):
@@ -115,6 +113,18 @@ def test_wrong_contents_are_found(folder):  # noqa: F811
             assert len(str(error).splitlines()) == 1 and len(str(error)) < 300
             num_checked += 1
     assert num_checked > 400
+
+
+def replace(value, path, new):
+    """A copy with another entry at the path, or none if it is None"""
+    value, (key, *rest) = value.copy(), path
+    if rest:
+        value[key] = replace(value[key], rest, new)
+    elif new is None:
+        del value[key]
+    else:
+        value[key] = new
+    return value
 
 
 def get_entry(value, path):
@@ -169,53 +179,53 @@ def test_one_bad_run_does_not_stop_the_others(folder, capsys):  # noqa: F811
 # ------------------------------------------------------------------ kills
 
 
-def die(script, step, run_folder, destination, *flags):
-    """Runs tests/die.py. Returns: the paths of what it leaves, for each time that the script died"""
-    command = [sys.executable, ROOT / "tests" / "die.py", script, str(step), run_folder, destination, *flags]
+def die(*cases):
+    """Runs tests/die.py. Returns: for each case, the paths of what it leaves for each time that the script died"""
+    command = [sys.executable, ROOT / "tests" / "die.py", json.dumps(cases)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert process.returncode == 0, process.stderr[-2000:]
-    return [pathlib.Path(destination.replace("{n}", str(n + 1))) for n in range(int(process.stdout.split()[-1]))]
+    counts = json.loads(process.stdout)
+    return [[pathlib.Path(case[3].replace("{n}", str(n + 1))) for n in range(num)] for case, num in zip(cases, counts, strict=True)]
+
+
+KINDS = [["mws"], ["rws"], ["vimco"], ["sleep"], ["mws", "--condition-on-alphabet", "--likelihood", "learned-affine"]]
 
 
 def test_killed_between_any_two_file_operations(folder):  # noqa: F811
-    """A stand-in for os.replace and os.fsync dies at the n-th call, for every n; then the run goes on. All files,
-    milestones included, end with the bits of a run that was never stopped."""
+    """A stand-in for os.replace and os.fsync dies at the n-th call, for every n (of other kinds of runs, every
+    eleventh); then the run goes on. All files, milestones included, end with the bits of one that was never stopped."""
     flags = [*TINY, "--data-location", "data.mat", "--pretrain-iterations", "1", "--num-iterations", "3"]
     flags += ["--save-interval", "2"]
-    run(*flags)
-    expected = load_all(run_folder := get_run_folder())
-    assert expected.keys() == {"1.pt", "2.pt", "3.pt", "latest.pt"}
-    run_folder.rename("expected")
-    ends = die("main", 1, str(run_folder), "killed{n}", *flags)
-    assert len(ends) == 18  # losses.csv and five saves, of three operations each
-    for end in ends:
-        assert_same(load_all(end), expected)
-        assert (end / "losses.csv").read_text() == pathlib.Path("expected/losses.csv").read_text()
-    model, results = pathlib.Path("expected/checkpoints/latest.pt").rename("model.pt"), []
-    flags = "--num-data 2 --num-particles 3 --test-num-particles 4 --lstm-hidden-size 8 --num-iterations 5".split()
-    flags += ["--no-compile", "--save-interval", "3", "--algorithm", "rws", "--checkpoint-path", str(model)]
-    assert eval_logp.main(flags) == 0
-    os.rename(run_folder, "evaluated")
-    ends = die("eval_logp", 1, str(run_folder), "evaluated{n}", *flags)
-    assert len(ends) == 9
-    for end in [pathlib.Path("evaluated"), *ends]:
-        assert [path.name for path in (end / "logp").glob("*.pt")] == ["test_rws.pt"]
-        results.append({"test_rws.pt": util.load_checkpoint(end / "logp/test_rws.pt", keys=set())})
-        assert_same(results[-1], results[0])
+    cases, expected = [], []
+    for i, kind in enumerate(KINDS):
+        run(*flags, "--algorithm", *kind)
+        run_folder = get_run_folder()
+        expected.append(run_folder.rename(f"expected{i}"))
+        cases.append(["main", 11 if i else 1, str(run_folder), f"killed{i}_{{n}}", [*flags, "--algorithm", *kind]])
+    model = shutil.copy("expected0/checkpoints/latest.pt", "model.pt")
+    evaluate = "--num-data 2 --num-particles 3 --test-num-particles 4 --lstm-hidden-size 8 --num-iterations 5".split()
+    evaluate += ["--no-compile", "--save-interval", "3", "--algorithm", "rws", "--checkpoint-path", model]
+    assert eval_logp.main(evaluate) == 0
+    run_folder = get_run_folder()
+    expected.append(run_folder.rename("evaluated"))
+    cases.append(["eval_logp", 1, str(run_folder), "killed5_{n}", evaluate])
+
+    ends = die(*cases)
+    assert [len(paths) for paths in ends] == [18, 1, 1, 1, 1, 9]  # losses.csv and five saves, of three operations each
+    for i, paths in enumerate(ends[:-1]):
+        want = load_all(expected[i])
+        assert want.keys() == {"1.pt", "2.pt", "3.pt", "latest.pt"}
+        for path in paths:
+            assert_same(load_all(path), want)
+            assert (path / "losses.csv").read_text() == (expected[i] / "losses.csv").read_text()
+    want = load_evaluations(expected[-1])
+    assert want.keys() == {"test_rws.pt"}
+    for path in ends[-1]:
+        assert_same(load_evaluations(path), want)
 
 
-@pytest.mark.parametrize("kind", [["rws"], ["vimco"], ["sleep"], ["mws", "--condition-on-alphabet"]])
-def test_killed_between_some_file_operations(folder, kind):  # noqa: F811
-    """The same for other algorithms and a conditional model, at every eleventh operation"""
-    flags = [*TINY, "--data-location", "data.mat", "--pretrain-iterations", "1", "--num-iterations", "3"]
-    flags += ["--save-interval", "2", "--algorithm", *kind]
-    run(*flags)
-    expected = load_all(run_folder := get_run_folder())
-    run_folder.rename("expected")
-    ends = die("main", 11, str(run_folder), "killed{n}", *flags)
-    assert len(ends) == 1
-    for end in ends:
-        assert_same(load_all(end), expected)
+def load_evaluations(run_folder):
+    return {path.name: util.load_checkpoint(path, keys=set()) for path in (run_folder / "logp").glob("*.pt")}
 
 
 def test_a_run_continues_to_more_iterations(folder, capsys):  # noqa: F811
@@ -256,8 +266,13 @@ def test_nan_reaches_the_likelihood(compiled):
         rendering.set_compile(False)
 
 
-@pytest.mark.parametrize("where", ["generative_model.pre_dxdy", "generative_model.theta_affine", "inference_network.conv3.bias"])
-@pytest.mark.parametrize("algorithm", ["mws", "rws", "vimco", "sleep"])
+PARAMETERS = ["generative_model.pre_dxdy", "generative_model.theta_affine", "inference_network.conv3.bias"]
+
+
+@pytest.mark.parametrize("algorithm, where", [
+    *[("mws", where) for where in PARAMETERS], ("rws", PARAMETERS[0]), ("rws", PARAMETERS[2]),
+    ("vimco", PARAMETERS[1]), ("vimco", PARAMETERS[2]), ("sleep", PARAMETERS[0]),
+])  # fmt: skip
 def test_divergence_ends_the_run(folder, algorithm, where, monkeypatch):  # noqa: F811
     """Real NaN parameters, from the fourth iteration on"""
     train_step = main.train_step
@@ -270,7 +285,7 @@ def test_divergence_ends_the_run(folder, algorithm, where, monkeypatch):  # noqa
 
     monkeypatch.setattr(main, "train_step", diverge)
     with pytest.raises(UserError, match="no longer finite: training has diverged"):
-        run(*FLAGS, "--algorithm", algorithm, "--save-interval", "1")
+        run(*FLAGS, *AFFINE, "--algorithm", algorithm, "--save-interval", "1")
     saved = load_all(get_run_folder())
     assert saved["latest.pt"]["iteration"] == 4
     for checkpoint in saved.values():
@@ -306,20 +321,30 @@ def test_any_value_of_an_option_is_taken_or_refused_in_one_line(script, folder):
 # ------------------------------------------------------------------ streams and environment
 
 
-def run_process(*flags, **options):
+def test_a_full_disk_behind_standard_output_and_a_cache_that_cannot_be_written(folder):  # noqa: F811
     command = [sys.executable, ROOT / "main.py", *TINY, "--data-location", "data.mat", "--pretrain-iterations", "1"]
-    return subprocess.run([*command, "--num-iterations", "2", *flags], text=True, **options)
-
-
-def test_closed_and_full_streams_and_a_cache_that_cannot_be_written(folder):  # noqa: F811
-    """One process for all: a full standard output, no standard error, an unusable cache"""
     cache = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "data.mat" / "cache")}
     with open("/dev/full", "w") as full:
-        process = run_process("--name", "full", stdout=full, preexec_fn=lambda: os.close(2), env=cache)
-    assert process.returncode == 0 and (folder / "save/full/checkpoints/latest.pt").exists()
-    process = run_process("--name", "warned", "--compile", capture_output=True, env=cache)
-    assert process.returncode == 0 and "trained 2 iterations" in process.stdout
+        process = subprocess.run(
+            [*command, "--num-iterations", "2", "--compile"], stdout=full, stderr=subprocess.PIPE, text=True, env=cache
+        )
+    assert process.returncode == 0 and load_all(get_run_folder())["latest.pt"]["iteration"] == 2
     assert process.stderr.count("warning: ") == 1 and "the cache, cannot be written" in process.stderr
+
+
+def test_closed_streams(folder):  # noqa: F811
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import pathlib, errors, util\n"
+        "def main():\n"
+        "    errors.warn('nobody reads this')\n"
+        "    for i in util.show_progress(range(3)):\n"
+        "        print('nor this', flush=True)\n"
+        "    pathlib.Path('end').write_text(str(i))\n"
+        "errors.run_script(main)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], preexec_fn=lambda: (os.close(1), os.close(2)))
+    assert process.returncode == 0 and pathlib.Path("end").read_text() == "2"
 
 
 def test_a_task_is_for_jobs_only():

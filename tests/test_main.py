@@ -1,7 +1,6 @@
 """The training script, end to end, as a user runs it."""
 
 import csv
-import json
 import os
 import pathlib
 import shutil
@@ -25,7 +24,7 @@ from util import UserError
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = (
     "--num-arcs 3 --num-primitives 5 --q-lstm-hidden-size 8 --obs-embedding-dim 8 --batch-size 5"
-    " --num-particles 2 --memory-size 2 --log-interval 3 --no-compile"
+    " --num-particles 2 --memory-size 2 --log-interval 3 --likelihood bernoulli --no-compile"
 ).split()
 SHORT = [*TINY, *"--pretrain-iterations 6 --num-iterations 12 --save-interval 5".split()]
 
@@ -43,12 +42,20 @@ def run(*flags, status=0):
     assert main.main(list(flags)) == status
 
 
-def run_script(*argvs):
-    """Runs main.py for each of the argument lists as a process of its own. Returns: a
-    list of (status, stdout, stderr). One interpreter forks them, which saves the imports."""
-    command = [sys.executable, ROOT / "tests" / "fork.py", "main", json.dumps(argvs)]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
-    return json.loads(process.stdout)
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Calls a script's main with arguments as its last lines do. Returns: (status, stdout, stderr)"""
+
+    def run_script(script, *argv):
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+            patch.setattr(sys, "stdout", sys.stdout)  # run_script replaces them
+            patch.setattr(sys, "stderr", sys.stderr)
+            util.run_script(script.main)
+        return end.value.code, *capsys.readouterr()
+
+    return run_script
 
 
 def get_run_folder():
@@ -90,7 +97,7 @@ def test_training(folder, capfd, algorithm, conditional):
         "--test-num-particles",
         "4",
     ]
-    run(*SHORT, *flags, *["--condition-on-alphabet"] * conditional)
+    run(*SHORT, *flags, *["--condition-on-alphabet", "--likelihood", "learned-affine"] * conditional)
     stdout, stderr = capfd.readouterr()
     path = get_run_folder() / "checkpoints"
     assert str(path / "latest.pt") in stdout.splitlines()[-1]
@@ -114,15 +121,14 @@ def test_training(folder, capfd, algorithm, conditional):
     assert "novel_proportion" in stderr or algorithm != "mws"
 
 
-@pytest.mark.parametrize(("algorithm", "num_kills"), [("mws", 4)])  # test_faults.py has the others
-def test_killed_at_random_moments_ends_with_the_same_bits(folder, algorithm, num_kills):
-    flags = [*TINY, *"--pretrain-iterations 40 --num-iterations 90 --save-interval 4 --data-location data.mat".split()]
-    flags += ["--algorithm", algorithm, "--test-interval", "50", "--test-num-particles", "2"]
-    flags += ["--likelihood", "bernoulli"] if algorithm == "vimco" else []
-    run_script(flags)
+def test_killed_at_random_moments_ends_with_the_same_bits(folder):
+    """Of MWS; test_faults.py has the others, killed at each file operation"""
+    flags = [*TINY, *"--pretrain-iterations 20 --num-iterations 70 --save-interval 7 --data-location data.mat".split()]
+    flags += ["--test-interval", "50", "--test-num-particles", "2"]
+    run(*flags)
     expected = load_latest()
     get_run_folder().rename("expected")
-    command = [sys.executable, ROOT / "tests" / "kill.py", "main", str(num_kills), "0", "0.8", *flags]
+    command = [sys.executable, ROOT / "tests" / "kill.py", "main", "4", "0", "0.8", *flags]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     assert int(process.stdout.split()[-2]) >= 2  # a fast machine may be done before the last
@@ -131,23 +137,34 @@ def test_killed_at_random_moments_ends_with_the_same_bits(folder, algorithm, num
         assert_same(util.load_checkpoint(get_run_folder() / "checkpoints" / path.name), util.load_checkpoint(path))
 
 
-def test_signals_save_and_exit(folder):
-    flags = [*TINY, *"--num-iterations 70 --pretrain-iterations 10 --data-location data.mat".split()]
+def test_signals_save_and_exit(folder, monkeypatch, capfd):
+    flags = [*TINY, *"--num-iterations 60 --pretrain-iterations 10 --data-location data.mat".split()]
     run(*flags)
     expected = load_latest()
     run_folder = pathlib.Path("save") / get_path_base(flags)
     run_folder.rename("expected")
-    for number, milestone in [(signal.SIGTERM, 2), (signal.SIGINT, 25), (signal.SIGUSR1, 39)]:
-        process = subprocess.Popen([sys.executable, ROOT / "main.py", *flags], stdout=subprocess.PIPE, text=True)
-        while not (run_folder / "checkpoints" / f"{milestone}.pt").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        start = time.perf_counter()
-        stdout, _ = process.communicate(timeout=60)
-        assert time.perf_counter() - start < 10
-        assert process.returncode == 128 + number
-        assert number.name in stdout and milestone <= load_latest()["iteration"] < 70
+    process = subprocess.Popen([sys.executable, ROOT / "main.py", *flags], stdout=subprocess.PIPE, text=True)
+    while not (run_folder / "checkpoints/2.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    start = time.perf_counter()
+    stdout, _ = process.communicate(timeout=60)
+    assert time.perf_counter() - start < 10
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM" in stdout and 2 <= load_latest()["iteration"] < 60
+
+    train_step, stop = main.train_step, {45: signal.SIGINT, 50: signal.SIGUSR1}  # in this process
+
+    def interrupt(run, obs_id):
+        if run.iteration in stop:
+            os.kill(os.getpid(), stop.pop(run.iteration))
+        return train_step(run, obs_id)
+
+    monkeypatch.setattr(main, "train_step", interrupt)
+    for number, iteration in ((signal.SIGINT, 46), (signal.SIGUSR1, 51)):
+        run(*flags, status=128 + number)
+        assert number.name in capfd.readouterr().out and load_latest()["iteration"] == iteration
     run(*flags)
     assert_same(load_latest(), expected)
 
@@ -159,7 +176,7 @@ def get_path_base(flags):
 def test_a_compiled_run_goes_on_with_the_same_bits(folder, monkeypatch):
     if shutil.which("g++") is None:
         pytest.skip("there is no C++ compiler")
-    flags = [*SHORT, "--compile", "--data-location", "data.mat"]
+    flags = [*SHORT, "--compile", "--data-location", "data.mat", "--likelihood", "learned-affine"]
     train_step = main.train_step
 
     def interrupt(run, obs_id):
@@ -241,15 +258,15 @@ BAD_INPUT = [
 ]
 
 
-def test_bad_input(folder):
+def test_bad_input(folder, run_script):
     pathlib.Path("cut.mat").write_bytes(pathlib.Path("data.mat").read_bytes()[:3000])
     np.save("plain.npy", np.zeros((20, 28, 28)))
     cases = [case for case in BAD_INPUT if case[0] != "--cuda" or not torch.cuda.is_available()]
-    results = run_script(*[flags.split() for flags, _ in cases])
+    results = [run_script(main, *flags.split()) for flags, _ in cases]
     assert not pathlib.Path("save").exists()
     pathlib.Path("save").write_text("a file where the folder should be")
     cases.append(("an unwritable folder", ["save"]))
-    results += run_script([*SHORT, "--data-location", "data.mat"])
+    results.append(run_script(main, *SHORT, "--data-location", "data.mat"))
     for (flags, words), (status, _, stderr) in zip(cases, results, strict=True):
         assert status == 2 and stderr.count("\n") == 1 and stderr.startswith("main.py: error:"), (flags, stderr)
         assert all(word in stderr for word in words), (flags, stderr)

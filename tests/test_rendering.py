@@ -5,6 +5,7 @@ import pytest
 import reference
 import torch
 
+import kernels
 import rendering
 
 PARAMS = torch.tensor([3.0, -3.0])
@@ -154,13 +155,13 @@ def test_compiled_is_the_same_for_all_batch_sizes(compiled):
         obs = torch.bernoulli(torch.full((batch_size, 28, 28), 0.1))
         results = []
         for enabled in (True, False):
-            kernels = dict(rendering._compiled)
+            compiled_kernels = dict(kernels.compiled)
             if not enabled:
-                rendering._compiled.clear()
+                kernels.compiled.clear()
             logits = rendering.get_logits(arcs, on_offs, params, 28, 28)
             log_prob = rendering.affine_log_prob(logits, obs, maps)
             gradients = torch.autograd.grad(log_prob.mean(), [arcs, params, maps])
-            rendering._compiled.update(kernels)
+            kernels.compiled.update(compiled_kernels)
             results.append([logits.detach(), log_prob.detach(), *gradients])
         for got, want in zip(*results, strict=True):
             assert (got - want).norm() <= 1e-4 * want.norm()
@@ -175,7 +176,7 @@ def test_no_compiler_is_one_warning(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda kernel, **options: refuse)
     rendering.set_compile(True)
     assert capsys.readouterr().err == "warning: not compiled, training is slower: there is no compiler\n"
-    assert not rendering._compiled
+    assert not kernels.compiled
 
 
 def test_compiling_draws_no_random_numbers(compiled):

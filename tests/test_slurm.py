@@ -93,14 +93,15 @@ def assert_bits_of_a_run_here(model, settings):
 
 @pytest.mark.waits
 def test_job_arrays(cluster, monkeypatch):
-    """One of three is warned: it alone is requeued, and ends with the bits of a run here; a model is evaluated after its
+    """One of two is warned: it alone is requeued, and ends with the bits of a run here; a model is evaluated after its
     training, with as many threads as Slurm gives it CPUs"""
     monkeypatch.setattr(sweep.report, "ALGORITHMS", ["rws"])
+    chosen = ["--models", *cluster[:2]]
     settings = ["--pretrain-iterations=0", "--num-iterations=250", "--save-interval=100"]
-    names = [util.get_path_base(args) for args in sweep.get_runs(sweep.parse_args(["--", *settings])).values()]
-    stdout = run(*SUBMIT, "--time=10", "--", *settings)
+    names = [util.get_path_base(args) for args in sweep.get_runs(sweep.parse_args([*chosen, "--", *settings])).values()]
+    stdout = run(*SUBMIT, "--time=10", *chosen, "--", *settings)
     number = re.search(r"Submitted batch job (\d+)", stdout)[1]
-    assert run(*SUBMIT, "--", *settings).count("in the queue already, as job") == 3
+    assert run(*SUBMIT, *chosen, "--", *settings).count("in the queue already, as job") == 2
     evaluation = ["--eval-logp", "--models", cluster[1], "--eval-options", EVALUATION]
     setup = "--setup=echo $OMP_NUM_THREADS threads"
     assert "rws: submitted" in run(*SUBMIT, "--cpus-per-task=2", setup, *evaluation, "--", *settings)
@@ -110,12 +111,12 @@ def test_job_arrays(cluster, monkeypatch):
     wait_for(lambda: all(has_reached(name, 158) for name in names))
     wait_for((util.SAVE / names[1] / "logp/test_rws.pt").exists)
     wait_for(lambda: not list_jobs())
-    assert [(cells["state"], cells["iteration"]) for cells in get_cells("--", *settings)] == [("done", "250/250")] * 3
-    shown = [subprocess.run(["scontrol", "show", "job", f"{number}_{i}"], capture_output=True, text=True) for i in range(3)]
-    assert [re.search(r"Restarts=(\d+)", process.stdout)[1] for process in shown] == ["0", "1", "0"]
+    assert [(cells["state"], cells["iteration"]) for cells in get_cells(*chosen, "--", *settings)] == [("done", "250/250")] * 2
+    shown = [subprocess.run(["scontrol", "show", "job", f"{number}_{i}"], capture_output=True, text=True) for i in range(2)]
+    assert [re.search(r"Restarts=(\d+)", process.stdout)[1] for process in shown] == ["0", "1"]
     log = read_log(names[1])
     assert log.count("stopped by SIGUSR1") == 1 and re.search(r"resuming at iteration [1-9]\d+", log)
-    assert "stopped by" not in read_log(names[0]) + read_log(names[2])
+    assert "stopped by" not in read_log(names[0])
     assert [cells["state"] for cells in get_cells(*evaluation, "--", *settings)] == ["done"]
     assert "2 threads" in read_log(names[1], "eval_rws")
     assert_bits_of_a_run_here(names[1], settings)
@@ -123,7 +124,7 @@ def test_job_arrays(cluster, monkeypatch):
 
 @pytest.mark.waits
 def test_om_repeat(cluster, om_repeat, monkeypatch):
-    """A run whose job is killed twice, without a warning, as at its time limit, loses next to nothing, and ends with the
+    """A run whose job is killed without a warning, as at its time limit, loses next to nothing, and ends with the
     bits of a run here; its evaluation is submitted at its end; nothing stays in the queue"""
     monkeypatch.setattr(sweep.report, "ALGORITHMS", ["sleep"])
     settings = ["--pretrain-iterations=0", "--num-iterations=300", "--save-minutes=0.01"]
@@ -134,18 +135,15 @@ def test_om_repeat(cluster, om_repeat, monkeypatch):
     evaluation = [*chosen, "--eval-logp", "--eval-options", EVALUATION]
     assert "sleep: will be submitted when its training is complete" in run(*SUBMIT, *evaluation, "--", *settings)
     assert {cells["job"] for cells in get_cells(*evaluation, "--", *settings)} == {"after training"}
-    reached = []
-    for milestone in (25, 158):
-        wait_for(lambda: has_reached(name, milestone))  # noqa: B023
-        (number,) = [line.split()[0] for line in list_jobs("%i %T") if line.endswith(" RUNNING")]
-        reached.append(load(name)["iteration"])
-        subprocess.run(["scancel", number], check=True)
-        wait_for(lambda: f"{number} RUNNING" not in list_jobs("%i %T"))  # noqa: B023
+    wait_for(lambda: has_reached(name, 158))
+    (number,) = [line.split()[0] for line in list_jobs("%i %T") if line.endswith(" RUNNING")]
+    reached = load(name)["iteration"]
+    subprocess.run(["scancel", number], check=True)
     wait_for((util.SAVE / name / "logp/test_sleep.pt").exists)
     wait_for(lambda: not list_jobs())
     log = read_log(name)
-    resumed = [int(iteration) for iteration in re.findall(r"resuming at iteration (\d+)", log)]
-    assert len(resumed) == 2 and all(a >= b for a, b in zip(resumed, reached, strict=True))
+    (resumed,) = [int(iteration) for iteration in re.findall(r"resuming at iteration (\d+)", log)]
+    assert resumed >= reached
     assert_bits_of_a_run_here(name, settings)
 
 

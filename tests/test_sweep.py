@@ -7,7 +7,6 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -31,16 +30,6 @@ TINY = (
     "--data-location data.mat --likelihood bernoulli --num-primitives 5 --num-arcs 3"
     " --q-lstm-hidden-size 8 --obs-embedding-dim 8 --batch-size 5 --num-particles 2 --memory-size 2 --no-compile"
 )
-# sweep.py with two models in place of the paper's, as a script
-SMALL_SWEEP = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import sweep, test_sweep, util
-sweep.get_sweep_argss = lambda *_: test_sweep.get_small_argss(FLAGS)
-util.run_script(sweep.main)
-"""
-
-
 def get_small_argss(flags, algorithms=("mws", "rws")):
     for algorithm in algorithms:
         yield main.parse_args([*TINY.split(), "--algorithm", algorithm, *flags])
@@ -60,7 +49,6 @@ def make_sweep(folder, monkeypatch):
 
     def make(flags):
         flags = flags.split()
-        pathlib.Path("small_sweep.py").write_text(SMALL_SWEEP.replace("FLAGS", repr(flags)))
         monkeypatch.setattr(sweep, "get_sweep_argss", lambda *_: get_small_argss(flags))
         monkeypatch.setattr(
             sweep,
@@ -78,6 +66,23 @@ def run(*flags, status=0):
     with contextlib.redirect_stdout(stdout):
         assert sweep.main(list(flags)) == status, stdout.getvalue()
     return stdout.getvalue()
+
+
+def start_fork(*flags):
+    """Starts sweep.py in a process forked from this one, which saves the imports. Returns: its number; a file with
+    what it prints"""
+    stdout = open("sweep.out", "w+")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sys.argv, sys.stdout = ["sweep.py", *flags], stdout
+            util.run_script(sweep.main)
+        except SystemExit as end:
+            stdout.flush()
+            os._exit(end.code)
+        finally:
+            os._exit(99)
+    return pid, stdout
 
 
 def report():
@@ -139,24 +144,20 @@ def test_dry_run_prints_what_would_be_run(folder):
 
 
 def test_sweep_here(make_sweep, monkeypatch):
-    """Trained two at a time, interrupted, killed, gone on with; evaluated, reported, deleted"""
-    models = make_sweep("--pretrain-iterations 5 --num-iterations 120 --save-interval 10")
-    for number in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen([sys.executable, "small_sweep.py", "--jobs", "2"], stdout=subprocess.PIPE, text=True)
-        reached = 10 if number == signal.SIGINT else 39
-        while not all(util.get_checkpoint_path(name, reached).exists() for name in models):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
-        process.send_signal(number)
-        stdout, _ = process.communicate(timeout=60)
-        wait_for(lambda: not any(locks.is_locked(util.SAVE / name / "lock") for name in models), 30)
-        if number == signal.SIGINT:
-            assert process.returncode == 128 + number and stdout.count("stopped, resumes when the sweep does") == 2
-            assert all("stopped by SIGINT" in tasks.get_log_end(tasks.Task(name, "train", [], 120)) for name in models)
-        assert all(reached <= load(name)["iteration"] < 120 for name in models)
+    """Trained two at a time, interrupted, resumed; evaluated, reported, deleted"""
+    models = make_sweep("--pretrain-iterations 5 --num-iterations 110 --save-interval 10")
+    pid, stdout = start_fork("--jobs", "2")
+    wait_for(lambda: all(util.get_checkpoint_path(name, 10).exists() for name in models))
+    os.kill(pid, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGINT
+    stdout.seek(0)
+    assert stdout.read().count("stopped, resumes when the sweep does") == 2
+    assert not any(locks.is_locked(util.SAVE / name / "lock") for name in models)
+    assert all("stopped by SIGINT" in tasks.get_log_end(tasks.Task(name, "train", [], 110)) for name in models)
+    assert all(10 <= load(name)["iteration"] < 110 for name in models)
     stdout = run("--jobs", "2")
-    assert "2 of 2 done" in stdout and len(re.findall(r"^\w+.*: done, 120 iterations", stdout, re.M)) == 2
-    assert [(cells["state"], cells["iteration"]) for cells in get_cells()] == [("done", "120/120")] * 2
+    assert "2 of 2 done" in stdout and len(re.findall(r"^\w+.*: done, 110 iterations", stdout, re.M)) == 2
+    assert [(cells["state"], cells["iteration"]) for cells in get_cells()] == [("done", "110/110")] * 2
     stdout = run("--plot")
     assert pathlib.Path("save/theta_loss.pdf").exists() and stdout.count(" at 100\n") == 2
     went_on = [load(name) for name in models]
@@ -167,14 +168,12 @@ def test_sweep_here(make_sweep, monkeypatch):
         assert_same(checkpoint, load(name))
     assert "2 are complete already\n0 of 0 done" in run()
 
-    monkeypatch.setattr(sweep.report, "ALGORITHMS", ["sleep", "rws"])
-    assert "2 of 2 done" in run("--eval-logp", "--test-run", "--jobs", "2", "--models", models[1])
-    paths = [f"save/{models[1]}/logp/test_{algorithm}.pt" for algorithm in ("sleep", "rws")]
-    values = [f"{torch.load(path, weights_only=True)['log_p']:.2f}" for path in paths]
+    monkeypatch.setattr(sweep.report, "ALGORITHMS", ["rws"])
+    assert "1 of 1 done" in run("--eval-logp", "--test-run", "--jobs", "2", "--models", models[1])
+    value = f"{torch.load(f'save/{models[1]}/logp/test_rws.pt', weights_only=True)['log_p']:.2f}"
     some_cells = get_cells("--eval-logp", "--test-run", "--models", models[1])
-    assert [(cells["state"], cells["iteration"], cells["log p"]) for cells in some_cells] == [("done", "5/5", v) for v in values]
-    stdout = report()
-    assert all(value in stdout for value in values)
+    assert [(cells["state"], cells["iteration"], cells["log p"]) for cells in some_cells] == [("done", "5/5", value)]
+    assert value in report()
 
     pathlib.Path("save/notes").mkdir()
     stdout = run("--rm", "--dry-run")
@@ -183,6 +182,22 @@ def test_sweep_here(make_sweep, monkeypatch):
     assert "nothing is deleted" in run("--rm", status=1)
     assert "deleted 2 runs" in run("--rm", "--yes")
     assert sorted(path.name for path in pathlib.Path("save").iterdir()) == ["logp.csv", "logp.pdf", "notes", "theta_loss.pdf"]
+
+
+def test_a_killed_sweep_stops_its_tasks(folder, monkeypatch):
+    """So that they save"""
+    script = "trap 'echo asked to stop; exit 143' TERM; echo started; while :; do sleep 0.1; done"
+    monkeypatch.setattr(tasks.Task, "get_command", lambda _: ["bash", "-c", script])
+    log = tasks.Task("run", "train", [], 1).get_path("log")
+    pid = os.fork()
+    if pid == 0:
+        tasks.start(tasks.Task("run", "train", [], 1), 0, 1, 0)
+        time.sleep(60)
+        os._exit(0)
+    wait_for(lambda: log.exists() and "started" in log.read_text().splitlines())
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    wait_for(lambda: "asked to stop" in log.read_text().splitlines(), 10)
 
 
 def test_failures_and_locks(make_sweep):
