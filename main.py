@@ -216,6 +216,17 @@ def save_missing_milestone(run):
         save(run, iteration)
 
 
+def is_complete(run):
+    """Whether nothing is left to do: a run may have been killed between its last step and its last test or save"""
+    if run.iteration != run.args.num_iterations:
+        return run.iteration > run.args.num_iterations
+    try:
+        latest = checkpoints.load(util.get_checkpoint_path(run.path_base), resumable=True)
+    except (UserError, OSError):
+        return False
+    return latest["iteration"] == run.iteration and not is_test_due(run)
+
+
 def show(run, bar, curves):
     """Moves the progress bar and, at the log interval, shows the newest statistics and writes the curves"""
     bar.update(run.pretrain_iteration + run.iteration - bar.n)
@@ -270,7 +281,7 @@ def main(argv=None):
             save_missing_milestone(run)
         curves = Curves(util.SAVE / path_base, run.statistics, args.tensorboard)
         if checkpoint is not None:
-            if run.iteration >= args.num_iterations:
+            if is_complete(run):
                 print(f"{util.SAVE / path_base} is complete: {run.iteration} iterations; more with --num-iterations")
                 return 0
             print(f"resuming at iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")

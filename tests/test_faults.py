@@ -195,7 +195,7 @@ def test_killed_between_any_two_file_operations(folder):  # noqa: F811
     """A stand-in for os.replace and os.fsync dies at the n-th call, for every n (of other kinds of runs, every
     eleventh); then the run goes on. All files, milestones included, end with the bits of one that was never stopped."""
     flags = [*TINY, "--data-location", "data.mat", "--pretrain-iterations", "1", "--num-iterations", "2"]
-    flags += ["--save-interval", "2"]
+    flags += ["--save-interval", "2", "--test-interval", "2", "--test-num-particles", "3"]
     cases, expected = [], []
     for i, kind in enumerate(KINDS):
         run(*flags, "--algorithm", *kind)
