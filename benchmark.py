@@ -1,13 +1,13 @@
-"""How fast a step is, against the same step written straightforwardly.
+"""Measures how fast a step is, compared with a straightforward implementation.
 
     python benchmark.py             # a table: about ten minutes on two CPU cores
     python benchmark.py --quick     # smaller batches, under a minute
     python benchmark.py --profile   # where the time of an MWS step goes
-    python benchmark.py --cuda      # on a GPU, and how many kernels and launches a step is
+    python benchmark.py --cuda      # on a GPU; also counts a step's kernels and launches
 
-Both run in one process on the same embedded characters, in turn, and the medians
-are compared. The reference is tests/reference.py: it scores everything, with
-gradients. Beside them runs the forward and backward pass of PyTorch's convolutions.
+Both run in one process on the same characters, alternating, and medians are compared.
+The reference is tests/reference.py, which scores everything with gradients. A third
+column is the forward and backward pass of PyTorch's convolutions alone.
 """
 
 import environment  # noqa: F401  # isort: skip  (before torch)
@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import reference  # noqa: E402
 
 ALGORITHMS = ["mws", "rws", "vimco", "pretrain", "eval rws", "eval vimco", "eval sharp"]
-SHARPNESS = 1000  # "eval sharp" is eval rws by a network whose logits are so many times larger, as after long training
+SHARPNESS = 1000  # "eval sharp" is eval rws with a network whose logits are this many times larger, as after long training
 
 # ------------------------------------------------------------------ steps
 
@@ -101,8 +101,8 @@ class Steps:
         optimizers.update(self.optimizer, loss)
 
     def convolve(self):
-        """PyTorch's convolutions forward and backward on the same images, in the layout and the chunks that are
-        fastest on a CPU; nothing for a lookup network"""
+        """Runs PyTorch's convolutions forward and backward on the same images, with the memory layout and chunk size
+        that are fastest on a CPU; does nothing for a lookup network"""
         if self.algorithm.startswith("eval"):
             return
         obs = self.obs.repeat(2, 1, 1) if self.algorithm == "pretrain" else self.obs
@@ -126,10 +126,10 @@ def get_seconds(function, device):
 
 
 def compare(algorithm, batch_size, num_runs, device, with_memory):
-    """Runs step, reference and convolutions in turn. Returns: a row of the table"""
+    """Alternates step, reference and convolutions. Returns: a row of the table"""
     steps = Steps(algorithm, batch_size, device)
     seconds = {"step": [], "reference": [], "convolve": []}
-    for _ in range(NUM_WARM_UPS + 2 if device.type == "cuda" else 1):  # the reference's warm-up is a small one
+    for _ in range(NUM_WARM_UPS + 2 if device.type == "cuda" else 1):  # a short warm-up for the reference
         steps.step()
     Steps(algorithm, 2, device).reference()
     for _ in range(num_runs):
@@ -154,15 +154,15 @@ def compare(algorithm, batch_size, num_runs, device, with_memory):
 
 
 def get_peak_memory(algorithm, batch_size, device, name):
-    """Megabytes that a process of its own needs for three steps over what it had after
-    its imports; on a GPU, what it allocated there"""
+    """Megabytes that a fresh process needs for three steps, beyond what it had after its
+    imports; on a GPU, the memory allocated there"""
     code = f"import benchmark; print(benchmark._measure_memory({algorithm!r}, {batch_size}, {device.type!r}, {name!r}))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return float(process.stdout.split()[-1])
 
 
 def _measure_memory(algorithm, batch_size, device, name):
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # what was the peak counts from now
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     device, before = torch.device(device), _get_peak_resident()
     rendering.set_compile(name == "step", device)
     steps = Steps(algorithm, batch_size, device)
@@ -179,13 +179,13 @@ def _get_peak_resident():
 
 
 def profile(batch_size, num_runs, device):
-    """Prints the seconds of an MWS step's parts, each timed by itself."""
+    """Prints how long the parts of an MWS step take, each timed separately."""
     steps = Steps("mws", batch_size, device)
     for _ in range(NUM_WARM_UPS + 2):
         steps.step()
     model, network, obs = steps.model, steps.network, steps.obs
     context = network.get_context(obs).detach()
-    latent = network.decoder.sample(20, context)  # what an MWS step scores: 10 + 10
+    latent = network.decoder.sample(20, context)  # as scored in an MWS step: 10 + 10
     with torch.no_grad():
         flat = latent.flatten(0, 1)
         logits = torch.cat([model.get_logits(chunk) for chunk in flat.split(1024)])
@@ -218,7 +218,7 @@ def profile(batch_size, num_runs, device):
 
 
 def scale(batch_size, num_runs, device):
-    """Prints what scoring costs from 1 to 40 latents an image."""
+    """Prints the cost of scoring 1 to 40 latents per image."""
     steps = Steps("mws", batch_size, device)
     for num_particles in [1, 4, 10, 40]:
         latent = steps.network.sample(steps.obs, num_particles)
@@ -230,14 +230,14 @@ def scale(batch_size, num_runs, device):
 
 # ------------------------------------------------------------------ on a GPU
 
-# Floating-point operations, counted in the kernels' sources (a root, a division or an exponential as one), of
-# an arc and pixel, and of a map and pixel
+# Floating-point operations per arc and pixel, and per map and pixel, counted in the kernels' sources (a square root,
+# a division or an exponential counts as one)
 NUM_OPERATIONS = {"_draw": 46, "_score_maps": 52}
 
 
 def trace(function):
-    """What a GPU does in a call. Returns: kernels, a dict of name -> [seconds of each launch]; number of calls of the
-    CPU that launch something"""
+    """Profiles a call on a GPU. Returns: kernels, a dict of name -> [seconds of each launch]; the number of launches by
+    the CPU"""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profiler:
@@ -247,7 +247,7 @@ def trace(function):
 
 
 def count_kernels(events):
-    """As `trace`, of the profiler's events"""
+    """As `trace`, given the profiler's events"""
     kernels, num_launches = collections.defaultdict(list), 0
     for event in events:
         if event.device_type == torch.autograd.DeviceType.CUDA:
@@ -259,8 +259,8 @@ def count_kernels(events):
 
 
 def show_kernels(algorithms, batch_size, device):
-    """Prints how many kernels and launches a step of each algorithm is, and how near to the device's limits
-    the two hot kernels of an MWS step come."""
+    """Prints the number of kernels and launches in a step of each algorithm, and how close the two hot kernels of an MWS
+    step come to the device's limits."""
     print("algorithm     kernels  launches  milliseconds of kernels")
     for algorithm in algorithms:
         steps = Steps(algorithm, batch_size, device)
@@ -280,23 +280,23 @@ def show_kernels(algorithms, batch_size, device):
 
 
 def get_work(model, latent, obs):
-    """Of drawing and scoring latents [P, B, A, 2]: name of the kernel, operations, bytes moved at least"""
+    """Work of drawing and scoring latents [P, B, A, 2]: name of the kernel, operations, least number of bytes moved"""
     num_latents, num_pixels = latent[..., 0, 0].numel(), obs[0].numel()
     num_on, image = latent[..., 1].sum().item(), 4 * num_latents * num_pixels
     num_maps = len(model.theta_affine)
-    yield "_draw", NUM_OPERATIONS["_draw"] * num_on * num_pixels, 1.25 * image  # logits, and the arcs that they are of
+    yield "_draw", NUM_OPERATIONS["_draw"] * num_on * num_pixels, 1.25 * image  # logits, and the arcs they belong to
     yield "_score_maps", NUM_OPERATIONS["_score_maps"] * num_latents * num_maps * num_pixels, 2 * image
 
 
 def format_fractions(operations, num_bytes):
-    """Of the device's limits, for operations and bytes a second"""
+    """Fractions of the device's limits on operations and bytes per second"""
     device = torch.cuda.get_device_properties(0)
     clock, memory_clock, width = (
         getattr(device, name, None) for name in ("clock_rate", "memory_clock_rate", "memory_bus_width")
     )
     if not (clock and memory_clock and width):
         return f"{operations / 1e12:.2f} TFLOP/s, {num_bytes / 1e9:.0f} GB/s (this torch does not tell the limits)"
-    limit = device.multi_processor_count * 128 * 2 * clock * 1e3  # 128 lanes, a product and a sum at a time
+    limit = device.multi_processor_count * 128 * 2 * clock * 1e3  # 128 lanes, each a multiply-add per cycle
     bandwidth = 2 * memory_clock * 1e3 * width / 8
     return f"{operations / limit:.0%} of the device's operations, {num_bytes / bandwidth:.0%} of its bandwidth"
 

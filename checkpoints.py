@@ -1,9 +1,8 @@
-"""Whether a checkpoint is whole: the one place that decides which files a run, an evaluation, a figure or a table
-may be made from.
+"""Validates checkpoints: the one place that decides which files runs, evaluations, figures and tables may use.
 
-A file that can be read may still hold the wrong things: damaged, edited, or of another program. Everything
-in a checkpoint is compared with what its own arguments say must be there: names, types, shapes, ranges,
-finiteness, lengths of curves. Nothing is changed before all of it has been looked at.
+A readable file may still hold the wrong things: it may be damaged, edited, or from another program. Everything
+in a checkpoint is compared with what its own arguments imply: names, types, shapes, ranges, finiteness,
+lengths of curves. Nothing is changed before all of it has been checked. A checkpoint that passes is "whole".
 """
 
 import argparse
@@ -15,14 +14,14 @@ import models
 import util
 from util import SETTINGS, UserError, warn
 
-LARGEST = 1e6  # of a parameter's values: far beyond any that trains
+LARGEST = 1e6  # absolute value of a parameter; far beyond any seen in training
 MAX_PARAMETERS = 2**30
-EVERY_ITERATION = ["theta_loss", "phi_loss", "prior_loss", "novel_proportion", "new_map"]  # statistics of training
+EVERY_ITERATION = ["theta_loss", "phi_loss", "prior_loss", "novel_proportion", "new_map"]  # statistics recorded in each iteration of training
 
 
 def load(path, device="cpu", resumable=False):
-    """A whole checkpoint of main.py. Args: resumable: whether a run can resume from it; if not, optimisers and
-    statistics may be empty. Raises: UserError if it cannot be read or is not whole"""
+    """Loads a checkpoint of main.py. Args: resumable: whether a run must be able to resume from it; if not, optimisers
+    and statistics may be empty. Raises: UserError if it cannot be read or is not whole"""
     checkpoint = util.load_checkpoint(path, device)
     try:
         check(checkpoint, resumable)
@@ -32,10 +31,10 @@ def load(path, device="cpu", resumable=False):
 
 
 def load_newest(path_base, device="cpu", resumable=False):
-    """latest.pt of a run or, if it is not whole, the newest one that is, with a warning.
+    """Loads a run's latest.pt or, if that is not whole, the newest checkpoint that is, with a warning.
 
-    Returns: the checkpoint, or None where there is none
-    Raises: UserError if there are checkpoints, but no whole one
+    Returns: the checkpoint, or None if there are none
+    Raises: UserError if there are checkpoints but none is whole
     """
     latest = util.get_checkpoint_path(path_base)
     numbered = [path for path in latest.parent.glob("*.pt") if path.stem.isdecimal()]
@@ -66,31 +65,31 @@ def expect(condition, what):
 
 
 def check(checkpoint, resumable=False):
-    """Raises: UserError if a checkpoint, a dict with util.CHECKPOINT_KEYS, is not whole; it says what is wrong"""
+    """Checks a dict with util.CHECKPOINT_KEYS. Raises: UserError, saying what is wrong, if it is not whole"""
     check_args(checkpoint["args"])
     for name, high in [("num_alphabets", 10**6), ("pretrain_iteration", 2**53), ("iteration", 2**53)]:
         expect(is_integer(checkpoint[name]) and 0 <= checkpoint[name] <= high, f"{name} is {show(checkpoint[name])}")
     settings = checkpoint["settings"]
-    expect(isinstance(settings, dict) and all(isinstance(key, str) for key in settings), "its settings are no dict")
+    expect(isinstance(settings, dict) and all(isinstance(key, str) for key in settings), "its settings are not a dict")
     expect(isinstance(settings.get("data"), str), "its settings do not name the data")
     args = argparse.Namespace(**checkpoint["args"])
     conditional = bool(checkpoint["num_alphabets"])
     expect(conditional == args.condition_on_alphabet, f"num_alphabets is {checkpoint['num_alphabets']}")
     inputs = args.num_primitives + checkpoint["num_alphabets"] + args.obs_embedding_dim
     units = args.p_lstm_hidden_size + args.q_lstm_hidden_size
-    expect(5 * units * (units + inputs) < MAX_PARAMETERS, "its arguments are of a model larger than any")
+    expect(5 * units * (units + inputs) < MAX_PARAMETERS, "its arguments imply an impossibly large model")
     try:
         with torch.random.fork_rng(devices=[]):
             built = models.build(args, checkpoint["num_alphabets"])
-    except Exception as error:  # arguments that exclude each other
-        raise UserError(f"no model has its arguments ({str(error).splitlines()[0][:80]})") from None
+    except Exception as error:  # mutually exclusive arguments
+        raise UserError(f"its arguments do not make a model ({str(error).splitlines()[0][:80]})") from None
     for name, model in zip(["generative_model", "inference_network"], built, strict=True):
         check_tensors(checkpoint[name], model.state_dict(), name)
     check_memory(checkpoint["memory"], args)
     check_statistics(checkpoint, resumable)
     check_random_state(checkpoint["random_state"])
     for name in ["optimizer", "pretrain_optimizer"]:
-        expect(isinstance(checkpoint[name], dict), f"{name} is no dict")
+        expect(isinstance(checkpoint[name], dict), f"{name} is not a dict")
         if checkpoint[name] or resumable:
             number = "pretrain_iteration" if name == "pretrain_optimizer" else "iteration"
             check_optimizer(checkpoint[name], name, get_groups(name, *built), checkpoint[number] > 0)
@@ -105,7 +104,7 @@ def show(value):
 
 
 def check_args(args):
-    expect(isinstance(args, dict) and all(isinstance(key, str) for key in args), "its arguments are no dict")
+    expect(isinstance(args, dict) and all(isinstance(key, str) for key in args), "its arguments are not a dict")
     for name, default in SETTINGS.items():
         expect(name in args, f"the argument {name} is missing")
         value = args[name]
@@ -124,15 +123,15 @@ def check_args(args):
 
 
 def check_tensors(tensors, template, what):
-    """Whether a dict of parameters has the names, shapes, types and finite values of a model"""
-    expect(isinstance(tensors, dict), f"{what} is no dict")
-    expect(tensors.keys() == template.keys(), f"{what} has other parameters: {show(sorted(tensors.keys() ^ template.keys(), key=str))}")
+    """Checks a dict of parameters against a model: names, shapes, types, finite values"""
+    expect(isinstance(tensors, dict), f"{what} is not a dict")
+    expect(tensors.keys() == template.keys(), f"{what} has different parameters: {show(sorted(tensors.keys() ^ template.keys(), key=str))}")
     for name, like in template.items():
         check_tensor(tensors[name], like, f"{what}.{name}")
 
 
 def check_tensor(value, like, what):
-    expect(isinstance(value, torch.Tensor), f"{what} is no tensor")
+    expect(isinstance(value, torch.Tensor), f"{what} is not a tensor")
     expect(value.shape == like.shape, f"{what} has the shape {list(value.shape)}, not {list(like.shape)}")
     expect(value.dtype == like.dtype, f"{what} is of type {value.dtype}, not {like.dtype}")
     expect(bool((value.abs() <= LARGEST).all()), f"{what} has values that are not finite, or huge")
@@ -140,25 +139,25 @@ def check_tensor(value, like, what):
 
 def check_memory(memory, args):
     if args.algorithm != "mws":
-        expect(memory is None, "it has a memory, but its algorithm has none")
+        expect(memory is None, "it has a memory, but its algorithm uses none")
         return
     dtype = torch.uint8 if args.num_primitives <= 128 else torch.int16
-    expect(isinstance(memory, torch.Tensor) and memory.dtype == dtype and memory.dim() == 3, "its memory is no tensor of codes")
+    expect(isinstance(memory, torch.Tensor) and memory.dtype == dtype and memory.dim() == 3, "its memory is not a tensor of codes")
     num_latents = args.num_primitives**args.num_arcs * 2 ** (args.num_arcs - 1)
     shape = [min(args.memory_size, num_latents), args.num_arcs]
     expect(len(memory) > 0 and list(memory.shape[1:]) == shape, f"its memory has the shape {list(memory.shape)}")
     codes = memory.int()
     right = (codes >= 0) & (codes < 2 * args.num_primitives)
-    expect(bool(right.all()) and bool((codes[..., 0] % 2 == 0).all()), "its memory holds codes of no stroke")
+    expect(bool(right.all()) and bool((codes[..., 0] % 2 == 0).all()), "its memory holds invalid stroke codes")
 
 
 def check_statistics(checkpoint, resumable):
     statistics, lengths = checkpoint["statistics"], {"pretrain_loss": checkpoint["pretrain_iteration"]}
-    expect(isinstance(statistics, dict), "its statistics are no dict")
+    expect(isinstance(statistics, dict), "its statistics are not a dict")
     lengths.update(dict.fromkeys(EVERY_ITERATION, checkpoint["iteration"]))
     for name, values in statistics.items():
         right = isinstance(values, torch.Tensor) and values.dim() == 1 and values.dtype == torch.float32
-        expect(right and bool(values.isfinite().all()), f"the statistics of {show(name)} are no curve of finite numbers")
+        expect(right and bool(values.isfinite().all()), f"the statistics of {show(name)} are not a curve of finite numbers")
         if name in lengths:
             expect(len(values) == lengths[name], f"{name} has {len(values)} values after {lengths[name]} iterations")
     tests = {len(values) for name, values in statistics.items() if name.startswith("test_")}
@@ -171,17 +170,17 @@ def check_statistics(checkpoint, resumable):
 def check_random_state(state):
     expect(isinstance(state, dict) and "cpu" in state and state.keys() <= {"cpu", "cuda"}, "it has no random state")
     for name, value in state.items():
-        expect(isinstance(value, torch.Tensor) and value.dtype == torch.uint8, f"its random state ({name}) is no tensor of bytes")
+        expect(isinstance(value, torch.Tensor) and value.dtype == torch.uint8, f"its random state ({name}) is not a tensor of bytes")
     expect(state["cpu"].shape == torch.get_rng_state().shape, f"its random state has the shape {list(state['cpu'].shape)}")
-    expect("cuda" not in state or state["cuda"].shape == (16,), "its random state of the GPU has another shape")
+    expect("cuda" not in state or state["cuda"].shape == (16,), "its GPU random state has the wrong shape")
     try:
         torch.Generator().set_state(state["cpu"].cpu())
     except RuntimeError:
-        raise UserError("its random state is none of torch's") from None
+        raise UserError("its random state is not one of torch's") from None
 
 
 def get_groups(what, generative_model, inference_network):
-    """The parameters of each group of main.py's optimisers: for both models, or for the inference network"""
+    """The parameters in each group of main.py's optimisers, for both models or for the inference network alone"""
     if what == "pretrain_optimizer":
         return [list(inference_network.parameters())]
     prior = list(generative_model.prior.parameters())
@@ -190,8 +189,8 @@ def get_groups(what, generative_model, inference_network):
 
 
 def check_optimizer(state, what, groups, has_begun):
-    """Whether a dict is the state of Adam for groups of parameters, before its first step or after"""
-    expect(isinstance(state, dict), f"{what} is no dict")
+    """Checks that a dict is the state of Adam for these groups of parameters, before or after its first step"""
+    expect(isinstance(state, dict), f"{what} is not a dict")
     expect(state.keys() == {"state", "param_groups"}, f"{what} is not Adam's")
     expect(isinstance(state["state"], dict) and isinstance(state["param_groups"], list), f"{what} is not Adam's")
     expect(len(state["param_groups"]) == len(groups), f"{what} has {len(state['param_groups'])} groups of parameters")
@@ -200,24 +199,24 @@ def check_optimizer(state, what, groups, has_begun):
     for group, parameters in zip(state["param_groups"], groups, strict=True):
         expect(isinstance(group, dict) and wanted <= group.keys(), f"{what} has a group that is not Adam's")
         numbers = str(list(range(first, first + len(parameters))))  # as text, in which True is not 1
-        expect(str(group["params"]) == numbers, f"{what} has other parameters")
-        expect(isinstance(group["lr"], float) and 0 <= group["lr"] <= LARGEST, f"{what} has a learning rate that is none")
+        expect(str(group["params"]) == numbers, f"{what} has different parameters")
+        expect(isinstance(group["lr"], float) and 0 <= group["lr"] <= LARGEST, f"{what} has an invalid learning rate")
         rates = [group["weight_decay"], group["eps"], group["betas"]]
         expect(str(rates) in ("[0, 1e-08, (0.9, 0.999)]", "[0, 1e-08, [0.9, 0.999]]"), f"{what} is not Adam's")
         first += len(parameters)
     every = [parameter for parameters in groups for parameter in parameters]
     numbers = set(range(len(every) if has_begun else 0))
-    expect(set(state["state"]) == numbers, f"{what} has the state of other parameters")
+    expect(set(state["state"]) == numbers, f"{what} has the state of different parameters")
     for number, values in state["state"].items():
         expect(isinstance(values, dict) and values.keys() == {"step", "exp_avg", "exp_avg_sq"}, f"{what} is not Adam's")
         step = values["step"]
         right = isinstance(step, torch.Tensor) and step.shape == () and step.dtype == torch.float32
         right = right and 0 <= step.item() < 2**53
-        expect(right and step.item() == int(step.item()), f"{what} has a count of steps that is none")
+        expect(right and step.item() == int(step.item()), f"{what} has an invalid step count")
         for name in ["exp_avg", "exp_avg_sq"]:
             like = every[number]
             value = values[name]
             right = isinstance(value, torch.Tensor) and value.shape == like.shape and value.dtype == like.dtype
             right = right and bool((value.abs() <= LARGEST**2).all())
-            expect(right, f"{what} has a moment of another shape, or not finite, or huge")
+            expect(right, f"{what} has a moment of the wrong shape, not finite, or huge")
         expect(bool((values["exp_avg_sq"] >= 0).all()), f"{what} has a negative second moment")

@@ -9,11 +9,11 @@ import report
 import util
 from util import UserError, warn
 
-WINDOW = 100  # iterations that a point is the mean of
+WINDOW = 100  # iterations averaged for each point
 
 
 def get_curves(models):
-    """The theta losses of runs, given by name: model -> a tensor [iterations] for each seed"""
+    """Theta losses of runs, by model: name -> a tensor [iterations] per seed"""
     curves = collections.defaultdict(list)
     for model in models:
         try:
@@ -28,8 +28,8 @@ def get_curves(models):
 
 
 def draw(models):
-    """Writes save/theta_loss.pdf. Returns: its path and a line of text for each model: mean and range over seeds of the
-    last WINDOW iterations. Raises: UserError if no run has so many"""
+    """Writes save/theta_loss.pdf. Returns: its path, and a line of text per model: mean and range over seeds of the last
+    WINDOW iterations. Raises: UserError if no run has that many"""
     curves = get_curves(models)
     if not curves:
         raise UserError(f"none of these runs has {WINDOW} iterations yet")

@@ -7,10 +7,10 @@ COLUMNS = "theta_loss phi_loss prior_loss novel_proportion new_map test_log_p te
 
 
 class Curves:
-    """Keeps a run's losses.csv: a row per iteration. What is there is replaced by what the statistics say, so rows of
-    iterations that a killed run had not saved are gone.
+    """Writes a run's losses.csv, a row per iteration. An existing file is rewritten from the statistics, which drops the
+    rows of iterations that a killed run had not saved.
 
-    Args: folder: the run's; statistics: name -> [times recorded]; use_tensorboard: also write folder/tensorboard
+    Args: folder: of the run; statistics: name -> [times recorded]; use_tensorboard: also write folder/tensorboard
     Raises: UserError if the file cannot be written, or the package tensorboard is missing
     """
 
@@ -26,7 +26,7 @@ class Curves:
             self.writer = SummaryWriter(folder / "tensorboard", purge_step=len(statistics.get("theta_loss", [])) + 1)
 
     def update(self, statistics):
-        """Appends what the statistics have grown by"""
+        """Appends what is new in the statistics"""
         lines = self._get_lines(statistics)
         try:
             with open(self.path, "a") as file:
@@ -37,7 +37,7 @@ class Curves:
             self.writer.flush()
 
     def _get_lines(self, statistics):
-        """CSV lines of what is new: pretraining, then training, each test after its iteration"""
+        """CSV lines for the new entries: pretraining, then training, each test after its iteration"""
         rows = []
         for i, phi_loss in self._get_new(statistics, "pretrain_loss"):
             rows.append((0, i, "pretrain", {"phi_loss": phi_loss}))
@@ -58,7 +58,7 @@ class Curves:
         ]
 
     def _get_new(self, statistics, name):
-        """[(iteration, value)] of a statistic since the last time"""
+        """[(iteration, value)] of a statistic since the last update"""
         start, values = self.num_written.get(name, 0), statistics.get(name, [])
         self.num_written[name] = len(values)
         return [(start + 1 + i, value) for i, value in enumerate(values[start:].tolist() if len(values) else [])]

@@ -1,7 +1,7 @@
-"""Images of handwritten characters: where they are, how they are read and split.
+"""Images of handwritten characters: where to find them, how to read and split them.
 
-Every source ends as binary 28 x 28 images, ink 1, upright, in three parts, with
-the alphabet and the number within it of each character where they are known.
+Every source becomes binary 28 x 28 images, upright, ink 1, in three parts. Where they
+are known, each character comes with its alphabet and its number within it.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ SMALL_NUM_PER_ALPHABET = 10
 
 CHARDATA_URL = "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/chardata.mat"
 CHARDATA_BLOB_ID = "016a3536ffe5e1d38e42563a18d7a78bfaf643ec"
-CHARDATA_SIZES = dict(train=24345, valid=1345, test=8115)  # valid is the end of train
+CHARDATA_SIZES = dict(train=24345, valid=1345, test=8115)  # valid is split off the end of train
 
-# Where sites keep chardata.mat; $OMNIGLOT_PATH goes before it. A new site is a new line.
+# Where sites keep chardata.mat; $OMNIGLOT_PATH takes precedence. To add a site, add a line.
 SITES = {
     "local": pathlib.Path(__file__).resolve().parent / "datasets/omniglot/chardata.mat",
     "om": pathlib.Path("/om2/user", os.environ.get("USER", ""), "datasets/omniglot/omniglot.mat"),
@@ -46,7 +46,7 @@ class Split(typing.NamedTuple):
     character: torch.Tensor | None
 
     def select(self, ids):
-        """The characters of the given ids, [M] or a slice"""
+        """Selects characters by ids [M] or a slice"""
         return Split(*(None if field is None else field[ids] for field in self))
 
     def to(self, device):
@@ -67,7 +67,7 @@ def load(location="local", small_dataset=False, dataset_size=None):
     Args:
         small_dataset: 10 training images per alphabet, which are also the test set
         dataset_size: number of training images, the same for each alphabet
-    Raises: UserError for anything wrong with the location or the data
+    Raises: UserError if anything is wrong with the location or the data
     """
     train, test, alphabet_names = _load_parts(location)
     num_alphabets = len(alphabet_names)
@@ -77,7 +77,7 @@ def load(location="local", small_dataset=False, dataset_size=None):
         train.select(torch.from_numpy(ids)) for ids in np.split(permutation, [len(permutation) - num_valid])
     )
     if small_dataset and dataset_size is not None:
-        raise UserError("--small-dataset and --dataset-size exclude each other; give one")
+        raise UserError("--small-dataset and --dataset-size are mutually exclusive; give one")
     if small_dataset:
         train = _take_per_alphabet(train, SMALL_NUM_PER_ALPHABET, num_alphabets, "--small-dataset")
         test = train
@@ -92,10 +92,10 @@ def load(location="local", small_dataset=False, dataset_size=None):
 
 
 def load_for_model(checkpoint, location=None, load=load):
-    """The data set that a model was trained on, or the like of it from another location.
+    """Loads the data set that a model was trained on, or a corresponding one from another location.
 
-    Args: checkpoint: of main.py; location: None for where it was trained; load: `load`, or it cached
-    Raises: UserError as `load` does, and if a conditional model has another number of alphabets
+    Args: checkpoint: of main.py; location: None for that of the training; load: `load`, or a cached version of it
+    Raises: UserError as `load` does, and if a conditional model has a different number of alphabets
     """
     args, num_known = checkpoint["args"], checkpoint["num_alphabets"]
     location = location or args["data_location"]
@@ -106,7 +106,7 @@ def load_for_model(checkpoint, location=None, load=load):
 
 
 def get_fingerprint(split):
-    """A short hash of images and alphabets, to tell whether a run resumes with the data it began with."""
+    """A short hash of images and alphabets, which tells whether a run resumes with the data it started with."""
     digest = hashlib.sha1(np.packbits(split.obs.bool().numpy()).tobytes())
     if split.alphabet is not None:
         digest.update(split.alphabet.argmax(1).numpy().tobytes())
@@ -114,7 +114,7 @@ def get_fingerprint(split):
 
 
 def _take_per_alphabet(split, num, num_alphabets, flag):
-    """The first images of each alphabet (of all, where there are no alphabets)."""
+    """Selects the first images of each alphabet (of all images, if there are no alphabets)."""
     ids = [torch.arange(len(split.obs))]
     if num_alphabets:
         ids = [split.alphabet[:, i].nonzero().squeeze(1) for i in range(num_alphabets)]
@@ -132,7 +132,7 @@ def _take_per_alphabet(split, num, num_alphabets, flag):
 def _load_parts(location):
     """train, test (Split), names of the alphabets"""
     if location == "glyphs":
-        import glyphs  # and with it matplotlib, which training needs for nothing else
+        import glyphs  # imports matplotlib, which training does not need otherwise
 
         return _split(*glyphs.draw_glyphs(), list(glyphs.ALPHABETS))
     if location in SITES:
@@ -140,14 +140,14 @@ def _load_parts(location):
     path = expand_user(location)
     if not path.exists():
         names = ", ".join([*SITES, "glyphs"])
-        raise UserError(f"--data-location {location}: there is no such file or folder, nor such a name ({names})")
+        raise UserError(f"--data-location {location}: no such file, folder or name ({names})")
     if path.suffix == ".mat":
         return _load_mat(path)
     if path.suffix in (".npy", ".npz"):
         return _split(_load_array(path), None, None, [])
     if path.is_dir() or zipfile.is_zipfile(path):
         return _split(*_load_image_files(path))
-    raise UserError(f"--data-location {location} is none of .mat, .npy, .npz, .zip or a folder of images")
+    raise UserError(f"--data-location {location} is not a .mat, .npy, .npz or .zip file or a folder of images")
 
 
 def _find_site(name):
@@ -162,10 +162,10 @@ def _find_site(name):
 
 
 def download(url, path, blob_id, timeout=30, num_tries=3):
-    """Fetches a file, checks it against its git blob id, then gives it its name.
+    """Downloads a file, verifies its git blob id, and only then moves it to its path.
 
-    Args: timeout: seconds without a byte; num_tries: how often a failure is tried again
-    Raises: UserError if that fails; there is then no file at path
+    Args: timeout: seconds without receiving a byte; num_tries: number of attempts
+    Raises: UserError if all attempts fail; there is then no file at path
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def download(url, path, blob_id, timeout=30, num_tries=3):
         content = temporary.read_bytes()
         if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
             raise UserError(
-                f"what {url} sent is not the expected file (its git blob id is not {blob_id}); try again later"
+                f"{url} did not send the expected file (its git blob id is not {blob_id}); try again later"
             )
         os.replace(temporary, path)
     finally:
@@ -211,7 +211,7 @@ def _fetch(url, path, timeout):
 
 @contextlib.contextmanager
 def decoding(path):
-    """The boundary to other people's decoders: whatever they raise is one line that names the file"""
+    """The boundary to third-party decoders: whatever they raise becomes one line that names the file"""
     try:
         yield
     except UserError:
@@ -288,7 +288,7 @@ def _binarise(path, images):
 
 
 def _load_image_files(path):
-    """A folder or zip of images: the official release of Omniglot, or one's own,
+    """Loads a folder or zip of images: the official release of Omniglot, or the user's own,
     whose subfolders, if any, are alphabets. Returns: obs, alphabet ids or None, characters or None, alphabets' names"""
     files = list(_list_images(path))
     if not files:
@@ -300,7 +300,7 @@ def _load_image_files(path):
         alphabets, characters = [f[-2] for f in folders], [int(f[-1][len("character") :]) for f in folders]
         read = read_official
     else:
-        depth = len(os.path.commonprefix(folders))  # subfolders, where all images are in some, are alphabets
+        depth = len(os.path.commonprefix(folders))  # if all images are in subfolders, these are alphabets
         alphabets = [f[depth] for f in folders] if min(len(f) for f in folders) > depth else None
         characters, read = None, read_image
     obs = np.stack(
@@ -313,8 +313,8 @@ def _load_image_files(path):
 
 
 def _list_images(path):
-    """(name relative to path, function that reads its bytes) of every image, in the
-    order of names; zips of the official release in a folder are looked into."""
+    """(name relative to path, function that reads its bytes) of every image, in order
+    of name; includes those inside the official release's zips."""
     if path.is_file():
         yield from _list_zip(path)
         return
@@ -329,10 +329,10 @@ def _list_images(path):
 
 
 def _walk(path):
-    """Every regular file below a folder. Raises: UserError for a folder that cannot be read"""
+    """Yields every regular file below a folder. Raises: UserError if a folder cannot be read"""
 
     def refuse(error):
-        raise UserError(f"cannot read {error.filename} ({error.strerror}); let it be read, or move it away")
+        raise UserError(f"cannot read {error.filename} ({error.strerror}); make it readable, or move it elsewhere")
 
     for parent, _, names in os.walk(path, onerror=refuse, followlinks=True):
         for name in names:
@@ -340,7 +340,7 @@ def _walk(path):
             if file.is_file():
                 yield file
             elif not file.is_symlink():
-                raise UserError(f"{file} is no file, but a pipe or a device; move it away")
+                raise UserError(f"{file} is not a file but a pipe or a device; move it elsewhere")
 
 
 def _list_zip(path):
@@ -348,7 +348,7 @@ def _list_zip(path):
         archive = zipfile.ZipFile(path)
 
     def read(name):
-        with decoding(f"{path}: {name}"):  # encrypted, broken, or compressed in an unknown way
+        with decoding(f"{path}: {name}"):  # encrypted, broken, or compressed by an unknown method
             return archive.read(name)
 
     for name in sorted(archive.namelist()):
@@ -360,7 +360,7 @@ def _list_zip(path):
 
 
 def _split(obs, alphabet_ids, characters, alphabet_names):
-    """Splits by a fixed seed into training and test part, in chardata.mat's proportions."""
+    """Splits into training and test parts with a fixed seed, in chardata.mat's proportions."""
     num_train, num_test = CHARDATA_SIZES["train"], CHARDATA_SIZES["test"]
     permutation = np.random.RandomState(123).permutation(len(obs))
     cut = round(len(obs) * num_train / (num_train + num_test))

@@ -1,4 +1,4 @@
-"""The autoregressive distribution over programs that the prior and the inference networks share.
+"""The autoregressive distribution over programs shared by the prior and the inference networks.
 
 Shapes: B images, P particles, A arcs, K primitives; latents are [..., A, 2], see models.py.
 """
@@ -20,7 +20,7 @@ def look_up(table, index):
 
 
 def pack(latent, dtype=torch.long):
-    """[..., A, 2] -> [..., A], a stroke's code: 2 * id + on/off"""
+    """[..., A, 2] -> [..., A], one code per stroke: 2 * id + on/off"""
     return (2 * latent[..., 0] + latent[..., 1]).to(dtype)
 
 
@@ -36,9 +36,9 @@ def unpack(codes):
 class Decoder(nn.Module):
     """Autoregressive distribution over latents: an LSTM over strokes.
 
-    It serves the prior (context: the alphabet, if any) and the inference networks
-    (context: alphabet and image). Each step's input is the one-hot id and on/off
-    of the stroke before, then the context; the first step has zeros for a stroke.
+    Used for the prior (context: the alphabet, if any) and the inference networks
+    (context: alphabet and image). Each step's input is the one-hot id and on/off of
+    the previous stroke (zeros in the first step), followed by the context.
     """
 
     def __init__(self, num_primitives, num_arcs, lstm_hidden_size, context_size, uniform_mixture):
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def resample(self, latent, context, chosen, temperature):
-        """Redraws some strokes' primitives, each given the strokes before it, at a temperature.
+        """Resamples the primitives of chosen strokes, each given the strokes before it, at a temperature.
 
         Args: latent [N, A, 2]; context [N, H]; chosen [N, A], bool
         Returns: [N, A, 2]
@@ -116,9 +116,9 @@ class Decoder(nn.Module):
         return (id_log_prob + on_log_prob).view(latent.shape[:2])
 
     def _get_inputs(self, context):
-        """The LSTM's input weights take one-hot vectors, so a stroke's part is a row of a
-        table, with one for each id and on/off; the context's is the same for each step
-        and particle: [2 * K, 4 * hidden] and [B, 4 * hidden]."""
+        """The LSTM's inputs are one-hot, so a stroke's contribution to the gates is a row of a
+        table with a row per id and on/off; the context's contribution is the same for all
+        steps and particles: [2 * K, 4 * hidden] and [B, 4 * hidden]."""
         weight = self.lstm.weight_ih.split([self.num_primitives, 2, self.context_size], 1)
         table = weight[0].t().unsqueeze(1) + weight[1].t()  # [K, 2, 4 * hidden]
         return table.flatten(0, 1), F.linear(context, weight[2], self.lstm.bias_ih + self.lstm.bias_hh)
@@ -127,7 +127,7 @@ class Decoder(nn.Module):
         return self.lstm.weight_hh, self.linear.weight, self.linear.bias
 
     def _step(self, x, state):
-        """A step of the LSTM, x [N, 4 * hidden] its gates' input: hidden and cell state, each [N, hidden]"""
+        """One step of the LSTM, given its gates' input x [N, 4 * hidden]: hidden and cell state, each [N, hidden]"""
         if state is None:
             i, _, g, o = x.chunk(4, 1)
             cell = i.sigmoid() * g.tanh()
@@ -150,8 +150,8 @@ def _mix_with_uniform(log_probs, weight):
 
 
 def sample_categorical(log_probs):
-    """One draw for each row by inverting the distribution function: one random number a
-    draw, and (on a GPU) no look at the values. log_probs [N, K] -> [N, 1]"""
+    """Draws one sample per row by inverting the distribution function: one random number per
+    sample, and on a GPU no synchronisation. log_probs [N, K] -> [N, 1]"""
     cumulative = log_probs.exp().cumsum(1)
     threshold = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
     return (cumulative <= threshold).sum(1, keepdim=True).clamp(max=log_probs.shape[1] - 1)

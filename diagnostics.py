@@ -4,10 +4,10 @@
     python diagnostics.py --checkpoint-path save/mws_20/checkpoints/latest.pt
     python diagnostics.py --checkpoint-path mws_20 --images my/letters/*.png --examples 9
 
-losses.pdf; primitives, prior, reconstructions and, for a conditional model, alphabets, each
-as <iteration>.pdf in a folder of its name; reconstructions/<iteration>.gif, drawn stroke by
-stroke; reconstructions.gif, as training went on; and save/index.html, an overview of all runs.
-Programs are drawn as the model sees them: through the most probable of its affine maps.
+Writes losses.pdf; primitives, prior, reconstructions and (for a conditional model) alphabets,
+each as <iteration>.pdf in its own folder; reconstructions/<iteration>.gif, drawn stroke by
+stroke; reconstructions.gif, over the course of training; and save/index.html, an overview of
+all runs. Programs are drawn as the model sees them: through its most probable affine map.
 """
 
 import environment  # noqa: F401  # isort: skip  (before torch)
@@ -31,14 +31,14 @@ import util
 from subject import Subject
 from util import UserError
 
-NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames of reconstructions.gif
-STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # that a frame of a film is shown
+NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames in reconstructions.gif
+STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # that each frame of an animation is shown
 
 # ------------------------------------------------------------------ files
 
 
 def choose_ids(given, num_all, num_default, flag):
-    """Those asked for, else as many as asked for, evenly spaced. Raises: UserError if there are not so many"""
+    """The given ids or, if there are none, evenly spaced ones. Raises: UserError if an id is out of range"""
     if given is None:
         return torch.linspace(0, num_all - 1, min(num_default, num_all)).round().long()
     if max(given) >= num_all:
@@ -47,8 +47,8 @@ def choose_ids(given, num_all, num_default, flag):
 
 
 def save_figures(subject, kind, some_figures, stem=None):
-    """Writes an iterable of figures as the pages of a PDF and, if it is of the newest checkpoint and its own data, the
-    first as a thumbnail. Returns: the PDF's path"""
+    """Writes an iterable of figures as the pages of a PDF and, for the newest checkpoint and its own data, the first one
+    as a thumbnail. Returns: the PDF's path"""
     file, thumbnail = io.BytesIO(), io.BytesIO()
     with PdfPages(file, metadata={"CreationDate": None}) as pages:
         for figure in some_figures:
@@ -63,13 +63,13 @@ def save_figures(subject, kind, some_figures, stem=None):
 
 
 def save_film(path, frames, milliseconds):
-    """Frames [H, W, 3] as an animated GIF, the last one held"""
+    """Writes frames [H, W, 3] as an animated GIF that holds the last one"""
     durations = [milliseconds] * (len(frames) - 1) + [4 * milliseconds]
     util.write(path, imageio.imwrite("<bytes>", frames, extension=".gif", duration=durations, loop=0))
 
 
 def save_programs(folder, subject, latent, map_id, names, **details):
-    """SVG and JSON of each latent [N, A, 2]; map_id [N] or None; details: lists of N plain values"""
+    """Writes SVG and JSON files of each latent [N, A, 2]; map_id [N] or None; details: lists of N plain values"""
     for i, name in enumerate(names):
         program = strokes.get_program(subject.generative_model, latent[i], None if map_id is None else map_id[i])
         util.write(folder / f"{name}.svg", strokes.to_svg(program).encode())
@@ -82,13 +82,13 @@ def save_programs(folder, subject, latent, map_id, names, **details):
 
 
 def draw_losses(subject, checkpoint, args):
-    """losses.pdf, of an older checkpoint losses/<iteration>.pdf"""
+    """Writes losses.pdf or, for an older checkpoint, losses/<iteration>.pdf"""
     statistics, memory = checkpoint["statistics"], checkpoint["memory"]
     if not any(len(values) for values in statistics.values()):
         print(f"{subject.name}: no losses in this checkpoint")
         return
     log_num_images = None
-    if memory is not None:  # the prior loss of one program for each image, equally often, were its entropy
+    if memory is not None:  # the entropy of a prior that gave each image one program, all equally often
         log_num_images = math.log(len(memory) / max(checkpoint["num_alphabets"], 1))
     figure = figures.losses_figure(statistics, log_num_images, subject.get_title(), args.log_iterations)
     stem = "losses" if subject.is_latest else f"losses/{subject.iteration}"
@@ -96,7 +96,7 @@ def draw_losses(subject, checkpoint, args):
 
 
 def draw_model(subject, args):
-    """What needs no data: the library of strokes, samples from the prior"""
+    """Draws what needs no data: the library of strokes and samples from the prior"""
     model, name, iteration = subject.generative_model, subject.name, subject.iteration
     source = "memory" if subject.memory is not None else "prior"
     title = f"{name}, iteration {iteration}: primitives"
@@ -111,7 +111,7 @@ def draw_model(subject, args):
 
 
 def draw_strokes(subject, obs, latent, labels, title, args):
-    """Programs stroke by stroke. Args: obs [N, R, C]; latent [N, A, 2]
+    """Draws programs stroke by stroke. Args: obs [N, R, C]; latent [N, A, 2]
     Returns: an iterable of figures; map_id [N] or None; stages [N, A - 1, R, R]"""
     model, resolution = subject.generative_model, args.resolution
     map_id, maps = drawings.get_maps(model, latent, obs)
@@ -153,7 +153,7 @@ def draw_reconstructions(subject, args):
 
 
 def film_strokes(subject, obs, stages, num_cols=4):
-    """Images beside their reconstructions, which are drawn stroke by stroke"""
+    """Animates reconstructions, drawn stroke by stroke beside their images"""
     obs, stages = obs[: NUM_FILMED * 2], stages[: NUM_FILMED * 2]
     current, frames = torch.zeros_like(obs), []
     for i, stage in enumerate([torch.zeros_like(obs), *stages.unbind(1)]):
@@ -165,12 +165,12 @@ def film_strokes(subject, obs, stages, num_cols=4):
 
 
 def pair_frame(obs, probs, num_cols, title):
-    """Images beside drawings, [N, R, R] each, as a frame"""
+    """A frame of images beside drawings, [N, R, R] each"""
     return figures.to_frame(figures.tile(torch.stack([obs, probs], 1).flatten(0, 1), 2 * num_cols), title)
 
 
 def film_training(subject, obs_id, args):
-    """The same characters, as training went on, up to the checkpoint that is drawn"""
+    """Animates the same characters over the course of training, up to the checkpoint that is drawn"""
     numbered = [path for path in subject.path.parent.glob("*.pt") if path.stem.isdigit()]
     numbered = sorted((p for p in numbered if int(p.stem) < subject.iteration), key=lambda path: int(path.stem))
     if not numbered or not subject.is_latest or subject.other_data:
@@ -182,7 +182,7 @@ def film_training(subject, obs_id, args):
         try:
             then = Subject(subject.name, path, checkpoints.load(path), subject.dataset)
         except UserError as error:
-            print(f"{subject.name}: {error}, left out of the film")
+            print(f"{subject.name}: {error}, left out of the animation")
             continue
         latent = then.reconstruct(obs_id)
         _, maps = drawings.get_maps(then.generative_model, latent, obs)
@@ -193,7 +193,7 @@ def film_training(subject, obs_id, args):
 
 
 def draw_alphabets(subject, args):
-    """For each alphabet its images, their reconstructions, and new characters"""
+    """Draws images of each alphabet, their reconstructions, and new characters"""
     num_cols, num = args.alphabet_num_cols, args.alphabet_num_rows * args.alphabet_num_cols
     alphabet_ids = choose_ids(args.alphabet_ids, subject.num_alphabets, subject.num_alphabets, "--alphabet-ids")
     model, one_hot = subject.generative_model, torch.eye(subject.num_alphabets)
@@ -220,7 +220,7 @@ def draw_alphabets(subject, args):
 
 
 def get_free_path(folder, stem, *suffixes):
-    """The stem, with a number if there are such files already: what was drawn before stays"""
+    """The stem, numbered if such files exist already, so that earlier drawings stay"""
     number, free = 1, stem
     while any((folder / f"{free}{suffix}").exists() for suffix in suffixes):
         number += 1
@@ -229,14 +229,14 @@ def get_free_path(folder, stem, *suffixes):
 
 
 def draw_images(subject, args):
-    """Reads programs off the user's own images, and prints where everything is"""
+    """Infers programs of the user's own images, and prints where everything was written"""
     characters, folder = reading.read_characters(args.images, args.as_is), subject.folder / "images"
     networks = subject.generative_model, subject.inference_network
     search = args.num_particles, args.num_best, args.num_rounds, args.num_mutants
     programs = reading.find_programs(*networks, characters.obs, *search)
     latent, log_joint = programs.latent[0], programs.log_joint[0].tolist()
     names = []
-    for name in characters.names:  # one after another, as they are written
+    for name in characters.names:  # one at a time, as they are written
         names.append(get_free_path(folder, name, ".json"))
         while names[-1] in names[:-1]:
             names[-1] += "-again"
@@ -256,7 +256,7 @@ def draw_images(subject, args):
 
 
 def draw_examples(subject, characters, programs, names, args, stem):
-    """New examples of characters, beside the originals"""
+    """Draws new examples of characters beside the originals"""
     examples = reading.draw_examples(
         subject.generative_model, programs, args.examples, args.resolution, args.vary
     )  # [N, E, R, R]
@@ -276,7 +276,7 @@ def draw_examples(subject, characters, programs, names, args, stem):
 
 
 def draw_run(name, path, checkpoint, args, load_data):
-    """All that can be drawn of a run; what needs data that is missing is named"""
+    """Draws everything that can be drawn of a run, and names what needs missing data"""
     util.set_seed(0)
     if args.images:
         draw_images(Subject(name, path, checkpoint), args)
@@ -287,11 +287,11 @@ def draw_run(name, path, checkpoint, args, load_data):
             dataset = data.load_for_model(checkpoint, args.data_location, load_data)
         except UserError as error:
             missing = "reconstructions" + (" and alphabets" if checkpoint["num_alphabets"] else "")
-            print(f"{name}: without its data no {missing}: {error}")
+            print(f"{name}: no {missing} without its data: {error}")
     if dataset is not None and checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
         location = args.data_location or checkpoint["args"]["data_location"]
         other_data = util.get_location_name(location)
-        print(f"{name}: {location} is not what it was trained on; it reads these images, its memory is left out")
+        print(f"{name}: {location} is not its training data; programs are inferred by the network, the memory is left out")
     subject = Subject(name, path, checkpoint, dataset, other_data)
     draw_losses(subject, checkpoint, args)
     if args.loss_only:
@@ -307,7 +307,7 @@ def draw_run(name, path, checkpoint, args, load_data):
 
 
 def draw_all(args, load_data):
-    """Every run in save/; what cannot be drawn is named"""
+    """Draws every run in save/, and names what cannot be drawn"""
     names = sorted(path.name for path in util.SAVE.glob("*") if path.is_dir() and not path.name.startswith("."))
     if not names:
         print(f"there is no run in {util.SAVE}/ yet; train one with python main.py")
@@ -323,7 +323,7 @@ def draw_all(args, load_data):
 
 
 def get_loader():
-    """data.load, which loads, or fails to, once for the same arguments"""
+    """data.load, cached: it loads (or fails to) only once for the same arguments"""
     known = {}
 
     def load(*given):
@@ -370,18 +370,18 @@ def get_parser():
     add("--resolution", "side of a drawing in pixels", type=util.in_range(int, 8, 1024), default=28)
     add("--canonical", "also show each program's drawing without the affine map", action="store_true")
     add("--random-maps", "draw samples from the prior through random affine maps", action="store_true")
-    add("--log-iterations", "logarithmic axis of iterations", action="store_true")
+    add("--log-iterations", "logarithmic iteration axis", action="store_true")
     add("--svg", "also write each reconstruction as SVG, with its program as JSON", action="store_true")
-    add("--search", "improve reconstructions by search, for models without a memory", action="store_true")
+    add("--search", "improve reconstructions by search (for models without a memory)", action="store_true")
     parser.start_group("reading your own characters")
-    add("--images", "image files to read programs off (needs --checkpoint-path)", nargs="+")
+    add("--images", "image files to infer programs from (needs --checkpoint-path)", nargs="+")
     add("--as-is", "take --images as they are: one character each, of Omniglot's size and stroke", action="store_true")
-    add("--num-particles", "programs that the network proposes per image", type=positive, default=1000)
+    add("--num-particles", "proposals of the network per image", type=positive, default=1000)
     add("--num-best", "programs that the search keeps per image", type=positive, default=200)
     add("--num-rounds", "rounds of the search", type=natural, default=400)
     add("--num-mutants", "mutants per image and round", type=positive, default=200)
     add("--examples", "number of new examples to draw of each of --images", type=positive, default=None)
-    add("--vary", "temperature at which --examples redraw some strokes from the prior", type=util.in_range(float, 1e-3))
+    add("--vary", "temperature at which --examples resamples some strokes from the prior", type=util.in_range(float, 1e-3))
     return parser
 
 

@@ -1,8 +1,8 @@
-"""Programs as pictures of ink: canonical, or as the model sees them, through an affine map.
+"""Drawings of programs: canonical, or as the model sees them, through an affine map.
 
-Drawings are probabilities of ink, [..., R, R], from 0, white, to 1, black; nan leaves a place empty.
-Under an affine likelihood an image is a drawing seen through one of T maps, so a program lies over
-its image only through the map that is most probable for the two.
+Drawings are probabilities of ink, [..., R, R], from 0 (white) to 1 (black); NaN leaves a place empty.
+Under an affine likelihood an image is a drawing seen through one of T maps, so a program matches its
+image only through the most probable map.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import rendering
 
 PIXELS_AT_ONCE = 64 * 28 * 28
-FAINT = 0.05  # ink that cannot be seen
+FAINT = 0.05  # probability of ink that is invisible
 
 
 def get_maps(generative_model, latent, obs):
@@ -29,7 +29,7 @@ def get_maps(generative_model, latent, obs):
 
 
 def draw_maps(generative_model, num):
-    """Random maps, as the model draws them: [N, 2, 3], or None if the likelihood has none"""
+    """Samples maps from the model: [N, 2, 3], or None if the likelihood has none"""
     if not generative_model.has_maps():
         return None
     return generative_model.theta_affine[torch.randint(len(generative_model.theta_affine), (num,))].detach()
@@ -37,7 +37,7 @@ def draw_maps(generative_model, num):
 
 @torch.no_grad()
 def draw(generative_model, latent, resolution, maps=None):
-    """latent [..., A, 2] -> probabilities of ink [..., R, R] at a resolution, canonical or through maps [..., 2, 3]"""
+    """latent [..., A, 2] -> probabilities of ink [..., R, R] at a resolution, canonical, or through maps [..., 2, 3]"""
     flat = latent.flatten(0, -3)  # [N, A, 2]
     at_once = max(PIXELS_AT_ONCE // resolution**2, 1)
     probs = torch.cat(
@@ -49,7 +49,7 @@ def draw(generative_model, latent, resolution, maps=None):
 
 
 def get_stages(latent):
-    """A latent after each of its strokes: [N, A, 2] -> [N, A, A, 2], the s-th ends with stroke s"""
+    """A latent after each of its strokes: [N, A, 2] -> [N, A, A, 2]; the s-th ends with stroke s"""
     num_arcs = latent.shape[1]
     stages = latent.unsqueeze(1).repeat(1, num_arcs, 1, 1)
     stages[..., 1] *= torch.ones(num_arcs, num_arcs, dtype=torch.long, device=latent.device).tril()
@@ -57,7 +57,7 @@ def get_stages(latent):
 
 
 def draw_stages(generative_model, latent, resolution, maps=None):
-    """A latent after each of its visible strokes: [N, A, 2] -> [N, A - 1, R, R], nan where there are no more"""
+    """Draws a latent after each of its visible strokes: [N, A, 2] -> [N, A - 1, R, R], NaN where there are no more"""
     num_arcs = latent.shape[1]
     maps = None if maps is None else maps.unsqueeze(1).expand(-1, num_arcs, -1, -1)
     probs = draw(generative_model, get_stages(latent), resolution, maps)  # [N, A, R, R]
@@ -70,7 +70,7 @@ def draw_stages(generative_model, latent, resolution, maps=None):
 
 
 def get_visible_order(latent):
-    """Numbers of the strokes, the visible ones first: latent [N, A, 2] -> [N, A]"""
+    """Indices of the strokes, the visible ones first: latent [N, A, 2] -> [N, A]"""
     return (latent[..., 1].cpu() == 0).long().argsort(dim=1, stable=True)
 
 
@@ -86,10 +86,10 @@ def is_off_page(generative_model, latent, maps=None):
 
 @torch.no_grad()
 def get_pen_path(generative_model, latent, resolution, maps=None):
-    """Where each stroke starts and ends, in pixels (column, row), through the maps: [N, A, 2] -> [N, A, 2, 2]"""
+    """Start and end of each stroke, in pixels (column, row), through the maps: [N, A, 2] -> [N, A, 2, 2]"""
     arcs = generative_model.get_arcs(latent).cpu()  # [N, A, 7]
     points = torch.stack([arcs[..., :2], arcs[..., :2] + arcs[..., 2:4]], 2)  # [N, A, 2, 2]
-    points = torch.stack([2 * points[..., 0] - 1, 1 - 2 * points[..., 1]], -1)  # as affine_grid counts
+    points = torch.stack([2 * points[..., 0] - 1, 1 - 2 * points[..., 1]], -1)  # in affine_grid's coordinates
     if maps is not None:
         maps = maps.cpu().double()
         inverse = torch.linalg.pinv(maps[:, :, :2])  # [N, 2, 2]
@@ -99,7 +99,7 @@ def get_pen_path(generative_model, latent, resolution, maps=None):
 
 
 def resize(obs, resolution):
-    """Images [N, R, C] at another resolution, their pixels kept square"""
+    """Scales images [N, R, C] to another resolution, without smoothing"""
     return F.interpolate(obs.unsqueeze(1).cpu(), size=(resolution, resolution), mode="nearest")[:, 0]
 
 
@@ -116,7 +116,7 @@ def draw_arcs(generative_model, arcs, on, resolution):
 def get_points(primitives, num=33):
     """Points along primitives [K, 5] from where they start: x and y, each [K, num]"""
     dx, dy, theta = (x.unsqueeze(1) for x in primitives.double()[:, :3].unbind(1))
-    # A point at t of the way is at the angle t * theta from the start's tangent, by the chord of that part.
+    # A point a fraction t along the arc: the chord to it is at the angle t * theta from the tangent at the start.
     t = torch.linspace(0, 1, num, dtype=torch.double, device=dx.device)
     chord = torch.where(theta.abs() < 1e-6, t, (t * theta).sin() / theta.sin())
     turn = (1 - t) * theta
@@ -124,19 +124,19 @@ def get_points(primitives, num=33):
 
 
 def get_reach(primitives):
-    """How far the ink of primitives [K, 5] goes beyond the middle of their strokes: [K]"""
+    """How far the ink of primitives [K, 5] extends beyond the centre line of their strokes: [K]"""
     sharpness, width = primitives.double()[:, 3:].unbind(1)
     return (width**2 + 3 / sharpness**2).sqrt()
 
 
 def get_extent(primitives):
-    """How far the ink of primitives [K, 5] goes from where they start, along an axis"""
+    """How far the ink of primitives [K, 5] extends from their starting points, along either axis"""
     x, y = get_points(primitives)
     return (torch.stack([x.abs(), y.abs()]).amax((0, 2)) + get_reach(primitives)).max().item()
 
 
 def draw_primitives(generative_model, resolution):
-    """Every primitive in the middle of a tile, all on one scale on which the largest fills it.
+    """Draws every primitive in the middle of a tile, all on one scale, on which the largest fills its tile.
 
     Returns: probabilities of ink [K, R, R]; where each starts, in pixels (column, row) [K, 2]; a tile's side, in
         units of a character's
@@ -147,7 +147,7 @@ def draw_primitives(generative_model, resolution):
     size = torch.stack([p.amax(1) - p.amin(1) for p in (x, y)], 1).amax(1)
     zoom = 0.8 / size.max().item()
     start = 0.5 - middle * zoom  # [K, 2]
-    scaled = primitives * primitives.new_tensor([zoom, zoom, 1, 1 / zoom, zoom])  # ink keeps its shape
+    scaled = primitives * primitives.new_tensor([zoom, zoom, 1, 1 / zoom, zoom])  # keeps the shape of the ink
     arcs = torch.cat([start.to(scaled.dtype), scaled], 1).unsqueeze(1)  # [K, 1, 7]
     on = torch.ones(len(arcs), 1, dtype=torch.long, device=arcs.device)
     pixel = torch.stack([start[:, 0], 1 - start[:, 1]], 1) * (resolution - 1)

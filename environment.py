@@ -1,10 +1,10 @@
-"""What torch reads from the environment when it is loaded; imported before it.
+"""Environment variables that torch reads when it is imported; scripts import this module first.
 
-Threads of torch's OpenMP wait for work in a loop that takes a core for milliseconds. Where other
-processes need the cores, too, all then wait for each other: a run was ten times slower than it need be.
-After some microseconds they sleep instead, which costs nothing measurable on an idle machine.
+By default torch's OpenMP threads spin for milliseconds while they wait for work. Where other processes
+need the cores as well, everyone ends up waiting for everyone else, and a run can become ten times slower.
+Here they go to sleep after some microseconds, which costs nothing measurable on an idle machine.
 
-torch makes the folder of its compiler's cache even where nothing is compiled, and fails where it cannot.
+torch creates its compiler's cache folder even if nothing is compiled, and fails if it cannot.
 """
 
 import os
@@ -15,7 +15,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 
 def _can_be_written(folder):
-    """Without touching anything"""
+    """Looks only: creates and changes nothing"""
     path = pathlib.Path(folder).absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -23,6 +23,6 @@ def _can_be_written(folder):
     return path.is_dir() and not read_only and os.access(path, os.W_OK | os.X_OK)
 
 
-UNUSABLE_CACHE = None  # the folder that the user chose, if nothing can be written there
+UNUSABLE_CACHE = None  # the folder chosen by the user, if it is not writable
 if (chosen := os.environ.get("TORCHINDUCTOR_CACHE_DIR")) and not _can_be_written(chosen):
     UNUSABLE_CACHE = os.environ.pop("TORCHINDUCTOR_CACHE_DIR")

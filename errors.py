@@ -1,4 +1,4 @@
-"""How scripts end: in one line that says what is wrong and what to do, whatever their output goes to."""
+"""How scripts fail: with one line that says what is wrong and what to do, wherever their output goes."""
 
 import contextlib
 import pathlib
@@ -10,12 +10,12 @@ import torch
 
 
 class UserError(ValueError):
-    """Something that the user can put right; its message says what and how, in one line."""
+    """A problem that the user can fix; the message says in one line what it is and how."""
 
 
 def run_script(main):
-    """Calls main(); an error that the user can put right ends in one line on
-    standard error and exit status 2."""
+    """Calls main() and exits. Errors that the user can fix become one line on standard error
+    and exit status 2."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
         sys.exit(main())
@@ -41,8 +41,8 @@ OUT_OF_MEMORY = "out of memory: use fewer or smaller --batch-size, --num-particl
 
 
 class Stream:
-    """A standard stream that may be closed, or full, or read by nobody any more: what a run computes and saves does
-    not depend on it."""
+    """A standard stream that may be closed, full, or no longer read by anyone: what a run computes and saves must not
+    depend on it"""
 
     def __init__(self, stream):
         self.stream = stream
@@ -64,5 +64,5 @@ class Stream:
 
 
 def warn(message):
-    """One line on standard error"""
+    """Prints a warning, as one line, to standard error"""
     print(f"warning: {' '.join(message.split())}", file=sys.stderr)

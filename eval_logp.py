@@ -1,12 +1,12 @@
-"""Estimates log p of images under a trained generative model, and reports the estimates.
+"""Estimates log p of images under a trained generative model, and reports all estimates.
 
     python eval_logp.py --checkpoint-path save/mws_20/checkpoints/latest.pt --algorithm rws
     python eval_logp.py --report
 
-The generative model stays as it is; a fresh inference network is trained for the images
-that are evaluated, and proposes the particles of the importance-weighted bound
+The generative model stays fixed. A fresh inference network is trained for the evaluated
+images, and proposes the particles of the importance-weighted bound
 log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016). The value goes to
-save/<path_base>/logp/<mode>_<algorithm>.pt. Stopped anywhere, the same command resumes.
+save/<path_base>/logp/<mode>_<algorithm>.pt. If stopped, the same command resumes.
 """
 
 import environment  # noqa: F401  # isort: skip  (before torch)
@@ -35,15 +35,15 @@ from util import UserError, warn
 
 STATE_KEYS = {"settings", "network", "optimizer", "table", "iteration", "statistics", "log_p", "random_state"}
 SETTINGS = "mode algorithm num_particles num_iterations batch_size lstm_hidden_size test_batch_size".split()
-SETTINGS += ["test_num_particles", "seed"]  # what a result depends on, beside the model and the images
+SETTINGS += ["test_num_particles", "seed"]  # what a result depends on besides the model and the images
 LEARNING_RATE = 1e-3
-MANY_LATENTS = 300_000  # scored in an evaluation, from which on compiling pays
+MANY_LATENTS = 300_000  # to be scored in an evaluation, for compiling to pay off
 
 # ------------------------------------------------------------------ the state of an evaluation
 
 
 class Evaluation:
-    """A trained generative model, the images, and all that a checkpoint of an evaluation holds."""
+    """A trained generative model, the images, and everything a checkpoint of an evaluation holds."""
 
     def __init__(self, args, checkpoint, images, num_alphabets, device):
         util.set_seed(args.seed, device)
@@ -57,7 +57,7 @@ class Evaluation:
         self.table = ScoreTable(self.generative_model.num_arcs, device)
         self.iteration = 0
         self.statistics, self.pending = {}, []
-        self.log_p = torch.empty(0, device=device)  # of the images done
+        self.log_p = torch.empty(0, device=device)  # of the images estimated so far
 
     def get_checkpoint(self, settings):
         """Raises: UserError if training has diverged"""
@@ -83,7 +83,7 @@ class Evaluation:
         util.set_random_state(state["random_state"])
 
     def get_inputs(self, obs_id):
-        """For a batch of images: obs, alphabet, and what tells a lookup network which they are"""
+        """For a batch of images: obs, alphabet, and the indices by which a lookup network knows them"""
         return dict(
             obs=self.obs[obs_id],
             alphabet=None if self.alphabet is None else self.alphabet[obs_id],
@@ -92,8 +92,8 @@ class Evaluation:
 
 
 def build_network(args, model_args, num_images, num_alphabets):
-    """The fresh inference network: amortised for sleep, which trains on other images, else one that knows
-    the images by their number"""
+    """Builds the inference network: an amortised one for sleep, which trains on other images, else one that knows
+    the images by their index"""
     shared = dict(
         num_primitives=model_args["num_primitives"],
         num_arcs=model_args["num_arcs"],
@@ -109,7 +109,7 @@ def build_network(args, model_args, num_images, num_alphabets):
 
 
 def get_obs_id(evaluation):
-    """The images of the current iteration's batch: [B]"""
+    """Indices of the current iteration's batch: [B]"""
     num_images = len(evaluation.obs)
     batch_size = min(evaluation.args.batch_size, num_images)
     start = evaluation.iteration * batch_size
@@ -117,14 +117,14 @@ def get_obs_id(evaluation):
 
 
 def train_step(evaluation, obs_id):
-    """A step of the inference network on the images obs_id [B], for sleep on as many dreams as it has particles.
-    Returns: the statistics to keep, nats per image"""
+    """A step of the inference network on the images obs_id [B]; for sleep, on as many samples of the model as there
+    are particles. Returns: the statistics to record, nats per image"""
     args, networks = evaluation.args, (evaluation.generative_model, evaluation.network)
     if args.algorithm == "sleep":
         loss, statistics = losses.sleep(*networks, losses.get_num_dreams(len(obs_id), args.num_particles))
     else:
         objective = losses.OBJECTIVES[args.algorithm]
-        # A GPU scores faster than it looks scores up, and can replay a step that does.
+        # A GPU scores faster than it looks up scores, and can then replay the step.
         scorer = losses.score if gpu.is_gpu(evaluation.device) else functools.partial(evaluation.table.score, obs_id)
         inputs = evaluation.get_inputs(obs_id)
         loss, statistics = objective(*networks, num_particles=args.num_particles, scorer=scorer, **inputs)
@@ -133,14 +133,14 @@ def train_step(evaluation, obs_id):
 
 
 def get_step(evaluation):
-    """The step, to be called with obs_id; on a GPU replayed as a CUDA graph"""
+    """The step, called with obs_id; on a GPU replayed as a CUDA graph"""
     step = functools.partial(train_step, evaluation)
     return ReplayedStep(step) if evaluation.device.type == "cuda" and evaluation.args.compile else step
 
 
 @torch.no_grad()
 def estimate_step(evaluation):
-    """The bound of the next images"""
+    """Estimates the bound for the next batch of images"""
     args, done = evaluation.args, len(evaluation.log_p)
     last = min(done + args.test_batch_size, len(evaluation.obs))
     obs_id = torch.arange(done, last, device=evaluation.device)
@@ -155,7 +155,7 @@ def estimate_step(evaluation):
 
 
 def run(evaluation, settings, path, stop):
-    """Trains the network, then estimates log p, until done or a signal arrives. Returns: whether done"""
+    """Trains the network, then estimates log p, until done or until a signal arrives. Returns: whether it is done"""
     args, num_images, step = evaluation.args, len(evaluation.obs), get_step(evaluation)
     clock = SaveClock(args.save_minutes)
     total = args.num_iterations + math.ceil(num_images / args.test_batch_size)
@@ -189,7 +189,7 @@ def show(evaluation, bar, done):
 
 
 def evaluate(args):
-    """One evaluation, from where it was left, to its file. Returns: the exit status"""
+    """Runs one evaluation, from where it was stopped. Returns: the exit status"""
     device = util.get_device(args.cuda)
     checkpoint_path = util.find_checkpoint(args.checkpoint_path)
     checkpoint = checkpoints.load(checkpoint_path, device)
@@ -220,14 +220,14 @@ def evaluate(args):
 
 
 def load_images(args, checkpoint):
-    """The images to evaluate, a data.Split, and the number of alphabets (0 if the model is not conditional).
+    """Loads the images to evaluate, a data.Split, and the number of alphabets (0 if the model is unconditional).
     Raises: UserError if they do not fit the model"""
     dataset = data.load_for_model(checkpoint, args.data_location)
     return getattr(dataset, args.mode).select(slice(args.num_data)), checkpoint["num_alphabets"]
 
 
 def get_settings(args, checkpoint, images):
-    """All that the result depends on, as plain values"""
+    """Everything the result depends on, as plain values"""
     digest = hashlib.sha1()
     for value in checkpoint["generative_model"].values():
         digest.update(value.cpu().numpy().tobytes())
@@ -239,7 +239,8 @@ def get_settings(args, checkpoint, images):
 
 
 def is_complete(path, settings):
-    """Whether the evaluation is there; a damaged one is not. Raises: UserError if another one is"""
+    """Whether this evaluation has been completed; a damaged result does not count. Raises: UserError if a different
+    evaluation is in its place"""
     if not path.exists():
         return False
     try:
@@ -252,15 +253,15 @@ def is_complete(path, settings):
 
 
 def check_settings(path, saved, settings):
-    """Raises: UserError if what is saved is another evaluation than this one; it names the differences"""
+    """Raises: UserError if what is saved is a different evaluation; the message names the differences"""
     differences = util.describe_differences(saved["settings"], settings)
     if differences:
-        raise UserError(f"{path} holds another evaluation: {differences}; --force replaces it")
+        raise UserError(f"{path} holds a different evaluation: {differences}; --force replaces it")
 
 
 def load_state(path, evaluation, settings, force):
-    """Whether the evaluation resumes from the file. A damaged one, or with --force one of
-    another evaluation, is left behind."""
+    """Restores the evaluation from the file. A damaged file is ignored, and with --force one of a different
+    evaluation. Returns: whether it was restored"""
     try:
         state = util.load_checkpoint(path, evaluation.device, STATE_KEYS)
         check_state(state, evaluation, settings)
@@ -275,9 +276,9 @@ def load_state(path, evaluation, settings, force):
 
 
 def check_state(state, evaluation, settings):
-    """Raises: UserError if a checkpoint of this evaluation is not whole; one of another is told apart by its settings"""
+    """Raises: UserError if a checkpoint is not whole; those of different evaluations are recognised by their settings"""
     expect, num_images = checkpoints.expect, len(evaluation.obs)
-    expect(isinstance(state["settings"], dict), "its settings are no dict")
+    expect(isinstance(state["settings"], dict), "its settings are not a dict")
     if state["settings"] != settings:
         return
     try:
@@ -289,18 +290,18 @@ def check_state(state, evaluation, settings):
         checkpoints.check_random_state(state["random_state"])
         log_p, statistics = state["log_p"], state["statistics"]
         right = isinstance(log_p, torch.Tensor) and log_p.dim() == 1 and len(log_p) <= num_images
-        expect(right and bool(log_p.isfinite().all()), "log_p is no list of numbers")
-        expect(isinstance(statistics, dict), "its statistics are no dict")
+        expect(right and bool(log_p.isfinite().all()), "log_p is not a list of numbers")
+        expect(isinstance(statistics, dict), "its statistics are not a dict")
         for name, values in statistics.items():
             right = isinstance(values, torch.Tensor) and values.shape == (state["iteration"],)
-            expect(right and bool(values.isfinite().all()), f"its statistics of {name} are no curve of finite numbers")
+            expect(right and bool(values.isfinite().all()), f"its statistics of {name} are not a curve of finite numbers")
         check_rows(state["table"], evaluation.generative_model.num_arcs, num_images)
     except UserError as error:
         raise UserError(f"the evaluation's checkpoint is not whole: {error}") from None
 
 
 def get_result(evaluation, settings, name, checkpoint):
-    """What report.py reads, see report.KEYS"""
+    """The result that report.py reads, see report.KEYS"""
     log_p, state = evaluation.log_p.double().cpu(), evaluation.get_checkpoint(settings)
     rows = evaluation.table.settle()
     bound = get_enumeration_bound(rows, len(log_p)).cpu()  # [N]
@@ -336,7 +337,7 @@ def get_parser():
     add, positive = parser.add, util.in_range(int, 1)
     parser.start_group("report")
     add("--report", "print a table of all evaluations, write save/logp.csv and save/logp.pdf", action="store_true")
-    add("--all", "also name the paper's models that have not been evaluated", action="store_true")
+    add("--all", "also list the paper's models that have not been evaluated", action="store_true")
     parser.start_group("evaluation")
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one")
     add("--algorithm", "algorithm that trains the new inference network", choices=report.ALGORITHMS, default="sleep")

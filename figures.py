@@ -1,7 +1,7 @@
 """The figures of diagnostics.py: curves, grids of drawings, drawings stroke by stroke.
 
-Drawings are probabilities of ink, [..., R, C], from 0, white, to 1, black; nan leaves a place empty.
-Figures are made without pyplot, so that they go when they are no longer referred to.
+Drawings are probabilities of ink, [..., R, C], from 0 (white) to 1 (black); NaN leaves a place empty.
+Figures are made without pyplot, so that they are freed once nothing refers to them.
 """
 
 import math
@@ -17,15 +17,15 @@ import torch.nn.functional as F
 
 from drawings import draw, draw_arcs, draw_primitives, draw_stages, get_extent, resize  # noqa: F401
 
-MAX_POINTS = 300  # of a curve; longer ones are thinned
+MAX_POINTS = 300  # in a curve; longer ones are thinned
 EMPTY, NEWEST, PEN_UP, START = "#e8eef4", "#d1410c", "#3b7dd8", "#3b7dd8"
-SETTLED = 0.05  # of a curve: its beginning, which does not dictate the axis
+SETTLED = 0.05  # of a curve: the beginning, which does not determine the axis
 
 # ------------------------------------------------------------------ tiles
 
 
 def tile(images, num_cols, below=0):
-    """[N, R, C] -> one image, row by row, with nan between, `below` pixels of it below each, and where none are left"""
+    """Tiles [N, R, C] into one image, row by row; NaN fills the gaps (`below` pixels under each) and the empty tiles"""
     num_rows = max(math.ceil(len(images) / num_cols), 1)
     gap = max(images.shape[1] // 14, 1)
     images = F.pad(images, (0, gap, 0, gap + below, 0, num_rows * num_cols - len(images)), value=math.nan)
@@ -35,14 +35,14 @@ def tile(images, num_cols, below=0):
 
 
 def show(axes, image):
-    """Grey levels as they are: 0 white, 1 black, a pixel a square"""
+    """Shows grey levels unscaled: 0 white, 1 black, pixels as squares"""
     cmap = matplotlib.colormaps["gray_r"].with_extremes(bad=EMPTY)
     axes.imshow(np.ma.masked_invalid(image), cmap=cmap, vmin=0, vmax=1, interpolation="none")
     axes.set_axis_off()
 
 
 def make_figure(width, height, title):
-    """A figure of so many inches; a title too long for its line loses its middle"""
+    """A figure of the given size in inches; a title too long for its line loses its middle"""
     lines = [shorten(line, int(13 * width)) for line in title.split("\n")]
     figure = matplotlib.figure.Figure(figsize=(width, height + 0.17 * len(lines)), layout="constrained")
     figure.suptitle("\n".join(lines), fontsize=9)
@@ -50,12 +50,12 @@ def make_figure(width, height, title):
 
 
 def shorten(text, length):
-    """A text of at most so many characters, the middle left out"""
+    """Shortens a text to a number of characters by leaving out its middle"""
     return text if len(text) <= length else f"{text[: (length - 2) // 2]}…{text[-(length - 1) // 2 :]}"
 
 
 def grid_figure(images, num_cols, title, labels=()):
-    """Images in a grid, with a label under each, if there are any"""
+    """A grid of images, with labels underneath if there are any"""
     below = images.shape[1] // 4 if labels else 0
     image = tile(images, num_cols, below)
     num_rows = math.ceil(len(images) / num_cols)
@@ -70,7 +70,7 @@ def grid_figure(images, num_cols, title, labels=()):
 
 
 def primitives_figure(generative_model, resolution, title, usage, source):
-    """Every primitive, the most used first: usage [K], shares of the strokes of the source, memory or prior"""
+    """All primitives, the most used first: usage [K], as shares of the strokes of the source (memory or prior)"""
     resolution = max(resolution, 56)
     probs, start, side = draw_primitives(generative_model, resolution)
     order = usage.argsort(descending=True, stable=True)
@@ -98,7 +98,7 @@ def panels_figure(panels, num_cols, title):
 
 
 def to_frame(image, title, num_pixels=6):
-    """An image as an RGB frame of a film, num_pixels inches wide at 100 a piece, with a title"""
+    """Renders an image as an RGB frame of an animation, with a title"""
     figure = make_figure(num_pixels, num_pixels * image.shape[0] / image.shape[1], title)
     show(figure.subplots(), image)
     canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
@@ -110,7 +110,7 @@ def to_frame(image, title, num_pixels=6):
 
 
 def colour_newest(stages):
-    """Drawings after each stroke, [N, S, R, R], as RGB, the ink that is new in colour: [N, S, R, R, 3]"""
+    """Drawings after each stroke, [N, S, R, R], as RGB with the newest ink in colour: [N, S, R, R, 3]"""
     paper = stages[:, :1].amin((2, 3), keepdim=True).expand_as(stages[:, :1])
     before = torch.cat([paper, stages[:, :-1]], 1)
     new = ((stages - before) / stages.clamp(min=1e-3)).clamp(0, 1).unsqueeze(-1)
@@ -119,11 +119,11 @@ def colour_newest(stages):
 
 
 def stroke_figures(obs, seen, stages, labels, title, paths=None, off_page=None, canonical=None, num_rows=20):
-    """Pages of rows: an image, its program as the model sees it, and the drawing after each visible stroke, the newest
-    in colour, with the pen's way to it.
+    """Pages of rows: an image, its program as the model sees it, and the drawing after each visible stroke, with the
+    newest one in colour and the pen's path to it dotted.
 
-    Args: obs, seen, canonical (or None) [N, R, R]; stages [N, S, R, R]; labels: N strings; paths: for each row a list
-        of a visible stroke's pen-up moves [M, 2, 2], in pixels (column, row); off_page: for each row a list of bools
+    Args: obs, seen, canonical (or None) [N, R, R]; stages [N, S, R, R]; labels: N strings; paths: for each row, a list
+        of each visible stroke's pen-up moves [M, 2, 2], in pixels (column, row); off_page: for each row a list of bools
     """
     headings = ["image", "as the model\nsees it", *(f"stroke {i + 1}" for i in range(stages.shape[1]))]
     images = [obs.unsqueeze(1), seen.unsqueeze(1)]
@@ -156,7 +156,7 @@ def stroke_figures(obs, seen, stages, labels, title, paths=None, off_page=None, 
 
 
 def draw_pen(axes, moves, left, top, size):
-    """Pen-up moves [M, 2, 2] as dotted lines in a tile, as far as they are in it"""
+    """Draws pen-up moves [M, 2, 2] as dotted lines, clipped to a tile"""
     box = matplotlib.transforms.TransformedBbox(
         matplotlib.transforms.Bbox([[left - 0.5, top - 0.5], [left + size - 0.5, top + size - 0.5]]), axes.transData
     )
@@ -172,7 +172,7 @@ def draw_pen(axes, moves, left, top, size):
 
 
 def thin(values):
-    """A curve [N] in at most MAX_POINTS bins: their middles (from 1), means, 5th and 95th percentiles"""
+    """Thins a curve [N] to at most MAX_POINTS bins: their centres (from 1), means, 5th and 95th percentiles"""
     bins = np.array_split(np.asarray(values, dtype=np.float64), min(len(values), MAX_POINTS))
     ends = np.cumsum([len(b) for b in bins])
     middles = ends - np.array([(len(b) - 1) / 2 for b in bins])
@@ -181,14 +181,14 @@ def thin(values):
 
 
 def smooth(values):
-    """The moving average over a twentieth of the points, fewer at the ends"""
+    """Moving average over a twentieth of the points, over fewer at the ends"""
     reach = len(values) // 40
     return np.array([values[max(i - reach, 0) : i + reach + 1].mean() for i in range(len(values))])
 
 
 def plot_curve(axes, values, label="moving average"):
-    """A curve [N], smoothed; behind it the band of its raw values, or where it is short these themselves.
-    Returns: the range of what is behind, but for its beginning"""
+    """Plots a curve [N], smoothed, in front of the band of its raw values or, if it is short, the values themselves.
+    Returns: the range of the raw values, without the beginning"""
     x, mean, low, high = thin(values)
     line = axes.plot(x, smooth(mean), lw=1.3, label=label)[0]
     settled = int(SETTLED * len(x))
@@ -200,16 +200,16 @@ def plot_curve(axes, values, label="moving average"):
 
 
 def losses_figure(statistics, log_num_images, title, log_iterations=False):
-    """Curves of training.
+    """The learning curves.
 
-    Args: statistics: as in a checkpoint; log_num_images: where the prior loss has its dashed line, log of the number
-        of images (an alphabet's, if conditional), or None; log_iterations: a logarithmic axis
+    Args: statistics: as in a checkpoint; log_num_images: the dashed line of the prior loss, log of the number
+        of images (per alphabet, if conditional), or None; log_iterations: whether the axis is logarithmic
     """
     panels = [name for name in ["theta_loss", "phi_loss", "prior_loss"] if name in statistics]
     panels += ["shares"] * ("novel_proportion" in statistics)
     panels += [name for name in ["test_log_p", "test_kl", "pretrain_loss"] if len(statistics.get(name, []))]
     num_rows = math.ceil(len(panels) / 4)
-    in_rows = [list(names) for names in np.array_split(panels, num_rows)]  # rows differ by one, so that none is empty
+    in_rows = [list(names) for names in np.array_split(panels, num_rows)]  # the numbers of rows differ by one, so that no panel is empty
     figure = make_figure(3.6 * len(in_rows[0]), 2.8 * num_rows, title)
     rows = np.atleast_1d(figure.subfigures(num_rows, 1))
     for row, names in zip(rows, in_rows, strict=True):

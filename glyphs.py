@@ -1,5 +1,5 @@
-"""Characters that need no download: the letters of the font that matplotlib ships,
-each drawn by twenty "hands", in the size and stroke of handwritten ones."""
+"""Characters without a download: the letters of the font that ships with matplotlib,
+each drawn by twenty "hands", with the size and stroke width of handwritten ones."""
 
 import unicodedata
 
@@ -24,7 +24,7 @@ ALPHABETS = {
 
 
 def draw_glyphs():
-    """Draws every character by every hand: deterministic, a matter of seconds.
+    """Draws every character with every hand; deterministic, takes seconds.
 
     Returns: obs [N, 28, 28], bool, ink True, upright; alphabet ids [N]; characters
         [N], numbered from 1 within their alphabet
@@ -50,7 +50,7 @@ def draw_glyphs():
 
 
 def _draw(outline, box, renderer, context, random_state):
-    """An outline, a little turned, sheared, stretched and shifted, as a bool image."""
+    """An outline, slightly rotated, sheared, stretched and shifted, as a bool image."""
     size = 19 / max(box.width, box.height) * random_state.uniform(0.85, 1.1)
     stretch = random_state.uniform(0.85, 1.15)
     jitter = (

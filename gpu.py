@@ -1,12 +1,11 @@
-"""How a GPU computes what rendering.py and models.py compute on a CPU: operators on Triton kernels.
+"""Operators that compute on a GPU, with Triton kernels, what rendering.py and models.py compute on a CPU.
 
-Whether something is computed a GPU's way is decided here, by `is_gpu` and `uses_kernels`. A GPU
-should be given few and large kernels and must never be waited for, so nothing is looked up, and
-nothing left out by its value. All devices but the CPU count as GPUs, so that tests can run whole
-steps on torch's meta device, where there are no values to look at.
+`is_gpu` and `uses_kernels` decide what is computed the GPU's way. A GPU wants few and large kernels
+and no synchronisation, so nothing is looked up or left out depending on its value. All devices but
+the CPU count as GPUs, so that tests can run whole steps on torch's meta device, which has no values.
 
-The operators are torch's custom ones: the meta device knows the shapes of their results, and a
-CPU runs them under Triton's interpreter (TRITON_INTERPRET=1).
+The operators are registered with torch: the meta device knows the shapes of their results, and a
+CPU can run them with Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 import math
@@ -14,9 +13,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-LOG_PAPER = math.log(1e-6)  # a pixel that no arc comes near has the logit log(1e-6)
-NEGLIGIBLE = 2**-24  # a weight that is lost in float32 beside a weight of one
-MAX_DECODER_SIZE = 512  # units or primitives that a program of the decoder's kernels holds in registers
+LOG_PAPER = math.log(1e-6)  # the logit of a pixel far from all arcs: log(1e-6)
+NEGLIGIBLE = 2**-24  # a weight that float32 cannot add to a weight of one
+MAX_DECODER_SIZE = 512  # units or primitives that a program of the decoder's kernels can hold in registers
 
 _kernels = False
 
@@ -31,7 +30,7 @@ def set_kernels(enabled):
 
 
 def uses_kernels(x):
-    """Whether a computation on x is one of the kernels"""
+    """Whether computations on x use the kernels"""
     return _kernels and is_gpu(x.device) and x.dtype == torch.float32
 
 
@@ -187,7 +186,7 @@ class Convolve(torch.autograd.Function):
 
 
 class Lookup(torch.autograd.Function):
-    """Rows of a table, whose gradient is a matrix product and so always the same sum:
+    """Looks up rows of a table; the gradient is a matrix product, and so summed in a fixed order:
     table [K, D], index [...] -> [..., D]"""
 
     @staticmethod
@@ -203,12 +202,12 @@ class Lookup(torch.autograd.Function):
 
 
 def get_one_hot(index, num_classes, like):
-    """F.one_hot looks at its values: index [N] -> [N, K]"""
+    """As F.one_hot, which would synchronise: index [N] -> [N, K]"""
     return (index.unsqueeze(1) == torch.arange(num_classes, device=index.device)).to(like.dtype)
 
 
 def can_decode(decoder):
-    """Whether a models.Decoder is of a size that the kernels are for"""
+    """Whether the kernels support the size of a models.Decoder"""
     return max(decoder.lstm.hidden_size, decoder.num_primitives) <= MAX_DECODER_SIZE
 
 
@@ -314,7 +313,7 @@ class ScoreCodes(torch.autograd.Function):
 
 
 def sample(table, context, weight_hh, weight, bias, num_particles, num_arcs, uniform_mixture):
-    """As models.Decoder.sample_and_log_prob: codes [P * B, A] int16 and log_prob [P * B]. Fewer random
-    numbers are drawn than on a CPU, all at once."""
+    """As models.Decoder.sample_and_log_prob: codes [P * B, A] int16 and log_prob [P * B]. Draws fewer
+    random numbers than on a CPU, all at once."""
     uniform = torch.rand(num_particles * len(context), num_arcs, 2, device=context.device)
     return _sample(table.contiguous(), context.contiguous(), weight_hh, weight, bias, uniform, uniform_mixture)

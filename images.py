@@ -1,8 +1,8 @@
-"""Image files, and how a character in one is brought to 28 x 28.
+"""Image files, and how characters in them become 28 x 28 images.
 
-`read_image` averages an image down as it is. `find_characters` is for photographs and scans of one's
-own: it finds the ink under uneven light, takes it apart into characters, and gives each the size and
-the stroke that Omniglot's have.
+`read_image` scales a whole image down by averaging. `find_characters` is for photographs and scans: it
+finds the ink under uneven light, separates characters, and gives each the size and stroke width of
+Omniglot's.
 """
 
 import imageio.v3 as imageio
@@ -14,22 +14,22 @@ from util import UserError, warn
 SIDE = 28
 CHARACTER_SIDE = 19  # pixels, of a character's longer side in Omniglot (its median and a little)
 STROKE_RADIUS = 3  # on a grid four times as fine: strokes of Omniglot are 1.6 pixels wide
-MIN_CONTRAST = 0.1  # of ink to paper around it, of the range from black to white
-MAX_WORKING_SIDE = 800  # pixels; larger photographs are made smaller first
+MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the range from black to white
+MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
 
 # ------------------------------------------------------------------ decoding
 
 
 def decode(name, content):
-    """The image's grey values [rows, columns] in [0, 1], black 0, on white where transparent; of an animated
-    one its first frame, with a warning.
+    """Decodes an image to grey values [rows, columns] in [0, 1], black 0; transparent pixels become white. Of an
+    animation, the first frame is read, with a warning.
 
-    Raises: UserError if it cannot be decoded, or is of an unexpected shape or type
+    Raises: UserError if it cannot be decoded, or has an unexpected shape or type
     """
     try:
         frames = imageio.imread(content, plugin="pillow", index=...)  # [frames, rows, columns(, channels)]
         image = frames[0]
-    except Exception as error:  # whatever the decoders raise
+    except Exception as error:  # decoders raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise UserError(f"{name} is damaged or not an image ({reason})") from None
     if len(frames) > 1:
@@ -51,14 +51,14 @@ def _is_image(shape):
 
 
 def read_official(name, content):
-    """An image of Omniglot's official release: ink [28, 28] in [0, 1]"""
+    """Reads an image of Omniglot's official release: ink [28, 28] in [0, 1]"""
     return fit(1 - decode(name, content))
 
 
 def read_image(name, content):
-    """One image file of any size, dark on light or light on dark: ink [28, 28] in [0, 1].
-    The background is what most of the image's edge is. Where strokes are much thinner than a
-    pixel of the result they are darkened, so as not to be lost when ink becomes binary.
+    """Reads an image file of any size, dark on light or light on dark: ink [28, 28] in [0, 1].
+    The background is the brightness of most of the image's edge. Strokes much thinner than a
+    pixel of the result are darkened, so that they survive when ink becomes binary.
 
     Raises: UserError if it cannot be decoded
     """
@@ -68,14 +68,14 @@ def read_image(name, content):
 
 
 def _get_darkness(grey):
-    """0 on the background, which is what most of the image's edge is, 1 where it differs most"""
+    """0 on the background (the brightness of most of the image's edge), 1 where the image differs most from it"""
     edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     return 1 - grey if np.median(edge) > 0.5 else grey
 
 
 def fit(image, side=SIDE):
-    """Averages an image down to 28 x 28 by area; one that is not square is first
-    set in the middle of a square of paper."""
+    """Scales an image down to 28 x 28 by area averaging; one that is not square is first
+    centred on a square of paper."""
     rows, cols = image.shape
     longer = max(rows, cols)
     if rows != cols:
@@ -99,7 +99,7 @@ def _get_area_average(num_in, num_out):
 
 
 def find_characters(name, content):
-    """The characters of a photograph or scan, in reading order.
+    """Finds the characters on a photograph or scan, in reading order.
 
     Returns: a list of bool arrays [28, 28], ink True; empty, with a warning, for a blank page
     Raises: UserError if the file cannot be decoded
@@ -113,16 +113,16 @@ def find_characters(name, content):
         else:
             hopeless += 1
     if not ink.any():
-        warn(f"{name} is blank, as far as can be seen, and skipped")
+        warn(f"{name} appears blank; skipped")
     elif hopeless:
-        warn(f"{name}: {hopeless} parts of it have no strokes that can be read, and are skipped")
+        warn(f"{name}: {hopeless} parts have no legible strokes; skipped")
     return characters
 
 
 def find_ink(grey):
-    """Where a page [rows, columns] is darker than the paper around it, or lighter, if the little that differs from
-    its surroundings is lighter: bool. The paper's brightness is what is left when dark things narrower than a third
-    of the page are filled in."""
+    """Finds the ink on a page [rows, columns]: bool. Ink is darker than the paper around it, or lighter, if what stands
+    out on the page is lighter. The paper's brightness is estimated by filling in dark things narrower than a third
+    of the page."""
     from skimage.filters import threshold_otsu
     from skimage.transform import resize
 
@@ -134,7 +134,7 @@ def find_ink(grey):
     coarse_shape = [max(round(n * min(96 / max(light.shape), 1)), 1) for n in light.shape]
     coarse = resize(light, coarse_shape, order=1, anti_aliasing=True)
     window = max(max(coarse_shape) // 3, 3)
-    # Beyond the edge the light keeps falling or rising as it did.
+    # Extrapolate the change in light beyond the edge.
     pad = [min(window, n - 1) for n in coarse.shape]
     coarse = np.pad(coarse, [(n, n) for n in pad], mode="reflect", reflect_type="odd").clip(0, 1)
     paper = scipy.ndimage.gaussian_filter(scipy.ndimage.grey_closing(coarse, (window, window)), window / 8)
@@ -143,15 +143,15 @@ def find_ink(grey):
     strongest = np.sort(darkness, axis=None)[-max(min(darkness.size // 20, 30), 1)]
     if strongest < MIN_CONTRAST:
         return np.zeros(light.shape, bool)
-    # Most of a page is paper: the threshold is between what is clearly darker and the rest.
+    # Most of a page is paper: the threshold separates what is clearly darker from the rest.
     threshold = threshold_otsu(darkness.clip(0, strongest))
     return darkness > max(threshold, strongest / 3, MIN_CONTRAST / 2)
 
 
 def split_page(ink):
-    """Takes ink [rows, columns] apart: pieces that are near each other, for their size, are one character.
+    """Separates ink [rows, columns] into characters: pieces that are close, relative to their size, belong together.
 
-    Returns: a list of bool arrays, each cropped to its ink, in reading order; specks are left out
+    Returns: a list of bool arrays, each cropped to its ink, in reading order, without specks
     """
     pieces, num_pieces = scipy.ndimage.label(ink, np.ones((3, 3)))
     if num_pieces == 0:
@@ -160,7 +160,7 @@ def split_page(ink):
     sides = np.array([max(box[0].stop - box[0].start, box[1].stop - box[1].start) for box in boxes])
     kept = np.flatnonzero(sides >= max(0.06 * sides.max(), min(3, sides.max()))) + 1
     ink = np.isin(pieces, kept)
-    reach = 0.12 * np.median(sides[sides >= sides.max() / 3])  # half of the gap within a character
+    reach = 0.12 * np.median(sides[sides >= sides.max() / 3])  # half of the largest gap within a character
     groups, num_groups = scipy.ndimage.label(scipy.ndimage.distance_transform_edt(~ink) <= reach, np.ones((3, 3)))
     groups = groups * ink
     boxes = [box for box in scipy.ndimage.find_objects(groups, num_groups)]
@@ -169,7 +169,7 @@ def split_page(ink):
     for number, box in enumerate(boxes, start=1):
         row, col = (box[0].start + box[0].stop) / 2, box[1].start
         parts.append((row, col, groups[box] == number))
-    # Lines of text: the next one begins where a character's middle is lower than the last one's by its height.
+    # Lines of text: a new one begins where a character's middle is lower than the previous one's by its height.
     parts.sort(key=lambda part: part[0])
     line, lines, last = 0, [], None
     for row, col, part in parts:
@@ -181,14 +181,14 @@ def split_page(ink):
 
 
 def normalise(part):
-    """A character's ink [rows, columns], cropped, in the middle of 28 x 28, with Omniglot's size and stroke: bool"""
+    """Centres a character's cropped ink [rows, columns] on 28 x 28 pixels, with Omniglot's size and stroke width: bool"""
     from skimage.morphology import dilation, disk, skeletonize
     from skimage.transform import resize
 
     fine = 4
     scale = fine * CHARACTER_SIDE / max(part.shape)
     length = max(skeletonize(part).sum(), 1)
-    missing = (3 / scale - part.sum() / length) / 2  # strokes must outlast being made smaller
+    missing = (3 / scale - part.sum() / length) / 2  # strokes must survive the scaling
     pad = max(round(missing), 0) + 1
     part = np.pad(part, pad)
     if missing >= 1:
@@ -198,7 +198,7 @@ def normalise(part):
     points = np.argwhere(skeletonize(np.pad(smooth, 1))).astype(float)  # row, column
     if len(points) == 0:
         return np.zeros((SIDE, SIDE), bool)
-    # A skeleton is shorter than its strokes by their thickness, so it is made larger again, if not by much.
+    # A skeleton is shorter than its strokes by their thickness, so it is scaled up again, within limits.
     low, high = points.min(0), points.max(0)
     growth = np.clip((fine * CHARACTER_SIDE - 2 * STROKE_RADIUS) / max((high - low).max(), 1), 0.5, 1.7)
     points = (points - (low + high) / 2) * growth + (fine * SIDE - 1) / 2

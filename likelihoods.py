@@ -19,7 +19,7 @@ class Bernoulli:
 
 
 class AffineMixture:
-    """Independent pixels of the drawing seen through one of T affine maps, each as probable as the others
+    """Independent pixels of the drawing seen through one of T equally probable affine maps
 
     Args: maps [T, 2, 3]
     """
@@ -42,5 +42,5 @@ class AffineMixture:
 
 
 def _sample_pixels(probs):
-    # A model that has diverged shows it in its scores; here NaN would be an error of the device.
+    # A model that has diverged shows in its scores; sampling NaN would be a device-side error.
     return torch.bernoulli(probs.nan_to_num())

@@ -1,4 +1,5 @@
-"""Which process may write to a run's folder: the one that holds its lock file, which the kernel frees when that ends."""
+"""Locks: only the process that holds a run's lock file may write to its folder. The kernel releases the lock when
+the process ends, however it ends."""
 
 import contextlib
 import fcntl
@@ -10,15 +11,15 @@ import time
 
 import util
 
-PATIENCE = 300  # seconds that a job waits for the one before it, which may still be saving
+PATIENCE = 300  # seconds a job waits for its predecessor, which may still be saving
 
 
 @contextlib.contextmanager
 def lock(path, what, stop=None):
-    """Holds a lock file for this process. In a job of Slurm's it waits a while for a process that has it.
+    """Holds a lock file. In a Slurm job, waits a while for another process to release it.
 
-    Args: what: what the one that has it is at; stop: a StopSignal, which ends the waiting
-    Raises: UserError if another process has it
+    Args: what: what a process that holds it is doing, in words; stop: a StopSignal, which ends the waiting
+    Raises: UserError if another process holds it
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     end, told = time.monotonic() + PATIENCE * ("SLURM_JOB_ID" in os.environ), False
@@ -31,7 +32,7 @@ def lock(path, what, stop=None):
                 file.seek(0)
                 what_it_does = f"{what} by {file.read().strip() or 'another process'}"
             if stop is not None and stop.received is not None:
-                print(f"stopped by {signal.Signals(stop.received).name} before it began")
+                print(f"stopped by {signal.Signals(stop.received).name} before it started")
                 sys.exit(128 + stop.received)
             if time.monotonic() >= end:
                 raise util.UserError(f"{what_it_does}; wait for it or stop it")
@@ -46,8 +47,8 @@ def lock(path, what, stop=None):
 
 
 def is_locked(path):
-    """Whether a process of this machine holds a lock file. The kernel's list of locks tells without taking one, which
-    would keep a run from starting at that moment."""
+    """Whether a process on this machine holds a lock file. Reads the kernel's list of locks, since taking the lock to
+    find out could keep a run from starting at that moment."""
     try:
         status = os.stat(path)
         table = pathlib.Path("/proc/locks").read_text()
@@ -59,9 +60,9 @@ def is_locked(path):
 
 @contextlib.contextmanager
 def lock_run(path_base, stop=None):
-    """Holds a run's folder for this process, as `lock` does. Raises: UserError if another has it."""
+    """Locks a run's folder, as `lock` does. Raises: UserError if another process holds it"""
     folder = util.SAVE / path_base
     with lock(folder / "lock", f"{folder} is being trained", stop):
-        for leftover in (folder / "checkpoints").glob(".*.tmp"):  # of a run that was killed
+        for leftover in (folder / "checkpoints").glob(".*.tmp"):  # left by a run that was killed
             leftover.unlink()
         yield

@@ -1,13 +1,13 @@
 """The four objectives: sleep, RWS, VIMCO and Memoised Wake-Sleep.
 
-Each function returns a scalar to call `.backward()` on, the mean over the batch,
-and a dict of statistics (detached scalars, in nats unless said otherwise).
+Each function returns a scalar to call `.backward()` on, averaged over the batch,
+and a dict of statistics (detached scalars, in nats unless stated otherwise).
 
-Scores are computed without gradients. What an objective then needs is the
-gradient of a weighted sum of log p and log q in which few weights matter: one
-latent per image for MWS, the particles of non-negligible weight for RWS and
-VIMCO. Only those latents are scored again, with gradients; on a GPU, where choosing
-takes longer than computing, for RWS and VIMCO all of them.
+Particles are first scored without gradients. What remains is the gradient of a
+weighted sum of log p and log q in which few weights matter: one latent per image
+for MWS, the particles of non-negligible weight for RWS and VIMCO. Only these are
+scored again, with gradients. (On a GPU selecting takes longer than computing, so
+RWS and VIMCO differentiate all particles there.)
 """
 
 import math
@@ -19,9 +19,9 @@ import gpu
 from gpu import NEGLIGIBLE
 from models import pack, sample_categorical, unpack
 
-MEMORY_AT_ONCE = 2**26  # bytes, of comparisons of latents
+MEMORY_AT_ONCE = 2**26  # bytes, for comparing latents
 
-_scored_at_once = 8192  # latents, without gradients: memory stays flat
+_scored_at_once = 8192  # latents scored without gradients, so that memory stays flat
 
 # ------------------------------------------------------------------ scores
 
@@ -41,7 +41,7 @@ def score(generative_model, latent, obs, alphabet=None):
 
 
 def _score_particles(generative_model, latent, obs, alphabet):
-    """As `score`, some particles at a time, and fewer from when memory runs out"""
+    """As `score`, a few particles at a time: half as many from then on whenever memory runs out"""
     global _scored_at_once
     log_joint, done = [], 0
     while done < len(latent):
@@ -59,7 +59,7 @@ def _score_particles(generative_model, latent, obs, alphabet):
 
 @torch.no_grad()
 def score_rows(generative_model, codes, obs, alphabet, obs_id):
-    """As `score`, for packed latents each of an image of its own: codes [N, A], obs_id [N], rows of obs -> [N]"""
+    """As `score`, for packed latents codes [N, A], each with its own image, row obs_id [N] of obs -> [N]"""
     chosen, key = find_distinct(codes, obs_id)  # [D], [N]
     log_joint = []
     for rows in chosen.split(_scored_at_once):
@@ -70,14 +70,14 @@ def score_rows(generative_model, codes, obs, alphabet, obs_id):
 
 
 def _can_select(latent):
-    """Whether to leave out latents by their values. On a GPU the CPU would wait to learn how many stay, and
-    the step could not be recorded; to compute all of them is faster."""
+    """Whether latents may be left out depending on their values. On a GPU the CPU would have to wait to learn how
+    many remain, and the step could not be recorded; computing all of them is faster."""
     return not gpu.is_gpu(latent.device)
 
 
 def find_distinct(codes, obs_id):
-    """One row of each latent of an image: codes [N, A], obs_id [N] -> chosen [D], rows; key [N]: row i is
-    like row chosen[key[i]]"""
+    """Finds distinct latents of each image: codes [N, A], obs_id [N] -> chosen [D], a row for each; key [N]: row i
+    equals row chosen[key[i]]"""
     distinct, key = get_hash(codes, obs_id).unique(return_inverse=True)
     rows = torch.arange(len(key), device=key.device)
     chosen = torch.empty_like(distinct).scatter_(0, key, rows)
@@ -87,8 +87,8 @@ def find_distinct(codes, obs_id):
 
 
 def get_hash(codes, obs_id):
-    """A 64-bit number for each latent and image: codes [N, A], obs_id [N] -> [N]. Two
-    that differ have the same one with a probability below 1e-17."""
+    """A 64-bit hash of each latent and image: codes [N, A], obs_id [N] -> [N]. Two different
+    ones collide with a probability below 1e-17."""
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**63), 2**63 - 1, (codes.shape[1] + 1,), generator=generator).to(codes.device)
     return (codes * factors[1:]).sum(1) + obs_id * factors[0]
@@ -98,7 +98,7 @@ def get_hash(codes, obs_id):
 
 
 def sleep(generative_model, inference_network, num_samples=500, alphabet=None):
-    """-log q(z|x) on characters that the model dreams up: trains q only.
+    """Sleep: -log q(z|x) of characters sampled from the generative model; trains q only.
 
     Args: alphabet [S, L] one-hot; for a conditional model, if None, drawn uniformly
     Returns: loss; statistics {phi_loss}
@@ -111,7 +111,7 @@ def sleep(generative_model, inference_network, num_samples=500, alphabet=None):
 
 
 def get_num_dreams(batch_size, num_particles):
-    """How many dreams a step of sleep takes, if a step of the algorithm has so many images and particles"""
+    """The number of dreams in a step of sleep, given the batch size and number of particles of the algorithm"""
     return min(500, batch_size * num_particles)
 
 
@@ -124,7 +124,7 @@ class Particles(NamedTuple):
     latent: torch.Tensor  # [P, B, A, 2]
     log_p: torch.Tensor  # log p(z, x): [P, B]
     log_q: torch.Tensor  # log q(z|x): [P, B]
-    context: torch.Tensor  # what the network's decoder is told of the images, with gradients: [B, H]
+    context: torch.Tensor  # the network's encoding of the images, with gradients: [B, H]
 
 
 def propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer):
@@ -139,7 +139,7 @@ def rws(generative_model, inference_network, obs, num_particles=10, alphabet=Non
     """Reweighted Wake-Sleep: wake-theta and wake-phi updates (Bornschein and Bengio, 2015).
 
     Args: obs [B, R, C]; alphabet [B, L] one-hot; obs_id [B] if q is a LookupInferenceNetwork;
-        scorer: `score`, or what does the same, faster
+        scorer: `score`, or a faster equivalent
     Returns: loss; statistics {theta_loss, phi_loss}
     """
     particles = propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer)
@@ -156,7 +156,7 @@ def rws_objective(log_p, log_q):
 
 
 def wake_theta_objective(log_p, log_q):
-    """As `rws_objective`, for the first half of its loss"""
+    """As `rws_objective`, for the wake-theta half alone"""
     log_weight = log_p - log_q
     loss = -log_mean_weight(log_weight).mean()
     grad_log_p = -log_weight.softmax(0) / log_weight.shape[1]
@@ -194,7 +194,7 @@ def vimco_objective(log_p, log_q):
 
 
 def wake_sleep(generative_model, inference_network, obs, num_particles=10, alphabet=None, num_dreams=500):
-    """RWS with the sleep update of phi, on so many dreams. Other arguments and results as for `rws`."""
+    """RWS with the sleep update of phi, on num_dreams samples of the model. Other arguments and results as for `rws`."""
     theta_loss, theta_statistics = wake_theta(generative_model, inference_network, obs, num_particles, alphabet)
     phi_loss, phi_statistics = sleep(generative_model, inference_network, num_dreams)
     return theta_loss + phi_loss, {**theta_statistics, **phi_statistics}
@@ -225,14 +225,14 @@ def get_log_weight(generative_model, inference_network, obs, num_particles, alph
 
 
 def differentiate(generative_model, inference_network, particles, obs, alphabet, grad_log_p, grad_log_q):
-    """A scalar that is zero and has the gradient of
-    sum(grad_log_p * log p(z, x) + grad_log_q * log q(z|x)), the factors [P, B] held constant.
+    """A scalar that is zero and whose gradient is that of
+    sum(grad_log_p * log p(z, x) + grad_log_q * log q(z|x)), with the factors [P, B] held constant.
     """
     latent, context = particles.latent, particles.context
     num_particles, batch_size = latent.shape[:2]
     if _can_select(latent):
         obs_id = torch.arange(batch_size).repeat(num_particles)  # [P * B]
-        # The factors are weights over the batch size.
+        # The factors are weights divided by the batch size.
         latent, obs_id, grad_log_p, grad_log_q = _select_heavy(
             latent, obs_id, grad_log_p, grad_log_q, NEGLIGIBLE / batch_size
         )  # [1, N, A, 2], [N], [1, N], [1, N]
@@ -247,14 +247,14 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
 
 
 def _select_heavy(latent, obs_id, grad_log_p, grad_log_q, threshold):
-    """The latents that carry weight, equal ones of the same image merged: latent [P, B, A, 2], obs_id [P * B],
+    """The latents that carry weight; equal ones of the same image are merged: latent [P, B, A, 2], obs_id [P * B],
     grad_log_p, grad_log_q [P, B] -> [1, N, A, 2], [N], [1, N], [1, N]"""
     latent = latent.flatten(0, 1)
     chosen, key = find_distinct(pack(latent, torch.int16), obs_id)
     grad_log_p, grad_log_q = (
         grad.new_zeros(len(chosen)).index_add(0, key, grad.flatten()) for grad in (grad_log_p, grad_log_q)
     )
-    # What is not a number is heavy, too, so that it reaches the loss.
+    # NaN counts as heavy, so that it reaches the loss.
     light = (grad_log_p.abs() <= threshold) & (grad_log_q.abs() <= threshold)
     heavy = (~light).nonzero().squeeze(1)  # [N]
     chosen = chosen[heavy]
@@ -265,11 +265,11 @@ def _select_heavy(latent, obs_id, grad_log_p, grad_log_q, threshold):
 
 
 def mws(generative_model, inference_network, memory, obs, obs_id, num_particles=10, alphabet=None):
-    """Memoised Wake-Sleep: updates the memory in place, trains on a draw from it.
+    """Memoised Wake-Sleep: updates the memory in place and trains on a sample from it.
 
     Args:
         memory [N, M, A]: packed latents (see `init_memory`), or plain ones [N, M, A, 2];
-            changed at rows obs_id
+            rows obs_id are changed
         obs [B, R, C]; obs_id [B]: distinct rows of the memory; alphabet [B, L] one-hot
     Returns: loss; statistics {theta_loss, phi_loss, prior_loss, novel_proportion and
         new_map (shares, 0 to 1)}
@@ -293,10 +293,10 @@ def mws(generative_model, inference_network, memory, obs, obs_id, num_particles=
 
 @torch.no_grad()
 def update_memory(generative_model, memory, obs, obs_id, proposal, alphabet=None):
-    """Keeps for each image the M best distinct latents of its memory and the proposals.
+    """Keeps, for each image, the M best distinct latents among its memory and the proposals.
 
-    Args: proposal [P, B, A, 2]; the others as for `mws`. Latents are distinct as
-        programs: two that draw the same are both kept, the same one twice is kept once.
+    Args: proposal [P, B, A, 2]; the others as for `mws`. Distinct means
+        different programs, even if they draw the same image.
     Returns: kept [M, B, A, 2], best first; log_joint [M, B], their log p(z, x);
         statistics {novel_proportion, new_map}
     """
@@ -321,14 +321,14 @@ def update_memory(generative_model, memory, obs, obs_id, proposal, alphabet=None
 
 def init_memory(num_data, memory_size=10, num_arcs=10, num_primitives=64):
     """A memory of distinct random latents for each image: ids uniform, on/off fair,
-    the first arc off. Where there are fewer than memory_size latents, all of them.
+    the first arc off. If there are fewer than memory_size latents, it holds all of them.
 
-    Returns: [N, M, A], an arc as 2 * id + on/off in one byte (two if K > 128)
+    Returns: [N, M, A], each arc as 2 * id + on/off in one byte (two if K > 128)
     """
     dtype = torch.uint8 if num_primitives <= 128 else torch.int16
     num_latents = num_primitives**num_arcs * 2 ** (num_arcs - 1)
     if num_latents <= 2 * memory_size:
-        # So few that draws would collide without end: choose from the list of all.
+        # So few that random draws would keep colliding: choose from the list of all.
         codes = [torch.arange(0, 2 * num_primitives, 2)] + [torch.arange(2 * num_primitives)] * (num_arcs - 1)
         every = torch.cartesian_prod(*codes).view(-1, num_arcs).to(dtype)
         chosen = torch.rand(num_data, num_latents).argsort(1)[:, :memory_size]
@@ -343,7 +343,7 @@ def init_memory(num_data, memory_size=10, num_arcs=10, num_primitives=64):
 
 
 def find_repeated(codes):
-    """Which latents of an image are equal to one before them: [N, M, A] -> [N, M]"""
+    """Which latents of an image equal an earlier one: [N, M, A] -> [N, M]"""
     return (codes.unsqueeze(1) == codes.unsqueeze(2)).all(-1).tril(-1).any(-1)
 
 
@@ -353,5 +353,5 @@ def _random_codes(shape, num_primitives, dtype):
     return codes
 
 
-# What main.py's --algorithm chooses from
+# The choices of main.py's --algorithm
 OBJECTIVES = {"mws": mws, "rws": rws, "vimco": vimco, "sleep": wake_sleep}

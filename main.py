@@ -4,8 +4,8 @@
     python main.py --small-dataset             # the paper's MWS model
     python main.py --small-dataset --cuda      # on a GPU
 
-A run lives in save/<run>/. Stopped anywhere, it resumes from its latest checkpoint
-when the same command is given again.
+A run lives in save/<run>/. However it is stopped, giving the same command again resumes
+it from its latest checkpoint.
 """
 
 import environment  # noqa: F401  # isort: skip  (before torch)
@@ -33,7 +33,7 @@ from util import SETTINGS, UserError
 
 
 class Run:
-    """The data, on the device, and all that a checkpoint holds: models, optimisers, memory, statistics, progress."""
+    """Everything a checkpoint holds (models, optimisers, memory, statistics, progress), and the data, on the device"""
 
     def __init__(self, args, dataset, device):
         util.set_seed(args.seed, device)
@@ -51,15 +51,15 @@ class Run:
                 len(dataset.train.obs), args.memory_size, args.num_arcs, args.num_primitives
             ).to(device)
         self.pretrain_iteration = self.iteration = 0
-        self.epoch = self.order = None  # of the data; follow from the iteration
+        self.epoch = self.order = None  # of the data; they follow from the iteration
         self.statistics = {}  # name -> [iterations done], float32
-        self.pending = []  # statistics of the last iterations, still on the device
+        self.pending = []  # statistics not yet moved off the device
 
     def flush_statistics(self):
         util.append_statistics(self.statistics, self.pending)
 
     def get_checkpoint(self):
-        """Raises: UserError if training has diverged: what is saved is finite"""
+        """Raises: UserError if training has diverged: only finite numbers are saved"""
         self.flush_statistics()
         util.check_finite([*self.generative_model.parameters(), *self.inference_network.parameters()])
         return dict(
@@ -78,7 +78,7 @@ class Run:
         )
 
     def restore(self, checkpoint):
-        """Takes a whole checkpoint (checkpoints.py). Raises: UserError if it is of a run with other settings"""
+        """Restores a checkpoint that checkpoints.py has verified. Raises: UserError if its run had other settings"""
         differences = util.describe_differences(checkpoint["settings"], self.settings)
         if differences:
             folder = util.SAVE / self.path_base
@@ -86,7 +86,7 @@ class Run:
                 f"{folder} holds a run with other settings: {differences}; give its settings, or move that folder away"
             )
         if self.memory is not None and checkpoint["memory"].shape != self.memory.shape:
-            raise UserError(f"the memory is of {len(checkpoint['memory'])} images there, of {len(self.memory)} here")
+            raise UserError(f"the memory holds {len(checkpoint['memory'])} images there, {len(self.memory)} here")
         for name in ["generative_model", "inference_network"]:
             getattr(self, name).load_state_dict(checkpoint[name])
         for name in ["optimizer", "pretrain_optimizer"]:
@@ -102,21 +102,21 @@ class Run:
 
 
 def get_obs_id(run):
-    """The images of the current iteration's batch: [B]. An epoch's order depends on the
-    seed and its number alone, so that the iteration is the position in the data."""
+    """Indices of the current iteration's batch: [B]. An epoch's order depends only on the seed
+    and the epoch's number, so the iteration alone gives the position in the data."""
     num_data, batch_size = len(run.train_data.obs), run.args.batch_size
     epoch, batch_id = divmod(run.iteration, math.ceil(num_data / batch_size))
     if run.epoch != epoch:
         generator = torch.Generator().manual_seed(run.args.seed + 1_000_003 * (epoch + 1))
         order = torch.randperm(num_data, generator=generator)
-        if torch.cuda.is_available():  # from pinned memory, so that the CPU need not wait
+        if torch.cuda.is_available():  # from pinned memory, so that the CPU does not wait
             order = order.pin_memory()
         run.epoch, run.order = epoch, order.to(run.device, non_blocking=True)
     return run.order[batch_id * batch_size : (batch_id + 1) * batch_size]
 
 
 def get_loss(run, obs_id):
-    """The scalar to differentiate and the statistics to keep"""
+    """The scalar to differentiate and the statistics to record"""
     args, alphabet = run.args, run.train_data.alphabet[obs_id] if run.num_alphabets else None
     more = {
         "mws": dict(memory=run.memory, obs_id=obs_id),
@@ -133,7 +133,7 @@ def get_loss(run, obs_id):
 
 
 def pretrain_step(run):
-    """A step of sleep. Returns: the statistics to keep"""
+    """A step of sleep. Returns: the statistics to record"""
     num_samples = losses.get_num_dreams(run.args.batch_size, run.args.num_particles)
     loss, statistics = losses.sleep(run.generative_model, run.inference_network, num_samples)
     update(run.pretrain_optimizer, loss)
@@ -141,14 +141,14 @@ def pretrain_step(run):
 
 
 def train_step(run, obs_id):
-    """A step of the algorithm on the images obs_id [B]. Returns: the statistics to keep"""
+    """A step of the algorithm on the images obs_id [B]. Returns: the statistics to record"""
     loss, statistics = get_loss(run, obs_id)
     update(run.optimizer, loss)
     return statistics
 
 
 def get_steps(run):
-    """The two steps, to be called without arguments and with obs_id; on a GPU replayed as CUDA graphs"""
+    """The pretraining step, called without arguments, and the training step, called with obs_id; CUDA graphs on a GPU"""
     steps = functools.partial(pretrain_step, run), functools.partial(train_step, run)
     if run.device.type == "cuda" and run.args.compile:
         return [ReplayedStep(step) for step in steps]
@@ -166,7 +166,7 @@ def is_test_due(run):
 @torch.no_grad()
 def test(run, stop):
     """Estimates log p and KL(q || p) of the test images by importance sampling, in nats.
-    Training is not changed by it, nor anything recorded if a signal to stop arrives."""
+    It leaves training unchanged, and records nothing if a signal to stop arrives."""
     args, device, split = run.args, run.device, run.test_data
     log_p, kl = [], []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -201,7 +201,7 @@ def save(run, name="latest"):
 
 
 def save_if_due(run, clock):
-    """The milestone first: were the run killed in between, it would write it once more"""
+    """Writes the milestone first: a run killed between the two then writes it again when it resumes"""
     if run.iteration > 0 and is_milestone(run.iteration):
         save(run, run.iteration)
     if (run.iteration or run.pretrain_iteration) % run.args.save_interval == 0 or clock.is_due():
@@ -210,14 +210,14 @@ def save_if_due(run, clock):
 
 
 def save_missing_milestone(run):
-    """Of the iteration that a run resumes at: another version may have been killed before it wrote it"""
+    """Writes the milestone of the iteration at which a run resumes, if an older version was killed before it could"""
     iteration = run.iteration
     if iteration > 0 and is_milestone(iteration) and not util.get_checkpoint_path(run.path_base, iteration).exists():
         save(run, iteration)
 
 
 def is_complete(run):
-    """Whether nothing is left to do: a run may have been killed between its last step and its last test or save"""
+    """Whether nothing is left to do; a run may have been killed between its last step and its last test or save"""
     if run.iteration != run.args.num_iterations:
         return run.iteration > run.args.num_iterations
     try:
@@ -243,8 +243,8 @@ def show(run, bar, curves):
 
 
 def train(run, stop, curves):
-    """Takes steps until the run is complete or a signal arrives. Each state between
-    two steps is one that a run can resume from."""
+    """Takes steps until the run is complete or a signal arrives. A run can resume from the
+    state between any two steps."""
     args, clock = run.args, SaveClock(run.args.save_minutes)
     pretrain, step = get_steps(run)
     total, done = args.pretrain_iterations + args.num_iterations, run.pretrain_iteration + run.iteration
@@ -299,7 +299,7 @@ def main(argv=None):
 
 
 def load_data(args):
-    """The data set. Raises: UserError if it does not fit the arguments"""
+    """Loads the data set. Raises: UserError if it does not fit the arguments"""
     dataset = data.load(args.data_location, args.small_dataset, args.dataset_size)
     if args.condition_on_alphabet and dataset.num_alphabets < 2:
         raise UserError(f"--condition-on-alphabet: {args.data_location} has no alphabets to tell apart")
@@ -315,9 +315,9 @@ def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     add, positive, natural = parser.add, util.in_range(int, 1), util.in_range(int, 0)
     parser.start_group("run")
-    add("--test-run", "shrink everything, to try the whole path in under two minutes", action="store_true")
+    add("--test-run", "shrink everything, to try out a whole run in under two minutes", action="store_true")
     add("--cuda", "use a GPU", action="store_true")
-    add("--name", "name of the run's folder in save/ (default: made of the settings)", type=util.to_run_name)
+    add("--name", "name of the run's folder in save/ (default: derived from the settings)", type=util.to_run_name)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1))
     add(
         "--compile",
@@ -355,7 +355,7 @@ def add_model_arguments(parser):
     parser.start_group("model")
     add, share, size = parser.add, util.in_range(float, 0, 1), util.in_range(int, 1, 10**5)
     add("--likelihood", "of an image given a drawing: " + ", ".join(models.LIKELIHOODS), choices=models.LIKELIHOODS)
-    add("--condition-on-alphabet", "give prior and inference network the alphabet", action="store_true")
+    add("--condition-on-alphabet", "condition the prior and the inference network on the alphabet", action="store_true")
     add("--num-arcs", "strokes per character, including the invisible first one", type=util.in_range(int, 1, 1000))
     add("--num-primitives", "strokes in the library", type=util.in_range(int, 1, 16383))
     add(
@@ -380,7 +380,7 @@ def parse_args(argv=None):
         for name, limit in util.get_test_run_limits(args.likelihood).items():
             value = getattr(args, name)
             setattr(args, name, limit if value is None else min(value, limit))
-    if args.compile is None:  # whatever the number of iterations, which changes no bits
+    if args.compile is None:  # regardless of the number of iterations, which changes no bits
         args.compile = not args.test_run
     if args.algorithm == "vimco" and args.num_particles < 2:
         raise UserError("--algorithm vimco needs --num-particles of at least 2")
@@ -388,10 +388,10 @@ def parse_args(argv=None):
         raise UserError("--q-uniform-mixture 1 leaves the inference network nothing to learn; give less")
     if args.initial_max_curve > 0.5 and not args.big_arcs:
         raise UserError(
-            f"--initial-max-curve {args.initial_max_curve} is too much without --big-arcs; give at most 0.5"
+            f"--initial-max-curve {args.initial_max_curve} is too large without --big-arcs; give at most 0.5"
         )
     if args.small_dataset and args.dataset_size is not None:
-        raise UserError("--small-dataset and --dataset-size exclude each other; give one")
+        raise UserError("--small-dataset and --dataset-size are mutually exclusive; give one")
     return args
 
 

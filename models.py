@@ -30,7 +30,7 @@ NUM_LEARNED_MAPS = 40
 class GenerativeModel(nn.Module):
     """p(z) p(x|z): a prior over programs, a library of strokes, a renderer, a likelihood.
 
-    Args: as on main.py's command line; num_alphabets (L): 0 if not conditional
+    Args: as on main.py's command line; num_alphabets (L): 0 if unconditional
     Raises: ValueError if initial_max_curve > 1/2 (without big_arcs), if the likelihood is unknown
     """
 
@@ -71,19 +71,19 @@ class GenerativeModel(nn.Module):
         return torch.cat([dxdy, torch.stack([theta, self.pre_sharpness, width], 1)], 1)
 
     def get_rendering_params(self):
-        """[2]: scale and bias of the ink"""
+        """[2]: scale and bias of the ink's logit"""
         scale, bias = self.pre_rendering_params
         return torch.stack([F.softplus(scale), bias])
 
     def get_arcs(self, latent):
-        """latent [..., A, 2] -> arcs [..., A, 7]: each starts where the one before ended"""
+        """latent [..., A, 2] -> arcs [..., A, 7]; each starts where the previous one ended"""
         primitives = look_up(self.get_primitives(), latent[..., 0])  # [..., A, 5]
         end = 0.5 + primitives[..., :2].cumsum(-2)
         start = F.pad(end[..., :-1, :], (0, 0, 1, 0), value=0.5)
         return torch.cat([start, primitives], -1)
 
     def get_logits(self, latent, num_rows=None, num_cols=None):
-        """latent [..., A, 2] -> logits of ink [..., R, C], at the model's resolution or another"""
+        """latent [..., A, 2] -> logits of ink [..., R, C], at the model's resolution or a given one"""
         flat = latent.reshape(-1, *latent.shape[-2:])  # [N, A, 2]
         num_rows, num_cols = num_rows or self.num_rows, num_cols or self.num_cols
         logits = rendering.get_logits(
@@ -103,11 +103,11 @@ class GenerativeModel(nn.Module):
         return self.get_likelihood().log_prob(logits, obs.index_select(0, obs_id)).view(num_particles, batch_size)
 
     def get_likelihood(self):
-        """Of an image, given the logits of a drawing: Bernoulli or AffineMixture"""
+        """The distribution of an image given the logits of its drawing: Bernoulli or AffineMixture"""
         return likelihoods.AffineMixture(self.theta_affine) if self.has_maps() else likelihoods.Bernoulli()
 
     def has_maps(self):
-        """Whether an image is a drawing seen through one of a number of affine maps, `theta_affine` [T, 2, 3]"""
+        """Whether images are drawings seen through one of T affine maps, `theta_affine` [T, 2, 3]"""
         return self.likelihood != "bernoulli"
 
     @torch.no_grad()
@@ -120,31 +120,31 @@ class GenerativeModel(nn.Module):
 
         Args: latent [P, B, A, 2]; obs [B, R, C]; alphabet [B, L] one-hot (conditional models only)
         Returns: log_prior [P, B], log_likelihood [P, B]
-        Raises: ValueError if a conditional model gets no alphabet, or another one gets one
+        Raises: ValueError if a conditional model gets no alphabet, or an unconditional one does
         """
         return self.log_prior(latent, alphabet), self.log_likelihood(latent, obs)
 
     @torch.no_grad()
     def sample(self, num_samples, alphabet=None):
         """Draws characters: latent [S, A, 2] and obs [S, R, C]. A conditional model
-        draws alphabets uniformly, or takes alphabet [S, L], one draw for each row."""
+        samples alphabets uniformly unless alphabet [S, L] is given, one row per sample."""
         latent = self.sample_latent(num_samples, alphabet)  # [S, A, 2]
         return latent, self.get_likelihood().sample(self.get_logits(latent))
 
     @torch.no_grad()
     def sample_latent(self, num_samples, alphabet=None):
-        """As `sample`, programs only: [S, A, 2]"""
+        """As `sample`, but only the programs: [S, A, 2]"""
         if alphabet is None and self.num_alphabets:
             alphabet = self.sample_alphabet(num_samples)
         return self.prior.sample(1, self._get_context(num_samples, alphabet))[0]
 
     def resample(self, latent, chosen, temperature, alphabet=None):
-        """Redraws the primitives of some strokes from the prior, at a temperature: latent [N, A, 2], chosen [N, A]
+        """Resamples the primitives of chosen strokes from the prior at a temperature: latent [N, A, 2], chosen [N, A]
         bool, alphabet [N, L] one-hot -> [N, A, 2]"""
         return self.prior.resample(latent, self._get_context(len(latent), alphabet), chosen, temperature)
 
     def sample_alphabet(self, num_samples):
-        """Uniform alphabets, one-hot: [S, L]"""
+        """Samples alphabets uniformly, one-hot: [S, L]"""
         device = self.pre_theta.device
         alphabet_id = torch.randint(self.num_alphabets, (num_samples,), device=device)
         return F.one_hot(alphabet_id, self.num_alphabets).to(self.pre_theta.dtype)
@@ -154,7 +154,7 @@ class GenerativeModel(nn.Module):
 
 
 def _prepend_alphabet(context, alphabet, num_alphabets):
-    """The alphabet goes before the rest of a decoder's context: [B, L + ...]"""
+    """Puts the alphabet in front of the rest of a decoder's context: [B, L + ...]"""
     if (alphabet is not None) != (num_alphabets > 0):
         raise ValueError(
             "a conditional model needs alphabets"
@@ -172,9 +172,9 @@ def _prepend_alphabet(context, alphabet, num_alphabets):
 
 
 class InferenceNetwork(nn.Module):
-    """q(z|x): a convolutional network reads the image, a decoder writes the program.
+    """q(z|x): a convolutional network encodes the image, an autoregressive decoder gives the program.
 
-    Raises: ValueError if images are not 28 x 28, which the convolutions are made for
+    Raises: ValueError if images are not 28 x 28, the size that the convolutions are made for
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class InferenceNetwork(nn.Module):
         return F.max_pool2d(x, 2, 2).flatten(1)  # [B, E]
 
     def get_context(self, obs, alphabet=None):
-        """What the decoder is told of each image: [B, L + E]"""
+        """The decoder's context for each image: [B, L + E]"""
         return _prepend_alphabet(self.embed(obs), alphabet, self.num_alphabets)
 
     def sample(self, obs, num_particles, alphabet=None):
@@ -213,8 +213,8 @@ class InferenceNetwork(nn.Module):
 
 
 class LookupInferenceNetwork(nn.Module):
-    """q(z|i): a program for each of N images, known by its index. Takes obs_id [B]
-    (integers below N) where InferenceNetwork takes obs. For evaluation only."""
+    """q(z|i): a separate distribution over programs for each of N images. Takes obs_id [B]
+    (integers below N) where InferenceNetwork takes obs. Used for evaluation only."""
 
     def __init__(
         self, num_data, num_primitives=64, lstm_hidden_size=128, num_arcs=10, uniform_mixture=0.0, num_alphabets=0
@@ -224,7 +224,7 @@ class LookupInferenceNetwork(nn.Module):
         self.decoder = Decoder(num_primitives, num_arcs, lstm_hidden_size, num_alphabets + num_data, uniform_mixture)
 
     def get_context(self, obs_id, alphabet=None):
-        """What the decoder is told of each image: [B, L + N]"""
+        """The decoder's context for each image: [B, L + N]"""
         one_hot = F.one_hot(obs_id, self.num_data).to(self.decoder.linear.weight.dtype)
         return _prepend_alphabet(one_hot, alphabet, self.num_alphabets)
 
@@ -241,7 +241,7 @@ class LookupInferenceNetwork(nn.Module):
 
 
 def build(args, num_alphabets, device="cpu"):
-    """The models of a run, freshly initialised from torch's global random state.
+    """Builds the models of a run, initialised from torch's global random state.
 
     Args: args: a namespace with main.py's model arguments; num_alphabets: of the
         data, used if args.condition_on_alphabet
@@ -267,10 +267,10 @@ def build(args, num_alphabets, device="cpu"):
 
 
 def from_checkpoint(checkpoint, device="cpu"):
-    """The models of a checkpoint of main.py, as `util.load_checkpoint` reads it.
+    """Builds the models of a checkpoint of main.py, a dict from `util.load_checkpoint`.
 
     Returns: GenerativeModel, InferenceNetwork, on the device
-    Raises: UserError if what is in it does not fit together
+    Raises: UserError if its contents are inconsistent
     """
     try:
         built = build(argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"], device)

@@ -1,10 +1,10 @@
-"""Adam as all training here uses it, on a CPU and in CUDA graphs."""
+"""Adam, as used by all training here, on a CPU and in CUDA graphs."""
 
 import torch
 
 
 def get_optimizer(generative_model, inference_network, prior_lr_factor, lr=1e-3):
-    """Adam for both models, the prior's parameters at prior_lr_factor times the others' rate"""
+    """Adam for both models; the prior's learning rate is prior_lr_factor times that of the rest"""
     prior = list(generative_model.prior.parameters())
     others = [p for name, p in generative_model.named_parameters() if not name.startswith("prior.")]
     others += inference_network.parameters()
@@ -13,20 +13,20 @@ def get_optimizer(generative_model, inference_network, prior_lr_factor, lr=1e-3)
 
 
 def get_adam(groups, device, lr=1e-3):
-    """Adam for parameters or groups of them; on a GPU, the kind that a CUDA graph can record"""
-    on_gpu = device.type == "cuda"  # torch has these for few devices
+    """Adam for parameters or groups of them; on a GPU, fused and capturable by CUDA graphs"""
+    on_gpu = device.type == "cuda"  # other devices lack these
     return torch.optim.Adam(groups, lr=lr, fused=on_gpu, capturable=on_gpu)
 
 
 def load_optimizer(optimizer, state):
-    """Takes an optimiser's state, which may have been on another device"""
+    """Restores an optimiser's state, which may come from another device"""
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         saved.update(fused=group["fused"], capturable=group["capturable"])
     optimizer.load_state_dict(state)
 
 
 def update(optimizer, loss):
-    """A step of the optimiser down the gradient of the loss"""
+    """Takes one optimiser step on the loss"""
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -1,5 +1,5 @@
-"""save/index.html: one row for each run with its progress, log p and thumbnails that link to the PDFs. One file without
-a library, apart from the animations, which it shows where they lie."""
+"""save/index.html: a row for each run, with its progress, log p, and thumbnails that link to the PDFs. The page needs no
+library and contains everything but the animations, which it links."""
 
 import base64
 import html
@@ -61,7 +61,7 @@ def get_thumbnail_path(name, kind):
 
 
 def get_newest(name, kind, suffix):
-    """The file that a thumbnail stands for, of the newest checkpoint, or None"""
+    """The newest checkpoint's file that a thumbnail represents, or None"""
     folder = util.SAVE / name
     if kind == "losses":
         return folder / "losses.pdf" if (folder / "losses.pdf").exists() else None
@@ -74,7 +74,7 @@ def get_newest(name, kind, suffix):
 
 
 def describe(name):
-    """What a run's checkpoint says: its columns, name -> (text, key to sort by)"""
+    """The columns that a run's checkpoint tells, name -> (text, sort key)"""
     latest = util.get_checkpoint_path(name)
     if not latest.exists():
         return {"run": (name, name), "progress": ("its checkpoint lies elsewhere", "")}
@@ -101,7 +101,7 @@ def describe(name):
 
 
 def get_command(name):
-    """That a run was started with, as far as its checkpoint tells"""
+    """The command that started a run, as far as its checkpoint tells"""
     try:
         args = checkpoints.load(util.get_checkpoint_path(name))["args"]
     except UserError:
@@ -114,7 +114,7 @@ def get_command(name):
 
 
 def get_picture(name, kind):
-    """A thumbnail that links to its PDF, and the animation, as HTML; "" if there is none"""
+    """HTML of a thumbnail that links to its PDF, and of the animation; "" if there is none"""
     pdf, thumbnail, cell = get_newest(name, kind, ".pdf"), get_thumbnail_path(name, kind), ""
     if pdf is not None and thumbnail.exists():
         picture = base64.b64encode(thumbnail.read_bytes()).decode()
@@ -134,7 +134,7 @@ def get_link(path):
 
 
 def get_table(names):
-    """The HTML table of runs; columns that no run has anything in are left out"""
+    """The HTML table of runs, without columns that would be empty"""
     described = {name: describe(name) for name in names}
     pictures = {name: {kind: get_picture(name, kind) for kind in KINDS} for name in names}
     columns = [c for c in ["run", "saved", "data", "progress", "last losses", "log p"]

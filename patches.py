@@ -1,11 +1,11 @@
 """The first two layers of the inference network: on a CPU, each distinct patch of a batch is convolved once.
 
 After the first convolution and its pooling, a position depends on 5 x 5 pixels. Pixels are
-ink or paper and characters are lines, so a batch holds few different such patches, one for
-about eight positions. The second convolution multiplies each of them by its nine taps, and
-a position then only adds up the products of its neighbourhood. Values and gradients are
-those of the convolutions, at a fraction of the multiplications. A GPU multiplies faster
-than it looks things up.
+binary and characters consist of lines, so a batch holds few distinct patches: about one for
+every eight positions. The second convolution multiplies each patch by its nine taps once, and
+each position only adds up the products in its neighbourhood. Values and gradients equal those
+of the convolutions, with a fraction of the multiplications. On a GPU multiplying is faster
+than looking things up, so it uses the convolutions.
 """
 
 import torch
@@ -35,7 +35,7 @@ def can_share(obs):
 
 
 def _convolve_each(obs, conv0, conv1):
-    # Pooling first gives the same values and gradients, and leaves relu little to do.
+    # Pooling first gives the same values and gradients, and leaves less for relu to do.
     if gpu.uses_kernels(obs):
         x = gpu.Convolve.apply(obs, conv0.weight, conv0.bias)  # [B, C, 14, 14]
     else:
@@ -57,7 +57,7 @@ def _convolve_shared(obs, conv0, conv1):
 
 
 def get_codes(obs):
-    """The 5 x 5 pixels that each position depends on, a bit a pixel: [B, 28, 28] -> [B, 14, 14]"""
+    """The 5 x 5 pixels that each position depends on, one bit per pixel: [B, 28, 28] -> [B, 14, 14]"""
     ink = F.pad(obs, (2, 1, 2, 1)).int()  # [B, 31, 31]
     rows = sum(ink[:, :, i : i + 2 * SIZE - 1 : 2] << i for i in range(5))  # [B, 31, 14]
     return sum(rows[:, i : i + 2 * SIZE - 1 : 2] << 5 * i for i in range(5))
@@ -72,7 +72,7 @@ def _convolve_patches(codes, conv0):
 
 
 class _SumOfProducts(torch.autograd.Function):
-    """The second convolution, of which a position's row is the sum of nine products.
+    """The second convolution: each position's row is the sum of nine products.
 
     Args: x [N, C], patches; taps [9, C, D]; key [B, 14, 14], each position's patch;
         order [B * 14 * 14], positions sorted by patch; counts [N], positions with a patch
@@ -85,17 +85,17 @@ class _SumOfProducts(torch.autograd.Function):
         num_patches, num_channels = len(x), taps.shape[2]
         products = x.new_empty(num_patches + 1, 9 * num_channels)
         torch.mm(x, taps.transpose(0, 1).flatten(1), out=products[:-1])
-        products[-1] = 0  # what lies outside
+        products[-1] = 0  # padding, outside the image
         patch = F.pad(key.int(), (1, 1, 1, 1), value=num_patches)  # [B, 16, 16]
         rows = 9 * _get_neighbours(patch) + torch.arange(9, dtype=torch.int)  # [B * 14 * 14, 9]
         return F.embedding_bag(rows, products.view(-1, num_channels), mode="sum")
 
     @staticmethod
     def backward(ctx, grad):
-        """A product's gradient is summed over the positions that it was added to: for a tap, the
-        neighbours, on the tap's other side, of the positions with its patch."""
+        """A product's gradient is summed over the positions it was added to: for each tap, the
+        neighbours on the tap's opposite side of all positions with that patch."""
         x, taps, order, counts = ctx.saved_tensors
-        nowhere = SIZE**2 - 1  # an image's last position: the pooling leaves it out, so that its gradient is 0
+        nowhere = SIZE**2 - 1  # an image's last position: pooling ignores it, so its gradient is 0
         position = torch.arange(len(grad), dtype=torch.int).view(-1, SIZE, SIZE)
         position = F.pad(position, (1, 1, 1, 1), value=nowhere)  # [B, 16, 16]
         rows = _get_neighbours(position).flip(1)[order].t().flatten()  # [9 * B * 14 * 14]

@@ -1,4 +1,4 @@
-"""Reads programs off images that a model was not trained on, and writes new examples of them."""
+"""Infers programs of images that a model was not trained on, and generates new examples of them."""
 
 import math
 import pathlib
@@ -14,16 +14,16 @@ import rendering
 import search
 from util import UserError, show_progress, warn
 
-BATCH_SIZE = 50  # images that are searched for together
-COMPILING_PAYS = 20_000  # latents to score
+BATCH_SIZE = 50  # images searched together
+COMPILING_PAYS = 20_000  # latents scored at a time
 
 
 class Characters(NamedTuple):
-    """Characters found in image files, N of them"""
+    """N characters found in image files"""
 
     obs: torch.Tensor  # [N, 28, 28]
-    names: list  # of what is written for each
-    files: list  # that they are from
+    names: list  # names of the files written for each
+    files: list  # names of the files they are from
 
 
 class Programs(NamedTuple):
@@ -35,8 +35,8 @@ class Programs(NamedTuple):
 
 
 def read_characters(paths, as_is=False):
-    """The characters in image files, prepared (images.find_characters) or as they are. Files that cannot be read
-    are named in a warning. Raises: UserError if nothing is left"""
+    """Reads characters from image files, prepared (images.find_characters) or as they are. Warns about files that
+    cannot be read. Raises: UserError if nothing is left"""
     found, files = [], []
     for path in paths:
         try:
@@ -61,7 +61,7 @@ def read_characters(paths, as_is=False):
 
 @torch.no_grad()
 def infer(generative_model, inference_network, obs, alphabet, num_particles):
-    """Programs that the inference network proposes for images, scored.
+    """Samples programs from the inference network, and scores them.
 
     Args: obs [B, R, C]; alphabet [B, L] one-hot or None
     Returns: latent [P, B, A, 2]; log_joint [P, B], log p(z, x) in nats
@@ -73,8 +73,8 @@ def infer(generative_model, inference_network, obs, alphabet, num_particles):
 def find_programs(
     generative_model, inference_network, obs, num_particles=1000, num_best=200, num_rounds=400, num_mutants=200, alphabet=None
 ):  # fmt: skip
-    """The best programs of images [N, R, C]: the network's proposals, then improved by search. A conditional model
-    without an alphabet [N, L] tries all alphabets and stays with the one of the best proposal.
+    """Finds the best programs of images [N, R, C]: the network's proposals, improved by search. A conditional model
+    that is given no alphabet [N, L] tries them all and keeps that of the best proposal.
 
     Returns: Programs
     """
@@ -106,7 +106,7 @@ def find_programs(
 
 
 def guess_alphabets(generative_model, inference_network, obs, num_particles):
-    """One-hot alphabets [B, L] under which the network's best proposal for each image is most probable"""
+    """The alphabet under which each image's best proposal is most probable, one-hot [B, L]"""
     one_hot = torch.eye(generative_model.num_alphabets)
     num_particles = math.ceil(num_particles / len(one_hot))
     scores = [
@@ -118,8 +118,8 @@ def guess_alphabets(generative_model, inference_network, obs, num_particles):
 
 @torch.no_grad()
 def draw_examples(generative_model, programs, num_examples, resolution, temperature=None):
-    """New examples of characters: programs drawn from the posterior (the best ones, by their weights), seen through
-    random maps and, at a temperature, with about a third of their strokes redrawn from the prior.
+    """Draws new examples of characters: programs sampled from the posterior (the best ones, by their weights), seen
+    through random maps and, with a temperature, with about a third of their strokes resampled from the prior.
 
     Returns: probabilities of ink [N, E, R, R]
     """

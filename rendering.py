@@ -2,8 +2,8 @@
 
 Two functions take nearly all the time of a training step, and both live here:
 `get_logits` draws arcs, `affine_log_prob` scores images under a mixture over
-affine maps of the drawing. Both are plain tensor code that works in float32
-and float64, with and without gradients, and on a GPU Triton kernels (gpu.py).
+affine maps of the drawing. Both are plain tensor code that works in float32 and
+float64, with and without gradients; on a GPU they become Triton kernels (gpu.py).
 """
 
 import math
@@ -17,7 +17,7 @@ import kernels
 from gpu import LOG_PAPER
 from util import warn
 
-BLOCK = 16  # images that are scored side by side: a register's width of floats
+BLOCK = 16  # images scored side by side: as many floats as fit a register
 MAPS_AT_ONCE = 40
 
 # ------------------------------------------------------------------ arcs
@@ -31,7 +31,7 @@ def _norm(x, y):
 
 
 def get_arc_constants(arcs):
-    """What `get_exponent` needs of an arc, computed once per arc, not per pixel:
+    """What `get_exponent` needs to know of an arc, computed per arc rather than per pixel:
     arcs [..., 7] -> [..., 10]"""
     x_start, y_start, dx, dy, theta, sharpness, width = arcs.unbind(-1)
     constants = [
@@ -50,20 +50,20 @@ def get_arc_constants(arcs):
 
 
 def get_squared_distance(x, y, dx, dy, sin, cos, chord, squared_chord):
-    """Squared distance of points to an arc, where points are given relative to
-    the middle of the arc's chord. All arguments broadcast.
+    """Squared distance of points to an arc, given relative to the middle of the
+    arc's chord. All arguments broadcast.
 
-    The part of a circle over the chord (dx, dy) of length `chord`; sin and cos are of
-    theta, half its angle, signed. The circle's centre, which the textbook formula goes
-    through, runs off to infinity as the arc gets straight; this form never needs it (the
-    distance to the circle is rationalised), and the values and gradients are finite for
-    any theta in [-pi, pi] and any chord, a single point included.
+    The arc is the part of a circle over the chord (dx, dy) of length `chord`; sin and cos
+    are those of theta, half its signed angle. The textbook formula uses the circle's centre,
+    which runs off to infinity as the arc straightens. This form avoids it by rationalising
+    the distance to the circle, so values and gradients are finite for any theta in
+    [-pi, pi] and any chord, even one of length zero.
     """
     squared = x * x + y * y
     along = (x * dx + y * dy).abs()
     across = x * dy - y * dx
     # Strictly on the arc's side: for a chord of length 0 both sides agree, and
-    # only the other one is 0/0-free. NaN is on the arc's side, which it makes NaN.
+    # only the other one is free of 0/0. NaN counts as the arc's side, and so propagates.
     away = cos * (squared_chord / 2 - along) - sin * across <= 0
     numerator = (squared - squared_chord / 4) * sin - cos * across
     denominator = _norm(x * sin - cos / 2 * dy, y * sin + cos / 2 * dx) + chord / 2
@@ -74,13 +74,13 @@ def get_squared_distance(x, y, dx, dy, sin, cos, chord, squared_chord):
 
 
 def get_exponent(x, y, constants):
-    """Log of an arc's ink at points, before it is clipped: x, y broadcast against the ten constants"""
+    """Log of an arc's ink at points, before clipping: x, y broadcast against the ten constants"""
     x_middle, y_middle, *shape, squared_sharpness, squared_width = constants
     return squared_sharpness * (squared_width - get_squared_distance(x - x_middle, y - y_middle, *shape))
 
 
 def get_pixel_centres(num_rows, num_cols, like):
-    """x [R * C] and y [R * C] of the pixels: the unit square, y upwards."""
+    """x [R * C] and y [R * C] of the pixels in the unit square, y upwards."""
     options = dict(dtype=like.dtype, device=like.device)
     x = torch.arange(num_cols, **options) / max(num_cols - 1, 1)
     y = 1 - torch.arange(num_rows, **options) / max(num_rows - 1, 1)
@@ -88,10 +88,10 @@ def get_pixel_centres(num_rows, num_cols, like):
 
 
 def _draw(constants, on, x, y, rendering_params):
-    """Logits of ink, and the arc that each pixel's is of: no gradients, the fast way.
+    """Logits of ink, and the arc that each pixel's ink belongs to; fast, without gradients.
 
     Args: constants [B, A, 10]; on [B, A], bool; x, y [R * C]; rendering_params [2]
-    Returns: logits [B, R * C]; arc_id [B, R * C], of an arc that is off where none is on
+    Returns: logits [B, R * C]; arc_id [B, R * C], an arc that is off where none is on
     """
     exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, A, R * C]
     exponent, arc_id = exponent.masked_fill(~on.unsqueeze(-1), -math.inf).max(1)
@@ -106,9 +106,9 @@ def _get_ink_logits(exponent, on, rendering_params):
 
 
 def _differentiate_draw(strongest, on, grad, rendering_params, x, y):
-    """The backward pass of _draw, through the arc that a pixel is of.
+    """The backward pass of _draw, through the arc that each pixel belongs to.
 
-    Args: strongest [B, 10, R * C], that arc's constants; on [B, R * C]; grad [B, R * C], of the
+    Args: strongest [B, 10, R * C], the constants of that arc; on [B, R * C]; grad [B, R * C], of the
         logits; rendering_params [B, 2]
     Returns: the gradients of strongest and of rendering_params
     """
@@ -147,14 +147,14 @@ def _differentiate_arcs(constants, on, arc_id, grad, x, y, rendering_params):
     strongest = constants.transpose(1, 2).gather(2, arc_id)  # [B, 10, R * C]
     params = rendering_params.expand(len(on), -1)  # [B, 2]
     grad_strongest, grad_params = kernels.run(_differentiate_draw, 0, (strongest, on, grad, params), (x, y))
-    grad_constants = torch.bmm(grad_strongest, is_of_arc)  # [B, 10, A], always in the same order
+    grad_constants = torch.bmm(grad_strongest, is_of_arc)  # [B, 10, A], summed in a fixed order
     return grad_constants.transpose(1, 2), grad_params.sum(0)
 
 
 def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
-    """Draws arcs: the logits of a pixel being ink.
+    """Draws arcs: the logit of each pixel being ink.
 
-    A pixel's ink is that of one arc, the strongest, so gradients flow through one arc per pixel.
+    Each pixel takes its ink from the strongest arc alone, so gradients flow through one arc per pixel.
 
     Args:
         arcs [B, A, 7]: (x_start, y_start, dx, dy, theta, sharpness, width)
@@ -166,7 +166,7 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     if gpu.uses_kernels(arcs):
         logits = gpu.DrawArcs.apply(arcs, on_offs != 0, rendering_params, num_rows, num_cols)  # [B, R * C]
         return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
-    if kernels.compiled and len(arcs) == 1:  # a batch of one would be compiled apart
+    if kernels.compiled and len(arcs) == 1:  # a batch of one would be compiled separately
         return get_logits(*(torch.cat([x, x]) for x in (arcs, on_offs)), rendering_params, num_rows, num_cols)[:1]
     x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
     constants = get_arc_constants(arcs)  # [B, A, 10]
@@ -179,7 +179,7 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
 
 def get_fixed_maps():
     """The 3^7 = 2187 maps of the `affine` likelihood, [2187, 2, 3]: shear, then
-    rotation, scaling and translation, each of the seven numbers in its three values."""
+    rotation, scaling and translation, with three values for each of the seven numbers."""
     angle, scale, shift = [-0.1 * math.pi, 0.0, 0.1 * math.pi], [0.9, 1.0, 1.1], [-0.2, 0.0, 0.2]
     tx, ty, sx, sy, rotation, shear_x, shear_y = torch.cartesian_prod(
         *[torch.tensor(values) for values in [shift, shift, scale, scale, angle, angle, angle]]
@@ -199,10 +199,10 @@ def get_fixed_maps():
 
 
 def apply_maps(probs, maps):
-    """Images seen through affine maps, one map per image, bilinearly, 0 outside.
+    """Images seen through affine maps, one per image, with bilinear sampling and zeros outside.
 
     Args: probs [N, R, C]; maps [N, 2, 3]
-    Returns: [N, R, C], clamped to where a logarithm is finite
+    Returns: [N, R, C], clamped so that logarithms are finite
     """
     grid = F.affine_grid(maps, (len(maps), 1, *probs.shape[1:]), align_corners=True)
     sampled = F.grid_sample(probs.unsqueeze(1), grid, align_corners=True).squeeze(1)
@@ -215,14 +215,14 @@ def _clamp(probs):
 
 
 def get_taps(maps, num_rows, num_cols):
-    """Bilinear sampling written out: which four pixels a map's pixels are made of.
+    """Bilinear sampling written out: the four source pixels of each of a map's pixels.
 
     Args: maps [T, 2, 3]
     Returns: index [4, T, R * C] into the R * C pixels; weight, the same shape,
-        0 where the tap lies outside of the image
+        0 where the tap lies outside the image
     """
     grid = F.affine_grid(maps, (len(maps), 1, num_rows, num_cols), align_corners=True)
-    # Positions far outside weigh nothing, wherever they are; clamped, they stay integers.
+    # Positions far outside have no weight wherever they are; clamping keeps them valid integers.
     x = ((grid[..., 0] + 1) / 2 * (num_cols - 1)).flatten(1).clamp(-2, num_cols + 1)
     y = ((grid[..., 1] + 1) / 2 * (num_rows - 1)).flatten(1).clamp(-2, num_rows + 1)  # [T, R * C]
     index, weight = [], []
@@ -232,16 +232,16 @@ def get_taps(maps, num_rows, num_cols):
             inside = (row >= 0) & (row < num_rows) & (col >= 0) & (col < num_cols)
             weight.append((1 - (x - col).abs()) * (1 - (y - row).abs()) * inside)
             row, col = row.clamp(0, num_rows - 1), col.clamp(0, num_cols - 1)
-            index.append((row * num_cols + col).nan_to_num().long())  # NaN stays in the weight
+            index.append((row * num_cols + col).nan_to_num().long())  # NaN remains in the weight
     return torch.stack(index), torch.stack(weight)
 
 
 def _log_prob_by_map(probs, paper, index, weight):
-    """log p(x | map) of every image under every map: no gradients, the fast way.
+    """log p(x | map) of every image under every map; fast, without gradients.
 
-    Images lie in blocks of 16 columns, their pixels in rows, so that a bilinear tap
-    is a contiguous row times a number, and a block stays in the cache for all maps.
-    Four pixels' probabilities, at least eps^4, which float32 holds, share a logarithm.
+    Images are columns of blocks of 16, pixels are rows, so that a bilinear tap is a
+    contiguous row times a number, and a block stays in the cache for all maps. Four pixels
+    share a logarithm: the product of their probabilities is at least eps^4, which float32 holds.
 
     Args: probs, paper (1 - obs) [blocks, pixels, 16]; index, weight [4, T, 4, pixels / 4]
     Returns: [blocks, T, 16]
@@ -269,7 +269,7 @@ def _differentiate_by_map(probs, paper, grad, index, weight):
     Returns: the gradients of the sampled probabilities [T, pixels, N] and of weight
     """
     q = _sample_taps(lambda i: probs[i], index, weight)  # [T, pixels, N]
-    signed = q - paper  # its absolute value is the probability of what is seen
+    signed = q - paper  # its absolute value is the probability of the observed pixel
     inside = signed.abs() == _clamp(signed.abs())
     grad_q = torch.where(inside, grad.unsqueeze(1) / torch.where(inside, signed, 1.0), 0.0)
     grad_weight = [(grad_q * probs[index[tap]]).sum(-1) for tap in range(4)]
@@ -283,7 +283,7 @@ class _ScoreMaps(torch.autograd.Function):
     def forward(ctx, probs, paper, index, weight):
         ctx.save_for_backward(probs, paper, index, weight)
         num_images, num_pixels = probs.shape
-        rest = -num_pixels % 4  # pixels that are surely paper, and are
+        rest = -num_pixels % 4  # padding: pixels that are certainly paper, and observed as paper
         blocks = [_make_blocks(probs, rest, 0.0), _make_blocks(paper, rest, 1.0)]
         size = kernels.get_chunk_size(probs.device) // BLOCK
         quarters = [F.pad(x, (0, rest)).unflatten(2, (4, -1)).split(MAPS_AT_ONCE, 1) for x in (index, weight)]
@@ -312,7 +312,7 @@ def _differentiate_maps(probs, paper, grad, index, weight):
 
 
 def _make_blocks(images, rest, value):
-    """[N, pixels] -> [blocks, pixels + rest, 16], at least two blocks, filled up with a value"""
+    """[N, pixels] -> [blocks, pixels + rest, 16], at least two blocks, padded with a value"""
     num_blocks = max(math.ceil(len(images) / BLOCK), 2)
     padding = (0, rest, 0, num_blocks * BLOCK - len(images))
     images = F.pad(images, padding, value=value) if any(padding) else images
@@ -320,8 +320,8 @@ def _make_blocks(images, rest, value):
 
 
 def _sum_over_taps(grad_q, index, weight):
-    """Sends the gradient of sampled pixels back to where they were sampled from, always
-    in the same order: grad_q [T, pixels, N] -> [pixels, N]"""
+    """Sends the gradient of sampled pixels back to the pixels they were sampled from, in a
+    fixed order: grad_q [T, pixels, N] -> [pixels, N]"""
     num_maps, num_pixels, _ = grad_q.shape
     target, order = index.flatten().sort(stable=True)
     first = torch.searchsorted(target, torch.arange(num_pixels, device=target.device))
@@ -339,7 +339,7 @@ def affine_log_prob(logits, obs, maps):
 
 
 def affine_log_prob_by_map(logits, obs, maps):
-    """log p(x | z, map) for each map, [N, T]; the arguments as for `affine_log_prob`"""
+    """log p(x | z, map) for each map, [N, T]; arguments as for `affine_log_prob`"""
     if kernels.compiled and len(logits) == 1:
         return affine_log_prob_by_map(*(torch.cat([x, x]) for x in (logits, obs)), maps)[:1]
     if gpu.uses_kernels(logits):
@@ -353,8 +353,8 @@ def affine_log_prob_by_map(logits, obs, maps):
 
 
 def set_compile(enabled, device="cpu"):
-    """Has the kernels compiled, for all batch sizes at once, or not: on a CPU by torch.compile, on
-    a GPU by Triton. Where that fails (there is no C++ compiler, say), one line warns of it."""
+    """Turns compilation of the kernels on or off, for all batch sizes at once: on a CPU with
+    torch.compile, on a GPU with Triton. If it fails (without a C++ compiler, say), warns in one line."""
     kernels.compiled.clear()
     gpu.set_kernels(enabled and gpu.is_gpu(device))
     if not enabled:
@@ -365,13 +365,13 @@ def set_compile(enabled, device="cpu"):
             return
         _compile_for_cpu()
     try:
-        # Any numbers, but no random ones: a run's random state is restored by now.
+        # Arbitrary numbers, but not random ones: the run's random state has been restored already.
         numbers = torch.linspace(0.1, 0.9, MAPS_AT_ONCE * 6, device=device)
         arcs, maps = numbers[:210].clone().view(3, 10, 7), numbers.view(MAPS_AT_ONCE, 2, 3)
         arcs.requires_grad_()
         logits = get_logits(arcs, torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)
         affine_log_prob(logits, torch.zeros_like(logits), maps).sum().backward()
-    except Exception as error:  # torch raises many kinds
+    except Exception as error:  # torch raises many types
         kernels.compiled.clear()
         gpu.set_kernels(False)
         reason = str(error).strip().split("\n")[0][:100]
@@ -379,10 +379,10 @@ def set_compile(enabled, device="cpu"):
 
 
 def _compile_for_cpu():
-    # Forces full fusion: inductor otherwise materialises what is read more than a few times.
+    # Force full fusion: inductor otherwise materialises whatever is read more than a few times.
     options = dict.fromkeys(
         ["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000
     )
     for kernel in [_draw, _log_prob_by_map, _differentiate_by_map]:
         kernels.compiled[kernel] = torch.compile(kernel, options=options)
-    kernels.compiled[_differentiate_draw] = torch.compile(_differentiate_draw)  # so fused, it would compile for minutes
+    kernels.compiled[_differentiate_draw] = torch.compile(_differentiate_draw)  # fully fused, it would take minutes to compile

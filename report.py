@@ -15,7 +15,7 @@ import score_table
 import util
 from util import UserError, warn
 
-ALGORITHMS = ["sleep", "rws", "vimco"]  # that train the network of an evaluation
+ALGORITHMS = ["sleep", "rws", "vimco"]  # that train an evaluation's network
 ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
 KEYS = {
     "args", "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
@@ -36,18 +36,18 @@ COMPARED = ["mode", "model", "images", "num_particles", "num_iterations", "batch
 
 
 class Run(NamedTuple):
-    """What is known of log p under one trained model, by evaluations that are comparable"""
+    """What is known about log p under one trained model, from comparable evaluations"""
 
-    name: str  # of its folder in save/
+    name: str  # name of its folder in save/
     settings: dict  # of its training
     iteration: int
-    estimates: dict  # of ESTIMATES, those that there are -> (mean over images, its standard error), nats
-    work: str  # images, particles and iterations of the evaluations, in words
-    seen: bool  # whether the images are the ones that the model was trained on
+    estimates: dict  # for each available one of ESTIMATES: (mean over images, its standard error), nats
+    work: str  # the evaluations' images, particles and iterations, in words
+    seen: bool  # whether the model was trained on these images
 
 
 def load_result(path):
-    """A file of eval_logp.py. Raises: UserError if it cannot be read, or is not whole"""
+    """Loads a result of eval_logp.py. Raises: UserError if it cannot be read or is not whole"""
     result = util.load_checkpoint(path, keys=KEYS)
     values, bound, latents = (result[key] for key in ("log_p_by_image", "enumeration_bound_by_image", "latents"))
     right = all(isinstance(x, torch.Tensor) and x.dim() == 1 and len(x) > 0 for x in (values, bound))
@@ -65,7 +65,7 @@ def load_result(path):
 
 
 def describe(path):
-    """A file of eval_logp.py in a sentence"""
+    """Describes a result of eval_logp.py in a sentence"""
     result = load_result(path)
     return (
         f"log p(x) = {result['log_p']:.2f} nats per image (standard error over {len(result['log_p_by_image'])} images"
@@ -75,7 +75,7 @@ def describe(path):
 
 
 def read_run(folder, mode):
-    """The evaluations of one run, or None; a warning for each that is damaged or left out"""
+    """Reads the evaluations of one run, or returns None; warns about each that is damaged or left out"""
     results = {}
     for algorithm in ALGORITHMS:
         path = folder / "logp" / f"{mode}_{algorithm}.pt"
@@ -89,7 +89,7 @@ def read_run(folder, mode):
     shown = choose_comparable(results)
     for algorithm in results.keys() - shown.keys():
         differences = describe_differences(results[algorithm]["settings"], next(iter(shown.values()))["settings"])
-        warn(f"{folder.name}: {mode}_{algorithm}.pt is left out, as its {differences}; eval_logp.py --force repeats it")
+        warn(f"{folder.name}: {mode}_{algorithm}.pt is left out: its {differences}; eval_logp.py --force repeats it")
     results, newest = shown, next(iter(shown.values()))
     estimates = {algorithm: (result["log_p"], result["standard_error"]) for algorithm, result in results.items()}
     estimates["best"] = max(estimates.values())
@@ -103,8 +103,8 @@ def read_run(folder, mode):
 
 
 def choose_comparable(results):
-    """Those evaluations of a run, algorithm -> result, that may stand in one row: of the same model, images and
-    settings. Of several such groups the one of the latest model, then of the most images, particles and iterations.
+    """Chooses the evaluations of a run (algorithm -> result) that may share a row: of the same model, images and
+    settings. Of several such groups, takes that of the latest model, then of the most images, particles and iterations.
     """
     groups = collections.defaultdict(dict)
     for algorithm, result in results.items():
@@ -120,13 +120,13 @@ def choose_comparable(results):
 
 
 def describe_differences(settings, shown):
-    """Of an evaluation that is left out from the ones shown, in words"""
+    """Describes in words how an omitted evaluation differs from those shown"""
     names = [name for name in COMPARED if settings[name] != shown[name]]
     return ", ".join(f"{name.replace('_', '-')} is {settings[name]}, not {shown[name]}" for name in names)
 
 
 def get_joint_bound(results):
-    """The enumeration bound of the latents that any of the evaluations of a model met: [N]"""
+    """The enumeration bound over the latents seen in any of a model's evaluations: [N]"""
     some_rows = []
     for result in results:
         latents = result["latents"]
@@ -136,7 +136,7 @@ def get_joint_bound(results):
 
 
 def get_standard_error(values):
-    """Of the mean; nan for a single value"""
+    """Standard error of the mean; NaN for a single value"""
     if len(values) < 2:
         return math.nan
     return (torch.tensor(values, dtype=torch.double).std() / math.sqrt(len(values))).item()
@@ -146,21 +146,21 @@ def get_standard_error(values):
 
 
 def get_name(run_name):
-    """A run's name without its seed, which its row shares with other seeds"""
+    """A run's name without its seed: that of the row it shares with other seeds"""
     return re.sub(r"_seed=\d+", "", run_name)
 
 
 def get_num_latents(run):
-    """Latents per image: for mws, proposals and memory"""
+    """Latents per image; for mws, proposals plus memory"""
     return run.settings["num_particles"] + run.settings["memory_size"]
 
 
 def get_rows(runs):
-    """A dict for each model, over its seeds, in the paper's order: the columns of the CSV file"""
+    """One dict of CSV columns per model, over its seeds, in the paper's order"""
     groups = collections.defaultdict(list)
     for run in runs:
         groups[get_name(run.name)].append(run)
-    for name, group in list(groups.items()):  # seeds that were evaluated by different work are no means of one thing
+    for name, group in list(groups.items()):  # seeds evaluated with different effort must not be averaged
         some = collections.Counter(run.work for run in group).most_common(1)[0][0]
         for run in [run for run in group if run.work != some]:
             warn(f"{run.name} is left out of its row: it was evaluated by {run.work}, the others by {some}")
@@ -170,13 +170,13 @@ def get_rows(runs):
 
 
 def get_order(name):
-    """The paper's models first; then numbers by their value: rws_3, rws_10"""
+    """A sort key: the paper's models first; numbers by value, as in rws_3, rws_10"""
     place = PAPER_MODELS.index(name) if name in PAPER_MODELS else len(PAPER_MODELS)
     return place, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def get_row(name, runs):
-    """The CSV file's columns for the runs of a model, which differ in the seed only; None where there is no value"""
+    """CSV columns for the runs of a model, which differ only in the seed; None where there is no value"""
     iterations = sorted({run.iteration for run in runs})
     row = {
         "model": name,
@@ -209,7 +209,7 @@ def print_table(rows):
         names = [row["model"] for row in rows if row["evaluated with"] == work]
         print(f"evaluated with {work}: {'all' if len(names) == len(rows) else ', '.join(names)}")
     if any(row["images"] == "training" for row in rows):
-        print("training: the model was trained on these images, as with --small-dataset, whose test set is its training set")
+        print("training: the model was trained on these images, as with --small-dataset, where the test set is the training set")
 
 
 def format_value(row, name):
@@ -228,8 +228,8 @@ def write_csv(path, rows):
 
 
 def write_figure(path, rows):
-    """The paper's figure: log p against the number of latents per image, a line for each training algorithm; test runs
-    in a panel of their own. Bars are standard errors over seeds or, where there is one seed, over images."""
+    """Draws the paper's figure: log p against the number of latents per image, a line per training algorithm; test runs
+    get their own panel. Error bars show standard errors over seeds or, for a single seed, over images."""
     is_test_run = [row["model"].startswith("test_run_") for row in rows]
     panels = [[row for row, other in zip(rows, is_test_run, strict=True) if other == kind] for kind in (False, True)]
     panels = [(title, panel) for title, panel in zip(["", "test runs"], panels, strict=True) if panel]
@@ -248,7 +248,7 @@ def draw_panel(axes, rows):
     for i, (label, line) in enumerate(lines.items()):
         line = sorted(line, key=lambda row: row["particles"])
         errors = [row["best s.e. over seeds"] or row["best s.e. over images"] or 0 for row in line]
-        # lines stand a little apart, so that their bars can be told from each other
+        # lines are offset slightly, so that their error bars do not overlap
         x, y = [row["particles"] * 1.02 ** (i - len(lines) / 2) for row in line], [row["best"] for row in line]
         label = "\n".join(textwrap.wrap(label, 60))
         axes.errorbar(x, y, errors, marker="o", capsize=3, lw=1.2, elinewidth=0.8, label=label)
@@ -269,7 +269,7 @@ def save_figure(path, figure):
 
 
 def main(mode, name_missing=False):
-    """Args: mode: test or train; name_missing: also name the models of the paper that have no value"""
+    """Args: mode: test or train; name_missing: also list the paper's models that have no value"""
     runs = [read_run(path.parent, mode) for path in sorted(util.SAVE.glob("*/logp"))]
     rows = get_rows([run for run in runs if run is not None])
     if not rows:

@@ -1,6 +1,6 @@
-"""When a run saves by the clock: every few minutes and, in a job of Slurm's, shortly before the job's time is up.
+"""Saving by the clock: every few minutes and, in a Slurm job, shortly before the job's time is up.
 
-When a run saves changes nothing in what it computes.
+When a run saves has no effect on what it computes.
 """
 
 import datetime
@@ -9,8 +9,8 @@ import subprocess
 import time
 
 LAST_MINUTE = 60  # seconds before a job's end, in which a run saves every INTERVAL seconds: the job is killed without
-INTERVAL = 10  # a warning that reaches the run, and Slurm looks at time limits only now and then
-GRACE = 300  # seconds after a job's end: from then on it has evidently been prolonged
+INTERVAL = 10  # a warning that reaches the run, and Slurm checks time limits only now and then
+GRACE = 300  # seconds after a job's end; a job still running then has evidently been extended
 
 
 class SaveClock:
@@ -28,13 +28,13 @@ class SaveClock:
         return now - self.saved >= (min(INTERVAL, self.seconds) if is_ending else self.seconds)
 
     def restart(self):
-        """To be called after each save"""
+        """Call after each save"""
         self.saved = time.time()
 
 
 def get_job_end():
-    """When the job that this process runs in has to end, seconds since the epoch; None outside of a job or if Slurm
-    does not say. Slurm puts it into the job's environment, old versions (before 23) answer when asked."""
+    """When the Slurm job around this process must end, in seconds since the epoch; None outside a job or if Slurm
+    does not say. Slurm sets it in the job's environment; versions before 23 have to be asked."""
     job = os.environ.get("SLURM_JOB_ID")
     try:
         if job is None:

@@ -1,9 +1,8 @@
-"""Scores of latents that were met before, for a generative model that stays fixed.
+"""A cache of scores under a generative model that stays fixed.
 
-Latents are discrete: as an inference network gets sharper it draws the same ones again
-and again, and log p(z, x) of a latent need be computed once only. What the table holds
-in the end is also a lower bound of its own, and one without variance:
-log p(x) >= log sum p(z, x) over the distinct latents met.
+Latents are discrete: as an inference network gets sharper it samples the same ones again
+and again, and log p(z, x) needs to be computed only once for each. In the end the table also
+gives a lower bound without variance: log p(x) >= log sum p(z, x) over the distinct latents seen.
 """
 
 from typing import NamedTuple
@@ -14,11 +13,11 @@ import losses
 from util import UserError
 
 CAPACITY = 10_000  # latents kept per image
-MAX_RECENT = 100_000  # rows that are sorted again at each step
+MAX_RECENT = 100_000  # rows that are sorted again in each step
 
 
 class Rows(NamedTuple):
-    """Distinct latents with their scores, in the order of key"""
+    """Distinct latents with their scores, sorted by key"""
 
     key: torch.Tensor  # [N], 64-bit hash of image and latent
     obs_id: torch.Tensor  # [N], of the image
@@ -27,12 +26,12 @@ class Rows(NamedTuple):
 
 
 def get_rows(obs_id, codes, log_joint):
-    """Rows in any order, repeats allowed -> Rows"""
+    """Makes Rows of rows in any order, possibly repeated"""
     return merge([Rows(losses.get_hash(codes, obs_id), obs_id, codes, log_joint)])
 
 
 def merge(some_rows):
-    """A list of Rows -> Rows, each latent of an image once"""
+    """Merges a list of Rows; each latent of an image stays once"""
     rows = Rows(*(torch.cat(columns) for columns in zip(*some_rows, strict=True)))
     key, order = rows.key.sort(stable=True)
     first = torch.ones_like(key, dtype=torch.bool)
@@ -41,7 +40,7 @@ def merge(some_rows):
 
 
 def keep_best(rows, capacity=CAPACITY):
-    """Rows -> Rows: of each image the `capacity` latents with the highest scores"""
+    """Keeps, for each image, the `capacity` latents with the highest scores"""
     order = rows.log_joint.argsort(descending=True, stable=True)
     obs_id, by_image = rows.obs_id[order].sort(stable=True)
     rank = torch.arange(len(order), device=order.device) - torch.searchsorted(obs_id, obs_id)
@@ -50,7 +49,7 @@ def keep_best(rows, capacity=CAPACITY):
 
 
 def get_enumeration_bound(rows, num_images):
-    """log sum_z p(z, x) over an image's latents in nats: [num_images], -inf for an image without any"""
+    """log sum_z p(z, x) over each image's latents, in nats: [num_images], -inf for an image without latents"""
     log_joint = rows.log_joint.double()
     highest = log_joint.new_full((num_images,), -torch.inf).scatter_reduce(0, rows.obs_id, log_joint, "amax")
     shifted = (log_joint - highest[rows.obs_id]).exp()
@@ -58,7 +57,7 @@ def get_enumeration_bound(rows, num_images):
 
 
 def check_rows(state, num_arcs, num_images):
-    """Raises: UserError if it is not what ScoreTable.state_dict gives"""
+    """Raises: UserError unless it is as ScoreTable.state_dict returns it"""
     right = isinstance(state, dict) and state.keys() == {"settled", "recent", "num_scored"}
     right = right and isinstance(state["num_scored"], int) and state["num_scored"] >= 0
     for columns in [state["settled"], state["recent"]] if right else []:
@@ -85,9 +84,9 @@ class ScoreTable:
         self.num_scored = 0
 
     def score(self, image_id, generative_model, latent, obs, alphabet=None):
-        """As `losses.score`; what is known is looked up, what is not is scored and remembered.
+        """As `losses.score`; known scores are looked up, new ones computed and remembered.
 
-        Args: image_id [B]: the images' numbers in the table; the others as for `losses.score`
+        Args: image_id [B]: the images' indices in the table; the others as for `losses.score`
         """
         num_particles, batch_size = latent.shape[:2]
         obs_id = torch.arange(batch_size, device=obs.device).repeat(num_particles)  # [P * B]
@@ -104,7 +103,7 @@ class ScoreTable:
 
     @staticmethod
     def _find(rows, among):
-        """Fills in the scores of those rows that are among others. Returns: which, [N]"""
+        """Fills in the scores of the rows found among others. Returns: which were found, [N]"""
         if not len(among.key):
             return torch.zeros_like(rows.key, dtype=torch.bool)
         at = torch.searchsorted(among.key, rows.key).clamp(max=len(among.key) - 1)
@@ -120,7 +119,7 @@ class ScoreTable:
             self.settle()
 
     def settle(self):
-        """Returns: Rows, all that the table holds"""
+        """Returns: Rows, the whole table"""
         self.settled = keep_best(merge([self.settled, self.recent]))
         self.recent = Rows(*(column[:0] for column in self.recent))
         return self.settled

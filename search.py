@@ -1,10 +1,10 @@
-"""Search for programs: what an inference network proposes for an image, improved by mutation.
+"""Search for programs: improves an inference network's proposals by mutation.
 
-A network that has learned its training images by heart proposes poor programs for others, but good
-starting points. From these, an evolutionary search climbs log p(z, x): in each round the programs
-of a population are changed in a stroke or two, all changed ones are scored at once, and the
-population is resampled from old and new ones by their scores, at a temperature that falls to zero
-(simulated annealing; with temperature 0, the best are kept). The best programs met are returned.
+A network that has memorised its training images proposes poor programs for other images, but good
+starting points. From these, an evolutionary search climbs log p(z, x): each round changes a stroke
+or two in programs of a population, scores all mutants at once, and resamples the population from
+old and new programs by their scores, at a temperature that falls to zero (simulated annealing; at
+temperature 0 the best are kept). It returns the best programs seen.
 
     latent, log_joint = search.improve(generative_model, latent, obs)
 """
@@ -16,7 +16,7 @@ import torch
 import losses
 from models import pack, unpack
 
-TEMPERATURE = 8.0  # nats, at first
+TEMPERATURE = 8.0  # nats, initially
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def improve(
         num_best (K): programs to return for each image, and the size of the population
         num_rounds, num_mutants: mutants of each image in a round
         temperature: of the first round's selection, in nats; it falls to 0 linearly
-        show_progress: wraps the iterable of rounds, such as util.show_progress
+        show_progress: wraps the iterable of rounds, as util.show_progress does
     Returns: latent [K, B, A, 2], distinct programs, best first; log_joint [K, B], their log p(z, x) in nats, -inf
         where there are fewer than K programs
     """
@@ -50,8 +50,8 @@ def improve(
 
 
 def select(codes, log_joint, num_best, temperature=0.0):
-    """The best distinct programs of each image or, at a temperature, a draw without replacement with probabilities
-    proportional to exp(log_joint / temperature).
+    """Selects the best distinct programs of each image or, at a temperature, samples without replacement with
+    probabilities proportional to exp(log_joint / temperature).
 
     Args: codes [B, N, A]; log_joint [B, N]
     Returns: codes [B, K, A], log_joint [B, K], best first; where there are fewer, repeats at -inf
@@ -75,13 +75,13 @@ def take(x, index):
 
 
 def mutate(population, log_joint, offset, num_mutants):
-    """Programs changed in one or two strokes.
+    """Changes programs in one or two strokes.
 
-    Args: population [B, K, A], log_joint [B, K]; offset [N, 2], how far each primitive carries the pen
+    Args: population [B, K, A], log_joint [B, K]; offset [N, 2], each primitive's displacement of the pen
     Returns: [B, M, A]
     """
     batch_size, _, num_arcs = population.shape
-    usable = log_joint.isfinite().double() + 1e-30  # repeats are no parents
+    usable = log_joint.isfinite().double() + 1e-30  # repeats do not become parents
     parent = usable.multinomial(2 * num_mutants, replacement=True).view(batch_size, 2, num_mutants)
     codes, other = (take(population, index).flatten(0, 1) for index in parent.unbind(1))  # [B * M, A]
     probability = codes.new_tensor(list(MUTATIONS.values()), dtype=torch.double)
@@ -98,7 +98,7 @@ def mutate(population, log_joint, offset, num_mutants):
 
 
 def _draw_places(codes, num=1):
-    """Distinct random positions in each program: [N, num], in order"""
+    """Distinct random positions in each program: [N, num], sorted"""
     return torch.rand(codes.shape, device=codes.device).argsort(1)[:, : min(num, codes.shape[1])].sort(1).values
 
 
@@ -111,7 +111,7 @@ def _put(codes, place, new):
 
 
 def _replace(codes, other, offset, num=1):
-    """Another primitive in a place; the pen stays up or down more often than not"""
+    """Replaces a primitive; mostly keeps the pen up or down"""
     place = _draw_places(codes, num)
     new, old = _draw_codes(place.shape, offset), codes.gather(1, place)
     keep = torch.rand(place.shape, device=codes.device) < 0.8
@@ -123,8 +123,8 @@ def _replace_two(codes, other, offset):
 
 
 def _balance(codes, other, offset):
-    """Another primitive in one place, and in a second one that which best makes up for it, so that the pen goes on
-    from about where it was"""
+    """Replaces a primitive, and a second one by that which best compensates, so that the pen continues from about where
+    it was"""
     places = _draw_places(codes, 2)
     first, second = places[:, :1], places[:, -1:]
     old_first, old_second = codes.gather(1, first), codes.gather(1, second)
@@ -132,26 +132,26 @@ def _balance(codes, other, offset):
     new = new - new % 2 + old_first % 2
     wanted = offset[old_first // 2] + offset[old_second // 2] - offset[new // 2]  # [N, 1, 2]
     distance = (wanted - offset).square().sum(-1)  # [N, K]
-    distance = distance * torch.empty_like(distance).exponential_()  # the nearest most often, not always
+    distance = distance * torch.empty_like(distance).exponential_()  # mostly, but not always, the nearest
     nearest = distance.argmin(1, keepdim=True)
     return _put(_put(codes, first, new), second, 2 * nearest + old_second % 2)
 
 
 def _lift(codes, other, offset):
-    """The pen up or down"""
+    """Lifts or lowers the pen"""
     place = _draw_places(codes)
     return _put(codes, place, codes.gather(1, place) ^ 1)
 
 
 def _insert(codes, other, offset):
-    """A new stroke in a place; the later ones move on, and the last goes"""
+    """Inserts a stroke; later ones move back, and the last one is dropped"""
     place, position = _draw_places(codes), torch.arange(codes.shape[1], device=codes.device)
     moved = codes.gather(1, (position - (position > place).long()).clamp(min=0))
     return _put(moved, place, _draw_codes(place.shape, offset))
 
 
 def _remove(codes, other, offset):
-    """A stroke goes, the later ones move up, and the last place gets one that leaves no ink"""
+    """Removes a stroke; later ones move forward, and an invisible one fills the last place"""
     place, position = _draw_places(codes), torch.arange(codes.shape[1], device=codes.device)
     moved = codes.gather(1, (position + (position >= place).long()).clamp(max=codes.shape[1] - 1))
     moved[:, -1] -= moved[:, -1] % 2
@@ -159,17 +159,17 @@ def _remove(codes, other, offset):
 
 
 def _swap(codes, other, offset):
-    """Two strokes change places"""
+    """Swaps two strokes"""
     places = _draw_places(codes, 2)
     return _put(codes, places, codes.gather(1, places.flip(1)))
 
 
 def _cross(codes, other, offset):
-    """The beginning of one program and the end of another"""
+    """Joins the beginning of one program to the end of another"""
     return torch.where(torch.arange(codes.shape[1], device=codes.device) < _draw_places(codes), codes, other)
 
 
-# How often each is tried
+# Mutations, and how often each is tried
 MUTATIONS = {
     _replace: 0.25, _replace_two: 0.1, _balance: 0.25, _lift: 0.1, _insert: 0.1, _remove: 0.1, _swap: 0.05,
     _cross: 0.05,

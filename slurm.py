@@ -1,6 +1,6 @@
-"""Tasks on Slurm: in job arrays that requeue themselves, or each repeated by openmind-tools' om-repeat.
+"""Tasks on Slurm: job arrays that requeue themselves, or chains of jobs repeated by openmind-tools' om-repeat.
 
-Nothing passes through a shell here; what om-repeat cannot carry is refused.
+Nothing passes through a shell here; arguments that om-repeat would mangle are refused.
 """
 
 import collections
@@ -22,42 +22,42 @@ from util import UserError
 
 TIME = "12:00:00"
 TIME_OF_REPEATED = "2:00:00"
-WARNING = 120  # seconds before a job's time is up
-FOLDER = util.SAVE / ".sweep"  # listings of submitted tasks, and what Slurm itself prints
+WARNING = 120  # seconds before a job's time limit
+FOLDER = util.SAVE / ".sweep"  # listings of submitted tasks, and Slurm's own output
 
 
 class Job(NamedTuple):
     """A task in Slurm's queue"""
 
-    number: str | None  # as scancel takes it; None: its training job will submit it
+    number: str | None  # as scancel takes it; None if the training's job will submit it
     model: str
     kind: str
     state: str  # Slurm's: PENDING, RUNNING, ...
-    reason: str  # why it waits
-    repeated: bool  # by om-repeat: one of a chain of jobs
+    reason: str  # why it is pending
+    repeated: bool  # by om-repeat: part of a chain of jobs
 
 
 def get_tag():
-    """What the names of jobs submitted from this folder begin with"""
+    """The prefix of the names of jobs submitted from this folder"""
     return "strokes-" + hashlib.sha1(os.fsencode(util.SAVE.resolve())).hexdigest()[:8]
 
 
 def require(command):
-    """Raises: UserError if a command of Slurm's is not there"""
+    """Raises: UserError if a Slurm command is not installed"""
     if shutil.which(command) is None:
-        raise UserError(f"there is no {command} on the PATH; run on a machine of the cluster, or without --cluster")
+        raise UserError(f"{command} is not on the PATH; run on a machine of the cluster, or without --cluster")
 
 
 # ------------------------------------------------------------------ listings of submitted tasks
 
 
 class Listing(NamedTuple):
-    """What one call of sweep.py submits; its jobs look their tasks up in it"""
+    """The tasks submitted by one call of sweep.py, in which its jobs look up theirs"""
 
     path: pathlib.Path
     repeated: bool  # by om-repeat
-    setup: str  # a line of shell
-    warning: int  # seconds before a job's end at which it should save and end
+    setup: str  # a line of shell code
+    warning: int  # seconds before a job's time limit at which it should save and stop
     tasks: list
 
     @property
@@ -85,10 +85,10 @@ def read_listing(path):
 
 
 def get_seconds(limit):
-    """Slurm's time formats: minutes, minutes:seconds, hours:minutes:seconds, each after days-"""
+    """Parses Slurm's time formats: minutes, minutes:seconds, hours:minutes:seconds, optionally after days-"""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if not match:
-        raise UserError(f"--time {limit} is none of Slurm's times, such as 2:00:00, 90 or 1-12:00:00")
+        raise UserError(f"--time {limit} is not a Slurm time limit, such as 2:00:00, 90 or 1-12:00:00")
     days, *rest = (None if part is None else int(part) for part in match.groups())
     numbers = [number for number in rest if number is not None]
     if days is not None:
@@ -107,12 +107,12 @@ def get_limit(args):
 
 
 def get_warning(args):
-    """Seconds before the limit: of a short one, a fifth of it"""
+    """Seconds before the time limit; a fifth of a short limit"""
     return min(WARNING, max(get_seconds(get_limit(args)) // 5, 1))
 
 
 def get_options(args):
-    """sbatch's options that do not depend on the task, each one word; the user's own come last, so they win"""
+    """sbatch options that do not depend on the task, each one word; the user's own come last and take precedence"""
     repeated = is_repeated(args)
     options = [f"--time={get_limit(args)}", f"--mem={args.mem}"]
     options += [f"--cpus-per-task={args.cpus_per_task}"] * (args.cpus_per_task is not None)
@@ -125,7 +125,7 @@ def get_options(args):
 
 
 def split_options(text):
-    """--sbatch's options as words. Raises: UserError if a quote is open, or for what the sweep itself sets"""
+    """Splits --sbatch into words. Raises: UserError for an open quote, or for options that the sweep sets itself"""
     words = util.split_words("--sbatch", text)
     for word in words:
         if re.match(r"(--job-name|--array|--wrap|-J|-a)", word):
@@ -137,7 +137,7 @@ def split_options(text):
 
 
 def get_script(listing, index=None):
-    """What a job runs: a task of a listing, the one at its array's index or at the given one"""
+    """The command of a job: it runs a task of a listing, the one at the job's array index or at a given index"""
     where = listing.path if index is None else f"{listing.path}:{index}"
     return [str(ROOT / "slurm_job.sh"), sys.executable, str(ROOT / "sweep.py"), f"--task={where}"]
 
@@ -147,13 +147,13 @@ def get_array(listing, indices, args, dependency=None):
     throttle = f"%{args.jobs}" if args.jobs else ""
     options = [*get_options(args), f"--array={','.join(map(str, indices))}{throttle}"]
     options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", "-J", f"{get_tag()}-{listing.name}"]
-    # an evaluation whose training failed leaves the queue
+    # an evaluation whose training fails leaves the queue
     options += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
     return ["sbatch", *options, *get_script(listing)]
 
 
 def get_repeated(listing, index, args):
-    """The command that has om-repeat submit a task. Raises: UserError if that would mangle it"""
+    """The command that submits a task by om-repeat. Raises: UserError if om-repeat would mangle it"""
     output = (util.SAVE / listing.tasks[index].model / "logs" / "slurm-%j.out").resolve()
     name = f"{get_tag()}-{index}-{listing.name}"
     command = ["om-repeat", "sbatch", *get_options(args), f"--output={output}", "-J", name, *get_script(listing, index)]
@@ -167,9 +167,9 @@ def get_repeated(listing, index, args):
 
 
 def submit_tasks(tasks, args, queue, dry_run=False):
-    """Submits tasks. Evaluations whose training is in the queue, a list of jobs, start after it.
+    """Submits tasks. Evaluations whose training is in the queue (a list of jobs) start after it.
 
-    Raises: UserError at the first that Slurm refuses, or where something cannot be submitted
+    Raises: UserError at the first job that Slurm refuses, or if something cannot be submitted
     """
     repeated = is_repeated(args)
     if repeated and args.jobs:
@@ -206,7 +206,7 @@ def submit_tasks(tasks, args, queue, dry_run=False):
         print(f"Submitted batch job {number}")
     put_after_training(listing, later)
     for task in [tasks[i] for i in later]:
-        if is_trained(task):  # its training may have looked for what comes next before it was put there
+        if is_trained(task):  # its training may have ended before its successor was recorded
             print("\n".join(submit_after_training(task.model)))
     for i, task in enumerate(tasks):
         when = "will be submitted when its training is complete" if i in later else "submitted"
@@ -217,7 +217,7 @@ def submit_tasks(tasks, args, queue, dry_run=False):
 
 
 def get_arrays(listing, ready, waiting, trainings, args):
-    """sbatch's commands. With --jobs everything is in one array, which is what Slurm limits."""
+    """The sbatch commands. With --jobs everything goes into one array, since Slurm limits arrays."""
     tasks = listing.tasks
     if args.jobs and waiting:
         numbers = dict.fromkeys(job.number for i in waiting for job in trainings[tasks[i].model])
@@ -231,8 +231,8 @@ def get_arrays(listing, ready, waiting, trainings, args):
 
 
 def submit_command(command):
-    """Returns: the job's number. Raises: UserError with Slurm's reason if there is none: om-repeat ends well
-    whatever sbatch says, and prints more than sbatch does"""
+    """Returns: the job's number. Raises: UserError with Slurm's reason if there is none; om-repeat's exit status does not
+    tell, and it prints more than sbatch does"""
     process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     match = re.search(r"^Submitted batch job (\d+)", process.stdout, re.M)
     if process.returncode == 0 and match:
@@ -244,8 +244,8 @@ def submit_command(command):
 
 # ------------------------------------------------------------------ after a training that om-repeat repeats
 
-# Slurm's dependencies are on a job, and such a task is a chain of jobs: the last one of a training submits what comes
-# after it, and om-repeat leaves no room for dependencies of its own jobs.
+# Slurm's dependencies refer to single jobs, but a repeated task is a chain of jobs, and om-repeat sets the dependencies
+# of its jobs itself. So the last job of a training submits what comes after it.
 
 
 def get_after_path(model):
@@ -253,7 +253,7 @@ def get_after_path(model):
 
 
 def put_after_training(listing, later):
-    """Leaves commands, {index: command}, to the trainings of their models"""
+    """Leaves commands, {index: command}, for the trainings of their models to submit"""
     models = dict.fromkeys(listing.tasks[i].model for i in later)
     for model in models:
         commands = [[list(task), command] for task, command in take_after_training(model)]
@@ -262,7 +262,7 @@ def put_after_training(listing, later):
 
 
 def take_after_training(model):
-    """What was left to the training of a model: [(task, command)]; it is taken once only"""
+    """Takes what was left for the training of a model to submit: [(task, command)]; nothing is taken twice"""
     path = get_after_path(model)
     taken = path.with_name(f"{path.name}.{os.getpid()}")
     try:
@@ -275,7 +275,7 @@ def take_after_training(model):
 
 
 def submit_after_training(model):
-    """Returns: lines that say what was submitted"""
+    """Returns: lines of text that say what was submitted"""
     lines = []
     for task, command in take_after_training(model):
         try:
@@ -289,15 +289,15 @@ def submit_after_training(model):
 
 
 def get_queue():
-    """The jobs that were submitted from this folder, and how many from each other one: a list of Job, {folder: number}.
-    Raises: UserError if Slurm cannot be asked"""
+    """The jobs submitted from this folder, a list of Job, and the number from each other folder, {folder: number}.
+    Raises: UserError if Slurm does not answer"""
     if shutil.which("squeue") is None:
         return [], {}
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%T|%r|%j|%Z"]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode != 0:
         *_, reason = ["squeue failed", *process.stderr.strip().splitlines()]
-        raise UserError(f"Slurm cannot be asked ({reason})")
+        raise UserError(f"Slurm does not answer ({reason})")
     jobs, others, listings = [], collections.Counter(), {}
     for line in process.stdout.splitlines():
         number, array_index, state, reason, name, folder = line.split("|", 5)
@@ -314,7 +314,7 @@ def get_queue():
 
 
 def find_task(match, name, array_index, listings):
-    """The task of a job, by its name's parts; None if the name isn't one of ours. om-repeat puts more at its end."""
+    """Finds the task of a job by the parts of its name, to which om-repeat appends more; None if the name is not ours"""
     if match[3] not in listings:
         try:
             listings[match[3]] = read_listing(FOLDER / f"{match[3]}.json")
@@ -328,7 +328,7 @@ def find_task(match, name, array_index, listings):
 
 
 def get_waiting():
-    """What trainings will submit"""
+    """The evaluations that trainings will submit"""
     jobs = []
     for path in util.SAVE.glob("*/logs/after_training.json"):
         try:
@@ -340,7 +340,7 @@ def get_waiting():
 
 
 def cancel(jobs):
-    """Cancels jobs of the queue, and those that om-repeat has put behind them since. Returns: how many"""
+    """Cancels jobs, and those that om-repeat has queued behind them since. Returns: how many"""
     require("scancel")
     for model in {job.model for job in jobs if job.number is None}:
         kinds = {job.kind for job in jobs if job.number is None and job.model == model}

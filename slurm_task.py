@@ -1,4 +1,4 @@
-"""What a job on Slurm runs: a task of a listing, with its output in the task's log and its exit status beside it."""
+"""What a Slurm job runs: a task of a listing, with its output in the task's log and its exit status beside it."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import util
 from save_clock import get_job_end
 from util import UserError
 
-EARLY = 60  # seconds that Slurm may warn too early
+EARLY = 60  # seconds by which Slurm's warning may come too early
 HOLD = 600  # seconds that a task repeated by om-repeat waits to be killed
 
 
@@ -21,7 +21,7 @@ def run_task(where):
     listing, task = find_task(where)
     with util.StopSignal() as stop, tasks.open_log(task) as log:
         if task.kind != "train" and not tasks.is_trained(task):
-            log.write("its model is not trained to the end: nothing to evaluate\n")
+            log.write("its model is not fully trained: nothing to evaluate\n")
             status = 1
         else:
             status = run_command(get_command(listing, task), log, stop, listing.warning)
@@ -41,11 +41,12 @@ def find_task(where):
         listing = slurm.read_listing(path)
         return listing, listing.tasks[int(index)]
     except (UserError, ValueError, TypeError, IndexError):
-        raise UserError(f"--task {where!r} is none of a sweep's tasks; jobs on Slurm run it, not people") from None
+        raise UserError(f"--task {where!r} is not a task of a sweep; this option is for Slurm jobs, not for people") from None
 
 
 def get_command(listing, task):
-    """The task's, after the user's line. The shell is a login shell: on many clusters only these know `module`."""
+    """The task's command, run after the user's line of shell code, in a login shell: on many clusters only these know
+    `module`"""
     if not listing.setup:
         return task.get_command()
     script = "{ " + listing.setup + '\n} || exit\nexec "$@"'
@@ -53,7 +54,7 @@ def get_command(listing, task):
 
 
 def run_command(command, log, stop, warning):
-    """Runs it with as many threads as Slurm gave CPUs, and passes signals on. Returns: the exit status"""
+    """Runs a command with one thread per CPU of the job, and passes signals on. Returns: the exit status"""
     environment, num_cpus = dict(os.environ), os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
     if num_cpus:  # more would slow each other down several times over
         environment["OMP_NUM_THREADS"] = num_cpus
@@ -69,7 +70,7 @@ def run_command(command, log, stop, warning):
             process.send_signal(number)
         if warn_at is not None and time.time() >= warn_at:
             process.send_signal(signal.SIGUSR1)
-            warn_at = time.time() + 5  # once more, in case it was still starting
+            warn_at = time.time() + 5  # again, in case it was still starting
         try:
             process.wait(0.5)
         except subprocess.TimeoutExpired:
@@ -82,15 +83,15 @@ def _ignore_warning():
 
 
 def get_delay(warning):
-    """Slurm may warn up to a minute early, which of a short job would leave nothing. Returns: seconds to wait until
-    the warning is due; a signal that comes earlier than Slurm sends it is somebody's wish to stop now, so 0"""
+    """Slurm may warn up to a minute early, which could leave nothing of a short job. Returns: seconds to wait until the
+    warning is due; 0 for signals even earlier than that, which somebody sent to stop the job now"""
     job_end = get_job_end()
     early = 0 if job_end is None else job_end - warning - time.time()
     return early if 0 < early <= EARLY else 0
 
 
 def hold(log):
-    """Waits to be killed. Were the job to end by itself, om-repeat would take it for complete and not repeat it."""
+    """Waits to be killed: if the job ended by itself, om-repeat would take it for complete and not repeat it"""
     log.write("saved; waiting for Slurm to end this job, so that om-repeat starts the next\n")
     log.flush()
     time.sleep(HOLD)

@@ -1,4 +1,4 @@
-"""The sweep's table of how far each task is."""
+"""The sweep's table of the progress of its tasks."""
 
 import time
 
@@ -9,9 +9,9 @@ HEADINGS = ["run", "state", "iteration", "", "saved before", "on", "job", "log"]
 
 
 def show(some_tasks, queue):
-    """Prints a line for each task, and under one that failed the last line of its log. Args: queue: a list of slurm.Job"""
+    """Prints a line per task and, under a failed one, the last line of its log. Args: queue: a list of slurm.Job"""
     jobs = {}
-    for job in queue:  # a running one before the one that om-repeat has put behind it
+    for job in queue:  # a running job before the one that om-repeat has queued behind it
         if (job.model, job.kind) not in jobs or job.state == "RUNNING":
             jobs[job.model, job.kind] = job
     value = "theta loss" if some_tasks[0].kind == "train" else "log p"
@@ -30,7 +30,7 @@ def show(some_tasks, queue):
 
 
 def get_row(task, job):
-    """Returns: the words of its line, and a line to go under it"""
+    """Returns: the cells of a task's line, and a line to go under it"""
     progress = tasks.get_progress(task)
     state = get_state(task, progress, job)
     log = task.get_path("log")
@@ -50,7 +50,7 @@ def get_row(task, job):
 
 
 def get_state(task, progress, job):
-    """waiting (for somebody to start it), queued, running, stopped, done or failed"""
+    """One of waiting (not started or queued), queued, running, stopped, done, failed"""
     if progress.done:
         return "done"
     if locks.is_locked(tasks.get_lock(task)) or (job and job.state in ("RUNNING", "COMPLETING")):
@@ -63,7 +63,7 @@ def get_state(task, progress, job):
 
 
 def format_age(saved):
-    """Time since then, in hours:minutes:seconds"""
+    """Time elapsed since then, in hours:minutes:seconds"""
     if saved is None:
         return "-"
     seconds = max(int(time.time() - saved), 0)

@@ -5,31 +5,31 @@ import math
 
 import torch
 
-NUM_PIXELS = 28  # of a character's side; the SVG's units
-FLAT = 1e-3  # pixels: an arc that bulges less than this is drawn as a line
+NUM_PIXELS = 28  # along a character's side; the SVG's units
+FLAT = 1e-3  # pixels; an arc that bulges less than this is drawn as a line
 
 
 def get_half_width(sharpness, width, scale, bias):
-    """How far from its middle a stroke's ink reaches, in units of the square: to where its
-    probability is half of what it is in the middle. 0 if there is no ink."""
+    """Half the width of a stroke's ink, in units of the square: the distance at which its
+    probability is half that of the centre line. 0 if there is no ink."""
 
     darkest = math.exp(scale + bias) + 1e-6  # exp of the logit, see rendering.py
     edge = darkest / (1 + darkest) / 2
     ink = (math.log(max(edge / (1 - edge) - 1e-6, 1e-30)) - bias) / scale  # exp(sharpness^2 (width^2 - distance^2))
-    if ink <= 0 or sharpness == 0:  # all of the square is as dark
+    if ink <= 0 or sharpness == 0:  # the whole square is equally dark
         return 0.0
     return math.sqrt(max(width**2 - math.log(ink) / sharpness**2, 0))
 
 
 def get_path(arc):
     """An arc (x_start, y_start, dx, dy, theta, ...) as the commands of an SVG path. Row 0 is the top
-    of a character, and pixels have their centres at a half."""
+    of a character; pixel centres are at half-integers."""
     x, y, dx, dy, theta = arc[:5]
     side = NUM_PIXELS - 1
     start = f"M {side * x + 0.5:.4f} {side * (1 - y) + 0.5:.4f}"
     end = f"{side * (x + dx) + 0.5:.4f} {side * (1 - y - dy) + 0.5:.4f}"
     chord = side * math.hypot(dx, dy)
-    if chord * abs(math.tan(theta / 2)) / 2 < FLAT:  # how far it bulges
+    if chord * abs(math.tan(theta / 2)) / 2 < FLAT:  # how far the arc bulges
         return f"{start} L {end}"
     radius = chord / (2 * abs(math.sin(theta)))
     large, clockwise = int(abs(theta) > math.pi / 2), int(theta > 0)
@@ -38,9 +38,9 @@ def get_path(arc):
 
 @torch.no_grad()
 def get_program(generative_model, latent, map_id=None):
-    """A latent [A, 2] as plain values: its strokes in order, in units of the unit square, y upwards; with map_id, the
-    affine map that it is seen through, 2 x 3, which takes points of the picture (from -1 to 1, y downwards) to those
-    of the drawing that are seen there"""
+    """A latent [A, 2] as plain values: its strokes in order, in coordinates of the unit square, y upwards; with map_id,
+    also the 2 x 3 affine map that it is seen through, which takes points of the picture (from -1 to 1, y downwards) to
+    the points of the drawing that appear there"""
     names = ["x_start", "y_start", "dx", "dy", "theta", "sharpness", "width"]
     arcs = generative_model.get_arcs(latent.unsqueeze(0))[0].tolist()  # [A, 7]
     strokes = [
@@ -53,13 +53,13 @@ def get_program(generative_model, latent, map_id=None):
 
 
 def get_transform(affine_map):
-    """An affine map of a program as SVG's matrix(a b c d e f): where the drawing's points are seen. None if it has
-    no inverse"""
+    """An affine map of a program as SVG's matrix(a b c d e f), from the drawing to the picture. None if the map is
+    singular"""
     (a, b, x), (c, d, y) = affine_map
     determinant = a * d - b * c
     if abs(determinant) < 1e-6:
         return None
-    # A point u of the drawing, in the SVG's units, is at scale * position + middle.
+    # A point u of the drawing, in the SVG's units, is scale * position + middle.
     scale, middle = (NUM_PIXELS - 1) / 2, NUM_PIXELS / 2
     a, b, c, d = d / determinant, -b / determinant, -c / determinant, a / determinant
     move_x = middle - (a + b) * middle - scale * (a * x + b * y)
@@ -68,13 +68,13 @@ def get_transform(affine_map):
 
 
 def to_svg(program):
-    """A program of `get_program` as the text of an SVG file: arcs, seen through its map, if it has one"""
+    """The text of an SVG file for a program from `get_program`: arcs, seen through its map if it has one"""
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {NUM_PIXELS} {NUM_PIXELS}" width="280" height="280">',
         f'<rect width="{NUM_PIXELS}" height="{NUM_PIXELS}" fill="white"/>',
     ]
     transform = get_transform(program["map"]) if "map" in program else None
-    if transform:  # what lies beyond the drawing's edge is not seen
+    if transform:  # what lies beyond the drawing's edge is invisible
         side = f'width="{NUM_PIXELS}" height="{NUM_PIXELS}"'
         lines.append(f'<clipPath id="page"><rect {side}/></clipPath>')
         lines.append(f'<g transform="{transform}" clip-path="url(#page)">')
@@ -90,5 +90,5 @@ def to_svg(program):
 
 
 def to_json(program, **details):
-    """A program with what else is known of it, as the text of a JSON file"""
+    """The text of a JSON file for a program and what else is known about it"""
     return json.dumps({**details, **program}, indent=1) + "\n"

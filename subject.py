@@ -1,4 +1,4 @@
-"""A trained model that is drawn, with its data and its memory."""
+"""The subject of a drawing: a trained model with its data and its memory."""
 
 import torch
 
@@ -9,15 +9,15 @@ import reading
 import util
 from util import UserError
 
-NUM_PROPOSALS = 10  # of the inference network, the best of which is drawn
-NUM_COUNTED = 2000  # samples from the prior, to tell how often it uses a primitive
+NUM_PROPOSALS = 10  # of the inference network; the best is drawn
+NUM_COUNTED = 2000  # samples from the prior, to estimate how often it uses each primitive
 
 
 class Subject:
-    """A model to draw, its data and its memory, where there are any.
+    """A model to draw, with its data and its memory, if any.
 
-    Args: path: of the checkpoint; dataset: None if it cannot be had; other_data: the name of a data set that is not
-        the one that it was trained on, or ""
+    Args: path: of the checkpoint; dataset: None if unavailable; other_data: the name of the data set if the model
+        was not trained on it, else ""
     """
 
     def __init__(self, name, path, checkpoint, dataset=None, other_data=""):
@@ -33,16 +33,16 @@ class Subject:
         return f"{self.name}, iteration {self.iteration}{data_name}"
 
     def get_stem(self, kind):
-        """Of a file, below the run's folder"""
+        """The stem of a file in the run's folder"""
         return f"{kind}/{self.iteration}" + (f"-{self.other_data}" if self.other_data else "")
 
     def get_images(self, obs_id):
-        """Training images by number: obs [N, R, C], alphabet [N, L] or None"""
+        """Training images by index: obs [N, R, C], alphabet [N, L] or None"""
         split = self.dataset.train
         return split.obs[obs_id], split.alphabet[obs_id] if self.num_alphabets else None
 
     def reconstruct(self, obs_id, args=None):
-        """The programs of training images, best first in the memory, or read: [N, A, 2]"""
+        """Programs of training images, the best ones of the memory or else inferred: [N, A, 2]"""
         if self.memory is not None:
             return losses.unpack(self.memory[obs_id, 0])
         networks, (obs, alphabet) = (self.generative_model, self.inference_network), self.get_images(obs_id)
@@ -58,12 +58,12 @@ class Subject:
         return torch.cat(best)
 
     def get_alphabet_name(self, obs_id):
-        """Of a training image; "" where there are no alphabets"""
+        """The alphabet's name of a training image; "" if there are no alphabets"""
         alphabet = self.dataset.train.alphabet
         return "" if alphabet is None else self.dataset.alphabet_names[alphabet[obs_id].argmax()]
 
     def get_usage(self):
-        """The share of strokes, of the memory's programs or the prior's, that each primitive is: [K]"""
+        """How often each primitive occurs in the programs of the memory, or else of the prior, as a share: [K]"""
         if self.memory is not None:
             latent = losses.unpack(self.memory.flatten(0, 1))
         else:
@@ -75,7 +75,7 @@ class Subject:
 
 
 def is_latest(name, checkpoint):
-    """Whether nothing newer of the run is saved"""
+    """Whether this is the newest checkpoint of the run"""
     try:
         newest = checkpoints.load_newest(name)
     except UserError:

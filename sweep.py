@@ -1,13 +1,13 @@
 """Trains and evaluates the models of the paper, here or on Slurm.
 
-    python sweep.py --jobs 2              # train all here, two at a time; then
-    python sweep.py --jobs 2 --eval-logp  # evaluate each three times
-    python sweep.py --cluster             # the same on Slurm, and
-    python sweep.py --cluster --eval-logp # as soon as each is trained
+    python sweep.py --jobs 2              # train all models here, two at a time; then
+    python sweep.py --jobs 2 --eval-logp  # evaluate each one three times
+    python sweep.py --cluster             # the same on Slurm;
+    python sweep.py --cluster --eval-logp # evaluations start as soon as their models are trained
     python sweep.py --status              # how far they are
     python sweep.py --models mws_5 rws_5 --seeds 0 1 2 -- --batch-size 50   # other settings of main.py
 
-What is complete is skipped, so a sweep that was stopped resumes when it is started again.
+Complete tasks are skipped, so the same command resumes a sweep that was stopped.
 """
 
 import environment  # noqa: F401  # isort: skip  (before torch)
@@ -35,7 +35,7 @@ from errors import warn
 from tasks import Task
 from util import UserError
 
-NUM_LATENTS = [3, 5, 10, 20, 40]  # per image; for mws, remembered and proposed ones
+NUM_LATENTS = [3, 5, 10, 20, 40]  # per image; for mws, memory plus proposals
 TEST_RUN_EVALUATION = ["--num-data=5", "--num-iterations=10", "--num-particles=10", "--test-num-particles=100"]
 
 # ------------------------------------------------------------------ the models
@@ -57,7 +57,7 @@ def get_sweep_argss(test_run=False, data_location=None):
 
 
 def get_flags(args):
-    """main.py's flags for a namespace of its arguments, each one word"""
+    """Converts a namespace of main.py's arguments to flags, each one word"""
     flags, defaults = [], vars(training.parse_args([]))
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
@@ -71,8 +71,8 @@ def get_flags(args):
 
 
 def get_runs(args):
-    """main.py's arguments for each run: the sweep's models, or those of --models, with each seed and the settings
-    that were given after --. Raises: UserError if a model is not in the sweep, or two runs would share a folder"""
+    """main.py's arguments for each run: the sweep's models, or those of --models, with each seed and the settings given
+    after --. Raises: UserError if a model is not in the sweep, or two runs would share a folder"""
     runs, known = {}, set()
     models = [util.get_path_base(model_args) for model_args in get_sweep_argss()]
     for seed in args.seeds or [None]:
@@ -96,7 +96,7 @@ def get_runs(args):
 
 
 def get_tasks(args, kinds=None):
-    """The sweep's tasks, of these kinds (default: what --eval-logp says)"""
+    """The sweep's tasks of the given kinds (default: those that --eval-logp implies)"""
     some_tasks = []
     for model, run_args in get_runs(args).items():
         for kind in kinds or (report.ALGORITHMS if args.eval_logp else ["train"]):
@@ -106,19 +106,19 @@ def get_tasks(args, kinds=None):
 
 
 def get_evaluation_flags(args, model, algorithm):
-    """eval_logp.py's. Raises: UserError if those of --eval-options are wrong"""
+    """The flags of eval_logp.py. Raises: UserError if --eval-options are invalid"""
     flags = [f"--checkpoint-path={util.get_checkpoint_path(model)}", f"--algorithm={algorithm}"]
     flags += [f"--data-location={args.data_location}"] * (args.data_location is not None)
     flags += TEST_RUN_EVALUATION * args.test_run + util.split_words("--eval-options", args.eval_options)
     parsed = eval_logp.parse_args(flags)
     same = parsed.algorithm == algorithm and parsed.checkpoint_path == str(util.get_checkpoint_path(model))
     if not same or parsed.mode != "test" or parsed.report or parsed.cuda:
-        raise UserError("--eval-options: the sweep itself chooses model, algorithm, mode and device")
+        raise UserError("--eval-options: the sweep itself sets model, algorithm, mode and device")
     return flags
 
 
 def choose_tasks(args, queue=()):
-    """The tasks that are left to do; those that are skipped are counted or named. Args: queue: Slurm's, a list of jobs"""
+    """Chooses the tasks that are left to do, and prints which are skipped. Args: queue: the jobs in Slurm's queue"""
     left, num_done = [], 0
     numbers = {(job.model, job.kind): job.number for job in queue}
     for task in get_tasks(args):
@@ -142,7 +142,7 @@ def choose_tasks(args, queue=()):
 
 
 def run_here(args):
-    """Runs what is left to do on this machine. Returns: 0 if all ended well, 1, or 128 + the signal that stopped it"""
+    """Runs the remaining tasks on this machine. Returns: 0 if all succeeded, else 1, or 128 + the signal that stopped it"""
     left = choose_tasks(args)
     use_cuda = torch.cuda.is_available() if args.cuda is None else args.cuda
     num_gpus = torch.cuda.device_count() if use_cuda else 0
@@ -160,7 +160,7 @@ def run_here(args):
 
 
 def get_queue(may_fail=True):
-    """Slurm's, with a warning if it cannot be asked and may fail"""
+    """Slurm's queue; warns if Slurm does not answer but is not essential"""
     try:
         return slurm.get_queue()
     except UserError as error:
@@ -171,7 +171,7 @@ def get_queue(may_fail=True):
 
 
 def submit(args):
-    """Submits to Slurm what is left to do and not in the queue"""
+    """Submits the remaining tasks to Slurm, unless they are in the queue already"""
     queue, _ = get_queue(may_fail=args.dry_run)
     left = choose_tasks(args, queue)
     if not left:
@@ -180,7 +180,7 @@ def submit(args):
     if not args.dry_run:
         check_data(args)
     asks_for_gpu = "gpu" in args.gres or re.search(r"(^| )(-G|--gpus|--gres[= ]\S*gpu)", args.sbatch)
-    if asks_for_gpu if args.cuda is None else args.cuda:  # a job without a GPU that works then fails at once
+    if asks_for_gpu if args.cuda is None else args.cuda:  # so that a job without a working GPU fails at once
         left = [task._replace(flags=[*task.flags, "--cuda"]) for task in left]
     slurm.submit_tasks(left, args, queue, args.dry_run)
     for task in left if args.dry_run else []:
@@ -189,8 +189,8 @@ def submit(args):
 
 
 def check_data(args):
-    """Loads the data once, here, rather than let each job find out that they are not there, or download them.
-    Raises: UserError if they do not fit"""
+    """Loads the data once, here, so that jobs neither download it nor find out one by one that it is missing.
+    Raises: UserError if it does not fit the models"""
     names = ["data_location", "small_dataset", "dataset_size", "condition_on_alphabet"]
     argss = {tuple(getattr(run_args, name) for name in names): run_args for run_args in get_runs(args).values()}
     for run_args in argss.values():
@@ -198,7 +198,7 @@ def check_data(args):
 
 
 def cancel(args):
-    """Cancels the jobs of the chosen tasks, and says what else of ours is in the queue"""
+    """Cancels the jobs of the chosen tasks, and prints what else of ours is in the queue"""
     queue, others = get_queue(may_fail=args.dry_run)
     chosen = {(task.model, task.kind) for task in get_tasks(args, None if args.eval_logp else ["train", *report.ALGORITHMS])}
     jobs = [job for job in queue if (job.model, job.kind) in chosen]
@@ -229,8 +229,8 @@ def is_run(folder):
 
 
 def remove(args):
-    """Deletes runs, once the user has seen which: all, or those that options choose; with --eval-logp their
-    evaluations only. What is not a run's folder stays, and so does a run that is in use or in the queue."""
+    """Deletes runs after asking: all of them, or those chosen by options; with --eval-logp only their evaluations.
+    Folders that are not runs stay, and so do runs that are in use or in the queue."""
     folders = sorted(folder for folder in util.SAVE.glob("[!.]*") if is_run(folder))
     if args.models or args.seeds or args.settings or args.data_location:
         chosen = get_runs(args)
@@ -286,13 +286,13 @@ def get_parser():
     parser.start_group("which runs")
     add("--models", "only these models, by name (default: all)", nargs="+")
     add("--seeds", "train each model with each of these seeds (default: main.py's)", nargs="+", type=seed)
-    add("--test-run", "everything small", action=boolean)
+    add("--test-run", "make everything small, as main.py --test-run does", action=boolean)
     add("--data-location", "as for main.py (default: main.py's)", default=None)
     add("--eval-logp", "evaluate trained models instead: three tasks each", action=boolean)
     add("--eval-options", "options of eval_logp.py for all evaluations, as one string", default="")
     parser.start_group("what to do (default: run them here)")
     add("--cluster", "submit them to Slurm; evaluations start when their training in the queue is complete", action=boolean)
-    add("--status", "print how far each task is, its job and its log", action=boolean)
+    add("--status", "print each task's progress, job and log", action=boolean)
     add("--plot", "draw the theta losses into save/theta_loss.pdf, with their range over seeds", action=boolean)
     add("--cancel", "cancel the jobs of these runs (with --eval-logp only their evaluations)", action=boolean)
     add("--rm", "delete these runs, after asking (with --eval-logp only their evaluations)", action=boolean)
@@ -310,10 +310,10 @@ def get_parser():
     add("--mem", "memory of a job", default="16G")
     add("--time", f"time limit of a job (default: {slurm.TIME_OF_REPEATED} with om-repeat, else {slurm.TIME})", default=None)
     add("--partition", "partition", default=None)
-    add("--mail", "address that Slurm writes to when a job ends or fails", default=None)
+    add("--mail", "address that Slurm emails when a job ends or fails", default=None)
     add("--sbatch", 'further options of sbatch, as one string: "--account=lab --qos=long"', default="")
-    add("--setup", 'line of shell to run before each task: "module load cuda"', default="")
-    add("--no-repeat", "do not use om-repeat, even if it is there", action=boolean)
+    add("--setup", 'line of shell code to run before each task: "module load cuda"', default="")
+    add("--no-repeat", "do not use om-repeat, even if it is installed", action=boolean)
     parser.add_argument("--task", help=argparse.SUPPRESS)  # what a job runs
     return parser
 
@@ -325,7 +325,7 @@ def parse_args(argv=None):
     args = get_parser().parse_args(argv[:cut])
     args.settings = argv[cut + 1 :]
     if sum([args.cluster, args.status, args.plot, args.cancel, args.rm]) > 1:
-        raise UserError("--cluster, --status, --plot, --cancel and --rm exclude each other; give one")
+        raise UserError("--cluster, --status, --plot, --cancel and --rm are mutually exclusive; give one")
     if args.gres is None:
         args.gres = "none" if args.cuda is False else "gpu:1"
     if args.cluster and not args.dry_run:

@@ -1,4 +1,4 @@
-"""The tasks of a sweep: what each runs, how far it is, and how tasks run on this machine."""
+"""The tasks of a sweep: what each runs, how far it has got, and how tasks run on this machine."""
 
 import ctypes
 import os
@@ -33,7 +33,7 @@ class Task(NamedTuple):
         return self.model if self.kind == "train" else f"{self.model} {self.kind}"
 
     def get_path(self, suffix):
-        """Of its log, or of the exit status of its last attempt"""
+        """Path of the task's log, or of the exit status of its last attempt"""
         stem = "train" if self.kind == "train" else f"eval_{self.kind}"
         return util.SAVE / self.model / "logs" / f"{stem}.{suffix}"
 
@@ -46,18 +46,18 @@ class Task(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What of a task is saved"""
+    """What is saved of a task"""
 
     done: bool
-    iteration: int = 0  # its own: of the training, or of the evaluation
+    iteration: int = 0  # of the training, or of the evaluation itself
     total: int = 0
     value: str = ""  # the last loss, or log p
     saved: float | None = None  # when, seconds since the epoch
-    others: bool = False  # of an evaluation: one with other settings, or of an older model, has to make way
+    others: bool = False  # of an evaluation: one with other settings, or of an older model, would have to be replaced
 
 
 def get_progress(task):
-    """What the files of a task say; a damaged one counts as none"""
+    """Reads a task's progress from its files; damaged ones count as missing"""
     return get_training_progress(task) if task.kind == "train" else get_evaluation_progress(task)
 
 
@@ -73,7 +73,8 @@ def get_training_progress(task):
 
 
 def get_evaluation_progress(task):
-    """Done: with the model as it is now, as the task's flags ask. Others: with others in the way, finished or not"""
+    """Done means: of the current model, with the settings in the task's flags. Others: different evaluations, finished or
+    not, are in its place"""
     folder, asked = util.SAVE / task.model / "logp", eval_logp.parse_args(task.flags)
     paths = [parent / f"test_{task.kind}.pt" for parent in (folder, folder / "checkpoints")]
     progress, iteration = Progress(False, 0, asked.num_iterations), None
@@ -93,34 +94,34 @@ def get_evaluation_progress(task):
                 return progress._replace(iteration=int(state["iteration"]), saved=saved)
             return progress._replace(others=True)
     except (UserError, OSError, TypeError, ValueError, KeyError, AttributeError):
-        pass  # there is none, or a damaged one
+        pass  # missing or damaged
     return progress
 
 
 def is_trained(task):
-    """Whether the task's model is trained to the end"""
+    """Whether the task's model is fully trained"""
     return get_training_progress(task).done
 
 
 def is_as_asked(settings, asked):
-    """Whether an evaluation has the settings that eval_logp.py's arguments ask for"""
+    """Whether an evaluation has the settings that arguments of eval_logp.py ask for"""
     return all(settings.get(name) == getattr(asked, name) for name in eval_logp.SETTINGS)
 
 
 def get_lock(task):
-    """The file that its process holds a lock on"""
+    """The lock file that the task's process holds"""
     folder = util.SAVE / task.model
     return folder / "lock" if task.kind == "train" else folder / "logp" / f".test_{task.kind}.lock"
 
 
 def was_stopped(status):
-    """Whether a process ended because it was asked to, by one of the signals on which runs save"""
+    """Whether a process ended because of one of the signals on which runs save and stop"""
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     return status in [128 + number for number in numbers] or -status in numbers
 
 
 def is_failed(task):
-    """Whether its last attempt ended with an error"""
+    """Whether the last attempt ended with an error"""
     try:
         status = int(task.get_path("status").read_text())
     except (OSError, ValueError):
@@ -129,7 +130,7 @@ def is_failed(task):
 
 
 def read_log(task):
-    """Its lines, without progress bars"""
+    """The lines of a task's log, without progress bars"""
     try:
         text = task.get_path("log").read_text(errors="replace")
     except OSError:
@@ -143,19 +144,19 @@ def get_log_end(task, num_lines=4):
 
 
 def get_device(task):
-    """What its last attempt ran on, GPU or CPU; "" if there was none"""
+    """What the last attempt ran on, GPU or CPU; "" if there was none"""
     commands = [line for line in read_log(task) if line.startswith("--- ")]
     return "" if not commands else "GPU" if "--cuda" in commands[-1].split() else "CPU"
 
 
 def open_log(task):
-    """The task's log, to write at its end; it begins with the command"""
+    """Opens the task's log for appending, and writes the command"""
     path = task.get_path("log")
     path.parent.mkdir(parents=True, exist_ok=True)
     task.get_path("status").unlink(missing_ok=True)
     log = open(path, "a")
     when, node = time.strftime("%Y-%m-%d %H:%M:%S"), os.uname().nodename
-    log.write("\n" if log.tell() else "")  # after a progress bar that was cut off
+    log.write("\n" if log.tell() else "")  # after an interrupted progress bar
     log.write(f"--- {when} on {node}: {shlex.join(task.get_command())}\n")
     log.flush()
     return log
@@ -165,7 +166,7 @@ def open_log(task):
 
 
 class Worker(NamedTuple):
-    """A task that runs here as a child process"""
+    """A task that runs on this machine, as a child process"""
 
     task: Task
     process: subprocess.Popen
@@ -174,18 +175,18 @@ class Worker(NamedTuple):
 
 
 def _die_with_parent():
-    _libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a killed sweep leaves no runs behind, and they save
+    _libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: if the sweep is killed, its runs save and stop
 
 
 def start(task, slot, num_slots, num_gpus):
-    """Starts a task on the slot's share of the cores, and on its GPU where there are several"""
+    """Starts a task on its slot's share of the cores, and on its GPU if there are several"""
     cores = sorted(os.sched_getaffinity(0))
     share = cores[slot % len(cores) :: num_slots]
-    # Two processes with a thread for every core each would slow each other down several times over.
+    # Processes with as many threads as cores would slow each other down several times over.
     environment = {"OMP_NUM_THREADS": str(len(share)), **os.environ}
     if num_gpus:
         task = task._replace(flags=[*task.flags, "--cuda"])
-        # of those that this process may use, whose names may be no numbers
+        # only those visible to this process; their names need not be numbers
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_gpus)))
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % num_gpus]
     with open_log(task) as log:
@@ -202,7 +203,7 @@ def start(task, slot, num_slots, num_gpus):
 
 
 def finish(worker):
-    """Says in a line how a task ended. Returns: whether well"""
+    """Prints how a task ended. Returns: whether it succeeded"""
     task, status = worker.task, worker.process.returncode
     task.get_path("status").write_text(f"{status}\n")
     if status == 0:
@@ -219,7 +220,7 @@ def finish(worker):
 
 
 def wait_for_lock(task, seconds=5):
-    """What ended a moment ago may still be saving. Returns: whether the task is free"""
+    """Waits a moment for a process that is ending and may still be saving. Returns: whether the task is free"""
     end = time.time() + seconds
     while locks.is_locked(get_lock(task)):
         if time.time() > end:
@@ -231,8 +232,8 @@ def wait_for_lock(task, seconds=5):
 
 
 def run_all(tasks, num_slots, num_gpus, stop):
-    """Runs tasks as child processes, so many at a time, until all have ended or a signal arrives,
-    which the children are told, so that each saves. Returns: how many ended well"""
+    """Runs tasks as child processes, a number of them at a time, until all have ended or a signal
+    arrives, which is passed on so that they save. Returns: how many succeeded"""
     waiting, workers, num_done, told = list(tasks), [], 0, False
     with util.show_progress(total=len(tasks), unit="task", disable=not sys.stderr.isatty()) as bar:
         while workers or (waiting and stop.received is None):

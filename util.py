@@ -26,18 +26,18 @@ SAVE = pathlib.Path("save")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, but what the user got wrong is one line, flags are not abbreviated, and --help shows them in groups"""
+    """argparse's, but errors take one line, flags cannot be abbreviated, and --help shows them in groups"""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
         self.group = self
 
     def start_group(self, title):
-        """What is added from now on is shown under this title"""
+        """Shows the arguments added from now on under this title"""
         self.group = self.add_argument_group(title)
 
     def add(self, flag, help, **options):
-        """add_argument; an argument of SETTINGS has its default from there, and help tells the default"""
+        """As add_argument, but defaults come from SETTINGS and are shown in the help"""
         if options.get("action") not in ("store_true", argparse.BooleanOptionalAction):
             options.setdefault("default", SETTINGS.get(flag.strip("-").replace("-", "_")))
             help += "" if options["default"] in (None, "") else " (default: %(default)s)"
@@ -52,7 +52,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def in_range(number, low, high=None):
-    """An argument's type: int or float, low <= value <= high; by default what 32 bits hold, or a million"""
+    """The type of an argument: an int or float between low and high (by default the largest 32-bit integer, or a million)"""
     high = (2**31 - 1 if number is int else 1e6) if high is None else high
 
     def parse(text):
@@ -66,14 +66,14 @@ def in_range(number, low, high=None):
 
 
 def show_progress(*args, **kwargs):
-    """A tqdm bar on standard error; in a log file, a line only now and then."""
+    """A tqdm bar on standard error; in a log file, a line every 20 seconds."""
     return tqdm(*args, mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=sys.stderr.isatty(), **kwargs)
 
 
 # ------------------------------------------------------------------ run folders
 
-# Every argument that changes what a run learns, with its default: the command
-# line takes the defaults from here, the name of a run's folder what differs.
+# Every argument that changes what a run learns, with its default. The command line takes
+# its defaults from here; a run's folder is named after the arguments that differ from them.
 SETTINGS = dict(
     seed=0,
     data_location="local",
@@ -97,11 +97,12 @@ SETTINGS = dict(
     prior_lr_factor=1.0,
     pretrain_iterations=10000,
 )
-NUM_ITERATIONS = 200000  # by default; a run can be continued to more, so they are no setting
+NUM_ITERATIONS = 200000  # by default; not a setting, since a run can be continued for longer
 
 
 def get_test_run_limits(likelihood):
-    """What --test-run shrinks its arguments to: fewer latents for the 2187 maps of `affine`, to stay under two minutes."""
+    """The upper limits that --test-run puts on its arguments. `affine`, with its 2187 maps, gets fewer latents to stay
+    under two minutes."""
     limits = dict(pretrain_iterations=20, num_iterations=40, save_interval=20, log_interval=5)
     limits.update(test_interval=20, test_batch_size=5, test_num_particles=10)
     size = dict(batch_size=2, num_particles=10, memory_size=10) if likelihood == "affine" else {}
@@ -120,8 +121,8 @@ def get_settings(args):
 
 
 def get_path_base(args):
-    """The name of a run's folder in save/: two runs that differ in any argument
-    that changes the result never share one.
+    """The name of a run's folder in save/. Runs that differ in any argument that changes
+    the result never share one.
 
     a_ if conditional, the algorithm, its number of latents per image (for mws
     particles + memory), _large unless small_dataset; then _<flag>=<value> for each
@@ -151,7 +152,7 @@ def get_path_base(args):
 
 
 def split_words(flag, text):
-    """An option's string as a shell would split it. Raises: UserError if a quote is open"""
+    """Splits an option's value into words as a shell would. Raises: UserError if a quote is left open"""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -159,15 +160,15 @@ def split_words(flag, text):
 
 
 def to_run_name(text):
-    """--name's type: a folder's name"""
+    """The type of --name: the name of a folder"""
     if not re.fullmatch(r"[\w][\w.=+-]{0,99}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no name for a folder: use up to 100 letters, digits, . _ = + -")
     return text
 
 
 def get_location_name(location):
-    """A name for where data is, fit for a folder's name. The named copies of
-    chardata.mat are the same data; of a path, what it leads to counts."""
+    """A name for a data location that can be part of a folder's name. The named copies of
+    chardata.mat are the same data; paths that lead to the same place get the same name."""
     if location in ("local", "om"):
         return "local"
     if location == "glyphs":
@@ -178,7 +179,7 @@ def get_location_name(location):
 
 
 def expand_user(path):
-    """Raises: UserError if it begins with the home of a user that there is not"""
+    """Raises: UserError if it begins with the home of an unknown user"""
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError:
@@ -198,16 +199,16 @@ CHECKPOINT_KEYS = {
 
 
 def save_checkpoint(path, checkpoint):
-    """Writes a dict of tensors and plain values, as `write` does. On the CPU, so that it loads anywhere."""
+    """Writes a dict of tensors and plain values, as `write` does; the tensors move to the CPU, so that it loads anywhere"""
     buffer = io.BytesIO()
     torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, checkpoint), buffer)
     write(path, buffer.getbuffer())
 
 
 def write(path, content):
-    """Writes bytes so that at any moment path holds either the old file or the new one, whole.
+    """Writes a file atomically: at any moment the path holds either the old file or the new one.
 
-    Raises: UserError if it cannot be written; what was there stays
+    Raises: UserError if it cannot be written; the old file stays
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -232,13 +233,13 @@ def write(path, content):
 
 
 def load_checkpoint(path, device="cpu", keys=CHECKPOINT_KEYS):
-    """Reads what save_checkpoint wrote: a dict. Nothing in the file is executed.
+    """Reads a dict that save_checkpoint wrote. Nothing in the file is executed.
 
     Raises: UserError if the file is missing, damaged, not a checkpoint (its keys
         must include `keys`), or holds anything but tensors and plain values
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself does not look at checksums
+        with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
             damaged = archive.testzip()
         if damaged is not None:
             raise UserError(f"{path} is damaged ({damaged} in it fails its checksum)")
@@ -247,7 +248,7 @@ def load_checkpoint(path, device="cpu", keys=CHECKPOINT_KEYS):
         raise UserError(f"there is no checkpoint {path}") from None
     except UserError:
         raise
-    except Exception as error:  # whatever a broken file makes the readers raise
+    except Exception as error:  # a broken file can make the readers raise anything
         reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
@@ -256,16 +257,16 @@ def load_checkpoint(path, device="cpu", keys=CHECKPOINT_KEYS):
 
 
 def describe_differences(theirs, ours):
-    """What differs between the settings, dicts, of something saved and of this run, in words; "" if nothing does"""
+    """Describes in words how two dicts of settings differ, those saved and those of this run; "" if they agree"""
     names = [name for name, value in ours.items() if theirs.get(name) != value]
     return ", ".join(f"{name.replace('_', '-')} is {theirs.get(name)} there and {ours[name]} here" for name in names)
 
 
 def find_checkpoint(path):
-    """The checkpoint that a user means: a file, the latest of a run, given by its folder or name, or a pretrained model,
-    given as pretrained/<name> wherever the program is called.
+    """Finds the checkpoint that a user refers to: a file, the latest one of a run (given by its folder or its name), or a
+    pretrained model (given as pretrained/<name>, from any working directory).
 
-    Raises: UserError if there is none; it names the runs that there are
+    Raises: UserError if there is none; the message lists the existing runs
     """
     pretrained = pathlib.Path(__file__).resolve().parent / "pretrained" / f"{pathlib.Path(path).stem}.pt"
     candidates = [pathlib.Path(path), pathlib.Path(path, "checkpoints/latest.pt"), get_checkpoint_path(path)]
@@ -278,7 +279,7 @@ def find_checkpoint(path):
 
 
 def get_run_name(checkpoint_path, run_args):
-    """The folder in save/ that a checkpoint is of: where it lies, else what its arguments, a dict, say"""
+    """The name of a checkpoint's run: that of the folder it lies in, or else the one its arguments (a dict) imply"""
     folder = pathlib.Path(checkpoint_path).resolve().parent
     if folder.name == "checkpoints" and folder.parents[1] == SAVE.resolve():
         return folder.parent.name
@@ -298,8 +299,8 @@ DIVERGED = (
 
 
 def append_statistics(statistics, pending):
-    """Moves what was recorded on the device, a list of dicts of scalars, to the curves on the CPU, name -> [times
-    recorded], all at once, and empties the list. Raises: UserError if training has diverged"""
+    """Moves pending statistics, a list of dicts of scalars on the device, to the CPU in one go, appends them to the curves
+    (name -> [times recorded]) and empties the list. Raises: UserError if training has diverged"""
     for name in {name: None for row in pending for name in row}:
         values = torch.stack([torch.as_tensor(row[name]) for row in pending if name in row]).float().cpu()
         if not values.isfinite().all():
@@ -312,8 +313,8 @@ def append_statistics(statistics, pending):
 
 
 def set_seed(seed, device="cpu"):
-    """Seeds torch, and has a run on the device add in the same order each time. On a GPU torch's own mode for
-    that has operations wait for the CPU; it is left off, and a step uses operations that keep to an order."""
+    """Seeds torch and makes runs on the device reproducible bit for bit. On a GPU, torch's deterministic mode makes
+    some operations wait for the CPU; it stays off, and steps use only operations that are deterministic anyway."""
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
@@ -330,14 +331,14 @@ def get_random_state():
 
 
 def set_random_state(state):
-    """Takes what get_random_state gave."""
+    """Restores what get_random_state returned."""
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 def get_device(cuda):
-    """Raises: UserError if a GPU is asked for and there is none that works"""
+    """Raises: UserError if a GPU is requested and none is usable"""
     if not cuda:
         return torch.device("cpu")
     try:
@@ -352,8 +353,8 @@ def get_device(cuda):
 
 
 class StopSignal:
-    """Within it, SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) are noted in `received`,
-    so that a loop can save and leave."""
+    """A context in which SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) are recorded in `received`,
+    so that a loop can save and return."""
 
     def __init__(self):
         self.received = None

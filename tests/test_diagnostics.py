@@ -245,7 +245,7 @@ def test_every_kind_of_run(folder, capsys):  # noqa: F811
     pathlib.Path("data.mat").unlink()
     assert diagnostics.main([*DRAW, "--checkpoint-path", f"save/{conditional}/checkpoints/6.pt"]) == 0
     stdout = capsys.readouterr().out
-    assert "without its data no reconstructions and alphabets: " in stdout and "data.mat" in stdout
+    assert "no reconstructions and alphabets without its data: " in stdout and "data.mat" in stdout
     new = get_files(conditional) - FILES - {"alphabets/12.pdf", "reconstructions.gif"}
     assert new == {"losses/6.pdf", "primitives/6.pdf", "prior/6.pdf"}
 

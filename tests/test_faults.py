@@ -172,7 +172,7 @@ def test_one_bad_run_does_not_stop_the_others(folder, capsys):  # noqa: F811
     stdout, stderr = capsys.readouterr()
     assert f"{good}: drawn at iteration 12" in stdout and all(f"bad{i}" in stderr for i in range(4))
     assert sweep.main(["--status"]) == 0
-    with pytest.raises(UserError, match="bad1.* is not a whole checkpoint: generative_model is no dict"):
+    with pytest.raises(UserError, match="bad1.* is not a whole checkpoint: generative_model is not a dict"):
         eval_logp.main(["--checkpoint-path", "bad1"])
 
 
@@ -349,5 +349,5 @@ def test_closed_streams(folder):  # noqa: F811
 
 def test_a_task_is_for_jobs_only():
     for where in ("", "none.json:3", "7"):
-        with pytest.raises(UserError, match="none of a sweep's tasks"):
+        with pytest.raises(UserError, match="is not a task of a sweep"):
             sweep.main([f"--task={where}"])

@@ -212,7 +212,7 @@ def test_without_slurm(folder, monkeypatch, capsys):  # noqa: F811
     pathlib.Path("squeue").write_text("#!/bin/bash\necho one >&2; echo 'squeue: error: nobody answers' >&2; exit 1\n")
     pathlib.Path("squeue").chmod(0o755)
     assert get_cells("--models", "mws_3")[0]["state"] == "waiting"
-    assert capsys.readouterr().err == "warning: Slurm cannot be asked (squeue: error: nobody answers)\n"
+    assert capsys.readouterr().err == "warning: Slurm does not answer (squeue: error: nobody answers)\n"
     stdout = run("--cluster", "--dry-run", "--models", "mws_3", "--gres=gpu:a100:1", "--mail=me@here", "--sbatch=--qos='a b'")
     assert all(f" {word} " in stdout for word in ["--gres=gpu:a100:1", "--mail-user=me@here", "'--qos=a b'"])
     assert "--cuda" in stdout.splitlines()[-1]

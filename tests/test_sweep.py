@@ -222,8 +222,8 @@ def test_failures_and_locks(make_sweep):
 
 BAD_INPUT = [
     ("--jobs 0", ["--jobs", "out of range"]),
-    ("--cluster", ["no sbatch on the PATH"]),
-    ("--cancel", ["no scancel on the PATH"]),
+    ("--cluster", ["sbatch is not on the PATH"]),
+    ("--cancel", ["scancel is not on the PATH"]),
     ("--models mws_4", ["mws_4", "not in the sweep"]),
     ("--cluster --dry-run --time soon", ["--time soon"]),
     ("--status --rm", ["exclude"]),
