@@ -77,7 +77,7 @@ def load(location="local", small_dataset=False, dataset_size=None):
         train.select(torch.from_numpy(ids)) for ids in np.split(permutation, [len(permutation) - num_valid])
     )
     if small_dataset and dataset_size is not None:
-        raise UserError("--small-dataset and --dataset-size are mutually exclusive; give one")
+        raise UserError("--small-dataset and --dataset-size exclude each other; give one")
     if small_dataset:
         train = _take_per_alphabet(train, SMALL_NUM_PER_ALPHABET, num_alphabets, "--small-dataset")
         test = train
@@ -188,7 +188,7 @@ def download(url, path, blob_id, timeout=30, num_tries=3):
         content = temporary.read_bytes()
         if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
             raise UserError(
-                f"{url} did not send the expected file (its git blob id is not {blob_id}); try again later"
+                f"what {url} sent is not the expected file (its git blob id is not {blob_id}); try again later"
             )
         os.replace(temporary, path)
     finally:

@@ -391,7 +391,7 @@ def parse_args(argv=None):
             f"--initial-max-curve {args.initial_max_curve} is too large without --big-arcs; give at most 0.5"
         )
     if args.small_dataset and args.dataset_size is not None:
-        raise UserError("--small-dataset and --dataset-size are mutually exclusive; give one")
+        raise UserError("--small-dataset and --dataset-size exclude each other; give one")
     return args
 
 

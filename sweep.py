@@ -325,7 +325,7 @@ def parse_args(argv=None):
     args = get_parser().parse_args(argv[:cut])
     args.settings = argv[cut + 1 :]
     if sum([args.cluster, args.status, args.plot, args.cancel, args.rm]) > 1:
-        raise UserError("--cluster, --status, --plot, --cancel and --rm are mutually exclusive; give one")
+        raise UserError("--cluster, --status, --plot, --cancel and --rm exclude each other; give one")
     if args.gres is None:
         args.gres = "none" if args.cuda is False else "gpu:1"
     if args.cluster and not args.dry_run:

@@ -167,7 +167,7 @@ def test_an_evaluation_in_progress_is_not_replaced_by_another(model, monkeypatch
     state = util.SAVE / model / "logp/checkpoints/test_rws.pt"
     before = state.read_bytes()
     for change in (["--lstm-hidden-size", "9"], ["--num-data", "3"], ["--test-num-particles", "100"]):
-        with pytest.raises(UserError, match="holds another evaluation: .* is .* there and .* here; --force"):
+        with pytest.raises(UserError, match="holds a different evaluation: .* is .* there and .* here; --force"):
             eval_logp.main([*flags, *change])
         assert state.read_bytes() == before
     assert eval_logp.main(flags) == 0
@@ -209,7 +209,7 @@ def test_report(model, capsys):
     cut(util.SAVE / model / "logp" / "test_rws.pt")
     assert eval_logp.main(["--report"]) == 0
     stderr = capsys.readouterr().err
-    assert "damaged" in stderr and "test_vimco.pt is left out, as its model is older" in stderr
+    assert "damaged" in stderr and "test_vimco.pt is left out: its model is older" in stderr
     assert stderr.count("\n") == 2
     (row,) = read_csv().values()
     assert float(row["rws"]) == pytest.approx(values["rws"][1])

@@ -156,7 +156,7 @@ def test_an_older_checkpoint_takes_the_place_of_a_wrong_one(folder, wrong, capsy
         assert_same(load_all(get_run_folder()), expected)
         assert "newest intact checkpoint" in capsys.readouterr().err
     else:
-        with pytest.raises(UserError, match="memory is of 1 images there"):
+        with pytest.raises(UserError, match="memory holds 1 images there"):
             run(*FLAGS)
     assert not pathlib.Path("executed").exists()
 
