@@ -14,6 +14,7 @@ from test_enumeration import NUM_IMAGES, get_exact, get_latents, get_tiny
 from test_main import assert_same, folder, run_script  # noqa: F401
 from test_util import cut
 
+import checkpoints
 import eval_logp
 import losses
 import main
@@ -228,6 +229,21 @@ def test_only_comparable_evaluations_share_a_row():
     assert shown.keys() == {"vimco"}
     differences = report.describe_differences(results["sleep"]["settings"], shown["vimco"]["settings"])
     assert differences == "images is some (20), not some (50)"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.pt")), ids=lambda path: path.stem)
+def test_pretrained_models(folder, path):  # noqa: F811
+    """Whole, found from anywhere, and better on their own samples than on noise"""
+    checkpoint = checkpoints.load(util.find_checkpoint(f"pretrained/{path.stem}"))
+    generative_model, network = models.from_checkpoint(checkpoint)
+    alphabet = torch.eye(50)[:2] if checkpoint["num_alphabets"] else None
+    latent, obs = generative_model.sample(2, alphabet)
+    noise = torch.bernoulli(obs.mean().expand(obs.shape))
+    log_p = []
+    for images in (obs, noise):
+        log_weight = losses.get_log_weight(generative_model, network, images, 20, alphabet)
+        log_p.append(losses.log_mean_weight(log_weight).mean())
+    assert log_p[0] > log_p[1] + 50
 
 
 def test_joint_bound_takes_each_latent_once():
