@@ -113,7 +113,7 @@ def find_characters(name, content):
         else:
             hopeless += 1
     if not ink.any():
-        warn(f"{name} appears blank; skipped")
+        warn(f"{name} is blank; skipped")
     elif hopeless:
         warn(f"{name}: {hopeless} parts have no legible strokes; skipped")
     return characters

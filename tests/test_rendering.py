@@ -6,6 +6,7 @@ import reference
 import torch
 
 import kernels
+import models
 import rendering
 
 PARAMS = torch.tensor([3.0, -3.0])
@@ -140,12 +141,15 @@ def test_fixed_maps():
 def compiled():
     if shutil.which("g++") is None:
         pytest.skip("there is no C++ compiler")
+    before = torch.get_rng_state()
     rendering.set_compile(True)
+    assert torch.equal(torch.get_rng_state(), before)
     yield
     rendering.set_compile(False)
 
 
 def test_compiled_is_the_same_for_all_batch_sizes(compiled):
+    """And NaN as well"""
     counters = torch._dynamo.utils.counters["stats"]
     num_compiled = counters["unique_graphs"]
     for batch_size in (1, 2, 15, 33, 250):
@@ -166,7 +170,20 @@ def test_compiled_is_the_same_for_all_batch_sizes(compiled):
         for got, want in zip(*results, strict=True):
             assert (got - want).norm() <= 1e-4 * want.norm()
         assert (results[0][1] - results[1][1]).abs().max() < 1e-3
+    check_nan_reaches_the_likelihood()
     assert counters["unique_graphs"] == num_compiled  # one size for all: compiled when enabled, not since
+
+
+def check_nan_reaches_the_likelihood():
+    for name in ["pre_dxdy", "pre_theta", "pre_sharpness", "pre_width", "pre_rendering_params", "theta_affine"]:
+        model = models.GenerativeModel()
+        latent, obs = model.sample(3)
+        latent[..., 1] = 1
+        getattr(model, name).data.fill_(torch.nan)
+        log_prior, log_likelihood = model.log_prob(latent.unsqueeze(0), obs)
+        assert log_likelihood.isnan().all() and log_prior.isfinite().all(), name
+        with torch.no_grad():
+            assert model.log_prob(latent.unsqueeze(0), obs)[1].isnan().all(), name
 
 
 def test_no_compiler_is_one_warning(monkeypatch, capsys):
@@ -177,9 +194,3 @@ def test_no_compiler_is_one_warning(monkeypatch, capsys):
     rendering.set_compile(True)
     assert capsys.readouterr().err == "warning: not compiled, training is slower: there is no compiler\n"
     assert not kernels.compiled
-
-
-def test_compiling_draws_no_random_numbers(compiled):
-    before = torch.get_rng_state()
-    rendering.set_compile(True)
-    assert torch.equal(torch.get_rng_state(), before)

@@ -13,8 +13,7 @@ import search
 from util import UserError
 
 
-@pytest.mark.parametrize("temperature", [0.0, 4.0])
-@pytest.mark.parametrize("num_alphabets", [0, 2])
+@pytest.mark.parametrize("temperature, num_alphabets", [(0.0, 2), (4.0, 0)])
 def test_the_best_programs_where_all_can_be_listed(temperature, num_alphabets):
     model = models.GenerativeModel(num_primitives=4, num_arcs=3, num_alphabets=num_alphabets)
     codes = torch.cartesian_prod(torch.arange(0, 8, 2), torch.arange(8), torch.arange(8))  # all 256

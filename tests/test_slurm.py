@@ -97,7 +97,7 @@ def test_job_arrays(cluster, monkeypatch):
     training, with as many threads as Slurm gives it CPUs"""
     monkeypatch.setattr(sweep.report, "ALGORITHMS", ["rws"])
     chosen = ["--models", *cluster[:2]]
-    settings = ["--pretrain-iterations=0", "--num-iterations=250", "--save-interval=100"]
+    settings = ["--pretrain-iterations=0", "--num-iterations=190", "--save-interval=100"]
     names = [util.get_path_base(args) for args in sweep.get_runs(sweep.parse_args([*chosen, "--", *settings])).values()]
     stdout = run(*SUBMIT, "--time=10", *chosen, "--", *settings)
     number = re.search(r"Submitted batch job (\d+)", stdout)[1]
@@ -111,7 +111,7 @@ def test_job_arrays(cluster, monkeypatch):
     wait_for(lambda: all(has_reached(name, 158) for name in names))
     wait_for((util.SAVE / names[1] / "logp/test_rws.pt").exists)
     wait_for(lambda: not list_jobs())
-    assert [(cells["state"], cells["iteration"]) for cells in get_cells(*chosen, "--", *settings)] == [("done", "250/250")] * 2
+    assert [(cells["state"], cells["iteration"]) for cells in get_cells(*chosen, "--", *settings)] == [("done", "190/190")] * 2
     shown = [subprocess.run(["scontrol", "show", "job", f"{number}_{i}"], capture_output=True, text=True) for i in range(2)]
     assert [re.search(r"Restarts=(\d+)", process.stdout)[1] for process in shown] == ["0", "1"]
     log = read_log(names[1])

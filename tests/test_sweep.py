@@ -160,12 +160,10 @@ def test_sweep_here(make_sweep, monkeypatch):
     assert [(cells["state"], cells["iteration"]) for cells in get_cells()] == [("done", "110/110")] * 2
     stdout = run("--plot")
     assert pathlib.Path("save/theta_loss.pdf").exists() and stdout.count(" at 100\n") == 2
-    went_on = [load(name) for name in models]
-    for checkpoint, args in zip(went_on, sweep.get_sweep_argss(), strict=True):
-        name = util.get_path_base(args)
-        shutil.rmtree(util.SAVE / name)
-        main.main(sweep.get_flags(args))
-        assert_same(checkpoint, load(name))
+    resumed = load(models[0])
+    shutil.rmtree(util.SAVE / models[0])
+    main.main(sweep.get_flags(next(sweep.get_sweep_argss())))
+    assert_same(resumed, load(models[0]))
     assert "2 are complete already\n0 of 0 done" in run()
 
     monkeypatch.setattr(sweep.report, "ALGORITHMS", ["rws"])
