@@ -24,7 +24,7 @@ def run_script(main):
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError:
-        message = "out of GPU memory even for one latent at a time; use a smaller --batch-size or another GPU"
+        message = "out of GPU memory; use a smaller --batch-size, fewer --num-particles or another GPU"
     except MemoryError:
         message = OUT_OF_MEMORY
     except RuntimeError as error:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A job of Slurm's: runs its arguments. Warned by SIGUSR1 that its time is nearly up, it lets the
-# program save and end, and puts itself back into the queue, to resume when it starts again.
+# The script of a Slurm job: runs its arguments. Warned by SIGUSR1 that its time is nearly up, it lets
+# the program save and stop, and puts itself back into the queue, to resume when it starts again.
 task=$SLURM_JOB_ID
-if [ -n "$SLURM_ARRAY_TASK_ID" ]; then # the job's number may be the one of the whole array
+if [ -n "$SLURM_ARRAY_TASK_ID" ]; then # the job's number may be that of the whole array
     task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 fi
 is_time_up() { # rather than that somebody cancelled it

@@ -1,8 +1,8 @@
 """The first layer of the inference network on a GPU, as Triton kernels: convolution, pooling and relu at once.
 
-On images of one channel a convolution multiplies little and writes much: 64 channels of 30 x 30 pixels
-an image, of which the pooling keeps a quarter. Here only what is kept is written, and one byte beside it
-that tells the backward pass where it came from. patches.py has the plain version.
+With one input channel a convolution multiplies little and writes much: 64 channels of 30 x 30 pixels per
+image, of which pooling keeps a quarter. Here only what is kept is written, with one byte each that tells
+the backward pass where it came from. patches.py has the plain version.
 """
 
 import torch

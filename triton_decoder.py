@@ -1,18 +1,18 @@
 """The decoder of models.py on a GPU, as Triton kernels: all strokes of a program in one launch.
 
-An LSTM over ten strokes is hundreds of launches of a microsecond or two each. Here a program
-takes 16 latents through all of them. What one stroke hands to the next (hidden states, gradients)
-goes through memory that only this program touches, with a barrier between, so that matrix
-products read it in slices and registers suffice for any size.
+An LSTM over ten strokes would be hundreds of launches of a microsecond or two each. Here a program
+takes 16 latents through all of them. What one stroke passes to the next (hidden states, gradients)
+goes through memory that only this program touches, with a barrier in between, so that matrix
+products can read it in slices and registers suffice for any size.
 
-The tests hold these functions against plain PyTorch, `Decoder` in models.py.
+The tests compare these functions with plain PyTorch, `Decoder` in decoder.py.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-ROWS_PER_PROGRAM = 16  # latents side by side: the least that tl.dot takes
+ROWS_PER_PROGRAM = 16  # latents side by side: the fewest that tl.dot accepts
 SLICE = tl.constexpr(32)  # of a matrix product's inner dimension
 
 # ------------------------------------------------------------------ parts
@@ -38,7 +38,7 @@ def _multiply(a, a_stride, b, b_inner_stride, b_col_stride, row, valid, col, num
         x = tl.load(a + row[:, None] * a_stride + inner[None, :], mask=valid[:, None] & used[None, :], other=0.0)
         w = b + inner[:, None] * b_inner_stride + col[None, :] * b_col_stride
         w = tl.load(w, mask=used[:, None] & (col < num_cols)[None, :], other=0.0)
-        # three products in TF32 are as good as one in float32
+        # three TF32 products are as accurate as one in float32
         product = tl.dot(x, w, product, input_precision="tf32x3")
     return product
 
@@ -81,7 +81,7 @@ def _mix(log_prob, uniform_mixture, num_choices):
 
 @triton.jit
 def _get_gate(number, hidden, table, context, weight_hh, row, image, both, valid, unit, code, arc, num_units):
-    """A gate's input, before its nonlinearity: of the image, the stroke before, and its hidden state, in the rows
+    """A gate's input, before its nonlinearity: from the image, the previous stroke and the hidden state, in the rows
     `row`: [ROWS, UNITS]"""
     column = number * num_units + unit[None, :]
     x = tl.load(context + image[:, None] * (4 * num_units) + column, mask=both, other=0.0)
@@ -115,7 +115,7 @@ def _decode(
     both = valid[:, None] & (unit < num_units)[None, :]
     image = row % num_contexts
     cell = tl.zeros((ROWS, UNITS), tl.float32)
-    code = tl.full((ROWS,), -1, tl.int32)  # of the stroke before, which the first one does not have
+    code = tl.full((ROWS,), -1, tl.int32)  # from the previous stroke, which the first one lacks
     total = tl.zeros((ROWS,), tl.float32)
     for arc in range(num_arcs):
         now, before = arc * num_rows + row, (arc - 1) * num_rows + row
@@ -135,7 +135,7 @@ def _decode(
             tl.store(gate + num_units, f, mask=both)
             tl.store(gate + 2 * num_units, g, mask=both)
             tl.store(gate + 3 * num_units, o, mask=both)
-        tl.debug_barrier()  # the hidden state is there for all threads
+        tl.debug_barrier()  # all threads can read the hidden state now
         id_log_prob = _get_id_log_probs(hidden, now, valid, weight, bias, choice, num_units, num_choices)
         off, on = _get_on_log_probs(h, weight, bias, unit, num_units, num_choices)
         if SAMPLE:
@@ -233,7 +233,7 @@ def _differentiate_decode(
             h, weight, bias, code, factor, grad_logits, hidden, now, valid, arc, unit, choice, num_units, num_choices,
             uniform_mixture,
         )  # fmt: skip
-        tl.debug_barrier()  # the logits' gradients are there for all threads
+        tl.debug_barrier()  # all threads can read the logits' gradients now
         n, c = num_units, num_choices
         grad_h += _multiply(grad_logits, c + 2, weight, n, 1, now, valid, unit, c, n)
         gate = now[:, None] * 4 * num_units + unit[None, :]

@@ -1,10 +1,10 @@
 """Drawing and scoring on a GPU: the hot path of rendering.py as Triton kernels.
 
-Each function launches one kernel, and computes what plain PyTorch does in rendering.py, against
-which the tests hold it. gpu.py makes operators of them.
+Each function launches one kernel and computes the same as plain PyTorch in rendering.py, with which
+the tests compare it. gpu.py turns them into operators.
 
 Results do not depend on the order in which threads finish: sums are taken within a program, or
-in integers. NaN is propagated, not compared away, so that diverged parameters show in the loss.
+in integers. NaN propagates through comparisons, so that diverged parameters show in the loss.
 """
 
 import torch
@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 ARC_SIZE = tl.constexpr(7)  # x_start, y_start, dx, dy, theta, sharpness, width
-BLOCK_PIXELS = 1024  # pixels of a program: a 28 x 28 image at once
+BLOCK_PIXELS = 1024  # pixels per program: a whole 28 x 28 image
 MAPS_PER_PROGRAM = 10
-MAPS_PER_GRADIENT = 2  # few, as most weigh nothing and their programs end at once
+MAPS_PER_GRADIENT = 2  # few, since most have no weight and their programs end at once
 FIXED_POINT = 2.0**28  # gradients are added up as integers of this resolution: see _score_maps_backward
 
 # ------------------------------------------------------------------ drawing
@@ -29,7 +29,7 @@ def _get_pixel_centre(pixel, num_rows, num_cols):
 
 @triton.jit
 def _load_arc(arc):
-    """What the distance to an arc takes, as in rendering.get_arc_constants"""
+    """The constants that the distance to an arc needs, as in rendering.get_arc_constants"""
     dx, dy, theta = tl.load(arc + 2), tl.load(arc + 3), tl.load(arc + 4)
     squared_chord = dx * dx + dy * dy
     return (
@@ -145,19 +145,19 @@ def _differentiate_draw(
             grad_bias += grad_ink
             grad_exponent = tl.where(exponent > 0, 0.0, grad_ink * scale * clipped)
             grad_distance2 = -sharpness * sharpness * grad_exponent
-            # beside the arc: of numerator and denominator, of the norm's (u, v)
+            # on the arc's side: gradients of numerator and denominator, and of the norm's (u, v)
             gn = tl.where(away, 0.0, grad_distance2 * 2 * to_circle / denominator)
             gd = tl.where(away, 0.0, -grad_distance2 * 2 * to_circle * to_circle / denominator)
             inverse = tl.where(norm > 0, 1 / tl.where(norm > 0, norm, 1.0), 0.0)
             gu, gv = gd * u * inverse, gd * v * inverse
-            # elsewhere: of the squared distance to the nearer end
+            # elsewhere: gradient of the squared distance to the nearer end
             ge = tl.where(away, grad_distance2, 0.0)
             gx = gn * (2 * x * sin - cos * dy) + gu * sin + ge * (2 * x - sign * dx)
             gy = gn * (2 * y * sin + cos * dx) + gv * sin + ge * (2 * y - sign * dy)
             sum_x, sum_y = _sum(gx, mine), _sum(gy, mine)
             grad_sin = _sum(gn * (squared - squared_chord / 4) + gu * x + gv * y, mine)
             grad_cos = _sum(-gn * across - gu * dy / 2 + gv * dx / 2, mine)
-            # of the chord's length through the denominator, and of its square
+            # gradients of the chord's length, through the denominator, and of its square
             by_length = tl.where(chord > 0, _sum(gd / 2, mine) / tl.where(chord > 0, chord, 1.0), 0.0)
             by_chord = by_length + 2 * _sum(ge / 4 - gn * sin / 4, mine)
             by_dx = _sum(gn * cos * y + gv * cos / 2 - ge * sign * x, mine)
@@ -178,7 +178,7 @@ def _differentiate_draw(
 
 
 def differentiate_draw(arcs, on, rendering_params, arc_id, grad, num_rows, num_cols, log_paper):
-    """The gradients of arcs [N, A, 7] and, by latent, of rendering_params [N, 2], for grad [N, R * C] of logits"""
+    """The gradients of arcs [N, A, 7] and, per latent, of rendering_params [N, 2], for grad [N, R * C] of logits"""
     num_latents, num_arcs = on.shape
     num_chunks = triton.cdiv(num_rows * num_cols, BLOCK_PIXELS)
     grad_arcs = arcs.new_empty(num_latents, num_chunks, *arcs.shape[1:])
@@ -204,7 +204,7 @@ def _load_map(maps, number):
 
 @triton.jit
 def _get_grid_point(pixel, num_rows, num_cols):
-    """A pixel's place in affine_grid's coordinates, from -1 to 1: x, y"""
+    """A pixel's position in affine_grid's coordinates, from -1 to 1: x, y"""
     x = 2 * (pixel % num_cols).to(tl.float32) / max(num_cols - 1, 1) - 1
     y = 2 * (pixel // num_cols).to(tl.float32) / max(num_rows - 1, 1) - 1
     return x, y
@@ -217,14 +217,14 @@ def _interpolate(p00, p01, p10, p11, fx, fy):
 
 @triton.jit
 def _get_position(a, b, c, x, y, size):
-    """Where a map takes points, in pixels: the pixel before it, from -1 to size - 1, and the way to the next, 0 to 1.
+    """Where a map takes points, in pixels: the preceding pixel, from -1 to size - 1, and the fraction to the next one.
     Beyond the border of paper everything is paper, so positions are clipped there; NaN stays in the fraction."""
     position = (a * x + b * y + c + 1) * (0.5 * (size - 1))
     clipped = tl.where(position > -1, position, -1.0)
     clipped = tl.where(clipped < size, clipped, size * 1.0)
     before = tl.floor(clipped)
     before = tl.where(before < size, before, before - 1)
-    fraction = clipped - before + (position * 0)  # inf maps have diverged, too
+    fraction = clipped - before + (position * 0)  # infinite maps have diverged, too
     return before.to(tl.int32), fraction, (position > -1) & (position < size)
 
 
@@ -305,7 +305,7 @@ def _differentiate_score_maps(
                 signed = q - (1 - tl.load(obs + latent * num_pixels + pixel, mask=inside, other=0.0))
                 seen = tl.abs(signed)
                 inside = inside & (seen >= eps) & (seen <= 1 - eps)
-                slope = tl.where(inside, 1 / tl.where(inside, signed, 1.0), 0.0)  # of log p for q
+                slope = tl.where(inside, 1 / tl.where(inside, signed, 1.0), 0.0)  # gradient of log p for q
                 fixed_slope = slope * (weight / scale) * resolution
                 at = sums + (row + 1) * stride + col + 1
                 tl.atomic_add(at, (fixed_slope * (1 - fx) * (1 - fy)).to(tl.int64), mask=inside, sem="relaxed")
@@ -333,7 +333,7 @@ def _differentiate_score_maps(
 def differentiate_score_maps(probs, obs, maps, grad, eps, negligible):
     """The gradients of probs [N, R + 2, C + 2] and maps [T, 2, 3] for grad [N, T] of log p(x | map).
 
-    Many pixels add to one: in integers, so that the order does not matter. An image's gradients
+    Many pixels add to one, in integers, so that the order does not matter. An image's gradients
     are divided by the sum of |grad| over maps first; a sum is then below 2^33 for images up to
     28 x 28 (|1 / signed| is at most 2^23), far from 2^63 / FIXED_POINT, and resolved to 2^-28.
     """
