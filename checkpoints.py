@@ -16,7 +16,8 @@ from util import SETTINGS, UserError, warn
 
 LARGEST = 1e6  # absolute value of a parameter; far beyond any seen in training
 MAX_PARAMETERS = 2**30
-EVERY_ITERATION = ["theta_loss", "phi_loss", "prior_loss", "novel_proportion", "new_map"]  # statistics recorded in each iteration of training
+# Statistics recorded in each iteration of training
+EVERY_ITERATION = ["theta_loss", "phi_loss", "prior_loss", "novel_proportion", "new_map"]
 
 
 def load(path, device="cpu", resumable=False):
