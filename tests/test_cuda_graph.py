@@ -1,0 +1,100 @@
+"""Recording and replaying a step, with a stand-in for a CUDA graph; tests/test_cuda.py does it on a GPU."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from test_cuda import Setup
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import cuda_graph
+import gpu
+
+aten = torch.ops.aten
+LOOKING = [aten._local_scalar_dense.default, aten.nonzero.default, aten._unique2.default, aten.equal.default]
+
+
+class Recorder(TorchDispatchMode):
+    """Stands in for a CUDA graph: notes each operation with the tensors it was given, and
+    repeats it on the same tensors; results go where they went at first. Unlike a CUDA graph,
+    it runs what it records: the caller takes that back."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in LOOKING:
+            raise RuntimeError(f"{function} looks at a value")
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, *tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}, result))))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, result in self.calls:
+            given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+            again = function(*args, **kwargs)
+            for place, x in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if torch.is_tensor(place) and place.untyped_storage().data_ptr() not in given:
+                    place.copy_(x)
+
+
+class NoStream:
+    def wait_stream(self, stream):
+        pass
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """What cuda_graph.py needs of torch.cuda, without a GPU"""
+    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+
+
+@pytest.mark.parametrize("name", ["mws", "vimco"])
+def test_a_replayed_step_is_the_step(name, no_gpu, monkeypatch):
+    def get_setup():
+        torch.manual_seed(0)
+        setup = Setup(name, "cpu", num_images=7)
+        for group in setup.optimizer.param_groups:
+            group["fused"] = True  # as on a GPU: it counts its steps in a tensor
+        return setup
+
+    @contextlib.contextmanager
+    def record(graph, stream):
+        state, random_state = copy.deepcopy([setup.get_state(), setup.optimizer.state_dict()]), torch.get_rng_state()
+        with graph:
+            yield
+        for place, value in zip(setup.get_state(), state[0], strict=True):
+            place.data.copy_(value)
+        for key, values in setup.optimizer.state_dict()["state"].items():
+            for place, value in zip(values.values(), state[1]["state"][key].values(), strict=True):
+                place.copy_(value)
+        torch.set_rng_state(random_state)
+
+    monkeypatch.setattr(gpu, "is_gpu", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    batches = [torch.arange(4), torch.arange(4, 7)] * 6  # the last batch of an epoch is smaller
+    expected = get_setup()
+    torch.manual_seed(1)
+    expected_statistics = [expected.step(obs_id) for obs_id in batches]
+    setup = get_setup()
+    step = cuda_graph.ReplayedStep(setup.step)
+    torch.manual_seed(1)
+    statistics = [step(obs_id.clone()) for obs_id in batches]
+    assert len(step.recordings) == 2 and all(step.recordings.values())
+    assert statistics == expected_statistics
+    for got, want in zip(setup.get_state(), expected.get_state(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_what_cannot_be_recorded_goes_on_as_it_is(no_gpu, capsys):
+    step = cuda_graph.ReplayedStep(lambda x: {"double": torch.tensor(2 * x.item())})
+    assert [step(torch.tensor(i))["double"].item() for i in range(6)] == [0, 2, 4, 6, 8, 10]
+    assert capsys.readouterr().err.count("warning: no CUDA graph") == 1
