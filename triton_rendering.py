@@ -39,6 +39,23 @@ def _load_arc(arc):
 
 
 @triton.jit
+def _get_distance(x, y, dx, dy, sin, cos, chord, squared_chord):
+    """Squared distance to an arc of points (x, y), seen from the middle of its chord: to the circle, or, where `away`
+    from the arc's side of it, to the nearer end. Also what the gradient needs: away, to_circle, norm, denominator"""
+    squared = x * x + y * y
+    along = tl.abs(x * dx + y * dy)
+    across = x * dy - y * dx
+    u, v = x * sin - cos / 2 * dy, y * sin + cos / 2 * dx
+    norm = tl.sqrt(u * u + v * v)
+    denominator = norm + chord / 2
+    away = (cos * (squared_chord / 2 - along) - sin * across <= 0) | (denominator <= 0)
+    denominator = tl.where(away, 1.0, denominator)
+    to_circle = ((squared - squared_chord / 4) * sin - cos * across) / denominator
+    distance2 = tl.where(away, squared - along + squared_chord / 4, to_circle * to_circle)
+    return distance2, away, to_circle, norm, denominator
+
+
+@triton.jit
 def _logaddexp(a, b):
     high = tl.where(a > b, a, b)
     # |a - b| is NaN where a is; where a is -inf, exp(-inf) is 0
@@ -61,14 +78,7 @@ def _draw(
                 arcs + (latent * num_arcs + arc) * ARC_SIZE
             )
             x, y = px - x_middle, py - y_middle
-            squared = x * x + y * y
-            along = tl.abs(x * dx + y * dy)
-            across = x * dy - y * dx
-            u, v = x * sin - cos / 2 * dy, y * sin + cos / 2 * dx
-            denominator = tl.sqrt(u * u + v * v) + chord / 2
-            away = (cos * (squared_chord / 2 - along) - sin * across <= 0) | (denominator <= 0)
-            to_circle = ((squared - squared_chord / 4) * sin - cos * across) / tl.where(away, 1.0, denominator)
-            distance2 = tl.where(away, squared - along + squared_chord / 4, to_circle * to_circle)
+            distance2, _, _, _, _ = _get_distance(x, y, dx, dy, sin, cos, chord, squared_chord)
             exponent = sharpness * sharpness * (width * width - distance2)
             better = (exponent > highest) | (exponent != exponent)
             highest = tl.where(better, exponent, highest)
@@ -102,6 +112,37 @@ def _sum(values, mask):
 
 
 @triton.jit
+def _differentiate_distance(
+    grad_distance2, mine, x, y, dx, dy, sin, cos, chord, squared_chord, away, to_circle, norm, denominator
+):
+    """Gradients by the arc's (x_start, y_start, dx, dy, theta), summed over the points that are `mine`"""
+    squared = x * x + y * y
+    dot = x * dx + y * dy
+    sign = tl.where(dot > 0, 1.0, tl.where(dot < 0, -1.0, 0.0))
+    across = x * dy - y * dx
+    u, v = x * sin - cos / 2 * dy, y * sin + cos / 2 * dx
+    # on the arc's side: gradients of numerator and denominator, and of the norm's (u, v)
+    gn = tl.where(away, 0.0, grad_distance2 * 2 * to_circle / denominator)
+    gd = tl.where(away, 0.0, -grad_distance2 * 2 * to_circle * to_circle / denominator)
+    inverse = tl.where(norm > 0, 1 / tl.where(norm > 0, norm, 1.0), 0.0)
+    gu, gv = gd * u * inverse, gd * v * inverse
+    # elsewhere: gradient of the squared distance to the nearer end
+    ge = tl.where(away, grad_distance2, 0.0)
+    gx = gn * (2 * x * sin - cos * dy) + gu * sin + ge * (2 * x - sign * dx)
+    gy = gn * (2 * y * sin + cos * dx) + gv * sin + ge * (2 * y - sign * dy)
+    sum_x, sum_y = _sum(gx, mine), _sum(gy, mine)
+    grad_sin = _sum(gn * (squared - squared_chord / 4) + gu * x + gv * y, mine)
+    grad_cos = _sum(-gn * across - gu * dy / 2 + gv * dx / 2, mine)
+    # gradients of the chord's length, through the denominator, and of its square
+    by_length = tl.where(chord > 0, _sum(gd / 2, mine) / tl.where(chord > 0, chord, 1.0), 0.0)
+    by_chord = by_length + 2 * _sum(ge / 4 - gn * sin / 4, mine)
+    by_dx = _sum(gn * cos * y + gv * cos / 2 - ge * sign * x, mine)
+    by_dy = _sum(-gn * cos * x - gu * cos / 2 - ge * sign * y, mine)
+    grad_dx, grad_dy = by_dx + by_chord * dx - sum_x / 2, by_dy + by_chord * dy - sum_y / 2
+    return -sum_x, -sum_y, grad_dx, grad_dy, grad_sin * cos - grad_cos * sin
+
+
+@triton.jit
 def _differentiate_draw(
     arcs, on, rendering_params, arc_id, grad, grad_arcs, grad_params, num_arcs, num_rows, num_cols, log_paper,
     BLOCK: tl.constexpr,
@@ -124,19 +165,7 @@ def _differentiate_draw(
                 arcs + (latent * num_arcs + arc) * ARC_SIZE
             )
             x, y = px - x_middle, py - y_middle
-            squared = x * x + y * y
-            dot = x * dx + y * dy
-            sign = tl.where(dot > 0, 1.0, tl.where(dot < 0, -1.0, 0.0))
-            along = tl.abs(dot)
-            across = x * dy - y * dx
-            u, v = x * sin - cos / 2 * dy, y * sin + cos / 2 * dx
-            norm = tl.sqrt(u * u + v * v)
-            denominator = norm + chord / 2
-            away = (cos * (squared_chord / 2 - along) - sin * across <= 0) | (denominator <= 0)
-            denominator = tl.where(away, 1.0, denominator)
-            numerator = (squared - squared_chord / 4) * sin - cos * across
-            to_circle = numerator / denominator
-            distance2 = tl.where(away, squared - along + squared_chord / 4, to_circle * to_circle)
+            distance2, away, to_circle, norm, denominator = _get_distance(x, y, dx, dy, sin, cos, chord, squared_chord)
             exponent = sharpness * sharpness * (width * width - distance2)
             clipped = tl.exp(tl.where(exponent > 0, 0.0, exponent))
             ink = scale * clipped + bias
@@ -145,28 +174,14 @@ def _differentiate_draw(
             grad_bias += grad_ink
             grad_exponent = tl.where(exponent > 0, 0.0, grad_ink * scale * clipped)
             grad_distance2 = -sharpness * sharpness * grad_exponent
-            # on the arc's side: gradients of numerator and denominator, and of the norm's (u, v)
-            gn = tl.where(away, 0.0, grad_distance2 * 2 * to_circle / denominator)
-            gd = tl.where(away, 0.0, -grad_distance2 * 2 * to_circle * to_circle / denominator)
-            inverse = tl.where(norm > 0, 1 / tl.where(norm > 0, norm, 1.0), 0.0)
-            gu, gv = gd * u * inverse, gd * v * inverse
-            # elsewhere: gradient of the squared distance to the nearer end
-            ge = tl.where(away, grad_distance2, 0.0)
-            gx = gn * (2 * x * sin - cos * dy) + gu * sin + ge * (2 * x - sign * dx)
-            gy = gn * (2 * y * sin + cos * dx) + gv * sin + ge * (2 * y - sign * dy)
-            sum_x, sum_y = _sum(gx, mine), _sum(gy, mine)
-            grad_sin = _sum(gn * (squared - squared_chord / 4) + gu * x + gv * y, mine)
-            grad_cos = _sum(-gn * across - gu * dy / 2 + gv * dx / 2, mine)
-            # gradients of the chord's length, through the denominator, and of its square
-            by_length = tl.where(chord > 0, _sum(gd / 2, mine) / tl.where(chord > 0, chord, 1.0), 0.0)
-            by_chord = by_length + 2 * _sum(ge / 4 - gn * sin / 4, mine)
-            by_dx = _sum(gn * cos * y + gv * cos / 2 - ge * sign * x, mine)
-            by_dy = _sum(-gn * cos * x - gu * cos / 2 - ge * sign * y, mine)
-            tl.store(place, -sum_x)
-            tl.store(place + 1, -sum_y)
-            tl.store(place + 2, by_dx + by_chord * dx - sum_x / 2)
-            tl.store(place + 3, by_dy + by_chord * dy - sum_y / 2)
-            tl.store(place + 4, grad_sin * cos - grad_cos * sin)
+            grad_x, grad_y, grad_dx, grad_dy, grad_theta = _differentiate_distance(
+                grad_distance2, mine, x, y, dx, dy, sin, cos, chord, squared_chord, away, to_circle, norm, denominator
+            )
+            tl.store(place, grad_x)
+            tl.store(place + 1, grad_y)
+            tl.store(place + 2, grad_dx)
+            tl.store(place + 3, grad_dy)
+            tl.store(place + 4, grad_theta)
             tl.store(place + 5, _sum(grad_exponent * (width * width - distance2), mine) * 2 * sharpness)
             tl.store(place + 6, _sum(grad_exponent, mine) * sharpness * sharpness * 2 * width)
         else:
