@@ -125,9 +125,8 @@ def draw_strokes(subject, obs, latent, labels, title, args):
         before = [-1, *visible]
         paths.append([moves[i + 1 : j] for i, j in zip(before, visible, strict=False)])
         off_page.append(row_off[visible].tolist())
-    pages = figures.stroke_figures(
-        drawings.resize(obs, resolution), seen, stages, labels, title, paths, off_page, canonical
-    )
+    obs = drawings.resize(obs, resolution)
+    pages = figures.stroke_figures(obs, seen, stages, labels, title, paths, off_page, canonical)
     return pages, map_id, stages
 
 
@@ -257,9 +256,8 @@ def draw_images(subject, args):
 
 def draw_examples(subject, characters, programs, names, args, stem):
     """Draws new examples of characters beside the originals"""
-    examples = reading.draw_examples(
-        subject.generative_model, programs, args.examples, args.resolution, args.vary
-    )  # [N, E, R, R]
+    model = subject.generative_model
+    examples = reading.draw_examples(model, programs, args.examples, args.resolution, args.vary)  # [N, E, R, R]
     how = "" if args.vary is None else f"\nstrokes redrawn at temperature {args.vary:g}"
     title = f"{subject.name}, iteration {subject.iteration}{how}"
     num_cols = math.ceil(math.sqrt(args.examples))
