@@ -288,8 +288,8 @@ def main(argv=None):
         rendering.set_compile(args.compile, device)
         path = train(run, stop, curves)
     if stop.received is not None:
-        name = signal.Signals(stop.received).name
-        print(f"stopped by {name} at iteration {run.iteration}, saved {path}; the same command resumes there")
+        name, progress = signal.Signals(stop.received).name, f"{run.iteration} ({run.pretrain_iteration} of pretraining)"
+        print(f"stopped by {name} at iteration {progress}, saved {path}; the same command resumes there")
         return 128 + stop.received
     print(
         f"trained {run.iteration} iterations: {path}; next, to see what it learned: python diagnostics.py --checkpoint-path"

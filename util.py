@@ -279,11 +279,17 @@ def find_checkpoint(path):
 
 
 def get_run_name(checkpoint_path, run_args):
-    """The name of a checkpoint's run: that of the folder it lies in, or else the one its arguments (a dict) imply"""
+    """The name of a checkpoint's run: that of its folder in save/. For a checkpoint from elsewhere, the one that its
+    arguments (a dict) imply; where save/ holds a run of that name, with "-from-<folder>", so that the two stay apart"""
     folder = pathlib.Path(checkpoint_path).resolve().parent
     if folder.name == "checkpoints" and folder.parents[1] == SAVE.resolve():
         return folder.parent.name
-    return get_path_base(argparse.Namespace(**run_args))
+    name = get_path_base(argparse.Namespace(**run_args))
+    if not any((SAVE / name / "checkpoints").glob("*.pt")):
+        return name
+    while folder.name in ("checkpoints", "save", name):
+        folder = folder.parent
+    return f"{name}-from-{folder.name or 'elsewhere'}"
 
 
 def check_finite(tensors):

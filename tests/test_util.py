@@ -71,6 +71,18 @@ def test_path_base():
         assert util.get_path_base(main.parse_args(flags)) == expected
 
 
+def test_a_checkpoint_from_elsewhere_keeps_apart_from_a_run_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_args = vars(main.parse_args(["--small-dataset"]))
+    ours = util.get_checkpoint_path("mws_20")
+    others = ["pretrained/mws_20.pt", "there/save/mws_20/checkpoints/latest.pt"]
+    assert [util.get_run_name(path, run_args) for path in [ours, *others]] == ["mws_20"] * 3
+    util.write(ours, b"")
+    assert [util.get_run_name(path, run_args) for path in [ours, *others]] == [
+        "mws_20", "mws_20-from-pretrained", "mws_20-from-there",
+    ]  # fmt: skip
+
+
 def test_runs_that_differ_do_not_share_a_folder():
     names = {key: util.get_path_base(main.parse_args(flags)) for key, flags in {**DIFFERENT, "default": []}.items()}
     for a, b in itertools.combinations(names, 2):
