@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import filecmp
 import hashlib
 import io
 import os
@@ -280,12 +281,13 @@ def find_checkpoint(path):
 
 def get_run_name(checkpoint_path, run_args):
     """The name of a checkpoint's run: that of its folder in save/. For a checkpoint from elsewhere, the one that its
-    arguments (a dict) imply; where save/ holds a run of that name, with "-from-<folder>", so that the two stay apart"""
+    arguments (a dict) imply; where save/ holds another run of that name, with "-from-<folder>", to keep them apart"""
     folder = pathlib.Path(checkpoint_path).resolve().parent
     if folder.name == "checkpoints" and folder.parents[1] == SAVE.resolve():
         return folder.parent.name
     name = get_path_base(argparse.Namespace(**run_args))
-    if not any((SAVE / name / "checkpoints").glob("*.pt")):
+    ours = list((SAVE / name / "checkpoints").glob("*.pt"))
+    if not ours or any(filecmp.cmp(checkpoint_path, path, shallow=False) for path in ours):  # none, or a copy of one
         return name
     while folder.name in ("checkpoints", "save", name):
         folder = folder.parent

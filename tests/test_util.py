@@ -6,6 +6,7 @@ import itertools
 import os
 import pathlib
 import pickle
+import shutil
 import subprocess
 import zipfile
 
@@ -76,10 +77,12 @@ def test_a_checkpoint_from_elsewhere_keeps_apart_from_a_run_of_the_same_name(tmp
     run_args = vars(main.parse_args(["--small-dataset"]))
     ours = util.get_checkpoint_path("mws_20")
     others = ["pretrained/mws_20.pt", "there/save/mws_20/checkpoints/latest.pt"]
-    assert [util.get_run_name(path, run_args) for path in [ours, *others]] == ["mws_20"] * 3
-    util.write(ours, b"")
-    assert [util.get_run_name(path, run_args) for path in [ours, *others]] == [
-        "mws_20", "mws_20-from-pretrained", "mws_20-from-there",
+    for path in others:
+        util.write(path, b"theirs")
+    assert [util.get_run_name(path, run_args) for path in others] == ["mws_20"] * 2
+    util.write(ours, b"ours")
+    assert [util.get_run_name(path, run_args) for path in [ours, shutil.copy(ours, "copy.pt"), *others]] == [
+        "mws_20", "mws_20", "mws_20-from-pretrained", "mws_20-from-there",
     ]  # fmt: skip
 
 
