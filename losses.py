@@ -21,7 +21,7 @@ from models import pack, sample_categorical, unpack
 
 MEMORY_AT_ONCE = 2**26  # bytes, for comparing latents
 ROWS_AT_ONCE = 1024  # latents scored without gradients on a CPU: their images stay in the cache
-_scored_at_once = 8192  # on a GPU, where memory may run out
+_scored_at_once = 8192  # the same on a GPU; fewer once its memory has run out
 
 # ------------------------------------------------------------------ scores
 
@@ -62,7 +62,7 @@ def score_rows(generative_model, codes, obs, alphabet, obs_id):
     """As `score`, for packed latents codes [N, A], each with its own image, row obs_id [N] of obs -> [N]"""
     chosen, key = find_distinct(codes, obs_id)  # [D], [N]
     log_joint = []
-    for rows in chosen.split(ROWS_AT_ONCE):
+    for rows in chosen.split(ROWS_AT_ONCE if _can_select(codes) else _scored_at_once):
         latent, images = unpack(codes[rows]).unsqueeze(0), obs_id[rows]  # [1, d, A, 2], [d]
         some_alphabet = None if alphabet is None else alphabet[images]
         log_joint.append(sum(generative_model.log_prob(latent, obs[images], some_alphabet))[0])  # [d]
