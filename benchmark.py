@@ -6,11 +6,11 @@
     python benchmark.py --cuda      # on a GPU; also counts a step's kernels and launches
 
 Both run in one process on the same characters, alternating, and medians are compared.
-The reference is tests/reference.py, which scores everything with gradients. A third
+The reference is fast/reference.py, which scores everything with gradients. A third
 column is the forward and backward pass of PyTorch's convolutions alone.
 """
 
-import environment  # noqa: F401  # isort: skip  (before torch)
+from fast import before_torch  # noqa: F401  # isort: skip
 import collections
 import functools
 import json
@@ -25,18 +25,16 @@ import torch
 import torch.nn.functional as F
 
 import data
-import gpu
 import losses
 import models
-import optimizers
 import rendering
 import util
-from cuda_graph import NUM_WARM_UPS, ReplayedStep
-from score_table import ScoreTable
+from fast import gpu, reference
+from fast.cuda_graph import NUM_WARM_UPS, ReplayedStep
+from main import get_adam, get_optimizer, update
+from scoring import ScoreTable
 
 ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "tests"))
-import reference  # noqa: E402
 
 ALGORITHMS = ["mws", "rws", "vimco", "pretrain", "eval rws", "eval vimco", "eval sharp"]
 SHARPNESS = 1000  # "eval sharp" is eval rws with a network whose logits are this many times larger, as after long training
@@ -57,7 +55,7 @@ class Steps:
         if algorithm.startswith("eval"):
             self.num_particles = max(batch_size * 100 // 250, 2)
             self.network = models.LookupInferenceNetwork(len(self.obs)).to(device)
-            self.optimizer = optimizers.get_adam(self.network.parameters(), device)
+            self.optimizer = get_adam(self.network.parameters(), device)
             self.table = ScoreTable(self.model.num_arcs, device)
             if algorithm == "eval sharp":
                 with torch.no_grad():
@@ -66,7 +64,7 @@ class Steps:
         else:
             self.num_particles = 10
             self.network = models.InferenceNetwork().to(device)
-            self.optimizer = optimizers.get_optimizer(self.model, self.network, 1)
+            self.optimizer = get_optimizer(self.model, self.network, 1)
         self.obs_id = torch.arange(len(self.obs), device=device)
         self.memory = losses.init_memory(len(self.obs)).to(device)
         self.plain_memory = losses.unpack(self.memory)
@@ -85,7 +83,7 @@ class Steps:
             looked_up = given is not None and not gpu.is_gpu(self.device)
             scorer = functools.partial(self.table.score, given) if looked_up else losses.score
             loss, _ = objective(*networks, self.obs, self.num_particles, obs_id=given, scorer=scorer)
-        optimizers.update(self.optimizer, loss)
+        update(self.optimizer, loss)
         return {"loss": loss.detach()}
 
     def reference(self):
@@ -98,7 +96,7 @@ class Steps:
         else:
             objective = reference.vimco if self.algorithm.endswith("vimco") else reference.rws
             loss = objective(*networks, self.obs, self.num_particles, given)
-        optimizers.update(self.optimizer, loss)
+        update(self.optimizer, loss)
 
     def convolve(self):
         """Runs PyTorch's convolutions forward and backward on the same images, with the memory layout and chunk size

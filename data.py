@@ -20,8 +20,8 @@ import numpy as np
 import scipy.io
 import torch
 
-from images import fit, read_image, read_official
-from util import UserError, expand_user, show_progress
+from images import ALPHABETS, draw_glyphs, find_characters, fit, read_image, read_official
+from util import UserError, expand_user, show_progress, warn
 
 NUM_ROWS = NUM_COLS = 28
 SMALL_NUM_PER_ALPHABET = 10
@@ -61,15 +61,17 @@ class Dataset(typing.NamedTuple):
     alphabet_names: tuple = ()  # L strings
 
 
-def load(location="local", small_dataset=False, dataset_size=None):
+def load(location="local", small_dataset=False, dataset_size=None, find_characters=False):
     """Loads a data set: `local`, `om`, `glyphs` or a path (README, "Data").
 
     Args:
         small_dataset: 10 training images per alphabet, which are also the test set
         dataset_size: number of training images, the same for each alphabet
+        find_characters: prepare a folder of one's own images as `images.find_characters` does, which may find several
+            characters on each
     Raises: UserError if anything is wrong with the location or the data
     """
-    train, test, alphabet_names = _load_parts(location)
+    train, test, alphabet_names = _load_parts(location, find_characters)
     num_alphabets = len(alphabet_names)
     permutation = np.random.RandomState(123).permutation(len(train.obs))
     num_valid = round(len(train.obs) * CHARDATA_SIZES["valid"] / CHARDATA_SIZES["train"])
@@ -99,9 +101,9 @@ def load_for_model(checkpoint, location=None, load=load):
     """
     args, num_known = checkpoint["args"], checkpoint["num_alphabets"]
     location = location or args["data_location"]
-    dataset = load(location, args["small_dataset"], args["dataset_size"])
+    dataset = load(location, args["small_dataset"], args["dataset_size"], args["find_characters"])
     if num_known not in (0, dataset.num_alphabets):
-        raise UserError(f"the model knows {num_known} alphabets, {location} has {dataset.num_alphabets}; give its data")
+        raise UserError(f"the model knows {num_known} alphabets, {location} has {dataset.num_alphabets}; set --data-location")
     return dataset
 
 
@@ -129,24 +131,27 @@ def _take_per_alphabet(split, num, num_alphabets, flag):
 # ------------------------------------------------------------------ locations
 
 
-def _load_parts(location):
+def _load_parts(location, prepare=False):
     """train, test (Split), names of the alphabets"""
+    if prepare and (location in SITES or location == "glyphs"):
+        raise UserError(f"--find-characters is for a folder of your own images, not for {location}; leave it out")
     if location == "glyphs":
-        import glyphs  # imports matplotlib, which training does not need otherwise
-
-        return _split(*glyphs.draw_glyphs(), list(glyphs.ALPHABETS))
+        return _split(*draw_glyphs(), list(ALPHABETS))
     if location in SITES:
         return _load_mat(_find_site(location))
     path = expand_user(location)
     if not path.exists():
         names = ", ".join([*SITES, "glyphs"])
         raise UserError(f"--data-location {location}: no such file, folder or name ({names})")
+    is_array = path.suffix in (".mat", ".npy", ".npz")
+    if prepare and is_array:
+        raise UserError(f"--find-characters is for a folder of your own images, not for {location}; leave it out")
     if path.suffix == ".mat":
         return _load_mat(path)
     if path.suffix in (".npy", ".npz"):
         return _split(_load_array(path), None, None, [])
     if path.is_dir() or zipfile.is_zipfile(path):
-        return _split(*_load_image_files(path))
+        return _split(*_load_image_files(path, prepare))
     raise UserError(f"--data-location {location} is not a .mat, .npy, .npz or .zip file or a folder of images")
 
 
@@ -287,7 +292,7 @@ def _binarise(path, images):
     return images >= 0.5
 
 
-def _load_image_files(path):
+def _load_image_files(path, prepare):
     """Loads a folder or zip of images: the official release of Omniglot, or the user's own,
     whose subfolders, if any, are alphabets. Returns: obs, alphabet ids or None, characters or None, alphabets' names"""
     files = list(_list_images(path))
@@ -303,13 +308,25 @@ def _load_image_files(path):
         depth = len(os.path.commonprefix(folders))  # if all images are in subfolders, these are alphabets
         alphabets = [f[depth] for f in folders] if min(len(f) for f in folders) > depth else None
         characters, read = None, read_image
-    obs = np.stack(
-        [read(name, content()) for name, content in show_progress(files, desc="reading images", unit="", leave=False)]
-    )
+    files = show_progress(files, desc="reading images", unit="", leave=False)
+    found = [_find_or_warn(name, content()) if prepare else [read(name, content()) >= 0.5] for name, content in files]
+    source = np.repeat(np.arange(len(found)), [len(some) for some in found])  # the file of each character
+    if len(source) == 0:
+        raise UserError(f"no characters were found on the images in {path}; train without --find-characters")
     names = []
     if alphabets is not None:
-        names, alphabets = np.unique(alphabets, return_inverse=True)
-    return obs >= 0.5, alphabets, characters and np.array(characters), [str(name) for name in names]
+        names, alphabets = np.unique(np.array(alphabets)[source], return_inverse=True)
+    obs = np.stack([character for some in found for character in some])
+    return obs, alphabets, characters and np.array(characters)[source], [str(name) for name in names]
+
+
+def _find_or_warn(name, content):
+    """The characters on an image file; none, with a warning, if it cannot be decoded"""
+    try:
+        return find_characters(name, content)
+    except UserError as error:
+        warn(f"{error}, skipped")
+        return []
 
 
 def _list_images(path):

@@ -10,7 +10,8 @@ stroke; reconstructions.gif, over the course of training; and save/index.html, a
 all runs. Programs are drawn as the model sees them: through its most probable affine map.
 """
 
-import environment  # noqa: F401  # isort: skip  (before torch)
+from fast import before_torch  # noqa: F401  # isort: skip
+import argparse
 import io
 import math
 import sys
@@ -19,16 +20,13 @@ import imageio.v3 as imageio
 import torch
 from matplotlib.backends.backend_pdf import PdfPages
 
-import checkpoints
 import data
-import drawings
-import figures
-import losses
-import overview
-import reading
-import strokes
+import scoring
 import util
-from subject import Subject
+from reading.programs import find_programs, read_characters
+from results import drawings, figures, overview
+from results.trained_model import TrainedModel
+from runs import checkpoints
 from util import UserError
 
 NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames in reconstructions.gif
@@ -46,7 +44,7 @@ def choose_ids(given, num_all, num_default, flag):
     return torch.tensor(given)
 
 
-def save_figures(subject, kind, some_figures, stem=None):
+def save_figures(trained, kind, some_figures, stem=None):
     """Writes an iterable of figures as the pages of a PDF and, for the newest checkpoint and its own data, the first one
     as a thumbnail. Returns: the PDF's path"""
     file, thumbnail = io.BytesIO(), io.BytesIO()
@@ -55,10 +53,10 @@ def save_figures(subject, kind, some_figures, stem=None):
             pages.savefig(figure)
             if thumbnail.tell() == 0:
                 figure.savefig(thumbnail, format="png", dpi=overview.THUMBNAIL_PIXELS / figure.get_size_inches()[0])
-    path = subject.folder / f"{stem or subject.get_stem(kind)}.pdf"
+    path = trained.folder / f"{stem or trained.get_stem(kind)}.pdf"
     util.write(path, file.getvalue())
-    if subject.is_latest and not subject.other_data:
-        util.write(overview.get_thumbnail_path(subject.name, kind), thumbnail.getvalue())
+    if trained.is_latest and not trained.other_data:
+        util.write(overview.get_thumbnail_path(trained.name, kind), thumbnail.getvalue())
     return path
 
 
@@ -68,52 +66,53 @@ def save_film(path, frames, milliseconds):
     util.write(path, imageio.imwrite("<bytes>", frames, extension=".gif", duration=durations, loop=0))
 
 
-def save_programs(folder, subject, latent, map_id, names, **details):
+def save_programs(folder, trained, latent, map_id, names, **details):
     """Writes SVG and JSON files of each latent [N, A, 2]; map_id [N] or None; details: lists of N plain values"""
     for i, name in enumerate(names):
-        program = strokes.get_program(subject.generative_model, latent[i], None if map_id is None else map_id[i])
-        util.write(folder / f"{name}.svg", strokes.to_svg(program).encode())
+        program = drawings.get_program(trained.generative_model, latent[i], None if map_id is None else map_id[i])
+        util.write(folder / f"{name}.svg", drawings.to_svg(program).encode())
         more = {key: values[i] for key, values in details.items()}
-        text = strokes.to_json(program, iteration=subject.iteration, **more)
+        text = drawings.to_json(program, iteration=trained.iteration, **more)
         util.write(folder / f"{name}.json", text.encode())
 
 
 # ------------------------------------------------------------------ what is drawn
 
 
-def draw_losses(subject, checkpoint, args):
+def draw_losses(trained, checkpoint, args):
     """Writes losses.pdf or, for an older checkpoint, losses/<iteration>.pdf"""
     statistics, memory = checkpoint["statistics"], checkpoint["memory"]
     if not any(len(values) for values in statistics.values()):
-        print(f"{subject.name}: no losses in this checkpoint")
+        print(f"{trained.name}: no losses in this checkpoint")
         return
     log_num_images = None
     if memory is not None:  # the entropy of a prior that gave each image one program, all equally often
         log_num_images = math.log(len(memory) / max(checkpoint["num_alphabets"], 1))
-    figure = figures.losses_figure(statistics, log_num_images, subject.get_title(), args.log_iterations)
-    stem = "losses" if subject.is_latest else f"losses/{subject.iteration}"
-    save_figures(subject, "losses", [figure], stem)
+    figure = figures.losses_figure(statistics, log_num_images, trained.get_title(), args.log_iterations)
+    stem = "losses" if trained.is_latest else f"losses/{trained.iteration}"
+    save_figures(trained, "losses", [figure], stem)
 
 
-def draw_model(subject, args):
+def draw_model(trained, args):
     """Draws what needs no data: the library of strokes and samples from the prior"""
-    model, name, iteration = subject.generative_model, subject.name, subject.iteration
-    source = "memory" if subject.memory is not None else "prior"
+    model, name, iteration = trained.generative_model, trained.name, trained.iteration
+    source = "memory" if trained.memory is not None else "prior"
     title = f"{name}, iteration {iteration}: primitives"
-    figure = figures.primitives_figure(model, args.resolution, title, subject.get_usage(), source)
-    save_figures(subject, "primitives", [figure], f"primitives/{iteration}")
+    figure = figures.primitives_figure(model, args.resolution, title, trained.get_usage(), source)
+    save_figures(trained, "primitives", [figure], f"primitives/{iteration}")
     latent, _ = model.sample(args.num_prior_samples)
     maps = drawings.draw_maps(model, len(latent)) if args.random_maps else None
     probs = drawings.draw(model, latent, args.resolution, maps)
     seen = ", through random maps" if maps is not None else ""
-    figure = figures.grid_figure(probs, 10, f"{name}, iteration {iteration}: samples from the prior{seen}")
-    save_figures(subject, "prior", [figure], f"prior/{iteration}")
+    num_cols = figures.choose_num_cols(len(probs))
+    figure = figures.grid_figure(probs, num_cols, f"{name}, iteration {iteration}: samples from the prior{seen}")
+    save_figures(trained, "prior", [figure], f"prior/{iteration}")
 
 
-def draw_strokes(subject, obs, latent, labels, title, args):
+def draw_strokes(trained, obs, latent, labels, title, args):
     """Draws programs stroke by stroke. Args: obs [N, R, C]; latent [N, A, 2]
     Returns: an iterable of figures; map_id [N] or None; stages [N, A - 1, R, R]"""
-    model, resolution = subject.generative_model, args.resolution
+    model, resolution = trained.generative_model, args.resolution
     map_id, maps = drawings.get_maps(model, latent, obs)
     stages = drawings.draw_stages(model, latent, resolution, maps)  # [N, A - 1, R, R]
     seen = drawings.resize(drawings.draw(model, latent, 28, maps), resolution)
@@ -130,28 +129,28 @@ def draw_strokes(subject, obs, latent, labels, title, args):
     return pages, map_id, stages
 
 
-def draw_reconstructions(subject, args):
+def draw_reconstructions(trained, args):
     """Returns: obs_id [N], obs [N, R, R], stages [N, A - 1, R, R], what the films show too"""
-    obs_id = choose_ids(args.obs_ids, len(subject.dataset.train.obs), args.num_reconstructions, "--obs-ids")
-    obs, alphabet = subject.get_images(obs_id)
-    latent = subject.reconstruct(obs_id, args)  # [N, A, 2]
-    log_joint = losses.score(subject.generative_model, latent.unsqueeze(0), obs, alphabet)[0].tolist()
-    source = "memory" if subject.memory is not None else "inference network"
-    title = f"{subject.get_title()}: programs of {'' if subject.other_data else 'training '}images ({source})"
+    obs_id = choose_ids(args.obs_ids, len(trained.dataset.train.obs), args.num_reconstructions, "--obs-ids")
+    obs, alphabet = trained.get_images(obs_id)
+    latent = trained.reconstruct(obs_id, args)  # [N, A, 2]
+    log_joint = scoring.score(trained.generative_model, latent.unsqueeze(0), obs, alphabet)[0].tolist()
+    source = "memory" if trained.memory is not None else "inference network"
+    title = f"{trained.get_title()}: programs of {'' if trained.other_data else 'training '}images ({source})"
     labels = [
-        "\n".join(filter(None, [f"image {i}", subject.get_alphabet_name(i), f"{score:.0f} nats"]))
+        "\n".join(filter(None, [f"image {i}", trained.get_alphabet_name(i), f"{score:.0f} nats"]))
         for i, score in zip(obs_id.tolist(), log_joint, strict=True)
     ]
-    pages, map_id, stages = draw_strokes(subject, obs, latent, labels, title, args)
-    save_figures(subject, "reconstructions", pages)
+    pages, map_id, stages = draw_strokes(trained, obs, latent, labels, title, args)
+    save_figures(trained, "reconstructions", pages)
     if args.svg:
-        folder = subject.folder / subject.get_stem("reconstructions")
+        folder = trained.folder / trained.get_stem("reconstructions")
         names = [str(i) for i in obs_id.tolist()]
-        save_programs(folder, subject, latent, map_id, names, obs_id=obs_id.tolist(), log_joint=log_joint)
+        save_programs(folder, trained, latent, map_id, names, obs_id=obs_id.tolist(), log_joint=log_joint)
     return obs_id, drawings.resize(obs, args.resolution), stages
 
 
-def film_strokes(subject, obs, stages, num_cols=4):
+def film_strokes(trained, obs, stages, num_cols=4):
     """Animates reconstructions, drawn stroke by stroke beside their images"""
     obs, stages = obs[: NUM_FILMED * 2], stages[: NUM_FILMED * 2]
     current, frames = torch.zeros_like(obs), []
@@ -159,8 +158,8 @@ def film_strokes(subject, obs, stages, num_cols=4):
         if len(frames) and stage.isnan().all():
             break
         current = torch.where(stage.isnan(), current, stage)
-        frames.append(pair_frame(obs, current, num_cols, f"{subject.get_title()}: images and programs, {i} strokes"))
-    save_film(subject.folder / f"{subject.get_stem('reconstructions')}.gif", frames, STROKE_MILLISECONDS)
+        frames.append(pair_frame(obs, current, num_cols, f"{trained.get_title()}: images and programs, {i} strokes"))
+    save_film(trained.folder / f"{trained.get_stem('reconstructions')}.gif", frames, STROKE_MILLISECONDS)
 
 
 def pair_frame(obs, probs, num_cols, title):
@@ -168,51 +167,51 @@ def pair_frame(obs, probs, num_cols, title):
     return figures.to_frame(figures.tile(torch.stack([obs, probs], 1).flatten(0, 1), 2 * num_cols), title)
 
 
-def film_training(subject, obs_id, args):
+def film_training(trained, obs_id, args):
     """Animates the same characters over the course of training, up to the checkpoint that is drawn"""
-    numbered = [path for path in subject.path.parent.glob("*.pt") if path.stem.isdigit()]
-    numbered = sorted((p for p in numbered if int(p.stem) < subject.iteration), key=lambda path: int(path.stem))
-    if not numbered or not subject.is_latest or subject.other_data:
+    numbered = [path for path in trained.path.parent.glob("*.pt") if path.stem.isdigit()]
+    numbered = sorted((p for p in numbered if int(p.stem) < trained.iteration), key=lambda path: int(path.stem))
+    if not numbered or not trained.is_latest or trained.other_data:
         return
     chosen = torch.linspace(0, len(numbered) - 1, min(MAX_FRAMES - 1, len(numbered))).round().long().tolist()
     obs_id, frames = obs_id[:NUM_FILMED], []
-    obs = subject.get_images(obs_id)[0]
-    for path in [*(numbered[i] for i in chosen), subject.path]:
+    obs = trained.get_images(obs_id)[0]
+    for path in [*(numbered[i] for i in chosen), trained.path]:
         try:
-            then = Subject(subject.name, path, checkpoints.load(path), subject.dataset)
+            then = TrainedModel(trained.name, path, checkpoints.load(path), trained.dataset)
         except UserError as error:
-            print(f"{subject.name}: {error}, left out of the animation")
+            print(f"{trained.name}: {error}, left out of the animation")
             continue
         latent = then.reconstruct(obs_id)
         _, maps = drawings.get_maps(then.generative_model, latent, obs)
         probs = drawings.draw(then.generative_model, latent, args.resolution, maps)
-        title = f"{subject.name}: images and programs at iteration {then.iteration}"
+        title = f"{trained.name}: images and programs at iteration {then.iteration}"
         frames.append(pair_frame(drawings.resize(obs, args.resolution), probs, 4, title))
-    save_film(subject.folder / "reconstructions.gif", frames, CHECKPOINT_MILLISECONDS)
+    save_film(trained.folder / "reconstructions.gif", frames, CHECKPOINT_MILLISECONDS)
 
 
-def draw_alphabets(subject, args):
+def draw_alphabets(trained, args):
     """Draws images of each alphabet, their reconstructions, and new characters"""
     num_cols, num = args.alphabet_num_cols, args.alphabet_num_rows * args.alphabet_num_cols
-    alphabet_ids = choose_ids(args.alphabet_ids, subject.num_alphabets, subject.num_alphabets, "--alphabet-ids")
-    model, one_hot = subject.generative_model, torch.eye(subject.num_alphabets)
+    alphabet_ids = choose_ids(args.alphabet_ids, trained.num_alphabets, trained.num_alphabets, "--alphabet-ids")
+    model, one_hot = trained.generative_model, torch.eye(trained.num_alphabets)
 
     def draw_pages():
         for alphabet_id in alphabet_ids.tolist():
-            members = subject.dataset.train.alphabet[:, alphabet_id].nonzero().squeeze(1)
+            members = trained.dataset.train.alphabet[:, alphabet_id].nonzero().squeeze(1)
             obs_id = members[torch.linspace(0, len(members) - 1, min(num, len(members))).round().long()]
             new, _ = model.sample(num, one_hot[alphabet_id].expand(num, -1))
-            obs, latent = subject.get_images(obs_id)[0], subject.reconstruct(obs_id)
+            obs, latent = trained.get_images(obs_id)[0], trained.reconstruct(obs_id)
             _, maps = drawings.get_maps(model, latent, obs)
             panels = {
                 "images": drawings.resize(obs, args.resolution),
                 "as the model sees them": drawings.draw(model, latent, args.resolution, maps),
                 "new characters": drawings.draw(model, new, args.resolution),
             }
-            title = f"{subject.dataset.alphabet_names[alphabet_id]}: {subject.get_title()}"
+            title = f"{trained.dataset.alphabet_names[alphabet_id]}: {trained.get_title()}"
             yield figures.panels_figure(panels, num_cols, title)
 
-    save_figures(subject, "alphabets", draw_pages())
+    save_figures(trained, "alphabets", draw_pages())
 
 
 # ------------------------------------------------------------------ images of one's own
@@ -227,12 +226,12 @@ def get_free_path(folder, stem, *suffixes):
     return free
 
 
-def draw_images(subject, args):
+def draw_images(trained, args):
     """Infers programs of the user's own images, and prints where everything was written"""
-    characters, folder = reading.read_characters(args.images, args.as_is), subject.folder / "images"
-    networks = subject.generative_model, subject.inference_network
+    characters, folder = read_characters(args.images, args.as_is), trained.folder / "images"
+    networks = trained.generative_model, trained.inference_network
     search = args.num_particles, args.num_best, args.num_rounds, args.num_mutants
-    programs = reading.find_programs(*networks, characters.obs, *search)
+    programs = find_programs(*networks, characters.obs, *search)
     latent, log_joint = programs.latent[0], programs.log_joint[0].tolist()
     names = []
     for name in characters.names:  # one at a time, as they are written
@@ -240,26 +239,26 @@ def draw_images(subject, args):
         while names[-1] in names[:-1]:
             names[-1] += "-again"
     labels = [f"{name}\n{score:.0f} nats" for name, score in zip(names, log_joint, strict=True)]
-    title = f"{subject.name}, iteration {subject.iteration}: best programs found"
-    pages, map_id, _ = draw_strokes(subject, characters.obs, latent, labels, title, args)
+    title = f"{trained.name}, iteration {trained.iteration}: best programs found"
+    pages, map_id, _ = draw_strokes(trained, characters.obs, latent, labels, title, args)
     details = dict(image=characters.files, log_joint=log_joint)
     if programs.alphabet_id is not None:
         details["alphabet"] = programs.alphabet_id.tolist()
-    save_programs(folder, subject, latent, map_id, names, **details)
-    stem = get_free_path(folder, str(subject.iteration), ".pdf")
+    save_programs(folder, trained, latent, map_id, names, **details)
+    stem = get_free_path(folder, str(trained.iteration), ".pdf")
     for name, file, score, z in zip(names, characters.files, log_joint, latent, strict=True):
         print(f"{file}: log p(x, z) = {score:.1f} nats, {int(z[:, 1].sum())} strokes: {folder / name}.svg, {name}.json")
-    print(f"stroke by stroke: {save_figures(subject, 'images', pages, f'images/{stem}')}")
+    print(f"stroke by stroke: {save_figures(trained, 'images', pages, f'images/{stem}')}")
     if args.examples:
-        draw_examples(subject, characters, programs, names, args, f"images/{stem}-examples")
+        draw_examples(trained, characters, programs, names, args, f"images/{stem}-examples")
 
 
-def draw_examples(subject, characters, programs, names, args, stem):
+def draw_examples(trained, characters, programs, names, args, stem):
     """Draws new examples of characters beside the originals"""
-    model = subject.generative_model
-    examples = reading.draw_examples(model, programs, args.examples, args.resolution, args.vary)  # [N, E, R, R]
+    model = trained.generative_model
+    examples = drawings.draw_examples(model, programs, args.examples, args.resolution, args.vary)  # [N, E, R, R]
     how = "" if args.vary is None else f"\nstrokes redrawn at temperature {args.vary:g}"
-    title = f"{subject.name}, iteration {subject.iteration}{how}"
+    title = f"{trained.name}, iteration {trained.iteration}{how}"
     num_cols = math.ceil(math.sqrt(args.examples))
 
     def draw_pages():
@@ -267,7 +266,7 @@ def draw_examples(subject, characters, programs, names, args, stem):
         for name, original, new in zip(names, obs, examples, strict=True):
             yield figures.panels_figure({name: original.unsqueeze(0), "new examples": new}, num_cols, title)
 
-    print(f"new examples: {save_figures(subject, 'examples', draw_pages(), stem)}")
+    print(f"new examples: {save_figures(trained, 'examples', draw_pages(), stem)}")
 
 
 # ------------------------------------------------------------------ runs
@@ -277,7 +276,7 @@ def draw_run(name, path, checkpoint, args, load_data):
     """Draws everything that can be drawn of a run, and names what needs missing data"""
     util.set_seed(0)
     if args.images:
-        draw_images(Subject(name, path, checkpoint), args)
+        draw_images(TrainedModel(name, path, checkpoint), args)
         return
     dataset, other_data = None, ""
     if not args.loss_only:
@@ -290,18 +289,18 @@ def draw_run(name, path, checkpoint, args, load_data):
         location = args.data_location or checkpoint["args"]["data_location"]
         other_data = util.get_location_name(location)
         print(f"{name}: {location} is not its training data; programs are inferred by the network, the memory is left out")
-    subject = Subject(name, path, checkpoint, dataset, other_data)
-    draw_losses(subject, checkpoint, args)
+    trained = TrainedModel(name, path, checkpoint, dataset, other_data)
+    draw_losses(trained, checkpoint, args)
     if args.loss_only:
         return
-    draw_model(subject, args)
+    draw_model(trained, args)
     if dataset is not None:
-        obs_id, obs, stages = draw_reconstructions(subject, args)
-        film_strokes(subject, obs, stages)
-        film_training(subject, obs_id, args)
-        if subject.num_alphabets:
-            draw_alphabets(subject, args)
-    print(f"{name}: drawn at iteration {subject.iteration}")
+        obs_id, obs, stages = draw_reconstructions(trained, args)
+        film_strokes(trained, obs, stages)
+        film_training(trained, obs_id, args)
+        if trained.num_alphabets:
+            draw_alphabets(trained, args)
+    print(f"{name}: drawn at iteration {trained.iteration}")
 
 
 def draw_all(args, load_data):
@@ -315,7 +314,7 @@ def draw_all(args, load_data):
             if checkpoint is None:
                 print(f"{name}: no checkpoint yet, skipped")
             else:
-                draw_run(name, util.get_checkpoint_path(name), checkpoint, args, load_data)
+                draw_run(name, checkpoints.get_path(name), checkpoint, args, load_data)
         except UserError as error:
             print(f"{name}: {error}", file=sys.stderr)
 
@@ -343,9 +342,9 @@ def main(argv=None):
     if args.checkpoint_path is None:
         draw_all(args, load_data)
     else:
-        path = util.find_checkpoint(args.checkpoint_path)
+        path = checkpoints.find(args.checkpoint_path)
         checkpoint = checkpoints.load(path)
-        draw_run(util.get_run_name(path, checkpoint["args"]), path, checkpoint, args, load_data)
+        draw_run(checkpoints.get_run_name(path, checkpoint["args"]), path, checkpoint, args, load_data)
     if util.SAVE.is_dir():
         print(f"overview: {overview.write_overview()}")
     return 0
@@ -367,7 +366,12 @@ def get_parser():
     parser.start_group("how to draw it")
     add("--resolution", "side of a drawing in pixels", type=util.in_range(int, 8, 1024), default=28)
     add("--canonical", "also show each program's drawing without the affine map", action="store_true")
-    add("--random-maps", "draw samples from the prior through random affine maps", action="store_true")
+    add(
+        "--random-maps",
+        "draw samples from the prior as the model sees them, through random affine maps (default: yes)",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+    )
     add("--log-iterations", "logarithmic iteration axis", action="store_true")
     add("--svg", "also write each reconstruction as SVG, with its program as JSON", action="store_true")
     add("--search", "improve reconstructions by search (for models without a memory)", action="store_true")

@@ -9,7 +9,7 @@ log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016). The v
 save/<path_base>/logp/<mode>_<algorithm>.pt. If stopped, the same command resumes.
 """
 
-import environment  # noqa: F401  # isort: skip  (before torch)
+from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
 import functools
 import hashlib
@@ -18,19 +18,20 @@ import signal
 
 import torch
 
-import checkpoints
 import data
-import gpu
-import locks
 import losses
 import models
 import rendering
-import report
+import scoring
 import util
-from cuda_graph import ReplayedStep
-from optimizers import get_adam, load_optimizer, update
-from save_clock import SaveClock
-from score_table import ScoreTable, check_rows, get_enumeration_bound
+from fast import gpu
+from fast.cuda_graph import ReplayedStep
+from main import get_adam, load_optimizer, update
+from results import report
+from runs import checkpoints, locks
+from runs.curves import append_statistics, check_finite
+from runs.saving import SaveClock, StopSignal
+from scoring import ScoreTable, check_rows, get_enumeration_bound
 from util import UserError, warn
 
 STATE_KEYS = {"settings", "network", "optimizer", "table", "iteration", "statistics", "log_p", "random_state"}
@@ -61,8 +62,8 @@ class Evaluation:
 
     def get_checkpoint(self, settings):
         """Raises: UserError if training has diverged"""
-        util.append_statistics(self.statistics, self.pending)
-        util.check_finite(self.network.parameters())
+        append_statistics(self.statistics, self.pending)
+        check_finite(self.network.parameters())
         return dict(
             settings=settings,
             network=self.network.state_dict(),
@@ -144,14 +145,14 @@ def estimate_step(evaluation):
     args, done = evaluation.args, len(evaluation.log_p)
     last = min(done + args.test_batch_size, len(evaluation.obs))
     obs_id = torch.arange(done, last, device=evaluation.device)
-    log_weight = losses.get_log_weight(
+    log_weight = scoring.get_log_weight(
         evaluation.generative_model,
         evaluation.network,
         num_particles=args.test_num_particles,
         scorer=functools.partial(evaluation.table.score, obs_id),
         **evaluation.get_inputs(obs_id),
     )  # [P, B]
-    evaluation.log_p = torch.cat([evaluation.log_p, losses.log_mean_weight(log_weight)])
+    evaluation.log_p = torch.cat([evaluation.log_p, scoring.log_mean_weight(log_weight)])
 
 
 def run(evaluation, settings, path, stop):
@@ -191,15 +192,15 @@ def show(evaluation, bar, done):
 def evaluate(args):
     """Runs one evaluation, from where it was stopped. Returns: the exit status"""
     device = util.get_device(args.cuda)
-    checkpoint_path = util.find_checkpoint(args.checkpoint_path)
+    checkpoint_path = checkpoints.find(args.checkpoint_path)
     checkpoint = checkpoints.load(checkpoint_path, device)
     images, num_alphabets = load_images(args, checkpoint)
     settings = get_settings(args, checkpoint, images)
-    name = util.get_run_name(checkpoint_path, checkpoint["args"])
+    name = checkpoints.get_run_name(checkpoint_path, checkpoint["args"])
     folder = util.SAVE / name / "logp"
     path, state_path = (parent / f"{args.mode}_{args.algorithm}.pt" for parent in (folder, folder / "checkpoints"))
     what = f"{name} is being evaluated by {args.algorithm}"
-    with util.StopSignal() as stop, locks.lock(folder / f".{path.stem}.lock", what, stop):
+    with StopSignal() as stop, locks.lock(folder / f".{path.stem}.lock", what, stop):
         if not args.force and is_complete(path, settings):
             print(f"{path} is complete: {report.describe(path)}; --force repeats it")
             return 0
@@ -244,7 +245,7 @@ def is_complete(path, settings):
     if not path.exists():
         return False
     try:
-        result = report.load_result(path)
+        result = checkpoints.load_result(path)
     except UserError as error:
         warn(f"{error}; it is evaluated again")
         return False

@@ -1,98 +1,24 @@
-"""The four objectives: sleep, RWS, VIMCO and Memoised Wake-Sleep.
+"""The objectives: sleep, RWS, VIMCO, TVO and Memoised Wake-Sleep with its memory.
 
-Each function returns a scalar to call `.backward()` on, averaged over the batch,
-and a dict of statistics (detached scalars, in nats unless stated otherwise).
+Each takes the models and a batch, and returns a scalar to call `.backward()` on, averaged over the batch,
+and a dict of statistics (detached scalars, in nats unless stated otherwise), all of which are recorded.
 
-Particles are first scored without gradients. What remains is the gradient of a
-weighted sum of log p and log q in which few weights matter: one latent per image
-for MWS, the particles of non-negligible weight for RWS and VIMCO. Only these are
-scored again, with gradients. (On a GPU selecting takes longer than computing, so
-RWS and VIMCO differentiate all particles there.)
+RWS, VIMCO and TVO are written as their papers write them: losses of two matrices [P, B], log p(z, x) and log q(z|x) of
+the particles. What they share, drawing particles and sending gradients through the models, is `particle_objective`.
+To add one, write such a function and enter it in OBJECTIVES.
 """
 
+import functools
 import math
-from typing import NamedTuple
 
 import torch
 
-import gpu
-from gpu import NEGLIGIBLE
+import util
+from fast.gpu import NEGLIGIBLE
 from models import pack, sample_categorical, unpack
+from scoring import can_select, find_distinct, get_log_weight, log_mean_weight, propose, score  # noqa: F401
 
 MEMORY_AT_ONCE = 2**26  # bytes, for comparing latents
-ROWS_AT_ONCE = 1024  # latents scored without gradients on a CPU: their images stay in the cache
-_scored_at_once = 8192  # the same on a GPU; fewer once its memory has run out
-
-# ------------------------------------------------------------------ scores
-
-
-@torch.no_grad()
-def score(generative_model, latent, obs, alphabet=None):
-    """log p(z, x) without gradients; on a CPU, each distinct latent of an image is scored once.
-
-    Args: latent [P, B, A, 2]; obs [B, R, C]; alphabet [B, L] one-hot
-    Returns: [P, B]
-    """
-    num_particles, batch_size = latent.shape[:2]
-    if not _can_select(latent):
-        return _score_particles(generative_model, latent, obs, alphabet)
-    codes, obs_id = pack(latent.flatten(0, 1), torch.int16), torch.arange(batch_size).repeat(num_particles)
-    return score_rows(generative_model, codes, obs, alphabet, obs_id).view(num_particles, batch_size)
-
-
-def _score_particles(generative_model, latent, obs, alphabet):
-    """As `score`, a few particles at a time: half as many from then on whenever memory runs out"""
-    global _scored_at_once
-    log_joint, done = [], 0
-    while done < len(latent):
-        num_particles = max(_scored_at_once // len(obs), 1)
-        try:
-            log_joint.append(sum(generative_model.log_prob(latent[done : done + num_particles], obs, alphabet)))
-            done += num_particles
-        except torch.OutOfMemoryError:
-            if num_particles == 1:
-                raise
-            _scored_at_once = num_particles * len(obs) // 2
-            torch.cuda.empty_cache()
-    return torch.cat(log_joint)
-
-
-@torch.no_grad()
-def score_rows(generative_model, codes, obs, alphabet, obs_id):
-    """As `score`, for packed latents codes [N, A], each with its own image, row obs_id [N] of obs -> [N]"""
-    chosen, key = find_distinct(codes, obs_id)  # [D], [N]
-    log_joint = []
-    for rows in chosen.split(ROWS_AT_ONCE if _can_select(codes) else _scored_at_once):
-        latent, images = unpack(codes[rows]).unsqueeze(0), obs_id[rows]  # [1, d, A, 2], [d]
-        some_alphabet = None if alphabet is None else alphabet[images]
-        log_joint.append(sum(generative_model.log_prob(latent, obs[images], some_alphabet))[0])  # [d]
-    return torch.cat(log_joint)[key]
-
-
-def _can_select(latent):
-    """Whether latents may be left out depending on their values. On a GPU the CPU would have to wait to learn how
-    many remain, and the step could not be recorded; computing all of them is faster."""
-    return not gpu.is_gpu(latent.device)
-
-
-def find_distinct(codes, obs_id):
-    """Finds distinct latents of each image: codes [N, A], obs_id [N] -> chosen [D], a row for each; key [N]: row i
-    equals row chosen[key[i]]"""
-    distinct, key = get_hash(codes, obs_id).unique(return_inverse=True)
-    rows = torch.arange(len(key), device=key.device)
-    chosen = torch.empty_like(distinct).scatter_(0, key, rows)
-    if not torch.equal(codes[chosen[key]], codes):  # a collision, vanishingly rare
-        return rows, rows
-    return chosen, key
-
-
-def get_hash(codes, obs_id):
-    """A 64-bit hash of each latent and image: codes [N, A], obs_id [N] -> [N]. Two different
-    ones collide with a probability below 1e-17."""
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**63), 2**63 - 1, (codes.shape[1] + 1,), generator=generator).to(codes.device)
-    return (codes * factors[1:]).sum(1) + obs_id * factors[0]
-
 
 # ------------------------------------------------------------------ sleep
 
@@ -115,82 +41,94 @@ def get_num_dreams(batch_size, num_particles):
     return min(500, batch_size * num_particles)
 
 
-# ------------------------------------------------------------------ importance-weighted
+# ------------------------------------------------------------------ objectives of particles
 
 
-class Particles(NamedTuple):
-    """P programs for each of B images, drawn from the inference network, and their scores, without gradients"""
+def particle_objective(function):
+    """Makes an objective of the models from a loss of the particles' scores: function(log_p, log_q, **hyperparameters)
+    -> loss, statistics, given log p(z, x) and log q(z|x), each [P, B], with gradients."""
 
-    latent: torch.Tensor  # [P, B, A, 2]
-    log_p: torch.Tensor  # log p(z, x): [P, B]
-    log_q: torch.Tensor  # log q(z|x): [P, B]
-    context: torch.Tensor  # the network's encoding of the images, with gradients: [B, H]
+    @functools.wraps(function)
+    def objective(
+        generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None, scorer=score,
+        **hyperparameters,
+    ):  # fmt: skip
+        """Args: obs [B, R, C]; alphabet [B, L] one-hot; obs_id [B] if q is a LookupInferenceNetwork;
+            scorer: `score`, or a faster equivalent
+        Returns: loss; statistics"""
+        particles = propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer)
+        scores = [x.detach().requires_grad_() for x in (particles.log_p, particles.log_q)]
+        loss, statistics = function(*scores, **hyperparameters)
+        gradients = torch.autograd.grad(loss, scores, materialize_grads=True)  # each [P, B]
+        zero = differentiate(generative_model, inference_network, particles, obs, alphabet, *gradients)
+        return loss.detach() + zero, {name: value.detach() for name, value in statistics.items()}
+
+    return objective
 
 
-def propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer):
-    """Draws Particles. Arguments as for `rws`."""
-    context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)
-    with torch.no_grad():
-        latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)
-        return Particles(latent, scorer(generative_model, latent, obs, alphabet), log_q, context)
-
-
-def rws(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None, scorer=score):
+@particle_objective
+def rws(log_p, log_q):
     """Reweighted Wake-Sleep: wake-theta and wake-phi updates (Bornschein and Bengio, 2015).
-
-    Args: obs [B, R, C]; alphabet [B, L] one-hot; obs_id [B] if q is a LookupInferenceNetwork;
-        scorer: `score`, or a faster equivalent
-    Returns: loss; statistics {theta_loss, phi_loss}
-    """
-    particles = propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer)
-    loss, grad_log_p, grad_log_q, statistics = rws_objective(particles.log_p, particles.log_q)
-    zero = differentiate(generative_model, inference_network, particles, obs, alphabet, grad_log_p, grad_log_q)
-    return loss + zero, statistics
+    Statistics: theta_loss, phi_loss, effective_sample_size."""
+    log_weight = log_p - log_q.detach()  # [P, B]
+    theta_loss = -log_mean_weight(log_weight).mean()
+    phi_loss = -(log_weight.detach().softmax(0) * log_q).sum(0).mean()
+    size = get_effective_sample_size(log_weight)
+    return theta_loss + phi_loss, {"theta_loss": theta_loss, "phi_loss": phi_loss, "effective_sample_size": size}
 
 
-def rws_objective(log_p, log_q):
-    """log_p, log_q [P, B] -> loss, its gradients for log_p and log_q (each [P, B]), statistics"""
-    theta_loss, grad_log_p, _, statistics = wake_theta_objective(log_p, log_q)
-    phi_loss = (grad_log_p * log_q).sum()  # the gradient is -normalised weight / B for both
-    return theta_loss + phi_loss, grad_log_p, grad_log_p, {**statistics, "phi_loss": phi_loss}
+@particle_objective
+def wake_theta(log_p, log_q):
+    """The wake-theta half of RWS. Statistics: theta_loss, effective_sample_size."""
+    log_weight = log_p - log_q.detach()  # [P, B]
+    theta_loss = -log_mean_weight(log_weight).mean()
+    return theta_loss, {"theta_loss": theta_loss, "effective_sample_size": get_effective_sample_size(log_weight)}
 
 
-def wake_theta_objective(log_p, log_q):
-    """As `rws_objective`, for the wake-theta half alone"""
-    log_weight = log_p - log_q
-    loss = -log_mean_weight(log_weight).mean()
-    grad_log_p = -log_weight.softmax(0) / log_weight.shape[1]
-    return loss, grad_log_p, torch.zeros_like(grad_log_p), {"theta_loss": loss}
-
-
-def vimco(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None, scorer=score):
-    """VIMCO (Mnih and Rezende, 2016): the IWAE bound, its score-function gradient
-    with a leave-one-out baseline. Arguments and results as for `rws`.
+@particle_objective
+def vimco(log_p, log_q):
+    """VIMCO: the importance-weighted bound and its score-function gradient with a leave-one-out baseline (Mnih and
+    Rezende, 2016). Statistics: theta_loss, phi_loss (the same), effective_sample_size.
 
     Raises: ValueError if there are fewer than two particles
     """
-    particles = propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer)
-    loss, grad_log_p, grad_log_q, statistics = vimco_objective(particles.log_p, particles.log_q)
-    zero = differentiate(generative_model, inference_network, particles, obs, alphabet, grad_log_p, grad_log_q)
-    return loss + zero, statistics
-
-
-def vimco_objective(log_p, log_q):
-    """As `rws_objective`, for VIMCO. Raises: ValueError if P < 2"""
-    num_particles, batch_size = log_p.shape
-    if num_particles < 2:
+    if len(log_p) < 2:
         raise ValueError("VIMCO needs at least two particles")
-    log_weight = log_p - log_q
+    log_weight = log_p - log_q  # [P, B]
     bound = log_mean_weight(log_weight)  # [B]
-    mean_of_others = (log_weight.sum(0) - log_weight) / (num_particles - 1)  # [P, B]
-    itself = torch.eye(num_particles, dtype=torch.bool, device=log_p.device).unsqueeze(-1)
+    mean_of_others = (log_weight.sum(0) - log_weight) / (len(log_weight) - 1)  # [P, B]
+    itself = torch.eye(len(log_weight), dtype=torch.bool, device=log_p.device).unsqueeze(-1)
     bound_without = log_mean_weight(torch.where(itself, mean_of_others, log_weight), dim=1)  # [P, B]
-    advantage = bound - bound_without
-    theta_loss = -bound.mean()
-    loss = theta_loss - (advantage * log_q).sum(0).mean()
-    weight = log_weight.softmax(0)
-    statistics = {"theta_loss": theta_loss, "phi_loss": theta_loss}
-    return loss, -weight / batch_size, (weight - advantage) / batch_size, statistics
+    advantage = (bound - bound_without).detach()
+    loss = -(bound + (advantage * log_q).sum(0)).mean()
+    theta_loss, size = -bound.mean(), get_effective_sample_size(log_weight)
+    return loss, {"theta_loss": theta_loss, "phi_loss": theta_loss, "effective_sample_size": size}
+
+
+@particle_objective
+def tvo(log_p, log_q, num_partitions=5, log_beta_min=-1.09):
+    """The thermodynamic variational objective (Masrani, Le and Wood, 2019): log p(x) is the integral over beta in [0, 1]
+    of E[log w] under p^beta q^(1 - beta), bounded from below by its left Riemann sum; gradients by the covariance
+    estimator (their equation 10). Statistics: theta_loss, phi_loss (the same), effective_sample_size.
+
+    Args: num_partitions: of [0, 1]; log_beta_min: log10 of the end of the first; further ends are log-uniform
+    """
+    log_weight = log_p - log_q  # [P, B]
+    between = torch.logspace(log_beta_min, 0, num_partitions, dtype=log_p.dtype, device=log_p.device)[:-1]
+    beta = torch.cat([between.new_zeros(1), between, between.new_ones(1)])  # [partitions + 1]
+    weight = (beta[:-1, None, None] * log_weight).softmax(1).detach()  # [partitions, P, B], self-normalised
+    expectation = (weight * log_weight).sum(1, keepdim=True)  # [partitions, 1, B]
+    log_path = log_q + beta[:-1, None, None] * log_weight  # log p^beta q^(1 - beta), unnormalised
+    covariance = (weight * (log_weight - expectation).detach() * log_path).sum(1, keepdim=True)
+    widths = beta.diff()[:, None, None]
+    theta_loss, size = -(widths * expectation).sum(0).mean(), get_effective_sample_size(log_weight)
+    loss = theta_loss - (widths * (covariance - covariance.detach())).sum(0).mean()
+    return loss, {"theta_loss": theta_loss, "phi_loss": theta_loss, "effective_sample_size": size}
+
+
+def get_effective_sample_size(log_weight):
+    """1 / sum_k of the squared normalised weights, averaged over images: [P, B] -> scalar between 1 and P"""
+    return (1 / log_weight.softmax(0).square().sum(0)).mean()
 
 
 def wake_sleep(generative_model, inference_network, obs, num_particles=10, alphabet=None, num_dreams=500):
@@ -200,37 +138,19 @@ def wake_sleep(generative_model, inference_network, obs, num_particles=10, alpha
     return theta_loss + phi_loss, {**theta_statistics, **phi_statistics}
 
 
-def wake_theta(generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None):
-    """The theta half of RWS. Arguments as for `rws`; statistics {theta_loss}."""
-    particles = propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, score)
-    loss, grad_log_p, grad_log_q, statistics = wake_theta_objective(particles.log_p, particles.log_q)
-    zero = differentiate(generative_model, inference_network, particles, obs, alphabet, grad_log_p, grad_log_q)
-    return loss + zero, statistics
-
-
-def log_mean_weight(log_weight, dim=0):
-    """log (1/P) sum_k w_k: the IWAE bound"""
-    return log_weight.logsumexp(dim) - math.log(log_weight.shape[dim])
-
-
-@torch.no_grad()
-def get_log_weight(generative_model, inference_network, obs, num_particles, alphabet=None, obs_id=None, scorer=score):
-    """log w = log p(z, x) - log q(z|x) of samples from q, without gradients: [P, B].
-    Arguments as for `rws`."""
-    particles = propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer)
-    return particles.log_p - particles.log_q
-
-
 # ------------------------------------------------------------------ gradients of scores
 
 
 def differentiate(generative_model, inference_network, particles, obs, alphabet, grad_log_p, grad_log_q):
     """A scalar that is zero and whose gradient is that of
     sum(grad_log_p * log p(z, x) + grad_log_q * log q(z|x)), with the factors [P, B] held constant.
+
+    Few of them matter, often one per image: on a CPU only particles of non-negligible factors are scored again,
+    with gradients. On a GPU selecting takes longer than computing, so all are.
     """
     latent, context = particles.latent, particles.context
     num_particles, batch_size = latent.shape[:2]
-    if _can_select(latent):
+    if can_select(latent):
         obs_id = torch.arange(batch_size).repeat(num_particles)  # [P * B]
         # The factors are weights divided by the batch size.
         latent, obs_id, grad_log_p, grad_log_q = _select_heavy(
@@ -353,5 +273,17 @@ def _random_codes(shape, num_primitives, dtype):
     return codes
 
 
-# The choices of main.py's --algorithm
-OBJECTIVES = {"mws": mws, "rws": rws, "vimco": vimco, "sleep": wake_sleep}
+# ------------------------------------------------------------------ the choices of main.py's --algorithm
+
+OBJECTIVES = {"mws": mws, "rws": rws, "vimco": vimco, "tvo": tvo, "sleep": wake_sleep}
+
+# An algorithm's own settings: name -> (default, lowest, highest, help). They reach the command line, the run's name and
+# its checkpoints from here, and the objective (or, for the memory, `init_memory`) by name.
+HYPERPARAMETERS = {
+    "mws": {"memory_size": (10, 1, 10**5, "latents remembered per image")},
+    "tvo": {
+        "num_partitions": (5, 1, 1000, "partitions of the path from q to p"),
+        "log_beta_min": (-1.09, -10.0, 0.0, "log10 of the first partition's end"),
+    },
+}
+util.add_hyperparameters(HYPERPARAMETERS)

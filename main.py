@@ -8,7 +8,7 @@ A run lives in save/<run>/. However it is stopped, giving the same command again
 it from its latest checkpoint.
 """
 
-import environment  # noqa: F401  # isort: skip  (before torch)
+from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
 import functools
 import math
@@ -16,17 +16,16 @@ import signal
 
 import torch
 
-import checkpoints
 import data
-import locks
 import losses
 import models
 import rendering
+import scoring
 import util
-from cuda_graph import ReplayedStep
-from curves import Curves
-from optimizers import get_adam, get_optimizer, load_optimizer, update
-from save_clock import SaveClock
+from fast.cuda_graph import ReplayedStep
+from runs import checkpoints, locks
+from runs.curves import Curves, append_statistics, check_finite
+from runs.saving import SaveClock, StopSignal
 from util import SETTINGS, UserError
 
 # ------------------------------------------------------------------ the state of a run
@@ -56,12 +55,12 @@ class Run:
         self.pending = []  # statistics not yet moved off the device
 
     def flush_statistics(self):
-        util.append_statistics(self.statistics, self.pending)
+        append_statistics(self.statistics, self.pending)
 
     def get_checkpoint(self):
         """Raises: UserError if training has diverged: only finite numbers are saved"""
         self.flush_statistics()
-        util.check_finite([*self.generative_model.parameters(), *self.inference_network.parameters()])
+        check_finite([*self.generative_model.parameters(), *self.inference_network.parameters()])
         return dict(
             args=vars(self.args),
             settings=self.settings,
@@ -98,6 +97,36 @@ class Run:
         util.set_random_state(checkpoint["random_state"])
 
 
+# ------------------------------------------------------------------ optimisers
+
+
+def get_optimizer(generative_model, inference_network, prior_lr_factor, lr=1e-3):
+    """Adam for both models; the prior's learning rate is prior_lr_factor times that of the rest"""
+    others, prior = models.get_parameter_groups(generative_model, inference_network)
+    groups = [{"params": others, "lr": lr}, {"params": prior, "lr": lr * prior_lr_factor}]
+    return get_adam(groups, prior[0].device)
+
+
+def get_adam(groups, device, lr=1e-3):
+    """Adam for parameters or groups of them; on a GPU, fused and capturable by CUDA graphs"""
+    on_gpu = device.type == "cuda"  # other devices lack these
+    return torch.optim.Adam(groups, lr=lr, fused=on_gpu, capturable=on_gpu)
+
+
+def load_optimizer(optimizer, state):
+    """Restores an optimiser's state, which may come from another device"""
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        saved.update(fused=group["fused"], capturable=group["capturable"])
+    optimizer.load_state_dict(state)
+
+
+def update(optimizer, loss):
+    """Takes one optimiser step on the loss"""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 # ------------------------------------------------------------------ a step
 
 
@@ -118,10 +147,12 @@ def get_obs_id(run):
 def get_loss(run, obs_id):
     """The scalar to differentiate and the statistics to record"""
     args, alphabet = run.args, run.train_data.alphabet[obs_id] if run.num_alphabets else None
-    more = {
-        "mws": dict(memory=run.memory, obs_id=obs_id),
-        "sleep": dict(num_dreams=losses.get_num_dreams(args.batch_size, args.num_particles)),
-    }.get(args.algorithm, {})
+    if args.algorithm == "mws":
+        more = dict(memory=run.memory, obs_id=obs_id)
+    elif args.algorithm == "sleep":
+        more = dict(num_dreams=losses.get_num_dreams(args.batch_size, args.num_particles))
+    else:
+        more = {name: getattr(args, name) for name in losses.HYPERPARAMETERS.get(args.algorithm, {})}
     return losses.OBJECTIVES[args.algorithm](
         run.generative_model,
         run.inference_network,
@@ -173,14 +204,14 @@ def test(run, stop):
         for obs_id in torch.arange(len(split.obs), device=device).split(args.test_batch_size):
             if stop.received is not None:
                 return
-            log_weight = losses.get_log_weight(
+            log_weight = scoring.get_log_weight(
                 run.generative_model,
                 run.inference_network,
                 split.obs[obs_id],
                 args.test_num_particles,
                 split.alphabet[obs_id] if run.num_alphabets else None,
             )
-            log_p.append(losses.log_mean_weight(log_weight))
+            log_p.append(scoring.log_mean_weight(log_weight))
             kl.append(log_p[-1] - log_weight.mean(0))
     values = {"test_log_p": torch.cat(log_p).mean(), "test_kl": torch.cat(kl).mean()}
     run.pending.append({"test_iteration": run.iteration, **values})
@@ -195,7 +226,7 @@ def is_milestone(iteration):
 
 def save(run, name="latest"):
     """Returns: the path"""
-    path = util.get_checkpoint_path(run.path_base, name)
+    path = checkpoints.get_path(run.path_base, name)
     util.save_checkpoint(path, run.get_checkpoint())
     return path
 
@@ -212,7 +243,7 @@ def save_if_due(run, clock):
 def save_missing_milestone(run):
     """Writes the milestone of the iteration at which a run resumes, if an older version was killed before it could"""
     iteration = run.iteration
-    if iteration > 0 and is_milestone(iteration) and not util.get_checkpoint_path(run.path_base, iteration).exists():
+    if iteration > 0 and is_milestone(iteration) and not checkpoints.get_path(run.path_base, iteration).exists():
         save(run, iteration)
 
 
@@ -221,7 +252,7 @@ def is_complete(run):
     if run.iteration != run.args.num_iterations:
         return run.iteration > run.args.num_iterations
     try:
-        latest = checkpoints.load(util.get_checkpoint_path(run.path_base), resumable=True)
+        latest = checkpoints.load(checkpoints.get_path(run.path_base), resumable=True)
     except (UserError, OSError):
         return False
     return latest["iteration"] == run.iteration and not is_test_due(run)
@@ -273,7 +304,7 @@ def main(argv=None):
     device = util.get_device(args.cuda)
     dataset = load_data(args)
     path_base = util.get_path_base(args)
-    with util.StopSignal() as stop, locks.lock_run(path_base, stop):
+    with StopSignal() as stop, locks.lock_run(path_base, stop):
         run = Run(args, dataset, device)
         checkpoint = checkpoints.load_newest(path_base, resumable=True)
         if checkpoint is not None:
@@ -300,7 +331,7 @@ def main(argv=None):
 
 def load_data(args):
     """Loads the data set. Raises: UserError if it does not fit the arguments"""
-    dataset = data.load(args.data_location, args.small_dataset, args.dataset_size)
+    dataset = data.load(args.data_location, args.small_dataset, args.dataset_size, args.find_characters)
     if args.condition_on_alphabet and dataset.num_alphabets < 2:
         raise UserError(f"--condition-on-alphabet: {args.data_location} has no alphabets to tell apart")
     if args.test_run:
@@ -329,14 +360,18 @@ def get_parser():
     add("--data-location", f"{location} (default: local; in a test run glyphs)", default=None)
     add("--small-dataset", "train on 10 images per alphabet, test on the same images", action="store_true")
     add("--dataset-size", "number of training images, the same for each alphabet (default: all)", type=positive)
+    found = "find the characters on photographs and scans, in a folder of your own images, and give them Omniglot's size and stroke"
+    add("--find-characters", found, action="store_true")
     add_model_arguments(parser)
     parser.start_group("training")
-    algorithm = "mws, rws, vimco or sleep (RWS with the sleep update of phi)"
+    algorithm = f"{', '.join(losses.OBJECTIVES)} (RWS with the sleep update of phi)"
     add("--algorithm", algorithm, choices=list(losses.OBJECTIVES))
     many = util.in_range(int, 1, 10**6)
     add("--batch-size", "images per step", type=many)
     add("--num-particles", "proposals per image (vimco: at least 2)", type=many)
-    add("--memory-size", "latents remembered per image (mws)", type=util.in_range(int, 1, 10**5))
+    for algorithm, own in losses.HYPERPARAMETERS.items():
+        for name, (default, low, high, help) in own.items():
+            add(f"--{name.replace('_', '-')}", f"{algorithm}: {help}", type=util.in_range(type(default), low, high))
     add("--prior-lr-factor", "learning rate of the prior, relative to the others' 1e-3", type=util.in_range(float, 0))
     add("--pretrain-iterations", "sleep steps that train the inference network first", type=natural)
     add("--num-iterations", "steps of the algorithm", type=positive, default=util.NUM_ITERATIONS)
@@ -354,7 +389,7 @@ def get_parser():
 def add_model_arguments(parser):
     parser.start_group("model")
     add, share, size = parser.add, util.in_range(float, 0, 1), util.in_range(int, 1, 10**5)
-    add("--likelihood", "of an image given a drawing: " + ", ".join(models.LIKELIHOODS), choices=models.LIKELIHOODS)
+    add("--likelihood", "of an image given a drawing: " + ", ".join(models.LIKELIHOODS), choices=list(models.LIKELIHOODS))
     add("--condition-on-alphabet", "condition the prior and the inference network on the alphabet", action="store_true")
     add("--num-arcs", "strokes per character, including the invisible first one", type=util.in_range(int, 1, 1000))
     add("--num-primitives", "strokes in the library", type=util.in_range(int, 1, 16383))

@@ -15,14 +15,238 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import likelihoods
-import patches
 import rendering
-from decoder import Decoder, look_up, pack, sample_categorical, unpack  # noqa: F401
+from fast import gpu, patches
 from util import UserError
 
-LIKELIHOODS = ["learned-affine", "affine", "bernoulli"]
 NUM_LEARNED_MAPS = 40
+MAX_SHIFT = 3  # pixels, of the translation likelihood
+
+# ------------------------------------------------------------------ latents as codes
+
+
+def look_up(table, index):
+    """table [K, D], index [...] -> [..., D]"""
+    return gpu.Lookup.apply(table, index) if gpu.is_gpu(table.device) else F.embedding(index, table)
+
+
+def pack(latent, dtype=torch.long):
+    """[..., A, 2] -> [..., A], one code per stroke: 2 * id + on/off"""
+    return (2 * latent[..., 0] + latent[..., 1]).to(dtype)
+
+
+def unpack(codes):
+    """[..., A] -> [..., A, 2]"""
+    codes = codes.long()
+    return torch.stack([codes // 2, codes % 2], -1)
+
+
+# ------------------------------------------------------------------ decoder
+
+
+class Decoder(nn.Module):
+    """Autoregressive distribution over latents: an LSTM over strokes.
+
+    Used for the prior (context: the alphabet, if any) and the inference networks
+    (context: alphabet and image). Each step's input is the one-hot id and on/off of
+    the previous stroke (zeros in the first step), followed by the context.
+    """
+
+    def __init__(self, num_primitives, num_arcs, lstm_hidden_size, context_size, uniform_mixture):
+        super().__init__()
+        self.num_primitives, self.num_arcs = num_primitives, num_arcs
+        self.context_size, self.uniform_mixture = context_size, uniform_mixture
+        self.lstm = nn.LSTMCell(num_primitives + 2 + context_size, lstm_hidden_size)
+        self.linear = nn.Linear(lstm_hidden_size, num_primitives + 2)
+
+    def sample(self, num_particles, context):
+        """context [B, H] -> latent [P, B, A, 2]"""
+        return self.sample_and_log_prob(num_particles, context)[0]
+
+    @torch.no_grad()
+    def sample_and_log_prob(self, num_particles, context):
+        """context [B, H] -> latent [P, B, A, 2], log_prob [P, B], without gradients"""
+        table, context_input = self._get_inputs(context)
+        shape = (num_particles, len(context))
+        if gpu.uses_kernels(context) and gpu.can_decode(self):
+            codes, log_prob = gpu.sample(
+                table, context_input, *self._get_weights(), num_particles, self.num_arcs, self.uniform_mixture
+            )  # [P * B, A], [P * B]
+            return unpack(codes).unflatten(0, shape), log_prob.view(shape)
+        context_input = context_input.repeat(num_particles, 1)  # [P * B, 4 * hidden]
+        x, state, latent, log_prob = context_input, None, [], 0
+        for arc_id in range(self.num_arcs):
+            state = self._step(x, state)
+            id_log_prob, on_log_prob = self._get_log_probs(state[0])  # [P * B, K], [P * B, 2]
+            primitive_id = sample_categorical(id_log_prob)  # [P * B, 1]
+            log_prob = log_prob + id_log_prob.gather(1, primitive_id)
+            if arc_id == 0:
+                on = torch.zeros_like(primitive_id)
+            else:
+                on = sample_categorical(on_log_prob)
+                log_prob = log_prob + on_log_prob.gather(1, on)
+            latent.append(torch.cat([primitive_id, on], 1))
+            x = context_input + F.embedding(2 * primitive_id + on, table).squeeze(1)
+        return torch.stack(latent, 1).unflatten(0, shape), log_prob.view(shape)
+
+    @torch.no_grad()
+    def resample(self, latent, context, chosen, temperature):
+        """Resamples the primitives of chosen strokes, each given the strokes before it, at a temperature.
+
+        Args: latent [N, A, 2]; context [N, H]; chosen [N, A], bool
+        Returns: [N, A, 2]
+        """
+        table, context_input = self._get_inputs(context)
+        x, state, latent = context_input, None, latent.clone()
+        for arc_id in range(self.num_arcs):
+            state = self._step(x, state)
+            log_prob = (self._get_log_probs(state[0])[0] / temperature).log_softmax(1)
+            new = sample_categorical(log_prob).squeeze(1)
+            latent[:, arc_id, 0] = torch.where(chosen[:, arc_id], new, latent[:, arc_id, 0])
+            x = context_input + look_up(table, pack(latent[:, arc_id]))
+        return latent
+
+    def log_prob(self, latent, context):
+        """latent [P, B, A, 2], context [B, H] -> [P, B]"""
+        table, context_input = self._get_inputs(context)
+        codes = pack(latent.flatten(0, 1))  # [P * B, A]
+        if gpu.uses_kernels(context) and gpu.can_decode(self):
+            log_prob = gpu.ScoreCodes.apply(
+                table, context_input, *self._get_weights(), codes.short(), self.uniform_mixture, torch.is_grad_enabled()
+            )  # [P * B]
+            return log_prob.view(latent.shape[:2])
+        context_input = context_input.repeat(len(latent), 1)  # [P * B, 4 * hidden]
+        x, state, hidden = context_input, None, []
+        for arc_id in range(self.num_arcs):
+            state = self._step(x, state)
+            hidden.append(state[0])
+            x = context_input + look_up(table, codes[:, arc_id])
+        id_log_prob, on_log_prob = self._get_log_probs(torch.stack(hidden, 1))  # [P * B, A, K or 2]
+        id_log_prob = id_log_prob.gather(2, codes.unsqueeze(2) // 2).sum((1, 2))
+        on_log_prob = on_log_prob[:, 1:].gather(2, codes[:, 1:].unsqueeze(2) % 2).sum((1, 2))
+        return (id_log_prob + on_log_prob).view(latent.shape[:2])
+
+    def _get_inputs(self, context):
+        """The LSTM's inputs are one-hot, so a stroke's contribution to the gates is a row of a
+        table with a row per id and on/off; the context's contribution is the same for all
+        steps and particles: [2 * K, 4 * hidden] and [B, 4 * hidden]."""
+        weight = self.lstm.weight_ih.split([self.num_primitives, 2, self.context_size], 1)
+        table = weight[0].t().unsqueeze(1) + weight[1].t()  # [K, 2, 4 * hidden]
+        return table.flatten(0, 1), F.linear(context, weight[2], self.lstm.bias_ih + self.lstm.bias_hh)
+
+    def _get_weights(self):
+        return self.lstm.weight_hh, self.linear.weight, self.linear.bias
+
+    def _step(self, x, state):
+        """One step of the LSTM, given its gates' input x [N, 4 * hidden]: hidden and cell state, each [N, hidden]"""
+        if state is None:
+            i, _, g, o = x.chunk(4, 1)
+            cell = i.sigmoid() * g.tanh()
+        else:
+            i, f, g, o = torch.addmm(x, state[0], self.lstm.weight_hh.t()).chunk(4, 1)
+            cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+        return o.sigmoid() * cell.tanh(), cell
+
+    def _get_log_probs(self, hidden):
+        """[..., hidden] -> ids [..., K] and on/off [..., 2]"""
+        logits = self.linear(hidden).split([self.num_primitives, 2], -1)
+        return [_mix_with_uniform(x.log_softmax(-1), self.uniform_mixture) for x in logits]
+
+
+def _mix_with_uniform(log_probs, weight):
+    if weight == 0:
+        return log_probs
+    log_uniform = torch.full_like(log_probs, math.log(weight / log_probs.shape[-1]))
+    return log_uniform if weight == 1 else torch.logaddexp(log_probs + math.log1p(-weight), log_uniform)
+
+
+def sample_categorical(log_probs):
+    """Draws one sample per row by inverting the distribution function: one random number per
+    sample, and on a GPU no synchronisation. log_probs [N, K] -> [N, 1]"""
+    cumulative = log_probs.exp().cumsum(1)
+    threshold = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
+    return (cumulative <= threshold).sum(1, keepdim=True).clamp(max=log_probs.shape[1] - 1)
+
+
+# ------------------------------------------------------------------ likelihoods
+
+# p(x|z) given a drawing. A likelihood is a class: `init` gives the tensors it needs by name, which live in the generative
+# model (parameters are learned, others stay as they are), `log_prob` and `sample` use them, and `maps` are the T affine
+# maps through one of which it sees drawings, [T, 2, 3], for pictures to show, or None.
+
+
+class Bernoulli:
+    """Independent pixels"""
+
+    maps = None
+
+    @staticmethod
+    def init():
+        return {}
+
+    def log_prob(self, logits, obs):
+        """logits, obs [N, R, C] -> [N], nats"""
+        return -F.binary_cross_entropy_with_logits(logits, obs, reduction="none").flatten(1).sum(1)
+
+    def sample(self, logits):
+        """logits [N, R, C] -> obs [N, R, C]"""
+        return _sample_pixels(logits.sigmoid())
+
+
+class AffineMixture:
+    """Independent pixels of the drawing seen through one of T equally probable affine maps
+
+    Args: theta_affine [T, 2, 3]
+    """
+
+    def __init__(self, theta_affine):
+        self.maps = theta_affine
+
+    def log_prob(self, logits, obs):
+        """logits, obs [N, R, C] -> [N], nats"""
+        return rendering.affine_log_prob(logits, obs, self.maps)
+
+    def map_log_posterior(self, logits, obs):
+        """log p(map | x, z): logits, obs [N, R, C] -> [N, T], nats"""
+        return rendering.affine_log_prob_by_map(logits, obs, self.maps).log_softmax(1)
+
+    def sample(self, logits):
+        """logits [N, R, C] -> obs [N, R, C]"""
+        map_id = torch.randint(len(self.maps), (len(logits),), device=logits.device)
+        return _sample_pixels(rendering.apply_maps(logits.sigmoid(), self.maps[map_id]))
+
+
+def _sample_pixels(probs):
+    # A model that has diverged shows in its scores; sampling NaN would be a device-side error.
+    return torch.bernoulli(probs.nan_to_num())
+
+
+class LearnedAffine(AffineMixture):
+    """Learned maps, which begin near the identity"""
+
+    @staticmethod
+    def init():
+        return {"theta_affine": nn.Parameter(torch.eye(3)[:2] + 0.03 * torch.randn(NUM_LEARNED_MAPS, 2, 3))}
+
+
+class FixedAffine(AffineMixture):
+    """2187 maps: all combinations of three shears, rotations, scales and translations each"""
+
+    @staticmethod
+    def init():
+        return {"theta_affine": rendering.get_fixed_maps()}
+
+
+class Translation(AffineMixture):
+    """All shifts by up to three pixels"""
+
+    @staticmethod
+    def init():
+        return {"theta_affine": rendering.get_shifts(MAX_SHIFT)}
+
+
+# The choices of main.py's --likelihood
+LIKELIHOODS = {"learned-affine": LearnedAffine, "affine": FixedAffine, "translation": Translation, "bernoulli": Bernoulli}
 
 # ------------------------------------------------------------------ generative model
 
@@ -44,7 +268,7 @@ class GenerativeModel(nn.Module):
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood is {likelihood!r}; it is one of {', '.join(LIKELIHOODS)}")
         self.num_rows, self.num_cols, self.num_arcs = num_rows, num_cols, num_arcs
-        self.big_arcs, self.likelihood, self.num_alphabets = big_arcs, likelihood, num_alphabets
+        self.big_arcs, self.num_alphabets = big_arcs, num_alphabets
         self.prior = Decoder(num_primitives, num_arcs, lstm_hidden_size, num_alphabets, uniform_mixture)
 
         curve = 1 + (2 * torch.rand(num_primitives) - 1) * initial_max_curve
@@ -54,11 +278,19 @@ class GenerativeModel(nn.Module):
         self.pre_sharpness = nn.Parameter(torch.full((num_primitives,), 20.0))
         self.pre_width = nn.Parameter(torch.full((num_primitives,), -2.0))
         self.pre_rendering_params = nn.Parameter(torch.tensor([3.0, -3.0]))
-        if likelihood == "learned-affine":
-            identity = torch.eye(3)[:2]
-            self.theta_affine = nn.Parameter(identity + 0.03 * torch.randn(NUM_LEARNED_MAPS, 2, 3))
-        elif likelihood == "affine":
-            self.register_buffer("theta_affine", rendering.get_fixed_maps(), persistent=False)
+        self.likelihood_class = LIKELIHOODS[likelihood]
+        tensors = self.likelihood_class.init()
+        self.likelihood_names = list(tensors)
+        for name, value in tensors.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value, persistent=False)
+
+    @property
+    def likelihood(self):
+        """The distribution of an image given the logits of its drawing, one of LIKELIHOODS"""
+        return self.likelihood_class(**{name: getattr(self, name) for name in self.likelihood_names})
 
     def get_primitives(self):
         """[K, 5]: dx, dy (of the unit square), theta (radians), sharpness, width"""
@@ -100,20 +332,12 @@ class GenerativeModel(nn.Module):
         num_particles, batch_size = latent.shape[:2]
         obs_id = torch.arange(batch_size, device=obs.device).repeat(num_particles)
         logits = self.get_logits(latent.flatten(0, 1))  # [P * B, R, C]
-        return self.get_likelihood().log_prob(logits, obs.index_select(0, obs_id)).view(num_particles, batch_size)
-
-    def get_likelihood(self):
-        """The distribution of an image given the logits of its drawing: Bernoulli or AffineMixture"""
-        return likelihoods.AffineMixture(self.theta_affine) if self.has_maps() else likelihoods.Bernoulli()
-
-    def has_maps(self):
-        """Whether images are drawings seen through one of T affine maps, `theta_affine` [T, 2, 3]"""
-        return self.likelihood != "bernoulli"
+        return self.likelihood.log_prob(logits, obs.index_select(0, obs_id)).view(num_particles, batch_size)
 
     @torch.no_grad()
     def get_map_log_posterior(self, latent, obs):
         """log p(map | x, z), which is proportional to p(x | z, map): latent [N, A, 2], obs [N, R, C] -> [N, T]"""
-        return self.get_likelihood().map_log_posterior(self.get_logits(latent), obs)
+        return self.likelihood.map_log_posterior(self.get_logits(latent), obs)
 
     def log_prob(self, latent, obs, alphabet=None):
         """log p(z) and log p(x|z), in nats.
@@ -129,7 +353,7 @@ class GenerativeModel(nn.Module):
         """Draws characters: latent [S, A, 2] and obs [S, R, C]. A conditional model
         samples alphabets uniformly unless alphabet [S, L] is given, one row per sample."""
         latent = self.sample_latent(num_samples, alphabet)  # [S, A, 2]
-        return latent, self.get_likelihood().sample(self.get_logits(latent))
+        return latent, self.likelihood.sample(self.get_logits(latent))
 
     @torch.no_grad()
     def sample_latent(self, num_samples, alphabet=None):
@@ -240,6 +464,13 @@ class LookupInferenceNetwork(nn.Module):
 # ------------------------------------------------------------------ from arguments
 
 
+def get_parameter_groups(generative_model, inference_network):
+    """The two groups of parameters that an optimiser distinguishes: everything else, and the prior's"""
+    prior = list(generative_model.prior.parameters())
+    others = [p for name, p in generative_model.named_parameters() if not name.startswith("prior.")]
+    return [[*others, *inference_network.parameters()], prior]
+
+
 def build(args, num_alphabets, device="cpu"):
     """Builds the models of a run, initialised from torch's global random state.
 
@@ -269,13 +500,15 @@ def build(args, num_alphabets, device="cpu"):
 def from_checkpoint(checkpoint, device="cpu"):
     """Builds the models of a checkpoint of main.py, a dict from `util.load_checkpoint`.
 
-    Returns: GenerativeModel, InferenceNetwork, on the device
+    Returns: GenerativeModel, InferenceNetwork, on the device, their parameters fixed (requires_grad is False), so that
+        nothing computed with them needs `detach`
     Raises: UserError if its contents are inconsistent
     """
     try:
         built = build(argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"], device)
         for name, model in zip(["generative_model", "inference_network"], built, strict=True):
             model.load_state_dict(checkpoint[name])
+            model.requires_grad_(False)
     except (TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"the checkpoint is not of this program's models ({error})") from None
     return built

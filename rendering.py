@@ -3,7 +3,7 @@
 Two functions take nearly all the time of a training step, and both live here:
 `get_logits` draws arcs, `affine_log_prob` scores images under a mixture over
 affine maps of the drawing. Both are plain tensor code that works in float32 and
-float64, with and without gradients; on a GPU they become Triton kernels (gpu.py).
+float64, with and without gradients; on a GPU they become Triton kernels (fast/gpu.py).
 """
 
 import math
@@ -11,14 +11,63 @@ import math
 import torch
 import torch.nn.functional as F
 
-import environment
-import gpu
-import kernels
-from gpu import LOG_PAPER
+from fast import gpu
+from fast.gpu import LOG_PAPER
 from util import warn
 
 BLOCK = 16  # images scored side by side: as many floats as fit a register
 MAPS_AT_ONCE = 40
+
+# ------------------------------------------------------------------ how kernels are called
+
+# Kernels save only their inputs for the backward pass, and both passes work on one chunk at a
+# time. However many latents are scored, with or without gradients, memory therefore grows by no
+# more than the few kilobytes of each latent's image.
+
+compiled = {}  # kernel -> its compiled form
+
+
+def _get_chunk_size(device):
+    """How many latents are scored at a time: on a GPU enough to need few launches; on a CPU, in plain PyTorch,
+    as many as fit the cache"""
+    if gpu.is_gpu(device):
+        return 8192
+    return 1024 if compiled else 64
+
+
+def _get_gradient_chunk_size(device):
+    """As _get_chunk_size, for backward passes, which take more memory per latent and some time per chunk"""
+    return min(max(256, _get_chunk_size(device)), 2500)
+
+
+def _split(size, *batched):
+    """Cuts tensors along their first dimension: a list of tuples of chunks of at least two rows (if there are two)"""
+    num_rows = len(batched[0])
+    starts = range(0, max(num_rows - 1, 1), size)
+    return [tuple(x[start : start + size if start != starts[-1] else num_rows] for x in batched) for start in starts]
+
+
+def _run_in_chunks(kernel, batched, rest, size):
+    """As _run, `size` rows at a time, for kernels whose arguments and results have the batch in dimension 0"""
+    results = [_run(kernel, 0, chunk, rest) for chunk in _split(size, *batched)]
+    if len(results) == 1:
+        return results[0]
+    if torch.is_tensor(results[0]):
+        return torch.cat(results)
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+
+def _run(kernel, batch_dim, batched, rest):
+    """Calls a kernel, compiled or not. Its first arguments, `batched`, have the batch (of at
+    least two) in dimension batch_dim. Inputs are detached and made contiguous, since others
+    would be compiled separately."""
+    if kernel not in compiled:
+        return kernel(*batched, *rest)
+    batched, rest = ([x.detach().contiguous() for x in args] for args in (batched, rest))
+    for x in batched:
+        torch._dynamo.mark_dynamic(x, batch_dim)
+    return compiled[kernel](*batched, *rest)
+
 
 # ------------------------------------------------------------------ arcs
 
@@ -124,15 +173,15 @@ class _DrawArcs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, constants, on, x, y, rendering_params):
-        size = kernels.get_chunk_size(constants.device)
-        logits, arc_id = kernels.run_in_chunks(_draw, (constants, on), (x, y, rendering_params), size)  # [B, R * C]
+        size = _get_chunk_size(constants.device)
+        logits, arc_id = _run_in_chunks(_draw, (constants, on), (x, y, rendering_params), size)  # [B, R * C]
         ctx.save_for_backward(constants, on, x, y, rendering_params, arc_id)
         return logits
 
     @staticmethod
     def backward(ctx, grad):
         constants, on, x, y, rendering_params, arc_id = ctx.saved_tensors
-        chunks = kernels.split(kernels.get_gradient_chunk_size(grad.device), constants, on, arc_id, grad)
+        chunks = _split(_get_gradient_chunk_size(grad.device), constants, on, arc_id, grad)
         gradients = [_differentiate_arcs(*chunk, x, y, rendering_params) for chunk in chunks]
         grad_constants, grad_params = zip(*gradients, strict=True)
         return torch.cat(grad_constants), None, None, None, torch.stack(grad_params).sum(0)
@@ -146,7 +195,7 @@ def _differentiate_arcs(constants, on, arc_id, grad, x, y, rendering_params):
     arc_id = arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)  # [B, 10, R * C]
     strongest = constants.transpose(1, 2).gather(2, arc_id)  # [B, 10, R * C]
     params = rendering_params.expand(len(on), -1)  # [B, 2]
-    grad_strongest, grad_params = kernels.run(_differentiate_draw, 0, (strongest, on, grad, params), (x, y))
+    grad_strongest, grad_params = _run(_differentiate_draw, 0, (strongest, on, grad, params), (x, y))
     grad_constants = torch.bmm(grad_strongest, is_of_arc)  # [B, 10, A], summed in a fixed order
     return grad_constants.transpose(1, 2), grad_params.sum(0)
 
@@ -166,7 +215,7 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     if gpu.uses_kernels(arcs):
         logits = gpu.DrawArcs.apply(arcs, on_offs != 0, rendering_params, num_rows, num_cols)  # [B, R * C]
         return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
-    if kernels.compiled and len(arcs) == 1:  # a batch of one would be compiled separately
+    if compiled and len(arcs) == 1:  # a batch of one would be compiled separately
         return get_logits(*(torch.cat([x, x]) for x in (arcs, on_offs)), rendering_params, num_rows, num_cols)[:1]
     x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
     constants = get_arc_constants(arcs)  # [B, A, 10]
@@ -196,6 +245,14 @@ def get_fixed_maps():
         @ matrix(one, shear_x.tan(), zero, shear_y.tan(), one, zero)
     )
     return product[:, :2].contiguous()
+
+
+def get_shifts(most):
+    """Maps of all shifts by up to `most` pixels of 28 in each direction: [(2 * most + 1)^2, 2, 3]"""
+    pixel = 2 / 27  # in affine_grid's coordinates, from corner to corner
+    shift = torch.arange(-most, most + 1) * pixel
+    x, y = torch.cartesian_prod(shift, shift).unbind(1)
+    return F.pad(torch.eye(2).expand(len(x), 2, 2), (0, 1)) + F.pad(torch.stack([x, y], 1).unsqueeze(2), (2, 0))
 
 
 def apply_maps(probs, maps):
@@ -285,15 +342,15 @@ class _ScoreMaps(torch.autograd.Function):
         num_images, num_pixels = probs.shape
         rest = -num_pixels % 4  # padding: pixels that are certainly paper, and observed as paper
         blocks = [_make_blocks(probs, rest, 0.0), _make_blocks(paper, rest, 1.0)]
-        size = kernels.get_chunk_size(probs.device) // BLOCK
+        size = _get_chunk_size(probs.device) // BLOCK
         quarters = [F.pad(x, (0, rest)).unflatten(2, (4, -1)).split(MAPS_AT_ONCE, 1) for x in (index, weight)]
-        by_map = [kernels.run_in_chunks(_log_prob_by_map, blocks, taps, size) for taps in zip(*quarters, strict=True)]
+        by_map = [_run_in_chunks(_log_prob_by_map, blocks, taps, size) for taps in zip(*quarters, strict=True)]
         return torch.cat(by_map, 1).transpose(1, 2).flatten(0, 1)[:num_images]  # [N, T]
 
     @staticmethod
     def backward(ctx, grad):
         probs, paper, index, weight = ctx.saved_tensors
-        chunks = kernels.split(kernels.get_gradient_chunk_size(probs.device), probs, paper, grad)
+        chunks = _split(_get_gradient_chunk_size(probs.device), probs, paper, grad)
         grad_probs, grad_weight = zip(*[_differentiate_maps(*chunk, index, weight) for chunk in chunks], strict=True)
         return torch.cat(grad_probs), None, None, torch.stack(grad_weight).sum(0)
 
@@ -305,7 +362,7 @@ def _differentiate_maps(probs, paper, grad, index, weight):
     grad_probs, grad_weight = torch.zeros_like(probs), []
     slices = [x.split(MAPS_AT_ONCE, 1) for x in (index, weight)]
     for some, i, w in zip(grad.t().split(MAPS_AT_ONCE), *slices, strict=True):
-        grad_q, grad_w = kernels.run(_differentiate_by_map, 1, (probs, paper, some), (i, w))
+        grad_q, grad_w = _run(_differentiate_by_map, 1, (probs, paper, some), (i, w))
         grad_weight.append(grad_w)
         grad_probs += _sum_over_taps(grad_q, i, w)
     return grad_probs.t(), torch.cat(grad_weight, 1)
@@ -340,7 +397,7 @@ def affine_log_prob(logits, obs, maps):
 
 def affine_log_prob_by_map(logits, obs, maps):
     """log p(x | z, map) for each map, [N, T]; arguments as for `affine_log_prob`"""
-    if kernels.compiled and len(logits) == 1:
+    if compiled and len(logits) == 1:
         return affine_log_prob_by_map(*(torch.cat([x, x]) for x in (logits, obs)), maps)[:1]
     if gpu.uses_kernels(logits):
         return gpu.ScoreMaps.apply(logits.sigmoid(), obs, maps)
@@ -355,27 +412,30 @@ def affine_log_prob_by_map(logits, obs, maps):
 def set_compile(enabled, device="cpu"):
     """Turns compilation of the kernels on or off, for all batch sizes at once: on a CPU with
     torch.compile, on a GPU with Triton. If it fails (without a C++ compiler, say), warns in one line."""
-    kernels.compiled.clear()
+    compiled.clear()
     gpu.set_kernels(enabled and gpu.is_gpu(device))
     if not enabled:
         return
     if not gpu.is_gpu(device):
-        if environment.UNUSABLE_CACHE is not None:
-            warn(f"not compiled, training is slower: {environment.UNUSABLE_CACHE}, the cache, cannot be written")
-            return
         _compile_for_cpu()
     try:
-        # Arbitrary numbers, but not random ones: the run's random state has been restored already.
-        numbers = torch.linspace(0.1, 0.9, MAPS_AT_ONCE * 6, device=device)
-        arcs, maps = numbers[:210].clone().view(3, 10, 7), numbers.view(MAPS_AT_ONCE, 2, 3)
-        arcs.requires_grad_()
-        logits = get_logits(arcs, torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)
-        affine_log_prob(logits, torch.zeros_like(logits), maps).sum().backward()
+        with torch.inference_mode(False), torch.enable_grad():  # also within a notebook's torch.no_grad()
+            _try_kernels(device)
     except Exception as error:  # torch raises many types
-        kernels.compiled.clear()
+        compiled.clear()
         gpu.set_kernels(False)
         reason = str(error).strip().split("\n")[0][:100]
         warn(f"not compiled, training is slower: {reason}")
+
+
+def _try_kernels(device):
+    """Draws and scores something, with gradients"""
+    # Arbitrary numbers, but not random ones: the run's random state has been restored already.
+    numbers = torch.linspace(0.1, 0.9, MAPS_AT_ONCE * 6, device=device)
+    arcs, maps = numbers[:210].clone().view(3, 10, 7), numbers.view(MAPS_AT_ONCE, 2, 3)
+    arcs.requires_grad_()
+    logits = get_logits(arcs, torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)
+    affine_log_prob(logits, torch.zeros_like(logits), maps).sum().backward()
 
 
 def _compile_for_cpu():
@@ -384,5 +444,5 @@ def _compile_for_cpu():
         ["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000
     )
     for kernel in [_draw, _log_prob_by_map, _differentiate_by_map]:
-        kernels.compiled[kernel] = torch.compile(kernel, options=options)
-    kernels.compiled[_differentiate_draw] = torch.compile(_differentiate_draw)  # fully fused, it would take minutes to compile
+        compiled[kernel] = torch.compile(kernel, options=options)
+    compiled[_differentiate_draw] = torch.compile(_differentiate_draw)  # fully fused, it would take minutes to compile

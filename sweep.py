@@ -10,7 +10,7 @@
 Complete tasks are skipped, so the same command resumes a sweep that was stopped.
 """
 
-import environment  # noqa: F401  # isort: skip  (before torch)
+from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
 import collections
 import itertools
@@ -21,19 +21,15 @@ import sys
 
 import torch
 
-import comparison
 import eval_logp
-import locks
 import main as training
-import report
-import slurm
-import slurm_task
-import status
-import tasks
 import util
-from errors import warn
-from tasks import Task
-from util import UserError
+from cluster import slurm, tasks
+from cluster.tasks import Task
+from results import report
+from runs import checkpoints, locks
+from runs.saving import StopSignal
+from util import UserError, warn
 
 NUM_LATENTS = [3, 5, 10, 20, 40]  # per image; for mws, memory plus proposals
 TEST_RUN_EVALUATION = ["--num-data=5", "--num-iterations=10", "--num-particles=10", "--test-num-particles=100"]
@@ -100,21 +96,24 @@ def get_tasks(args, kinds=None):
     some_tasks = []
     for model, run_args in get_runs(args).items():
         for kind in kinds or (report.ALGORITHMS if args.eval_logp else ["train"]):
-            flags = get_flags(run_args) if kind == "train" else get_evaluation_flags(args, model, kind)
-            some_tasks.append(Task(model, kind, flags, run_args.num_iterations))
+            if kind == "train":
+                some_tasks.append(Task(model, kind, get_flags(run_args), run_args.num_iterations))
+            else:
+                some_tasks.append(Task(model, kind, *get_evaluation(args, model, kind, run_args.num_iterations)))
     return some_tasks
 
 
-def get_evaluation_flags(args, model, algorithm):
-    """The flags of eval_logp.py. Raises: UserError if --eval-options are invalid"""
-    flags = [f"--checkpoint-path={util.get_checkpoint_path(model)}", f"--algorithm={algorithm}"]
+def get_evaluation(args, model, algorithm, total):
+    """What is particular to an evaluation's Task: flags of eval_logp.py, total, settings. Raises: UserError if
+    --eval-options are invalid"""
+    flags = [f"--checkpoint-path={checkpoints.get_path(model)}", f"--algorithm={algorithm}"]
     flags += [f"--data-location={args.data_location}"] * (args.data_location is not None)
     flags += TEST_RUN_EVALUATION * args.test_run + util.split_words("--eval-options", args.eval_options)
     parsed = eval_logp.parse_args(flags)
-    same = parsed.algorithm == algorithm and parsed.checkpoint_path == str(util.get_checkpoint_path(model))
+    same = parsed.algorithm == algorithm and parsed.checkpoint_path == str(checkpoints.get_path(model))
     if not same or parsed.mode != "test" or parsed.report or parsed.cuda:
         raise UserError("--eval-options: the sweep itself sets model, algorithm, mode and device")
-    return flags
+    return flags, total, {name: getattr(parsed, name) for name in [*eval_logp.SETTINGS, "num_data"]}
 
 
 def choose_tasks(args, queue=()):
@@ -150,7 +149,7 @@ def run_here(args):
         for task in left:
             print(shlex.join(task.get_command() + ["--cuda"] * (num_gpus > 0)))
         return 0
-    with util.StopSignal() as stop:
+    with StopSignal() as stop:
         num_done = tasks.run_all(left, args.jobs or 1, num_gpus, stop)
     resume = "; the same command resumes" if num_done < len(left) else ""
     print(f"{num_done} of {len(left)} done, in {util.SAVE}/{resume}")
@@ -217,7 +216,7 @@ def cancel(args):
 
 def plot(args):
     """Draws the theta losses of the chosen runs into one figure"""
-    path, lines = comparison.draw(get_runs(args))
+    path, lines = report.draw_comparison(get_runs(args))
     print("\n".join([*lines, str(path)]))
     return 0
 
@@ -271,9 +270,9 @@ def remove(args):
 def main(argv=None):
     args = parse_args(argv)
     if args.task is not None:
-        return slurm_task.run_task(args.task)
+        return slurm.run_task(args.task)
     if args.status:
-        return status.show(get_tasks(args), get_queue()[0])
+        return tasks.show_status(get_tasks(args), get_queue()[0])
     for wanted, action in [(args.rm, remove), (args.cancel, cancel), (args.plot, plot), (args.cluster, submit)]:
         if wanted:
             return action(args)

@@ -1,10 +1,9 @@
-"""What every script needs: command lines, run folders, checkpoints, random states, signals."""
+"""What every script needs: errors of one line, command lines, names of runs, files, randomness and devices."""
 
 import argparse
 import contextlib
 import difflib
 import errno
-import filecmp
 import hashlib
 import io
 import os
@@ -19,9 +18,71 @@ import torch
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from errors import UserError, run_script, warn  # noqa: F401
-
 SAVE = pathlib.Path("save")
+
+# ------------------------------------------------------------------ errors
+
+# Scripts fail with one line that says what is wrong and what to do, wherever their output goes.
+
+
+class UserError(ValueError):
+    """A problem that the user can fix; the message says in one line what it is and how."""
+
+
+def run_script(main):
+    """Calls main() and exits. Errors that the user can fix become one line on standard error
+    and exit status 2."""
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    try:
+        sys.exit(main())
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory; use a smaller --batch-size, fewer --num-particles or another GPU"
+    except MemoryError:
+        message = OUT_OF_MEMORY
+    except RuntimeError as error:
+        if not re.search("can't allocate memory|not enough memory|Storage size calculation overflowed", str(error)):
+            raise
+        message = OUT_OF_MEMORY
+    except OSError as error:
+        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+OUT_OF_MEMORY = "out of memory: use fewer or smaller --batch-size, --num-particles, --memory-size or sizes of the model"
+
+
+class Stream:
+    """A standard stream that may be closed, full, or no longer read by anyone: what a run computes and saves must not
+    depend on it"""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def isatty(self):
+        return self.stream is not None and not self.stream.closed and self.stream.isatty()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def warn(message):
+    """Prints a warning, as one line, to standard error"""
+    print(f"warning: {' '.join(message.split())}", file=sys.stderr)
+
 
 # ------------------------------------------------------------------ command lines
 
@@ -80,6 +141,7 @@ SETTINGS = dict(
     data_location="local",
     small_dataset=False,
     dataset_size=None,
+    find_characters=False,
     batch_size=250,
     condition_on_alphabet=False,
     likelihood="learned-affine",
@@ -94,11 +156,18 @@ SETTINGS = dict(
     obs_embedding_dim=64,
     algorithm="mws",
     num_particles=10,
-    memory_size=10,
     prior_lr_factor=1.0,
     pretrain_iterations=10000,
 )
+HYPERPARAMETERS = {}  # algorithm -> {name: (default, lowest, highest, help)}; losses.py enters them
 NUM_ITERATIONS = 200000  # by default; not a setting, since a run can be continued for longer
+
+
+def add_hyperparameters(hyperparameters):
+    """Enters the algorithms' own settings, {algorithm: {name: (default, lowest, highest, help)}}"""
+    HYPERPARAMETERS.update(hyperparameters)
+    for own in hyperparameters.values():
+        SETTINGS.update({name: default for name, (default, *_) in own.items()})
 
 
 def get_test_run_limits(likelihood):
@@ -114,8 +183,10 @@ def get_settings(args):
     """The arguments that change what a run learns, as a dict of plain values."""
     settings = {name: getattr(args, name, default) for name, default in SETTINGS.items()}
     settings.update({name: float(settings[name]) for name, default in SETTINGS.items() if type(default) is float})
-    if settings["algorithm"] != "mws":
-        settings["memory_size"] = 0
+    for algorithm, own in HYPERPARAMETERS.items():
+        for name in own if algorithm != settings["algorithm"] else []:
+            settings.pop(name)
+    settings.setdefault("memory_size", 0)
     settings["data_location"] = get_location_name(settings["data_location"])
     settings["test_run"] = getattr(args, "test_run", False)
     return settings
@@ -140,6 +211,7 @@ def get_path_base(args):
     conditional, small = settings.pop("condition_on_alphabet"), settings.pop("small_dataset")
     algorithm, num_particles = settings.pop("algorithm"), settings.pop("num_particles")
     memory_size = settings.pop("memory_size")
+    defaults.pop("memory_size", None)
     total = num_particles + memory_size
     if algorithm == "mws" and memory_size != (total + 1) // 2:
         settings["memory_size"], defaults["memory_size"] = memory_size, None
@@ -187,11 +259,7 @@ def expand_user(path):
         raise UserError(f"{path}: there is no such user") from None
 
 
-def get_checkpoint_path(path_base, iteration="latest"):
-    return SAVE / path_base / "checkpoints" / f"{iteration}.pt"
-
-
-# ------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------ files
 
 CHECKPOINT_KEYS = {
     "args", "settings", "num_alphabets", "generative_model", "inference_network", "optimizer",
@@ -258,63 +326,11 @@ def load_checkpoint(path, device="cpu", keys=CHECKPOINT_KEYS):
 
 
 def describe_differences(theirs, ours):
-    """Describes in words how two dicts of settings differ, those saved and those of this run; "" if they agree"""
+    """Describes in words how two dicts of settings differ, those saved and those of this run; "" if they agree. A
+    setting that did not exist when they were saved had its default."""
+    theirs = {**{name: default for name, default in SETTINGS.items() if name in ours}, **theirs}
     names = [name for name, value in ours.items() if theirs.get(name) != value]
     return ", ".join(f"{name.replace('_', '-')} is {theirs.get(name)} there and {ours[name]} here" for name in names)
-
-
-def find_checkpoint(path):
-    """Finds the checkpoint that a user refers to: a file, the latest one of a run (given by its folder or its name), or a
-    pretrained model (given as pretrained/<name>, from any working directory).
-
-    Raises: UserError if there is none; the message lists the existing runs
-    """
-    pretrained = pathlib.Path(__file__).resolve().parent / "pretrained" / f"{pathlib.Path(path).stem}.pt"
-    candidates = [pathlib.Path(path), pathlib.Path(path, "checkpoints/latest.pt"), get_checkpoint_path(path)]
-    candidates += [pretrained] * (pathlib.Path(path).parent == pathlib.Path("pretrained"))
-    if found := next(filter(pathlib.Path.is_file, candidates), None):
-        return found
-    runs = sorted(latest.parents[1].name for latest in SAVE.glob("*/checkpoints/latest.pt"))
-    there = f"{SAVE}/ holds {', '.join(runs)}" if runs else f"{SAVE}/ holds no run: train one with python main.py"
-    raise UserError(f"there is no checkpoint {path}; {there}")
-
-
-def get_run_name(checkpoint_path, run_args):
-    """The name of a checkpoint's run: that of its folder in save/. For a checkpoint from elsewhere, the one that its
-    arguments (a dict) imply; where save/ holds another run of that name, with "-from-<folder>", to keep them apart"""
-    folder = pathlib.Path(checkpoint_path).resolve().parent
-    if folder.name == "checkpoints" and folder.parents[1] == SAVE.resolve():
-        return folder.parent.name
-    name = get_path_base(argparse.Namespace(**run_args))
-    ours = list((SAVE / name / "checkpoints").glob("*.pt"))
-    if not ours or any(filecmp.cmp(checkpoint_path, path, shallow=False) for path in ours):  # none, or a copy of one
-        return name
-    while folder.name in ("checkpoints", "save", name):
-        folder = folder.parent
-    return f"{name}-from-{folder.name or 'elsewhere'}"
-
-
-def check_finite(tensors):
-    """Raises: UserError if a parameter is not finite"""
-    if not torch.stack([x.detach().isfinite().all() for x in tensors]).all().cpu():
-        raise UserError(DIVERGED.format("a parameter"))
-
-
-DIVERGED = (
-    "{} is no longer finite: training has diverged; what was saved before is intact, but will diverge again: train"
-    " another run, with another --seed or --prior-lr-factor"
-)
-
-
-def append_statistics(statistics, pending):
-    """Moves pending statistics, a list of dicts of scalars on the device, to the CPU in one go, appends them to the curves
-    (name -> [times recorded]) and empties the list. Raises: UserError if training has diverged"""
-    for name in {name: None for row in pending for name in row}:
-        values = torch.stack([torch.as_tensor(row[name]) for row in pending if name in row]).float().cpu()
-        if not values.isfinite().all():
-            raise UserError(DIVERGED.format(name))
-        statistics[name] = torch.cat([statistics.get(name, values[:0]), values])
-    pending.clear()
 
 
 # ------------------------------------------------------------------ randomness
@@ -355,26 +371,3 @@ def get_device(cuda):
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--cuda: there is no usable GPU ({reason}); run without --cuda") from None
     return torch.device("cuda")
-
-
-# ------------------------------------------------------------------ signals
-
-
-class StopSignal:
-    """A context in which SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) are recorded in `received`,
-    so that a loop can save and return."""
-
-    def __init__(self):
-        self.received = None
-
-    def __enter__(self):
-        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-        self.handlers = {number: signal.signal(number, self._receive) for number in numbers}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number, frame):
-        self.received = number

@@ -15,9 +15,11 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-import triton_convolution  # noqa: E402
-import triton_decoder  # noqa: E402
-import triton_rendering  # noqa: E402
+from fast import (
+    triton_convolution,  # noqa: E402
+    triton_decoder,  # noqa: E402
+    triton_rendering,  # noqa: E402
+)
 
 POINTERS = {
     torch.float32: "*fp32", torch.bool: "*i1", torch.uint8: "*u8", torch.int16: "*i16", torch.int64: "*i64",

@@ -16,15 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import benchmark
-import cuda_graph
 import data
 import eval_logp
-import gpu
 import losses
 import main
 import models
 import rendering
 import util
+from fast import cuda_graph, gpu
 
 aten = torch.ops.aten
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

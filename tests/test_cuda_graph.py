@@ -9,8 +9,7 @@ from test_cuda import Setup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import cuda_graph
-import gpu
+from fast import cuda_graph, gpu
 
 aten = torch.ops.aten
 LOOKING = [aten._local_scalar_dense.default, aten.nonzero.default, aten._unique2.default, aten.equal.default]

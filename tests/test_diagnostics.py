@@ -21,10 +21,11 @@ from test_util import cut
 import data
 import diagnostics
 import eval_logp
-import figures
 import main
 import models
 import util
+from results import drawings, figures
+from runs import checkpoints
 from util import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -39,7 +40,7 @@ def test_stages_and_tiles():
     latent, _ = model.sample(6)
     latent[0, :, 1] = 0
     latent[1, 1:, 1] = 1
-    stages = figures.draw_stages(model, latent, 28)
+    stages = drawings.draw_stages(model, latent, 28)
     for z, stage in zip(latent, stages, strict=True):
         visible = z[:, 1].nonzero().squeeze(1).tolist()
         assert stage.isnan().flatten(1).all(1).tolist() == [i >= len(visible) for i in range(4)]
@@ -67,11 +68,11 @@ def test_extent_of_primitives():
     model = models.GenerativeModel(num_primitives=40, big_arcs=True, initial_max_curve=0.9)
     primitives = model.get_primitives().detach()
     for primitive in primitives:
-        extent = figures.get_extent(primitive.unsqueeze(0))
+        extent = drawings.get_extent(primitive.unsqueeze(0))
         arcs = torch.cat([torch.zeros(2), primitive])[None, None] + torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0])
         for zoom, fits in [(0.49 / extent, True), (0.8 / extent, False)]:
             scaled = arcs * torch.tensor([1, 1, zoom, zoom, 1, 1 / zoom, zoom])
-            ink = figures.draw_arcs(model, scaled, torch.ones(1, 1, dtype=torch.long), 64)[0]
+            ink = drawings.draw_arcs(model, scaled, torch.ones(1, 1, dtype=torch.long), 64)[0]
             border = torch.cat([ink[0], ink[-1], ink[:, 0], ink[:, -1]]).max()
             assert (border < 0.1 + ink.min()) == fits, (primitive, zoom)
 
@@ -140,7 +141,7 @@ def test_vectors_and_own_images(folder, capsys):  # noqa: F811
     assert sorted(path.stem for path in (folder / "images").glob("*.pdf")) == sorted(stems)
     assert {path.name for path in (folder / "reconstructions/12").iterdir()} == {"3.svg", "3.json", "5.svg", "5.json"}
     assert (folder / "images/12.pdf").exists()
-    checkpoint = util.load_checkpoint(util.find_checkpoint(model))
+    checkpoint = util.load_checkpoint(checkpoints.find(model))
     generative_model, _ = models.from_checkpoint(checkpoint)
     for name in ("dark", "light"):
         program = json.loads((folder / f"images/{name}.json").read_text())
@@ -238,13 +239,13 @@ def test_learns_real_characters(omniglot, folder):  # noqa: F811
     flags = [*flags.split(), *"--num-particles 2 --memory-size 2 --no-compile --data-location".split(), location]
     main.main(flags)
     name = util.get_path_base(main.parse_args(flags))
-    checkpoint = util.load_checkpoint(util.find_checkpoint(name))
+    checkpoint = util.load_checkpoint(checkpoints.find(name))
     loss = checkpoint["statistics"]["theta_loss"]
     assert loss[:5].mean() - loss[-5:].mean() > 20
-    subject = diagnostics.Subject(name, util.get_checkpoint_path(name), checkpoint, data.load(location, False, 50))
+    subject = diagnostics.TrainedModel(name, checkpoints.get_path(name), checkpoint, data.load(location, False, 50))
     obs_id = torch.arange(50)
     obs = subject.get_images(obs_id)[0]
-    probs = figures.draw(subject.generative_model, subject.reconstruct(obs_id), 28)
+    probs = drawings.draw(subject.generative_model, subject.reconstruct(obs_id), 28)
 
     def get_overlap(probs):
         return (probs * obs).sum() / obs.sum() - (probs * (1 - obs)).sum() / (1 - obs).sum()
@@ -269,7 +270,7 @@ def test_data_with_other_alphabets(folder, capsys):  # noqa: F811
     capsys.readouterr()
     flags = ["--checkpoint-path", model, "--data-location", "other"]
     assert diagnostics.main([*DRAW, *flags]) == 0
-    assert "the model knows 5 alphabets, other has 7; give its data" in capsys.readouterr().out
+    assert "the model knows 5 alphabets, other has 7; set --data-location" in capsys.readouterr().out
     assert get_files(model) == {"losses.pdf", "primitives/12.pdf", "prior/12.pdf"}
     with pytest.raises(UserError, match="the model knows 5 alphabets, other has 7"):
         eval_logp.main([*flags, "--algorithm", "rws"])

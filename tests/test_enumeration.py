@@ -9,6 +9,7 @@ import torch
 
 import losses
 import models
+import scoring
 
 NUM_IMAGES, NUM_COPIES, NUM_BATCHES = 3, 200, 12
 K, A = 2, 2  # K^A * 2^(A - 1) = 8 latents
@@ -73,7 +74,7 @@ def exact_bound(log_p, log_q, num_particles):
     for ids in itertools.product(range(len(log_p)), repeat=num_particles):
         log_w = (log_p - log_q)[list(ids)]
         probability = log_q[list(ids)].sum(0).exp()
-        bound = bound + probability * losses.log_mean_weight(log_w)
+        bound = bound + probability * scoring.log_mean_weight(log_w)
         phi = phi + probability.detach() * (log_w.softmax(0).detach() * log_q[list(ids)]).sum(0)
     return bound.mean(), phi.mean()
 
@@ -92,8 +93,8 @@ def test_bound_rises_to_log_p():
         log_px = log_p.logsumexp(0).mean()
         bounds = [exact_bound(log_p, log_q, n)[0] for n in (1, 2, 3)]
         assert bounds == sorted(bounds) and bounds[-1] < log_px
-        log_weight = losses.get_log_weight(model, network, obs, 4000, obs_id=torch.arange(NUM_IMAGES))  # [4000, 3]
-        assert abs(losses.log_mean_weight(log_weight).mean() - log_px) < 0.05
+        log_weight = scoring.get_log_weight(model, network, obs, 4000, obs_id=torch.arange(NUM_IMAGES))  # [4000, 3]
+        assert abs(scoring.log_mean_weight(log_weight).mean() - log_px) < 0.05
         assert log_px - bounds[0] > 0.1  # there was something to gain
 
 

@@ -14,14 +14,13 @@ from test_enumeration import NUM_IMAGES, get_exact, get_latents, get_tiny
 from test_main import assert_same, folder, run_script  # noqa: F401
 from test_util import cut
 
-import checkpoints
 import eval_logp
-import losses
 import main
 import models
-import report
-import score_table
+import scoring
 import util
+from results import report
+from runs import checkpoints
 from util import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -61,9 +60,9 @@ def read_csv():
 def test_scores_are_looked_up(monkeypatch, collide):
     """Even if all latents had the same hash, no score would be another's."""
     if collide:
-        monkeypatch.setattr(losses, "get_hash", lambda codes, obs_id: torch.zeros_like(obs_id))
+        monkeypatch.setattr(scoring, "get_hash", lambda codes, obs_id: torch.zeros_like(obs_id))
     model, network, obs = get_tiny()
-    table = score_table.ScoreTable(num_arcs=2)
+    table = scoring.ScoreTable(num_arcs=2)
     for _ in range(3):
         ids = torch.randperm(NUM_IMAGES)[:2]
         latent = get_latents()[torch.randint(8, (20, 2))]  # [20, 2, A, 2]
@@ -74,24 +73,24 @@ def test_scores_are_looked_up(monkeypatch, collide):
     every = get_latents().unsqueeze(1).expand(-1, NUM_IMAGES, -1, -1)
     table.score(torch.arange(NUM_IMAGES), model, every, obs)
     assert table.num_scored == 8 * NUM_IMAGES
-    monkeypatch.setattr(losses, "score_rows", None)  # nothing is scored again
+    monkeypatch.setattr(scoring, "score_rows", None)  # nothing is scored again
     again = table.score(torch.arange(NUM_IMAGES), model, every, obs)
     log_p, _ = get_exact(model, network, obs, torch.arange(NUM_IMAGES))
     torch.testing.assert_close(again, log_p)
     rows = table.settle()
-    bound = score_table.get_enumeration_bound(rows, NUM_IMAGES)
+    bound = scoring.get_enumeration_bound(rows, NUM_IMAGES)
     torch.testing.assert_close(bound, log_p.detach().double().logsumexp(0))
-    best = score_table.get_enumeration_bound(score_table.keep_best(rows, 3), NUM_IMAGES)
+    best = scoring.get_enumeration_bound(scoring.keep_best(rows, 3), NUM_IMAGES)
     torch.testing.assert_close(best, log_p.detach().double().topk(3, 0).values.logsumexp(0))
     torch.testing.assert_close(table.score(torch.arange(NUM_IMAGES), model, every, obs), log_p)
 
 
 def test_the_table_is_bounded(monkeypatch):
-    monkeypatch.setattr(score_table, "MAX_RECENT", 100)
-    monkeypatch.setattr(score_table.keep_best, "__defaults__", (50,))
+    monkeypatch.setattr(scoring, "MAX_RECENT", 100)
+    monkeypatch.setattr(scoring.keep_best, "__defaults__", (50,))
     model = models.GenerativeModel(likelihood="bernoulli")
     _, obs = model.sample(3)
-    table, best = score_table.ScoreTable(num_arcs=10), torch.empty(0, 3)
+    table, best = scoring.ScoreTable(num_arcs=10), torch.empty(0, 3)
     for _ in range(10):
         latent = model.sample(90)[0].view(30, 3, 10, 2)
         best = torch.cat([best, table.score(torch.arange(3), model, latent, obs)])
@@ -107,7 +106,7 @@ def test_the_table_is_bounded(monkeypatch):
 
 def get_exact_log_p(model):
     """log p(x) of the images that are evaluated: [N], by listing all latents"""
-    checkpoint = util.load_checkpoint(util.find_checkpoint(model))
+    checkpoint = util.load_checkpoint(checkpoints.find(model))
     args = eval_logp.parse_args([*EVALUATE, "--checkpoint-path", model])
     images, num_alphabets = eval_logp.load_images(args, checkpoint)
     generative_model, _ = models.from_checkpoint(checkpoint)
@@ -234,15 +233,15 @@ def test_only_comparable_evaluations_share_a_row():
 @pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.pt")), ids=lambda path: path.stem)
 def test_pretrained_models(folder, path):  # noqa: F811
     """Whole, found from anywhere, and better on their own samples than on noise"""
-    checkpoint = checkpoints.load(util.find_checkpoint(f"pretrained/{path.stem}"))
+    checkpoint = checkpoints.load(checkpoints.find(f"pretrained/{path.stem}"))
     generative_model, network = models.from_checkpoint(checkpoint)
     alphabet = torch.eye(50)[:2] if checkpoint["num_alphabets"] else None
     latent, obs = generative_model.sample(2, alphabet)
     noise = torch.bernoulli(obs.mean().expand(obs.shape))
     log_p = []
     for images in (obs, noise):
-        log_weight = losses.get_log_weight(generative_model, network, images, 20, alphabet)
-        log_p.append(losses.log_mean_weight(log_weight).mean())
+        log_weight = scoring.get_log_weight(generative_model, network, images, 20, alphabet)
+        log_p.append(scoring.log_mean_weight(log_weight).mean())
     assert log_p[0] > log_p[1] + 50
 
 

@@ -16,12 +16,12 @@ from test_main import SHORT, TINY, folder, get_run_folder, run  # noqa: F401
 from test_rendering import check_nan_reaches_the_likelihood
 from torch.utils._pytree import tree_leaves
 
-import checkpoints
 import diagnostics
 import eval_logp
 import main
 import sweep
 import util
+from runs import checkpoints
 from util import UserError
 
 FLAGS = [*SHORT, "--data-location", "data.mat"]
@@ -163,9 +163,9 @@ def test_an_older_checkpoint_takes_the_place_of_a_wrong_one(folder, wrong, capsy
 def test_one_bad_run_does_not_stop_the_others(folder, capsys):  # noqa: F811
     run(*FLAGS)
     good = get_run_folder().name
-    checkpoint = util.load_checkpoint(util.get_checkpoint_path(good))
+    checkpoint = util.load_checkpoint(checkpoints.get_path(good))
     for i, change in enumerate([dict(args={}), dict(generative_model=None), dict(statistics=[1, 2]), dict(iteration=-3)]):
-        util.save_checkpoint(util.get_checkpoint_path(f"bad{i}"), {**checkpoint, **change})
+        util.save_checkpoint(checkpoints.get_path(f"bad{i}"), {**checkpoint, **change})
     flags = "--num-reconstructions 2 --num-prior-samples 2".split()
     assert diagnostics.main(flags) == 0
     stdout, stderr = capsys.readouterr()
@@ -210,7 +210,7 @@ def test_killed_between_any_two_file_operations(folder):  # noqa: F811
     cases.append(["eval_logp", 1, str(run_folder), "killed5_{n}", evaluate])
 
     ends = die(*cases)
-    assert [len(paths) for paths in ends] == [15, 1, 1, 1, 1, 9]  # losses.csv and four saves, of three operations each
+    assert [len(paths) for paths in ends] == [18, 1, 1, 1, 1, 9]  # losses.csv, twice, and four saves, of three operations each
     for i, paths in enumerate(ends[:-1]):
         want = load_all(expected[i])
         assert want.keys() == {"1.pt", "2.pt", "latest.pt"}
@@ -316,19 +316,19 @@ def test_a_full_disk_behind_standard_output_and_a_cache_that_cannot_be_written(f
             [*command, "--num-iterations", "2", "--compile"], stdout=full, stderr=subprocess.PIPE, text=True, env=cache
         )
     assert process.returncode == 0 and load_all(get_run_folder())["latest.pt"]["iteration"] == 2
-    assert process.stderr.count("warning: ") == 1 and "the cache, cannot be written" in process.stderr
+    assert process.stderr.count("warning: ") == 1 and "which cannot be written" in process.stderr
 
 
 def test_closed_streams(folder):  # noqa: F811
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import pathlib, errors, util\n"
+        "import pathlib, util\n"
         "def main():\n"
-        "    errors.warn('nobody reads this')\n"
+        "    util.warn('nobody reads this')\n"
         "    for i in util.show_progress(range(3)):\n"
         "        print('nor this', flush=True)\n"
         "    pathlib.Path('end').write_text(str(i))\n"
-        "errors.run_script(main)\n"
+        "util.run_script(main)\n"
     )
     process = subprocess.run([sys.executable, "-c", code], preexec_fn=lambda: (os.close(1), os.close(2)))
     assert process.returncode == 0 and pathlib.Path("end").read_text() == "2"

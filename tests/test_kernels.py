@@ -8,10 +8,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton runs these tests on a CPU")
 
-import gpu  # noqa: E402
 import losses  # noqa: E402
 import models  # noqa: E402
 import rendering  # noqa: E402
+from fast import gpu  # noqa: E402
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -21,7 +21,7 @@ def use_kernels(monkeypatch):
     """Switches between a GPU's way of computing, on whatever device, and the plain one"""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if device.type == "cpu":  # the interpreter's time is that of the operations, not of what they are applied to
-        monkeypatch.setattr("triton_convolution.POSITIONS", 256)
+        monkeypatch.setattr("fast.triton_convolution.POSITIONS", 256)
 
     def switch(enabled):
         monkeypatch.setattr(gpu, "is_gpu", lambda device: enabled or torch.device(device).type != "cpu")
@@ -102,7 +102,7 @@ def test_all_fixed_maps(use_kernels):
 
 
 def test_first_layers(use_kernels, monkeypatch):
-    monkeypatch.setattr("triton_convolution.IMAGES_PER_PROGRAM", 2)
+    monkeypatch.setattr("fast.triton_convolution.IMAGES_PER_PROGRAM", 2)
     network = models.InferenceNetwork().to(device)
     network.conv0, network.conv1 = torch.nn.Conv2d(1, 16, 3, padding=2), torch.nn.Conv2d(16, 128, 3, padding=1)
     network.to(device)

@@ -3,14 +3,14 @@
 import math
 
 import pytest
-import reference
 import torch
 from scipy import stats
 
-import kernels
 import losses
 import models
 import rendering
+import scoring
+from fast import reference
 
 K, A = 3, 2
 
@@ -202,10 +202,10 @@ def test_chunks_change_nothing(likelihood, monkeypatch):
         ]
         return log_likelihood.detach(), torch.autograd.grad(log_likelihood.mean(), parameters)
 
-    monkeypatch.setattr(kernels, "get_chunk_size", lambda device: 1024)
+    monkeypatch.setattr(rendering, "_get_chunk_size", lambda device: 1024)
     expected, expected_gradients = score()
-    monkeypatch.setattr(kernels, "get_chunk_size", lambda device: 2 * rendering.BLOCK)
-    monkeypatch.setattr(kernels, "get_gradient_chunk_size", lambda device: 23)  # the last one would be of one alone
+    monkeypatch.setattr(rendering, "_get_chunk_size", lambda device: 2 * rendering.BLOCK)
+    monkeypatch.setattr(rendering, "_get_gradient_chunk_size", lambda device: 23)  # the last one would be of one alone
     log_likelihood, gradients = score()
     torch.testing.assert_close(log_likelihood, expected, atol=1e-4, rtol=0)
     for gradient, want in zip(gradients, expected_gradients, strict=True):
@@ -226,10 +226,10 @@ def test_when_memory_runs_out_fewer_are_scored_at_a_time(monkeypatch):
         return original(latent, obs, alphabet)
 
     monkeypatch.setattr(model, "log_prob", refuse)
-    monkeypatch.setattr(losses, "_can_select", lambda latent: False)
-    monkeypatch.setattr(losses, "_scored_at_once", 20)
+    monkeypatch.setattr(scoring, "can_select", lambda latent: False)
+    monkeypatch.setattr(scoring, "_scored_at_once", 20)
     torch.testing.assert_close(losses.score(model, latent, obs), expected, atol=1e-4, rtol=0)
-    assert losses._scored_at_once < 20
+    assert scoring._scored_at_once < 20
     room = 5
     with pytest.raises(torch.OutOfMemoryError):
         losses.score(model, latent, obs)

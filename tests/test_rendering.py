@@ -2,12 +2,11 @@ import math
 import shutil
 
 import pytest
-import reference
 import torch
 
-import kernels
 import models
 import rendering
+from fast import reference
 
 PARAMS = torch.tensor([3.0, -3.0])
 HARD_THETAS = [0, 1e-8, 1e-5, 1e-3, math.pi / 2, math.pi - 1e-6, math.pi]
@@ -159,13 +158,13 @@ def test_compiled_is_the_same_for_all_batch_sizes(compiled):
         obs = torch.bernoulli(torch.full((batch_size, 28, 28), 0.1))
         results = []
         for enabled in (True, False):
-            compiled_kernels = dict(kernels.compiled)
+            compiled_kernels = dict(rendering.compiled)
             if not enabled:
-                kernels.compiled.clear()
+                rendering.compiled.clear()
             logits = rendering.get_logits(arcs, on_offs, params, 28, 28)
             log_prob = rendering.affine_log_prob(logits, obs, maps)
             gradients = torch.autograd.grad(log_prob.mean(), [arcs, params, maps])
-            kernels.compiled.update(compiled_kernels)
+            rendering.compiled.update(compiled_kernels)
             results.append([logits.detach(), log_prob.detach(), *gradients])
         for got, want in zip(*results, strict=True):
             assert (got - want).norm() <= 1e-4 * want.norm()
@@ -193,4 +192,4 @@ def test_no_compiler_is_one_warning(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda kernel, **options: refuse)
     rendering.set_compile(True)
     assert capsys.readouterr().err == "warning: not compiled, training is slower: there is no compiler\n"
-    assert not kernels.compiled
+    assert not rendering.compiled

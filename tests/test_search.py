@@ -8,8 +8,7 @@ import torch
 import images
 import losses
 import models
-import reading
-import search
+from reading import programs, search
 from util import UserError
 
 
@@ -110,8 +109,8 @@ def test_files_that_cannot_be_read_are_named_and_the_others_are_read(tmp_path, c
     (tmp_path / "broken.png").write_bytes(encode(page)[:50])
     (tmp_path / "blank.png").write_bytes(encode(np.ones((50, 50))))
     paths = [tmp_path / f"{name}.png" for name in ("broken", "two", "none", "blank")]
-    characters = reading.read_characters(paths)
+    characters = programs.read_characters(paths)
     assert characters.names == ["two-1", "two-2"] and characters.obs.shape == (2, 28, 28)
     assert len(capsys.readouterr().err.splitlines()) == 3
     with pytest.raises(UserError, match="no character to read"):
-        reading.read_characters(paths[:1])
+        programs.read_characters(paths[:1])

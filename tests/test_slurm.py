@@ -15,14 +15,11 @@ import pytest
 from test_main import assert_same
 from test_sweep import folder, get_cells, get_small_argss, load, run  # noqa: F401
 
-import locks
 import main
-import save_clock
-import slurm
-import slurm_task
 import sweep
-import tasks
 import util
+from cluster import slurm, tasks
+from runs import checkpoints, locks, saving
 from util import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -73,7 +70,7 @@ def list_jobs(format="%i"):
 
 
 def has_reached(model, iteration):
-    return util.get_checkpoint_path(model, iteration).exists()
+    return checkpoints.get_path(model, iteration).exists()
 
 
 def read_log(model, name="train"):
@@ -226,11 +223,11 @@ def test_without_slurm(folder, monkeypatch, capsys):  # noqa: F811
 
 def test_a_run_saves_by_the_clock_and_before_its_job_ends(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(save_clock.time, "time", lambda: now[0])
+    monkeypatch.setattr(saving.time, "time", lambda: now[0])
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
     def get_saves(until):
-        clock, start, saves = save_clock.SaveClock(5), now[0], []
+        clock, start, saves = saving.SaveClock(5), now[0], []
         for now[0] in range(int(start), int(start) + until):
             if clock.is_due():
                 saves.append(now[0] - start)
@@ -262,8 +259,8 @@ def test_a_job_waits_for_the_one_before_it(folder, monkeypatch, capsys):  # noqa
 def test_warnings_that_come_early_wait(monkeypatch):
     for seconds_left, delay in [(150, 30), (119, 0), (500, 0), (None, 0)]:
         end = None if seconds_left is None else time.time() + seconds_left
-        monkeypatch.setattr(slurm_task, "get_job_end", lambda: end)  # noqa: B023
-        assert abs(slurm_task.get_delay(120) - delay) < 1
+        monkeypatch.setattr(slurm, "get_job_end", lambda: end)  # noqa: B023
+        assert abs(slurm.get_delay(120) - delay) < 1
 
 
 def test_a_job_without_the_gpu_that_it_was_given(folder):  # noqa: F811
@@ -271,7 +268,7 @@ def test_a_job_without_the_gpu_that_it_was_given(folder):  # noqa: F811
     flags = [*sweep.get_flags(next(sweep.get_sweep_argss())), "--cuda"]
     listing = slurm.Listing(pathlib.Path("listing.json"), False, "", 120, [tasks.Task("mws_3", "train", flags, 200000)])
     slurm.write_listing(listing)
-    assert slurm_task.run_task(f"{listing.path}:0") == 2
+    assert slurm.run_task(f"{listing.path}:0") == 2
     (cells,) = get_cells("--models", "mws_3")
     assert cells["state"] == "failed" and cells["on"] == "GPU" and cells["log"] == "save/mws_3/logs/train.log"
     assert "no usable GPU" in run("--status", "--models", "mws_3").splitlines()[-1]
@@ -279,12 +276,12 @@ def test_a_job_without_the_gpu_that_it_was_given(folder):  # noqa: F811
 
 def test_a_task_that_is_stopped_by_its_jobs_end_waits_to_be_killed(folder, monkeypatch):  # noqa: F811
     """Else om-repeat would take it for complete"""
-    monkeypatch.setattr(slurm_task, "HOLD", 3)
+    monkeypatch.setattr(slurm, "HOLD", 3)
     monkeypatch.setattr(tasks.Task, "get_command", lambda _: [sys.executable, "-c", "import sys; sys.exit(143)"])
     for repeated in (False, True):
         listing = slurm.Listing(pathlib.Path(f"{repeated}.json"), repeated, "echo set up", 120, [["run", "train", [], 1]])
         slurm.write_listing(listing)
         start = time.time()
-        assert slurm_task.run_task(f"{listing.path}:0") == 143
+        assert slurm.run_task(f"{listing.path}:0") == 143
         assert (time.time() - start > 3) == repeated == ("waiting for Slurm to end this job" in read_log("run"))
     assert read_log("run").count("set up") == 2

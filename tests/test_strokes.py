@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import drawings
-import figures
 import models
 import rendering
-import strokes
+from results import drawings
 
 
 def sample_svg_path(path, num=200):
@@ -37,7 +35,7 @@ def sample_svg_path(path, num=200):
 def rasterise(svg, resolution):
     """Ink [R, R] of an SVG file's paths at the points where the renderer has its pixels' centres, which are those of
     the SVG's pixels at 28 x 28"""
-    side = np.linspace(0.5, strokes.NUM_PIXELS - 0.5, resolution)
+    side = np.linspace(0.5, drawings.NUM_PIXELS - 0.5, resolution)
     centres = np.stack(np.meshgrid(side, side), -1)  # x, y
     ink = np.zeros((resolution, resolution), bool)
     found = re.search(r'transform="matrix\(([^)]*)\)"', svg)
@@ -48,7 +46,7 @@ def rasterise(svg, resolution):
         distance = np.min([np.hypot(*(canonical - point).transpose(2, 0, 1)) for point in points], 0)
         ink |= distance <= float(width) / 2
     if found:
-        ink &= ((canonical >= 0) & (canonical <= strokes.NUM_PIXELS)).all(-1)
+        ink &= ((canonical >= 0) & (canonical <= drawings.NUM_PIXELS)).all(-1)
     return ink
 
 
@@ -73,10 +71,10 @@ def test_svg_agrees_with_the_renderer(big_arcs):
     latent, _ = model.sample(6)
     latent[..., 1:, 1] = 1
     resolution = 112  # four times as fine, so that half a pixel is two here
-    probs = figures.draw(model, latent, resolution).numpy()
+    probs = drawings.draw(model, latent, resolution).numpy()
     distances = []
     for drawn, z in zip(probs, latent, strict=True):
-        ink = rasterise(strokes.to_svg(strokes.get_program(model, z)), resolution)
+        ink = rasterise(drawings.to_svg(drawings.get_program(model, z)), resolution)
         distances.append(get_mean_distance(drawn > 0.5, ink) / 4)
     assert max(distances) < 0.1
 
@@ -97,7 +95,7 @@ def test_programs_lie_over_their_images():
     assert (get_log_likelihood(seen, obs) - get_log_likelihood(canonical, obs)).mean() > 20
     distances = []
     for z, i, probs in zip(latent, map_id, drawings.draw(model, latent, 112, maps).numpy(), strict=True):
-        svg = strokes.to_svg(strokes.get_program(model, z, i))
+        svg = drawings.to_svg(drawings.get_program(model, z, i))
         assert svg.count("<path") == z[:, 1].sum() and "matrix(" in svg
         if (probs > 0.5).sum() > 50:
             distances.append(get_mean_distance(probs > 0.5, rasterise(svg, 112)) / 4)
@@ -122,18 +120,18 @@ def test_strokes_off_the_page():
 
 def test_path_of_a_known_arc():
     # A quarter circle from the left to the top of a circle around the middle: clockwise.
-    quarter = strokes.get_path([0.25, 0.5, 0.25, 0.25, math.pi / 4])
+    quarter = drawings.get_path([0.25, 0.5, 0.25, 0.25, math.pi / 4])
     points = sample_svg_path(quarter)
     assert np.hypot(*(points - 14).T) == pytest.approx(27 / 4, abs=1e-3)
     assert points[-1] == pytest.approx([14, 14 - 27 / 4], abs=1e-3)
-    assert strokes.get_path([0.5, 0.5, 0.1, 0, 0.0]).split()[3] == "L"
-    assert strokes.get_path([0.5, 0.5, 0.1, 0, 2.0]).split()[7:9] == ["1", "1"]
+    assert drawings.get_path([0.5, 0.5, 0.1, 0, 0.0]).split()[3] == "L"
+    assert drawings.get_path([0.5, 0.5, 0.1, 0, 2.0]).split()[7:9] == ["1", "1"]
 
 
 def test_half_width():
     # scale 10, bias -5: half of the highest probability is that of the logit where exp(...) is ink
-    half = strokes.get_half_width(20.0, 0.05, 10.0, -5.0)
+    half = drawings.get_half_width(20.0, 0.05, 10.0, -5.0)
     ink = 10 * math.exp(400 * (0.05**2 - half**2)) - 5
     assert 1 / (1 + math.exp(-ink)) == pytest.approx(0.5 / (1 + math.exp(-5)), rel=1e-5)
-    assert strokes.get_half_width(20.0, 0.0, 3.0, 8.0) == 0  # all black
-    assert strokes.get_half_width(0.0, 0.1, 3.0, -3.0) == 0
+    assert drawings.get_half_width(20.0, 0.0, 3.0, 8.0) == 0  # all black
+    assert drawings.get_half_width(0.0, 0.1, 3.0, -3.0) == 0

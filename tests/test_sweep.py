@@ -18,12 +18,11 @@ from test_data import make_mat
 from test_main import assert_same
 
 import eval_logp
-import locks
 import main
-import slurm
 import sweep
-import tasks
 import util
+from cluster import slurm, tasks
+from runs import checkpoints, locks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = (
@@ -93,7 +92,7 @@ def report():
 
 
 def load(name):
-    return util.load_checkpoint(util.get_checkpoint_path(name))
+    return util.load_checkpoint(checkpoints.get_path(name))
 
 
 def wait_for(condition, seconds=240):
@@ -147,7 +146,7 @@ def test_sweep_here(make_sweep, monkeypatch):
     """Trained two at a time, interrupted, resumed; evaluated, reported, deleted"""
     models = make_sweep("--pretrain-iterations 5 --num-iterations 110 --save-interval 10")
     pid, stdout = start_fork("--jobs", "2")
-    wait_for(lambda: all(util.get_checkpoint_path(name, 10).exists() for name in models))
+    wait_for(lambda: all(checkpoints.get_path(name, 10).exists() for name in models))
     os.kill(pid, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGINT
     stdout.seek(0)
@@ -202,7 +201,7 @@ def test_failures_and_locks(make_sweep):
     models = make_sweep("--pretrain-iterations 0 --num-iterations 8")
     task = tasks.Task(models[0], "train", [], 8)
     (util.SAVE / models[1] / "checkpoints").mkdir(parents=True)
-    pathlib.Path(util.get_checkpoint_path(models[1])).write_bytes(b"PK broken")
+    pathlib.Path(checkpoints.get_path(models[1])).write_bytes(b"PK broken")
     with locks.lock_run(models[0]):
         stdout = run("--jobs", "2", status=1)
         assert f"{models[0]}: skipped, process {os.getpid()} on" in stdout

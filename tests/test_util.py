@@ -13,11 +13,10 @@ import zipfile
 import pytest
 import torch
 
-import checkpoints
 import data
-import locks
 import main
 import util
+from runs import checkpoints, locks
 from util import UserError
 
 DIFFERENT = dict(
@@ -42,9 +41,13 @@ DIFFERENT = dict(
     rws=["--algorithm", "rws"],
     vimco=["--algorithm", "vimco"],
     sleep=["--algorithm", "sleep"],
+    tvo=["--algorithm", "tvo"],
+    num_partitions=["--algorithm", "tvo", "--num-partitions", "7"],
+    log_beta_min=["--algorithm", "tvo", "--log-beta-min", "-2"],
     num_particles=["--num-particles", "5"],
     memory_size=["--memory-size", "5"],
     split=["--num-particles", "5", "--memory-size", "15"],
+    find_characters=["--find-characters"],
     prior_lr_factor=["--prior-lr-factor", "0.1"],
     pretrain_iterations=["--pretrain-iterations", "100"],
     test_run=["--test-run"],
@@ -75,13 +78,13 @@ def test_path_base():
 def test_a_checkpoint_from_elsewhere_keeps_apart_from_a_run_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_args = vars(main.parse_args(["--small-dataset"]))
-    ours = util.get_checkpoint_path("mws_20")
+    ours = checkpoints.get_path("mws_20")
     others = ["pretrained/mws_20.pt", "there/save/mws_20/checkpoints/latest.pt"]
     for path in others:
         util.write(path, b"theirs")
-    assert [util.get_run_name(path, run_args) for path in others] == ["mws_20"] * 2
+    assert [checkpoints.get_run_name(path, run_args) for path in others] == ["mws_20"] * 2
     util.write(ours, b"ours")
-    assert [util.get_run_name(path, run_args) for path in [ours, shutil.copy(ours, "copy.pt"), *others]] == [
+    assert [checkpoints.get_run_name(path, run_args) for path in [ours, shutil.copy(ours, "copy.pt"), *others]] == [
         "mws_20", "mws_20", "mws_20-from-pretrained", "mws_20-from-there",
     ]  # fmt: skip
 
@@ -111,7 +114,7 @@ def make_checkpoint(iteration=3):
 def run_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (1, 3, 10, "latest"):
-        util.save_checkpoint(util.get_checkpoint_path("run", name), make_checkpoint(12 if name == "latest" else name))
+        util.save_checkpoint(checkpoints.get_path("run", name), make_checkpoint(12 if name == "latest" else name))
     return pathlib.Path("save/run/checkpoints")
 
 

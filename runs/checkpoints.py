@@ -6,24 +6,81 @@ lengths of curves. Nothing is changed before all of it has been checked. A check
 """
 
 import argparse
+import filecmp
 import math
+import pathlib
 
 import torch
 
+import losses
 import models
 import util
+from runs.curves import get_phase
 from util import SETTINGS, UserError, warn
 
 LARGEST = 1e6  # absolute value of a parameter; far beyond any seen in training
 MAX_PARAMETERS = 2**30
-# Statistics recorded in each iteration of training
-EVERY_ITERATION = ["theta_loss", "phi_loss", "prior_loss", "novel_proportion", "new_map"]
+RANGES = {name: limits for own in losses.HYPERPARAMETERS.values() for name, (_, *limits, _) in own.items()}
+# Arguments that older checkpoints may lack: they then had their defaults
+ADDED_LATER = ["find_characters", *(name for own in losses.HYPERPARAMETERS.values() for name in own if name != "memory_size")]
+
+
+RESULT_KEYS = {
+    "args", "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
+    "latents", "statistics", "run", "model_settings", "model_iteration",
+}  # fmt: skip
+RESULT_SETTINGS = {
+    "mode", "algorithm", "num_particles", "num_iterations", "batch_size", "test_num_particles", "model", "images",
+}  # fmt: skip
+
+# ------------------------------------------------------------------ finding
+
+
+def get_path(path_base, iteration="latest"):
+    """Where a run's checkpoint lies in save/"""
+    return util.SAVE / path_base / "checkpoints" / f"{iteration}.pt"
+
+
+def find(path):
+    """Finds the checkpoint that a user refers to: a file, the latest one of a run (given by its folder or its name), or a
+    pretrained model (given as pretrained/<name>, from any working directory).
+
+    Raises: UserError if there is none; the message lists the existing runs
+    """
+    pretrained = pathlib.Path(__file__).resolve().parents[1] / "pretrained" / f"{pathlib.Path(path).stem}.pt"
+    candidates = [pathlib.Path(path), pathlib.Path(path, "checkpoints/latest.pt"), get_path(path)]
+    candidates += [pretrained] * (pathlib.Path(path).parent == pathlib.Path("pretrained"))
+    if found := next(filter(pathlib.Path.is_file, candidates), None):
+        return found
+    runs = sorted(latest.parents[1].name for latest in util.SAVE.glob("*/checkpoints/latest.pt"))
+    there = f"{util.SAVE}/ holds {', '.join(runs)}" if runs else f"{util.SAVE}/ holds no run: train one with python main.py"
+    raise UserError(f"there is no checkpoint {path}; {there}")
+
+
+def get_run_name(checkpoint_path, run_args):
+    """The name of a checkpoint's run: that of its folder in save/. For a checkpoint from elsewhere, the one that its
+    arguments (a dict) imply; where save/ holds another run of that name, with "-from-<folder>", to keep them apart"""
+    folder = pathlib.Path(checkpoint_path).resolve().parent
+    if folder.name == "checkpoints" and folder.parents[1] == util.SAVE.resolve():
+        return folder.parent.name
+    name = util.get_path_base(argparse.Namespace(**run_args))
+    ours = list((util.SAVE / name / "checkpoints").glob("*.pt"))
+    if not ours or any(filecmp.cmp(checkpoint_path, path, shallow=False) for path in ours):  # none, or a copy of one
+        return name
+    while folder.name in ("checkpoints", "save", name):
+        folder = folder.parent
+    return f"{name}-from-{folder.name or 'elsewhere'}"
+
+
+# ------------------------------------------------------------------ loading
 
 
 def load(path, device="cpu", resumable=False):
     """Loads a checkpoint of main.py. Args: resumable: whether a run must be able to resume from it; if not, optimisers
     and statistics may be empty. Raises: UserError if it cannot be read or is not whole"""
     checkpoint = util.load_checkpoint(path, device)
+    if isinstance(checkpoint["args"], dict):
+        checkpoint["args"] = {**{name: SETTINGS[name] for name in ADDED_LATER}, **checkpoint["args"]}
     try:
         check(checkpoint, resumable)
     except UserError as error:
@@ -37,7 +94,7 @@ def load_newest(path_base, device="cpu", resumable=False):
     Returns: the checkpoint, or None if there are none
     Raises: UserError if there are checkpoints but none is whole
     """
-    latest = util.get_checkpoint_path(path_base)
+    latest = get_path(path_base)
     numbered = [path for path in latest.parent.glob("*.pt") if path.stem.isdecimal()]
     numbered.sort(key=lambda path: int(path.stem), reverse=True)
     paths = [latest] * latest.exists() + numbered
@@ -57,7 +114,25 @@ def load_newest(path_base, device="cpu", resumable=False):
     return None
 
 
-# ------------------------------------------------------------------ looking
+def load_result(path):
+    """Loads a result of eval_logp.py. Raises: UserError if it cannot be read or is not whole"""
+    result = util.load_checkpoint(path, keys=RESULT_KEYS)
+    values, bound, latents = (result[key] for key in ("log_p_by_image", "enumeration_bound_by_image", "latents"))
+    right = all(isinstance(x, torch.Tensor) and x.dim() == 1 and len(x) > 0 for x in (values, bound))
+    right = right and len(values) == len(bound) and bool(values.isfinite().all())
+    right = right and isinstance(result["log_p"], float) and math.isclose(result["log_p"], values.mean(), abs_tol=1e-3)
+    right = right and isinstance(result["standard_error"], float) and isinstance(result["model_iteration"], int)
+    right = right and all(isinstance(result[key], dict) for key in ("args", "settings", "model_settings", "latents"))
+    right = right and "num_data" in result["args"]
+    right = right and RESULT_SETTINGS <= result["settings"].keys() and isinstance(result["run"], str)
+    right = right and {"num_particles", "memory_size", "algorithm"} <= result["model_settings"].keys()
+    right = right and latents.keys() == {"obs_id", "codes", "log_joint"} and len({len(x) for x in latents.values()}) == 1
+    if not right:
+        raise UserError(f"{path} is not a whole evaluation; eval_logp.py --force repeats it")
+    return result
+
+
+# ------------------------------------------------------------------ validating
 
 
 def expect(condition, what):
@@ -89,11 +164,13 @@ def check(checkpoint, resumable=False):
     check_memory(checkpoint["memory"], args)
     check_statistics(checkpoint, resumable)
     check_random_state(checkpoint["random_state"])
-    for name in ["optimizer", "pretrain_optimizer"]:
+    pretrained = [list(built[1].parameters())]
+    groups = {"optimizer": models.get_parameter_groups(*built), "pretrain_optimizer": pretrained}
+    for name in groups:
         expect(isinstance(checkpoint[name], dict), f"{name} is not a dict")
         if checkpoint[name] or resumable:
             number = "pretrain_iteration" if name == "pretrain_optimizer" else "iteration"
-            check_optimizer(checkpoint[name], name, get_groups(name, *built), checkpoint[number] > 0)
+            check_optimizer(checkpoint[name], name, groups[name], checkpoint[number] > 0)
 
 
 def is_integer(value):
@@ -109,7 +186,10 @@ def check_args(args):
     for name, default in SETTINGS.items():
         expect(name in args, f"the argument {name} is missing")
         value = args[name]
-        if name == "dataset_size":
+        if name in RANGES:
+            low, high = RANGES[name]
+            right = type(value) is type(default) and low <= value <= high
+        elif name == "dataset_size":
             right = value is None or (is_integer(value) and value > 0)
         elif type(default) is int:
             right = is_integer(value) and 0 <= value < 2**63
@@ -153,19 +233,30 @@ def check_memory(memory, args):
 
 
 def check_statistics(checkpoint, resumable):
-    statistics, lengths = checkpoint["statistics"], {"pretrain_loss": checkpoint["pretrain_iteration"]}
-    expect(isinstance(statistics, dict), "its statistics are not a dict")
-    lengths.update(dict.fromkeys(EVERY_ITERATION, checkpoint["iteration"]))
+    statistics, lengths = checkpoint["statistics"], {}
+    expect(isinstance(statistics, dict) and all(isinstance(name, str) for name in statistics), "its statistics are not a dict")
+    lengths = {"pretrain": checkpoint["pretrain_iteration"], "train": checkpoint["iteration"]}
     for name, values in statistics.items():
         right = isinstance(values, torch.Tensor) and values.dim() == 1 and values.dtype == torch.float32
-        expect(right and bool(values.isfinite().all()), f"the statistics of {show(name)} are not a curve of finite numbers")
-        if name in lengths:
-            expect(len(values) == lengths[name], f"{name} has {len(values)} values after {lengths[name]} iterations")
+        expect(right and is_curve(values, name), f"the statistics of {show(name)} are not a curve of finite numbers")
+        length = lengths.get(get_phase(name), len(values))
+        expect(len(values) in (0, length) if not resumable else len(values) == length,
+               f"{name} has {len(values)} values after {length} iterations")  # fmt: skip
     tests = {len(values) for name, values in statistics.items() if name.startswith("test_")}
     expect(len(tests) <= 1, "the curves of its tests are of different lengths")
     if resumable:
         for name, number in [("pretrain_loss", "pretrain_iteration"), ("theta_loss", "iteration")]:
             expect(name in statistics or checkpoint[number] == 0, f"it has no statistics of {name}")
+
+
+def is_curve(values, name):
+    """Whether a curve is finite; statistics that an older version did not record may begin late, after NaN"""
+    missing = values.isnan()
+    if not missing.any():
+        return bool(values.isfinite().all())
+    begins = int(missing.sum())
+    late = get_phase(name) == "train" and name not in ("theta_loss", "phi_loss")
+    return late and begins < len(values) and bool(missing[:begins].all()) and bool(values[begins:].isfinite().all())
 
 
 def check_random_state(state):
@@ -178,15 +269,6 @@ def check_random_state(state):
         torch.Generator().set_state(state["cpu"].cpu())
     except RuntimeError:
         raise UserError("its random state is not one of torch's") from None
-
-
-def get_groups(what, generative_model, inference_network):
-    """The parameters in each group of main.py's optimisers, for both models or for the inference network alone"""
-    if what == "pretrain_optimizer":
-        return [list(inference_network.parameters())]
-    prior = list(generative_model.prior.parameters())
-    others = [p for name, p in generative_model.named_parameters() if not name.startswith("prior.")]
-    return [[*others, *inference_network.parameters()], prior]
 
 
 def check_optimizer(state, what, groups, has_begun):

@@ -1,10 +1,11 @@
-"""Saving by the clock: every few minutes and, in a Slurm job, shortly before the job's time is up.
+"""When a run saves: on signals that stop it, and by the clock, every few minutes and, in a Slurm job, shortly before the job's time is up.
 
 When a run saves has no effect on what it computes.
 """
 
 import datetime
 import os
+import signal
 import subprocess
 import time
 
@@ -48,3 +49,26 @@ def get_job_end():
         return datetime.datetime.fromisoformat(ends[job]).timestamp()
     except (OSError, ValueError, KeyError, IndexError, subprocess.TimeoutExpired):
         return None
+
+
+# ------------------------------------------------------------------ signals
+
+
+class StopSignal:
+    """A context in which SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) are recorded in `received`,
+    so that a loop can save and return."""
+
+    def __init__(self):
+        self.received = None
+
+    def __enter__(self):
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        self.handlers = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        self.received = number

@@ -41,7 +41,7 @@ def uses_kernels(x):
 def _draw(
     arcs: torch.Tensor, on: torch.Tensor, rendering_params: torch.Tensor, num_rows: int, num_cols: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    import triton_rendering
+    from fast import triton_rendering
 
     return triton_rendering.draw(arcs, on, rendering_params, num_rows, num_cols, LOG_PAPER)
 
@@ -62,7 +62,7 @@ def _differentiate_draw(
     num_rows: int,
     num_cols: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    import triton_rendering
+    from fast import triton_rendering
 
     return triton_rendering.differentiate_draw(
         arcs, on, rendering_params, arc_id, grad, num_rows, num_cols, LOG_PAPER
@@ -96,7 +96,7 @@ class DrawArcs(torch.autograd.Function):
 
 @torch.library.custom_op("strokes::score_maps", mutates_args=())
 def _score_maps(probs: torch.Tensor, obs: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    import triton_rendering
+    from fast import triton_rendering
 
     return triton_rendering.score_maps(probs, obs, maps, torch.finfo(torch.float32).eps)
 
@@ -110,7 +110,7 @@ def _(probs, obs, maps):
 def _differentiate_score_maps(
     probs: torch.Tensor, obs: torch.Tensor, maps: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    import triton_rendering
+    from fast import triton_rendering
 
     eps = torch.finfo(torch.float32).eps
     return triton_rendering.differentiate_score_maps(probs, obs, maps, grad, eps, NEGLIGIBLE)
@@ -141,7 +141,7 @@ class ScoreMaps(torch.autograd.Function):
 
 @torch.library.custom_op("strokes::convolve", mutates_args=())
 def _convolve(obs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    import triton_convolution
+    from fast import triton_convolution
 
     return triton_convolution.convolve(obs, weight, bias)
 
@@ -156,7 +156,7 @@ def _(obs, weight, bias):
 def _differentiate_convolve(
     obs: torch.Tensor, out: torch.Tensor, argmax: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    import triton_convolution
+    from fast import triton_convolution
 
     return triton_convolution.differentiate_convolve(obs, out, argmax, grad)
 
@@ -221,7 +221,7 @@ def _sample(
     uniform: torch.Tensor,
     uniform_mixture: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    import triton_decoder
+    from fast import triton_decoder
 
     codes = torch.empty(uniform.shape[:2], dtype=torch.int16, device=uniform.device)
     given = table, context, weight_hh, weight, bias, uniform, codes, uniform_mixture
@@ -244,7 +244,7 @@ def _score_codes(
     uniform_mixture: float,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    import triton_decoder
+    from fast import triton_decoder
 
     given = table, context, weight_hh, weight, bias, table.new_empty(0), codes, uniform_mixture
     return triton_decoder.decode(*given, save)
@@ -270,7 +270,7 @@ def _differentiate_score_codes(
     gates: torch.Tensor,
     uniform_mixture: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    import triton_decoder
+    from fast import triton_decoder
 
     return triton_decoder.differentiate_decode(
         weight_hh, weight, bias, codes, grad, hidden, cells, gates, uniform_mixture

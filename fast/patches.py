@@ -11,7 +11,7 @@ than looking things up, so it uses the convolutions.
 import torch
 import torch.nn.functional as F
 
-import gpu
+from fast import gpu
 
 SIZE = 14  # rows and columns after the first pooling
 IMAGE_CHUNK_SIZE = 128  # images that share patches

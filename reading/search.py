@@ -13,7 +13,7 @@ import math
 
 import torch
 
-import losses
+import scoring
 from models import pack, unpack
 
 TEMPERATURE = 8.0  # nats, initially
@@ -36,12 +36,12 @@ def improve(
         where there are fewer than K programs
     """
     offset = generative_model.get_primitives()[:, :2]  # [N, 2]
-    log_joint = losses.score(generative_model, latent, obs, alphabet).t()  # [B, P]
+    log_joint = scoring.score(generative_model, latent, obs, alphabet).t()  # [B, P]
     population, log_joint = select(pack(latent).transpose(0, 1), log_joint, num_best)  # [B, K, A], [B, K]
     best, best_log_joint = population, log_joint
     for round_id in show_progress(range(num_rounds)):
         mutants = mutate(population, log_joint, offset, num_mutants)  # [B, M, A]
-        scores = losses.score(generative_model, unpack(mutants).transpose(0, 1), obs, alphabet).t()  # [B, M]
+        scores = scoring.score(generative_model, unpack(mutants).transpose(0, 1), obs, alphabet).t()  # [B, M]
         codes, scores = torch.cat([population, mutants], 1), torch.cat([log_joint, scores], 1)
         best, best_log_joint = select(torch.cat([best, codes], 1), torch.cat([best_log_joint, scores], 1), num_best)
         heat = temperature * (1 - (round_id + 1) / num_rounds)
@@ -56,7 +56,7 @@ def select(codes, log_joint, num_best, temperature=0.0):
     Args: codes [B, N, A]; log_joint [B, N]
     Returns: codes [B, K, A], log_joint [B, K], best first; where there are fewer, repeats at -inf
     """
-    key = losses.get_hash(codes.flatten(0, 1), torch.zeros_like(codes[..., 0]).flatten()).view(codes.shape[:2])
+    key = scoring.get_hash(codes.flatten(0, 1), torch.zeros_like(codes[..., 0]).flatten()).view(codes.shape[:2])
     key, order = key.sort(dim=1, stable=True)
     repeated = torch.zeros_like(key, dtype=torch.bool)
     repeated[:, 1:] = key[:, 1:] == key[:, :-1]

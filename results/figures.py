@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from drawings import draw, draw_arcs, draw_primitives, draw_stages, get_extent, resize  # noqa: F401
+from results.drawings import draw_primitives
+from runs.curves import get_phase
 
 MAX_POINTS = 300  # in a curve; longer ones are thinned
 EMPTY, NEWEST, PEN_UP, START = "#e8eef4", "#d1410c", "#3b7dd8", "#3b7dd8"
@@ -69,12 +70,19 @@ def grid_figure(images, num_cols, title, labels=()):
     return figure
 
 
+def choose_num_cols(num_images, most=10):
+    """The number of columns, at most 10, that leaves the fewest gaps in the last row"""
+    return min(range(min(most, num_images), min(most, num_images) // 2, -1), key=lambda cols: -num_images % cols)
+
+
 def primitives_figure(generative_model, resolution, title, usage, source):
     """All primitives, the most used first: usage [K], as shares of the strokes of the source (memory or prior)"""
     resolution = max(resolution, 56)
     probs, start, side = draw_primitives(generative_model, resolution)
     order = usage.argsort(descending=True, stable=True)
     labels = [f"{i}: {usage[i]:.1%}" for i in order.tolist()]
+    most = int((usage[order].cumsum(0) < 0.9).sum()) + 1
+    title = f"{title}; {most} of {len(order)} make 90 % of the strokes in the {source}"
     figure = grid_figure(probs[order], 8, f"{title}\nshare of the strokes in the {source}; dot: start; tile: {side:.2f} characters wide", labels)
     (axes,) = figure.axes
     gap = max(resolution // 14, 1)
@@ -125,7 +133,7 @@ def stroke_figures(obs, seen, stages, labels, title, paths=None, off_page=None, 
     Args: obs, seen, canonical (or None) [N, R, R]; stages [N, S, R, R]; labels: N strings; paths: for each row, a list
         of each visible stroke's pen-up moves [M, 2, 2], in pixels (column, row); off_page: for each row a list of bools
     """
-    headings = ["image", "as the model\nsees it", *(f"stroke {i + 1}" for i in range(stages.shape[1]))]
+    headings = ["image", "as the\nmodel\nsees it", *(f"stroke\n{i + 1}" for i in range(stages.shape[1]))]
     images = [obs.unsqueeze(1), seen.unsqueeze(1)]
     images = [x.unsqueeze(-1).neg().add(1).expand(-1, -1, -1, -1, 3) for x in images] + [colour_newest(stages)]
     if canonical is not None:
@@ -135,23 +143,25 @@ def stroke_figures(obs, seen, stages, labels, title, paths=None, off_page=None, 
     size, gap = rows.shape[2], max(rows.shape[2] // 14, 1)
     for page in range(0, len(rows), num_rows):
         chosen = range(page, min(page + num_rows, len(rows)))
-        figure = make_figure(0.6 * rows.shape[1] + 1.1, 0.6 * len(chosen) + 0.5, title)
+        figure = make_figure(0.7 * rows.shape[1] + 1.5, 0.7 * len(chosen) + 0.6, title)
         axes = figure.subplots()
         channels = [tile(rows[page : page + num_rows, ..., c].flatten(0, 1), rows.shape[1]) for c in range(3)]
         image = np.stack(channels, -1)
         axes.imshow(np.where(np.isnan(image), matplotlib.colors.to_rgb(EMPTY), image), interpolation="none")
         axes.set_axis_off()
-        axes.text(-gap, -gap, "log p(x, z)", ha="right", va="bottom", fontsize=5)
+        axes.text(-gap, -gap, "log p(x, z)", ha="right", va="bottom", fontsize=7)
         for col, heading in enumerate(headings):
-            axes.text(gap + col * (size + gap) + size / 2, -gap, heading, ha="center", va="bottom", fontsize=5)
+            axes.text(gap + col * (size + gap) + size / 2, -gap, heading, ha="center", va="bottom", fontsize=7)
         for row, i in enumerate(chosen):
             top = gap + row * (size + gap)
-            axes.text(-gap, top + size / 2, labels[i], ha="right", va="center", fontsize=6)
+            axes.text(-gap, top + size / 2, labels[i], ha="right", va="center", fontsize=8)
             for step, moves in enumerate(paths[i] if paths else []):
                 left = gap + (2 + step) * (size + gap)
                 draw_pen(axes, moves, left, top, size)
                 if off_page[i][step]:
-                    axes.text(left + size / 2, top + size / 2, "off page", color=NEWEST, ha="center", fontsize=5)
+                    below = stages[i, step, -size // 4 :].sum() <= stages[i, step, : size // 4].sum()  # beside the ink
+                    height = top + size * (0.9 if below else 0.1)
+                    axes.text(left + size / 2, height, "off page", color=NEWEST, ha="center", va="center", fontsize=7)
         yield figure
 
 
@@ -173,8 +183,10 @@ def draw_pen(axes, moves, left, top, size):
 
 def thin(values):
     """Thins a curve [N] to at most MAX_POINTS bins: their centres (from 1), means, 5th and 95th percentiles"""
-    bins = np.array_split(np.asarray(values, dtype=np.float64), min(len(values), MAX_POINTS))
-    ends = np.cumsum([len(b) for b in bins])
+    values = np.asarray(values, dtype=np.float64)
+    late = int(np.isnan(values).sum())  # recorded from a later iteration on
+    bins = np.array_split(values[late:], min(len(values) - late, MAX_POINTS))
+    ends = late + np.cumsum([len(b) for b in bins])
     middles = ends - np.array([(len(b) - 1) / 2 for b in bins])
     low, high = (np.array([np.percentile(b, q) for b in bins]) for q in (5, 95))
     return middles, np.array([b.mean() for b in bins]), low, high
@@ -205,31 +217,55 @@ def losses_figure(statistics, log_num_images, title, log_iterations=False):
     Args: statistics: as in a checkpoint; log_num_images: the dashed line of the prior loss, log of the number
         of images (per alphabet, if conditional), or None; log_iterations: whether the axis is logarithmic
     """
-    panels = [name for name in ["theta_loss", "phi_loss", "prior_loss"] if name in statistics]
-    panels += ["shares"] * ("novel_proportion" in statistics)
-    panels += [name for name in ["test_log_p", "test_kl", "pretrain_loss"] if len(statistics.get(name, []))]
+    panels = get_panels(statistics)
     num_rows = math.ceil(len(panels) / 4)
-    in_rows = [list(names) for names in np.array_split(panels, num_rows)]  # the numbers of rows differ by one, so that no panel is empty
+    in_rows = np.array_split(list(panels), num_rows)  # lengths of rows differ by one, so that no panel is empty
     figure = make_figure(3.6 * len(in_rows[0]), 2.8 * num_rows, title)
     rows = np.atleast_1d(figure.subfigures(num_rows, 1))
     for row, names in zip(rows, in_rows, strict=True):
         for axes, name in zip(np.atleast_1d(row.subplots(1, len(names))), names, strict=True):
-            plot_statistic(axes, str(name), statistics, log_num_images)
+            plot_panel(axes, str(name), {key: statistics[key] for key in panels[name]}, statistics, log_num_images)
             if log_iterations:
                 axes.set_xscale("log")
     return figure
 
 
-def plot_statistic(axes, name, statistics, log_num_images):
-    axes.set_xlabel("iteration of pretraining" if name == "pretrain_loss" else "iteration")
-    axes.set_ylabel("share of proposals / of images" if name == "shares" else "nats per image")
-    axes.set_title(TITLES[name], fontsize=9)
+def get_panels(statistics):
+    """The panels of the learning curves, title -> names of statistics: shares (of proposals, of images) together, every
+    other statistic by itself"""
+    recorded = [name for name in statistics if len(statistics[name]) and name != "test_iteration"]
+    shares = [name for name in recorded if not name.endswith("_loss") and get_phase(name) == "train" and is_share(statistics[name])]
+    panels = {get_words(name): [name] for name in recorded if name not in shares and get_phase(name) == "train"}
+    panels.update({"shares": shares} if shares else {})
+    return panels | {get_words(name): [name] for name in recorded if get_phase(name) != "train"}
+
+
+def is_share(values):
+    values = values[values.isfinite()]
+    return bool(((values >= 0) & (values <= 1)).all())
+
+
+def get_words(name):
+    """The name of a statistic in words"""
+    greek = {"theta": "θ", "phi": "φ", "p": "p(x)", "map": "best program"}
+    return " ".join(greek.get(word, word) for word in name.split("_"))
+
+
+def plot_panel(axes, title, curves, statistics, log_num_images):
+    """Plots curves, name -> [times recorded], into a panel; the other arguments are those of `losses_figure`"""
+    name = next(iter(curves))
+    axes.set_xlabel("iteration of pretraining" if get_phase(name) == "pretrain" else "iteration")
+    in_nats = name.endswith("_loss") or get_phase(name) == "test"
+    axes.set_ylabel("share" if title == "shares" else "nats per image" if in_nats else title)
+    axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.25)
-    if name == "shares":
-        plot_curve(axes, statistics["novel_proportion"], "novel proposals")
-        plot_curve(axes, statistics["new_map"], "new best programs")
-        axes.set_ylim(-0.02, 1.02)
-    elif name.startswith("test_"):
+    if title == "shares":
+        for name, values in curves.items():
+            x, mean, *_ = thin(values)
+            axes.plot(x, smooth(mean), lw=1.3, label=get_words(name))
+        axes.set_yscale("log", nonpositive="clip")
+        axes.set_ylim(max(get_lowest(curves.values()) / 2, 1e-5), 1.2)
+    elif get_phase(name) == "test":
         axes.plot(statistics["test_iteration"], statistics[name], marker=".", label="estimate")
     else:
         low, high = plot_curve(axes, statistics[name])
@@ -238,15 +274,10 @@ def plot_statistic(axes, name, statistics, log_num_images):
             low, high = min(low, log_num_images), max(high, log_num_images)
         if math.isfinite(high - low) and high > low:
             axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=7)
 
 
-TITLES = {
-    "theta_loss": "θ loss: generative model",
-    "phi_loss": "φ loss: inference network",
-    "prior_loss": "prior loss: -log p(program)",
-    "shares": "memory",
-    "test_log_p": "test log p(x), estimated",
-    "test_kl": "test KL(q || p), estimated",
-    "pretrain_loss": "pretraining: sleep loss",
-}
+def get_lowest(some_curves):
+    """The lowest positive value of the thinned curves; 1 if there is none"""
+    means = np.concatenate([smooth(thin(values)[1]) for values in some_curves])
+    return means[means > 0].min(initial=1)

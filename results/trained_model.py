@@ -1,19 +1,18 @@
-"""The subject of a drawing: a trained model with its data and its memory."""
+"""A trained model with its data and its memory: what pictures are drawn of."""
 
 import torch
 
-import checkpoints
-import losses
 import models
-import reading
 import util
+from reading import programs
+from runs import checkpoints
 from util import UserError
 
 NUM_PROPOSALS = 10  # of the inference network; the best is drawn
 NUM_COUNTED = 2000  # samples from the prior, to estimate how often it uses each primitive
 
 
-class Subject:
+class TrainedModel:
     """A model to draw, with its data and its memory, if any.
 
     Args: path: of the checkpoint; dataset: None if unavailable; other_data: the name of the data set if the model
@@ -44,14 +43,14 @@ class Subject:
     def reconstruct(self, obs_id, args=None):
         """Programs of training images, the best ones of the memory or else inferred: [N, A, 2]"""
         if self.memory is not None:
-            return losses.unpack(self.memory[obs_id, 0])
+            return models.unpack(self.memory[obs_id, 0])
         networks, (obs, alphabet) = (self.generative_model, self.inference_network), self.get_images(obs_id)
         if args is not None and args.search:
             limits = args.num_best, args.num_rounds, args.num_mutants
-            return reading.find_programs(*networks, obs, NUM_PROPOSALS, *limits, alphabet).latent[0]
+            return programs.find_programs(*networks, obs, NUM_PROPOSALS, *limits, alphabet).latent[0]
         best = []
-        for ids in torch.arange(len(obs)).split(reading.BATCH_SIZE):
-            latent, log_joint = reading.infer(
+        for ids in torch.arange(len(obs)).split(programs.BATCH_SIZE):
+            latent, log_joint = programs.infer(
                 *networks, obs[ids], None if alphabet is None else alphabet[ids], NUM_PROPOSALS
             )
             best.append(latent[log_joint.argmax(0), torch.arange(len(ids))])
@@ -65,7 +64,7 @@ class Subject:
     def get_usage(self):
         """How often each primitive occurs in the programs of the memory, or else of the prior, as a share: [K]"""
         if self.memory is not None:
-            latent = losses.unpack(self.memory.flatten(0, 1))
+            latent = models.unpack(self.memory.flatten(0, 1))
         else:
             with torch.random.fork_rng():
                 latent = self.generative_model.sample_latent(NUM_COUNTED)

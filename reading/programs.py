@@ -7,11 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import drawings
 import images
-import losses
 import rendering
-import search
+import scoring
+from reading import search
 from util import UserError, show_progress, warn
 
 BATCH_SIZE = 50  # images searched together
@@ -67,7 +66,7 @@ def infer(generative_model, inference_network, obs, alphabet, num_particles):
     Returns: latent [P, B, A, 2]; log_joint [P, B], log p(z, x) in nats
     """
     latent = inference_network.sample(obs, num_particles, alphabet)
-    return latent, losses.score(generative_model, latent, obs, alphabet)
+    return latent, scoring.score(generative_model, latent, obs, alphabet)
 
 
 def find_programs(
@@ -114,23 +113,3 @@ def guess_alphabets(generative_model, inference_network, obs, num_particles):
         for alphabet in one_hot
     ]
     return one_hot[torch.stack(scores).argmax(0)]
-
-
-@torch.no_grad()
-def draw_examples(generative_model, programs, num_examples, resolution, temperature=None):
-    """Draws new examples of characters: programs sampled from the posterior (the best ones, by their weights), seen
-    through random maps and, with a temperature, with about a third of their strokes resampled from the prior.
-
-    Returns: probabilities of ink [N, E, R, R]
-    """
-    num_images = programs.latent.shape[1]
-    chosen = programs.log_joint.softmax(0).t().multinomial(num_examples, replacement=True)  # [N, E]
-    latent = programs.latent[chosen, torch.arange(num_images).unsqueeze(1)].flatten(0, 1)  # [N * E, A, 2]
-    if temperature is not None:
-        redrawn = (torch.rand(latent.shape[:2]) < 1 / 3) & (latent[..., 1] > 0)
-        alphabet = None
-        if programs.alphabet_id is not None:
-            alphabet = torch.eye(generative_model.num_alphabets)[programs.alphabet_id.repeat_interleave(num_examples)]
-        latent = generative_model.resample(latent, redrawn, temperature, alphabet)
-    maps = drawings.draw_maps(generative_model, len(latent))
-    return drawings.draw(generative_model, latent, resolution, maps).unflatten(0, (num_images, num_examples))

@@ -1,4 +1,4 @@
-"""The tasks of a sweep: what each runs, how far it has got, and how tasks run on this machine."""
+"""The tasks of a sweep: what each runs, how far it has got, how tasks run on this machine, and the table of progress."""
 
 import ctypes
 import os
@@ -10,14 +10,11 @@ import sys
 import time
 from typing import NamedTuple
 
-import checkpoints
-import eval_logp
-import locks
-import report
 import util
+from runs import checkpoints, locks
 from util import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parent
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 _libc = ctypes.CDLL(None)
 
 
@@ -28,6 +25,7 @@ class Task(NamedTuple):
     kind: str  # train, or the algorithm of an evaluation: sleep, rws, vimco
     flags: list  # of main.py or eval_logp.py, each one word
     total: int  # iterations of the training
+    settings: dict = {}  # of an evaluation: those its result must have, and its number of images and iterations
 
     def __str__(self):
         return self.model if self.kind == "train" else f"{self.model} {self.kind}"
@@ -62,7 +60,7 @@ def get_progress(task):
 
 
 def get_training_progress(task):
-    path = util.get_checkpoint_path(task.model)
+    path = checkpoints.get_path(task.model)
     try:
         checkpoint = checkpoints.load(path)
         iteration, losses = checkpoint["iteration"], checkpoint["statistics"].get("theta_loss", [])
@@ -75,16 +73,16 @@ def get_training_progress(task):
 def get_evaluation_progress(task):
     """Done means: of the current model, with the settings in the task's flags. Others: different evaluations, finished or
     not, are in its place"""
-    folder, asked = util.SAVE / task.model / "logp", eval_logp.parse_args(task.flags)
+    folder, asked = util.SAVE / task.model / "logp", task.settings
     paths = [parent / f"test_{task.kind}.pt" for parent in (folder, folder / "checkpoints")]
-    progress, iteration = Progress(False, 0, asked.num_iterations), None
+    progress, iteration = Progress(False, 0, asked["num_iterations"]), None
     try:
-        iteration = checkpoints.load(util.get_checkpoint_path(task.model))["iteration"]
-        result = report.load_result(paths[0])
+        iteration = checkpoints.load(checkpoints.get_path(task.model))["iteration"]
+        result = checkpoints.load_result(paths[0])
         done = result["model_iteration"] == iteration and is_as_asked(result["settings"], asked)
-        done = done and result["args"]["num_data"] == asked.num_data
+        done = done and result["args"]["num_data"] == asked["num_data"]
         value, saved = f"{result['log_p']:.2f}", paths[0].stat().st_mtime
-        progress = Progress(done, asked.num_iterations * done, asked.num_iterations, value, saved, others=not done)
+        progress = Progress(done, asked["num_iterations"] * done, asked["num_iterations"], value, saved, others=not done)
     except (UserError, OSError):
         pass
     try:
@@ -104,8 +102,8 @@ def is_trained(task):
 
 
 def is_as_asked(settings, asked):
-    """Whether an evaluation has the settings that arguments of eval_logp.py ask for"""
-    return all(settings.get(name) == getattr(asked, name) for name in eval_logp.SETTINGS)
+    """Whether an evaluation has the settings that a task asks for"""
+    return all(settings.get(name) == value for name, value in asked.items() if name != "num_data")
 
 
 def get_lock(task):
@@ -254,3 +252,70 @@ def run_all(tasks, num_slots, num_gpus, stop):
                 bar.update()
             time.sleep(0.05)
     return num_done
+
+
+# ------------------------------------------------------------------ the table of progress
+
+HEADINGS = ["run", "state", "iteration", "", "saved before", "on", "job", "log"]
+
+
+def show_status(some_tasks, queue):
+    """Prints a line per task and, under a failed one, the last line of its log. Args: queue: a list of slurm.Job"""
+    jobs = {}
+    for job in queue:  # a running job before the one that om-repeat has queued behind it
+        if (job.model, job.kind) not in jobs or job.state == "RUNNING":
+            jobs[job.model, job.kind] = job
+    value = "theta loss" if some_tasks[0].kind == "train" else "log p"
+    rows = [[value if heading == "" else heading for heading in HEADINGS]]
+    notes = [""]
+    for task in some_tasks:
+        row, note = get_row(task, jobs.get((task.model, task.kind)))
+        rows.append(row)
+        notes.append(note)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row, note in zip(rows, notes, strict=True):
+        print("  ".join(f"{word:{width}}" for word, width in zip(row, widths, strict=True)).rstrip())
+        if note:
+            print(f"    {note}")
+    return 0
+
+
+def get_row(task, job):
+    """Returns: the cells of a task's line, and a line to go under it"""
+    progress = get_progress(task)
+    state = get_state(task, progress, job)
+    log = task.get_path("log")
+    number = "-" if job is None else job.number or "after training"
+    waiting_for = f" ({job.reason})" if job and job.reason and job.reason != "None" else ""
+    row = [
+        str(task),
+        state,
+        f"{progress.iteration}/{progress.total}",
+        progress.value or "-",
+        format_age(progress.saved),
+        get_device(task) or "-",
+        number + waiting_for,
+        str(log) if log.exists() else "-",
+    ]
+    return row, (get_log_end(task, 1) if state == "failed" else "")
+
+
+def get_state(task, progress, job):
+    """One of waiting (not started or queued), queued, running, stopped, done, failed"""
+    if progress.done:
+        return "done"
+    if locks.is_locked(get_lock(task)) or (job and job.state in ("RUNNING", "COMPLETING")):
+        return "running"
+    if job:
+        return "queued"
+    if is_failed(task):
+        return "failed"
+    return "stopped" if progress.iteration or task.get_path("log").exists() else "waiting"
+
+
+def format_age(saved):
+    """Time elapsed since then, in hours:minutes:seconds"""
+    if saved is None:
+        return "-"
+    seconds = max(int(time.time() - saved), 0)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

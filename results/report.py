@@ -11,26 +11,20 @@ from typing import NamedTuple
 import matplotlib.figure
 import torch
 
-import score_table
+import scoring
 import util
+from runs import checkpoints
 from util import UserError, warn
 
 ALGORITHMS = ["sleep", "rws", "vimco"]  # that train an evaluation's network
 ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
-KEYS = {
-    "args", "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
-    "latents", "statistics", "run", "model_settings", "model_iteration",
-}  # fmt: skip
-
-SETTINGS = {
-    "mode", "algorithm", "num_particles", "num_iterations", "batch_size", "test_num_particles", "model", "images",
-}  # fmt: skip
-
 # Names of the runs of section 4.2
 PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)]
 PAPER_MODELS += ["a_mws_40_large"]
 
 COMPARED = ["mode", "model", "images", "num_particles", "num_iterations", "batch_size", "test_num_particles"]
+
+WINDOW = 100  # iterations averaged for each point
 
 # ------------------------------------------------------------------ reading
 
@@ -46,27 +40,9 @@ class Run(NamedTuple):
     seen: bool  # whether the model was trained on these images
 
 
-def load_result(path):
-    """Loads a result of eval_logp.py. Raises: UserError if it cannot be read or is not whole"""
-    result = util.load_checkpoint(path, keys=KEYS)
-    values, bound, latents = (result[key] for key in ("log_p_by_image", "enumeration_bound_by_image", "latents"))
-    right = all(isinstance(x, torch.Tensor) and x.dim() == 1 and len(x) > 0 for x in (values, bound))
-    right = right and len(values) == len(bound) and bool(values.isfinite().all())
-    right = right and isinstance(result["log_p"], float) and math.isclose(result["log_p"], values.mean(), abs_tol=1e-3)
-    right = right and isinstance(result["standard_error"], float) and isinstance(result["model_iteration"], int)
-    right = right and all(isinstance(result[key], dict) for key in ("args", "settings", "model_settings", "latents"))
-    right = right and "num_data" in result["args"]
-    right = right and SETTINGS <= result["settings"].keys() and isinstance(result["run"], str)
-    right = right and {"num_particles", "memory_size", "algorithm"} <= result["model_settings"].keys()
-    right = right and latents.keys() == {"obs_id", "codes", "log_joint"} and len({len(x) for x in latents.values()}) == 1
-    if not right:
-        raise UserError(f"{path} is not a whole evaluation; eval_logp.py --force repeats it")
-    return result
-
-
 def describe(path):
     """Describes a result of eval_logp.py in a sentence"""
-    result = load_result(path)
+    result = checkpoints.load_result(path)
     return (
         f"log p(x) = {result['log_p']:.2f} nats per image (standard error over {len(result['log_p_by_image'])} images"
         f" {result['standard_error']:.2f}), enumeration bound {result['enumeration_bound']:.2f},"
@@ -81,7 +57,7 @@ def read_run(folder, mode):
         path = folder / "logp" / f"{mode}_{algorithm}.pt"
         try:
             if path.exists():
-                results[algorithm] = load_result(path)
+                results[algorithm] = checkpoints.load_result(path)
         except UserError as error:
             warn(str(error))
     if not results:
@@ -130,9 +106,9 @@ def get_joint_bound(results):
     some_rows = []
     for result in results:
         latents = result["latents"]
-        some_rows.append(score_table.get_rows(latents["obs_id"].long(), latents["codes"], latents["log_joint"]))
+        some_rows.append(scoring.get_rows(latents["obs_id"].long(), latents["codes"], latents["log_joint"]))
         num_images = len(result["log_p_by_image"])
-    return score_table.get_enumeration_bound(score_table.keep_best(score_table.merge(some_rows)), num_images)
+    return scoring.get_enumeration_bound(scoring.keep_best(scoring.merge(some_rows)), num_images)
 
 
 def get_standard_error(values):
@@ -266,6 +242,53 @@ def save_figure(path, figure):
     file = io.BytesIO()
     figure.savefig(file, format="pdf", metadata={"CreationDate": None})
     util.write(path, file.getvalue())
+
+
+# ------------------------------------------------------------------ learning curves of a sweep
+
+
+def get_curves(models):
+    """Theta losses of runs, by model: name -> a tensor [iterations] per seed"""
+    curves = collections.defaultdict(list)
+    for model in models:
+        try:
+            checkpoint = checkpoints.load(checkpoints.get_path(model))
+        except UserError as error:
+            warn(f"{error}; left out of the figure")
+            continue
+        theta_loss = checkpoint["statistics"].get("theta_loss", [])
+        if len(theta_loss) >= WINDOW:
+            curves[get_name(model)].append(theta_loss)
+    return curves
+
+
+def draw_comparison(models):
+    """Writes save/theta_loss.pdf. Returns: its path, and a line of text per model: mean and range over seeds of the last
+    WINDOW iterations. Raises: UserError if no run has that many"""
+    curves = get_curves(models)
+    if not curves:
+        raise UserError(f"none of these runs has {WINDOW} iterations yet")
+    figure, lines = matplotlib.figure.Figure(figsize=(6.4, 4.2), layout="constrained"), []
+    axes = figure.subplots()
+    for name, some in curves.items():
+        length = min(map(len, some)) // WINDOW
+        means = [[part.mean().item() for part in theta_loss[: length * WINDOW].split(WINDOW)] for theta_loss in some]
+        x = [WINDOW * (i + 1) for i in range(length)]
+        low, middle, high = zip(*((min(v), sum(v) / len(v), max(v)) for v in zip(*means, strict=True)), strict=True)
+        (line,) = axes.plot(x, middle, label=f"{name} ({len(some)} seeds)" if len(some) > 1 else name)
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.25, lw=0)
+        lines.append(f"{name}: theta loss {middle[-1]:.1f} ({low[-1]:.1f} to {high[-1]:.1f}, {len(some)} seeds) at {x[-1]}")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("theta loss, nats per image")
+    axes.set_title(f"means over {WINDOW} iterations; line: mean over seeds, band: their range", fontsize=9)
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    path = util.SAVE / "theta_loss.pdf"
+    save_figure(path, figure)
+    return path, lines
+
+
+# ------------------------------------------------------------------ the report
 
 
 def main(mode, name_missing=False):

@@ -7,9 +7,9 @@ import shlex
 import time
 import urllib.parse
 
-import checkpoints
-import report
 import util
+from results import report
+from runs import checkpoints
 from util import UserError
 
 KINDS = ["losses", "primitives", "prior", "reconstructions", "alphabets", "images"]
@@ -75,7 +75,7 @@ def get_newest(name, kind, suffix):
 
 def describe(name):
     """The columns that a run's checkpoint tells, name -> (text, sort key)"""
-    latest = util.get_checkpoint_path(name)
+    latest = checkpoints.get_path(name)
     if not latest.exists():
         return {"run": (name, name), "progress": ("its checkpoint lies elsewhere", "")}
     try:
@@ -103,7 +103,7 @@ def describe(name):
 def get_command(name):
     """The command that started a run, as far as its checkpoint tells"""
     try:
-        args = checkpoints.load(util.get_checkpoint_path(name))["args"]
+        args = checkpoints.load(checkpoints.get_path(name))["args"]
     except UserError:
         return ""
     defaults, flags = {**util.SETTINGS, "test_run": False}, []

@@ -1,0 +1,1 @@
+"""The tasks of a sweep, on this machine or on Slurm."""

@@ -1,0 +1,46 @@
+"""What must be in the environment before torch is imported; scripts import this module first.
+
+By default torch's OpenMP threads spin for milliseconds while they wait for work. Where other processes
+need the cores as well, everyone ends up waiting for everyone else, and a run can become ten times slower.
+Here they go to sleep after a few microseconds, which costs nothing measurable on an idle machine.
+
+torch and Triton keep compiled code in folders that may not be writable (in a container, say); then a temporary
+folder takes their place.
+"""
+
+import os
+import pathlib
+import sys
+import tempfile
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def _can_write(folder):
+    """Creates the folder, if need be, to find out"""
+    try:
+        folder = pathlib.Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def _choose_cache(variable, default=None):
+    """Lets the variable name a folder that can be written: the user's choice, the default, or a temporary one"""
+    chosen = os.environ.get(variable)
+    if _can_write(chosen) if chosen else default is None or _can_write(default):
+        return
+    os.environ[variable] = os.path.join(tempfile.gettempdir(), f"{variable.split('_')[0].lower()}_cache_{os.getuid()}")
+    if chosen and sys.stderr is not None:
+        message = f"warning: {variable} is {chosen}, which cannot be written; compiled code goes to {os.environ[variable]}"
+        try:
+            print(message, file=sys.stderr)
+        except (OSError, ValueError):  # nobody reads it
+            pass
+
+
+_choose_cache("TORCHINDUCTOR_CACHE_DIR")
+_choose_cache("TRITON_CACHE_DIR", default="~/.triton/cache")

@@ -1,0 +1,1 @@
+"""Reads one's own characters: programs of images, and the search for them."""

@@ -1,0 +1,1 @@
+"""Made of finished runs: pictures, figures, the overview, the report."""

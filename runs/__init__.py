@@ -1,0 +1,1 @@
+"""Keeps a run safe: checkpoints, locks, saving, learning curves."""
