@@ -5,7 +5,7 @@ and a dict of statistics (detached scalars, in nats unless stated otherwise), al
 
 RWS, VIMCO and TVO are written as their papers write them: losses of two matrices [P, B], log p(z, x) and log q(z|x) of
 the particles. What they share, drawing particles and sending gradients through the models, is `particle_objective`.
-To add one, write such a function and enter it in OBJECTIVES.
+To add one, write such a function and enter it in OBJECTIVES; util.add_hyperparameters declares settings of its own.
 """
 
 import functools
@@ -124,6 +124,14 @@ def tvo(log_p, log_q, num_partitions=5, log_beta_min=-1.09):
     theta_loss, size = -(widths * expectation).sum(0).mean(), get_effective_sample_size(log_weight)
     loss = theta_loss - (widths * (covariance - covariance.detach())).sum(0).mean()
     return loss, {"theta_loss": theta_loss, "phi_loss": theta_loss, "effective_sample_size": size}
+
+
+util.add_hyperparameters(
+    "tvo",
+    tvo,
+    num_partitions=(1, 1000, "partitions of the path from q to p"),
+    log_beta_min=(-10.0, 0.0, "log10 of the first partition's end"),
+)
 
 
 def get_effective_sample_size(log_weight):
@@ -262,6 +270,9 @@ def init_memory(num_data, memory_size=10, num_arcs=10, num_primitives=64):
         memory[repeated] = _random_codes((int(repeated.sum()), num_arcs), num_primitives, dtype)
 
 
+util.add_hyperparameters("mws", init_memory, memory_size=(1, 10**5, "latents remembered per image"))
+
+
 def find_repeated(codes):
     """Which latents of an image equal an earlier one: [N, M, A] -> [N, M]"""
     return (codes.unsqueeze(1) == codes.unsqueeze(2)).all(-1).tril(-1).any(-1)
@@ -276,14 +287,3 @@ def _random_codes(shape, num_primitives, dtype):
 # ------------------------------------------------------------------ the choices of main.py's --algorithm
 
 OBJECTIVES = {"mws": mws, "rws": rws, "vimco": vimco, "tvo": tvo, "sleep": wake_sleep}
-
-# An algorithm's own settings: name -> (default, lowest, highest, help). They reach the command line, the run's name and
-# its checkpoints from here, and the objective (or, for the memory, `init_memory`) by name.
-HYPERPARAMETERS = {
-    "mws": {"memory_size": (10, 1, 10**5, "latents remembered per image")},
-    "tvo": {
-        "num_partitions": (5, 1, 1000, "partitions of the path from q to p"),
-        "log_beta_min": (-1.09, -10.0, 0.0, "log10 of the first partition's end"),
-    },
-}
-util.add_hyperparameters(HYPERPARAMETERS)

@@ -152,7 +152,7 @@ def get_loss(run, obs_id):
     elif args.algorithm == "sleep":
         more = dict(num_dreams=losses.get_num_dreams(args.batch_size, args.num_particles))
     else:
-        more = {name: getattr(args, name) for name in losses.HYPERPARAMETERS.get(args.algorithm, {})}
+        more = {name: getattr(args, name) for name in util.HYPERPARAMETERS.get(args.algorithm, {})}
     return losses.OBJECTIVES[args.algorithm](
         run.generative_model,
         run.inference_network,
@@ -369,7 +369,7 @@ def get_parser():
     many = util.in_range(int, 1, 10**6)
     add("--batch-size", "images per step", type=many)
     add("--num-particles", "proposals per image (vimco: at least 2)", type=many)
-    for algorithm, own in losses.HYPERPARAMETERS.items():
+    for algorithm, own in util.HYPERPARAMETERS.items():
         for name, (default, low, high, help) in own.items():
             add(f"--{name.replace('_', '-')}", f"{algorithm}: {help}", type=util.in_range(type(default), low, high))
     add("--prior-lr-factor", "learning rate of the prior, relative to the others' 1e-3", type=util.in_range(float, 0))

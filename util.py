@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import errno
 import hashlib
+import inspect
 import io
 import os
 import pathlib
@@ -159,15 +160,19 @@ SETTINGS = dict(
     prior_lr_factor=1.0,
     pretrain_iterations=10000,
 )
-HYPERPARAMETERS = {}  # algorithm -> {name: (default, lowest, highest, help)}; losses.py enters them
+HYPERPARAMETERS = {}  # algorithm -> {name: (default, lowest, highest, help)}, from add_hyperparameters
 NUM_ITERATIONS = 200000  # by default; not a setting, since a run can be continued for longer
 
 
-def add_hyperparameters(hyperparameters):
-    """Enters the algorithms' own settings, {algorithm: {name: (default, lowest, highest, help)}}"""
-    HYPERPARAMETERS.update(hyperparameters)
-    for own in hyperparameters.values():
-        SETTINGS.update({name: default for name, (default, *_) in own.items()})
+def add_hyperparameters(algorithm, function, **limits):
+    """Declares an algorithm's own settings, which from here reach the command line, the run's name and its checkpoints.
+
+    Args: function: has them as keyword arguments, with their defaults; limits: name=(lowest, highest, help)
+    """
+    parameters = inspect.signature(function).parameters
+    own = {name: (parameters[name].default, *rest) for name, rest in limits.items()}
+    HYPERPARAMETERS[algorithm] = own
+    SETTINGS.update({name: default for name, (default, *_) in own.items()})
 
 
 def get_test_run_limits(likelihood):

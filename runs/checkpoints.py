@@ -12,7 +12,7 @@ import pathlib
 
 import torch
 
-import losses
+import losses  # noqa: F401  declares the algorithms' settings
 import models
 import util
 from runs.curves import get_phase
@@ -20,11 +20,6 @@ from util import SETTINGS, UserError, warn
 
 LARGEST = 1e6  # absolute value of a parameter; far beyond any seen in training
 MAX_PARAMETERS = 2**30
-RANGES = {name: limits for own in losses.HYPERPARAMETERS.values() for name, (_, *limits, _) in own.items()}
-# Arguments that older checkpoints may lack: they then had their defaults
-ADDED_LATER = ["find_characters", *(name for own in losses.HYPERPARAMETERS.values() for name in own if name != "memory_size")]
-
-
 RESULT_KEYS = {
     "args", "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
     "latents", "statistics", "run", "model_settings", "model_iteration",
@@ -80,7 +75,7 @@ def load(path, device="cpu", resumable=False):
     and statistics may be empty. Raises: UserError if it cannot be read or is not whole"""
     checkpoint = util.load_checkpoint(path, device)
     if isinstance(checkpoint["args"], dict):
-        checkpoint["args"] = {**{name: SETTINGS[name] for name in ADDED_LATER}, **checkpoint["args"]}
+        checkpoint["args"] = {**get_later_arguments(), **checkpoint["args"]}
     try:
         check(checkpoint, resumable)
     except UserError as error:
@@ -181,13 +176,20 @@ def show(value):
     return repr(value)[:40]
 
 
+def get_later_arguments():
+    """Arguments that checkpoints of older versions may lack, with their defaults, which they then had"""
+    own = {name for settings in util.HYPERPARAMETERS.values() for name in settings} - {"memory_size"}
+    return {name: SETTINGS[name] for name in ["find_characters", *own]}
+
+
 def check_args(args):
+    ranges = {name: limits for own in util.HYPERPARAMETERS.values() for name, (_, *limits, _) in own.items()}
     expect(isinstance(args, dict) and all(isinstance(key, str) for key in args), "its arguments are not a dict")
     for name, default in SETTINGS.items():
         expect(name in args, f"the argument {name} is missing")
         value = args[name]
-        if name in RANGES:
-            low, high = RANGES[name]
+        if name in ranges:
+            low, high = ranges[name]
             right = type(value) is type(default) and low <= value <= high
         elif name == "dataset_size":
             right = value is None or (is_integer(value) and value > 0)

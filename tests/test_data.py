@@ -185,6 +185,24 @@ def test_own_images(tmp_path, invert):
         data.load(str(tmp_path / "all"))
 
 
+def test_photographs_are_searched_for_characters(tmp_path):
+    """Two characters on each page, under uneven light; a page that cannot be read is left out with a warning"""
+    for alphabet in ["a", "b"]:
+        (tmp_path / alphabet).mkdir()
+        for page in range(4):
+            grey = np.full((200, 300), 200.0) - np.linspace(0, 60, 300)
+            grey[50:150, 60:70] -= 90
+            grey[50:60, 200:260] -= 90
+            grey[50:150, 225:235] -= 90
+            imageio.imwrite(tmp_path / alphabet / f"{page}.png", grey.astype(np.uint8))
+    (tmp_path / "a" / "broken.png").write_bytes(b"no image")
+    dataset = data.load(str(tmp_path), find_characters=True)
+    assert len(dataset.train.obs) + len(dataset.valid.obs) + len(dataset.test.obs) == 16
+    assert dataset.num_alphabets == 2 and dataset.train.obs.sum((1, 2)).min() > 20
+    with pytest.raises(UserError, match="--find-characters is for a folder"):
+        data.load("glyphs", find_characters=True)
+
+
 def test_arrays(tmp_path):
     images = (np.random.RandomState(0).rand(12, 28, 28) < 0.2).astype(np.float32)
     np.save(tmp_path / "a.npy", images)

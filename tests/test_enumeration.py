@@ -124,6 +124,47 @@ def test_vimco_gradient(num_particles):
     )
 
 
+def exact_tvo(log_p, log_q, beta):
+    """The left Riemann sum of E[log w] under p^beta q^(1 - beta) over all latents, differentiable: [8, B] each -> scalar"""
+    total = 0
+    for left, right in itertools.pairwise(beta):
+        path = (left * log_p + (1 - left) * log_q).softmax(0)
+        total = total + (right - left) * (path * (log_p - log_q)).sum(0)
+    return total.mean()
+
+
+def test_tvo_value_and_gradient():
+    model, network, obs = get_tiny()
+    ids = torch.arange(NUM_IMAGES)
+    log_p, log_q = get_exact(model, network, obs, ids)
+    beta = [0, *torch.logspace(-1, 0, 4).tolist()]
+    parameters, exact = get_parameters(model, network), exact_tvo(log_p, log_q, beta)
+    gradients = torch.autograd.grad(-exact, parameters.values(), allow_unused=True, retain_graph=True)
+
+    def get_loss(num_particles=4000):
+        return losses.tvo(model, network, obs, num_particles, obs_id=ids, num_partitions=4, log_beta_min=-1.0)[0]
+
+    assert_expected_gradient(parameters, gradients, get_loss, power=0.5)
+    values = torch.stack([get_loss().detach() for _ in range(NUM_BATCHES)])
+    assert abs(values.mean() + exact) < 4 * values.std() / NUM_BATCHES**0.5 + 1e-3
+    # Between the evidence lower bound, which is the case of one partition, and log p(x), which finer ones approach.
+    log_px = log_p.logsumexp(0).mean()
+    elbo, fine = exact_tvo(log_p, log_q, [0, 1]), exact_tvo(log_p, log_q, torch.linspace(0, 1, 2000).tolist())
+    assert elbo < exact < log_px and log_px - 0.05 < fine < log_px
+    scores = [x.detach()[torch.tensor([0, 3, 3, 5])] for x in (log_p, log_q)]
+    one_partition = losses.tvo.__wrapped__(*scores, num_partitions=1)[1]["theta_loss"]
+    torch.testing.assert_close(one_partition, -(scores[0] - scores[1]).mean())
+
+
+def test_effective_sample_size():
+    weight = torch.tensor([[1.0, 1], [0, 1], [0, 2]])
+    assert losses.get_effective_sample_size(weight.log()) == pytest.approx((1 + 16 / 6) / 2)
+    model, network, obs = get_tiny()
+    for objective in (losses.rws, losses.vimco, losses.tvo):
+        _, statistics = objective(model, network, obs, 5, obs_id=torch.arange(NUM_IMAGES))
+        assert 1 <= statistics["effective_sample_size"] <= 5
+
+
 def test_sleep_gradient():
     # Strokes so black and sharp that a latent has one image: then p(x|z) is a sum of one term.
     model, network, _ = get_tiny(lookup=False)

@@ -16,9 +16,12 @@ import torch
 from test_data import make_mat
 from test_util import cut, put_code, small_disk
 
+import diagnostics
+import losses
 import main
 import rendering
 import util
+from runs import checkpoints
 from util import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -195,6 +198,47 @@ def test_a_compiled_run_goes_on_with_the_same_bits(folder, monkeypatch):
     finally:
         rendering.set_compile(False)
     assert_same(load_latest(), expected)
+
+
+def test_an_algorithm_is_added_by_a_function_and_an_entry(folder, monkeypatch, capfd):
+    """Its hyperparameter reaches the command line, the run's name and its checkpoint, and its statistics are recorded"""
+
+    @losses.particle_objective
+    def elbo(log_p, log_q, weight=1.0):
+        loss = -(log_p - log_q).mean() * weight
+        return loss, {"theta_loss": loss, "phi_loss": loss, "spread": (log_p - log_q).std()}
+
+    monkeypatch.setitem(losses.OBJECTIVES, "elbo", elbo)
+    util.add_hyperparameters("elbo", elbo, weight=(0.0, 9.0, "of the bound"))
+    try:
+        run(*SHORT, "--data-location", "data.mat", "--algorithm", "elbo", "--weight", "2.5")
+        path = get_run_folder()
+        assert "elbo" in path.name and "weight=2.5" in path.name
+        latest = load_latest()
+        assert latest["args"]["weight"] == latest["settings"]["weight"] == 2.5
+        assert len(latest["statistics"]["spread"]) == latest["iteration"]
+        with open(path / "losses.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert all(row["spread"] for row in rows if row["phase"] == "train")
+        assert "spread=" in capfd.readouterr().err
+        assert diagnostics.main(["--checkpoint-path", str(path), "--loss-only"]) == 0 and (path / "losses.pdf").exists()
+    finally:
+        del util.HYPERPARAMETERS["elbo"], util.SETTINGS["weight"]
+
+
+def test_statistics_that_an_older_version_did_not_record(folder):
+    """A run of it resumes; its new curve begins late"""
+    run(*SHORT, "--data-location", "data.mat", "--algorithm", "rws", "--num-iterations", "4")
+    path = get_run_folder() / "checkpoints/latest.pt"
+    older = torch.load(path)
+    del older["statistics"]["effective_sample_size"], older["args"]["find_characters"], older["settings"]["find_characters"]
+    torch.save(older, path)
+    run(*SHORT, "--data-location", "data.mat", "--algorithm", "rws", "--num-iterations", "6")
+    size = checkpoints.load(path, resumable=True)["statistics"]["effective_sample_size"]
+    assert size[:4].isnan().all() and size[4:].isfinite().all() and len(size) == 6
+    lines = (get_run_folder() / "losses.csv").read_text().splitlines()
+    assert lines[0] == "phase,iteration,theta_loss,phi_loss,effective_sample_size"
+    assert lines[-3].endswith(",") and not lines[-1].endswith(",")
 
 
 def test_a_complete_run_is_not_repeated(folder):

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 
 import losses
+import main
 import models
 import rendering
 import scoring
@@ -119,6 +121,39 @@ def test_likelihood_is_a_distribution_over_images():
     images = torch.cartesian_prod(*[torch.tensor([0.0, 1])] * 6).view(-1, 2, 3)
     total = sum(model.log_likelihood(latent, image.expand(3, 2, 3)).exp() for image in images)
     torch.testing.assert_close(total, torch.ones(1, 3))
+
+
+def test_translation_shifts_whole_pixels():
+    """The mixture over shifts, written as rolls of the drawing"""
+    model = models.GenerativeModel(likelihood="translation")
+    assert not any(name == "theta_affine" for name, _ in model.named_parameters())
+    latent, obs = model.sample(5)
+    probs = F.pad(model.get_logits(latent).sigmoid(), (3, 3, 3, 3))  # [5, 34, 34]
+    eps = torch.finfo(torch.float32).eps
+    by_shift = [probs[:, r : r + 28, c : c + 28].clamp(eps, 1 - eps) for r in range(7) for c in range(7)]
+    scores = [torch.where(obs == 1, q.log(), (1 - q).log()).sum((1, 2)) for q in by_shift]
+    expected = torch.stack(scores).logsumexp(0) - math.log(49)
+    torch.testing.assert_close(model.log_likelihood(latent.unsqueeze(0), obs)[0], expected, atol=2e-3, rtol=0)
+
+
+def test_a_likelihood_is_added_by_a_class_and_an_entry(monkeypatch):
+    class Constant(models.Bernoulli):
+        def __init__(self, ink):
+            self.ink = ink
+
+        @staticmethod
+        def init():
+            return {"ink": torch.nn.Parameter(torch.tensor(0.0))}
+
+        def log_prob(self, logits, obs):
+            return super().log_prob(logits * 0 + self.ink, obs)
+
+    monkeypatch.setitem(models.LIKELIHOODS, "constant", Constant)
+    args = main.parse_args(["--likelihood", "constant", "--test-run"])
+    model, _ = models.build(args, 0)
+    latent, obs = model.sample(2)
+    torch.testing.assert_close(sum(model.log_prob(latent.unsqueeze(0), obs)[1:]), torch.full((1, 2), -784 * math.log(2)))
+    assert "ink" in model.state_dict() and "ink" in dict(model.named_parameters())
 
 
 def test_alphabets_change_what_is_drawn():
