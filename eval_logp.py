@@ -1,12 +1,15 @@
 """Estimates log p of images under a trained generative model, and reports all estimates.
 
-    python eval_logp.py --checkpoint-path save/mws_20/checkpoints/latest.pt --algorithm rws
+    python eval_logp.py --checkpoint-path mws_20 --algorithm own --num-data 500    # a minute
+    python eval_logp.py --checkpoint-path mws_20 --algorithm rws                    # hours: the paper's procedure
+    python eval_logp.py --checkpoint-path mws_20 --algorithm own --every-checkpoint # in the course of training
     python eval_logp.py --report
 
-The generative model stays fixed. A fresh inference network is trained for the evaluated
-images, and proposes the particles of the importance-weighted bound
-log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016). The value goes to
-save/<path_base>/logp/<mode>_<algorithm>.pt. If stopped, the same command resumes.
+The generative model stays fixed. The model's own inference network (own), or a new one that is trained for the
+evaluated images (sleep, rws, vimco), proposes the particles of the importance-weighted bound
+log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016). The sum of p(z, x) over the distinct programs
+that were seen, which include the memory of MWS, is a guaranteed lower bound. Results go to
+save/<path_base>/logp/<mode>_<algorithm>.pt. If stopped, rerun the same command to resume.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
@@ -27,6 +30,7 @@ import util
 from fast import gpu
 from fast.cuda_graph import ReplayedStep
 from main import get_adam, load_optimizer, update
+from reading import programs
 from results import report
 from runs import checkpoints, locks
 from runs.curves import append_statistics, check_finite
@@ -38,6 +42,7 @@ STATE_KEYS = {"settings", "network", "optimizer", "table", "iteration", "statist
 SETTINGS = "mode algorithm num_particles num_iterations batch_size lstm_hidden_size test_batch_size".split()
 SETTINGS += ["test_num_particles", "seed"]  # what a result depends on besides the model and the images
 LEARNING_RATE = 1e-3
+MANY_MILESTONES = 15  # of a run
 MANY_LATENTS = 300_000  # to be scored in an evaluation, for compiling to pay off
 
 # ------------------------------------------------------------------ the state of an evaluation
@@ -46,14 +51,17 @@ MANY_LATENTS = 300_000  # to be scored in an evaluation, for compiling to pay of
 class Evaluation:
     """A trained generative model, the images, and everything a checkpoint of an evaluation holds."""
 
-    def __init__(self, args, checkpoint, images, num_alphabets, device):
+    def __init__(self, args, checkpoint, images, num_alphabets, device, memory=None):
         util.set_seed(args.seed, device)
         self.args, self.device = args, device
         self.obs = images.obs.to(device)
         self.alphabet = images.alphabet.to(device) if num_alphabets else None
-        self.generative_model, _ = models.from_checkpoint(checkpoint, device)
-        self.generative_model.requires_grad_(False)
-        self.network = build_network(args, checkpoint["args"], len(self.obs), num_alphabets).to(device)
+        self.memory = memory  # packed programs of the images, or None: [N, M, A]
+        self.generative_model, own_network = models.from_checkpoint(checkpoint, device)
+        if args.algorithm == "own":
+            self.network = own_network
+        else:
+            self.network = build_network(args, checkpoint["args"], len(self.obs), num_alphabets).to(device)
         self.optimizer = get_adam(self.network.parameters(), device, LEARNING_RATE)
         self.table = ScoreTable(self.generative_model.num_arcs, device)
         self.iteration = 0
@@ -88,7 +96,7 @@ class Evaluation:
         return dict(
             obs=self.obs[obs_id],
             alphabet=None if self.alphabet is None else self.alphabet[obs_id],
-            obs_id=None if self.args.algorithm == "sleep" else obs_id,
+            obs_id=None if self.args.algorithm in ("own", "sleep") else obs_id,
         )
 
 
@@ -155,6 +163,22 @@ def estimate_step(evaluation):
     evaluation.log_p = torch.cat([evaluation.log_p, scoring.log_mean_weight(log_weight)])
 
 
+@torch.no_grad()
+def enumerate_more(evaluation):
+    """Lets programs that the network need not propose join the guaranteed bound: those of the memory and, with --search,
+    those that the search finds"""
+    args, networks = evaluation.args, (evaluation.generative_model, evaluation.network)
+    for ids in torch.arange(len(evaluation.obs), device=evaluation.device).split(programs.BATCH_SIZE):
+        obs, alphabet = evaluation.obs[ids], None if evaluation.alphabet is None else evaluation.alphabet[ids]
+        found = []
+        if evaluation.memory is not None:
+            found.append(models.unpack(evaluation.memory[ids]).transpose(0, 1))  # [M, B, A, 2]
+        if args.search:
+            found.append(programs.find_programs(*networks, obs, alphabet=alphabet).latent)  # [K, B, A, 2]
+        for latent in found:
+            evaluation.table.score(ids, evaluation.generative_model, latent, obs, alphabet)
+
+
 def run(evaluation, settings, path, stop):
     """Trains the network, then estimates log p, until done or until a signal arrives. Returns: whether it is done"""
     args, num_images, step = evaluation.args, len(evaluation.obs), get_step(evaluation)
@@ -190,41 +214,86 @@ def show(evaluation, bar, done):
 
 
 def evaluate(args):
-    """Runs one evaluation, from where it was stopped. Returns: the exit status"""
-    device = util.get_device(args.cuda)
+    """Evaluates a checkpoint. Returns: the exit status"""
     checkpoint_path = checkpoints.find(args.checkpoint_path)
-    checkpoint = checkpoints.load(checkpoint_path, device)
-    images, num_alphabets = load_images(args, checkpoint)
-    settings = get_settings(args, checkpoint, images)
+    checkpoint = checkpoints.load(checkpoint_path, util.get_device(args.cuda))
     name = checkpoints.get_run_name(checkpoint_path, checkpoint["args"])
-    folder = util.SAVE / name / "logp"
-    path, state_path = (parent / f"{args.mode}_{args.algorithm}.pt" for parent in (folder, folder / "checkpoints"))
+    path = util.SAVE / name / "logp" / f"{args.mode}_{args.algorithm}.pt"
+    with StopSignal() as stop:
+        status = evaluate_checkpoint(args, checkpoint, name, path, stop)
+    if status == 0:
+        print("next, for a table: python eval_logp.py --report")
+    return status
+
+
+def evaluate_every_checkpoint(args):
+    """Evaluates a run's milestones and its latest checkpoint; those that are damaged are left out, with a warning. Writes a
+    CSV and a figure. Returns: the exit status"""
+    latest = checkpoints.find(args.checkpoint_path)
+    name = checkpoints.get_run_name(latest, checkpoints.load(latest)["args"])
+    folder, load_data = report.get_milestones_folder(name, args.mode), functools.cache(data.load)
+    with StopSignal() as stop:
+        for path in checkpoints.get_milestones(latest):
+            try:
+                checkpoint = checkpoints.load(path, util.get_device(args.cuda))
+            except UserError as error:
+                util.warn(f"{error}; left out")
+                continue
+            status = evaluate_checkpoint(args, checkpoint, name, folder / f"{checkpoint['iteration']}.pt", stop, load_data)
+            if status != 0:
+                return status
+    print("\n".join(report.write_milestones(name, args.mode)))
+    return 0
+
+
+def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load):
+    """Runs one evaluation, from where it was stopped, and writes its result. Returns: the exit status"""
+    device = util.get_device(args.cuda)
+    images, memory = load_images(args, checkpoint, load_data)
+    settings = get_settings(args, checkpoint, images)
+    state_path = path.parent / "checkpoints" / path.name
     what = f"{name} is being evaluated by {args.algorithm}"
-    with StopSignal() as stop, locks.lock(folder / f".{path.stem}.lock", what, stop):
+    with locks.lock(path.parent / f".{path.stem}.lock", what, stop):
         if not args.force and is_complete(path, settings):
             print(f"{path} is complete: {report.describe(path)}; --force repeats it")
             return 0
-        evaluation = Evaluation(args, checkpoint, images, num_alphabets, device)
+        evaluation = Evaluation(args, checkpoint, images, checkpoint["num_alphabets"], device, memory)
         if state_path.exists() and load_state(state_path, evaluation, settings, args.force):
             print(f"resuming at iteration {evaluation.iteration} of the evaluation of {name}")
         rendering.set_compile(args.compile, device)
         if not run(evaluation, settings, state_path, stop):
             print(
                 f"stopped by {signal.Signals(stop.received).name} at iteration {evaluation.iteration},"
-                f" saved {state_path}; the same command resumes there"
+                f" saved {state_path}; rerun the same command to resume"
             )
             return 128 + stop.received
+        enumerate_more(evaluation)
         util.save_checkpoint(path, get_result(evaluation, settings, name, checkpoint))
         state_path.unlink(missing_ok=True)
-    print(f"{report.describe(path)}: {path}; next, for a table: python eval_logp.py --report")
+    print(f"{report.describe(path)}: {path}")
     return 0
 
 
-def load_images(args, checkpoint):
-    """Loads the images to evaluate, a data.Split, and the number of alphabets (0 if the model is unconditional).
-    Raises: UserError if they do not fit the model"""
-    dataset = data.load_for_model(checkpoint, args.data_location)
-    return getattr(dataset, args.mode).select(slice(args.num_data)), checkpoint["num_alphabets"]
+def load_images(args, checkpoint, load_data=data.load):
+    """Loads the images to evaluate, and what the model remembers of them.
+
+    Args: load_data: data.load, or a cached version of it
+    Returns: data.Split; the memory's rows of these images, [N, M, A], or None if they are not its training images
+    Raises: UserError if they do not fit the model
+    """
+    dataset = data.load_for_model(checkpoint, args.data_location, load_data)
+    if args.mode == "unseen" and checkpoint["args"]["small_dataset"]:  # whose test images are its training images
+        location = args.data_location or checkpoint["args"]["data_location"]
+        split = load_data(location, False, None, checkpoint["args"]["find_characters"]).test
+    else:
+        split = getattr(dataset, "test" if args.mode == "unseen" else args.mode)
+    num_data = min(args.num_data, len(split.obs))
+    ids = torch.arange(num_data)
+    if args.images == "spread":
+        ids = torch.linspace(0, len(split.obs) - 1, num_data).round().long()
+    memory, images = checkpoint["memory"], split.select(ids)
+    known = checkpoint["settings"]["data"] == data.get_fingerprint(dataset.train) == data.get_fingerprint(split)
+    return images, memory[ids.to(memory.device)] if memory is not None and known else None
 
 
 def get_settings(args, checkpoint, images):
@@ -236,6 +305,7 @@ def get_settings(args, checkpoint, images):
         **{name: getattr(args, name) for name in SETTINGS},
         "model": f"{digest.hexdigest()[:12]} at iteration {checkpoint['iteration']}",
         "images": f"{data.get_fingerprint(images)} ({len(images.obs)})",
+        **({"search": True} if args.search else {}),
     }
 
 
@@ -330,7 +400,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.report:
         return report.main(args.mode, args.all)
-    return evaluate(args)
+    return evaluate_every_checkpoint(args) if args.every_checkpoint else evaluate(args)
 
 
 def get_parser():
@@ -341,16 +411,22 @@ def get_parser():
     add("--all", "also list the paper's models that have not been evaluated", action="store_true")
     parser.start_group("evaluation")
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one")
-    add("--algorithm", "algorithm that trains the new inference network", choices=report.ALGORITHMS, default="sleep")
-    add("--mode", "evaluate test or training images", choices=["test", "train"], default="test")
+    algorithm = "algorithm that trains a new inference network, or own: the model's own network, not trained any further"
+    add("--algorithm", algorithm, choices=[*report.ALGORITHMS, "own"], default="sleep")
+    mode = "which images: test (with --small-dataset the training images), train, or unseen (always the data's test part)"
+    add("--mode", mode, choices=["test", "train", "unseen"], default="test")
+    add("--images", "the first --num-data images, or evenly spread ones", choices=["first", "spread"], default="first")
+    add("--every-checkpoint", "evaluate each of a run's milestones; writes a CSV and a figure (own)", action="store_true")
+    add("--search", "let programs found by search join the guaranteed bound", action="store_true")
     add("--data-location", "as for main.py (default: where the model was trained)", default=None)
     add("--num-data", "number of images", type=positive, default=50)
     add("--num-particles", "particles per image in training", type=positive, default=100)
     add("--num-iterations", "iterations of training", type=util.in_range(int, 0), default=20000)
     add("--batch-size", "images per step of training", type=positive, default=50)
     add("--lstm-hidden-size", "hidden units of the new network's LSTM", type=positive, default=128)
-    add("--test-batch-size", "images per step of the estimate", type=positive, default=1)
-    add("--test-num-particles", "particles per image in the estimate", type=positive, default=5000)
+    add("--test-batch-size", "images per step of the estimate (default: 1, own: 10)", type=positive, default=None)
+    particles = "particles per image in the estimate (default: 5000, own: 1000)"
+    add("--test-num-particles", particles, type=positive, default=None)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--force", "repeat an evaluation that is complete, or replace one with other settings", action="store_true")
     parser.start_group("running")
@@ -370,11 +446,21 @@ def parse_args(argv=None):
     args = get_parser().parse_args(argv)
     if not args.report and args.checkpoint_path is None:
         raise UserError("give --checkpoint-path, the model to evaluate, or --report")
+    own = args.algorithm == "own"
+    if args.every_checkpoint and not own:
+        raise UserError("--every-checkpoint is for --algorithm own; the others would take hours per checkpoint")
+    if own:
+        args.num_iterations = 0
+    if args.test_batch_size is None:
+        args.test_batch_size = 10 if own else 1
+    if args.test_num_particles is None:
+        args.test_num_particles = 1000 if own else 5000
     if args.algorithm == "vimco" and args.num_particles < 2:
         raise UserError("--algorithm vimco needs --num-particles of at least 2")
     if args.compile is None:
         trained = args.num_iterations * min(args.batch_size, args.num_data) * args.num_particles
-        args.compile = trained + args.num_data * args.test_num_particles >= MANY_LATENTS
+        estimated = args.num_data * args.test_num_particles * (MANY_MILESTONES if args.every_checkpoint else 1)
+        args.compile = trained + estimated >= MANY_LATENTS
     return args
 
 

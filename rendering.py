@@ -412,6 +412,8 @@ def affine_log_prob_by_map(logits, obs, maps):
 def set_compile(enabled, device="cpu"):
     """Turns compilation of the kernels on or off, for all batch sizes at once: on a CPU with
     torch.compile, on a GPU with Triton. If it fails (without a C++ compiler, say), warns in one line."""
+    if enabled and compiled and not gpu.is_gpu(device):
+        return
     compiled.clear()
     gpu.set_kernels(enabled and gpu.is_gpu(device))
     if not enabled:

@@ -215,9 +215,8 @@ def cancel(args):
 
 
 def plot(args):
-    """Draws the theta losses of the chosen runs into one figure"""
-    path, lines = report.draw_comparison(get_runs(args))
-    print("\n".join([*lines, str(path)]))
+    """Draws log p of the chosen runs in the course of training into one figure"""
+    print("\n".join(report.compare_milestones(get_runs(args))))
     return 0
 
 
@@ -292,7 +291,7 @@ def get_parser():
     parser.start_group("what to do (default: run them here)")
     add("--cluster", "submit them to Slurm; evaluations start when their training in the queue is complete", action=boolean)
     add("--status", "print each task's progress, job and log", action=boolean)
-    add("--plot", "draw the theta losses into save/theta_loss.pdf, with their range over seeds", action=boolean)
+    add("--plot", "draw log p against iterations, from eval_logp.py --every-checkpoint, with the range over seeds", action=boolean)
     add("--cancel", "cancel the jobs of these runs (with --eval-logp only their evaluations)", action=boolean)
     add("--rm", "delete these runs, after asking (with --eval-logp only their evaluations)", action=boolean)
     add("--yes", "do not ask", action=boolean)

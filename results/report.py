@@ -17,14 +17,14 @@ from runs import checkpoints
 from util import UserError, warn
 
 ALGORITHMS = ["sleep", "rws", "vimco"]  # that train an evaluation's network
-ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
+ESTIMATES = [*ALGORITHMS, "own", "best", "enumeration bound"]
 # Names of the runs of section 4.2
 PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)]
 PAPER_MODELS += ["a_mws_40_large"]
 
-COMPARED = ["mode", "model", "images", "num_particles", "num_iterations", "batch_size", "test_num_particles"]
+SAME = ["mode", "model", "images"]  # in a row of the report; evaluations by training also agree in the effort:
+EFFORT = ["num_particles", "num_iterations", "batch_size", "test_num_particles"]
 
-WINDOW = 100  # iterations averaged for each point
 
 # ------------------------------------------------------------------ reading
 
@@ -53,7 +53,7 @@ def describe(path):
 def read_run(folder, mode):
     """Reads the evaluations of one run, or returns None; warns about each that is damaged or left out"""
     results = {}
-    for algorithm in ALGORITHMS:
+    for algorithm in [*ALGORITHMS, "own"]:
         path = folder / "logp" / f"{mode}_{algorithm}.pt"
         try:
             if path.exists():
@@ -71,33 +71,59 @@ def read_run(folder, mode):
     estimates["best"] = max(estimates.values())
     bound = get_joint_bound(results.values())
     estimates["enumeration bound"] = bound.mean().item(), get_standard_error(bound.tolist())
-    settings = newest["settings"]
-    work = f"{len(newest['log_p_by_image'])} images, {settings['num_iterations']} iterations, {settings['num_particles']} and"
-    work += f" {settings['test_num_particles']} particles"
-    seen = mode == "train" or bool(newest["model_settings"].get("small_dataset"))
-    return Run(folder.name, newest["model_settings"], newest["model_iteration"], estimates, work, seen)
+    return Run(
+        folder.name, newest["model_settings"], newest["model_iteration"], estimates, describe_work(results), is_seen(newest)
+    )  # fmt: skip
+
+
+def is_seen(result):
+    """Whether the model was trained on the images of an evaluation"""
+    mode = result["settings"]["mode"]
+    return mode == "train" or (mode == "test" and bool(result["model_settings"].get("small_dataset")))
+
+
+def describe_work(results):
+    """The evaluations' images, particles and iterations, in words. Args: results: algorithm -> result"""
+    work = [f"{len(next(iter(results.values()))['log_p_by_image'])} images"]
+    trained = [result["settings"] for algorithm, result in results.items() if algorithm != "own"]
+    if trained:
+        of_training = "{num_iterations} iterations, {num_particles} and {test_num_particles} particles"
+        work.append(of_training.format(**trained[0]))
+    if "own" in results:
+        work.append("own network {test_num_particles} particles".format(**results["own"]["settings"]))
+    return ", ".join(work)
 
 
 def choose_comparable(results):
-    """Chooses the evaluations of a run (algorithm -> result) that may share a row: of the same model, images and
-    settings. Of several such groups, takes that of the latest model, then of the most images, particles and iterations.
-    """
+    """Chooses the evaluations of a run (algorithm -> result) that may share a row: of the same model and images and, for
+    those that train a network, with the same effort. Of several such groups, takes that of the latest model, then of the
+    most images, particles and iterations."""
     groups = collections.defaultdict(dict)
     for algorithm, result in results.items():
-        groups[str([result["settings"][name] for name in COMPARED])][algorithm] = result
+        if algorithm != "own":
+            groups[str([result["settings"][name] for name in SAME + EFFORT])][algorithm] = result
+    for group in groups.values():
+        if "own" in results and is_same(results["own"], next(iter(group.values())), SAME):
+            group["own"] = results["own"]
+    if "own" in results and not any("own" in group for group in groups.values()):
+        groups["own"] = {"own": results["own"]}
 
     def get_rank(group):
         result = next(iter(group.values()))
         settings = result["settings"]
-        work = [settings[name] for name in ("test_num_particles", "num_particles", "num_iterations")]
+        work = [settings[name] for name in ("num_iterations", "test_num_particles", "num_particles")]
         return [result["model_iteration"], len(result["log_p_by_image"]), *work, len(group)]
 
     return max(groups.values(), key=get_rank)
 
 
+def is_same(one, other, names):
+    return all(one["settings"][name] == other["settings"][name] for name in names)
+
+
 def describe_differences(settings, shown):
     """Describes in words how an omitted evaluation differs from those shown"""
-    names = [name for name in COMPARED if settings[name] != shown[name]]
+    names = [name for name in SAME + EFFORT if settings[name] != shown[name]]
     return ", ".join(f"{name.replace('_', '-')} is {settings[name]}, not {shown[name]}" for name in names)
 
 
@@ -124,6 +150,15 @@ def get_standard_error(values):
 def get_name(run_name):
     """A run's name without its seed: that of the row it shares with other seeds"""
     return re.sub(r"_seed=\d+", "", run_name)
+
+
+def describe_model(settings, name):
+    """A model in words, for legends: the algorithm, whether it is conditional, and the settings in its run's name that are
+    not the number of latents"""
+    words = settings["algorithm"].upper() if settings["algorithm"] != "sleep" else "sleep"
+    words += ", conditional on the alphabet" if settings.get("condition_on_alphabet") else ""
+    more = [part.replace("=", " ").replace("-", " ") for part in get_name(name).split("_") if "=" in part]
+    return ", ".join([words, *["all characters"] * ("_large" in name and "dataset-size" not in name), *more])
 
 
 def get_num_latents(run):
@@ -162,6 +197,7 @@ def get_row(name, runs):
         "seeds": len(runs),
         "images": "training" if runs[0].seen else "unseen",
         "evaluated with": runs[0].work,
+        "in words": describe_model(runs[0].settings, name),
     }
     for estimate in ESTIMATES:
         found = [run.estimates[estimate] for run in runs if estimate in run.estimates]
@@ -221,12 +257,12 @@ def draw_panel(axes, rows):
     lines = collections.defaultdict(list)
     for row in rows:
         lines[re.sub(rf"_{row['particles']}(?=_|$)", "", row["model"], count=1)].append(row)
-    for i, (label, line) in enumerate(lines.items()):
+    for i, line in enumerate(lines.values()):
+        label = "\n".join(textwrap.wrap(line[0]["in words"], 60))
         line = sorted(line, key=lambda row: row["particles"])
         errors = [row["best s.e. over seeds"] or row["best s.e. over images"] or 0 for row in line]
         # lines are offset slightly, so that their error bars do not overlap
         x, y = [row["particles"] * 1.02 ** (i - len(lines) / 2) for row in line], [row["best"] for row in line]
-        label = "\n".join(textwrap.wrap(label, 60))
         axes.errorbar(x, y, errors, marker="o", capsize=3, lw=1.2, elinewidth=0.8, label=label)
     ticks = sorted({row["particles"] for row in rows})
     axes.set_xscale("log")
@@ -244,48 +280,137 @@ def save_figure(path, figure):
     util.write(path, file.getvalue())
 
 
-# ------------------------------------------------------------------ learning curves of a sweep
+# ------------------------------------------------------------------ log p in the course of training
 
 
-def get_curves(models):
-    """Theta losses of runs, by model: name -> a tensor [iterations] per seed"""
-    curves = collections.defaultdict(list)
-    for model in models:
+def get_milestones_folder(name, mode):
+    """Where the evaluations of a run's milestones lie"""
+    return util.SAVE / name / "logp" / f"{mode}_every_checkpoint"
+
+
+def read_milestones(name, mode):
+    """The evaluations of a run's milestones that share images and effort with the newest, in order of their iterations;
+    warns about those that are damaged or left out"""
+    results = []
+    for path in get_milestones_folder(name, mode).glob("*.pt"):
         try:
-            checkpoint = checkpoints.load(checkpoints.get_path(model))
+            results.append(checkpoints.load_result(path))
         except UserError as error:
-            warn(f"{error}; left out of the figure")
-            continue
-        theta_loss = checkpoint["statistics"].get("theta_loss", [])
-        if len(theta_loss) >= WINDOW:
-            curves[get_name(model)].append(theta_loss)
-    return curves
+            warn(f"{error}; left out")
+    results.sort(key=lambda result: result["model_iteration"])
+    same = [result for result in results if is_same(result, results[-1], ["mode", "images", *EFFORT])]
+    if len(same) < len(results):
+        warn(f"{name}: {len(results) - len(same)} evaluations of other images or particles are left out; --force repeats them")
+    return same
 
 
-def draw_comparison(models):
-    """Writes save/theta_loss.pdf. Returns: its path, and a line of text per model: mean and range over seeds of the last
-    WINDOW iterations. Raises: UserError if no run has that many"""
-    curves = get_curves(models)
-    if not curves:
-        raise UserError(f"none of these runs has {WINDOW} iterations yet")
-    figure, lines = matplotlib.figure.Figure(figsize=(6.4, 4.2), layout="constrained"), []
+def get_milestone_row(name, result):
+    """CSV columns"""
+    bound = result["enumeration_bound_by_image"]
+    return {
+        "model": name,
+        "iteration": result["model_iteration"],
+        "images": "training" if is_seen(result) else "unseen",
+        "number of images": len(bound),
+        "particles": result["settings"]["test_num_particles"],
+        "log p": result["log_p"],
+        "log p s.e. over images": result["standard_error"],
+        "enumeration bound": result["enumeration_bound"],
+    }
+
+
+def write_milestones(name, mode):
+    """Writes a CSV and a figure of log p against iterations. Returns: lines of text that say what and where"""
+    results = read_milestones(name, mode)
+    path = util.SAVE / name / "logp" / f"{mode}_every_checkpoint.csv"
+    write_csv(path, [get_milestone_row(name, result) for result in results])
+    lines = draw_milestones({name: results}, path.with_suffix(".pdf"))
+    return [*lines, f"{path}, {path.with_suffix('.pdf')}"]
+
+
+def compare_milestones(names):
+    """Writes log p against iterations of some runs, which evaluated every checkpoint on the same kind of images, into
+    save/logp_by_iteration.csv and .pdf, a line per model with the range over its seeds. Returns: lines of text.
+    Raises: UserError if there are none"""
+    runs = {}
+    for name in names:
+        found = [results for mode in ("train", "test", "unseen") if (results := read_milestones(name, mode))]
+        if found:
+            runs[name] = found
+        else:
+            command = f"python eval_logp.py --algorithm own --every-checkpoint --checkpoint-path {name}"
+            warn(f"{name} is left out: none of its checkpoints is evaluated; {command}")
+    if not runs:
+        raise UserError("none of these runs has evaluations of its checkpoints: eval_logp.py --algorithm own --every-checkpoint")
+    kinds = collections.Counter(get_kind(results[-1]) for found in runs.values() for results in found)
+    kind = kinds.most_common(1)[0][0]
+    chosen = {}
+    for name, found in runs.items():
+        right = [results for results in found if get_kind(results[-1]) == kind]
+        if right:
+            chosen[name] = right[0]
+        else:
+            warn(f"{name} is left out: its checkpoints were evaluated on other images or with other numbers of particles")
+    path = util.SAVE / "logp_by_iteration.pdf"
+    lines = draw_milestones(chosen, path)
+    rows = [get_milestone_row(name, result) for name, results in chosen.items() for result in results]
+    write_csv(path.with_suffix(".csv"), rows)
+    return [*lines, f"{path.with_suffix('.csv')}, {path}"]
+
+
+def get_kind(result):
+    """What evaluations in one figure have in common"""
+    return is_seen(result), result["settings"]["images"], result["settings"]["test_num_particles"]
+
+
+def draw_milestones(runs, path):
+    """Draws the guaranteed bound (lines) and the estimates of log p (dotted) of runs, name -> results, against iterations.
+    Returns: a line of text per model, about the last iteration that all its seeds have in common"""
+    groups, lines = collections.defaultdict(list), []
+    for name, results in runs.items():
+        groups[get_name(name)].append({result["model_iteration"]: result for result in results})
+    figure = matplotlib.figure.Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    for name, some in curves.items():
-        length = min(map(len, some)) // WINDOW
-        means = [[part.mean().item() for part in theta_loss[: length * WINDOW].split(WINDOW)] for theta_loss in some]
-        x = [WINDOW * (i + 1) for i in range(length)]
-        low, middle, high = zip(*((min(v), sum(v) / len(v), max(v)) for v in zip(*means, strict=True)), strict=True)
-        (line,) = axes.plot(x, middle, label=f"{name} ({len(some)} seeds)" if len(some) > 1 else name)
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.25, lw=0)
-        lines.append(f"{name}: theta loss {middle[-1]:.1f} ({low[-1]:.1f} to {high[-1]:.1f}, {len(some)} seeds) at {x[-1]}")
+    settings = {name: next(iter(some[0].values()))["model_settings"] for name, some in groups.items()}
+    words = describe_apart(settings)
+    for name in sorted(groups, key=get_order):
+        some = groups[name]
+        x = sorted(set.intersection(*(set(by_iteration) for by_iteration in some)))
+        label = words[name] + (f" ({len(some)} seeds)" if len(some) > 1 else "")
+        ends = []
+        for key, style in [("enumeration_bound", "-"), ("log_p", ":")]:
+            values = [[by_iteration[i][key] for by_iteration in some] for i in x]
+            middle = [sum(v) / len(v) for v in values]
+            color = axes.lines[-1].get_color() if style == ":" else None
+            (line,) = axes.plot(x, middle, style, color=color, lw=1.3, label=label if style == "-" else None)
+            if style == "-":
+                axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.25, lw=0)
+            ends.append(f"{middle[-1]:.1f} ({min(values[-1]):.1f} to {max(values[-1]):.1f})" if len(some) > 1 else f"{middle[-1]:.1f}")
+        lines.append(f"{words[name]}: log p {ends[1]}, enumeration bound {ends[0]}, {len(some)} seeds, at iteration {x[-1]}")
+    result = next(iter(next(iter(runs.values()))))
+    images = f"{len(result['log_p_by_image'])} {'training' if is_seen(result) else 'unseen'} images"
+    axes.set_title(f"{images}; lines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds", fontsize=8)
+    axes.set_xscale("log")
     axes.set_xlabel("iteration")
-    axes.set_ylabel("theta loss, nats per image")
-    axes.set_title(f"means over {WINDOW} iterations; line: mean over seeds, band: their range", fontsize=9)
+    axes.set_ylabel("log p(x), nats per image")
+    bounds = [result["enumeration_bound"] for results in runs.values() for result in results]
+    best = [result["log_p"] for results in runs.values() for result in results]
+    middle = sorted(bounds)[len(bounds) // 4]
+    axes.set_ylim(middle - 10, max(bounds + best) + 3)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
-    path = util.SAVE / "theta_loss.pdf"
     save_figure(path, figure)
-    return path, lines
+    return lines
+
+
+def describe_apart(settings):
+    """Models in words, name -> text; what all have in common is left out. Args: settings: name -> those of its training"""
+    parts = {}
+    for name, own in settings.items():
+        latents = own["num_particles"] + own["memory_size"]
+        parts[name] = [*describe_model(own, name).split(", "), f"{latents} latents"]
+    common = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
+    return {name: ", ".join([part for part in some if part not in common] or some[:1]) for name, some in parts.items()}
 
 
 # ------------------------------------------------------------------ the report

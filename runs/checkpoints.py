@@ -52,6 +52,12 @@ def find(path):
     raise UserError(f"there is no checkpoint {path}; {there}")
 
 
+def get_milestones(latest):
+    """The paths of the numbered checkpoints beside a run's latest one, in order, and of the latest itself"""
+    numbered = [path for path in pathlib.Path(latest).parent.glob("*.pt") if path.stem.isdecimal()]
+    return [*sorted(numbered, key=lambda path: int(path.stem)), *([latest] if pathlib.Path(latest).stem == "latest" else [])]
+
+
 def get_run_name(checkpoint_path, run_args):
     """The name of a checkpoint's run: that of its folder in save/. For a checkpoint from elsewhere, the one that its
     arguments (a dict) imply; where save/ holds another run of that name, with "-from-<folder>", to keep them apart"""

@@ -14,6 +14,7 @@ from test_enumeration import NUM_IMAGES, get_exact, get_latents, get_tiny
 from test_main import assert_same, folder, run_script  # noqa: F401
 from test_util import cut
 
+import data
 import eval_logp
 import main
 import models
@@ -104,11 +105,11 @@ def test_the_table_is_bounded(monkeypatch):
 # ------------------------------------------------------------------ estimates
 
 
-def get_exact_log_p(model):
+def get_exact_log_p(model, *flags):
     """log p(x) of the images that are evaluated: [N], by listing all latents"""
     checkpoint = util.load_checkpoint(checkpoints.find(model))
-    args = eval_logp.parse_args([*EVALUATE, "--checkpoint-path", model])
-    images, num_alphabets = eval_logp.load_images(args, checkpoint)
+    args = eval_logp.parse_args([*EVALUATE, "--checkpoint-path", model, *flags])
+    images, num_alphabets = eval_logp.load_images(args, checkpoint)[0], checkpoint["num_alphabets"]
     generative_model, _ = models.from_checkpoint(checkpoint)
     latent = get_latents().unsqueeze(1).expand(-1, len(images.obs), -1, -1)
     with torch.no_grad():
@@ -130,6 +131,71 @@ def test_estimates_of_an_enumerable_model(folder, algorithm, conditional):  # no
     assert (result["log_p_by_image"] < exact + 0.05).all()
     assert len(result["statistics"]["phi_loss"]) == 200
     assert algorithm == "sleep" or result["num_scored"] == 32  # 8 latents of 4 images
+
+
+@pytest.mark.parametrize("memory_size", [2, 8])
+def test_own_network_and_memory(folder, memory_size):  # noqa: F811
+    """The guaranteed bound is below log p(x), and equal to it once the memory holds all eight programs"""
+    flags = [*TRAIN, "--algorithm", "mws", "--memory-size", str(memory_size), "--num-iterations", "8"]
+    main.main(flags)
+    model = util.get_path_base(main.parse_args(flags))
+    given = "--mode train --images spread --num-data 9 --test-num-particles".split()
+    for num_particles in (1, 3000):
+        main_flags = ["--checkpoint-path", model, "--algorithm", "own", "--force", "--no-compile", *given, str(num_particles)]
+        assert eval_logp.main(main_flags) == 0
+        result, exact = load(model, "own", "train"), get_exact_log_p(model, *given, "1")
+        bound = result["enumeration_bound_by_image"]
+        assert len(bound) == 9 and (bound < exact + 1e-4).all() and result["settings"]["num_iterations"] == 0
+        if memory_size == 8:
+            torch.testing.assert_close(bound, exact, atol=1e-4, rtol=0)
+    assert result["log_p"] == pytest.approx(exact.mean().item(), abs=0.1)
+    train = data.load("data.mat").train.obs
+    images = eval_logp.load_images(eval_logp.parse_args(main_flags), checkpoints.load(checkpoints.find(model)))[0]
+    assert (images.obs == train[torch.linspace(0, len(train) - 1, 9).round().long()]).all()
+
+
+def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
+    """Each milestone once; resumed; a damaged one is left out; training and unseen images stay apart"""
+    flags = [*TRAIN, "--algorithm", "mws", "--memory-size", "2", "--num-iterations", "6", "--dataset-size", "20"]
+    main.main(flags)
+    model = util.get_path_base(main.parse_args(flags))
+    every = f"--algorithm own --every-checkpoint --no-compile --test-num-particles 20 --checkpoint-path {model}".split()
+    path = checkpoints.get_path(model, 3)
+    path.write_bytes(path.read_bytes()[:-100])
+    calls, run = [], eval_logp.run
+    monkeypatch.setattr(eval_logp, "run", lambda *args: calls.append(1) or run(*args))
+    assert eval_logp.main([*every, "--mode", "train"]) == 0
+    assert re.search(r"warning: .*/3.pt is damaged.*; left out", capsys.readouterr().err) and len(calls) == 3
+    assert eval_logp.main([*every, "--mode", "train"]) == 0 and len(calls) == 3
+    assert eval_logp.main([*every, "--mode", "unseen"]) == 0 and len(calls) == 6
+    rows = {mode: list(csv.DictReader(open(f"save/{model}/logp/{mode}_every_checkpoint.csv"))) for mode in ("train", "unseen")}
+    assert [row["iteration"] for row in rows["train"]] == ["1", "2", "6"]  # 6 is the latest, too
+    assert {row["images"] for row in rows["train"]} == {"training"} and {row["images"] for row in rows["unseen"]} == {"unseen"}
+    assert all(float(row["enumeration bound"]) <= float(row["log p"]) + 1 for row in rows["train"])
+    capsys.readouterr()
+    lines = report.compare_milestones([model, "no_run"])
+    assert "at iteration 6" in lines[0] and pathlib.Path("save/logp_by_iteration.pdf").exists()
+    assert "no_run is left out: none of its checkpoints is evaluated" in capsys.readouterr().err
+    images = {row["images"] for row in csv.DictReader(open("save/logp_by_iteration.csv"))}
+    assert len(images) == 1  # never both in one figure
+
+
+def test_unseen_images_are_not_training_images(folder, capsys):  # noqa: F811
+    flags = [*TRAIN, "--small-dataset"]
+    main.main(flags)
+    model = util.get_path_base(main.parse_args(flags))
+    for mode, more in [("test", []), ("unseen", []), ("unseen", ["--search", "--force"])]:
+        eval_logp.main(["--checkpoint-path", model, "--algorithm", "own", "--mode", mode, "--num-data", "4", "--no-compile", *more])
+    unseen, seen = load(model, "own", "unseen"), load(model, "own", "test")
+    assert unseen["settings"]["images"] != seen["settings"]["images"] and unseen["settings"]["search"]
+    torch.testing.assert_close(
+        unseen["enumeration_bound_by_image"], get_exact_log_p(model, "--mode", "unseen", "--num-data", "4"), atol=1e-3, rtol=0
+    )
+    for mode, label in [("test", "training"), ("unseen", "unseen")]:
+        assert eval_logp.main(["--report", "--mode", mode]) == 0
+        suffix = "" if mode == "test" else "_unseen"
+        (row,) = csv.DictReader(open(f"save/logp{suffix}.csv"))
+        assert row["images"] == label
 
 
 def test_an_evaluation_is_repeatable_and_kept(model, capsys):
@@ -218,7 +284,7 @@ def test_report(model, capsys):
 
 def test_only_comparable_evaluations_share_a_row():
     def get_result(num_images, num_particles):
-        settings = dict.fromkeys(report.COMPARED, 1) | dict(images=f"some ({num_images})", num_particles=num_particles)
+        settings = dict.fromkeys(report.SAME + report.EFFORT, 1) | dict(images=f"some ({num_images})", num_particles=num_particles)
         return dict(settings=settings, model_iteration=7, log_p_by_image=torch.zeros(num_images))
 
     results = dict(sleep=get_result(20, 100), rws=get_result(50, 100), vimco=get_result(50, 100))

@@ -157,8 +157,11 @@ def test_sweep_here(make_sweep, monkeypatch):
     stdout = run("--jobs", "2")
     assert "2 of 2 done" in stdout and len(re.findall(r"^\w+.*: done, 110 iterations", stdout, re.M)) == 2
     assert [(cells["state"], cells["iteration"]) for cells in get_cells()] == [("done", "110/110")] * 2
+    for name in models:
+        every = f"--algorithm own --every-checkpoint --num-data 2 --test-num-particles 3 --checkpoint-path {name}"
+        assert eval_logp.main(every.split()) == 0
     stdout = run("--plot")
-    assert pathlib.Path("save/theta_loss.pdf").exists() and stdout.count(" at 100\n") == 2
+    assert pathlib.Path("save/logp_by_iteration.pdf").exists() and stdout.count(" at iteration 110\n") == 2
     resumed = load(models[0])
     shutil.rmtree(util.SAVE / models[0])
     main.main(sweep.get_flags(next(sweep.get_sweep_argss())))
@@ -178,7 +181,9 @@ def test_sweep_here(make_sweep, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
     assert "nothing is deleted" in run("--rm", status=1)
     assert "deleted 2 runs" in run("--rm", "--yes")
-    assert sorted(path.name for path in pathlib.Path("save").iterdir()) == ["logp.csv", "logp.pdf", "notes", "theta_loss.pdf"]
+    assert sorted(path.name for path in pathlib.Path("save").iterdir()) == [
+        "logp.csv", "logp.pdf", "logp_by_iteration.csv", "logp_by_iteration.pdf", "notes",
+    ]  # fmt: skip
 
 
 def test_a_killed_sweep_stops_its_tasks(folder, monkeypatch):
