@@ -347,7 +347,7 @@ def load_state(path, evaluation, settings, force):
 
 
 def check_state(state, evaluation, settings):
-    """Raises: UserError if a checkpoint is not whole; those of different evaluations are recognised by their settings"""
+    """Raises: UserError if a checkpoint is invalid; those of different evaluations are recognised by their settings"""
     expect, num_images = checkpoints.expect, len(evaluation.obs)
     expect(isinstance(state["settings"], dict), "its settings are not a dict")
     if state["settings"] != settings:
@@ -368,7 +368,7 @@ def check_state(state, evaluation, settings):
             expect(right and bool(values.isfinite().all()), f"its statistics of {name} are not a curve of finite numbers")
         check_rows(state["table"], evaluation.generative_model.num_arcs, num_images)
     except UserError as error:
-        raise UserError(f"the evaluation's checkpoint is not whole: {error}") from None
+        raise UserError(f"the evaluation's checkpoint is invalid: {error}") from None
 
 
 def get_result(evaluation, settings, name, checkpoint):

@@ -4,8 +4,8 @@
     python main.py --small-dataset             # the paper's MWS model
     python main.py --small-dataset --cuda      # on a GPU
 
-A run lives in save/<run>/. However it is stopped, giving the same command again resumes
-it from its latest checkpoint.
+A run lives in save/<run>/. However it is stopped, rerun the same command to resume it from
+its latest checkpoint.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
@@ -82,7 +82,7 @@ class Run:
         if differences:
             folder = util.SAVE / self.path_base
             raise UserError(
-                f"{folder} holds a run with other settings: {differences}; give its settings, or move that folder away"
+                f"{folder} holds a run with other settings: {differences}; use its settings, or move that folder away"
             )
         if self.memory is not None and checkpoint["memory"].shape != self.memory.shape:
             raise UserError(f"the memory holds {len(checkpoint['memory'])} images there, {len(self.memory)} here")
@@ -320,7 +320,7 @@ def main(argv=None):
         path = train(run, stop, curves)
     if stop.received is not None:
         name, progress = signal.Signals(stop.received).name, f"{run.iteration} ({run.pretrain_iteration} of pretraining)"
-        print(f"stopped by {name} at iteration {progress}, saved {path}; the same command resumes there")
+        print(f"stopped by {name} at iteration {progress}, saved {path}; rerun the same command to resume")
         return 128 + stop.received
     print(
         f"trained {run.iteration} iterations: {path}; next, to see what it learned: python diagnostics.py --checkpoint-path"
@@ -333,7 +333,7 @@ def load_data(args):
     """Loads the data set. Raises: UserError if it does not fit the arguments"""
     dataset = data.load(args.data_location, args.small_dataset, args.dataset_size, args.find_characters)
     if args.condition_on_alphabet and dataset.num_alphabets < 2:
-        raise UserError(f"--condition-on-alphabet: {args.data_location} has no alphabets to tell apart")
+        raise UserError(f"--condition-on-alphabet: {args.data_location} has fewer than two alphabets")
     if args.test_run:
         dataset = dataset._replace(test=dataset.test.select(slice(20)))
     return dataset

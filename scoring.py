@@ -184,7 +184,7 @@ def check_rows(state, num_arcs, num_images):
             right = right and bool(((obs_id >= 0) & (obs_id < num_images)).all() and log_joint.isfinite().all())
             right = right and bool((key[1:] > key[:-1]).all())
     if not right:
-        raise UserError("its table of scores is not whole")
+        raise UserError("its table of scores is invalid")
 
 
 class ScoreTable:

@@ -7,7 +7,7 @@
     python sweep.py --status              # how far they are
     python sweep.py --models mws_5 rws_5 --seeds 0 1 2 -- --batch-size 50   # other settings of main.py
 
-Complete tasks are skipped, so the same command resumes a sweep that was stopped.
+Complete tasks are skipped, so rerun the same command to resume a sweep that was stopped.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
@@ -37,11 +37,12 @@ TEST_RUN_EVALUATION = ["--num-data=5", "--num-iterations=10", "--num-particles=1
 # ------------------------------------------------------------------ the models
 
 
-def get_sweep_argss(test_run=False, data_location=None):
+def get_sweep_argss(test_run=False, data_location=None, large_conditional=False):
     """Yields main.py's arguments, a namespace for each model of section 4.2: mws, rws and vimco with 3 to 40 latents
-    on the small data set, and the alphabet-conditional mws model.
+    on the small data set, and the alphabet-conditional mws model, on the small data set as in the authors' sweep.
 
-    Args: test_run: with --test-run; data_location: instead of the default
+    Args: test_run: with --test-run; data_location: instead of the default; large_conditional: the conditional model on
+        the whole data set instead
     """
     common = ["--test-run"] * test_run + ["--data-location", data_location] * (data_location is not None)
     for algorithm, num_latents in itertools.product(["mws", "rws", "vimco"], NUM_LATENTS):
@@ -49,7 +50,8 @@ def get_sweep_argss(test_run=False, data_location=None):
         flags = ["--small-dataset", "--algorithm", algorithm, "--num-particles", str(num_latents - memory_size)]
         flags += ["--memory-size", str(memory_size)] if memory_size else []
         yield training.parse_args([*common, *flags])
-    yield training.parse_args([*common, *"--condition-on-alphabet --num-particles 20 --memory-size 20".split()])
+    size = [] if large_conditional else ["--small-dataset"]
+    yield training.parse_args([*common, *size, *"--condition-on-alphabet --num-particles 20 --memory-size 20".split()])
 
 
 def get_flags(args):
@@ -70,10 +72,13 @@ def get_runs(args):
     """main.py's arguments for each run: the sweep's models, or those of --models, with each seed and the settings given
     after --. Raises: UserError if a model is not in the sweep, or two runs would share a folder"""
     runs, known = {}, set()
-    models = [util.get_path_base(model_args) for model_args in get_sweep_argss()]
+    models = [util.get_path_base(model_args) for model_args in get_sweep_argss(False, None, args.large_conditional)]
     for seed in args.seeds or [None]:
-        for model, model_args in zip(models, get_sweep_argss(args.test_run, args.data_location), strict=True):
-            flags = [*get_flags(model_args), *args.settings] + [f"--seed={seed}"] * (seed is not None)
+        for model, model_args in zip(models, get_sweep_argss(args.test_run, args.data_location, args.large_conditional), strict=True):
+            flags = get_flags(model_args)
+            if any(word.split("=")[0] == "--dataset-size" for word in args.settings):  # in place of the small data set
+                flags = [flag for flag in flags if flag != "--small-dataset"]
+            flags += [*args.settings, *[f"--seed={seed}"] * (seed is not None)]
             run_args = training.parse_args(flags)
             if run_args.cuda:
                 raise UserError("give --cuda before the --: it is no setting of a run")
@@ -151,7 +156,7 @@ def run_here(args):
         return 0
     with StopSignal() as stop:
         num_done = tasks.run_all(left, args.jobs or 1, num_gpus, stop)
-    resume = "; the same command resumes" if num_done < len(left) else ""
+    resume = "; rerun the same command to resume" if num_done < len(left) else ""
     print(f"{num_done} of {len(left)} done, in {util.SAVE}/{resume}")
     if stop.received is not None:
         return 128 + stop.received
@@ -286,6 +291,7 @@ def get_parser():
     add("--seeds", "train each model with each of these seeds (default: main.py's)", nargs="+", type=seed)
     add("--test-run", "make everything small, as main.py --test-run does", action=boolean)
     add("--data-location", "as for main.py (default: main.py's)", default=None)
+    add("--large-conditional", "train the conditional model on the whole data set (a_mws_40_large)", action=boolean)
     add("--eval-logp", "evaluate trained models instead: three tasks each", action=boolean)
     add("--eval-options", "options of eval_logp.py for all evaluations, as one string", default="")
     parser.start_group("what to do (default: run them here)")

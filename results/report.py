@@ -20,7 +20,7 @@ ALGORITHMS = ["sleep", "rws", "vimco"]  # that train an evaluation's network
 ESTIMATES = [*ALGORITHMS, "own", "best", "enumeration bound"]
 # Names of the runs of section 4.2
 PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)]
-PAPER_MODELS += ["a_mws_40_large"]
+PAPER_MODELS += ["a_mws_40"]
 
 SAME = ["mode", "model", "images"]  # in a row of the report; evaluations by training also agree in the effort:
 EFFORT = ["num_particles", "num_iterations", "batch_size", "test_num_particles"]

@@ -2,7 +2,7 @@
 
 A readable file may still hold the wrong things: it may be damaged, edited, or from another program. Everything
 in a checkpoint is compared with what its own arguments imply: names, types, shapes, ranges, finiteness,
-lengths of curves. Nothing is changed before all of it has been checked. A checkpoint that passes is "whole".
+lengths of curves. Nothing is changed before all of it has been checked. A checkpoint that passes is valid.
 """
 
 import argparse
@@ -78,22 +78,22 @@ def get_run_name(checkpoint_path, run_args):
 
 def load(path, device="cpu", resumable=False):
     """Loads a checkpoint of main.py. Args: resumable: whether a run must be able to resume from it; if not, optimisers
-    and statistics may be empty. Raises: UserError if it cannot be read or is not whole"""
+    and statistics may be empty. Raises: UserError if it cannot be read or is invalid"""
     checkpoint = util.load_checkpoint(path, device)
     if isinstance(checkpoint["args"], dict):
         checkpoint["args"] = {**get_later_arguments(), **checkpoint["args"]}
     try:
         check(checkpoint, resumable)
     except UserError as error:
-        raise UserError(f"{path} is not a whole checkpoint: {error}") from None
+        raise UserError(f"{path} is not a valid checkpoint: {error}") from None
     return checkpoint
 
 
 def load_newest(path_base, device="cpu", resumable=False):
-    """Loads a run's latest.pt or, if that is not whole, the newest checkpoint that is, with a warning.
+    """Loads a run's latest.pt or, if that is not valid, the newest checkpoint that is, with a warning.
 
     Returns: the checkpoint, or None if there are none
-    Raises: UserError if there are checkpoints but none is whole
+    Raises: UserError if there are checkpoints but none is valid
     """
     latest = get_path(path_base)
     numbered = [path for path in latest.parent.glob("*.pt") if path.stem.isdecimal()]
@@ -110,13 +110,13 @@ def load_newest(path_base, device="cpu", resumable=False):
         return checkpoint
     if paths:
         raise UserError(
-            f"no checkpoint in {latest.parent} is intact; delete the folder {util.SAVE / path_base} to start anew"
+            f"no checkpoint in {latest.parent} is valid; move the folder {util.SAVE / path_base} away to start over"
         )
     return None
 
 
 def load_result(path):
-    """Loads a result of eval_logp.py. Raises: UserError if it cannot be read or is not whole"""
+    """Loads a result of eval_logp.py. Raises: UserError if it cannot be read or is invalid"""
     result = util.load_checkpoint(path, keys=RESULT_KEYS)
     values, bound, latents = (result[key] for key in ("log_p_by_image", "enumeration_bound_by_image", "latents"))
     right = all(isinstance(x, torch.Tensor) and x.dim() == 1 and len(x) > 0 for x in (values, bound))
@@ -129,7 +129,7 @@ def load_result(path):
     right = right and {"num_particles", "memory_size", "algorithm"} <= result["model_settings"].keys()
     right = right and latents.keys() == {"obs_id", "codes", "log_joint"} and len({len(x) for x in latents.values()}) == 1
     if not right:
-        raise UserError(f"{path} is not a whole evaluation; eval_logp.py --force repeats it")
+        raise UserError(f"{path} is not a valid evaluation; eval_logp.py --force repeats it")
     return result
 
 
@@ -142,7 +142,7 @@ def expect(condition, what):
 
 
 def check(checkpoint, resumable=False):
-    """Checks a dict with util.CHECKPOINT_KEYS. Raises: UserError, saying what is wrong, if it is not whole"""
+    """Checks a dict with util.CHECKPOINT_KEYS. Raises: UserError, saying what is wrong, if it is not valid"""
     check_args(checkpoint["args"])
     for name, high in [("num_alphabets", 10**6), ("pretrain_iteration", 2**53), ("iteration", 2**53)]:
         expect(is_integer(checkpoint[name]) and 0 <= checkpoint[name] <= high, f"{name} is {show(checkpoint[name])}")

@@ -171,7 +171,7 @@ def test_one_bad_run_does_not_stop_the_others(folder, capsys):  # noqa: F811
     stdout, stderr = capsys.readouterr()
     assert f"{good}: drawn at iteration 12" in stdout and all(f"bad{i}" in stderr for i in range(4))
     assert sweep.main(["--status"]) == 0
-    with pytest.raises(UserError, match="bad1.* is not a whole checkpoint: generative_model is not a dict"):
+    with pytest.raises(UserError, match="bad1.* is not a valid checkpoint: generative_model is not a dict"):
         eval_logp.main(["--checkpoint-path", "bad1"])
 
 

@@ -264,7 +264,7 @@ def test_damaged_latest_goes_on_from_the_newest_intact_one(folder, capfd):
     assert (get_run_folder() / "losses.csv").read_text() == curves  # cut back to iteration 6, and appended to
     for path in checkpoints.iterdir():
         cut(path)
-    with pytest.raises(UserError, match="no checkpoint in .* is intact"):
+    with pytest.raises(UserError, match="no checkpoint in .* is valid"):
         run(*flags)
 
 
@@ -288,7 +288,7 @@ BAD_INPUT = [
     ("--data-location cut.mat", ["cut.mat", "damaged"]),
     ("--data-location data.mat --small-dataset --dataset-size 5", ["exclude"]),
     ("--data-location data.mat --dataset-size 500", ["500"]),
-    ("--data-location plain.npy --condition-on-alphabet", ["no alphabets"]),
+    ("--data-location plain.npy --condition-on-alphabet", ["fewer than two alphabets"]),
     ("--data-location data.mat --batch-size 0", ["--batch-size", "out of range"]),
     ("--data-location data.mat --num-particles many", ["--num-particles"]),
     ("--data-location data.mat --p-uniform-mixture 1.5", ["--p-uniform-mixture"]),

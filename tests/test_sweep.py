@@ -115,7 +115,7 @@ def test_the_models_of_the_paper():
     argss = list(sweep.get_sweep_argss())
     names = [util.get_path_base(args) for args in argss]
     singles = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)]
-    assert names == [*singles, "a_mws_40_large"] == sweep.report.PAPER_MODELS
+    assert names == [*singles, "a_mws_40"] == sweep.report.PAPER_MODELS
     mws = [(args.num_particles, args.memory_size) for args in argss[:5]]
     assert mws == [(1, 2), (2, 3), (5, 5), (10, 10), (20, 20)]
     assert [args.num_particles for args in argss[5:10]] == [3, 5, 10, 20, 40]
@@ -130,12 +130,16 @@ def test_the_models_of_the_paper():
 
 
 def test_dry_run_prints_what_would_be_run(folder):
-    stdout = run("--dry-run", "--models", "rws_5", "a_mws_40_large")
+    stdout = run("--dry-run", "--models", "rws_5", "a_mws_40")
     expected = [
         f"{sys.executable} {ROOT}/main.py --small-dataset --algorithm=rws --num-particles=5",
-        f"{sys.executable} {ROOT}/main.py --condition-on-alphabet --num-particles=20 --memory-size=20",
+        f"{sys.executable} {ROOT}/main.py --small-dataset --condition-on-alphabet --num-particles=20 --memory-size=20",
     ]
     assert stdout.splitlines() == expected
+    large = run("--dry-run", "--models", "a_mws_40_large", "--large-conditional")
+    assert large.splitlines() == [expected[1].replace(" --small-dataset", "")]
+    other_size = run("--dry-run", "--models", "rws_5", "--seeds", "3", "--", "--dataset-size", "50")
+    assert other_size.split()[2:] == ["--seed=3", "--dataset-size=50", "--algorithm=rws", "--num-particles=5"]
     assert not pathlib.Path("save").exists()
 
 
@@ -212,11 +216,11 @@ def test_failures_and_locks(make_sweep):
         assert f"{models[0]}: skipped, process {os.getpid()} on" in stdout
         assert (
             f"{models[1]}: failed with status 2, see save/{models[1]}/logs/train.log" in stdout
-            and "is intact" in stdout
+            and "is valid" in stdout
         )
         assert "0 of 2 done" in stdout
         assert [cells["state"] for cells in get_cells()] == ["running", "failed"]
-        assert "is intact" in run("--status").splitlines()[-1]
+        assert "is valid" in run("--status").splitlines()[-1]
         stdout = run("--rm", "--dry-run")
         assert "is in use and stays" in stdout and stdout.splitlines()[-1] == f"save/{models[1]}"
     assert not tasks.get_progress(task).done

@@ -180,7 +180,7 @@ def test_damaged_checkpoints(run_folder, damage, capsys):
     assert checkpoints.load_newest("run")["iteration"] == 3
     for name in (1, 3):
         damage(run_folder / f"{name}.pt")
-    with pytest.raises(UserError, match="no checkpoint in .* is intact"):
+    with pytest.raises(UserError, match="no checkpoint in .* is valid"):
         checkpoints.load_newest("run")
     assert not pathlib.Path("executed").exists()
 
