@@ -62,7 +62,7 @@ def save_figures(trained, kind, some_figures, stem=None):
 
 def save_film(path, frames, milliseconds):
     """Writes frames [H, W, 3] as an animated GIF that holds the last one"""
-    durations = [milliseconds] * (len(frames) - 1) + [4 * milliseconds]
+    durations = [milliseconds] * (len(frames) - 1) + [4 * milliseconds] if len(frames) > 1 else milliseconds
     util.write(path, imageio.imwrite("<bytes>", frames, extension=".gif", duration=durations, loop=0))
 
 
@@ -289,6 +289,8 @@ def draw_run(name, path, checkpoint, args, load_data):
         location = args.data_location or checkpoint["args"]["data_location"]
         other_data = util.get_location_name(location)
         print(f"{name}: {location} is not its training data; programs are inferred by the network, the memory is left out")
+    if dataset is not None and not other_data:
+        checkpoints.check_num_images(checkpoint, len(dataset.train.obs))
     trained = TrainedModel(name, path, checkpoint, dataset, other_data)
     draw_losses(trained, checkpoint, args)
     if args.loss_only:
@@ -361,8 +363,8 @@ def get_parser():
     add("--num-prior-samples", "number of samples from the prior", type=positive, default=100)
     add("--obs-ids", "indices of training images (default: evenly spaced)", type=natural, nargs="+")
     add("--alphabet-ids", "indices of alphabets (default: all)", type=natural, nargs="+")
-    add("--alphabet-num-rows", "rows of characters per alphabet", type=positive, default=4)
-    add("--alphabet-num-cols", "columns of characters per alphabet", type=positive, default=5)
+    add("--alphabet-num-rows", "rows of characters per alphabet", type=util.in_range(int, 1, 50), default=4)
+    add("--alphabet-num-cols", "columns of characters per alphabet", type=util.in_range(int, 1, 50), default=5)
     parser.start_group("how to draw it")
     add("--resolution", "side of a drawing in pixels", type=util.in_range(int, 8, 1024), default=28)
     add("--canonical", "also show each program's drawing without the affine map", action="store_true")

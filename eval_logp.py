@@ -293,6 +293,8 @@ def load_images(args, checkpoint, load_data=data.load):
         ids = torch.linspace(0, len(split.obs) - 1, num_data).round().long()
     memory, images = checkpoint["memory"], split.select(ids)
     known = checkpoint["settings"]["data"] == data.get_fingerprint(dataset.train) == data.get_fingerprint(split)
+    if known:
+        checkpoints.check_num_images(checkpoint, len(split.obs))
     return images, memory[ids.to(memory.device)] if memory is not None and known else None
 
 
@@ -367,8 +369,9 @@ def check_state(state, evaluation, settings):
             right = isinstance(values, torch.Tensor) and values.shape == (state["iteration"],)
             expect(right and bool(values.isfinite().all()), f"its statistics of {name} are not a curve of finite numbers")
         check_rows(state["table"], evaluation.generative_model.num_arcs, num_images)
-    except UserError as error:
-        raise UserError(f"the evaluation's checkpoint is invalid: {error}") from None
+    except Exception as error:  # of ours, or whatever foreign contents make the checks raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"the evaluation's checkpoint is invalid: {reason}") from None
 
 
 def get_result(evaluation, settings, name, checkpoint):

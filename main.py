@@ -84,14 +84,14 @@ class Run:
             raise UserError(
                 f"{folder} holds a run with other settings: {differences}; use its settings, or move that folder away"
             )
-        if self.memory is not None and checkpoint["memory"].shape != self.memory.shape:
-            raise UserError(f"the memory holds {len(checkpoint['memory'])} images there, {len(self.memory)} here")
         for name in ["generative_model", "inference_network"]:
             getattr(self, name).load_state_dict(checkpoint[name])
         for name in ["optimizer", "pretrain_optimizer"]:
             load_optimizer(getattr(self, name), checkpoint[name])
         for name in ["statistics", "pretrain_iteration", "iteration"]:
             setattr(self, name, checkpoint[name])
+        for name in checkpoints.get_statistics(self.args) if self.iteration else []:  # that an older version lacked
+            self.statistics.setdefault(name, torch.full([self.iteration], math.nan))
         if self.memory is not None:
             self.memory.copy_(checkpoint["memory"])
         util.set_random_state(checkpoint["random_state"])
@@ -113,17 +113,30 @@ def get_adam(groups, device, lr=1e-3):
     return torch.optim.Adam(groups, lr=lr, fused=on_gpu, capturable=on_gpu)
 
 
+def get_initial_state(parameter):
+    """Adam's state before its first step"""
+    zero = torch.zeros((), device=parameter.device if parameter.is_cuda else "cpu")
+    return {"step": zero, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
 def load_optimizer(optimizer, state):
     """Restores an optimiser's state, which may come from another device"""
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         saved.update(fused=group["fused"], capturable=group["capturable"])
     optimizer.load_state_dict(state)
+    for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
+        if optimizer.state and parameter not in optimizer.state:  # an older version kept none without a gradient
+            optimizer.state[parameter] = get_initial_state(parameter)
 
 
 def update(optimizer, loss):
-    """Takes one optimiser step on the loss"""
+    """Takes one optimiser step on the loss. A parameter that the loss does not depend on (of strokes that leave no ink,
+    say) stays as it is, but gets a state like all others, so that all checkpoints look alike."""
     optimizer.zero_grad()
     loss.backward()
+    for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
 
 
@@ -303,10 +316,11 @@ def main(argv=None):
     args = parse_args(argv)
     device = util.get_device(args.cuda)
     dataset = load_data(args)
+    check_memory(args, len(dataset.train.obs), dataset.num_alphabets if args.condition_on_alphabet else 0)
     path_base = util.get_path_base(args)
     with StopSignal() as stop, locks.lock_run(path_base, stop):
         run = Run(args, dataset, device)
-        checkpoint = checkpoints.load_newest(path_base, resumable=True)
+        checkpoint = checkpoints.load_newest(path_base, resumable=True, num_images=len(dataset.train.obs))
         if checkpoint is not None:
             run.restore(checkpoint)
             save_missing_milestone(run)
@@ -329,6 +343,28 @@ def main(argv=None):
     return 0
 
 
+def check_memory(args, num_images, num_alphabets):
+    """Says so if a run takes much memory. Raises: UserError if that is more than there is (on a CPU)"""
+    contexts = num_alphabets + args.obs_embedding_dim
+    sizes = [(args.p_lstm_hidden_size, num_alphabets), (args.q_lstm_hidden_size, contexts)]
+    decoders = sum(4 * units * (units + args.num_primitives + 4 + context) for units, context in sizes)
+    num_parameters = decoders + 128 * 9 * (args.obs_embedding_dim + 192)
+    models_bytes = 16 * num_parameters  # with gradients and Adam's two moments
+    # A proposal's gates and state, choices and probabilities, and codes; the memory, and a copy of it
+    per_proposal = 4 * (10 * args.q_lstm_hidden_size + 4 * args.num_primitives) + 40 * args.num_arcs
+    step_bytes = min(args.batch_size, num_images) * args.num_particles * per_proposal
+    memory_bytes = 2 * num_images * args.memory_size * args.num_arcs * (args.algorithm == "mws")
+    total, available = models_bytes + step_bytes + memory_bytes, util.get_available_memory()
+    if not args.cuda and total > available:
+        raise UserError(
+            f"the run takes about {total / 1e9:.0f} GB of memory (models {models_bytes / 1e9:.1f}, a step {step_bytes / 1e9:.1f},"
+            f" remembered programs {memory_bytes / 1e9:.1f}) and {available / 1e9:.0f} GB are available; use smaller"
+            " --obs-embedding-dim, --num-particles, --batch-size or --memory-size"
+        )
+    if total > 1e9:
+        print(f"allocating about {total / 1e9:.1f} GB of memory, for {num_parameters / 1e6:.0f} million parameters", flush=True)
+
+
 def load_data(args):
     """Loads the data set. Raises: UserError if it does not fit the arguments"""
     dataset = data.load(args.data_location, args.small_dataset, args.dataset_size, args.find_characters)
@@ -344,12 +380,12 @@ def load_data(args):
 
 def get_parser():
     parser = util.ArgumentParser(description=__doc__)
-    add, positive, natural = parser.add, util.in_range(int, 1), util.in_range(int, 0)
+    add, positive = parser.add, util.in_range(int, 1)
     parser.start_group("run")
     add("--test-run", "shrink everything, to try out a whole run in under two minutes", action="store_true")
     add("--cuda", "use a GPU", action="store_true")
-    add("--name", "name of the run's folder in save/ (default: derived from the settings)", type=util.to_run_name)
-    add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1))
+    add("--name", "name of the run's folder in save/ (default: derived from the settings)")
+    add("--seed", "seed of all random numbers")
     add(
         "--compile",
         "compile the hot path, and on a GPU replay steps as CUDA graphs (default: yes, except in test runs)",
@@ -359,22 +395,21 @@ def get_parser():
     location = "local, om, glyphs, or a path: .mat, .npy, .npz, .zip, folder of images"
     add("--data-location", f"{location} (default: local; in a test run glyphs)", default=None)
     add("--small-dataset", "train on 10 images per alphabet, test on the same images", action="store_true")
-    add("--dataset-size", "number of training images, the same for each alphabet (default: all)", type=positive)
+    add("--dataset-size", "number of training images, the same for each alphabet (default: all)")
     found = "find the characters on photographs and scans, in a folder of your own images, and give them Omniglot's size and stroke"
     add("--find-characters", found, action="store_true")
     add_model_arguments(parser)
     parser.start_group("training")
     algorithm = f"{', '.join(losses.OBJECTIVES)} (RWS with the sleep update of phi)"
     add("--algorithm", algorithm, choices=list(losses.OBJECTIVES))
-    many = util.in_range(int, 1, 10**6)
-    add("--batch-size", "images per step", type=many)
-    add("--num-particles", "proposals per image (vimco: at least 2)", type=many)
+    add("--batch-size", "images per step")
+    add("--num-particles", "proposals per image (vimco: at least 2)")
     for algorithm, own in util.HYPERPARAMETERS.items():
-        for name, (default, low, high, help) in own.items():
-            add(f"--{name.replace('_', '-')}", f"{algorithm}: {help}", type=util.in_range(type(default), low, high))
-    add("--prior-lr-factor", "learning rate of the prior, relative to the others' 1e-3", type=util.in_range(float, 0))
-    add("--pretrain-iterations", "sleep steps that train the inference network first", type=natural)
-    add("--num-iterations", "steps of the algorithm", type=positive, default=util.NUM_ITERATIONS)
+        for name, (*_, help) in own.items():
+            add(f"--{name.replace('_', '-')}", f"{algorithm}: {help}")
+    add("--prior-lr-factor", "learning rate of the prior, relative to the others' 1e-3")
+    add("--pretrain-iterations", "sleep steps that train the inference network first")
+    add("--num-iterations", "steps of the algorithm", default=util.NUM_ITERATIONS)
     parser.start_group("saving and logging")
     add("--save-interval", "iterations between checkpoints", type=positive, default=1000)
     add("--save-minutes", "minutes between checkpoints, if that is sooner", type=util.in_range(float, 0.01), default=5)
@@ -388,22 +423,21 @@ def get_parser():
 
 def add_model_arguments(parser):
     parser.start_group("model")
-    add, share, size = parser.add, util.in_range(float, 0, 1), util.in_range(int, 1, 10**5)
+    add = parser.add
     add("--likelihood", "of an image given a drawing: " + ", ".join(models.LIKELIHOODS), choices=list(models.LIKELIHOODS))
     add("--condition-on-alphabet", "condition the prior and the inference network on the alphabet", action="store_true")
-    add("--num-arcs", "strokes per character, including the invisible first one", type=util.in_range(int, 1, 1000))
-    add("--num-primitives", "strokes in the library", type=util.in_range(int, 1, 16383))
+    add("--num-arcs", "strokes per character, including the invisible first one")
+    add("--num-primitives", "strokes in the library")
     add(
         "--initial-max-curve",
         "initial curvature of strokes, in units of a circle's half angle / pi; at most 0.5 without --big-arcs",
-        type=util.in_range(float, 0),
     )
     add("--big-arcs", "allow strokes of more than half a circle", action="store_true")
-    add("--p-lstm-hidden-size", "hidden units of the prior's LSTM", type=size)
-    add("--p-uniform-mixture", "weight of a uniform distribution in each of the prior's choices", type=share)
-    add("--q-lstm-hidden-size", "hidden units of the inference network's LSTM", type=size)
-    add("--q-uniform-mixture", "weight of a uniform distribution in each of the inference network's choices", type=share)
-    add("--obs-embedding-dim", "dimension of an image's embedding", type=size)
+    add("--p-lstm-hidden-size", "hidden units of the prior's LSTM")
+    add("--p-uniform-mixture", "weight of a uniform distribution in each of the prior's choices")
+    add("--q-lstm-hidden-size", "hidden units of the inference network's LSTM")
+    add("--q-uniform-mixture", "weight of a uniform distribution in each of the inference network's choices")
+    add("--obs-embedding-dim", "dimension of an image's embedding")
 
 
 def parse_args(argv=None):
@@ -417,16 +451,7 @@ def parse_args(argv=None):
             setattr(args, name, limit if value is None else min(value, limit))
     if args.compile is None:  # regardless of the number of iterations, which changes no bits
         args.compile = not args.test_run
-    if args.algorithm == "vimco" and args.num_particles < 2:
-        raise UserError("--algorithm vimco needs --num-particles of at least 2")
-    if args.q_uniform_mixture == 1:
-        raise UserError("--q-uniform-mixture 1 leaves the inference network nothing to learn; give less")
-    if args.initial_max_curve > 0.5 and not args.big_arcs:
-        raise UserError(
-            f"--initial-max-curve {args.initial_max_curve} is too large without --big-arcs; give at most 0.5"
-        )
-    if args.small_dataset and args.dataset_size is not None:
-        raise UserError("--small-dataset and --dataset-size exclude each other; give one")
+    util.check_arguments(args)
     return args
 
 

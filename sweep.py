@@ -259,7 +259,10 @@ def remove(args):
     what = f"the evaluations of {len(paths)} runs" if args.eval_logp else f"{len(paths)} runs"
     if not args.yes:
         print(f"delete {what}, checkpoints and all? [y/N] ", end="", flush=True)
-        if sys.stdin.readline().strip().lower() != "y":
+        answer = sys.stdin.readline() if sys.stdin is not None else ""
+        if not answer:
+            raise UserError("there is no terminal to ask; give --yes to delete them")
+        if answer.strip().lower() != "y":
             print("nothing is deleted")
             return 1
     for path in paths:

@@ -50,6 +50,8 @@ def run_script(main):
         message = OUT_OF_MEMORY
     except OSError as error:
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    for bar in list(getattr(tqdm, "_instances", [])):
+        bar.close()  # the message begins on a line of its own
     print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
@@ -66,7 +68,8 @@ class Stream:
 
     def write(self, text):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            self.stream.write(text)
+            encoding = self.stream.encoding or "utf-8"  # names of files may hold bytes that are no text
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self):
@@ -100,9 +103,12 @@ class ArgumentParser(argparse.ArgumentParser):
         self.group = self.add_argument_group(title)
 
     def add(self, flag, help, **options):
-        """As add_argument, but defaults come from SETTINGS and are shown in the help"""
+        """As add_argument, but defaults and types come from SETTINGS and TYPES, and defaults are shown in the help"""
+        name = flag.strip("-").replace("-", "_")
         if options.get("action") not in ("store_true", argparse.BooleanOptionalAction):
-            options.setdefault("default", SETTINGS.get(flag.strip("-").replace("-", "_")))
+            options.setdefault("default", SETTINGS.get(name))
+            if "choices" not in options and name in TYPES:
+                options.setdefault("type", TYPES[name])
             help += "" if options["default"] in (None, "") else " (default: %(default)s)"
         self.group.add_argument(flag, help=help, **options)
 
@@ -125,7 +131,22 @@ def in_range(number, low, high=None):
         return value
 
     parse.__name__ = number.__name__  # argparse says "invalid int value"
+    parse.range = low, high
     return parse
+
+
+def to_run_name(text):
+    """The type of --name: the name of a folder"""
+    if not re.fullmatch(r"[\w][\w.=+-]{0,99}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no name for a folder: use up to 100 letters, digits, . _ = + -")
+    return text
+
+
+def to_location(text):
+    """The type of --data-location: a name or a path"""
+    if not text or "\0" in text or len(os.fsencode(text)) > 4096:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither a name nor a path")
+    return text
 
 
 def show_progress(*args, **kwargs):
@@ -160,8 +181,29 @@ SETTINGS = dict(
     prior_lr_factor=1.0,
     pretrain_iterations=10000,
 )
-HYPERPARAMETERS = {}  # algorithm -> {name: (default, lowest, highest, help)}, from add_hyperparameters
 NUM_ITERATIONS = 200000  # by default; not a setting, since a run can be continued for longer
+_size, _share = in_range(int, 1, 10**5), in_range(float, 0, 1)
+# What they may be: for the command line, and for the arguments in a checkpoint
+TYPES = dict(
+    seed=in_range(int, 0, 2**63 - 1),
+    data_location=to_location,
+    dataset_size=in_range(int, 1),
+    batch_size=in_range(int, 1, 10**6),
+    num_arcs=in_range(int, 1, 1000),
+    num_primitives=in_range(int, 1, 16383),
+    initial_max_curve=in_range(float, 0),
+    p_lstm_hidden_size=_size,
+    p_uniform_mixture=_share,
+    q_lstm_hidden_size=_size,
+    q_uniform_mixture=_share,
+    obs_embedding_dim=_size,
+    num_particles=in_range(int, 1, 10**6),
+    prior_lr_factor=in_range(float, 0),
+    pretrain_iterations=in_range(int, 0),
+    num_iterations=in_range(int, 1),
+    name=to_run_name,
+)
+HYPERPARAMETERS = {}  # algorithm -> {name: (default, lowest, highest, help)}, from add_hyperparameters
 
 
 def add_hyperparameters(algorithm, function, **limits):
@@ -172,7 +214,22 @@ def add_hyperparameters(algorithm, function, **limits):
     parameters = inspect.signature(function).parameters
     own = {name: (parameters[name].default, *rest) for name, rest in limits.items()}
     HYPERPARAMETERS[algorithm] = own
+    TYPES.update({name: in_range(type(default), low, high) for name, (default, low, high, _) in own.items()})
     SETTINGS.update({name: default for name, (default, *_) in own.items()})
+
+
+def check_arguments(args):
+    """What the values of main.py's arguments, a namespace, must be together. Raises: UserError"""
+    if args.algorithm == "vimco" and args.num_particles < 2:
+        raise UserError("--algorithm vimco needs --num-particles of at least 2")
+    if args.q_uniform_mixture == 1:
+        raise UserError("--q-uniform-mixture 1 leaves the inference network nothing to learn; give less")
+    if args.initial_max_curve > 0.5 and not args.big_arcs:
+        raise UserError(
+            f"--initial-max-curve {args.initial_max_curve} is too large without --big-arcs; give at most 0.5"
+        )
+    if args.small_dataset and args.dataset_size is not None:
+        raise UserError("--small-dataset and --dataset-size exclude each other; give one")
 
 
 def get_test_run_limits(likelihood):
@@ -237,13 +294,6 @@ def split_words(flag, text):
         raise UserError(f"{flag} {text!r}: {error}") from None
 
 
-def to_run_name(text):
-    """The type of --name: the name of a folder"""
-    if not re.fullmatch(r"[\w][\w.=+-]{0,99}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no name for a folder: use up to 100 letters, digits, . _ = + -")
-    return text
-
-
 def get_location_name(location):
     """A name for a data location that can be part of a folder's name. The named copies of
     chardata.mat are the same data; paths that lead to the same place get the same name."""
@@ -306,12 +356,25 @@ def write(path, content):
         ) from None
 
 
+def check_regular(path):
+    """Raises: UserError if the path is that of a folder, a pipe or a device, whose reading could wait for ever"""
+    if pathlib.Path(path).exists() and not pathlib.Path(path).is_file():
+        raise UserError(f"{path} is not a file but a folder, a pipe or a device")
+
+
+def read_file(path):
+    """The bytes of a file. Raises: OSError; UserError if it is not a regular file"""
+    check_regular(path)
+    return pathlib.Path(path).read_bytes()
+
+
 def load_checkpoint(path, device="cpu", keys=CHECKPOINT_KEYS):
     """Reads a dict that save_checkpoint wrote. Nothing in the file is executed.
 
     Raises: UserError if the file is missing, damaged, not a checkpoint (its keys
         must include `keys`), or holds anything but tensors and plain values
     """
+    check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
             damaged = archive.testzip()
@@ -364,6 +427,14 @@ def set_random_state(state):
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def get_available_memory():
+    """Bytes that processes can still take"""
+    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return sys.maxsize
 
 
 def get_device(cuda):

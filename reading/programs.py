@@ -11,7 +11,7 @@ import images
 import rendering
 import scoring
 from reading import search
-from util import UserError, show_progress, warn
+from util import UserError, read_file, show_progress, warn
 
 BATCH_SIZE = 50  # images searched together
 COMPILING_PAYS = 20_000  # latents scored at a time
@@ -39,7 +39,7 @@ def read_characters(paths, as_is=False):
     found, files = [], []
     for path in paths:
         try:
-            content = pathlib.Path(path).read_bytes()
+            content = read_file(path)
             some = [images.read_image(path, content) >= 0.5] if as_is else images.find_characters(path, content)
         except OSError as error:
             warn(f"cannot read {path} ({error.strerror}), skipped")

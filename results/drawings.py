@@ -149,7 +149,7 @@ def get_points(primitives, num=33):
 def get_reach(primitives):
     """How far the ink of primitives [K, 5] extends beyond the centre line of their strokes: [K]"""
     sharpness, width = primitives.double()[:, 3:].unbind(1)
-    return (width**2 + 3 / sharpness**2).sqrt()
+    return (width**2 + 3 / (sharpness**2).clamp(min=1e-6)).sqrt()  # a stroke without sharpness blackens everything
 
 
 def get_extent(primitives):
@@ -168,7 +168,7 @@ def draw_primitives(generative_model, resolution):
     x, y = get_points(primitives)
     middle = torch.stack([(p.amax(1) + p.amin(1)) / 2 for p in (x, y)], 1)  # [K, 2]
     size = torch.stack([p.amax(1) - p.amin(1) for p in (x, y)], 1).amax(1)
-    zoom = 0.8 / size.max().item()
+    zoom = 0.8 / max(size.max().item(), 1e-3)
     start = 0.5 - middle * zoom  # [K, 2]
     scaled = primitives * primitives.new_tensor([zoom, zoom, 1, 1 / zoom, zoom])  # keeps the shape of the ink
     arcs = torch.cat([start.to(scaled.dtype), scaled], 1).unsqueeze(1)  # [K, 1, 7]

@@ -46,8 +46,14 @@ def make_figure(width, height, title):
     """A figure of the given size in inches; a title too long for its line loses its middle"""
     lines = [shorten(line, int(13 * width)) for line in title.split("\n")]
     figure = matplotlib.figure.Figure(figsize=(width, height + 0.17 * len(lines)), layout="constrained")
-    figure.suptitle("\n".join(lines), fontsize=9)
+    figure.suptitle(literal("\n".join(lines)), fontsize=9)
     return figure
+
+
+def literal(text):
+    """Text from outside (names of files, say) as matplotlib shows it literally: without mathematics, and with bytes that are
+    not UTF-8 as escapes"""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").replace("$", r"\$")
 
 
 def shorten(text, length):
@@ -66,7 +72,7 @@ def grid_figure(images, num_cols, title, labels=()):
     height, width = image.shape[0] / num_rows, image.shape[1] / num_cols
     for i, label in enumerate(labels):
         row, col = divmod(i, num_cols)
-        axes.text((col + 0.5) * width, (row + 1) * height - below / 2, label, ha="center", va="center", fontsize=6)
+        axes.text((col + 0.5) * width, (row + 1) * height - below / 2, literal(label), ha="center", va="center", fontsize=6)
     return figure
 
 
@@ -101,7 +107,7 @@ def panels_figure(panels, num_cols, title):
     all_axes = np.atleast_1d(figure.subplots(1, len(panels), width_ratios=widths))
     for axes, width, (name, images) in zip(all_axes, widths, panels.items(), strict=True):
         show(axes, tile(images, width))
-        axes.set_title(name, fontsize=8)
+        axes.set_title(literal(name), fontsize=8)
     return figure
 
 
@@ -154,7 +160,7 @@ def stroke_figures(obs, seen, stages, labels, title, paths=None, off_page=None, 
             axes.text(gap + col * (size + gap) + size / 2, -gap, heading, ha="center", va="bottom", fontsize=7)
         for row, i in enumerate(chosen):
             top = gap + row * (size + gap)
-            axes.text(-gap, top + size / 2, labels[i], ha="right", va="center", fontsize=8)
+            axes.text(-gap, top + size / 2, literal(labels[i]), ha="right", va="center", fontsize=8)
             for step, moves in enumerate(paths[i] if paths else []):
                 left = gap + (2 + step) * (size + gap)
                 draw_pen(axes, moves, left, top, size)

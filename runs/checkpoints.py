@@ -7,23 +7,28 @@ lengths of curves. Nothing is changed before all of it has been checked. A check
 
 import argparse
 import filecmp
+import functools
 import math
 import pathlib
 
 import torch
 
-import losses  # noqa: F401  declares the algorithms' settings
+import losses
 import models
 import util
 from runs.curves import get_phase
 from util import SETTINGS, UserError, warn
 
+OLDER = "written by an older version"  # marks arguments that lacked those added later
+TYPES_OF_NONE = {"dataset_size": 1, "name": ""}  # of arguments that may be None
+RECORDED_BY_ALL_VERSIONS = ["theta_loss", "phi_loss", "prior_loss", "novel_proportion", "new_map"]
 LARGEST = 1e6  # absolute value of a parameter; far beyond any seen in training
 MAX_PARAMETERS = 2**30
 RESULT_KEYS = {
     "args", "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
     "latents", "statistics", "run", "model_settings", "model_iteration",
 }  # fmt: skip
+RESULT_NUMBERS = ["num_particles", "num_iterations", "batch_size", "test_num_particles"]  # among the settings
 RESULT_SETTINGS = {
     "mode", "algorithm", "num_particles", "num_iterations", "batch_size", "test_num_particles", "model", "images",
 }  # fmt: skip
@@ -76,20 +81,23 @@ def get_run_name(checkpoint_path, run_args):
 # ------------------------------------------------------------------ loading
 
 
-def load(path, device="cpu", resumable=False):
+def load(path, device="cpu", resumable=False, num_images=None):
     """Loads a checkpoint of main.py. Args: resumable: whether a run must be able to resume from it; if not, optimisers
-    and statistics may be empty. Raises: UserError if it cannot be read or is invalid"""
+    and statistics may be empty; num_images: that a memory must hold, if known. Raises: UserError if it cannot be read or is invalid"""
     checkpoint = util.load_checkpoint(path, device)
     if isinstance(checkpoint["args"], dict):
-        checkpoint["args"] = {**get_later_arguments(), **checkpoint["args"]}
+        later = get_later_arguments()
+        older = not later.keys() <= checkpoint["args"].keys()
+        checkpoint["args"] = {**later, **checkpoint["args"], **({OLDER: True} if older else {})}
     try:
         check(checkpoint, resumable)
+        check_num_images(checkpoint, num_images)
     except UserError as error:
         raise UserError(f"{path} is not a valid checkpoint: {error}") from None
     return checkpoint
 
 
-def load_newest(path_base, device="cpu", resumable=False):
+def load_newest(path_base, device="cpu", resumable=False, num_images=None):
     """Loads a run's latest.pt or, if that is not valid, the newest checkpoint that is, with a warning.
 
     Returns: the checkpoint, or None if there are none
@@ -101,7 +109,7 @@ def load_newest(path_base, device="cpu", resumable=False):
     paths = [latest] * latest.exists() + numbered
     for path in paths:
         try:
-            checkpoint = load(path, device, resumable)
+            checkpoint = load(path, device, resumable, num_images)
         except UserError as error:
             warn(str(error))
             continue
@@ -118,8 +126,20 @@ def load_newest(path_base, device="cpu", resumable=False):
 def load_result(path):
     """Loads a result of eval_logp.py. Raises: UserError if it cannot be read or is invalid"""
     result = util.load_checkpoint(path, keys=RESULT_KEYS)
+    try:
+        right = is_result(result)
+    except Exception:  # whatever foreign contents make the checks raise
+        right = False
+    if not right:
+        raise UserError(f"{path} is not a valid evaluation; eval_logp.py --force repeats it")
+    return result
+
+
+def is_result(result):
+    """Whether a dict with RESULT_KEYS is a result of eval_logp.py"""
     values, bound, latents = (result[key] for key in ("log_p_by_image", "enumeration_bound_by_image", "latents"))
-    right = all(isinstance(x, torch.Tensor) and x.dim() == 1 and len(x) > 0 for x in (values, bound))
+    right = all(isinstance(x, torch.Tensor) and x.dtype == torch.double and x.layout == torch.strided for x in (values, bound))
+    right = right and values.dim() == bound.dim() == 1 and len(values) > 0
     right = right and len(values) == len(bound) and bool(values.isfinite().all())
     right = right and isinstance(result["log_p"], float) and math.isclose(result["log_p"], values.mean(), abs_tol=1e-3)
     right = right and isinstance(result["standard_error"], float) and isinstance(result["model_iteration"], int)
@@ -128,9 +148,22 @@ def load_result(path):
     right = right and RESULT_SETTINGS <= result["settings"].keys() and isinstance(result["run"], str)
     right = right and {"num_particles", "memory_size", "algorithm"} <= result["model_settings"].keys()
     right = right and latents.keys() == {"obs_id", "codes", "log_joint"} and len({len(x) for x in latents.values()}) == 1
-    if not right:
-        raise UserError(f"{path} is not a valid evaluation; eval_logp.py --force repeats it")
-    return result
+    if right:
+        obs_id, codes, log_joint = latents["obs_id"], latents["codes"], latents["log_joint"]
+        right = all(x.layout == torch.strided for x in latents.values())
+        right = right and (obs_id.dtype, codes.dtype, log_joint.dtype) == (torch.int32, torch.int16, torch.float32)
+        right = right and (obs_id.dim(), codes.dim(), log_joint.dim()) == (1, 2, 1)
+        right = right and bool(((obs_id >= 0) & (obs_id < len(values))).all() and log_joint.isfinite().all())
+    if right and len(values) > 1:
+        right = math.isclose(result["standard_error"], values.std() / math.sqrt(len(values)), abs_tol=1e-3)
+    right = right and isinstance(result["enumeration_bound"], float)
+    right = right and math.isclose(result["enumeration_bound"], bound.mean(), abs_tol=1e-3)
+    settings = result["settings"]
+    right = right and all(is_integer(settings[name]) and settings[name] >= 0 for name in RESULT_NUMBERS)
+    right = right and all(isinstance(settings[name], str) for name in ("mode", "algorithm", "model", "images"))
+    right = right and all(is_integer(result["model_settings"][name]) for name in ("num_particles", "memory_size"))
+    right = right and is_integer(result["args"]["num_data"]) and result["model_iteration"] >= 0
+    return right and isinstance(result["model_settings"]["algorithm"], str)
 
 
 # ------------------------------------------------------------------ validating
@@ -143,13 +176,19 @@ def expect(condition, what):
 
 def check(checkpoint, resumable=False):
     """Checks a dict with util.CHECKPOINT_KEYS. Raises: UserError, saying what is wrong, if it is not valid"""
-    check_args(checkpoint["args"])
+    try:
+        _check(checkpoint, resumable)
+    except UserError:
+        raise
+    except Exception as error:  # whatever foreign contents make the checks raise
+        raise UserError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}") from None
+
+
+def _check(checkpoint, resumable):
+    args = check_args(checkpoint["args"])
     for name, high in [("num_alphabets", 10**6), ("pretrain_iteration", 2**53), ("iteration", 2**53)]:
         expect(is_integer(checkpoint[name]) and 0 <= checkpoint[name] <= high, f"{name} is {show(checkpoint[name])}")
-    settings = checkpoint["settings"]
-    expect(isinstance(settings, dict) and all(isinstance(key, str) for key in settings), "its settings are not a dict")
-    expect(isinstance(settings.get("data"), str), "its settings do not name the data")
-    args = argparse.Namespace(**checkpoint["args"])
+    check_settings(checkpoint["settings"], args)
     conditional = bool(checkpoint["num_alphabets"])
     expect(conditional == args.condition_on_alphabet, f"num_alphabets is {checkpoint['num_alphabets']}")
     inputs = args.num_primitives + checkpoint["num_alphabets"] + args.obs_embedding_dim
@@ -163,7 +202,7 @@ def check(checkpoint, resumable=False):
     for name, model in zip(["generative_model", "inference_network"], built, strict=True):
         check_tensors(checkpoint[name], model.state_dict(), name)
     check_memory(checkpoint["memory"], args)
-    check_statistics(checkpoint, resumable)
+    check_statistics(checkpoint, args, resumable)
     check_random_state(checkpoint["random_state"])
     pretrained = [list(built[1].parameters())]
     groups = {"optimizer": models.get_parameter_groups(*built), "pretrain_optimizer": pretrained}
@@ -171,7 +210,8 @@ def check(checkpoint, resumable=False):
         expect(isinstance(checkpoint[name], dict), f"{name} is not a dict")
         if checkpoint[name] or resumable:
             number = "pretrain_iteration" if name == "pretrain_optimizer" else "iteration"
-            check_optimizer(checkpoint[name], name, groups[name], checkpoint[number] > 0)
+            has_begun = checkpoint[number] > 0
+            check_optimizer(checkpoint[name], name, groups[name], has_begun, is_older(checkpoint["args"]))
 
 
 def is_integer(value):
@@ -188,27 +228,47 @@ def get_later_arguments():
     return {name: SETTINGS[name] for name in ["find_characters", *own]}
 
 
+def is_older(args):
+    """Whether arguments are those of a version whose checkpoints may lack statistics and states of parameters without
+    gradients"""
+    return args.get(OLDER, False)
+
+
 def check_args(args):
-    ranges = {name: limits for own in util.HYPERPARAMETERS.values() for name, (_, *limits, _) in own.items()}
+    """Whether the command line would accept a dict of arguments. Returns: a namespace"""
     expect(isinstance(args, dict) and all(isinstance(key, str) for key in args), "its arguments are not a dict")
-    for name, default in SETTINGS.items():
+    for name in SETTINGS:
         expect(name in args, f"the argument {name} is missing")
-        value = args[name]
-        if name in ranges:
-            low, high = ranges[name]
-            right = type(value) is type(default) and low <= value <= high
-        elif name == "dataset_size":
-            right = value is None or (is_integer(value) and value > 0)
-        elif type(default) is int:
-            right = is_integer(value) and 0 <= value < 2**63
-        elif type(default) is float:
-            right = type(value) in (int, float) and math.isfinite(value) and value >= 0
-        else:
-            right = type(value) is type(default)
+    optional = {"dataset_size": None, "name": None, "test_run": False, "num_iterations": util.NUM_ITERATIONS}
+    for name, default in {**SETTINGS, **optional}.items():
+        check_value(name, args.get(name, default), default)
+    expect(args["likelihood"] in models.LIKELIHOODS, f"the argument likelihood is {show(args['likelihood'])}")
+    expect(args["algorithm"] in losses.OBJECTIVES, f"the argument algorithm is {show(args['algorithm'])}")
+    args = argparse.Namespace(**args)
+    util.check_arguments(args)
+    return args
+
+
+def check_value(name, value, default):
+    wanted = type(TYPES_OF_NONE.get(name, default))
+    right = type(value) is wanted or (wanted is float and type(value) is int) or (value is None and default is None)
+    expect(right, f"the argument {name} is {show(value)}")
+    if value is not None and name in util.TYPES:
+        try:
+            right = util.TYPES[name](value if wanted is str else repr(value)) == value
+        except (argparse.ArgumentTypeError, ValueError):
+            right = False
         expect(right, f"the argument {name} is {show(value)}")
-    sizes = "num_arcs num_primitives p_lstm_hidden_size q_lstm_hidden_size obs_embedding_dim batch_size num_particles"
-    for name in sizes.split():
-        expect(0 < args[name] < 2**31, f"the argument {name} is {show(args[name])}")
+
+
+def check_settings(settings, args):
+    """The settings follow from the arguments, but for the name of the data's location, which depends on the machine"""
+    expect(isinstance(settings, dict) and all(isinstance(key, str) for key in settings), "its settings are not a dict")
+    expect(isinstance(settings.get("data"), str), "its settings do not name the data")
+    expect(isinstance(settings.get("data_location"), str), "its settings do not name the location of the data")
+    ours = {**util.get_settings(args), "data": settings["data"], "data_location": settings["data_location"]}
+    differences = util.describe_differences(settings, ours)
+    expect(not differences, f"its settings contradict its arguments: {differences[:200]}")
 
 
 def check_tensors(tensors, template, what):
@@ -221,9 +281,17 @@ def check_tensors(tensors, template, what):
 
 def check_tensor(value, like, what):
     expect(isinstance(value, torch.Tensor), f"{what} is not a tensor")
+    expect(value.layout == torch.strided, f"{what} is a sparse tensor")
     expect(value.shape == like.shape, f"{what} has the shape {list(value.shape)}, not {list(like.shape)}")
     expect(value.dtype == like.dtype, f"{what} is of type {value.dtype}, not {like.dtype}")
     expect(bool((value.abs() <= LARGEST).all()), f"{what} has values that are not finite, or huge")
+
+
+def check_num_images(checkpoint, num_images):
+    """Raises: UserError if the memory is not one of num_images images (None: unknown)"""
+    memory = checkpoint["memory"]
+    if memory is not None and num_images is not None:
+        expect(len(memory) == num_images, f"its memory holds {len(memory)} images, the data {num_images}")
 
 
 def check_memory(memory, args):
@@ -231,7 +299,8 @@ def check_memory(memory, args):
         expect(memory is None, "it has a memory, but its algorithm uses none")
         return
     dtype = torch.uint8 if args.num_primitives <= 128 else torch.int16
-    expect(isinstance(memory, torch.Tensor) and memory.dtype == dtype and memory.dim() == 3, "its memory is not a tensor of codes")
+    right = isinstance(memory, torch.Tensor) and memory.layout == torch.strided
+    expect(right and memory.dtype == dtype and memory.dim() == 3, "its memory is not a tensor of codes")
     num_latents = args.num_primitives**args.num_arcs * 2 ** (args.num_arcs - 1)
     shape = [min(args.memory_size, num_latents), args.num_arcs]
     expect(len(memory) > 0 and list(memory.shape[1:]) == shape, f"its memory has the shape {list(memory.shape)}")
@@ -240,31 +309,55 @@ def check_memory(memory, args):
     expect(bool(right.all()) and bool((codes[..., 0] % 2 == 0).all()), "its memory holds invalid stroke codes")
 
 
-def check_statistics(checkpoint, resumable):
-    statistics, lengths = checkpoint["statistics"], {}
+def check_statistics(checkpoint, args, resumable):
+    statistics = checkpoint["statistics"]
     expect(isinstance(statistics, dict) and all(isinstance(name, str) for name in statistics), "its statistics are not a dict")
+    if not resumable and not any(len(values) for values in statistics.values()):
+        return
     lengths = {"pretrain": checkpoint["pretrain_iteration"], "train": checkpoint["iteration"]}
+    lengths["test"] = len(statistics.get("test_iteration", []))
     for name, values in statistics.items():
-        right = isinstance(values, torch.Tensor) and values.dim() == 1 and values.dtype == torch.float32
+        right = isinstance(values, torch.Tensor) and values.layout == torch.strided
+        right = right and values.dim() == 1 and values.dtype == torch.float32
         expect(right and is_curve(values, name), f"the statistics of {show(name)} are not a curve of finite numbers")
-        length = lengths.get(get_phase(name), len(values))
-        expect(len(values) in (0, length) if not resumable else len(values) == length,
-               f"{name} has {len(values)} values after {length} iterations")  # fmt: skip
-    tests = {len(values) for name, values in statistics.items() if name.startswith("test_")}
-    expect(len(tests) <= 1, "the curves of its tests are of different lengths")
-    if resumable:
-        for name, number in [("pretrain_loss", "pretrain_iteration"), ("theta_loss", "iteration")]:
-            expect(name in statistics or checkpoint[number] == 0, f"it has no statistics of {name}")
+        length = lengths[get_phase(name)]
+        expect(len(values) == length, f"{name} has {len(values)} values, not {length}")
+    wanted = ["pretrain_loss"] * (lengths["pretrain"] > 0) + ["test_log_p", "test_kl"] * (lengths["test"] > 0)
+    if lengths["train"] > 0:
+        wanted += ["theta_loss", "phi_loss"] if is_older(checkpoint["args"]) and args.algorithm != "mws" else get_statistics(args)
+    missing = [name for name in wanted if name not in statistics]
+    expect(not missing, f"it has no statistics of {', '.join(missing)}")
+    tested = statistics.get("test_iteration", torch.zeros(0))
+    expect(bool((tested.diff() > 0).all()), "the iterations of its tests are not in order")
+    expect(bool(((tested > 0) & (tested <= lengths["train"])).all()), "the iterations of its tests are not those of the run")
+
+
+@functools.cache
+def _get_statistics(algorithm, **hyperparameters):
+    """The names of the statistics that an objective returns, found by calling it on a tiny model"""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        generative_model = models.GenerativeModel(num_primitives=2, num_arcs=2, likelihood="bernoulli")
+        inference_network = models.InferenceNetwork(num_primitives=2, num_arcs=2, lstm_hidden_size=1, obs_embedding_dim=1)
+        obs = torch.zeros(1, 28, 28)
+        if algorithm == "mws":
+            hyperparameters = dict(memory=losses.init_memory(1, 1, 2, 2), obs_id=torch.zeros(1, dtype=torch.long))
+        elif algorithm == "sleep":
+            hyperparameters = dict(num_dreams=1)
+        objective = losses.OBJECTIVES[algorithm]
+        return list(objective(generative_model, inference_network, obs=obs, num_particles=2, **hyperparameters)[1])
+
+
+def get_statistics(args):
+    """The names of the statistics that a run records at each iteration"""
+    own = {name: getattr(args, name) for name in util.HYPERPARAMETERS.get(args.algorithm, {}) if name != "memory_size"}
+    return _get_statistics(args.algorithm, **own)
 
 
 def is_curve(values, name):
-    """Whether a curve is finite; statistics that an older version did not record may begin late, after NaN"""
-    missing = values.isnan()
-    if not missing.any():
-        return bool(values.isfinite().all())
-    begins = int(missing.sum())
-    late = get_phase(name) == "train" and name not in ("theta_loss", "phi_loss")
-    return late and begins < len(values) and bool(missing[:begins].all()) and bool(values[begins:].isfinite().all())
+    """Whether a curve is finite; statistics that an older version did not record may begin late, after NaN, or not yet"""
+    begins = int(values.isnan().sum())
+    late = get_phase(name) == "train" and name not in RECORDED_BY_ALL_VERSIONS
+    return (begins == 0 or late) and bool(values[:begins].isnan().all()) and bool(values[begins:].isfinite().all())
 
 
 def check_random_state(state):
@@ -279,8 +372,9 @@ def check_random_state(state):
         raise UserError("its random state is not one of torch's") from None
 
 
-def check_optimizer(state, what, groups, has_begun):
-    """Checks that a dict is the state of Adam for these groups of parameters, before or after its first step"""
+def check_optimizer(state, what, groups, has_begun, may_lack=False):
+    """Checks that a dict is the state of Adam for these groups of parameters, before or after its first step; may_lack:
+    whether parameters may have none, as those without gradients had in an older version"""
     expect(isinstance(state, dict), f"{what} is not a dict")
     expect(state.keys() == {"state", "param_groups"}, f"{what} is not Adam's")
     expect(isinstance(state["state"], dict) and isinstance(state["param_groups"], list), f"{what} is not Adam's")
@@ -297,7 +391,8 @@ def check_optimizer(state, what, groups, has_begun):
         first += len(parameters)
     every = [parameter for parameters in groups for parameter in parameters]
     numbers = set(range(len(every) if has_begun else 0))
-    expect(set(state["state"]) == numbers, f"{what} has the state of different parameters")
+    right = set(state["state"]) <= numbers if may_lack else set(state["state"]) == numbers
+    expect(right, f"{what} has the state of different parameters")
     for number, values in state["state"].items():
         expect(isinstance(values, dict) and values.keys() == {"step", "exp_avg", "exp_avg_sq"}, f"{what} is not Adam's")
         step = values["step"]

@@ -316,6 +316,20 @@ def test_bad_input(folder, run_script):
         assert all(word in stderr for word in words), (flags, stderr)
 
 
+def test_what_cannot_fit_is_refused_before_it_is_tried(folder, run_script):
+    for flags, words in [
+        (["--num-particles", "1000000", "--batch-size", "50"], "a step"),
+        (["--q-lstm-hidden-size", "100000"], "models"),
+        (["--memory-size", "100000", "--num-arcs", "1000"], "remembered programs"),
+    ]:
+        start = time.monotonic()
+        status, _, stderr = run_script(main, *TINY, "--data-location", "data.mat", *flags)
+        assert status == 2 and words in stderr and "GB are available" in stderr and stderr.count("\n") == 1, stderr
+        assert time.monotonic() - start < 5
+    args = main.parse_args(["--obs-embedding-dim", "100000"])
+    main.check_memory(args, 500, 0)
+
+
 def test_full_disk(folder):
     with small_disk(folder / "save", 3):
         with pytest.raises(UserError, match="No space left"):
