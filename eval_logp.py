@@ -327,7 +327,8 @@ def is_complete(path, settings):
 
 def check_settings(path, saved, settings):
     """Raises: UserError if what is saved is a different evaluation; the message names the differences"""
-    differences = util.describe_differences(saved["settings"], settings)
+    theirs, ours = ({"search": False, **some} for some in (saved["settings"], settings))
+    differences = util.describe_differences(theirs, ours)
     if differences:
         raise UserError(f"{path} holds a different evaluation: {differences}; --force replaces it")
 
@@ -375,7 +376,7 @@ def check_state(state, evaluation, settings):
 
 
 def get_result(evaluation, settings, name, checkpoint):
-    """The result that report.py reads, see report.KEYS"""
+    """The result that results/report.py reads, see checkpoints.RESULT_KEYS"""
     log_p, state = evaluation.log_p.double().cpu(), evaluation.get_checkpoint(settings)
     rows = evaluation.table.settle()
     bound = get_enumeration_bound(rows, len(log_p)).cpu()  # [N]

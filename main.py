@@ -77,7 +77,7 @@ class Run:
         )
 
     def restore(self, checkpoint):
-        """Restores a checkpoint that checkpoints.py has verified. Raises: UserError if its run had other settings"""
+        """Restores a checkpoint that runs/checkpoints.py has verified. Raises: UserError if its run had other settings"""
         differences = util.describe_differences(checkpoint["settings"], self.settings)
         if differences:
             folder = util.SAVE / self.path_base
@@ -320,7 +320,8 @@ def main(argv=None):
     path_base = util.get_path_base(args)
     with StopSignal() as stop, locks.lock_run(path_base, stop):
         run = Run(args, dataset, device)
-        checkpoint = checkpoints.load_newest(path_base, resumable=True, num_images=len(dataset.train.obs))
+        num_images = {run.settings["data"]: len(dataset.train.obs)}
+        checkpoint = checkpoints.load_newest(path_base, resumable=True, num_images=num_images)
         if checkpoint is not None:
             run.restore(checkpoint)
             save_missing_milestone(run)
@@ -350,10 +351,10 @@ def check_memory(args, num_images, num_alphabets):
     decoders = sum(4 * units * (units + args.num_primitives + 4 + context) for units, context in sizes)
     num_parameters = decoders + 128 * 9 * (args.obs_embedding_dim + 192)
     models_bytes = 16 * num_parameters  # with gradients and Adam's two moments
-    # A proposal's gates and state, choices and probabilities, and codes; the memory, and a copy of it
+    # A proposal's gates and state, choices and probabilities, and codes; the memory, a copy, and an image's compared in pairs
     per_proposal = 4 * (10 * args.q_lstm_hidden_size + 4 * args.num_primitives) + 40 * args.num_arcs
     step_bytes = min(args.batch_size, num_images) * args.num_particles * per_proposal
-    memory_bytes = 2 * num_images * args.memory_size * args.num_arcs * (args.algorithm == "mws")
+    memory_bytes = (2 * num_images + args.memory_size) * args.memory_size * args.num_arcs * (args.algorithm == "mws")
     total, available = models_bytes + step_bytes + memory_bytes, util.get_available_memory()
     if not args.cuda and total > available:
         raise UserError(

@@ -397,8 +397,8 @@ def describe_differences(theirs, ours):
     """Describes in words how two dicts of settings differ, those saved and those of this run; "" if they agree. A
     setting that did not exist when they were saved had its default."""
     theirs = {**{name: default for name, default in SETTINGS.items() if name in ours}, **theirs}
-    names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
-    return ", ".join(f"{name.replace('_', '-')} is {theirs.get(name)} there and {ours.get(name)} here" for name in names)
+    names = [name for name, value in ours.items() if theirs.get(name) != value]
+    return ", ".join(f"{name.replace('_', '-')} is {theirs.get(name)} there and {ours[name]} here" for name in names)
 
 
 # ------------------------------------------------------------------ randomness

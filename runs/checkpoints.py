@@ -83,7 +83,7 @@ def get_run_name(checkpoint_path, run_args):
 
 def load(path, device="cpu", resumable=False, num_images=None):
     """Loads a checkpoint of main.py. Args: resumable: whether a run must be able to resume from it; if not, optimisers
-    and statistics may be empty; num_images: that a memory must hold, if known. Raises: UserError if it cannot be read or is invalid"""
+    and statistics may be empty; num_images: that a memory must hold, by the data's fingerprint. Raises: UserError if it cannot be read or is invalid"""
     checkpoint = util.load_checkpoint(path, device)
     if isinstance(checkpoint["args"], dict):
         later = get_later_arguments()
@@ -91,7 +91,7 @@ def load(path, device="cpu", resumable=False, num_images=None):
         checkpoint["args"] = {**later, **checkpoint["args"], **({OLDER: True} if older else {})}
     try:
         check(checkpoint, resumable)
-        check_num_images(checkpoint, num_images)
+        check_num_images(checkpoint, (num_images or {}).get(checkpoint["settings"]["data"]))
     except UserError as error:
         raise UserError(f"{path} is not a valid checkpoint: {error}") from None
     return checkpoint

@@ -232,6 +232,7 @@ def test_statistics_that_an_older_version_did_not_record(folder):
     path = get_run_folder() / "checkpoints/latest.pt"
     older = torch.load(path)
     del older["statistics"]["effective_sample_size"], older["args"]["find_characters"], older["settings"]["find_characters"]
+    older["settings"]["num_iterations"] = older["args"]["num_iterations"]  # a setting once
     torch.save(older, path)
     run(*SHORT, "--data-location", "data.mat", "--algorithm", "rws", "--num-iterations", "6")
     size = checkpoints.load(path, resumable=True)["statistics"]["effective_sample_size"]
