@@ -88,8 +88,8 @@ def primitives_figure(generative_model, resolution, title, usage, source):
     order = usage.argsort(descending=True, stable=True)
     labels = [f"{i}: {usage[i]:.1%}" for i in order.tolist()]
     most = int((usage[order].cumsum(0) < 0.9).sum()) + 1
-    title = f"{title}; {most} of {len(order)} make 90 % of the strokes in the {source}"
-    figure = grid_figure(probs[order], 8, f"{title}\nshare of the strokes in the {source}; dot: start; tile: {side:.2f} characters wide", labels)
+    title += f"\n{most} of {len(order)} make 90 % of the strokes in the {source} (shares below each)"
+    figure = grid_figure(probs[order], 8, f"{title}\ndot: start; tile: {side:.2f} characters wide", labels)
     (axes,) = figure.axes
     gap = max(resolution // 14, 1)
     row, col = np.divmod(np.arange(len(order)), 8)
