@@ -295,7 +295,7 @@ def _binarise(path, images):
 def _load_image_files(path, prepare):
     """Loads a folder or zip of images: the official release of Omniglot, or the user's own,
     whose subfolders, if any, are alphabets. Returns: obs, alphabet ids or None, characters or None, alphabets' names"""
-    files = list(_list_images(path))
+    files = list(list_images(path))
     if not files:
         raise UserError(f"{path} holds no images (.png, .jpg) and none of Omniglot's zips")
     folders = [name.split("/")[:-1] for name, _ in files]
@@ -329,7 +329,7 @@ def _find_or_warn(name, content):
         return []
 
 
-def _list_images(path):
+def list_images(path):
     """(name relative to path, function that reads its bytes) of every image, in order
     of name; includes those inside the official release's zips."""
     if path.is_file():

@@ -23,13 +23,15 @@ from matplotlib.backends.backend_pdf import PdfPages
 import data
 import scoring
 import util
-from reading.programs import find_programs, read_characters
+from reading import matching, variation
+from reading.programs import find_different_programs, find_programs, read_characters
 from results import drawings, figures, overview
 from results.trained_model import TrainedModel
 from runs import checkpoints
 from util import UserError
 
 NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames in reconstructions.gif
+NUM_REFITTED = 20  # of the programs found for an image, besides those of searches of their own
 STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # that each frame of an animation is shown
 
 # ------------------------------------------------------------------ files
@@ -66,10 +68,12 @@ def save_film(path, frames, milliseconds):
     util.write(path, imageio.imwrite("<bytes>", frames, extension=".gif", duration=durations, loop=0))
 
 
-def save_programs(folder, trained, latent, map_id, names, **details):
-    """Writes SVG and JSON files of each latent [N, A, 2]; map_id [N] or None; details: lists of N plain values"""
+def save_programs(folder, trained, latent, drawing, map_id, names, **details):
+    """Writes SVG and JSON files of each latent [N, A, 2] as it is drawn (a Drawing); map_id [N] or None; details: lists of
+    N plain values"""
     for i, name in enumerate(names):
-        program = drawings.get_program(trained.generative_model, latent[i], None if map_id is None else map_id[i])
+        number = None if map_id is None else map_id[i]
+        program = drawings.get_program(drawing.select([i]), latent[i], number)
         util.write(folder / f"{name}.svg", drawings.to_svg(program).encode())
         more = {key: values[i] for key, values in details.items()}
         text = drawings.to_json(program, iteration=trained.iteration, **more)
@@ -109,24 +113,24 @@ def draw_model(trained, args):
     save_figures(trained, "prior", [figure], f"prior/{iteration}")
 
 
-def draw_strokes(trained, obs, latent, labels, title, args):
-    """Draws programs stroke by stroke. Args: obs [N, R, C]; latent [N, A, 2]
-    Returns: an iterable of figures; map_id [N] or None; stages [N, A - 1, R, R]"""
-    model, resolution = trained.generative_model, args.resolution
-    map_id, maps = drawings.get_maps(model, latent, obs)
-    stages = drawings.draw_stages(model, latent, resolution, maps)  # [N, A - 1, R, R]
-    seen = drawings.resize(drawings.draw(model, latent, 28, maps), resolution)
-    canonical = drawings.draw(model, latent, resolution) if args.canonical else None
-    pen, off = drawings.get_pen_path(model, latent, resolution, maps), drawings.is_off_page(model, latent, maps)
+def draw_strokes(obs, drawing, labels, title, args):
+    """Draws programs stroke by stroke. Args: obs [N, R, C]; drawing: a Drawing of N programs
+    Returns: an iterable of figures; stages [N, A - 1, R, R]"""
+    resolution = args.resolution
+    stages = drawings.draw_stages(drawing, resolution)  # [N, A - 1, R, R]
+    seen = drawings.resize(drawings.draw_parts(drawing, drawing.on.unsqueeze(1), 28)[:, 0], resolution)
+    canonical = None
+    if args.canonical:
+        canonical = drawings.draw_arcs(drawing.params, variation.get_arcs(drawing), drawing.on, resolution)
+    pen, off = drawings.get_pen_path(drawing, resolution), drawings.is_off_page(drawing)
     paths, off_page = [], []
-    for z, moves, row_off in zip(latent, pen, off, strict=True):
-        visible = (z[:, 1] > 0).nonzero().squeeze(1).tolist()
+    for on, moves, row_off in zip(drawing.on, pen, off, strict=True):
+        visible = on.nonzero().squeeze(1).tolist()
         before = [-1, *visible]
         paths.append([moves[i + 1 : j] for i, j in zip(before, visible, strict=False)])
         off_page.append(row_off[visible].tolist())
     obs = drawings.resize(obs, resolution)
-    pages = figures.stroke_figures(obs, seen, stages, labels, title, paths, off_page, canonical)
-    return pages, map_id, stages
+    return figures.stroke_figures(obs, seen, stages, labels, title, paths, off_page, canonical), stages
 
 
 def draw_reconstructions(trained, args):
@@ -141,12 +145,14 @@ def draw_reconstructions(trained, args):
         "\n".join(filter(None, [f"image {i}", trained.get_alphabet_name(i), f"{score:.0f} nats"]))
         for i, score in zip(obs_id.tolist(), log_joint, strict=True)
     ]
-    pages, map_id, stages = draw_strokes(trained, obs, latent, labels, title, args)
+    drawing = variation.get_drawing(trained.generative_model, latent, obs)
+    pages, stages = draw_strokes(obs, drawing, labels, title, args)
     save_figures(trained, "reconstructions", pages)
     if args.svg:
         folder = trained.folder / trained.get_stem("reconstructions")
         names = [str(i) for i in obs_id.tolist()]
-        save_programs(folder, trained, latent, map_id, names, obs_id=obs_id.tolist(), log_joint=log_joint)
+        map_id, _ = drawings.get_maps(trained.generative_model, latent, obs)
+        save_programs(folder, trained, latent, drawing, map_id, names, obs_id=obs_id.tolist(), log_joint=log_joint)
     return obs_id, drawings.resize(obs, args.resolution), stages
 
 
@@ -226,38 +232,62 @@ def get_free_path(folder, stem, *suffixes):
     return free
 
 
+def read_strokes(trained, obs, programs, args):
+    """The strokes of images [N, R, C]: of the best program or, refitted, of the one among many that then fits best.
+
+    Returns: latent [N, A, 2]; a Drawing; map_id [N] or None; and, to go with each, {name: N plain values}
+    """
+    model = trained.generative_model
+    if args.no_refit:
+        latent = programs.latent[0]
+        drawing, (map_id, _) = variation.get_drawing(model, latent, obs), drawings.get_maps(model, latent, obs)
+        return latent, drawing, map_id, {"log_joint": programs.log_joint[0].tolist()}
+    alphabet = None
+    if programs.alphabet_id is not None:
+        alphabet = torch.eye(trained.num_alphabets)[programs.alphabet_id]
+    others = find_different_programs(model, trained.inference_network, obs, matching.NUM_SEARCHES, alphabet=alphabet)
+    chosen = programs.log_joint.isfinite().all(1).nonzero().squeeze(1)[:: max(args.num_best // NUM_REFITTED, 1)]
+    strokes = matching.refit_programs(model, torch.cat([programs.latent[chosen], others]), obs)
+    latent = strokes.latent[0]
+    log_joint = scoring.score(model, strokes.latent, obs, alphabet)[0].tolist()
+    return latent, strokes.drawing, None, {"log_joint": log_joint, "refit_score": strokes.score[0].tolist()}
+
+
 def draw_images(trained, args):
     """Infers programs of the user's own images, and prints where everything was written"""
     characters, folder = read_characters(args.images, args.as_is), trained.folder / "images"
     networks = trained.generative_model, trained.inference_network
     search = args.num_particles, args.num_best, args.num_rounds, args.num_mutants
     programs = find_programs(*networks, characters.obs, *search)
-    latent, log_joint = programs.latent[0], programs.log_joint[0].tolist()
+    latent, drawing, map_id, scores = read_strokes(trained, characters.obs, programs, args)
     names = []
     for name in characters.names:  # one at a time, as they are written
         names.append(get_free_path(folder, name, ".json"))
         while names[-1] in names[:-1]:
             names[-1] += "-again"
-    labels = [f"{name}\n{score:.0f} nats" for name, score in zip(names, log_joint, strict=True)]
-    title = f"{trained.name}, iteration {trained.iteration}: best programs found"
-    pages, map_id, _ = draw_strokes(trained, characters.obs, latent, labels, title, args)
-    details = dict(image=characters.files, log_joint=log_joint)
+    labels = [f"{name}\n{score:.0f} nats" for name, score in zip(names, scores["log_joint"], strict=True)]
+    refitted = "" if args.no_refit else ", refitted"
+    title = f"{trained.name}, iteration {trained.iteration}: best programs found{refitted}"
+    pages, _ = draw_strokes(characters.obs, drawing, labels, title, args)
+    details = dict(image=characters.files, **scores)
     if programs.alphabet_id is not None:
         details["alphabet"] = programs.alphabet_id.tolist()
-    save_programs(folder, trained, latent, map_id, names, **details)
+    save_programs(folder, trained, latent, drawing, map_id, names, **details)
     stem = get_free_path(folder, str(trained.iteration), ".pdf")
-    for name, file, score, z in zip(names, characters.files, log_joint, latent, strict=True):
+    for name, file, score, z in zip(names, characters.files, scores["log_joint"], latent, strict=True):
         print(f"{file}: log p(x, z) = {score:.1f} nats, {int(z[:, 1].sum())} strokes: {folder / name}.svg, {name}.json")
     print(f"stroke by stroke: {save_figures(trained, 'images', pages, f'images/{stem}')}")
     if args.examples:
-        draw_examples(trained, characters, programs, names, args, f"images/{stem}-examples")
+        draw_examples(trained, characters, programs, drawing, names, args, f"images/{stem}-examples")
 
 
-def draw_examples(trained, characters, programs, names, args, stem):
+def draw_examples(trained, characters, programs, drawing, names, args, stem):
     """Draws new examples of characters beside the originals"""
-    model = trained.generative_model
-    examples = drawings.draw_examples(model, programs, args.examples, args.resolution, args.vary)  # [N, E, R, R]
-    how = "" if args.vary is None else f"\nstrokes redrawn at temperature {args.vary:g}"
+    how = "\nstrokes varied" if args.vary_strokes else f"\nstrokes redrawn at temperature {args.vary:g}" if args.vary else ""
+    if args.vary_strokes:
+        examples = drawings.vary_strokes(drawing, args.examples, args.resolution)  # [N, E, R, R]
+    else:
+        examples = drawings.draw_examples(trained.generative_model, programs, args.examples, args.resolution, args.vary)
     title = f"{trained.name}, iteration {trained.iteration}{how}"
     num_cols = math.ceil(math.sqrt(args.examples))
 
@@ -385,6 +415,8 @@ def get_parser():
     add("--num-rounds", "rounds of the search", type=natural, default=400)
     add("--num-mutants", "mutants per image and round", type=positive, default=200)
     add("--examples", "number of new examples to draw of each of --images", type=positive, default=None)
+    add("--no-refit", "draw the best program as it is, its strokes not refitted to the image", action="store_true")
+    add("--vary-strokes", "draw --examples as other hands would, each stroke a little different", action="store_true")
     add("--vary", "temperature at which --examples resamples some strokes from the prior", type=util.in_range(float, 1e-3))
     return parser
 
@@ -394,9 +426,11 @@ def parse_args(argv=None):
     args = get_parser().parse_args(argv)
     if args.images and args.checkpoint_path is None:
         raise UserError("--images needs --checkpoint-path, the model that reads them")
-    for flag, needed in [("examples", "images"), ("vary", "examples"), ("as_is", "images")]:
+    for flag, needed in [("examples", "images"), ("vary", "examples"), ("vary_strokes", "examples"), ("as_is", "images"), ("no_refit", "images")]:
         if getattr(args, flag) and not getattr(args, needed):
             raise UserError(f"--{flag.replace('_', '-')} needs --{needed}")
+    if args.vary and args.vary_strokes:
+        raise UserError("--vary and --vary-strokes exclude each other; give one")
     return args
 
 

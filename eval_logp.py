@@ -15,7 +15,6 @@ save/<path_base>/logp/<mode>_<algorithm>.pt. If stopped, rerun the same command 
 from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
 import functools
-import hashlib
 import math
 import signal
 
@@ -300,12 +299,9 @@ def load_images(args, checkpoint, load_data=data.load):
 
 def get_settings(args, checkpoint, images):
     """Everything the result depends on, as plain values"""
-    digest = hashlib.sha1()
-    for value in checkpoint["generative_model"].values():
-        digest.update(value.cpu().numpy().tobytes())
     return {
         **{name: getattr(args, name) for name in SETTINGS},
-        "model": f"{digest.hexdigest()[:12]} at iteration {checkpoint['iteration']}",
+        "model": checkpoints.get_digest(checkpoint),
         "images": f"{data.get_fingerprint(images)} ({len(images.obs)})",
         **({"search": True} if args.search else {}),
     }

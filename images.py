@@ -5,6 +5,7 @@ finds the ink under uneven light, separates characters, and gives each the size 
 Omniglot's. `draw_glyphs` draws each letter by twenty "hands".
 """
 
+import math
 import unicodedata
 
 import imageio.v3 as imageio
@@ -172,15 +173,18 @@ def split_page(ink):
         return []
     boxes = scipy.ndimage.find_objects(pieces)
     sides = np.array([max(box[0].stop - box[0].start, box[1].stop - box[1].start) for box in boxes])
-    kept = np.flatnonzero(sides >= max(0.06 * sides.max(), min(3, sides.max()))) + 1
-    ink = np.isin(pieces, kept)
+    edges = find_edges(pieces, boxes, sides)
+    longest = sides[~edges].max()
+    kept = np.flatnonzero((sides >= max(0.06 * longest, min(3, longest))) & ~edges) + 1
+    ink, sides = np.isin(pieces, kept), sides[kept - 1]
     reach = 0.12 * np.median(sides[sides >= sides.max() / 3])  # half of the largest gap within a character
     groups, num_groups = scipy.ndimage.label(scipy.ndimage.distance_transform_edt(~ink) <= reach, np.ones((3, 3)))
-    groups = groups * ink
-    boxes = [box for box in scipy.ndimage.find_objects(groups, num_groups)]
+    groups = join_enclosed(groups * ink)
+    boxes = [box for box in scipy.ndimage.find_objects(groups) if box is not None]
+    numbers = np.unique(groups)[1:]
     height = np.median([box[0].stop - box[0].start for box in boxes])
     parts = []
-    for number, box in enumerate(boxes, start=1):
+    for number, box in zip(numbers, boxes, strict=True):
         row, col = (box[0].start + box[0].stop) / 2, box[1].start
         parts.append((row, col, groups[box] == number))
     # Lines of text: a new one begins where a character's middle is lower than the previous one's by its height.
@@ -192,6 +196,50 @@ def split_page(ink):
         lines.append((line, col, part))
     lines.sort(key=lambda part: part[:2])
     return [part for _, _, part in lines]
+
+
+def find_edges(pieces, boxes, sides):
+    """Finds long straight marks at the border of the photograph, the edges of the paper, say, if it was photographed at an
+    angle, and their crumbs: pieces, numbers [rows, columns], with their boxes and longer sides -> bool, one per piece"""
+    longest_page_side = max(pieces.shape)
+    edges = np.zeros(len(boxes), bool)
+    for i, box in enumerate(boxes):
+        gaps = [gap for part, size in zip(box, pieces.shape, strict=True) for gap in (part.start, size - part.stop)]
+        if sides[i] >= longest_page_side / 4 and min(gaps) <= 0.03 * longest_page_side:
+            points = np.argwhere(pieces == i + 1).astype(float)
+            along, across = np.sqrt(np.linalg.eigvalsh(np.cov(points.T)).clip(0)[::-1])
+            depth = np.minimum(points, np.array(pieces.shape) - 1 - points).min(1).max()  # two edges meet in a corner
+            edges[i] = across < 0.06 * along or depth < 0.08 * longest_page_side
+    # Strokes of a closely cropped character reach the border, too, but are not much longer than its others.
+    longest = sides[~edges].max(initial=0)
+    edges &= sides > 1.5 * longest
+    if edges.all():
+        edges[:] = False
+    if edges.any():
+        distance = scipy.ndimage.distance_transform_edt(~np.isin(pieces, np.flatnonzero(edges) + 1))
+        nearest = scipy.ndimage.minimum(distance, pieces, np.arange(1, len(boxes) + 1))
+        edges |= (nearest <= 0.03 * longest_page_side) & (sides <= 0.3 * longest)
+    return edges
+
+
+def join_enclosed(groups):
+    """What lies within a group's box belongs to it: numbers of groups [rows, columns] -> the same, with fewer groups"""
+    boxes = dict(enumerate(scipy.ndimage.find_objects(groups), start=1))
+    boxes = {number: box for number, box in boxes.items() if box is not None}
+    for number, inner in sorted(boxes.items(), key=lambda item: _get_area(item[1])):
+        outer = [
+            other
+            for other, box in boxes.items()
+            if other != number and all(b.start <= i.start and i.stop <= b.stop for b, i in zip(box, inner, strict=True))
+        ]
+        if outer:
+            groups = np.where(groups == number, min(outer, key=lambda other: _get_area(boxes[other])), groups)
+            del boxes[number]
+    return groups
+
+
+def _get_area(box):
+    return math.prod(part.stop - part.start for part in box)
 
 
 def normalise(part):

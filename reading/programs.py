@@ -104,6 +104,22 @@ def find_programs(
     )
 
 
+def find_different_programs(
+    generative_model, inference_network, obs, num_searches, num_particles=300, num_best=20, num_rounds=150, num_mutants=50,
+    alphabet=None,
+):  # fmt: skip
+    """Finds different programs of each image [N, R, C]: the best of each of several small searches. Arguments as for
+    `find_programs`.
+
+    Returns: latent [S, N, A, 2]
+    """
+    copies = obs.repeat_interleave(num_searches, 0)  # [N * S, R, C]
+    alphabet = None if alphabet is None else alphabet.repeat_interleave(num_searches, 0)
+    effort = num_particles, num_best, num_rounds, num_mutants
+    best = find_programs(generative_model, inference_network, copies, *effort, alphabet).latent[0]
+    return best.unflatten(0, (len(obs), num_searches)).transpose(0, 1)
+
+
 def guess_alphabets(generative_model, inference_network, obs, num_particles):
     """The alphabet under which each image's best proposal is most probable, one-hot [B, L]"""
     one_hot = torch.eye(generative_model.num_alphabets)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import rendering
+from reading import variation
 
 PIXELS_AT_ONCE = 64 * 28 * 28
 FAINT = 0.05  # probability of ink that is invisible
@@ -41,63 +42,61 @@ def draw_maps(generative_model, num):
 @torch.no_grad()
 def draw(generative_model, latent, resolution, maps=None):
     """latent [..., A, 2] -> probabilities of ink [..., R, R] at a resolution, canonical, or through maps [..., 2, 3]"""
-    flat = latent.flatten(0, -3)  # [N, A, 2]
-    at_once = max(PIXELS_AT_ONCE // resolution**2, 1)
-    probs = torch.cat(
-        [generative_model.get_logits(chunk, resolution, resolution).sigmoid() for chunk in flat.split(at_once)]
-    )
-    if maps is not None:
-        probs = rendering.apply_maps(probs, maps.flatten(0, -3))
-    return probs.cpu().view(*latent.shape[:-2], resolution, resolution)
-
-
-def get_stages(latent):
-    """A latent after each of its strokes: [N, A, 2] -> [N, A, A, 2]; the s-th ends with stroke s"""
-    num_arcs = latent.shape[1]
-    stages = latent.unsqueeze(1).repeat(1, num_arcs, 1, 1)
-    stages[..., 1] *= torch.ones(num_arcs, num_arcs, dtype=torch.long, device=latent.device).tril()
-    return stages
-
-
-def draw_stages(generative_model, latent, resolution, maps=None):
-    """Draws a latent after each of its visible strokes: [N, A, 2] -> [N, A - 1, R, R], NaN where there are no more"""
-    num_arcs = latent.shape[1]
-    maps = None if maps is None else maps.unsqueeze(1).expand(-1, num_arcs, -1, -1)
-    probs = draw(generative_model, get_stages(latent), resolution, maps)  # [N, A, R, R]
-    visible = latent[..., 1].cpu() > 0  # [N, A]
-    order = get_visible_order(latent)
-    probs = probs.gather(1, order[..., None, None].expand_as(probs))
-    num_visible = visible.sum(1, keepdim=True)
-    probs[torch.arange(num_arcs) >= num_visible] = math.nan
-    return probs[:, : max(num_arcs - 1, 1)]
-
-
-def get_visible_order(latent):
-    """Indices of the strokes, the visible ones first: latent [N, A, 2] -> [N, A]"""
-    return (latent[..., 1].cpu() == 0).long().argsort(dim=1, stable=True)
-
-
-def is_off_page(generative_model, latent, maps=None):
-    """Which of a latent's visible strokes leave no ink on the page: [N, A, 2] -> [N, A]"""
-    num_arcs = latent.shape[1]
-    alone = latent.unsqueeze(1).repeat(1, num_arcs, 1, 1)  # [N, A, A, 2]: the s-th shows stroke s alone
-    alone[..., 1] *= torch.eye(num_arcs, dtype=torch.long, device=latent.device)
-    maps = None if maps is None else maps.unsqueeze(1).expand(-1, num_arcs, -1, -1)
-    probs = draw(generative_model, alone, 28, maps)
-    return (probs.flatten(2).amax(2) < FAINT) & (latent[..., 1].cpu() > 0)
+    params = generative_model.get_rendering_params()
+    return draw_arcs(params, generative_model.get_arcs(latent), latent[..., 1], resolution, maps)
 
 
 @torch.no_grad()
-def get_pen_path(generative_model, latent, resolution, maps=None):
-    """Start and end of each stroke, in pixels (column, row), through the maps: [N, A, 2] -> [N, A, 2, 2]"""
-    arcs = generative_model.get_arcs(latent).cpu()  # [N, A, 7]
+def draw_arcs(params, arcs, on, resolution, maps=None):
+    """As `draw`, of arcs [..., A, 7] and which of them leave ink, on [..., A]; params [2], as for rendering.get_logits"""
+    at_once = max(PIXELS_AT_ONCE // resolution**2, 1)
+    chunks = zip(arcs.flatten(0, -3).split(at_once), on.flatten(0, -2).split(at_once), strict=True)
+    probs = torch.cat([rendering.get_logits(*chunk, params, resolution, resolution).sigmoid() for chunk in chunks])
+    if maps is not None:
+        probs = rendering.apply_maps(probs, maps.flatten(0, -3))
+    return probs.cpu().view(*on.shape[:-1], resolution, resolution)
+
+
+# ------------------------------------------------------------------ stroke by stroke
+
+# These take a reading.variation.Drawing of N programs, as they are or with strokes that were refitted.
+
+
+def draw_parts(drawing, on, resolution):
+    """Draws some of the strokes: on [N, S, A] -> [N, S, R, R]"""
+    num_parts = on.shape[1]
+    arcs = variation.get_arcs(drawing).unsqueeze(1).expand(-1, num_parts, -1, -1)  # [N, S, A, 7]
+    maps = drawing.map.unsqueeze(1).expand(-1, num_parts, -1, -1)  # [N, S, 2, 3]
+    return draw_arcs(drawing.params, arcs, on, resolution, maps)
+
+
+def draw_stages(drawing, resolution):
+    """Draws programs after each visible stroke: [N, A - 1, R, R], NaN where there are no more"""
+    num_arcs = drawing.on.shape[1]
+    on = drawing.on.unsqueeze(1) & torch.ones(num_arcs, num_arcs, dtype=torch.bool).tril()  # [N, A, A]
+    order = (~drawing.on).long().argsort(dim=1, stable=True)  # the visible strokes first
+    probs = draw_parts(drawing, on, resolution)  # [N, A, R, R]
+    probs = probs.gather(1, order[..., None, None].expand_as(probs))
+    probs[torch.arange(num_arcs) >= drawing.on.sum(1, keepdim=True)] = math.nan
+    return probs[:, : max(num_arcs - 1, 1)]
+
+
+def is_off_page(drawing):
+    """Which visible strokes leave no ink on the page: [N, A]"""
+    alone = drawing.on.unsqueeze(1) & torch.eye(drawing.on.shape[1], dtype=torch.bool)  # [N, A, A]
+    return (draw_parts(drawing, alone, NUM_PIXELS).flatten(2).amax(2) < FAINT) & drawing.on
+
+
+@torch.no_grad()
+def get_pen_path(drawing, resolution):
+    """Start and end of each stroke, in pixels (column, row), as seen through the maps: [N, A, 2, 2]"""
+    arcs = variation.get_arcs(drawing)  # [N, A, 7]
     points = torch.stack([arcs[..., :2], arcs[..., :2] + arcs[..., 2:4]], 2)  # [N, A, 2, 2]
     points = torch.stack([2 * points[..., 0] - 1, 1 - 2 * points[..., 1]], -1)  # in affine_grid's coordinates
-    if maps is not None:
-        maps = maps.cpu().double()
-        inverse = torch.linalg.pinv(maps[:, :, :2])  # [N, 2, 2]
-        moved = points.double() - maps[:, None, None, :, 2]
-        points = torch.einsum("nij,napj->napi", inverse, moved)
+    maps = drawing.map.double()
+    inverse = torch.linalg.pinv(maps[:, :, :2])  # [N, 2, 2]
+    moved = points.double() - maps[:, None, None, :, 2]
+    points = torch.einsum("nij,napj->napi", inverse, moved)
     return (points + 1) / 2 * (resolution - 1)
 
 
@@ -107,10 +106,12 @@ def resize(obs, resolution):
 
 
 @torch.no_grad()
-def draw_arcs(generative_model, arcs, on, resolution):
-    """arcs [N, A, 7], on [N, A] -> probabilities of ink [N, R, R] at a resolution"""
-    params = generative_model.get_rendering_params()
-    return rendering.get_logits(arcs, on, params, resolution, resolution).sigmoid().cpu()
+def vary_strokes(drawing, num_examples, resolution):
+    """Draws programs as other hands would: [N, E, R, R]"""
+    ids = torch.arange(len(drawing.on)).repeat_interleave(num_examples)
+    varied = variation.sample(drawing.select(ids))
+    probs = draw_arcs(varied.params, variation.get_arcs(varied), varied.on, resolution, varied.map)
+    return probs.unflatten(0, (-1, num_examples))
 
 
 @torch.no_grad()
@@ -174,7 +175,8 @@ def draw_primitives(generative_model, resolution):
     arcs = torch.cat([start.to(scaled.dtype), scaled], 1).unsqueeze(1)  # [K, 1, 7]
     on = torch.ones(len(arcs), 1, dtype=torch.long, device=arcs.device)
     pixel = torch.stack([start[:, 0], 1 - start[:, 1]], 1) * (resolution - 1)
-    return draw_arcs(generative_model, arcs, on, resolution), pixel.cpu(), 1 / zoom
+    params = generative_model.get_rendering_params()
+    return draw_arcs(params, arcs, on, resolution), pixel.cpu(), 1 / zoom
 
 
 # ------------------------------------------------------------------ SVG and JSON
@@ -207,19 +209,19 @@ def get_path(arc):
     return f"{start} A {radius:.4f} {radius:.4f} 0 {large} {clockwise} {end}"
 
 
-@torch.no_grad()
-def get_program(generative_model, latent, map_id=None):
-    """A latent [A, 2] as plain values: its strokes in order, in coordinates of the unit square, y upwards; with map_id,
-    also the 2 x 3 affine map that it is seen through, which takes points of the picture (from -1 to 1, y downwards) to
-    the points of the drawing that appear there"""
+def get_program(drawing, latent, map_id=None):
+    """A Drawing of one program, latent [A, 2], as plain values: its strokes in order, in coordinates of the unit square, y
+    upwards, each with the primitive that it is or, if it was refitted, that it came from; and the 2 x 3 affine map that it
+    is seen through, which takes points of the picture (from -1 to 1, y downwards) to the points of the drawing that
+    appear there, with its number in the model if it is one of the model's"""
     names = ["x_start", "y_start", "dx", "dy", "theta", "sharpness", "width"]
-    arcs = generative_model.get_arcs(latent.unsqueeze(0))[0].tolist()  # [A, 7]
+    arcs = variation.get_arcs(drawing)[0].tolist()  # [A, 7]
     strokes = [
         {"primitive": primitive, "on": bool(on), **dict(zip(names, arc, strict=True))}
         for (primitive, on), arc in zip(latent.tolist(), arcs, strict=True)
     ]
-    scale, bias = generative_model.get_rendering_params().tolist()
-    seen = {} if map_id is None else {"map_id": int(map_id), "map": generative_model.likelihood.maps[map_id].tolist()}
+    scale, bias = drawing.params.tolist()
+    seen = {"map": drawing.map[0].tolist()} if map_id is None else {"map_id": int(map_id), "map": drawing.map[0].tolist()}
     return {"strokes": strokes, "scale": scale, "bias": bias, **seen}
 
 
@@ -239,12 +241,12 @@ def get_transform(affine_map):
 
 
 def to_svg(program):
-    """The text of an SVG file for a program from `get_program`: arcs, seen through its map if it has one"""
+    """The text of an SVG file for a program from `get_program`: arcs, seen through its map"""
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {NUM_PIXELS} {NUM_PIXELS}" width="280" height="280">',
         f'<rect width="{NUM_PIXELS}" height="{NUM_PIXELS}" fill="white"/>',
     ]
-    transform = get_transform(program["map"]) if "map" in program else None
+    transform = get_transform(program["map"])
     if transform:  # what lies beyond the drawing's edge is invisible
         side = f'width="{NUM_PIXELS}" height="{NUM_PIXELS}"'
         lines.append(f'<clipPath id="page"><rect {side}/></clipPath>')

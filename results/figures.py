@@ -10,6 +10,7 @@ import matplotlib
 import matplotlib.backends.backend_agg
 import matplotlib.colors
 import matplotlib.figure
+import matplotlib.patches
 import matplotlib.transforms
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from runs.curves import get_phase
 
 MAX_POINTS = 300  # in a curve; longer ones are thinned
 EMPTY, NEWEST, PEN_UP, START = "#e8eef4", "#d1410c", "#3b7dd8", "#3b7dd8"
+RIGHT, WRONG = "#2a8a3e", "#c0281e"
 SETTLED = 0.05  # of a curve: the beginning, which does not determine the axis
 
 # ------------------------------------------------------------------ tiles
@@ -109,6 +111,39 @@ def panels_figure(panels, num_cols, title):
         show(axes, tile(images, width))
         axes.set_title(literal(name), fontsize=8)
     return figure
+
+
+def matches_figure(tests, characters, best, probs, answers, title, num_cols=2):
+    """Test images, each with its best characters and, over the test image, their strokes as they were varied to fit it.
+
+    Args: tests [M, R, R]; characters [N, R, R]; best [M, S], characters, best first; probs [M, S, R, R], of the strokes' ink;
+        answers [M], the right characters
+    """
+    num_tests, num_shown = best.shape
+    num_rows, side = math.ceil(num_tests / num_cols), tests.shape[1]
+    figure = make_figure(0.55 * num_cols * (2 * num_shown + 1.5) + 0.3, 0.68 * num_rows + 0.2, title)
+    for i, axes in enumerate(np.ravel(figure.subplots(num_rows, num_cols))):
+        axes.set_axis_off()
+        if i >= num_tests:
+            continue
+        tiles = [tests[i].unsqueeze(-1).expand(-1, -1, 3) * -1 + 1]  # [R, R, 3] each
+        for character, ink in zip(best[i].tolist(), probs[i], strict=True):
+            tiles += [1 - characters[character].unsqueeze(-1).expand(-1, -1, 3), overlay(tests[i], ink)]
+        gap = torch.ones(side, side // 8, 3)
+        axes.imshow(torch.cat([part for x in tiles for part in (x, gap)], 1).numpy(), interpolation="none")
+        for rank, character in enumerate(best[i].tolist()):
+            left = (2 * rank + 1) * (side + side // 8) - side // 16
+            color = RIGHT if character == int(answers[i]) else WRONG if rank == 0 else "none"
+            axes.add_patch(matplotlib.patches.Rectangle((left, -1), 2 * side + side // 4, side + 1, fill=False, ec=color, lw=1))
+        right = int(best[i, 0]) == int(answers[i])
+        axes.set_title(f"{i + 1}: {'right' if right else 'wrong'}", fontsize=6, loc="left", pad=1, color=RIGHT if right else WRONG)
+    return figure
+
+
+def overlay(obs, ink):
+    """Strokes, probabilities of ink [R, R], over an image [R, R] in grey: [R, R, 3]"""
+    page = (1 - 0.35 * obs).unsqueeze(-1).expand(-1, -1, 3)
+    return page + ink.unsqueeze(-1) * (torch.tensor(matplotlib.colors.to_rgb(NEWEST)) - page)
 
 
 def to_frame(image, title, num_pixels=6):

@@ -8,6 +8,7 @@ lengths of curves. Nothing is changed before all of it has been checked. A check
 import argparse
 import filecmp
 import functools
+import hashlib
 import math
 import pathlib
 
@@ -76,6 +77,14 @@ def get_run_name(checkpoint_path, run_args):
     while folder.name in ("checkpoints", "save", name):
         folder = folder.parent
     return f"{name}-from-{folder.name or 'elsewhere'}"
+
+
+def get_digest(checkpoint):
+    """Identifies a checkpoint's generative model: a hash of its parameters, and the iteration"""
+    digest = hashlib.sha1()
+    for value in checkpoint["generative_model"].values():
+        digest.update(value.cpu().numpy().tobytes())
+    return f"{digest.hexdigest()[:12]} at iteration {checkpoint['iteration']}"
 
 
 # ------------------------------------------------------------------ loading

@@ -24,6 +24,7 @@ import eval_logp
 import main
 import models
 import util
+from reading import variation
 from results import drawings, figures
 from runs import checkpoints
 from util import UserError
@@ -40,7 +41,7 @@ def test_stages_and_tiles():
     latent, _ = model.sample(6)
     latent[0, :, 1] = 0
     latent[1, 1:, 1] = 1
-    stages = drawings.draw_stages(model, latent, 28)
+    stages = drawings.draw_stages(variation.get_drawing(model, latent), 28)
     for z, stage in zip(latent, stages, strict=True):
         visible = z[:, 1].nonzero().squeeze(1).tolist()
         assert stage.isnan().flatten(1).all(1).tolist() == [i >= len(visible) for i in range(4)]
@@ -72,7 +73,7 @@ def test_extent_of_primitives():
         arcs = torch.cat([torch.zeros(2), primitive])[None, None] + torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0])
         for zoom, fits in [(0.49 / extent, True), (0.8 / extent, False)]:
             scaled = arcs * torch.tensor([1, 1, zoom, zoom, 1, 1 / zoom, zoom])
-            ink = drawings.draw_arcs(model, scaled, torch.ones(1, 1, dtype=torch.long), 64)[0]
+            ink = drawings.draw_arcs(model.get_rendering_params(), scaled, torch.ones(1, 1, dtype=torch.long), 64)[0]
             border = torch.cat([ink[0], ink[-1], ink[:, 0], ink[:, -1]]).max()
             assert (border < 0.1 + ink.min()) == fits, (primitive, zoom)
 

@@ -103,6 +103,38 @@ def test_thick_strokes_and_several_characters(capsys):
     assert "warning: blank is blank" in capsys.readouterr().err
 
 
+def draw_line(page, start, end, thick=5, ink=0.1):
+    for t in np.linspace(0, 1, 2 * max(page.shape)):
+        row, col = (round(a + t * (b - a)) for a, b in zip(start, end, strict=True))
+        page[max(row - thick // 2, 0) : row + thick // 2 + 1, max(col - thick // 2, 0) : col + thick // 2 + 1] = ink
+
+
+def test_the_edge_of_the_paper_is_no_character():
+    """As on a photograph turned by three degrees; but a long straight stroke within the page is one"""
+    t = get_t()
+    page = np.ones((400, 600))
+    write_t(page, 120, 150, 100)
+    draw_line(page, (0, 0), (399, 21)), draw_line(page, (30, 0), (0, 570)), draw_line(page, (399, 200), (385, 599))
+    (found,) = images.find_characters("turned", encode(page))
+    assert is_like(found, t)
+    draw_line(page, (300, 380), (300, 530))
+    assert len(images.find_characters("dash", encode(page))) == 2
+    tight = np.ones((100, 100))
+    tight[:, 45:55] = 0
+    assert len(images.find_characters("one stroke", encode(tight))) == 1
+    two = np.ones((100, 100))
+    two[:, 20:30] = two[:, 60:70] = 0
+    assert sum(x.sum() for x in images.find_characters("two strokes", encode(two))) > 40
+
+
+def test_what_lies_within_a_characters_box_belongs_to_it():
+    page = np.ones((400, 600))
+    page[100:300, 100:112] = page[288:300, 100:240] = page[160:230, 200:212] = 0  # a bar inside an L
+    write_t(page, 120, 380, 150)
+    found = images.find_characters("page", encode(page))
+    assert len(found) == 2 and is_like(found[1], get_t())
+
+
 def test_files_that_cannot_be_read_are_named_and_the_others_are_read(tmp_path, capsys):
     write_t(page := np.ones((300, 400)), 50, 30, 100), write_t(page, 50, 230, 100)
     (tmp_path / "two.png").write_bytes(encode(page))

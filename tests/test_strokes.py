@@ -9,6 +9,7 @@ import torch
 
 import models
 import rendering
+from reading import variation
 from results import drawings
 
 
@@ -73,8 +74,9 @@ def test_svg_agrees_with_the_renderer(big_arcs):
     resolution = 112  # four times as fine, so that half a pixel is two here
     probs = drawings.draw(model, latent, resolution).numpy()
     distances = []
-    for drawn, z in zip(probs, latent, strict=True):
-        ink = rasterise(drawings.to_svg(drawings.get_program(model, z)), resolution)
+    canonical = variation.get_drawing(model, latent)
+    for i, drawn in enumerate(probs):
+        ink = rasterise(drawings.to_svg(drawings.get_program(canonical.select([i]), latent[i])), resolution)
         distances.append(get_mean_distance(drawn > 0.5, ink) / 4)
     assert max(distances) < 0.1
 
@@ -94,13 +96,15 @@ def test_programs_lie_over_their_images():
     seen, canonical = (drawings.draw(model, latent, 28, m) for m in (maps, None))
     assert (get_log_likelihood(seen, obs) - get_log_likelihood(canonical, obs)).mean() > 20
     distances = []
-    for z, i, probs in zip(latent, map_id, drawings.draw(model, latent, 112, maps).numpy(), strict=True):
-        svg = drawings.to_svg(drawings.get_program(model, z, i))
+    drawing = variation.get_drawing(model, latent, obs)
+    assert torch.equal(drawing.map, maps)
+    for i, (z, probs) in enumerate(zip(latent, drawings.draw(model, latent, 112, maps).numpy(), strict=True)):
+        svg = drawings.to_svg(drawings.get_program(drawing.select([i]), z, map_id[i]))
         assert svg.count("<path") == z[:, 1].sum() and "matrix(" in svg
         if (probs > 0.5).sum() > 50:
             distances.append(get_mean_distance(probs > 0.5, rasterise(svg, 112)) / 4)
     assert len(distances) > 6 and max(distances) < 0.3
-    pen = drawings.get_pen_path(model, latent, 28, maps)
+    pen = drawings.get_pen_path(drawing, 28)
     assert torch.equal(pen[:, 0, 1], pen[:, 1, 0]) and pen.shape == (12, 10, 2, 2)
 
 
@@ -115,7 +119,7 @@ def test_strokes_off_the_page():
     with torch.no_grad():
         model.pre_dxdy.copy_(torch.tensor([[0.3, 0.0], [3.0, 0.0]]))
     latent = torch.tensor([[[0, 0], [0, 1], [1, 0], [0, 1]]])
-    assert drawings.is_off_page(model, latent).tolist() == [[False, False, False, True]]
+    assert drawings.is_off_page(variation.get_drawing(model, latent)).tolist() == [[False, False, False, True]]
 
 
 def test_path_of_a_known_arc():

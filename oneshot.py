@@ -1,0 +1,211 @@
+"""One-shot classification of characters, with the strokes that a model has learned.
+
+    python oneshot.py --checkpoint-path pretrained/mws_20.pt --runs all_runs.zip
+
+Each run of Omniglot's one-shot task shows characters once, drawn by one person, and asks which of them each drawing by
+another person is. Programs are found for all images, and their strokes varied until they fit the others
+(reading/matching.py). Writes save/<model>/oneshot.csv and, for each run, a figure, save/<model>/oneshot/<run>.pdf: the test
+images, each with its three best characters and their strokes as they were varied to fit it. Complete runs are not
+repeated, so rerun the same command to resume.
+"""
+
+from fast import before_torch  # noqa: F401  # isort: skip
+import hashlib
+import io
+import math
+
+import torch
+import torch.nn.functional as F
+
+import models
+import rendering
+import util
+from reading import matching, oneshot_runs, variation
+from results import figures, report
+from runs import checkpoints, locks
+from util import UserError, warn
+
+NUM_SHOWN = 3  # best characters, in figures
+RESOLUTION = 56  # of figures
+RESULT_KEYS = {"settings", "forward", "backward", "answers"}
+
+# ------------------------------------------------------------------ a run
+
+
+def classify(run, model, network, args, tick):
+    """Classifies the test images of an oneshot_runs.Run.
+
+    Returns: forward and backward, [M, N] each, see matching.compare; and the strokes of the NUM_SHOWN best characters
+        as varied to fit each test image: probabilities of ink [M, NUM_SHOWN, RESOLUTION, RESOLUTION]
+    """
+    num_characters, num_tests = len(run.characters), len(run.tests)
+    strokes = matching.find_strokes(
+        model, network, torch.cat([run.characters, run.tests]), args.num_searches, args.num_programs, tick=tick
+    )
+    characters, tests = (strokes.select(ids) for ids in torch.arange(num_characters + num_tests).split([num_characters, num_tests]))
+    forward, backward, fit = matching.compare(tests, characters, num_steps=args.num_steps, tick=tick)
+    shape = len(strokes.score), num_tests, num_characters
+    best_program = (fit.log_likelihood - fit.distance).view(shape).argmax(0)  # [M, N]
+    shown = get_best(forward, backward)  # [M, S]
+    test = torch.arange(num_tests).unsqueeze(1)
+    rows = (best_program[test, shown] * num_tests + test) * num_characters + shown
+    probs = variation.get_probs(fit.drawing.select(rows.flatten()), RESOLUTION, RESOLUTION)
+    return forward, backward, probs.unflatten(0, shown.shape)
+
+
+def get_best(forward, backward):
+    """The best characters of each test image, best first: [M, NUM_SHOWN]"""
+    return (forward + backward).topk(min(NUM_SHOWN, forward.shape[1]), 1).indices
+
+
+def draw(run, name, forward, backward, probs):
+    """A page: each test image, and its best characters with the strokes that were varied to fit it. Returns: PDF bytes"""
+    best = get_best(forward, backward)
+    tests = F.interpolate(run.tests.unsqueeze(1), size=RESOLUTION)[:, 0]  # [M, R, R]
+    characters = F.interpolate(run.characters.unsqueeze(1), size=RESOLUTION)[:, 0]
+    num_wrong = int((best[:, 0] != run.answers).sum())
+    title = f"{name}, {run.name}: {num_wrong} of {len(tests)} wrong\ntest image; best characters, their strokes varied to fit it"
+    figure = figures.matches_figure(tests, characters, best, probs, run.answers, title)
+    file = io.BytesIO()
+    figure.savefig(file, format="pdf", metadata={"CreationDate": None})
+    return file.getvalue()
+
+
+# ------------------------------------------------------------------ results
+
+
+def get_settings(checkpoint, run, args):
+    """Everything a result depends on, as plain values"""
+    images = torch.cat([run.characters, run.tests]).bool().numpy().tobytes()
+    return {
+        "model": checkpoints.get_digest(checkpoint),
+        "images": hashlib.sha1(images).hexdigest()[:12],
+        **{name: getattr(args, name) for name in ("num_searches", "num_programs", "num_steps", "seed")},
+    }
+
+
+def load_result(path, run):
+    """A run's result. Raises: UserError if it cannot be read or is invalid"""
+    result = util.load_checkpoint(path, keys=RESULT_KEYS)
+    shape = len(run.tests), len(run.characters)
+    right = isinstance(result["settings"], dict) and isinstance(result["answers"], torch.Tensor)
+    for scores in (result["forward"], result["backward"]):
+        right = right and isinstance(scores, torch.Tensor) and scores.layout == torch.strided and scores.shape == shape
+        right = right and scores.dtype == torch.float32 and bool(scores.isfinite().all())
+    if not right or not torch.equal(result["answers"], run.answers):
+        raise UserError(f"{path} is not a valid result of this run")
+    return result
+
+
+def find_result(path, run, settings, force):
+    """A complete result, or None; a damaged one counts as missing. Raises: UserError if there is one with other settings"""
+    if force or not path.exists():
+        return None
+    try:
+        result = load_result(path, run)
+    except UserError as error:
+        warn(f"{error}; {run.name} is classified again")
+        return None
+    differences = util.describe_differences(result["settings"], settings)
+    if differences:
+        raise UserError(f"{path} holds a result with other settings: {differences}; --force replaces it")
+    return result
+
+
+def get_row(name, run, result):
+    """A run's numbers of errors: CSV columns. By pixels: the character with the most equal pixels"""
+    forward, backward = result["forward"], result["backward"]
+    pixels = -(run.tests.unsqueeze(1) - run.characters).abs().sum((2, 3))  # [M, N]
+    scores = {"error": forward + backward, "forward alone": forward, "backward alone": backward, "by pixels": pixels}
+    rates = {key: (value.argmax(1) != run.answers).float().mean().item() for key, value in scores.items()}
+    return {"model": name, "run": run.name, "images": len(run.tests), **rates}
+
+
+def write_table(path, rows):
+    """Writes the CSV. Returns: lines of text with the means over runs and their standard errors"""
+    report.write_csv(path, rows)
+    texts = []
+    for key in ["error", "forward alone", "backward alone", "by pixels"]:
+        values = torch.tensor([row[key] for row in rows])
+        deviation = f" ± {values.std() / math.sqrt(len(rows)):.1%}" if len(rows) > 1 else ""
+        texts.append(f"{key} {values.mean():.1%}{deviation}")
+    return [f"{', '.join(texts)} (mean over {len(rows)} runs, standard error)", str(path)]
+
+
+# ------------------------------------------------------------------ script
+
+
+def choose_runs(args):
+    """The runs that --run-ids names. Raises: UserError if there is none of that number"""
+    runs = oneshot_runs.load(args.runs)
+    wrong = [number for number in args.run_ids or [] if number > len(runs)]
+    if wrong:
+        raise UserError(f"--run-ids {wrong[0]}: {args.runs} has {len(runs)} runs, counted from 1")
+    return [run for number, run in enumerate(runs, start=1) if not args.run_ids or number in args.run_ids]
+
+
+def get_num_ticks(run, args):
+    """The number of gradient steps that a run takes, on at most variation.AT_ONCE drawings each"""
+    num_own = args.num_searches * (len(run.characters) + len(run.tests))
+    num_pairs = args.num_programs * len(run.characters) * len(run.tests)
+    own, pairs = (math.ceil(num / variation.AT_ONCE) for num in (num_own, num_pairs))
+    return own * matching.NUM_OWN_STEPS + 2 * pairs * args.num_steps
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    runs = choose_runs(args)
+    path = checkpoints.find(args.checkpoint_path)
+    checkpoint = checkpoints.load(path)
+    if checkpoint["num_alphabets"]:
+        raise UserError(f"{path} is conditional on alphabets, and those of the runs are unknown to it; give another model")
+    name = checkpoints.get_run_name(path, checkpoint["args"])
+    model, network = models.from_checkpoint(checkpoint)
+    util.set_seed(args.seed)
+    folder, rows = util.SAVE / name / "oneshot", []
+    with locks.lock(folder / ".lock", f"{name} is classifying"):
+        settings = [get_settings(checkpoint, run, args) for run in runs]
+        results = [find_result(folder / f"{run.name}.pt", run, own, args.force) for run, own in zip(runs, settings, strict=True)]
+        total = sum(get_num_ticks(run, args) for run, result in zip(runs, results, strict=True) if result is None)
+        with util.show_progress(total=total, unit="step", disable=total == 0) as bar:
+            for run, own, result in zip(runs, settings, results, strict=True):
+                bar.set_description(run.name)
+                path = folder / f"{run.name}.pt"
+                if result is None:
+                    rendering.set_compile(True)
+                    torch.manual_seed(args.seed)  # each run by itself, in whatever order
+                    forward, backward, probs = classify(run, model, network, args, bar.update)
+                    util.write(path.with_suffix(".pdf"), draw(run, name, forward, backward, probs))
+                    result = dict(settings=own, forward=forward, backward=backward, answers=run.answers)
+                    util.save_checkpoint(path, result)
+                row = get_row(name, run, result)
+                bar.write(f"{run.name}: error {row['error']:.0%}, by pixels {row['by pixels']:.0%}: {path.with_suffix('.pdf')}")
+                rows.append(row)
+        print("\n".join(write_table(util.SAVE / name / "oneshot.csv", rows)))
+    return 0
+
+
+def get_parser():
+    parser = util.ArgumentParser(description=__doc__)
+    add, positive = parser.add, util.in_range(int, 1)
+    add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one", required=True)
+    add("--runs", "Omniglot's all_runs.zip, or the folder that it unpacks to", required=True)
+    add("--run-ids", "numbers of the runs to classify (default: all)", nargs="+", type=positive)
+    add("--num-searches", "searches for programs of each image", type=positive, default=matching.NUM_SEARCHES)
+    add("--num-programs", "best programs that are kept of each image", type=positive, default=matching.NUM_KEPT)
+    add("--num-steps", "gradient steps that vary strokes to fit another image", type=positive, default=matching.NUM_STEPS)
+    add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
+    add("--force", "repeat runs that are complete, or replace those with other settings", action="store_true")
+    return parser
+
+
+def parse_args(argv=None):
+    """Raises: UserError if arguments are out of range or missing"""
+    args = get_parser().parse_args(argv)
+    if args.num_programs > args.num_searches:
+        raise UserError(f"--num-programs {args.num_programs} is more than --num-searches {args.num_searches} can find")
+    return args
+
+
+if __name__ == "__main__":
+    util.run_script(main)

@@ -1,0 +1,81 @@
+"""How well the strokes of one image explain another: the match that one-shot classification rests on.
+
+Several programs are found for each image and refitted to it (`find_strokes`). Strokes explain another image as well as their
+best variation does, summed over the programs k of an image:
+
+    s(x' | x) = log sum_k max_e exp(log p(x' | v_k(e)) - |e|^2 / 2)        v_k(e): see variation.py
+
+`compare` adds both directions. Forwards, the strokes of each character explain a test image. Backwards, the strokes of the
+test image explain each character; since characters differ in how hard they are to explain, the log p(x, v) of the
+character's own best strokes is subtracted.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from reading import variation
+from reading.programs import find_different_programs
+from reading.variation import HAND, OWN, Drawing
+
+NUM_SEARCHES, NUM_KEPT = 6, 4  # programs found for each image, and those of them that fit it best
+NUM_OWN_STEPS, NUM_STEPS = 100, 50  # of the refit to the image itself, and to another one
+
+
+class Strokes(NamedTuple):
+    """K programs of each of N images, refitted to it; best first"""
+
+    obs: torch.Tensor  # [N, R, C], the images
+    latent: torch.Tensor  # [K, N, A, 2], the programs
+    drawing: Drawing  # of K * N drawings
+    score: torch.Tensor  # [K, N], log p(x | v) - |e|^2 / 2, nats
+
+    def select(self, ids):
+        """Selects images by ids [M]"""
+        rows = (torch.arange(len(self.score)).unsqueeze(1) * len(self.obs) + ids).flatten()  # [K * M]
+        return Strokes(self.obs[ids], self.latent[:, ids], self.drawing.select(rows), self.score[:, ids])
+
+
+def find_strokes(generative_model, inference_network, obs, num_searches=NUM_SEARCHES, num_kept=NUM_KEPT, deviations=OWN,
+                 num_steps=NUM_OWN_STEPS, tick=lambda: None):  # fmt: skip
+    """Finds programs of images [N, R, C] and refits them. Returns: Strokes, of num_kept programs per image"""
+    latent = find_different_programs(generative_model, inference_network, obs, num_searches)  # [S, N, A, 2]
+    return refit_programs(generative_model, latent, obs, num_kept, deviations, num_steps, tick)
+
+
+def refit_programs(generative_model, latent, obs, num_kept=1, deviations=OWN, num_steps=NUM_OWN_STEPS, tick=lambda: None):
+    """Refits programs [S, N, A, 2] to their images [N, R, C]. Returns: Strokes, of the num_kept programs that fit best"""
+    num_programs, num_images = latent.shape[:2]
+    images = obs.repeat(num_programs, 1, 1)  # [S * N, R, C]
+    centre = variation.get_drawing(generative_model, latent.flatten(0, 1), images)
+    fit = variation.refit(centre, images, deviations, num_steps, lr=0.1, tick=tick)
+    score = (fit.log_likelihood - fit.distance).view(num_programs, num_images)
+    kept = score.topk(min(num_kept, num_programs), 0)
+    rows = (kept.indices * num_images + torch.arange(num_images)).flatten()  # [K * N]
+    latent = latent.flatten(0, 1)[rows].unflatten(0, kept.indices.shape)
+    return Strokes(obs, latent, fit.drawing.select(rows), kept.values)
+
+
+def match(strokes, obs, deviations=HAND, num_steps=NUM_STEPS, tick=lambda: None):
+    """Refits the strokes of N images to each of M other images [M, R, C].
+
+    Returns: variation.Fit of K * M * N drawings; their score, log p(x' | v) - |e|^2 / 2, [K, M, N], nats
+    """
+    num_kept, num_images = strokes.score.shape
+    grid = torch.cartesian_prod(torch.arange(num_kept), torch.arange(len(obs)), torch.arange(num_images))
+    program, image, source = grid.unbind(1)  # [K * M * N] each
+    centre = strokes.drawing.select(program * num_images + source)
+    fit = variation.refit(centre, obs[image], deviations, num_steps, aligned_to=strokes.obs[source], tick=tick)
+    return fit, (fit.log_likelihood - fit.distance).view(num_kept, len(obs), num_images)
+
+
+def compare(tests, characters, deviations=HAND, num_steps=NUM_STEPS, tick=lambda: None):
+    """Compares M test images with N characters, both Strokes.
+
+    Returns: forward [M, N], the score of each test image under the strokes of each character; backward [M, N], the score
+        of each character under the strokes of each test image, less that under its own; nats. Their sum is the match.
+        Also the variation.Fit of the forward direction, of K * M * N drawings
+    """
+    fit, forward = match(characters, tests.obs, deviations, num_steps, tick)  # [K, M, N]
+    _, backward = match(tests, characters.obs, deviations, num_steps, tick)  # [K, N, M]
+    return forward.logsumexp(0), backward.logsumexp(0).t() - characters.score.amax(0), fit

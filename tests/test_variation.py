@@ -1,0 +1,230 @@
+"""Strokes that vary, how well they match other images, and one-shot classification by them."""
+
+import csv
+import itertools
+import math
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_util import cut
+
+import images
+import models
+import oneshot
+import rendering
+import util
+from reading import matching, oneshot_runs, variation
+from reading.variation import Deviations, Variation
+
+MOVED = Deviations(1e-6, 1e-6, 1e-6, 1e-6, 1e-6, 0.1)  # only the shift varies
+
+
+def get_centre(num=4, likelihood="learned-affine"):
+    torch.manual_seed(1)
+    model = models.GenerativeModel(8, num_arcs=4, likelihood=likelihood).requires_grad_(False)
+    latent, obs = model.sample(num)
+    latent[:, 1:, 1] = 1
+    return model, latent, obs, variation.get_drawing(model, latent, obs)
+
+
+def get_none(centre):
+    return Variation(*map(torch.zeros_like, [*centre[:3], centre.map]))
+
+
+@pytest.mark.parametrize("likelihood", ["learned-affine", "bernoulli"])
+def test_a_drawing_that_does_not_vary_is_the_program(likelihood):
+    """Under its most probable map"""
+    model, latent, obs, centre = get_centre(likelihood=likelihood)
+    log_p = variation.get_log_likelihood(centre, obs, floor=1.2e-7)
+    if likelihood == "bernoulli":
+        torch.testing.assert_close(log_p, model.log_likelihood(latent.unsqueeze(0), obs)[0], atol=1e-2, rtol=0)
+    else:
+        by_map = model.get_map_log_posterior(latent, obs).amax(1)
+        total = model.log_likelihood(latent.unsqueeze(0), obs)[0] + math.log(40)
+        torch.testing.assert_close(log_p, by_map + total, atol=1e-2, rtol=0)
+    same = variation.vary(centre, get_none(centre), variation.HAND)
+    torch.testing.assert_close(variation.get_probs(same), variation.get_probs(centre))
+
+
+def test_the_score_is_as_defined():
+    _, _, obs, centre = get_centre()
+    deviations = Deviations(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    e = get_none(centre)
+    e.displacement[:] = 0.5
+    e.start[:] = -1
+    e.warp[:] = torch.tensor([[1.0, 0.5, 0.25], [0.0, -0.5, 1.0]])
+    drawing = variation.vary(centre, e, deviations)
+    torch.testing.assert_close(drawing.displacement, centre.displacement + 0.05)
+    torch.testing.assert_close(drawing.start, centre.start - 0.3)
+    warp = torch.tensor([[1.4, 0.25, 0.15], [0.0, 0.8, 0.6], [0, 0, 1]])  # the map is applied after the warp
+    outer = torch.cat([centre.map, torch.tensor([[[0.0, 0, 1]]]).expand(4, 1, 3)], 1)
+    torch.testing.assert_close(drawing.map, (outer @ warp)[:, :2])
+    distance = (8 * 0.25 + 2 + 1 + 0.25 + 0.0625 + 0.25 + 1) / 2
+    torch.testing.assert_close(e.get_distance(), torch.full((4,), distance))
+    q = variation.get_probs(drawing).clamp(0.01, 0.99)
+    expected = torch.where(obs == 1, q.log(), (1 - q).log()).sum((1, 2)) - distance
+    torch.testing.assert_close(variation.score(centre, e, obs, deviations), expected)
+
+
+def test_gradients_against_finite_differences():
+    _, _, obs, centre = get_centre()
+    centre = variation.Drawing(*(x.double() if x.is_floating_point() else x for x in centre))
+    centre = centre._replace(sharpness=centre.sharpness * 0.3)  # smooth
+    generator = torch.Generator().manual_seed(0)
+    for i, name in enumerate(Variation._fields):
+        e = get_none(centre)
+        direction = torch.randn(e[i].shape, generator=generator, dtype=torch.double)
+
+        def f(x, e=e, name=name):
+            return variation.score(centre, e._replace(**{name: x}), obs.double(), variation.HAND).sum()
+
+        value = (0.3 * direction).requires_grad_()
+        (gradient,) = torch.autograd.grad(f(value), value)
+        with torch.no_grad():
+            difference = (f(value + 1e-6 * direction) - f(value - 1e-6 * direction)) / 2e-6
+        assert (gradient * direction).sum().item() == pytest.approx(difference.item(), rel=2e-2, abs=0.05), name
+
+
+def get_grid(centre, num=81):
+    """Every shift on a grid: Variation of num^2 drawings of one program"""
+    steps = torch.linspace(-4, 4, num)  # standard deviations
+    shifts = torch.cartesian_prod(steps, steps)
+    none = get_none(centre)
+    e = Variation(*(x.expand(len(shifts), *x.shape[1:]).clone() for x in none))
+    e.warp[:, :, 2] = shifts
+    return e
+
+
+def test_the_forward_score_is_that_of_a_grid():
+    """Where only a shift varies, all can be tried: for every program, character and test image"""
+    model, latent, _, centre = get_centre(3, "bernoulli")
+    latent = torch.stack([latent, latent.roll(1, 0)])  # two programs of each of three characters
+    characters = (variation.get_probs(centre) > 0.4).float()
+    strokes = matching.refit_programs(model, latent, characters, num_kept=2, deviations=MOVED)
+    shift = torch.tensor([0.15, -0.22]).view(1, 2, 1)
+    moved = centre._replace(map=torch.cat([centre.map[:, :, :2], centre.map[:, :, 2:] + shift], 2))
+    tests = (variation.get_probs(moved) > 0.4).float()
+    forward = matching.match(strokes, tests, MOVED, num_steps=120)[1].logsumexp(0)
+    exact = torch.empty(2, 3, 3)
+    for k, i, j in itertools.product(range(2), range(3), range(3)):
+        one = strokes.drawing.select([3 * k + j])
+        e = get_grid(one)
+        many = one.select([0] * len(e.start))
+        exact[k, i, j] = variation.score(many, e, tests[i].expand(len(e.start), -1, -1), MOVED).max()
+    best = exact.logsumexp(0)
+    torch.testing.assert_close(forward.diagonal(), best.diagonal(), atol=1, rtol=0)
+    assert forward.argmax(1).tolist() == best.argmax(1).tolist() == [0, 1, 2]
+
+
+def test_a_fit_is_repeatable_and_never_worse():
+    _, _, obs, centre = get_centre()
+    obs = obs.flip(0)
+    fits = [variation.refit(centre, obs, variation.HAND, aligned_to=obs.flip(0)) for _ in range(2)]
+    scores = [fit.log_likelihood - fit.distance for fit in fits]
+    assert torch.equal(*scores)
+    torch.testing.assert_close(variation.get_log_likelihood(fits[0].drawing, obs), fits[0].log_likelihood)
+    unchanged = variation.get_log_likelihood(centre, obs)
+    assert (scores[0] >= unchanged).all() and (scores[0] > unchanged + 5).any()
+
+
+def test_alignment_takes_the_ink_to_its_place():
+    source, target = torch.zeros(1, 28, 28), torch.zeros(1, 28, 28)
+    source[0, 4:16, 6:14] = 1
+    target[0, 10:22, 10:26] = 1  # twice as wide, elsewhere
+    warp = torch.eye(3)[:2] + variation._align(source, target)
+    seen = rendering.apply_maps(source, warp)
+    assert (seen.round() - target).abs().sum() < 30 and target.sum() == 192
+
+
+# ------------------------------------------------------------------ runs and the script
+
+
+def write_runs(folder, num_runs=2, num_characters=3):
+    """Characters of the built-in alphabets by two of their hands, in the format of Omniglot's all_runs.zip"""
+    glyphs, _, _ = images.draw_glyphs()
+    for run in range(1, num_runs + 1):
+        lines, order = [], np.random.RandomState(run).permutation(num_characters)
+        for i in range(num_characters):
+            training, test = f"run{run:02}/training/class{i + 1:02}.png", f"run{run:02}/test/item{order[i] + 1:02}.png"
+            for path, hand in [(training, 0), (test, 1)]:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                glyph = glyphs[20 * (3 * i + 40 * run) + hand]
+                imageio.imwrite(folder / path, np.where(np.kron(glyph, np.ones((4, 4))), 0, 255).astype(np.uint8))
+            lines.append(f"{test} {training}\n")
+        (folder / f"run{run:02}/class_labels.txt").write_text("".join(sorted(lines)))
+    return folder
+
+
+def run_script(argv, folder):
+    command = [sys.executable, str(ROOT / "oneshot.py"), *argv]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_runs_are_read_and_damage_is_one_line(tmp_path):
+    folder = write_runs(tmp_path / "runs")
+    runs = oneshot_runs.load(folder)
+    with zipfile.ZipFile(tmp_path / "runs.zip", "w") as archive:
+        for path in folder.rglob("*"):
+            archive.write(path, pathlib.Path("all_runs") / path.relative_to(folder))
+    for one, other in zip(runs, oneshot_runs.load(tmp_path / "runs.zip"), strict=True):
+        assert one.name == other.name and all(torch.equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
+    assert [run.name for run in runs] == ["run01", "run02"] and runs[0].tests.shape == (3, 28, 28)
+    assert runs[0].answers.sort().values.tolist() == [0, 1, 2]
+    labels, item = folder / "run02/class_labels.txt", folder / "run02/test/item02.png"
+    for path, content, message in [
+        (labels, b"run02/test/item01.png\n", "does not name a test and a training image"),
+        (labels, b"run02/test/item01.png run02/training/class09.png\n", "class09.png.* is missing"),
+        (labels, b"run02/test/item01.png run02/test/item01.png\n", "no training image"),
+        (item, item.read_bytes()[:40], "item02.png is damaged"),
+        (item, imageio.imwrite("<bytes>", np.full((105, 105), 255, np.uint8), extension=".png"), "item02.png is blank"),
+    ]:
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(util.UserError, match=message) as raised:
+            oneshot_runs.load(folder)
+        assert "\n" not in str(raised.value)
+        path.write_bytes(before)
+    item.unlink()
+    with pytest.raises(util.UserError, match="item02.png.* is missing"):
+        oneshot_runs.load(folder)
+    cut(tmp_path / "runs.zip")
+    for path in (tmp_path / "runs.zip", tmp_path / "none", tmp_path):
+        with pytest.raises(util.UserError) as raised:
+            oneshot_runs.load(path / "save" if path == tmp_path else path)
+        assert "\n" not in str(raised.value)
+
+
+def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path):
+    write_runs(tmp_path / "runs")
+    argv = ["--checkpoint-path", "pretrained/mws_20", "--runs", "runs", "--num-searches=1", "--num-programs=1", "--num-steps=10"]
+    first = run_script([*argv, "--run-ids", "2"], tmp_path)
+    assert first.returncode == 0, first.stderr
+    results = tmp_path / "save/mws_20/oneshot"
+    before = (results / "run02.pt").read_bytes()
+    second = run_script(argv, tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert (results / "run02.pt").read_bytes() == before
+    rows = list(csv.DictReader(open(tmp_path / "save/mws_20/oneshot.csv")))
+    assert [row["run"] for row in rows] == ["run01", "run02"]
+    result = util.load_checkpoint(results / "run02.pt", keys=oneshot.RESULT_KEYS)
+    wrong = ((result["forward"] + result["backward"]).argmax(1) != result["answers"]).float().mean().item()
+    assert float(rows[1]["error"]) == pytest.approx(wrong) and wrong < 0.5
+    assert (results / "run02.pdf").stat().st_size > 10_000
+    (results / "run02.pt").unlink()
+    again = run_script([*argv, "--run-ids", "2"], tmp_path)
+    assert again.returncode == 0 and (results / "run02.pt").read_bytes() == before  # seeded, each run by itself
+    for extra, message in [
+        (["--num-steps=11"], "num-steps is 10 there and 11 here"),
+        (["--run-ids", "3"], "has 2 runs"),
+        (["--num-programs=2"], "more than --num-searches"),
+        (["--runs", "nowhere"], "there is no nowhere"),
+    ]:
+        process = run_script([*argv, *extra], tmp_path)
+        assert process.returncode == 2 and message in process.stderr and process.stderr.strip().count("\n") == 0, process.stderr
