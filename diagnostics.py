@@ -288,15 +288,9 @@ def draw_examples(trained, characters, programs, drawing, names, args, stem):
         examples = drawings.vary_strokes(drawing, args.examples, args.resolution)  # [N, E, R, R]
     else:
         examples = drawings.draw_examples(trained.generative_model, programs, args.examples, args.resolution, args.vary)
-    title = f"{trained.name}, iteration {trained.iteration}{how}"
-    num_cols = math.ceil(math.sqrt(args.examples))
-
-    def draw_pages():
-        obs = drawings.resize(characters.obs, args.resolution)
-        for name, original, new in zip(names, obs, examples, strict=True):
-            yield figures.panels_figure({name: original.unsqueeze(0), "new examples": new}, num_cols, title)
-
-    print(f"new examples: {save_figures(trained, 'examples', draw_pages(), stem)}")
+    title = f"{trained.name}, iteration {trained.iteration}: new examples{how}"
+    pages = figures.example_figures(drawings.resize(characters.obs, args.resolution), examples, names, title)
+    print(f"new examples: {save_figures(trained, 'examples', pages, stem)}")
 
 
 # ------------------------------------------------------------------ runs

@@ -113,6 +113,21 @@ def panels_figure(panels, num_cols, title):
     return figure
 
 
+def example_figures(obs, examples, names, title, num_rows=12):
+    """Pages of rows: a character's name, its image, and new examples of it: obs [N, R, R], examples [N, E, R, R]"""
+    num_cols, side = examples.shape[1], obs.shape[1]
+    gap = max(side // 14, 1)
+    for first in range(0, len(obs), num_rows):
+        rows = slice(first, first + num_rows)
+        figure = make_figure(0.6 * (num_cols + 1) + 1.2, 0.6 * len(obs[rows]) + 0.4, title)
+        axes = figure.subplots()
+        show(axes, tile(torch.cat([obs[rows].unsqueeze(1), examples[rows]], 1).flatten(0, 1), num_cols + 1))
+        for row, name in enumerate(names[rows]):
+            axes.text(-gap, gap + row * (side + gap) + side / 2, literal(name), ha="right", va="center", fontsize=7)
+        axes.axvline(side + 1.5 * gap - 0.5, color="black", lw=0.8)
+        yield figure
+
+
 def matches_figure(tests, characters, best, probs, answers, title, num_cols=2):
     """Test images, each with its best characters and, over the test image, their strokes as they were varied to fit it.
 
