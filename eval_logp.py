@@ -31,7 +31,7 @@ from fast.cuda_graph import ReplayedStep
 from main import get_adam, load_optimizer, update
 from reading import programs
 from results import report
-from runs import checkpoints, locks
+from runs import checkpoints, kernel_check, locks
 from runs.curves import append_statistics, check_finite
 from runs.saving import SaveClock, StopSignal
 from scoring import ScoreTable, check_rows, get_enumeration_bound
@@ -79,7 +79,7 @@ class Evaluation:
             iteration=self.iteration,
             statistics=self.statistics,
             log_p=self.log_p,
-            random_state=util.get_random_state(),
+            random_state=util.get_random_state(self.device),
         )
 
     def restore(self, state):
@@ -88,7 +88,7 @@ class Evaluation:
         load_optimizer(self.optimizer, state["optimizer"])
         self.iteration, self.log_p = state["iteration"], state["log_p"]
         self.statistics = {name: values.cpu() for name, values in state["statistics"].items()}
-        util.set_random_state(state["random_state"])
+        util.set_random_state(state["random_state"], self.device)
 
     def get_inputs(self, obs_id):
         """For a batch of images: obs, alphabet, and the indices by which a lookup network knows them"""
@@ -260,6 +260,9 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load)
         if state_path.exists() and load_state(state_path, evaluation, settings, args.force):
             print(f"resuming at iteration {evaluation.iteration} of the evaluation of {name}")
         rendering.set_compile(args.compile, device)
+        kernel_check.check(
+            evaluation.generative_model, evaluation.network, args.num_particles, min(args.batch_size, len(evaluation.obs))
+        )
         if not run(evaluation, settings, state_path, stop):
             print(
                 f"stopped by {signal.Signals(stop.received).name} at iteration {evaluation.iteration},"

@@ -23,7 +23,7 @@ import rendering
 import scoring
 import util
 from fast.cuda_graph import ReplayedStep
-from runs import checkpoints, locks
+from runs import checkpoints, kernel_check, locks
 from runs.curves import Curves, append_statistics, check_finite
 from runs.saving import SaveClock, StopSignal
 from util import SETTINGS, UserError
@@ -73,7 +73,7 @@ class Run:
             statistics=self.statistics,
             pretrain_iteration=self.pretrain_iteration,
             iteration=self.iteration,
-            random_state=util.get_random_state(),
+            random_state=util.get_random_state(self.device),
         )
 
     def restore(self, checkpoint):
@@ -94,7 +94,7 @@ class Run:
             self.statistics.setdefault(name, torch.full([self.iteration], math.nan))
         if self.memory is not None:
             self.memory.copy_(checkpoint["memory"])
-        util.set_random_state(checkpoint["random_state"])
+        util.set_random_state(checkpoint["random_state"], self.device)
 
 
 # ------------------------------------------------------------------ optimisers
@@ -151,7 +151,7 @@ def get_obs_id(run):
     if run.epoch != epoch:
         generator = torch.Generator().manual_seed(run.args.seed + 1_000_003 * (epoch + 1))
         order = torch.randperm(num_data, generator=generator)
-        if torch.cuda.is_available():  # from pinned memory, so that the CPU does not wait
+        if run.device.type == "cuda":  # from pinned memory, so that the CPU does not wait
             order = order.pin_memory()
         run.epoch, run.order = epoch, order.to(run.device, non_blocking=True)
     return run.order[batch_id * batch_size : (batch_id + 1) * batch_size]
@@ -301,6 +301,7 @@ def train(run, stop, curves):
                 run.pending.append(pretrain())
                 run.pretrain_iteration += 1
             elif run.iteration < args.num_iterations:
+                pretrain = None  # a CUDA graph's memory is released
                 run.pending.append(step(get_obs_id(run)))
                 run.iteration += 1
             else:
@@ -332,6 +333,9 @@ def main(argv=None):
                 return 0
             print(f"resuming at iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")
         rendering.set_compile(args.compile, device)
+        kernel_check.check(
+            run.generative_model, run.inference_network, args.num_particles + run.settings["memory_size"], args.batch_size
+        )
         path = train(run, stop, curves)
     if stop.received is not None:
         name, progress = signal.Signals(stop.received).name, f"{run.iteration} ({run.pretrain_iteration} of pretraining)"

@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         """context [B, H] -> latent [P, B, A, 2], log_prob [P, B], without gradients"""
         table, context_input = self._get_inputs(context)
         shape = (num_particles, len(context))
-        if gpu.uses_kernels(context) and gpu.can_decode(self):
+        if gpu.uses_kernels(context, "decoder") and gpu.can_decode(self):
             codes, log_prob = gpu.sample(
                 table, context_input, *self._get_weights(), num_particles, self.num_arcs, self.uniform_mixture
             )  # [P * B, A], [P * B]
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         """latent [P, B, A, 2], context [B, H] -> [P, B]"""
         table, context_input = self._get_inputs(context)
         codes = pack(latent.flatten(0, 1))  # [P * B, A]
-        if gpu.uses_kernels(context) and gpu.can_decode(self):
+        if gpu.uses_kernels(context, "decoder") and gpu.can_decode(self):
             log_prob = gpu.ScoreCodes.apply(
                 table, context_input, *self._get_weights(), codes.short(), self.uniform_mixture, torch.is_grad_enabled()
             )  # [P * B]

@@ -43,9 +43,7 @@ def classify(run, model, network, args, tick):
         model, network, torch.cat([run.characters, run.tests]), args.num_searches, args.num_programs, tick=tick
     )
     characters, tests = (strokes.select(ids) for ids in torch.arange(num_characters + num_tests).split([num_characters, num_tests]))
-    forward, backward, fit = matching.compare(tests, characters, num_steps=args.num_steps, tick=tick)
-    shape = len(strokes.score), num_tests, num_characters
-    best_program = (fit.log_likelihood - fit.distance).view(shape).argmax(0)  # [M, N]
+    forward, backward, fit, best_program = matching.compare(tests, characters, num_steps=args.num_steps, tick=tick)
     shown = get_best(forward, backward)  # [M, S]
     test = torch.arange(num_tests).unsqueeze(1)
     rows = (best_program[test, shown] * num_tests + test) * num_characters + shown

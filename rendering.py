@@ -212,7 +212,7 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
         num_rows (R), num_cols (C): of the image; row 0 is its top
     Returns: logits [B, R, C]
     """
-    if gpu.uses_kernels(arcs):
+    if gpu.uses_kernels(arcs, "drawing"):
         logits = gpu.DrawArcs.apply(arcs, on_offs != 0, rendering_params, num_rows, num_cols)  # [B, R * C]
         return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
     if compiled and len(arcs) == 1:  # a batch of one would be compiled separately
@@ -399,7 +399,7 @@ def affine_log_prob_by_map(logits, obs, maps):
     """log p(x | z, map) for each map, [N, T]; arguments as for `affine_log_prob`"""
     if compiled and len(logits) == 1:
         return affine_log_prob_by_map(*(torch.cat([x, x]) for x in (logits, obs)), maps)[:1]
-    if gpu.uses_kernels(logits):
+    if gpu.uses_kernels(logits, "scoring"):
         return gpu.ScoreMaps.apply(logits.sigmoid(), obs, maps)
     index, weight = get_taps(maps, *obs.shape[1:])
     probs, paper = logits.sigmoid().flatten(1), 1 - obs.flatten(1)  # [N, R * C]
@@ -415,7 +415,7 @@ def set_compile(enabled, device="cpu"):
     if enabled and compiled and not gpu.is_gpu(device):
         return
     compiled.clear()
-    gpu.set_kernels(enabled and gpu.is_gpu(device))
+    gpu.set_kernels(gpu.OPERATORS if enabled and gpu.is_gpu(device) else [])
     if not enabled:
         return
     if not gpu.is_gpu(device):
@@ -425,7 +425,7 @@ def set_compile(enabled, device="cpu"):
             _try_kernels(device)
     except Exception as error:  # torch raises many types
         compiled.clear()
-        gpu.set_kernels(False)
+        gpu.set_kernels([])
         reason = str(error).strip().split("\n")[0][:100]
         warn(f"not compiled, training is slower: {reason}")
 

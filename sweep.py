@@ -149,7 +149,7 @@ def run_here(args):
     """Runs the remaining tasks on this machine. Returns: 0 if all succeeded, else 1, or 128 + the signal that stopped it"""
     left = choose_tasks(args)
     use_cuda = torch.cuda.is_available() if args.cuda is None else args.cuda
-    num_gpus = torch.cuda.device_count() if use_cuda else 0
+    num_gpus = len(tasks.get_visible_gpus()) if use_cuda else 0
     if args.dry_run:
         for task in left:
             print(shlex.join(task.get_command() + ["--cuda"] * (num_gpus > 0)))

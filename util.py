@@ -34,6 +34,8 @@ def run_script(main):
     """Calls main() and exits. Errors that the user can fix become one line on standard error
     and exit status 2."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see fast/before_torch.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main())
     except UserError as error:
@@ -414,19 +416,19 @@ def set_seed(seed, device="cpu"):
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def get_random_state():
-    """The states of torch's generators: a dict of byte tensors."""
+def get_random_state(device):
+    """The states of the generators that a run on the device uses: a dict of byte tensors."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(state):
-    """Restores what get_random_state returned."""
+def set_random_state(state, device):
+    """Restores what get_random_state returned, on whatever device."""
     torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def get_available_memory():

@@ -10,6 +10,8 @@ import sys
 import time
 from typing import NamedTuple
 
+import torch
+
 import util
 from runs import checkpoints, locks
 from util import UserError
@@ -176,6 +178,12 @@ def _die_with_parent():
     _libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: if the sweep is killed, its runs save and stop
 
 
+def get_visible_gpus():
+    """The GPUs visible to this process, by numbers or other names: of the parts of a divided GPU, torch would count one"""
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return names or [str(number) for number in range(torch.cuda.device_count())]
+
+
 def start(task, slot, num_slots, num_gpus):
     """Starts a task on its slot's share of the cores, and on its GPU if there are several"""
     cores = sorted(os.sched_getaffinity(0))
@@ -184,9 +192,7 @@ def start(task, slot, num_slots, num_gpus):
     environment = {"OMP_NUM_THREADS": str(len(share)), **os.environ}
     if num_gpus:
         task = task._replace(flags=[*task.flags, "--cuda"])
-        # only those visible to this process; their names need not be numbers
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_gpus)))
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % num_gpus]
+        environment["CUDA_VISIBLE_DEVICES"] = get_visible_gpus()[slot % num_gpus]
     with open_log(task) as log:
         process = subprocess.Popen(
             task.get_command(),

@@ -6,12 +6,20 @@ Here they go to sleep after a few microseconds, which costs nothing measurable o
 
 torch and Triton keep compiled code in folders that may not be writable (in a container, say); then a temporary
 folder takes their place.
+
+Ctrl-C ends a script that is still importing without a traceback; util.run_script takes over from there.
 """
 
 import os
 import pathlib
+import signal
 import sys
 import tempfile
+
+_script = getattr(sys.modules["__main__"], "__file__", None)
+if _script and pathlib.Path(_script).resolve().parent == pathlib.Path(__file__).resolve().parents[1]:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -6,6 +6,7 @@ values from the GPU, and those in losses.py do not.
 """
 
 import collections
+import contextlib
 import sys
 
 import torch
@@ -22,13 +23,14 @@ class ReplayedStep:
     def __init__(self, step):
         self.step, self.stream = step, torch.cuda.Stream()
         self.num_calls, self.recordings = collections.Counter(), {}  # keyed by the inputs' shapes
+        self.can_record = True
 
     def __call__(self, *inputs):
         shapes = tuple(x.shape for x in inputs)
-        if self.num_calls[shapes] == NUM_WARM_UPS:
-            self.recordings[shapes] = self._record(inputs)
+        if self.can_record and self.num_calls[shapes] == NUM_WARM_UPS:
+            self._record(shapes, inputs)
         self.num_calls[shapes] += 1
-        if not self.recordings.get(shapes):
+        if shapes not in self.recordings:
             return self._call(inputs)
         graph, places, names, values = self.recordings[shapes]
         for place, x in zip(places, inputs, strict=True):
@@ -44,15 +46,28 @@ class ReplayedStep:
         torch.cuda.current_stream().wait_stream(self.stream)
         return statistics
 
-    def _record(self, inputs):
-        """Returns: the graph, its inputs, names and values of the statistics; None if it cannot be recorded"""
-        places, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+    def _record(self, shapes, inputs):
+        """Records the graph, its inputs, names and values of the statistics; gives up recording if that fails"""
+        places, graph, before = [x.clone() for x in inputs], torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 statistics = self.step(*places)
                 values = torch.stack(list(statistics.values()))
         except RuntimeError as error:  # from CUDA, or from an operation that reads values
-            reason = str(error).strip().split("\n")[0][:100]
-            print(f"warning: no CUDA graph, training is slower: {reason}", file=sys.stderr)
-            return None
-        return graph, places, list(statistics), values
+            self._give_up(before, error)
+        else:
+            self.recordings[shapes] = graph, places, list(statistics), values
+
+    def _give_up(self, stream, error):
+        """A capture that fails may leave its stream current, and the random generator registered as being captured, which
+        refuses to work from then on. Earlier recordings would go on with the generator's old state."""
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        self.recordings.clear()
+        self.can_record = False
+        cause = error.__context__ or error  # ending the capture fails as well, and hides why it had to end
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:100]
+        print(f"warning: no CUDA graph, training is slower: {reason}", file=sys.stderr)

@@ -8,30 +8,46 @@ The operators are registered with torch: the meta device knows the shapes of the
 CPU can run them with Triton's interpreter (TRITON_INTERPRET=1).
 """
 
+import contextlib
 import math
+import os
 
 import torch
 import torch.nn.functional as F
 
 LOG_PAPER = math.log(1e-6)  # the logit of a pixel far from all arcs: log(1e-6)
 NEGLIGIBLE = 2**-24  # a weight that float32 cannot add to a weight of one
-MAX_DECODER_SIZE = 512  # units or primitives that a program of the decoder's kernels can hold in registers
+MAX_DECODER_SIZE = 256  # units or primitives that a program of the decoder's kernels can hold in registers
+OPERATORS = ["drawing", "scoring", "decoder", "convolution"]  # that have kernels
+WITHOUT_KERNELS = "STROKES_WITHOUT_KERNELS"  # in the environment of a program that was started anew: see runs/kernel_check.py
 
-_kernels = False
+_kernels = set()  # those of OPERATORS whose kernels are used
 
 
 def is_gpu(device):
     return torch.device(device).type != "cpu"
 
 
-def set_kernels(enabled):
-    global _kernels
-    _kernels = enabled
+def set_kernels(names):
+    """Uses the kernels of these OPERATORS, and plain PyTorch for the others"""
+    _kernels.clear()
+    if WITHOUT_KERNELS not in os.environ:
+        _kernels.update(names)
 
 
-def uses_kernels(x):
-    """Whether computations on x use the kernels"""
-    return _kernels and is_gpu(x.device) and x.dtype == torch.float32
+def get_kernels():
+    """The OPERATORS whose kernels are used"""
+    return [name for name in OPERATORS if name in _kernels]
+
+
+def uses_kernels(x, name):
+    """Whether one of OPERATORS uses its kernels on x"""
+    return name in _kernels and is_gpu(x.device) and x.dtype == torch.float32
+
+
+def on_device_of(x):
+    """A context in which kernels are launched on x's device, which need not be the current one"""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 # ------------------------------------------------------------------ drawing
@@ -43,13 +59,14 @@ def _draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from fast import triton_rendering
 
-    return triton_rendering.draw(arcs, on, rendering_params, num_rows, num_cols, LOG_PAPER)
+    with on_device_of(arcs):
+        return triton_rendering.draw(arcs, on, rendering_params, num_rows, num_cols, LOG_PAPER)
 
 
 @_draw.register_fake
 def _(arcs, on, rendering_params, num_rows, num_cols):
     logits = arcs.new_empty(len(arcs), num_rows * num_cols)
-    return logits, torch.empty_like(logits, dtype=torch.uint8)
+    return logits, torch.empty_like(logits, dtype=torch.int16)
 
 
 @torch.library.custom_op("strokes::differentiate_draw", mutates_args=())
@@ -64,9 +81,10 @@ def _differentiate_draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from fast import triton_rendering
 
-    return triton_rendering.differentiate_draw(
-        arcs, on, rendering_params, arc_id, grad, num_rows, num_cols, LOG_PAPER
-    )
+    with on_device_of(arcs):
+        return triton_rendering.differentiate_draw(
+            arcs, on, rendering_params, arc_id, grad, num_rows, num_cols, LOG_PAPER
+        )
 
 
 @_differentiate_draw.register_fake
@@ -98,7 +116,8 @@ class DrawArcs(torch.autograd.Function):
 def _score_maps(probs: torch.Tensor, obs: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     from fast import triton_rendering
 
-    return triton_rendering.score_maps(probs, obs, maps, torch.finfo(torch.float32).eps)
+    with on_device_of(probs):
+        return triton_rendering.score_maps(probs, obs, maps, torch.finfo(torch.float32).eps)
 
 
 @_score_maps.register_fake
@@ -113,7 +132,8 @@ def _differentiate_score_maps(
     from fast import triton_rendering
 
     eps = torch.finfo(torch.float32).eps
-    return triton_rendering.differentiate_score_maps(probs, obs, maps, grad, eps, NEGLIGIBLE)
+    with on_device_of(probs):
+        return triton_rendering.differentiate_score_maps(probs, obs, maps, grad, eps, NEGLIGIBLE)
 
 
 @_differentiate_score_maps.register_fake
@@ -143,7 +163,8 @@ class ScoreMaps(torch.autograd.Function):
 def _convolve(obs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     from fast import triton_convolution
 
-    return triton_convolution.convolve(obs, weight, bias)
+    with on_device_of(obs):
+        return triton_convolution.convolve(obs, weight, bias)
 
 
 @_convolve.register_fake
@@ -158,7 +179,8 @@ def _differentiate_convolve(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from fast import triton_convolution
 
-    return triton_convolution.differentiate_convolve(obs, out, argmax, grad)
+    with on_device_of(obs):
+        return triton_convolution.differentiate_convolve(obs, out, argmax, grad)
 
 
 @_differentiate_convolve.register_fake
@@ -225,7 +247,8 @@ def _sample(
 
     codes = torch.empty(uniform.shape[:2], dtype=torch.int16, device=uniform.device)
     given = table, context, weight_hh, weight, bias, uniform, codes, uniform_mixture
-    return codes, triton_decoder.decode(*given, save=False)[0]
+    with on_device_of(table):
+        return codes, triton_decoder.decode(*given, save=False)[0]
 
 
 @_sample.register_fake
@@ -247,7 +270,8 @@ def _score_codes(
     from fast import triton_decoder
 
     given = table, context, weight_hh, weight, bias, table.new_empty(0), codes, uniform_mixture
-    return triton_decoder.decode(*given, save)
+    with on_device_of(table):
+        return triton_decoder.decode(*given, save)
 
 
 @_score_codes.register_fake
@@ -272,9 +296,10 @@ def _differentiate_score_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from fast import triton_decoder
 
-    return triton_decoder.differentiate_decode(
-        weight_hh, weight, bias, codes, grad, hidden, cells, gates, uniform_mixture
-    )
+    with on_device_of(weight):
+        return triton_decoder.differentiate_decode(
+            weight_hh, weight, bias, codes, grad, hidden, cells, gates, uniform_mixture
+        )
 
 
 @_differentiate_score_codes.register_fake

@@ -36,7 +36,7 @@ def can_share(obs):
 
 def _convolve_each(obs, conv0, conv1):
     # Pooling first gives the same values and gradients, and leaves less for relu to do.
-    if gpu.uses_kernels(obs):
+    if gpu.uses_kernels(obs, "convolution"):
         x = gpu.Convolve.apply(obs, conv0.weight, conv0.bias)  # [B, C, 14, 14]
     else:
         x = F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()  # [B, C, 14, 14]

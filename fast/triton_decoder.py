@@ -156,7 +156,7 @@ def _decode(
 def _get_options(num_units, num_choices):
     units, choices = (max(triton.next_power_of_2(size), 16) for size in (num_units, num_choices))
     return dict(
-        ROWS=ROWS_PER_PROGRAM, UNITS=units, CHOICES=choices, num_warps=4 if units == 16 else 8, num_stages=1
+        ROWS=ROWS_PER_PROGRAM, UNITS=units, CHOICES=choices, num_warps=4 if units == 16 else 8, num_stages=1, enable_fp_fusion=True
     )
 
 

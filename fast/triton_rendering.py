@@ -88,20 +88,20 @@ def _draw(
     ink = tl.where(highest == float("-inf"), highest, ink)
     where = latent * num_pixels + pixel
     tl.store(logits + where, _logaddexp(ink, log_paper), mask=pixel < num_pixels)
-    tl.store(arc_id + where, strongest.to(tl.uint8), mask=pixel < num_pixels)
+    tl.store(arc_id + where, strongest.to(tl.int16), mask=pixel < num_pixels)
 
 
 def draw(arcs, on, rendering_params, num_rows, num_cols, log_paper):
-    """arcs [N, A, 7], on [N, A] bool, rendering_params [2] -> logits [N, R * C], arc_id [N, R * C] uint8"""
+    """arcs [N, A, 7], on [N, A] bool, rendering_params [2] -> logits [N, R * C], arc_id [N, R * C] int16"""
     num_latents, num_arcs = on.shape
     num_pixels = num_rows * num_cols
     logits = arcs.new_empty(num_latents, num_pixels)
-    arc_id = torch.empty_like(logits, dtype=torch.uint8)
+    arc_id = torch.empty_like(logits, dtype=torch.int16)
     grid = (num_latents, triton.cdiv(num_pixels, BLOCK_PIXELS))
     if num_latents:
         _draw[grid](
             arcs, on, rendering_params, logits, arc_id, num_arcs, num_rows, num_cols, log_paper,
-            BLOCK=BLOCK_PIXELS, num_warps=8,
+            BLOCK=BLOCK_PIXELS, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return logits, arc_id
 
@@ -152,7 +152,7 @@ def _differentiate_draw(
     pixel = chunk * BLOCK + tl.arange(0, BLOCK)
     num_pixels = num_rows * num_cols
     px, py = _get_pixel_centre(pixel, num_rows, num_cols)
-    strongest = tl.load(arc_id + latent * num_pixels + pixel, mask=pixel < num_pixels, other=255).to(tl.int32)
+    strongest = tl.load(arc_id + latent * num_pixels + pixel, mask=pixel < num_pixels, other=-1).to(tl.int32)
     grad_logit = tl.load(grad + latent * num_pixels + pixel, mask=pixel < num_pixels, other=0.0)
     scale, bias = tl.load(rendering_params), tl.load(rendering_params + 1)
     grad_scale = tl.zeros((BLOCK,), tl.float32)
@@ -201,7 +201,7 @@ def differentiate_draw(arcs, on, rendering_params, arc_id, grad, num_rows, num_c
     if num_latents:
         _differentiate_draw[num_latents, num_chunks](
             arcs, on, rendering_params, arc_id, grad, grad_arcs, grad_params, num_arcs, num_rows, num_cols,
-            log_paper, BLOCK=BLOCK_PIXELS, num_warps=8,
+            log_paper, BLOCK=BLOCK_PIXELS, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     if num_chunks == 1:
         return grad_arcs.squeeze(1), grad_params.squeeze(1)
@@ -257,8 +257,10 @@ def _score_maps(
     num_pixels, stride = num_rows * num_cols, num_cols + 2
     image = probs + latent * (num_rows + 2) * stride
     first = tl.program_id(1) * MAPS
-    for number in range(first, min(first + MAPS, num_maps)):
-        m0, m1, m2, m3, m4, m5 = _load_map(maps, number)
+    for i in range(MAPS):
+        number = first + i
+        exists = number < num_maps
+        m0, m1, m2, m3, m4, m5 = _load_map(maps, tl.where(exists, number, 0))
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, num_pixels, BLOCK):
             pixel = start + tl.arange(0, BLOCK)
@@ -273,7 +275,7 @@ def _score_maps(
             seen = tl.where(seen < eps, eps, seen)
             seen = tl.where(seen > 1 - eps, 1 - eps, seen)
             total += tl.where(inside, tl.log(seen), 0.0)
-        tl.store(by_map + latent * num_maps + number, tl.sum(total, 0))
+        tl.store(by_map + latent * num_maps + number, tl.sum(total, 0), mask=exists)
 
 
 def score_maps(probs, obs, maps, eps):
@@ -288,7 +290,7 @@ def score_maps(probs, obs, maps, eps):
     if num_images:
         _score_maps[grid](
             probs, obs, maps, by_map, len(maps), num_rows, num_cols, eps,
-            MAPS=MAPS_PER_PROGRAM, BLOCK=BLOCK_PIXELS, num_warps=4,
+            MAPS=MAPS_PER_PROGRAM, BLOCK=BLOCK_PIXELS, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return by_map
 
@@ -303,9 +305,11 @@ def _differentiate_score_maps(
     image, sums = probs + latent * (num_rows + 2) * stride, fixed + latent * (num_rows + 2) * stride
     scale = tl.load(largest + latent)
     first = tl.program_id(1) * MAPS
-    for number in range(first, min(first + MAPS, num_maps)):
+    for i in range(MAPS):
+        number = first + i
+        exists = number < num_maps
         place = grad_maps + (latent * num_maps + number) * 6
-        weight = tl.load(grad + latent * num_maps + number)
+        weight = tl.load(grad + latent * num_maps + number, mask=exists, other=0.0)
         g0, g1, g2, g3, g4, g5 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         if tl.abs(weight) > negligible * scale:
             m0, m1, m2, m3, m4, m5 = _load_map(maps, number)
@@ -337,12 +341,12 @@ def _differentiate_score_maps(
                 g3 += tl.sum(by_y * x, 0)
                 g4 += tl.sum(by_y * y, 0)
                 g5 += tl.sum(by_y, 0)
-        tl.store(place, g0)
-        tl.store(place + 1, g1)
-        tl.store(place + 2, g2)
-        tl.store(place + 3, g3)
-        tl.store(place + 4, g4)
-        tl.store(place + 5, g5)
+        tl.store(place, g0, mask=exists)
+        tl.store(place + 1, g1, mask=exists)
+        tl.store(place + 2, g2, mask=exists)
+        tl.store(place + 3, g3, mask=exists)
+        tl.store(place + 4, g4, mask=exists)
+        tl.store(place + 5, g5, mask=exists)
 
 
 def differentiate_score_maps(probs, obs, maps, grad, eps, negligible):
@@ -360,6 +364,6 @@ def differentiate_score_maps(probs, obs, maps, grad, eps, negligible):
     if num_images:
         _differentiate_score_maps[grid](
             probs, obs, maps, grad, scale, fixed, grad_maps, len(maps), num_rows, num_cols, eps, FIXED_POINT,
-            negligible, MAPS=MAPS_PER_GRADIENT, BLOCK=BLOCK_PIXELS, num_warps=8,
+            negligible, MAPS=MAPS_PER_GRADIENT, BLOCK=BLOCK_PIXELS, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return fixed * (scale / FIXED_POINT).view(-1, 1, 1), grad_maps.sum(0).view_as(maps)

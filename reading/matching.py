@@ -1,12 +1,16 @@
 """How well the strokes of one image explain another: the match that one-shot classification rests on.
 
 Several programs are found for each image and refitted to it (`find_strokes`). Strokes explain another image as well as their
-best variation does, summed over the programs k of an image:
+best variation e_k does, summed over the programs k of an image:
 
-    s(x' | x) = log sum_k max_e exp(log p(x' | v_k(e)) - |e|^2 / 2)        v_k(e): see variation.py
+    s(x' | x) = log sum_k exp(log p(x' | v_k(e_k)) - w |e_k|^2 / 2),    e_k = argmax_e log p(x' | v_k(e)) - |e|^2 / 2
+
+with v_k(e) as in variation.py. For finding e_k the deviations are generous, so that it does not get stuck; two drawings of a
+character then differ by half the variance that was allowed, so distances count w = 2 times. And once strokes are where they
+belong, pixels should count for less: probabilities are held to [f', 1 - f'], f' = 0.03.
 
 `compare` adds both directions. Forwards, the strokes of each character explain a test image. Backwards, the strokes of the
-test image explain each character; since characters differ in how hard they are to explain, the log p(x, v) of the
+test image explain each character; since characters differ in how hard they are to explain, the log p(x | v) of the
 character's own best strokes is subtracted.
 """
 
@@ -19,7 +23,9 @@ from reading.programs import find_different_programs
 from reading.variation import HAND, OWN, Drawing
 
 NUM_SEARCHES, NUM_KEPT = 6, 4  # programs found for each image, and those of them that fit it best
-NUM_OWN_STEPS, NUM_STEPS = 100, 50  # of the refit to the image itself, and to another one
+NUM_OWN_STEPS, NUM_STEPS = 100, 100  # of the refit to the image itself, and to another one
+LEARNING_RATE = 0.1  # of both
+WEIGHT, FLOOR = 2.0, 0.03  # w and f'
 
 
 class Strokes(NamedTuple):
@@ -48,7 +54,7 @@ def refit_programs(generative_model, latent, obs, num_kept=1, deviations=OWN, nu
     num_programs, num_images = latent.shape[:2]
     images = obs.repeat(num_programs, 1, 1)  # [S * N, R, C]
     centre = variation.get_drawing(generative_model, latent.flatten(0, 1), images)
-    fit = variation.refit(centre, images, deviations, num_steps, lr=0.1, tick=tick)
+    fit = variation.refit(centre, images, deviations, num_steps, lr=LEARNING_RATE, tick=tick)
     score = (fit.log_likelihood - fit.distance).view(num_programs, num_images)
     kept = score.topk(min(num_kept, num_programs), 0)
     rows = (kept.indices * num_images + torch.arange(num_images)).flatten()  # [K * N]
@@ -56,17 +62,21 @@ def refit_programs(generative_model, latent, obs, num_kept=1, deviations=OWN, nu
     return Strokes(obs, latent, fit.drawing.select(rows), kept.values)
 
 
-def match(strokes, obs, deviations=HAND, num_steps=NUM_STEPS, tick=lambda: None):
+def match(strokes, obs, deviations=HAND, num_steps=NUM_STEPS, weight=WEIGHT, floor=FLOOR, tick=lambda: None):
     """Refits the strokes of N images to each of M other images [M, R, C].
 
-    Returns: variation.Fit of K * M * N drawings; their score, log p(x' | v) - |e|^2 / 2, [K, M, N], nats
+    Args: weight: w; floor: f'
+    Returns: variation.Fit of K * M * N drawings; and log p(x' | v) - w |e|^2 / 2 of each, [K, M, N], nats
     """
     num_kept, num_images = strokes.score.shape
     grid = torch.cartesian_prod(torch.arange(num_kept), torch.arange(len(obs)), torch.arange(num_images))
     program, image, source = grid.unbind(1)  # [K * M * N] each
     centre = strokes.drawing.select(program * num_images + source)
-    fit = variation.refit(centre, obs[image], deviations, num_steps, aligned_to=strokes.obs[source], tick=tick)
-    return fit, (fit.log_likelihood - fit.distance).view(num_kept, len(obs), num_images)
+    fit = variation.refit(
+        centre, obs[image], deviations, num_steps, aligned_to=strokes.obs[source], lr=LEARNING_RATE, tick=tick
+    )
+    log_likelihood = variation.get_log_likelihood(fit.drawing, obs[image], floor)
+    return fit, (log_likelihood - weight * fit.distance).view(num_kept, len(obs), num_images)
 
 
 def compare(tests, characters, deviations=HAND, num_steps=NUM_STEPS, tick=lambda: None):
@@ -74,8 +84,10 @@ def compare(tests, characters, deviations=HAND, num_steps=NUM_STEPS, tick=lambda
 
     Returns: forward [M, N], the score of each test image under the strokes of each character; backward [M, N], the score
         of each character under the strokes of each test image, less that under its own; nats. Their sum is the match.
-        Also the variation.Fit of the forward direction, of K * M * N drawings
+        Also, of the forward direction, the variation.Fit of K * M * N drawings, and the best program of each pair, [M, N]
     """
-    fit, forward = match(characters, tests.obs, deviations, num_steps, tick)  # [K, M, N]
-    _, backward = match(tests, characters.obs, deviations, num_steps, tick)  # [K, N, M]
-    return forward.logsumexp(0), backward.logsumexp(0).t() - characters.score.amax(0), fit
+    fit, forward = match(characters, tests.obs, deviations, num_steps, tick=tick)  # [K, M, N]
+    _, backward = match(tests, characters.obs, deviations, num_steps, tick=tick)  # [K, N, M]
+    images = characters.obs.repeat(len(characters.score), 1, 1)  # [K * N, R, C]
+    own = variation.get_log_likelihood(characters.drawing, images, FLOOR).view_as(characters.score)  # [K, N]
+    return forward.logsumexp(0), backward.logsumexp(0).t() - own.amax(0), fit, forward.argmax(0)

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SWEEP = [sys.executable, str(ROOT / "sweep.py"), "--test-run", "--models", "mws_3", "rws_3", "vimco_3", "--seeds", "0"]
 TRAIN = [*SWEEP, "--", "--save-interval=3", "--num-particles=4"]
 EVALUATE = [*SWEEP, "--eval-logp", "--eval-options=--save-interval=2", "--", "--num-particles=4"]
-DISK = 64  # MB
+DISK = 400  # MB
 PAUSE = 15  # seconds between two disturbances, on average; a run takes some seconds to start
 # What a process writes for itself, or differs in when and where it was written
 OTHERS = {"lock", "logs", ".sweep", "index.html"}

@@ -46,9 +46,26 @@ class NoStream:
         pass
 
 
+class Generator:
+    """Stands in for torch's CUDA generator: once a capture has failed, its state stays registered as being captured"""
+
+    def __init__(self):
+        self.state = ["sound"]
+
+    def clone_state(self):
+        return Generator()
+
+    def graphsafe_set_state(self, other):
+        self.state = other.state
+
+
 @pytest.fixture
 def no_gpu(monkeypatch):
     """What cuda_graph.py needs of torch.cuda, without a GPU"""
+    monkeypatch.setattr(torch.cuda, "default_generators", [Generator()])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "Stream", NoStream)
     monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -97,3 +114,54 @@ def test_what_cannot_be_recorded_goes_on_as_it_is(no_gpu, capsys):
     step = cuda_graph.ReplayedStep(lambda x: {"double": torch.tensor(2 * x.item())})
     assert [step(torch.tensor(i))["double"].item() for i in range(6)] == [0, 2, 4, 6, 8, 10]
     assert capsys.readouterr().err.count("warning: no CUDA graph") == 1
+
+
+@pytest.mark.parametrize("stage", ["beginning", "step", "end", "step and end"])
+def test_training_goes_on_wherever_a_capture_fails(stage, no_gpu, monkeypatch, capsys):
+    """As on a GPU: the capturing stream stays the current one, the generator refuses to work, and the error of ending the
+    capture hides the one that caused it"""
+    current, generator = [NoStream()], torch.cuda.default_generators[0]
+    usual = current[0]
+
+    @contextlib.contextmanager
+    def failing(graph, stream):
+        if stage == "beginning":
+            raise RuntimeError("no memory for a graph")
+        current[0] = stream
+        generator.state = ["capturing"]
+        try:
+            yield
+            if stage == "step":
+                raise RuntimeError("the step failed")
+        except RuntimeError:
+            if "end" in stage:
+                raise RuntimeError("capture_end failed") from None
+            current[0] = usual  # torch.cuda.graph restores the stream only if the capture can be ended
+            raise
+        if stage == "end":
+            raise RuntimeError("capture_end failed")
+
+    def step(x):
+        if generator.state != ["sound"] and stage == "step and end":
+            raise RuntimeError("the step failed")
+        return {"random": torch.rand(3).sum() + x}
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+    replayed = cuda_graph.ReplayedStep(step)
+    replayed.recordings["earlier"] = "a recording with the generator's old state"
+    torch.manual_seed(3)
+    values, state = [], None
+    for i in range(6):
+        monkeypatch.setattr(torch.cuda, "graph", failing)
+        state = torch.get_rng_state()
+        values.append(replayed(torch.tensor(float(i)))["random"])
+        if i == cuda_graph.NUM_WARM_UPS:  # on a GPU nothing is drawn while recording
+            torch.set_rng_state(state)
+            values[-1] = step(torch.tensor(float(i)))["random"]
+    torch.manual_seed(3)
+    assert values == [step(torch.tensor(float(i)))["random"] for i in range(6)]
+    assert current[0] is usual and generator.state == ["sound"] and not replayed.recordings
+    (line,) = capsys.readouterr().err.splitlines()
+    cause = {"beginning": "no memory for a graph", "end": "capture_end failed"}.get(stage, "the step failed")
+    assert line == f"warning: no CUDA graph, training is slower: {cause}"

@@ -2,6 +2,9 @@
 which conftest.py asks for."""
 
 import copy
+import importlib
+import os
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import losses  # noqa: E402
 import models  # noqa: E402
 import rendering  # noqa: E402
 from fast import gpu  # noqa: E402
+from runs import kernel_check  # noqa: E402
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -25,7 +29,7 @@ def use_kernels(monkeypatch):
 
     def switch(enabled):
         monkeypatch.setattr(gpu, "is_gpu", lambda device: enabled or torch.device(device).type != "cpu")
-        monkeypatch.setattr(gpu, "_kernels", enabled)
+        monkeypatch.setattr(gpu, "_kernels", set(gpu.OPERATORS if enabled else []))
 
     return switch
 
@@ -67,6 +71,15 @@ def test_drawing(use_kernels, size):
     params = torch.tensor([3.0, -3.0], device=device, requires_grad=True)
     logits = check_gradients(lambda a, p: rendering.get_logits(a, on, p, *size), [arcs, params], use_kernels)
     assert (logits[2] == rendering.LOG_PAPER).all() and logits.max() > -1
+
+
+def test_more_strokes_than_a_byte_can_count(use_kernels):
+    arcs = make_arcs(2, 300)
+    arcs[..., :2], arcs[..., 2:5] = torch.rand(2, 300, 2, device=device), 0.02
+    params, on = torch.tensor([3.0, -3.0], device=device), torch.ones(2, 300, device=device)
+    check_gradients(lambda a: rendering.get_logits(a, on, params, 28, 28), [arcs.requires_grad_()], use_kernels)
+    gradient = torch.autograd.grad(rendering.get_logits(arcs, on, params, 28, 28).sum(), arcs)[0]
+    assert (gradient[:, 256:].abs().sum(2) > 0).sum() > 3
 
 
 @pytest.mark.parametrize("spread", [0.03, 0.5])
@@ -227,3 +240,81 @@ def test_nan_reaches_the_scores(use_kernels, monkeypatch):
         latent[..., 1] = 1
         getattr(model, name).data.fill_(torch.nan)
         assert sum(model.to(device).log_prob(latent[None].to(device), obs.to(device))).isnan().all(), name
+
+
+# ------------------------------------------------------------------ kernels that do not work
+
+LAUNCHES = {
+    "drawing": "triton_rendering.draw", "scoring": "triton_rendering.score_maps", "decoder": "triton_decoder.decode",
+    "convolution": "triton_convolution.convolve",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["raises", "is wrong"])
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, name, fault, monkeypatch, capsys):
+    """And a step then gives plain PyTorch's loss and gradients"""
+    monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 3)
+    module, function = LAUNCHES[name].split(".")
+    module = importlib.import_module(f"fast.{module}")
+    works = getattr(module, function)
+
+    def broken(*args, **kwargs):
+        if fault == "raises":
+            raise RuntimeError("ptxas is missing\nand more")
+        result = works(*args, **kwargs)
+        first, *rest = result if isinstance(result, tuple) else (result,)
+        return (first * 1.5 + 0.1, *rest) if rest else first * 1.5 + 0.1
+
+    model, network = models.GenerativeModel(8, num_arcs=2).to(device), models.InferenceNetwork(8, 16, num_arcs=2).to(device)
+    network.conv0, network.conv1 = torch.nn.Conv2d(1, 16, 3, padding=2), torch.nn.Conv2d(16, 128, 3, padding=1)
+    network.to(device)
+    latent, obs = model.sample(2)
+    use_kernels(True)
+    monkeypatch.setattr(module, function, broken)
+    before = torch.get_rng_state()
+    kernel_check.check(model, network, 1, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert gpu.get_kernels() == [other for other in gpu.OPERATORS if other != name]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line and ("ptxas is missing" if fault == "raises" else "differs by") in line
+    results = []
+    for enabled in (True, False):
+        if not enabled:
+            use_kernels(False)
+        for net in (model, network):
+            net.zero_grad()
+        loss = -sum(model.log_prob(latent[None], obs)).mean() - network.log_prob(latent[None], obs).mean()
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for net in (model, network) for p in net.parameters())])
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= 1e-3 * want.norm() + 1e-6
+
+
+def test_kernels_that_work_stay_on(use_kernels, monkeypatch, capsys):
+    monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 3)
+    model, network = models.GenerativeModel(8, num_arcs=2).to(device), models.LookupInferenceNetwork(3, 8, 16, num_arcs=2).to(device)
+    use_kernels(True)
+    kernel_check.check(model, network, 2, 3)
+    assert gpu.get_kernels() == gpu.OPERATORS and capsys.readouterr().err == ""
+
+
+def test_an_unusable_gpu_starts_the_program_anew_once(monkeypatch, capsys):
+    """A stand-in for an illegal access, after which every call to CUDA fails"""
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.delenv(gpu.WITHOUT_KERNELS, raising=False)
+    monkeypatch.setattr(kernel_check, "synchronize", fail)
+    started = []
+    monkeypatch.setattr(kernel_check.os, "execv", lambda *command: started.append(command) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        kernel_check.find_fault("drawing", fail, device)
+    assert started == [(sys.executable, sys.orig_argv)] and "illegal memory access" in capsys.readouterr().err
+    assert gpu.WITHOUT_KERNELS in os.environ
+    gpu.set_kernels(gpu.OPERATORS)
+    assert gpu.get_kernels() == []  # in the new program
+    with pytest.raises(RuntimeError, match="illegal"):
+        kernel_check.find_fault("drawing", fail, device)
+    monkeypatch.delenv(gpu.WITHOUT_KERNELS)

@@ -260,11 +260,12 @@ def test_tasks_share_the_gpus_that_the_sweep_may_use(folder, monkeypatch):
     monkeypatch.setattr(tasks.os, "sched_setaffinity", lambda *_: None)
     monkeypatch.setattr(tasks.subprocess, "Popen", lambda *_, env, **__: seen.append(env) or types.SimpleNamespace(pid=0))
     task = tasks.Task("run", "train", [], 1)
-    for visible, expected in [("4,5", ["4", "5", "4"]), (None, ["0", "1", "0"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b", "GPU-a"])]:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for visible, expected in [("MIG-a,MIG-b,MIG-c", ["MIG-a", "MIG-b", "MIG-c"]), ("4,5", ["4", "5", "4"]), (None, ["0", "1", "0"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b", "GPU-a"])]:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         seen.clear()
         for slot in range(3):
-            tasks.start(task, slot, 3, 2)
+            tasks.start(task, slot, 3, len(tasks.get_visible_gpus()))
         assert [environment["CUDA_VISIBLE_DEVICES"] for environment in seen] == expected

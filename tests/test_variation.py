@@ -111,7 +111,7 @@ def test_the_forward_score_is_that_of_a_grid():
     shift = torch.tensor([0.15, -0.22]).view(1, 2, 1)
     moved = centre._replace(map=torch.cat([centre.map[:, :, :2], centre.map[:, :, 2:] + shift], 2))
     tests = (variation.get_probs(moved) > 0.4).float()
-    forward = matching.match(strokes, tests, MOVED, num_steps=120)[1].logsumexp(0)
+    forward = matching.match(strokes, tests, MOVED, 120, weight=1, floor=variation.FLOOR)[1].logsumexp(0)
     exact = torch.empty(2, 3, 3)
     for k, i, j in itertools.product(range(2), range(3), range(3)):
         one = strokes.drawing.select([3 * k + j])

@@ -1,0 +1,155 @@
+"""Tries a GPU's kernels before a run relies on them.
+
+Each operator that a run will use is run at the run's sizes, forwards and backwards, which also compiles it, and compared with
+plain PyTorch on the same device for some of the rows. One that fails, or gives other numbers, is turned off, with a warning;
+the others stay. After an error that leaves the GPU unusable for this process (an illegal access, say), the program is started
+anew, once, without kernels.
+"""
+
+import os
+import sys
+
+import torch
+
+import models
+import rendering
+from fast import gpu
+from util import warn
+
+NUM_COMPARED = 64  # rows
+TOLERANCE = 1e-2  # of the norm: far above rounding, TF32's included, and far below what a fault changes
+
+
+def check(generative_model, inference_network, num_particles, batch_size):
+    """Tries the kernels that are turned on, for latents of num_particles (P) programs for each of batch_size (B) images.
+    Leaves torch's random state as it is"""
+    device = generative_model.pre_theta.device
+    names = gpu.get_kernels()
+    if not names:
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        torch.manual_seed(0)
+        checks = get_checks(generative_model, inference_network, num_particles, batch_size, device)
+        working = []
+        for name in names:
+            faults = (find_fault(name, function, device) for function in checks.get(name, []))
+            fault = next(filter(None, faults), None)
+            if fault is None:
+                working.append(name)
+            else:
+                where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+                warn(f"the {name} kernels do not work on {where} ({fault}); plain PyTorch takes their place, which is slower")
+    gpu.set_kernels(working)
+
+
+def find_fault(name, function, device):
+    """Compares function() by the kernels of one operator and by plain PyTorch. Returns: what is wrong, in words, or None"""
+    try:
+        gpu.set_kernels([name])
+        got = function()
+        synchronize(device)
+    except Exception as error:  # of Triton, of CUDA, or of ours
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+        try:
+            synchronize(device)
+        except RuntimeError:
+            start_anew(reason)
+        return reason
+    gpu.set_kernels([])
+    for ours, plain in zip(got, function(), strict=True):
+        difference = (ours - plain).norm() / plain.norm().clamp(min=1e-12)
+        if not difference <= TOLERANCE:
+            return f"the result differs by {difference.item():.1%}"
+    return None
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def start_anew(reason):
+    """Replaces this process by the same program without kernels; its checkpoints are where they were"""
+    if gpu.WITHOUT_KERNELS in os.environ:
+        raise RuntimeError(reason)
+    warn(f"a kernel left the GPU unusable ({reason}); starting anew without kernels, which is slower")
+    os.environ[gpu.WITHOUT_KERNELS] = "1"
+    sys.stdout.flush()
+    os.execv(sys.executable, sys.orig_argv)
+
+
+# ------------------------------------------------------------------ what is compared
+
+
+def get_checks(generative_model, inference_network, num_particles, batch_size, device):
+    """For each operator, functions without arguments that compute something with it: values and gradients, of which only
+    those of the first NUM_COMPARED rows are computed by plain PyTorch"""
+    num_rows, num_arcs = num_particles * batch_size, generative_model.num_arcs
+    num_primitives = len(generative_model.pre_theta)
+    ids = torch.randint(num_primitives, (num_particles, batch_size, num_arcs), device=device)
+    latent = torch.stack([ids, torch.randint(2, ids.shape, device=device)], -1)  # [P, B, A, 2]
+    latent[..., 0, 1] = 0
+    obs = (torch.rand(batch_size, 28, 28, device=device) < 0.1).float()
+    flat = latent.flatten(0, 1)  # [N, A, 2]
+    decoders = [d for d in (generative_model.prior, inference_network.decoder) if gpu.can_decode(d)]
+    checks = {"decoder": [f for d in decoders for f in get_decoder_checks(d, latent)]}
+
+    def draw():
+        rows = get_rows(num_rows, "drawing")
+        logits = generative_model.get_logits(flat[rows])
+        return compare(logits, list(generative_model.parameters()))
+
+    checks["drawing"] = [draw]
+    maps = generative_model.likelihood.maps
+    if maps is not None:
+        logits, seen = torch.randn(num_rows, 28, 28, device=device) * 3, obs.repeat(num_particles, 1, 1)
+
+        def score():
+            rows = get_rows(num_rows, "scoring")
+            given = logits[rows].requires_grad_()
+            return compare(rendering.affine_log_prob(given, seen[rows], maps), [given, maps])
+
+        checks["scoring"] = [score]
+    if isinstance(inference_network, models.InferenceNetwork):
+
+        def embed():
+            rows = get_rows(batch_size, "convolution")
+            return compare(inference_network.embed(obs[rows]), [inference_network.conv0.weight, inference_network.conv0.bias])
+
+        checks["convolution"] = [embed]
+    return checks
+
+
+def get_decoder_checks(decoder, latent):
+    context = torch.randn(latent.shape[1], decoder.context_size, device=latent.device)
+
+    def score():
+        rows = get_rows(len(context), "decoder")
+        particles = slice(1) if rows.stop is not None else slice(None)
+        log_prob = decoder.log_prob(latent[particles, rows], context[rows])[:1]  # of the other particles: compiled only
+        return compare(log_prob.t(), list(decoder.parameters()))
+
+    def sample():
+        drawn, log_prob = decoder.sample_and_log_prob(len(latent), context)
+        if "decoder" not in gpu.get_kernels():  # others are drawn: compared with itself
+            return sample.log_prob, decoder.log_prob(*sample.drawn).detach()
+        rows = slice(NUM_COMPARED)
+        sample.drawn, sample.log_prob = (drawn[:1, rows], context[rows]), log_prob[:1, rows]
+        return sample.log_prob, sample.log_prob
+
+    return [score, sample]
+
+
+def get_rows(num_rows, name):
+    """All rows for kernels, the compared ones for plain PyTorch"""
+    return slice(None) if name in gpu.get_kernels() else slice(min(NUM_COMPARED, num_rows))
+
+
+def compare(value, inputs):
+    """The first NUM_COMPARED rows of a value, and the gradients for inputs of a fixed sum of these rows"""
+    value = value[:NUM_COMPARED]
+    factor = torch.linspace(-1, 2, value.numel(), device=value.device).view_as(value)
+    needed = [x for x in inputs if x.requires_grad]
+    gradients = torch.autograd.grad((value * factor).sum(), needed, allow_unused=True) if needed else []
+    gradients = [x[:NUM_COMPARED] if x.dim() == 3 and len(x) > NUM_COMPARED else x for x in gradients if x is not None]
+    return [value.detach(), *gradients]
