@@ -18,13 +18,14 @@ import re
 import shlex
 import shutil
 import sys
+import time
 
 import torch
 
 import eval_logp
 import main as training
 import util
-from cluster import slurm, tasks
+from cluster import attempts, commands, profile, slurm, tasks
 from cluster.tasks import Task
 from results import report
 from runs import checkpoints, locks
@@ -32,6 +33,7 @@ from runs.saving import StopSignal
 from util import UserError, warn
 
 NUM_LATENTS = [3, 5, 10, 20, 40]  # per image; for mws, memory plus proposals
+WAIT_SECONDS = 20  # between two looks at Slurm's queue
 TEST_RUN_EVALUATION = ["--num-data=5", "--num-iterations=10", "--num-particles=10", "--test-num-particles=100"]
 
 # ------------------------------------------------------------------ the models
@@ -180,16 +182,63 @@ def submit(args):
     left = choose_tasks(args, queue)
     if not left:
         print("nothing to submit")
-        return 0
+        return wait(args) if args.wait and not args.dry_run else 0
     if not args.dry_run:
         check_data(args)
-    asks_for_gpu = "gpu" in args.gres or re.search(r"(^| )(-G|--gpus|--gres[= ]\S*gpu)", args.sbatch)
-    if asks_for_gpu if args.cuda is None else args.cuda:  # so that a job without a working GPU fails at once
-        left = [task._replace(flags=[*task.flags, "--cuda"]) for task in left]
-    slurm.submit_tasks(left, args, queue, args.dry_run)
-    for task in left if args.dry_run else []:
-        print(f"would submit: {shlex.join(task.get_command())}")
+    for task_args, group in group_by_options(left, args):
+        asks_for_gpu = "gpu" in (slurm.get_option(task_args, "gres") or "") or re.search(r"(^| )(-G|--gpus)", task_args.sbatch)
+        if asks_for_gpu if args.cuda is None else args.cuda:  # so that a job without a working GPU fails at once
+            group = [task._replace(flags=[*task.flags, "--cuda"]) for task in group]
+        slurm.submit_tasks(group, task_args, queue, args.dry_run)
+        for task in group if args.dry_run else []:
+            print(f"would submit: {shlex.join(task.get_command())}")
+    if args.wait and not args.dry_run:
+        return wait(args)
     return 0
+
+
+def group_by_options(some_tasks, args):
+    """Groups tasks whose jobs get the same options, of the command line or of a profile: pairs of arguments and tasks. With
+    --dry-run, prints where options come from"""
+    known, groups = profile.read(args.profile), {}
+    for task in some_tasks:
+        (model,) = {get_model_name(args, task.model)}
+        task_args, sources = profile.apply(args, known, model, task.kind)
+        groups.setdefault(str(sorted(vars(task_args).items(), key=str)), (task_args, [], sources))[1].append(task)
+    for task_args, group, sources in groups.values() if args.dry_run else []:
+        shown = [f"{name.replace('_', '-')} {getattr(task_args, name)} ({where})" for name, where in sources.items()]
+        if known and shown:
+            print(f"{', '.join(map(str, group))}: {', '.join(shown)}")
+    return [(task_args, group) for task_args, group, _ in groups.values()]
+
+
+def get_model_name(args, path_base):
+    """The name in the sweep of a run, which has the settings after -- and its seed in its name, too"""
+    for model_args in get_sweep_argss(args.test_run, args.data_location, args.large_conditional):
+        name = util.get_path_base(model_args)
+        if path_base == name or path_base.startswith(f"{name}_"):
+            return name.removeprefix("test_run_")
+    return path_base
+
+
+def wait(args):
+    """Waits until the chosen tasks are neither in Slurm's queue nor running. Returns: 0 if all are complete, else 1"""
+    some_tasks = get_tasks(args)
+    wanted = {(task.model, task.kind) for task in some_tasks}
+    with util.show_progress(total=len(some_tasks), unit="task") as bar:
+        while True:
+            try:
+                waiting = {(job.model, job.kind) for job in slurm.get_queue()[0]} & wanted
+            except UserError as error:  # it may come back
+                warn(str(error))
+                waiting = wanted
+            done = [tasks.get_progress(task).done for task in some_tasks]
+            bar.update(sum(done) - bar.n)
+            if not waiting or all(done):
+                break
+            time.sleep(WAIT_SECONDS)
+    tasks.show_status(some_tasks, [], attempts.describe)
+    return 0 if all(done) else 1
 
 
 def check_data(args):
@@ -279,7 +328,7 @@ def main(argv=None):
     if args.task is not None:
         return slurm.run_task(args.task)
     if args.status:
-        return tasks.show_status(get_tasks(args), get_queue()[0])
+        return tasks.show_status(get_tasks(args), get_queue()[0], attempts.describe)
     for wanted, action in [(args.rm, remove), (args.cancel, cancel), (args.plot, plot), (args.cluster, submit)]:
         if wanted:
             return action(args)
@@ -299,6 +348,7 @@ def get_parser():
     add("--eval-options", "options of eval_logp.py for all evaluations, as one string", default="")
     parser.start_group("what to do (default: run them here)")
     add("--cluster", "submit them to Slurm; evaluations start when their training in the queue is complete", action=boolean)
+    add("--wait", "with --cluster, return when all are complete (status 0) or no longer in the queue (1)", action=boolean)
     add("--status", "print each task's progress, job and log", action=boolean)
     add("--plot", "draw log p against iterations, from eval_logp.py --every-checkpoint, with the range over seeds", action=boolean)
     add("--cancel", "cancel the jobs of these runs (with --eval-logp only their evaluations)", action=boolean)
@@ -314,12 +364,16 @@ def get_parser():
     gres = "resources of a job, such as gpu:a100:1, or none (default: gpu:1, with --no-cuda none)"
     add("--gres", gres, default=None)
     add("--cpus-per-task", "CPUs, and threads, of a job (default: Slurm's)", type=util.in_range(int, 1), default=None)
-    add("--mem", "memory of a job", default="16G")
-    add("--time", f"time limit of a job (default: {slurm.TIME_OF_REPEATED} with om-repeat, else {slurm.TIME})", default=None)
+    add("--mem", "memory of a job, or none: the site's default, or that of --sbatch (default: 16G)")
+    add("--time", f"time limit of a job, or none: the partition's (default: {slurm.TIME_OF_REPEATED} with om-repeat, else {slurm.TIME})", default=None)
     add("--partition", "partition", default=None)
-    add("--mail", "address that Slurm emails when a job ends or fails", default=None)
-    add("--sbatch", 'further options of sbatch, as one string: "--account=lab --qos=long"', default="")
-    add("--setup", 'line of shell code to run before each task: "module load cuda"', default="")
+    mail = "address that Slurm emails when a job ends or fails, or address:TYPES, as sbatch's --mail-type takes them"
+    add("--mail", mail, default=None)
+    requeues = "times that a job is requeued without progress before it gives up"
+    add("--max-requeues", requeues, type=util.in_range(int, 1, 1000), default=attempts.MAX_REQUEUES)
+    add("--sbatch", 'further options of sbatch, as one string: "--account=lab --qos=long"')
+    add("--setup", 'line of shell code to run before each task: "module load cuda"')
+    add("--profile", f"TOML file with a site's defaults for these options (default: {profile.DEFAULT_PATH}, if it exists)")
     add("--no-repeat", "do not use om-repeat, even if it is installed", action=boolean)
     parser.add_argument("--task", help=argparse.SUPPRESS)  # what a job runs
     return parser
@@ -333,10 +387,10 @@ def parse_args(argv=None):
     args.settings = argv[cut + 1 :]
     if sum([args.cluster, args.status, args.plot, args.cancel, args.rm]) > 1:
         raise UserError("--cluster, --status, --plot, --cancel and --rm exclude each other; give one")
-    if args.gres is None:
-        args.gres = "none" if args.cuda is False else "gpu:1"
+    if args.wait and not args.cluster:
+        raise UserError("--wait is for --cluster; without it, sweep.py waits anyway")
     if args.cluster and not args.dry_run:
-        slurm.require("sbatch")
+        commands.require("sbatch")
     return args
 
 

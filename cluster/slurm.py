@@ -4,6 +4,7 @@ Nothing passes through a shell here; arguments that om-repeat would mangle are r
 """
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,8 @@ import time
 from typing import NamedTuple
 
 import util
-from cluster.tasks import ROOT, Task, is_trained, open_log, was_stopped
+from cluster import attempts, commands
+from cluster.tasks import ROOT, Task, describe_signal, is_trained, open_log, was_stopped
 from runs.saving import StopSignal, get_job_end
 from util import UserError
 
@@ -26,6 +28,7 @@ TIME = "12:00:00"
 TIME_OF_REPEATED = "2:00:00"
 WARNING = 120  # seconds before a job's time limit
 EARLY = 60  # seconds by which Slurm's warning may come too early
+MAX_NAMED = 64  # tasks of an array that get names of their own
 HOLD = 600  # seconds that a task repeated by om-repeat waits to be killed
 FOLDER = util.SAVE / ".sweep"  # listings of submitted tasks, and Slurm's own output
 
@@ -42,14 +45,8 @@ class Job(NamedTuple):
 
 
 def get_tag():
-    """The prefix of the names of jobs submitted from this folder"""
+    """The prefix of the comments of jobs submitted from this folder, by which they are found"""
     return "strokes-" + hashlib.sha1(os.fsencode(util.SAVE.resolve())).hexdigest()[:8]
-
-
-def require(command):
-    """Raises: UserError if a Slurm command is not installed"""
-    if shutil.which(command) is None:
-        raise UserError(f"{command} is not on the PATH; run on a machine of the cluster, or without --cluster")
 
 
 # ------------------------------------------------------------------ listings of submitted tasks
@@ -63,6 +60,7 @@ class Listing(NamedTuple):
     setup: str  # a line of shell code
     warning: int  # seconds before a job's time limit at which it should save and stop
     tasks: list
+    max_requeues: int = attempts.MAX_REQUEUES  # without progress
 
     @property
     def name(self):
@@ -106,34 +104,77 @@ def is_repeated(args):
     return not args.no_repeat and shutil.which("om-repeat") is not None
 
 
+# Options of ours that --sbatch may override, with their short forms
+OVERRIDABLE = {"time": "-t", "mem": None, "cpus-per-task": "-c", "partition": "-p", "gres": None}
+# Options that would break a sweep, and why
+REFUSED = {
+    "parsable": "it changes what sbatch prints", "quiet": "it changes what sbatch prints", "Q": "it changes what sbatch prints",
+    "test-only": "nothing would be submitted; --dry-run shows what would be", "wait": "use --wait of sweep.py", "W": "use --wait of sweep.py",
+    "chdir": "jobs run in the folder that holds save/", "D": "jobs run in the folder that holds save/",
+    "clusters": "sweep.py could not find its jobs; set $SLURM_CLUSTERS", "M": "sweep.py could not find its jobs; set $SLURM_CLUSTERS",
+    "wrap": "sweep.py gives jobs their commands", "array": "sweep.py numbers its tasks", "a": "sweep.py numbers its tasks",
+    "job-name": "sweep.py names its jobs", "J": "sweep.py names its jobs", "comment": "sweep.py finds its jobs by it",
+    "output": "sweep.py shows where it is", "o": "sweep.py shows where it is", "error": "it is in the output", "e": "it is in the output",
+    "signal": "sweep.py sets when a job is warned", "requeue": "sweep.py decides it", "no-requeue": "sweep.py decides it",
+    "open-mode": "sweep.py sets it",
+}  # fmt: skip
+
+
+def get_option(args, name):
+    """The value of an option of ours, which --sbatch may override; None if there is none"""
+    value, words, short = getattr(args, name.replace("-", "_")), split_options(args.sbatch), OVERRIDABLE[name]
+    for i, word in enumerate(words):
+        after = words[i + 1] if i + 1 < len(words) else ""
+        if word in (f"--{name}", short):
+            value = after
+        elif word.startswith(f"--{name}="):
+            value = word.split("=", 1)[1]
+        elif short and word.startswith(short) and not word.startswith("--"):
+            value = word[len(short) :].removeprefix("=")
+    return None if value in (None, "", "none") else value
+
+
 def get_limit(args):
-    return args.time or (TIME_OF_REPEATED if is_repeated(args) else TIME)
+    """The time limit of a job, or None: that of the partition"""
+    if args.time is None and get_option(args, "time") is None:
+        return TIME_OF_REPEATED if is_repeated(args) else TIME
+    return get_option(args, "time")
 
 
 def get_warning(args):
     """Seconds before the time limit; a fifth of a short limit"""
-    return min(WARNING, max(get_seconds(get_limit(args)) // 5, 1))
+    limit = get_limit(args)
+    if limit is None or limit.upper() in ("UNLIMITED", "INFINITE"):
+        return WARNING
+    return min(WARNING, max(get_seconds(limit) // 5, 1))
 
 
 def get_options(args):
     """sbatch options that do not depend on the task, each one word; the user's own come last and take precedence"""
     repeated = is_repeated(args)
-    options = [f"--time={get_limit(args)}", f"--mem={args.mem}"]
+    options = [f"--time={get_limit(args)}"] * (get_limit(args) is not None)
+    options += [f"--mem={args.mem}"] * (args.mem not in ("", "none"))
     options += [f"--cpus-per-task={args.cpus_per_task}"] * (args.cpus_per_task is not None)
     options += [f"--partition={args.partition}"] * bool(args.partition)
     options += [f"--gres={args.gres}"] * (args.gres not in ("", "none"))
-    options += [f"--mail-user={args.mail}", "--mail-type=END,FAIL"] * bool(args.mail)
-    if not repeated:
+    if args.mail:
+        address, _, types = args.mail.partition(":")
+        options += [f"--mail-user={address}", f"--mail-type={types or 'END,FAIL'}"]
+    if repeated:
+        options += ["--no-requeue"]  # om-repeat's chain goes on with another job
+    else:
         options += [f"--signal=B:USR1@{get_warning(args)}", "--requeue", "--open-mode=append"]
     return options + split_options(args.sbatch)
 
 
 def split_options(text):
-    """Splits --sbatch into words. Raises: UserError for an open quote, or for options that the sweep sets itself"""
+    """Splits --sbatch into words. Raises: UserError for an open quote, or for options that would break the sweep"""
     words = util.split_words("--sbatch", text)
     for word in words:
-        if re.match(r"(--job-name|--array|--wrap|-J|-a)", word):
-            raise UserError(f"--sbatch {word}: the sweep gives its jobs their names and tasks itself; leave it out")
+        match = re.match(r"--([\w-]+)|-([A-Za-z])", word)
+        name = (match[1] or match[2]) if match else ""
+        if name in REFUSED:
+            raise UserError(f"--sbatch {word}: leave it out, since {REFUSED[name]}")
     return words
 
 
@@ -146,11 +187,26 @@ def get_script(listing, index=None):
     return [str(ROOT / "cluster/slurm_job.sh"), sys.executable, str(ROOT / "sweep.py"), f"--task={where}"]
 
 
+def get_job_name(task):
+    """What squeue and mails show: mws_20, or mws_20:rws for an evaluation"""
+    return task.model if task.kind == "train" else f"{task.model}:{task.kind}"
+
+
+def name_jobs(tasks, indices, number):
+    """Gives the tasks of an array names of their own, if they are not too many to ask Slurm for that"""
+    if 1 < len(indices) <= MAX_NAMED:
+        for i in indices:
+            with contextlib.suppress(UserError):  # they may be running, or over, already
+                commands.call(["scontrol", "update", f"JobId={number}_{i}", f"JobName={get_job_name(tasks[i])}"])
+
+
 def get_array(listing, indices, args, dependency=None):
     """The command that submits some of a listing's tasks as a job array"""
     throttle = f"%{args.jobs}" if args.jobs else ""
     options = [*get_options(args), f"--array={','.join(map(str, indices))}{throttle}"]
-    options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", "-J", f"{get_tag()}-{listing.name}"]
+    names = {get_job_name(listing.tasks[i]) for i in indices}
+    options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", f"--comment={get_tag()}-{listing.name}"]
+    options += ["-J", names.pop() if len(names) == 1 else f"{len(names)}_strokes"]
     # an evaluation whose training fails leaves the queue
     options += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
     return ["sbatch", *options, *get_script(listing)]
@@ -159,8 +215,9 @@ def get_array(listing, indices, args, dependency=None):
 def get_repeated(listing, index, args):
     """The command that submits a task by om-repeat. Raises: UserError if om-repeat would mangle it"""
     output = (util.SAVE / listing.tasks[index].model / "logs" / "slurm-%j.out").resolve()
-    name = f"{get_tag()}-{index}-{listing.name}"
-    command = ["om-repeat", "sbatch", *get_options(args), f"--output={output}", "-J", name, *get_script(listing, index)]
+    comment = f"--comment={get_tag()}-{index}-{listing.name}"
+    name = re.sub(r"[^\w./=:,@%+-]", "_", get_job_name(listing.tasks[index]))
+    command = ["om-repeat", "sbatch", *get_options(args), f"--output={output}", comment, "-J", name, *get_script(listing, index)]
     for word in command:
         if not re.fullmatch(r"[\w./=:,@%+-]+", word, re.ASCII):
             raise UserError(
@@ -176,10 +233,15 @@ def submit_tasks(tasks, args, queue, dry_run=False):
     Raises: UserError at the first job that Slurm refuses, or if something cannot be submitted
     """
     repeated = is_repeated(args)
+    most = len(tasks) if repeated else get_max_array_size()
+    if len(tasks) > most:
+        for first in range(0, len(tasks), most):
+            submit_tasks(tasks[first : first + most], args, queue, dry_run)
+        return
     if repeated and args.jobs:
         raise UserError("--jobs with --cluster limits a job array, which om-repeat does not submit; give --no-repeat")
     name = hashlib.sha1(f"{time.time_ns()} {os.getpid()}".encode()).hexdigest()[:8]
-    listing = Listing((FOLDER / f"{name}.json").resolve(), repeated, args.setup, get_warning(args), tasks)
+    listing = Listing((FOLDER / f"{name}.json").resolve(), repeated, args.setup, get_warning(args), tasks, args.max_requeues)
     trainings = collections.defaultdict(list)  # model -> the jobs that train it
     for job in queue:
         trainings[job.model] += [job] * (job.kind == "train")
@@ -188,26 +250,32 @@ def submit_tasks(tasks, args, queue, dry_run=False):
     after = [i for i in waiting if repeated or any(job.repeated for job in trainings[tasks[i].model])]
     ready, dependent = ([i for i in some if i not in others] for some, others in ((indices, waiting), (waiting, after)))
     if repeated:
-        commands = [get_repeated(listing, i, args) for i in indices]
-        commands, later = [commands[i] for i in ready], {i: commands[i] for i in after}
+        chains = {i: get_repeated(listing, i, args) for i in indices}
+        submissions, later = [([i], chains[i]) for i in ready], {i: chains[i] for i in after}
     else:
-        commands = get_arrays(listing, ready, dependent, trainings, args)
+        submissions = get_arrays(listing, ready, dependent, trainings, args)
         later = {i: get_array(listing, [i], args) for i in after}
     if dry_run:
-        print("\n".join(shlex.join(command) for command in [*commands, *later.values()]))
+        print("\n".join(shlex.join(command) for command in [*(command for _, command in submissions), *later.values()]))
         return
     write_listing(listing)
     for task in tasks:
         task.get_path("log").parent.mkdir(parents=True, exist_ok=True)
-    num_submitted = 0
-    for command in commands:
+    submitted = []
+    for some, command in submissions:
         try:
             number = submit_command(command)
         except UserError as error:
-            before = f"; {num_submitted} jobs were submitted before it" if num_submitted else ""
+            before = f"; {len(submitted)} jobs were submitted before it" if submitted else ""
             raise UserError(f"{error}{before}") from None
-        num_submitted += 1
+        submitted.append(number)
+        for i in some:
+            job = number if repeated else f"{number}_{i}"
+            attempts.note_submission(tasks[i], listing.name, job, get_output(listing, i, job))
+            forget_after_training(tasks[i])
         print(f"Submitted batch job {number}")
+        if not repeated:
+            name_jobs(tasks, some, number)
     put_after_training(listing, later)
     for task in [tasks[i] for i in later]:
         if is_trained(task):  # its training may have ended before its successor was recorded
@@ -221,29 +289,47 @@ def submit_tasks(tasks, args, queue, dry_run=False):
 
 
 def get_arrays(listing, ready, waiting, trainings, args):
-    """The sbatch commands. With --jobs everything goes into one array, since Slurm limits arrays."""
+    """The tasks and sbatch command of each array. With --jobs everything goes into one, since Slurm limits arrays."""
     tasks = listing.tasks
     if args.jobs and waiting:
         numbers = dict.fromkeys(job.number for i in waiting for job in trainings[tasks[i].model])
-        return [get_array(listing, ready + waiting, args, "afterany:" + ":".join(numbers))]
-    commands = [get_array(listing, ready, args)] if ready else []
+        dependency = "afterany:" + ":".join(numbers)
+        return [(ready + waiting, get_array(listing, ready + waiting, args, dependency))]
+    submissions = [(ready, get_array(listing, ready, args))] if ready else []
     for model in dict.fromkeys(tasks[i].model for i in waiting):
         indices = [i for i in waiting if tasks[i].model == model]
         numbers = [job.number for job in trainings[model]]
-        commands.append(get_array(listing, indices, args, "afterok:" + ":".join(numbers)))
-    return commands
+        submissions.append((indices, get_array(listing, indices, args, "afterok:" + ":".join(numbers))))
+    return submissions
+
+
+def get_max_array_size():
+    """How many tasks Slurm takes in an array; its default if it does not say"""
+    try:
+        match = re.search(r"^MaxArraySize\s*=\s*(\d+)", commands.call(["scontrol", "show", "config"]).stdout, re.M)
+    except UserError:
+        match = None
+    return int(match[1]) if match else 1001
 
 
 def submit_command(command):
     """Returns: the job's number. Raises: UserError with Slurm's reason if there is none; om-repeat's exit status does not
     tell, and it prints more than sbatch does"""
-    process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    match = re.search(r"^Submitted batch job (\d+)", process.stdout, re.M)
-    if process.returncode == 0 and match:
+    answer = commands.call(command)
+    text = answer.stdout + answer.stderr
+    match = re.search(r"^Submitted batch job (\d+)", text, re.M)
+    if answer.status == 0 and match:
         return match[1]
-    lines = [line.strip() for line in process.stdout.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     reason = " ".join([line for line in lines if "error" in line.lower()] or lines[-3:]) or "it said nothing"
     raise UserError(f"{command[0]} refused the job: {reason}")
+
+
+def get_output(listing, index, job):
+    """Path of Slurm's own output of a task"""
+    if listing.repeated:
+        return str((util.SAVE / listing.tasks[index].model / "logs" / f"slurm-{job}.out").resolve())
+    return str(FOLDER.resolve() / f"{job}.out")
 
 
 # ------------------------------------------------------------------ after a training that om-repeat repeats
@@ -279,14 +365,28 @@ def take_after_training(model):
 
 
 def submit_after_training(model):
-    """Returns: lines of text that say what was submitted"""
-    lines = []
+    """Submits what was left for the training of a model; what Slurm refuses stays on the list, for the next submission to
+    take up. Returns: lines of text that say what was submitted"""
+    lines, refused = [], []
     for task, command in take_after_training(model):
         try:
-            lines.append(f"submitted {task} as job {submit_command(command)}")
+            number = submit_command(command)
+            lines.append(f"submitted {task} as job {number}")
+            attempts.note_submission(task, "", number, "")
         except UserError as error:
             lines.append(f"{task}: {error}")
+            refused.append([list(task), command])
+            attempts.write(task, attempts.read(task)._replace(refused=str(error)))
+    if refused:
+        util.write(get_after_path(model), json.dumps(refused, indent=1).encode())
     return lines
+
+
+def forget_after_training(task):
+    """Takes a task that has been submitted off the list of what follows its training"""
+    kept = [[list(other), command] for other, command in take_after_training(task.model) if other.kind != task.kind]
+    if kept:
+        util.write(get_after_path(task.model), json.dumps(kept, indent=1).encode())
 
 
 # ------------------------------------------------------------------ the queue
@@ -297,17 +397,16 @@ def get_queue():
     Raises: UserError if Slurm does not answer"""
     if shutil.which("squeue") is None:
         return [], {}
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%T|%r|%j|%Z"]
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode != 0:
+    process = commands.call(["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%T|%r|%k|%Z"])
+    if process.status != 0:
         *_, reason = ["squeue failed", *process.stderr.strip().splitlines()]
         raise UserError(f"Slurm does not answer ({reason})")
     jobs, others, listings = [], collections.Counter(), {}
     for line in process.stdout.splitlines():
-        number, array_index, state, reason, name, folder = line.split("|", 5)
-        match = re.match(r"(strokes-[0-9a-f]{8})-(?:(\d+)-)?([0-9a-f]{8})", name)
+        number, array_index, state, reason, comment, folder = line.split("|", 5)
+        match = re.fullmatch(r"(strokes-[0-9a-f]{8})-(?:(\d+)-)?([0-9a-f]{8})", comment)
         if match and match[1] == get_tag():
-            task = find_task(match, name, array_index, listings)
+            task = find_task(match, array_index, listings)
             if task:
                 reason = reason if state == "PENDING" else ""
                 jobs.append(Job(number, task.model, task.kind, state, reason, listings[match[3]].repeated))
@@ -317,8 +416,8 @@ def get_queue():
     return jobs, others
 
 
-def find_task(match, name, array_index, listings):
-    """Finds the task of a job by the parts of its name, to which om-repeat appends more; None if the name is not ours"""
+def find_task(match, array_index, listings):
+    """Finds the task of a job by the parts of its comment; None if it is not ours"""
     if match[3] not in listings:
         try:
             listings[match[3]] = read_listing(FOLDER / f"{match[3]}.json")
@@ -326,7 +425,7 @@ def find_task(match, name, array_index, listings):
             listings[match[3]] = None
     listing = listings[match[3]]
     index = match[2] if listing and listing.repeated else array_index
-    if not listing or not (listing.repeated or match.end() == len(name)) or not str(index).isdigit():
+    if not listing or not str(index).isdigit():
         return None
     return listing.tasks[int(index)] if int(index) < len(listing.tasks) else None
 
@@ -345,7 +444,7 @@ def get_waiting():
 
 def cancel(jobs):
     """Cancels jobs, and those that om-repeat has queued behind them since. Returns: how many"""
-    require("scancel")
+    commands.require("scancel")
     for model in {job.model for job in jobs if job.number is None}:
         kinds = {job.kind for job in jobs if job.number is None and job.model == model}
         kept = [[list(task), command] for task, command in take_after_training(model) if task.kind not in kinds]
@@ -357,8 +456,8 @@ def cancel(jobs):
         numbers = {job.number for job in jobs if job.number is not None} - cancelled
         if not numbers:
             break
-        process = subprocess.run(["scancel", *sorted(numbers)], capture_output=True, text=True)
-        if process.returncode != 0:
+        process = commands.call(["scancel", *sorted(numbers)])
+        if process.status != 0:
             raise UserError(f"scancel failed: {' '.join(process.stderr.split())}")
         cancelled |= numbers
         jobs = [job for job in get_queue()[0] if (job.model, job.kind) in wanted and job.state != "COMPLETING"]
@@ -371,18 +470,46 @@ def cancel(jobs):
 def run_task(where):
     """Args: where: FILE:INDEX, or FILE with the array's index. Returns: the exit status"""
     listing, task = find_own_task(where)
+    job = get_job_number()
     with StopSignal() as stop, open_log(task) as log:
-        if task.kind != "train" and not is_trained(task):
+        stopped = attempts.note_start(task, listing.name, job, listing.max_requeues)
+        if stopped:
+            log.write(f"{stopped}\n")
+            status = 1
+        elif task.kind != "train" and not is_trained(task):
             log.write("its model is not fully trained: nothing to evaluate\n")
             status = 1
         else:
+            if listing.repeated:
+                check_successor(task, log)
             status = run_command(get_command(listing, task), log, stop, listing.warning)
+            if status == 128 + signal.SIGKILL:
+                log.write(f"{describe_signal(signal.SIGKILL)}; Slurm may say more: sweep.py --status\n")
         task.get_path("status").write_text(f"{status}\n")
         if status == 0 and task.kind == "train":
             log.writelines(f"{line}\n" for line in submit_after_training(task.model))
         if listing.repeated and was_stopped(status):
             hold(log)
     return status
+
+
+def get_job_number():
+    """The number of the job around this process, as scancel takes it"""
+    array, index = (os.environ.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
+    return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID", "")
+
+
+def check_successor(task, log):
+    """om-repeat's chain ends, without a word, if Slurm refuses the next job: then says so in the log and in --status"""
+    try:
+        others = [job for job in get_queue()[0] if (job.model, job.kind) == (task.model, task.kind)]
+    except UserError:
+        return
+    if len(others) == 1:
+        refused = "no job is queued behind this one, so the task ends with it; submit it again if it is not complete then"
+        log.write(f"warning: {refused}\n")
+        log.flush()
+        attempts.write(task, attempts.read(task)._replace(refused=refused))
 
 
 def find_own_task(where):

@@ -98,6 +98,21 @@ def get_evaluation_progress(task):
     return progress
 
 
+def get_position(task):
+    """How many iterations are saved, of pretraining, training or evaluation: what must grow from attempt to attempt"""
+    try:
+        if task.kind == "train":
+            checkpoint = util.load_checkpoint(checkpoints.get_path(task.model))
+            return int(checkpoint["pretrain_iteration"]) + int(checkpoint["iteration"])
+        folder = util.SAVE / task.model / "logp"
+        if (folder / f"test_{task.kind}.pt").exists() and get_evaluation_progress(task).done:
+            return task.settings["num_iterations"]
+        state = util.load_checkpoint(folder / "checkpoints" / f"test_{task.kind}.pt", keys={"iteration", "log_p"})
+        return int(state["iteration"]) + len(state["log_p"])
+    except (UserError, OSError, TypeError, ValueError):
+        return 0
+
+
 def is_trained(task):
     """Whether the task's model is fully trained"""
     return get_training_progress(task).done
@@ -218,9 +233,14 @@ def finish(worker):
     elif was_stopped(status):
         print(f"{task}: stopped, resumes when the sweep does", flush=True)
     else:
-        how = f"failed with status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
+        how = f"failed with status {status}" if status > 0 else describe_signal(-status)
         print(f"{task}: {how}, see {task.get_path('log')}; its end:\n{get_log_end(task)}", flush=True)
     return status == 0
+
+
+def describe_signal(number):
+    """How a process ended that a signal ended, in words"""
+    return f"killed by {signal.Signals(number).name}" + ", perhaps for want of memory" * (number == signal.SIGKILL)
 
 
 def wait_for_lock(task, seconds=5):
@@ -265,17 +285,20 @@ def run_all(tasks, num_slots, num_gpus, stop):
 HEADINGS = ["run", "state", "iteration", "", "saved before", "on", "job", "log"]
 
 
-def show_status(some_tasks, queue):
-    """Prints a line per task and, under a failed one, the last line of its log. Args: queue: a list of slurm.Job"""
+def show_status(some_tasks, queue, describe):
+    """Prints a line per task and, under one that does not go on, why. Args: queue: a list of slurm.Job; describe: what
+    Slurm knows of a task that is not in its queue, in words, and whether it has failed
+    Returns: 1 if a task has failed, else 0"""
     jobs = {}
     for job in queue:  # a running job before the one that om-repeat has queued behind it
         if (job.model, job.kind) not in jobs or job.state == "RUNNING":
             jobs[job.model, job.kind] = job
     value = "theta loss" if some_tasks[0].kind == "train" else "log p"
     rows = [[value if heading == "" else heading for heading in HEADINGS]]
-    notes = [""]
+    notes, failed = [""], False
     for task in some_tasks:
-        row, note = get_row(task, jobs.get((task.model, task.kind)))
+        row, note = get_row(task, jobs.get((task.model, task.kind)), describe)
+        failed |= row[1] == "failed"
         rows.append(row)
         notes.append(note)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -283,10 +306,10 @@ def show_status(some_tasks, queue):
         print("  ".join(f"{word:{width}}" for word, width in zip(row, widths, strict=True)).rstrip())
         if note:
             print(f"    {note}")
-    return 0
+    return int(failed)
 
 
-def get_row(task, job):
+def get_row(task, job, describe):
     """Returns: the cells of a task's line, and a line to go under it"""
     progress = get_progress(task)
     state = get_state(task, progress, job)
@@ -303,7 +326,9 @@ def get_row(task, job):
         number + waiting_for,
         str(log) if log.exists() else "-",
     ]
-    return row, (get_log_end(task, 1) if state == "failed" else "")
+    left, failed = describe(task) if state in ("failed", "stopped", "waiting") else ("", False)
+    row[1] = "failed" if failed else state
+    return row, "; ".join(filter(None, [get_log_end(task, 1) if row[1] == "failed" else "", left]))
 
 
 def get_state(task, progress, job):

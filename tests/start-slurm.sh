@@ -30,8 +30,12 @@ TaskPlugin=task/none
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_interval=2
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-JobAcctGatherType=jobacct_gather/none
+SelectTypeParameters=CR_CPU_Memory
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=task=1
+JobAcctGatherParams=OverMemoryKill
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 AccountingStorageType=accounting_storage/none
 MailProg=/bin/true
 ReturnToService=2
@@ -39,8 +43,9 @@ KillWait=5
 SlurmdParameters=config_overrides
 JobRequeue=1
 GresTypes=gpu
-NodeName=$host NodeAddr=127.0.0.1 CPUs=8 RealMemory=20000 Gres=gpu:1 State=UNKNOWN
-PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
+NodeName=$host NodeAddr=127.0.0.1 CPUs=8 RealMemory=64000 Gres=gpu:1 State=UNKNOWN
+PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=$host MaxTime=INFINITE State=UP PriorityTier=10
 END
 echo "Name=gpu Count=1 File=/dev/null" >"$dir/gres.conf"
 export SLURM_CONF=$dir/slurm.conf

@@ -18,13 +18,13 @@ from test_sweep import folder, get_cells, get_small_argss, load, run  # noqa: F4
 import main
 import sweep
 import util
-from cluster import slurm, tasks
+from cluster import attempts, commands, slurm, tasks
 from runs import checkpoints, locks, saving
 from util import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EVALUATION = "--num-data=3 --num-iterations=5 --num-particles=5 --test-num-particles=20"
-SUBMIT = ["--cluster", "--mem=1M", "--gres=none"]
+SUBMIT = ["--cluster", "--mem=3G", "--gres=none"]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,12 @@ def test_job_arrays(cluster, monkeypatch):
     assert [cells["state"] for cells in get_cells(*evaluation, "--", *settings)] == ["queued"]
     wait_for(lambda: all(has_reached(name, 25) for name in names))
     subprocess.run(["scancel", "--signal=USR1", "--batch", f"{number}_1"], check=True)
+    controller = pathlib.Path(os.environ["SLURM_CONF"]).parent / "slurmctld.pid"
+    time.sleep(0.3)
+    os.kill(int(controller.read_text()), signal.SIGKILL)  # as the job is about to requeue itself
+    output = util.SAVE / ".sweep" / f"{number}_1.out"
+    wait_for(lambda: "cannot be requeued (try 1); trying again" in output.read_text())
+    subprocess.run(["slurmctld", "-f", os.environ["SLURM_CONF"]], check=True)
     wait_for(lambda: all(has_reached(name, 158) for name in names))
     wait_for((util.SAVE / names[1] / "logp/test_rws.pt").exists)
     wait_for(lambda: not list_jobs())
@@ -144,6 +150,157 @@ def test_om_repeat(cluster, om_repeat, monkeypatch):
     assert_bits_of_a_run_here(name, settings)
 
 
+@pytest.mark.waits
+def test_a_task_without_progress_stops(cluster):
+    """Here it requeues itself before it has begun"""
+    chosen = ["--models", cluster[0]]
+    run(*SUBMIT, *chosen, "--max-requeues=1", "--setup=scontrol requeue $SLURM_JOB_ID; sleep 60")
+    wait_for(lambda: not list_jobs())
+    assert "1 requeues without progress (at iteration 0): it does not start again" in read_log(cluster[0])
+    *_, row, note = run("--status", *chosen, status=1).splitlines()
+    assert " failed " in row and "without progress" in note and re.search(r"Slurm's own output: \S*/save/.sweep/\d+_0.out", note)
+    assert run(*HELD, *chosen).count(": submitted") == 1  # a new submission starts over
+    assert attempts.read(sweep.get_tasks(sweep.parse_args(chosen))[0]).stopped == ""
+
+
+@pytest.mark.waits
+def test_memory_is_not_retried(cluster, om_repeat):
+    """In an array Slurm says so; a chain of om-repeat ends with its second job"""
+    eat = f"--setup={sys.executable} -c 'import time; x = bytes(10**9) * 2; time.sleep(30)'"
+    chosen = ["--models", cluster[0]]
+    run("--cluster", "--mem=1200M", "--gres=none", "--no-repeat", *chosen, eat)
+    run("--cluster", "--mem=1200M", "--gres=none", "--models", cluster[1], eat)
+    wait_for(lambda: not list_jobs())
+    *_, row, note = run("--status", *chosen, status=1).splitlines()
+    assert " failed " in row and "signal 9" in note and "killed for memory: ask for more with --mem" in note
+    log = read_log(cluster[1])
+    assert log.count("--- ") == 2 and "was killed for memory, and would be again" in log
+
+
+@pytest.mark.waits
+def test_a_chain_without_a_successor_says_so(cluster, om_repeat):
+    """Slurm refuses it, since its partition is drained"""
+    chosen = ["--models", cluster[0]]
+    settings = ["--pretrain-iterations=0", "--num-iterations=5"]
+    run(*SUBMIT, *chosen, "--sbatch=--begin=now+3", "--", *settings)
+    subprocess.run(["scontrol", "update", "partitionname=main", "state=drain"], check=True)
+    try:
+        with pytest.raises(UserError, match="refused the job"):
+            run(*SUBMIT, "--models", cluster[1])
+        (name,) = sweep.get_runs(sweep.parse_args([*chosen, "--", *settings]))
+        wait_for(lambda: (util.SAVE / name / "logs/train.log").exists() and "no job is queued behind" in read_log(name))
+    finally:
+        subprocess.run(["scontrol", "update", "partitionname=main", "state=up"], check=True)
+    wait_for(lambda: not list_jobs())
+    assert get_cells(*chosen, "--", *settings)[0]["state"] == "done"
+
+
+@pytest.mark.waits
+def test_preemption_of_a_chain_leaves_one_successor(cluster, om_repeat):
+    chosen = ["--models", cluster[0]]
+    settings = ["--pretrain-iterations=0", "--num-iterations=400", "--save-minutes=0.01"]
+    run(*SUBMIT, *chosen, "--", *settings)
+    (name,) = sweep.get_runs(sweep.parse_args([*chosen, "--", *settings]))
+    wait_for(lambda: has_reached(name, 100))
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--exclusive", "--mem=1M", "--output=/dev/null", "--wrap", "sleep 1"]
+    subprocess.run(urgent, check=True, capture_output=True)
+    wait_for(lambda: "resuming at" in read_log(name))
+    assert len(list_jobs()) <= 2  # the one that runs, and the one behind it
+    wait_for(lambda: not list_jobs())
+    log = read_log(name)
+    assert log.count("--- ") == 2 and "is complete" not in log
+    assert_bits_of_a_run_here(name, settings)
+
+
+@pytest.mark.waits
+def test_refused_evaluations_stay_on_the_list(cluster, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.report, "ALGORITHMS", ["rws"])
+    task = sweep.get_tasks(sweep.parse_args(["--eval-logp", "--models", cluster[0]]))[0]
+    listing = slurm.Listing(pathlib.Path("x.json"), False, "", 120, [task])
+    slurm.put_after_training(listing, {0: ["sbatch", "--partition=no", "--wrap", "true"]})
+    (line,) = slurm.submit_after_training(cluster[0])
+    assert "refused the job" in line and slurm.get_after_path(cluster[0]).exists()
+    assert "Slurm refused what follows: sbatch refused" in run("--status", "--eval-logp", "--models", cluster[0]).splitlines()[-1]
+    monkeypatch.setattr(sweep.tasks, "is_trained", lambda task: True)
+    assert run(*HELD, "--eval-logp", "--models", cluster[0], "--eval-options", EVALUATION).count(": submitted") == 1
+    assert not slurm.get_after_path(cluster[0]).exists() and list_jobs("%j") == [f"{cluster[0]}:rws"]
+
+
+def test_the_users_environment_and_a_slurm_that_hangs(cluster, monkeypatch, capsys, tmp_path):
+    run(*HELD, "--models", cluster[0])
+    monkeypatch.setenv("SQUEUE_STATES", "R")
+    monkeypatch.setenv("SQUEUE_FORMAT", "%i")
+    monkeypatch.setenv("SBATCH_WAIT", "1")
+    assert "in the queue already" in run(*HELD, "--models", cluster[0])
+    (tmp_path / "squeue").write_text("#!/bin/sh\nsleep 30\n")
+    (tmp_path / "squeue").chmod(0o755)
+    with monkeypatch.context() as context:
+        context.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        context.setattr(commands, "PATIENCE", 0.2)
+        context.setattr(commands, "TIMEOUT", 0.6)
+        start = time.time()
+        run("--status", "--models", cluster[0])
+        assert time.time() - start < 20
+        stderr = capsys.readouterr().err
+        assert "waiting for squeue to answer" in stderr and "Slurm does not answer" in stderr
+    for options in ("--parsable", "-Q", "--chdir=/tmp", "--wrap=true", "-a 1-2", "--output=x", "--signal=USR1", "-J name"):
+        with pytest.raises(UserError, match="leave it out, since"):
+            run("--cluster", "--dry-run", f"--sbatch={options}")
+
+
+def test_what_sbatch_overrides_is_read(folder, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("PATH", str(pathlib.Path(shutil.which("bash")).parent))
+
+    def get(*flags):
+        return run("--cluster", "--dry-run", "--models", "mws_3", *flags)
+
+    for options in ("-t 2", "-t2", "--time=2", "--time 0:02:00"):
+        assert "--signal=B:USR1@24 " in get(f"--sbatch={options}")
+    assert "--signal=B:USR1@120 " in get("--time=none") and "--time" not in get("--time=none").split("would")[0]
+    assert "--mem=" not in get("--mem=none").split("would")[0] and "--mem-per-cpu=2G" in get("--mem=none", "--sbatch=--mem-per-cpu=2G")
+    assert "--cuda" not in get("--sbatch=--gres=none") and "--cuda" in get("--gres=none", "--sbatch=--gres=gpu:2")
+    assert "--mail-user=me@here --mail-type=ALL" in get("--mail=me@here:ALL")
+
+
+def test_a_profile(folder, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("PATH", str(pathlib.Path(shutil.which("bash")).parent))
+    pathlib.Path("site.toml").write_text(
+        'account = "lab"\npartition = "gpu"\ntime = "1:00:00"\nmail = "me@here"\ncpus-per-task = 4\n'
+        '[evaluations]\ntime = "0:30:00"\n[models.mws_40]\nmem = "32G"\n'
+    )
+    stdout = run("--cluster", "--dry-run", "--profile=site.toml", "--models", "mws_40", "rws_40", "--partition=other")
+    first, second = [line for line in stdout.splitlines() if line.startswith("sbatch")]
+    for line, mem in [(first, "32G"), (second, "16G")]:
+        words = ["--time=1:00:00", f"--mem={mem}", "--partition=other", "--account=lab", "--cpus-per-task=4", "--gres=gpu:1"]
+        assert all(f" {word} " in line for word in words)
+    assert "mem 32G (profile [models.mws_40])" in stdout and "partition other (command line)" in stdout
+    sweep_args = sweep.parse_args(["--cluster", "--dry-run", "--profile=site.toml"])
+    evaluation = tasks.Task("mws_40", "rws", [], 1)
+    ((task_args, _),) = sweep.group_by_options([evaluation], sweep_args)
+    assert (task_args.time, task_args.mem) == ("0:30:00", "32G")
+    for content, message in [
+        ('partion = "x"', "there is no partion; there is partition"),
+        ("mem = [1]", r"mem is \[1\]"),
+        ("mem = ", "is not TOML"),
+        ('models = "x"', "models is no table"),
+    ]:
+        pathlib.Path("site.toml").write_text(content)
+        with pytest.raises(UserError, match=message):
+            run("--cluster", "--dry-run", "--profile=site.toml")
+    with pytest.raises(UserError, match="cannot read nowhere.toml"):
+        run("--cluster", "--dry-run", "--profile=nowhere.toml")
+    monkeypatch.setenv("HOME", str(folder))
+    pathlib.Path(".config/strokes").mkdir(parents=True)
+    pathlib.Path(".config/strokes/slurm.toml").write_text('qos = "long"')
+    assert " --qos=long " in run("--cluster", "--dry-run", "--models", "mws_3")
+
+
+def test_more_tasks_than_an_array_takes(cluster, monkeypatch):
+    monkeypatch.setattr(slurm, "get_max_array_size", lambda: 2)
+    assert run(*HELD).count("Submitted batch job") == 2
+    assert len(list_jobs()) == 3 and run(*HELD).count("in the queue already") == 3
+
+
 # ------------------------------------------------------------------ the queue
 
 HELD = [*SUBMIT, "--sbatch=--hold"]  # in the queue, but never started
@@ -154,8 +311,9 @@ def test_jobs_of_the_queue_are_told_apart(cluster):
     stdout = run(*HELD, "--jobs=2")
     number = re.search(r"Submitted batch job (\d+)", stdout)[1]
     assert "ArrayTaskThrottle=2" in subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True).stdout
-    (job_name,) = set(list_jobs("%j"))
-    foreign = ["sbatch", "--parsable", "--mem=1M", "--hold", "--array=0-2", "-J", f"{job_name}x", "--wrap", "true"]
+    assert sorted(list_jobs("%j")) == sorted(names)
+    (comment,) = set(list_jobs("%k"))
+    foreign = ["sbatch", "--parsable", "--mem=1M", "--hold", "--array=0-2", f"--comment={comment}x", "--wrap", "true"]
     foreign = subprocess.run(foreign, capture_output=True, text=True, check=True).stdout.strip()
     run(*HELD, "--seeds", "3", "4", "--models", names[0])
     for location in ("./data.mat", os.path.abspath("data.mat")):  # the same data as data.mat
@@ -173,7 +331,7 @@ def test_jobs_of_the_queue_are_told_apart(cluster):
     assert "cancelled 1 jobs" in stdout and "other runs from here are in the queue" in stdout
     assert [cells["state"] for cells in get_cells()] == ["queued", "waiting", "queued"]
     stdout = run("--cancel")
-    assert "cancelled 2 jobs" in stdout and re.search(r"_seed=3_.* \(1 jobs\), .*_seed=4_.* \(1 jobs\)", stdout)
+    assert "cancelled 2 jobs" in stdout and all(re.search(rf"_seed={seed}_\S* \(1 jobs\)", stdout) for seed in (3, 4))
     assert "cancelled 2 jobs" in run("--cancel", "--seeds", "3", "4")
     wait_for(lambda: sorted(list_jobs()) == [f"{foreign}_{i}" for i in range(3)])
 
@@ -271,7 +429,7 @@ def test_a_job_without_the_gpu_that_it_was_given(folder):  # noqa: F811
     assert slurm.run_task(f"{listing.path}:0") == 2
     (cells,) = get_cells("--models", "mws_3")
     assert cells["state"] == "failed" and cells["on"] == "GPU" and cells["log"] == "save/mws_3/logs/train.log"
-    assert "no usable GPU" in run("--status", "--models", "mws_3").splitlines()[-1]
+    assert "no usable GPU" in run("--status", "--models", "mws_3", status=1).splitlines()[-1]
 
 
 def test_a_task_that_is_stopped_by_its_jobs_end_waits_to_be_killed(folder, monkeypatch):  # noqa: F811
