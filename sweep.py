@@ -250,11 +250,36 @@ def check_data(args):
         training.load_data(run_args)
 
 
+def has_choice(args):
+    """Whether options choose runs"""
+    chosen = [args.models, args.seeds, args.settings, args.data_location, args.test_run, args.large_conditional, args.eval_options]
+    return any(chosen)
+
+
+def show_status(args):
+    """Prints a table of the chosen tasks or, if no option chooses any, of all that were submitted from this folder as well.
+    Returns: 1 if a task has failed, else 0"""
+    queue, _ = get_queue()
+    status = tasks.show_status(get_tasks(args), queue, attempts.describe)
+    if has_choice(args) or args.eval_logp:
+        return status
+    shown = {(task.model, task.kind) for task in get_tasks(args)}
+    for listing, submitted in slurm.get_submitted():
+        others = [task for task in submitted if (task.model, task.kind) not in shown]
+        if others:
+            shown |= {(task.model, task.kind) for task in others}
+            print(f"\nsubmitted {time.strftime('%Y-%m-%d %H:%M', time.localtime(listing.path.stat().st_mtime))}:")
+            status |= tasks.show_status(others, queue, attempts.describe)
+    for job in [job for job in queue if (job.model, job.kind) not in shown]:
+        print(f"job {job.number} ({job.state}) is of {job.model} {job.kind}, which no submission lists any more")
+    return status
+
+
 def cancel(args):
     """Cancels the jobs of the chosen tasks, and prints what else of ours is in the queue"""
     queue, others = get_queue(may_fail=args.dry_run)
     chosen = {(task.model, task.kind) for task in get_tasks(args, None if args.eval_logp else ["train", *report.ALGORITHMS])}
-    jobs = [job for job in queue if (job.model, job.kind) in chosen]
+    jobs = [job for job in queue if (job.model, job.kind) in chosen or not (has_choice(args) or args.eval_logp)]
     if args.dry_run:
         for job in jobs:
             print(f"would cancel {job.number or '(not submitted yet)'}: {job.model} {job.kind}")
@@ -328,7 +353,7 @@ def main(argv=None):
     if args.task is not None:
         return slurm.run_task(args.task)
     if args.status:
-        return tasks.show_status(get_tasks(args), get_queue()[0], attempts.describe)
+        return show_status(args)
     for wanted, action in [(args.rm, remove), (args.cancel, cancel), (args.plot, plot), (args.cluster, submit)]:
         if wanted:
             return action(args)
@@ -369,6 +394,7 @@ def get_parser():
     add("--partition", "partition", default=None)
     mail = "address that Slurm emails when a job ends or fails, or address:TYPES, as sbatch's --mail-type takes them"
     add("--mail", mail, default=None)
+    add("--tasks-per-job", "tasks that run side by side in one job and share its GPUs and CPUs", type=util.in_range(int, 1, 64), default=1)
     requeues = "times that a job is requeued without progress before it gives up"
     add("--max-requeues", requeues, type=util.in_range(int, 1, 1000), default=attempts.MAX_REQUEUES)
     add("--sbatch", 'further options of sbatch, as one string: "--account=lab --qos=long"')

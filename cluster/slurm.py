@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 import util
 from cluster import attempts, commands
-from cluster.tasks import ROOT, Task, describe_signal, is_trained, open_log, was_stopped
+from cluster.tasks import (
+    ROOT, Task, describe_signal, get_progress, get_visible_gpus, is_trained, open_log, run_all, was_stopped,
+)  # fmt: skip
 from runs.saving import StopSignal, get_job_end
 from util import UserError
 
@@ -61,6 +63,11 @@ class Listing(NamedTuple):
     warning: int  # seconds before a job's time limit at which it should save and stop
     tasks: list
     max_requeues: int = attempts.MAX_REQUEUES  # without progress
+    packs: dict = {}  # first task's index, as a string -> the indices of all that share its job, if they are several
+
+    def get_pack(self, index):
+        """The tasks that one job runs, by the index of the first"""
+        return [self.tasks[i] for i in self.packs.get(str(index), [int(index)])]
 
     @property
     def name(self):
@@ -81,6 +88,19 @@ def read_listing(path):
         return Listing(pathlib.Path(path), **content)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a listing of submitted tasks") from None
+
+
+def get_submitted():
+    """What was submitted from this folder, newest first: pairs of Listing and its tasks of runs that are still there"""
+    found = []
+    for path in FOLDER.glob("*.json"):
+        try:
+            listing = read_listing(path.resolve())
+            tasks = [task for task in listing.tasks if (util.SAVE / task.model).is_dir()]
+            found.append((path.stat().st_mtime, listing, tasks))
+        except (UserError, OSError):
+            continue
+    return [(listing, tasks) for _, listing, tasks in sorted(found, key=lambda item: item[0], reverse=True)]
 
 
 # ------------------------------------------------------------------ options for sbatch
@@ -201,9 +221,11 @@ def name_jobs(tasks, indices, number):
 
 
 def get_array(listing, indices, args, dependency=None):
-    """The command that submits some of a listing's tasks as a job array"""
+    """The command that submits some of a listing's tasks as a job array, --tasks-per-job of them in each job"""
+    packs = [indices[i : i + args.tasks_per_job] for i in range(0, len(indices), args.tasks_per_job)]
+    listing.packs.update({str(pack[0]): pack for pack in packs if len(pack) > 1})
     throttle = f"%{args.jobs}" if args.jobs else ""
-    options = [*get_options(args), f"--array={','.join(map(str, indices))}{throttle}"]
+    options = [*get_options(args), f"--array={','.join(str(pack[0]) for pack in packs)}{throttle}"]
     names = {get_job_name(listing.tasks[i]) for i in indices}
     options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", f"--comment={get_tag()}-{listing.name}"]
     options += ["-J", names.pop() if len(names) == 1 else f"{len(names)}_strokes"]
@@ -238,10 +260,12 @@ def submit_tasks(tasks, args, queue, dry_run=False):
         for first in range(0, len(tasks), most):
             submit_tasks(tasks[first : first + most], args, queue, dry_run)
         return
+    if repeated and args.tasks_per_job > 1:
+        raise UserError("--tasks-per-job is for job arrays, which om-repeat does not submit; give --no-repeat")
     if repeated and args.jobs:
         raise UserError("--jobs with --cluster limits a job array, which om-repeat does not submit; give --no-repeat")
     name = hashlib.sha1(f"{time.time_ns()} {os.getpid()}".encode()).hexdigest()[:8]
-    listing = Listing((FOLDER / f"{name}.json").resolve(), repeated, args.setup, get_warning(args), tasks, args.max_requeues)
+    listing = Listing((FOLDER / f"{name}.json").resolve(), repeated, args.setup, get_warning(args), tasks, args.max_requeues, {})
     trainings = collections.defaultdict(list)  # model -> the jobs that train it
     for job in queue:
         trainings[job.model] += [job] * (job.kind == "train")
@@ -269,12 +293,13 @@ def submit_tasks(tasks, args, queue, dry_run=False):
             before = f"; {len(submitted)} jobs were submitted before it" if submitted else ""
             raise UserError(f"{error}{before}") from None
         submitted.append(number)
+        firsts = {i: int(first) for first, pack in listing.packs.items() for i in pack}
         for i in some:
-            job = number if repeated else f"{number}_{i}"
+            job = number if repeated else f"{number}_{firsts.get(i, i)}"
             attempts.note_submission(tasks[i], listing.name, job, get_output(listing, i, job))
             forget_after_training(tasks[i])
         print(f"Submitted batch job {number}")
-        if not repeated:
+        if not repeated and not listing.packs:
             name_jobs(tasks, some, number)
     put_after_training(listing, later)
     for task in [tasks[i] for i in later]:
@@ -406,8 +431,7 @@ def get_queue():
         number, array_index, state, reason, comment, folder = line.split("|", 5)
         match = re.fullmatch(r"(strokes-[0-9a-f]{8})-(?:(\d+)-)?([0-9a-f]{8})", comment)
         if match and match[1] == get_tag():
-            task = find_task(match, array_index, listings)
-            if task:
+            for task in find_tasks(match, array_index, listings):
                 reason = reason if state == "PENDING" else ""
                 jobs.append(Job(number, task.model, task.kind, state, reason, listings[match[3]].repeated))
         elif match:
@@ -416,8 +440,8 @@ def get_queue():
     return jobs, others
 
 
-def find_task(match, array_index, listings):
-    """Finds the task of a job by the parts of its comment; None if it is not ours"""
+def find_tasks(match, array_index, listings):
+    """Finds the tasks of a job by the parts of its comment; none if it is not ours"""
     if match[3] not in listings:
         try:
             listings[match[3]] = read_listing(FOLDER / f"{match[3]}.json")
@@ -425,9 +449,9 @@ def find_task(match, array_index, listings):
             listings[match[3]] = None
     listing = listings[match[3]]
     index = match[2] if listing and listing.repeated else array_index
-    if not listing or not str(index).isdigit():
-        return None
-    return listing.tasks[int(index)] if int(index) < len(listing.tasks) else None
+    if not listing or not str(index).isdigit() or int(index) >= len(listing.tasks):
+        return []
+    return listing.get_pack(index)
 
 
 def get_waiting():
@@ -469,15 +493,14 @@ def cancel(jobs):
 
 def run_task(where):
     """Args: where: FILE:INDEX, or FILE with the array's index. Returns: the exit status"""
-    listing, task = find_own_task(where)
-    job = get_job_number()
+    listing, pack = find_own_tasks(where)
+    if len(pack) > 1:
+        return run_pack(listing, pack)
+    (task,), job = pack, get_job_number()
     with StopSignal() as stop, open_log(task) as log:
-        stopped = attempts.note_start(task, listing.name, job, listing.max_requeues)
+        stopped = attempts.note_start(task, listing.name, job, listing.max_requeues) or check_trained(task)
         if stopped:
             log.write(f"{stopped}\n")
-            status = 1
-        elif task.kind != "train" and not is_trained(task):
-            log.write("its model is not fully trained: nothing to evaluate\n")
             status = 1
         else:
             if listing.repeated:
@@ -491,6 +514,38 @@ def run_task(where):
         if listing.repeated and was_stopped(status):
             hold(log)
     return status
+
+
+def run_pack(listing, pack):
+    """Runs several tasks side by side in one job, as a sweep does on its own machine; warned, all of them save and stop.
+    Returns: the exit status"""
+    left, num_refused = [], 0
+    for task in pack:
+        stopped = get_progress(task).done or attempts.note_start(task, listing.name, get_job_number(), listing.max_requeues)
+        stopped = stopped or check_trained(task)
+        if not stopped:
+            left.append(task)
+        elif stopped is not True:
+            num_refused += 1
+            with open_log(task) as log:
+                log.write(f"{stopped}\n")
+            task.get_path("status").write_text("1\n")
+    with StopSignal() as stop:
+        num_gpus = len(get_visible_gpus()) if any("--cuda" in task.flags for task in left) else 0
+        num_done = run_all(left, len(left), num_gpus, stop, lambda task: get_command(listing, task))
+    for task in pack:
+        if task.kind == "train" and is_trained(task):
+            print("\n".join(submit_after_training(task.model)))
+    if stop.received is not None:
+        return 128 + stop.received
+    return 0 if num_done == len(left) and not num_refused else 1
+
+
+def check_trained(task):
+    """Why a task cannot run yet, or "" """
+    if task.kind != "train" and not is_trained(task):
+        return "its model is not fully trained: nothing to evaluate"
+    return ""
 
 
 def get_job_number():
@@ -512,13 +567,13 @@ def check_successor(task, log):
         attempts.write(task, attempts.read(task)._replace(refused=refused))
 
 
-def find_own_task(where):
-    """Returns: a Listing and a Task. Raises: UserError if there is none"""
+def find_own_tasks(where):
+    """Returns: a Listing, and the tasks of this job. Raises: UserError if there is none"""
     path, _, index = where.rpartition(":") if re.search(r":\d+$", where) else (where, "", None)
     index = os.environ.get("SLURM_ARRAY_TASK_ID") if index is None else index
     try:
         listing = read_listing(path)
-        return listing, listing.tasks[int(index)]
+        return listing, listing.get_pack(int(index))
     except (UserError, ValueError, TypeError, IndexError):
         raise UserError(f"--task {where!r} is not a task of a sweep; this option is for Slurm jobs, not for people") from None
 

@@ -199,18 +199,18 @@ def get_visible_gpus():
     return names or [str(number) for number in range(torch.cuda.device_count())]
 
 
-def start(task, slot, num_slots, num_gpus):
+def start(task, slot, num_slots, num_gpus, get_command=Task.get_command):
     """Starts a task on its slot's share of the cores, and on its GPU if there are several"""
     cores = sorted(os.sched_getaffinity(0))
     share = cores[slot % len(cores) :: num_slots]
     # Processes with as many threads as cores would slow each other down several times over.
     environment = {"OMP_NUM_THREADS": str(len(share)), **os.environ}
     if num_gpus:
-        task = task._replace(flags=[*task.flags, "--cuda"])
+        task = task._replace(flags=[*task.flags, *["--cuda"] * ("--cuda" not in task.flags)])
         environment["CUDA_VISIBLE_DEVICES"] = get_visible_gpus()[slot % num_gpus]
     with open_log(task) as log:
         process = subprocess.Popen(
-            task.get_command(),
+            get_command(task),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -255,9 +255,10 @@ def wait_for_lock(task, seconds=5):
     return True
 
 
-def run_all(tasks, num_slots, num_gpus, stop):
+def run_all(tasks, num_slots, num_gpus, stop, get_command=Task.get_command):
     """Runs tasks as child processes, a number of them at a time, until all have ended or a signal
-    arrives, which is passed on so that they save. Returns: how many succeeded"""
+    arrives, which is passed on so that they save. Args: get_command: gives the command of a task
+    Returns: how many succeeded"""
     waiting, workers, num_done, told = list(tasks), [], 0, False
     with util.show_progress(total=len(tasks), unit="task", disable=not sys.stderr.isatty()) as bar:
         while workers or (waiting and stop.received is None):
@@ -265,7 +266,7 @@ def run_all(tasks, num_slots, num_gpus, stop):
                 task = waiting.pop(0)
                 if wait_for_lock(task):
                     slot = min(set(range(num_slots)) - {worker.slot for worker in workers})
-                    workers.append(start(task, slot, num_slots, num_gpus))
+                    workers.append(start(task, slot, num_slots, num_gpus, get_command))
                     bar.set_description(", ".join(str(worker.task) for worker in workers))
                 continue
             if stop.received is not None and not told:

@@ -295,10 +295,38 @@ def test_a_profile(folder, monkeypatch):  # noqa: F811
     assert " --qos=long " in run("--cluster", "--dry-run", "--models", "mws_3")
 
 
+def test_status_and_cancel_without_options_are_of_everything(cluster):
+    run(*HELD, "--models", cluster[0])
+    run(*HELD, "--seeds", "3", "--models", cluster[1])
+    stdout = run("--status", status=None)
+    assert stdout.count("JobHeldUser") == 2 and "_seed=3" in stdout
+    assert "cancelled 2 jobs" in run("--cancel")
+
+
 def test_more_tasks_than_an_array_takes(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "get_max_array_size", lambda: 2)
     assert run(*HELD).count("Submitted batch job") == 2
     assert len(list_jobs()) == 3 and run(*HELD).count("in the queue already") == 3
+
+
+@pytest.mark.waits
+def test_tasks_that_share_a_job(cluster):
+    """Warned, all of them save and their job is requeued; one that fails stops nothing else; the bits are those of a run
+    here"""
+    settings = ["--pretrain-iterations=0", "--num-iterations=160", "--save-interval=100"]
+    names = list(sweep.get_runs(sweep.parse_args(["--", *settings])))
+    (util.SAVE / names[2] / "checkpoints").mkdir(parents=True)
+    (util.SAVE / names[2] / "checkpoints/latest.pt").write_bytes(b"damaged")
+    stdout = run(*SUBMIT, "--tasks-per-job=3", "--", *settings)
+    number = re.search(r"Submitted batch job (\d+)", stdout)[1]
+    assert list_jobs() == [f"{number}_0"] and run(*SUBMIT, "--", *settings).count("in the queue already, as job") == 3
+    wait_for(lambda: all(has_reached(name, 25) for name in names[:2]))
+    subprocess.run(["scancel", "--signal=USR1", "--batch", f"{number}_0"], check=True)
+    wait_for(lambda: not list_jobs())
+    cells = get_cells("--", *settings)
+    assert [(c["state"], c["iteration"]) for c in cells] == [("done", "160/160"), ("done", "160/160"), ("failed", "0/160")]
+    assert all(read_log(name).count("stopped by SIGUSR1") == 1 for name in names[:2])
+    assert_bits_of_a_run_here(names[0], settings)
 
 
 # ------------------------------------------------------------------ the queue
@@ -318,7 +346,7 @@ def test_jobs_of_the_queue_are_told_apart(cluster):
     run(*HELD, "--seeds", "3", "4", "--models", names[0])
     for location in ("./data.mat", os.path.abspath("data.mat")):  # the same data as data.mat
         assert run(*HELD, "--", f"--data-location={location}").count("in the queue already") == 3
-    assert [(c["state"], c["job"]) for c in get_cells()] == [("queued", f"{number}_{i} (JobHeldUser)") for i in range(3)]
+    assert [(c["state"], c["job"]) for c in get_cells("--models", *names)] == [("queued", f"{number}_{i} (JobHeldUser)") for i in range(3)]
 
     for path in (util.SAVE / names[0] / "checkpoints", util.SAVE / "elsewhere" / "checkpoints"):
         path.mkdir(parents=True)
@@ -329,8 +357,8 @@ def test_jobs_of_the_queue_are_told_apart(cluster):
     assert len(list_jobs()) == 3 + 3 + 2
     stdout = run("--cancel", "--models", names[1])
     assert "cancelled 1 jobs" in stdout and "other runs from here are in the queue" in stdout
-    assert [cells["state"] for cells in get_cells()] == ["queued", "waiting", "queued"]
-    stdout = run("--cancel")
+    assert [cells["state"] for cells in get_cells("--models", *names)] == ["queued", "waiting", "queued"]
+    stdout = run("--cancel", "--models", *names)
     assert "cancelled 2 jobs" in stdout and all(re.search(rf"_seed={seed}_\S* \(1 jobs\)", stdout) for seed in (3, 4))
     assert "cancelled 2 jobs" in run("--cancel", "--seeds", "3", "4")
     wait_for(lambda: sorted(list_jobs()) == [f"{foreign}_{i}" for i in range(3)])
