@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 
+import torch
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SWEEP = [sys.executable, str(ROOT / "sweep.py"), "--test-run", "--models", "mws_3", "rws_3", "vimco_3", "--seeds", "0"]
 TRAIN = [*SWEEP, "--", "--save-interval=3", "--num-particles=4"]
@@ -126,10 +128,30 @@ def disturb(command, folder, moments, counts, log):
             sys.exit(f"a traceback, see {log.name}")
 
 
+def is_same(one, other):
+    """Whether two files hold the same, bit for bit: of checkpoints their contents, since how a file refers to what occurs in
+    it twice depends on whether that was loaded or made"""
+    if one.read_bytes() == other.read_bytes():
+        return True
+    return one.suffix == ".pt" and holds_same(*(torch.load(path, weights_only=True) for path in (one, other)))
+
+
+def holds_same(x, y):
+    if type(x) is not type(y):
+        return False
+    if isinstance(x, torch.Tensor):
+        return x.dtype == y.dtype and torch.equal(x, y)
+    if isinstance(x, dict):
+        return list(x) == list(y) and all(holds_same(x[key], y[key]) for key in x)
+    if isinstance(x, list | tuple):
+        return len(x) == len(y) and all(map(holds_same, x, y))
+    return x == y or (x != x and y != y)
+
+
 def compare(folder, undisturbed):
     """Exits if a file is missing, is one too many, or differs"""
     ours, theirs = get_files(folder / "save"), get_files(undisturbed / "save")
-    differing = [name for name in ours.keys() & theirs.keys() if ours[name].read_bytes() != theirs[name].read_bytes()]
+    differing = [name for name in ours.keys() & theirs.keys() if not is_same(ours[name], theirs[name])]
     wrong = sorted(map(str, [*(ours.keys() ^ theirs.keys()), *differing]))
     for path in (folder / "save").glob("*/logs/*.log"):
         if "Traceback" in path.read_text(errors="replace"):
