@@ -46,7 +46,7 @@ def _score_particles(generative_model, latent, obs, alphabet):
             log_joint.append(sum(generative_model.log_prob(latent[done : done + num_particles], obs, alphabet)))
             done += num_particles
         except torch.OutOfMemoryError:
-            if num_particles == 1 or torch.cuda.is_current_stream_capturing():  # which forbids emptying the cache
+            if num_particles == 1 or (latent.is_cuda and torch.cuda.is_current_stream_capturing()):  # which forbids emptying the cache
                 raise
             _scored_at_once = num_particles * len(obs) // 2
             torch.cuda.empty_cache()

@@ -21,7 +21,15 @@ from typing import NamedTuple
 import util
 from cluster import attempts, commands
 from cluster.tasks import (
-    ROOT, Task, describe_signal, get_progress, get_visible_gpus, is_trained, open_log, run_all, was_stopped,
+    ROOT,
+    Task,
+    describe_signal,
+    get_progress,
+    get_visible_gpus,
+    is_trained,
+    open_log,
+    run_all,
+    was_stopped,
 )  # fmt: skip
 from runs.saving import StopSignal, get_job_end
 from util import UserError
@@ -285,22 +293,7 @@ def submit_tasks(tasks, args, queue, dry_run=False):
     write_listing(listing)
     for task in tasks:
         task.get_path("log").parent.mkdir(parents=True, exist_ok=True)
-    submitted = []
-    for some, command in submissions:
-        try:
-            number = submit_command(command)
-        except UserError as error:
-            before = f"; {len(submitted)} jobs were submitted before it" if submitted else ""
-            raise UserError(f"{error}{before}") from None
-        submitted.append(number)
-        firsts = {i: int(first) for first, pack in listing.packs.items() for i in pack}
-        for i in some:
-            job = number if repeated else f"{number}_{firsts.get(i, i)}"
-            attempts.note_submission(tasks[i], listing.name, job, get_output(listing, i, job))
-            forget_after_training(tasks[i])
-        print(f"Submitted batch job {number}")
-        if not repeated and not listing.packs:
-            name_jobs(tasks, some, number)
+    submit_commands(listing, submissions)
     put_after_training(listing, later)
     for task in [tasks[i] for i in later]:
         if is_trained(task):  # its training may have ended before its successor was recorded
@@ -311,6 +304,26 @@ def submit_tasks(tasks, args, queue, dry_run=False):
     output = util.SAVE / "RUN/logs/slurm-JOB.out" if repeated else FOLDER / "JOB_INDEX.out"
     log = "eval_ALGORITHM.log" if args.eval_logp else "train.log"
     print(f"their logs are {util.SAVE}/RUN/logs/{log}, Slurm's own output {output}; see python sweep.py --status")
+
+
+def submit_commands(listing, submissions):
+    """Runs pairs of the indices of tasks and the command that submits them, and records their jobs. Raises: UserError at the
+    first that Slurm refuses"""
+    num_submitted, firsts = 0, {i: int(first) for first, pack in listing.packs.items() for i in pack}
+    for some, command in submissions:
+        try:
+            number = submit_command(command)
+        except UserError as error:
+            before = f"; {num_submitted} jobs were submitted before it" if num_submitted else ""
+            raise UserError(f"{error}{before}") from None
+        num_submitted += 1
+        for i in some:
+            job = number if listing.repeated else f"{number}_{firsts.get(i, i)}"
+            attempts.note_submission(listing.tasks[i], listing.name, job, get_output(listing, i, job))
+            forget_after_training(listing.tasks[i])
+        print(f"Submitted batch job {number}")
+        if not listing.repeated and not listing.packs:
+            name_jobs(listing.tasks, some, number)
 
 
 def get_arrays(listing, ready, waiting, trainings, args):

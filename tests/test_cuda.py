@@ -83,7 +83,7 @@ class Reader(TorchDispatchMode):
 def on_meta(request):
     """The meta device, by operators that stand for the kernels, or by plain PyTorch"""
     rendering.set_compile(request.param == "kernels", META)
-    assert gpu.uses_kernels(torch.empty(1, device=META)) == (request.param == "kernels")
+    assert gpu.uses_kernels(torch.empty(1, device=META), "drawing") == (request.param == "kernels")
     yield META
     rendering.set_compile(False)
 

@@ -1,8 +1,13 @@
-"""Reference values computed by an independent implementation in float32."""
+"""Reference values computed by an independent implementation in float32.
+
+    python tests/test_goldens.py    # how many agree, and how well
+"""
 
 import os
 import pathlib
+import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import numpy as np
 import pytest
 import torch
@@ -15,6 +20,17 @@ import scoring
 FOLDER = pathlib.Path(os.environ.get("GOLDENS_PATH", pathlib.Path(__file__).parent / "goldens"))
 GENERATIVE = ["bernoulli", "learned_affine", "learned_affine_alphabet", "affine", "big_arcs_uniform_mixture"]
 INFERENCE = sorted(path.stem.removeprefix("inference_") for path in FOLDER.glob("inference_*.npz"))
+
+
+compared = []  # what was compared, its number of values, and the norm of the difference relative to that of the values
+
+
+def get_error(what, got, want):
+    """The norm of the difference, relative to that of the reference values"""
+    got, want = (torch.as_tensor(x).detach().double() for x in (got, want))
+    error = ((got - want).norm() / want.norm().clamp(min=1e-12)).item()
+    compared.append((what, want.numel(), error))
+    return error
 
 
 def load(name):
@@ -35,7 +51,7 @@ def assert_gradients(module, golden, decoder):
         key = name.replace(f"{decoder}.", "prior_" if decoder == "prior" else "").replace(".", "_")
         if f"grad_{key}" in golden:
             expected = golden[f"grad_{key}"]
-            error = (parameter.grad - expected).norm() / expected.norm()
+            error = get_error(f"gradient of {key}", parameter.grad, expected)
             assert error < (5e-4 if "theta" in name else 1e-4), (name, error)
 
 
@@ -57,12 +73,13 @@ def test_render():
     params = golden["rendering_params"].requires_grad_()
     logits = rendering.get_logits(arcs, golden["on_offs"], params, 28, 28)
     assert (logits - golden["logits"]).abs().max() < 3e-4
+    get_error("logits", logits, golden["logits"])
     (logits * golden["cotangent"]).sum().backward()
     for i in range(7):
         expected = golden["grad_arcs"][..., i]
-        error = (arcs.grad[..., i] - expected).norm() / expected.norm()
+        error = get_error(f"gradient of arcs {i}", arcs.grad[..., i], expected)
         assert error < (5e-4 if i == 4 else 1e-4), i
-    assert (params.grad - golden["grad_rendering_params"]).norm() < 1e-4 * params.grad.norm()
+    assert get_error("gradient of rendering_params", params.grad, golden["grad_rendering_params"]) < 1e-4
     logits = rendering.get_logits(arcs, golden["on_offs"], params, 17, 23)
     assert (logits - golden["logits_17x23"]).abs().max() < 3e-4
 
@@ -78,6 +95,8 @@ def test_generative_model(name):
     log_prior, log_likelihood = model.log_prob(latent, obs, golden["alphabet"] if "alphabet" in name else None)
     torch.testing.assert_close(log_prior, golden["log_prior"], atol=1e-3, rtol=0)
     torch.testing.assert_close(log_likelihood, golden["log_likelihood"], atol=1e-3, rtol=0)
+    get_error("log_prior", log_prior, golden["log_prior"])
+    get_error("log_likelihood", log_likelihood, golden["log_likelihood"])
     (log_prior + log_likelihood).mean().backward()
     assert_gradients(model, golden, "prior")
 
@@ -94,6 +113,7 @@ def test_inference_network(name):
     load_parameters(network, golden, "decoder")
     log_q = network.log_prob(golden["latent"], given, golden["alphabet"] if num_alphabets else None)
     torch.testing.assert_close(log_q, golden["log_q"], atol=1e-3, rtol=0)
+    get_error("log_q", log_q, golden["log_q"])
     log_q.mean().backward()
     assert_gradients(network, golden, "decoder")
     norms = [p.grad.norm().item() for n, p in network.named_parameters() if n.startswith("conv")]
@@ -105,6 +125,7 @@ def test_objectives(num_particles):
     golden = load(f"objectives_{num_particles}")
     log_p, log_q = golden["log_p"].t(), golden["log_q"].t()
     torch.testing.assert_close(scoring.log_mean_weight(log_p - log_q), golden["iwae"], atol=1e-3, rtol=0)
+    get_error("log mean weight", scoring.log_mean_weight(log_p - log_q), golden["iwae"])
     for name in ["rws", "vimco"]:
         scores = [log_p.clone().requires_grad_(), log_q.clone().requires_grad_()]
         loss, statistics = getattr(losses, name).__wrapped__(*scores)
@@ -114,7 +135,7 @@ def test_objectives(num_particles):
                 torch.testing.assert_close(value.double(), golden[f"{name}_{key}"], atol=1e-3, rtol=1e-5)
         for key, value in [("grad_log_p", grad_log_p), ("grad_log_q", grad_log_q)]:
             expected = golden[f"{name}_{key}"]
-            assert (value.t() - expected).norm() < 1e-4 * expected.norm(), (name, key)
+            assert get_error(f"{name}, {key}", value.t(), expected) < 1e-4, (name, key)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -141,3 +162,17 @@ def test_memory_update(packed):
             assert abs(log_joint[m, b] - want) < 1e-3
     for name, value in statistics.items():
         assert abs(value - golden[name]) < 1e-6, name
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    test_render()
+    for name in GENERATIVE:
+        test_generative_model(name)
+    for name in INFERENCE:
+        test_inference_network(name)
+    for num_particles in (2, 5, 50):
+        test_objectives(num_particles)
+    what, _, error = max(compared, key=lambda item: item[2])
+    num = sum(number for _, number, _ in compared)
+    print(f"{num} values in {len(compared)} tensors agree; the largest relative difference of a tensor is {error:.1e} ({what})")

@@ -221,7 +221,7 @@ def test_failures_and_locks(make_sweep):
         )
         assert "0 of 2 done" in stdout
         assert [cells["state"] for cells in get_cells()] == ["running", "failed"]
-        assert "is valid" in run("--status").splitlines()[-1]
+        assert "is valid" in run("--status", status=1).splitlines()[-1]
         stdout = run("--rm", "--dry-run")
         assert "is in use and stays" in stdout and stdout.splitlines()[-1] == f"save/{models[1]}"
     assert not tasks.get_progress(task).done
