@@ -199,7 +199,7 @@ def get_visible_gpus():
     return names or [str(number) for number in range(torch.cuda.device_count())]
 
 
-def start(task, slot, num_slots, num_gpus, get_command=Task.get_command):
+def start(task, slot, num_slots, num_gpus, get_command=lambda task: task.get_command()):
     """Starts a task on its slot's share of the cores, and on its GPU if there are several"""
     cores = sorted(os.sched_getaffinity(0))
     share = cores[slot % len(cores) :: num_slots]
@@ -255,7 +255,7 @@ def wait_for_lock(task, seconds=5):
     return True
 
 
-def run_all(tasks, num_slots, num_gpus, stop, get_command=Task.get_command):
+def run_all(tasks, num_slots, num_gpus, stop, get_command=lambda task: task.get_command()):
     """Runs tasks as child processes, a number of them at a time, until all have ended or a signal
     arrives, which is passed on so that they save. Args: get_command: gives the command of a task
     Returns: how many succeeded"""

@@ -151,11 +151,12 @@ def test_om_repeat(cluster, om_repeat, monkeypatch):
 
 
 @pytest.mark.waits
-def test_a_task_without_progress_stops(cluster):
+def test_a_task_without_progress_stops(cluster, monkeypatch):
     """Here it requeues itself before it has begun"""
     chosen = ["--models", cluster[0]]
-    run(*SUBMIT, *chosen, "--max-requeues=1", "--setup=scontrol requeue $SLURM_JOB_ID; sleep 60")
-    wait_for(lambda: not list_jobs())
+    monkeypatch.setattr(sweep, "WAIT_SECONDS", 0.5)
+    stdout = run(*SUBMIT, *chosen, "--max-requeues=1", "--setup=scontrol requeue $SLURM_JOB_ID; sleep 60", "--wait", status=1)
+    assert not list_jobs() and " failed " in stdout
     assert "1 requeues without progress (at iteration 0): it does not start again" in read_log(cluster[0])
     *_, row, note = run("--status", *chosen, status=1).splitlines()
     assert " failed " in row and "without progress" in note and re.search(r"Slurm's own output: \S*/save/.sweep/\d+_0.out", note)
