@@ -74,12 +74,12 @@ def test_drawing(use_kernels, size):
 
 
 def test_more_strokes_than_a_byte_can_count(use_kernels):
-    arcs = make_arcs(2, 300)
-    arcs[..., :2], arcs[..., 2:5] = torch.rand(2, 300, 2, device=device), 0.02
-    params, on = torch.tensor([3.0, -3.0], device=device), torch.ones(2, 300, device=device)
+    arcs = make_arcs(2, 300)[:1]
+    arcs[..., :2], arcs[..., 2:5] = torch.rand(1, 300, 2, device=device), 0.02
+    params, on = torch.tensor([3.0, -3.0], device=device), torch.ones(1, 300, device=device)
     check_gradients(lambda a: rendering.get_logits(a, on, params, 28, 28), [arcs.requires_grad_()], use_kernels)
     gradient = torch.autograd.grad(rendering.get_logits(arcs, on, params, 28, 28).sum(), arcs)[0]
-    assert (gradient[:, 256:].abs().sum(2) > 0).sum() > 3
+    assert (gradient[:, 256:].abs().sum(2) > 0).sum() > 1
 
 
 @pytest.mark.parametrize("spread", [0.03, 0.5])

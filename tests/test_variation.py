@@ -1,18 +1,17 @@
 """Strokes that vary, how well they match other images, and one-shot classification by them."""
 
 import csv
+import functools
 import itertools
 import math
 import pathlib
-import subprocess
-import sys
 import zipfile
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from test_main import run_script  # noqa: F401
 from test_util import cut
 
 import images
@@ -162,11 +161,6 @@ def write_runs(folder, num_runs=2, num_characters=3):
     return folder
 
 
-def run_script(argv, folder):
-    command = [sys.executable, str(ROOT / "oneshot.py"), *argv]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
-
-
 def test_runs_are_read_and_damage_is_one_line(tmp_path):
     folder = write_runs(tmp_path / "runs")
     runs = oneshot_runs.load(folder)
@@ -201,15 +195,18 @@ def test_runs_are_read_and_damage_is_one_line(tmp_path):
         assert "\n" not in str(raised.value)
 
 
-def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path):
+def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_script, monkeypatch):  # noqa: F811
     write_runs(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rendering, "set_compile", lambda *_: None)  # which takes longer than all the rest
+    search = functools.partial(matching.find_different_programs, num_particles=200, num_rounds=15, num_mutants=40)
+    monkeypatch.setattr(matching, "find_different_programs", search)
     argv = ["--checkpoint-path", "pretrained/mws_20", "--runs", "runs", "--num-searches=1", "--num-programs=1", "--num-steps=10"]
-    first = run_script([*argv, "--run-ids", "2"], tmp_path)
-    assert first.returncode == 0, first.stderr
+    status, stdout, stderr = run_script(oneshot, *argv, "--run-ids", "2")
+    assert status == 0 and "run02: error" in stdout + stderr, stderr
     results = tmp_path / "save/mws_20/oneshot"
     before = (results / "run02.pt").read_bytes()
-    second = run_script(argv, tmp_path)
-    assert second.returncode == 0, second.stderr
+    assert run_script(oneshot, *argv)[0] == 0
     assert (results / "run02.pt").read_bytes() == before
     rows = list(csv.DictReader(open(tmp_path / "save/mws_20/oneshot.csv")))
     assert [row["run"] for row in rows] == ["run01", "run02"]
@@ -218,13 +215,13 @@ def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path):
     assert float(rows[1]["error"]) == pytest.approx(wrong) and wrong < 0.5
     assert (results / "run02.pdf").stat().st_size > 10_000
     (results / "run02.pt").unlink()
-    again = run_script([*argv, "--run-ids", "2"], tmp_path)
-    assert again.returncode == 0 and (results / "run02.pt").read_bytes() == before  # seeded, each run by itself
+    assert run_script(oneshot, *argv, "--run-ids", "2")[0] == 0
+    assert (results / "run02.pt").read_bytes() == before  # seeded, each run by itself
     for extra, message in [
         (["--num-steps=11"], "num-steps is 10 there and 11 here"),
         (["--run-ids", "3"], "has 2 runs"),
         (["--num-programs=2"], "more than --num-searches"),
         (["--runs", "nowhere"], "there is no nowhere"),
     ]:
-        process = run_script([*argv, *extra], tmp_path)
-        assert process.returncode == 2 and message in process.stderr and process.stderr.strip().count("\n") == 0, process.stderr
+        status, _, stderr = run_script(oneshot, *argv, *extra)
+        assert status == 2 and message in stderr and stderr.strip().count("\n") == 0, stderr
