@@ -11,8 +11,6 @@ from cluster import commands
 from cluster.tasks import get_position
 
 MAX_REQUEUES = 3  # without progress
-
-
 FAILURES = ["BOOT_FAIL", "DEADLINE", "FAILED", "OUT_OF_MEMORY"]  # states of a job that nothing follows
 
 

@@ -30,7 +30,7 @@ from cluster.tasks import (
     open_log,
     run_all,
     was_stopped,
-)  # fmt: skip
+)
 from runs.saving import StopSignal, get_job_end
 from util import UserError
 
