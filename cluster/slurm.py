@@ -605,6 +605,9 @@ def run_command(command, log, stop, warning):
     environment, num_cpus = dict(os.environ), os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
     if num_cpus:  # more would slow each other down several times over
         environment["OMP_NUM_THREADS"] = num_cpus
+    job_end = get_job_end()  # known before the warning, at which Slurm might take its time to answer, or be down
+    if job_end is not None:
+        environment["SLURM_JOB_END_TIME"] = str(int(job_end))
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=_ignore_warning
     )
@@ -612,7 +615,7 @@ def run_command(command, log, stop, warning):
     while process.poll() is None:
         number, stop.received = stop.received, None
         if number == signal.SIGUSR1 and warn_at is None:
-            warn_at = time.time() + get_delay(warning)
+            warn_at = time.time() + get_delay(warning, job_end)
         elif number not in (None, signal.SIGUSR1):
             process.send_signal(number)
         if warn_at is not None and time.time() >= warn_at:
@@ -629,10 +632,9 @@ def _ignore_warning():
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until it can save
 
 
-def get_delay(warning):
+def get_delay(warning, job_end):
     """Slurm may warn up to a minute early, which could leave nothing of a short job. Returns: seconds to wait until the
     warning is due; 0 for signals even earlier than that, which somebody sent to stop the job now"""
-    job_end = get_job_end()
     early = 0 if job_end is None else job_end - warning - time.time()
     return early if 0 < early <= EARLY else 0
 
