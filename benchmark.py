@@ -230,7 +230,7 @@ def scale(batch_size, num_runs, device):
 
 # Floating-point operations per arc and pixel, and per map and pixel, counted in the kernels' sources (a square root,
 # a division or an exponential counts as one)
-NUM_OPERATIONS = {"_draw": 46, "_score_maps": 52}
+NUM_OPERATIONS = {"_draw": 46, "_score_maps": 39}
 
 
 def trace(function):

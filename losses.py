@@ -154,18 +154,21 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
     sum(grad_log_p * log p(z, x) + grad_log_q * log q(z|x)), with the factors [P, B] held constant.
 
     Few of them matter, often one per image: on a CPU only particles of non-negligible factors are scored again,
-    with gradients. On a GPU selecting takes longer than computing, so all are.
+    with gradients. On a GPU selecting takes longer than computing, so all are, but the backward pass leaves out
+    those whose factor is zero.
     """
     latent, context = particles.latent, particles.context
     num_particles, batch_size = latent.shape[:2]
+    threshold = NEGLIGIBLE / batch_size  # the factors are weights divided by the batch size
     if can_select(latent):
         obs_id = torch.arange(batch_size).repeat(num_particles)  # [P * B]
-        # The factors are weights divided by the batch size.
         latent, obs_id, grad_log_p, grad_log_q = _select_heavy(
-            latent, obs_id, grad_log_p, grad_log_q, NEGLIGIBLE / batch_size
+            latent, obs_id, grad_log_p, grad_log_q, threshold
         )  # [1, N, A, 2], [N], [1, N], [1, N]
         obs, context = obs[obs_id], context.index_select(0, obs_id)  # [N, R, C], [N, H]
         alphabet = None if alphabet is None else alphabet[obs_id]  # [N, L]
+    else:
+        grad_log_p = grad_log_p.masked_fill(grad_log_p.abs() <= threshold, 0)  # NaN stays
     log_q = inference_network.decoder.log_prob(latent, context)  # [1, N], or [P, B] again
     zero = (grad_log_q * (log_q - log_q.detach())).sum()
     if any(parameter.requires_grad for parameter in generative_model.parameters()):

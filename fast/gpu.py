@@ -146,14 +146,14 @@ class ScoreMaps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, probs, obs, maps):
-        given = F.pad(probs, (1, 1, 1, 1)), obs.contiguous(), maps.contiguous()  # with a border of paper
+        given = F.pad(probs, (2, 2, 2, 2)), obs.contiguous(), maps.contiguous()  # with a border of paper
         ctx.save_for_backward(*given)
         return _score_maps(*given)
 
     @staticmethod
     def backward(ctx, grad):
         grad_probs, grad_maps = _differentiate_score_maps(*ctx.saved_tensors, grad.contiguous())
-        return grad_probs[:, 1:-1, 1:-1], None, grad_maps
+        return grad_probs[:, 2:-2, 2:-2], None, grad_maps
 
 
 # ------------------------------------------------------------------ the first convolution

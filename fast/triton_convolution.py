@@ -11,7 +11,8 @@ import triton.language as tl
 
 SIZE = 28  # rows and columns of an image
 POOLED = tl.constexpr(14)  # of the result
-POSITIONS = 32  # of the result, handled at once
+POSITIONS = 8  # of the result, handled at once: more would not fit into registers
+POSITIONS_BACKWARD = 32
 IMAGES_PER_PROGRAM = 8  # in the backward pass
 
 
@@ -35,10 +36,10 @@ def _convolve(
     b = tl.load(bias + channel, mask=used, other=0.0)
     highest = tl.full((POSITIONS, CHANNELS), float("-inf"), tl.float32)
     chosen = tl.zeros((POSITIONS, CHANNELS), tl.int32)
-    for window in range(9):
+    for window in tl.static_range(9):
         value = tl.zeros((POSITIONS, CHANNELS), tl.float32) + b[None, :]
-        for tap in tl.static_range(9):
-            x = _load_pixel(obs, image, row + window // 3 + tap // 3, col + window % 3 + tap % 3, valid, SIZE)
+        for tap in tl.static_range(9):  # 25 pixels in all: the compiler loads each of them once
+            x = _load_pixel(obs, image, row + (window // 3 + tap // 3), col + (window % 3 + tap % 3), valid, SIZE)
             w = tl.load(weight + channel * 9 + tap, mask=used, other=0.0)
             value += x[:, None] * w[None, :]
         better = (value > highest) | (value != value)
@@ -71,7 +72,7 @@ def _differentiate_convolve(
     chunk, tap = tl.program_id(0), tl.program_id(1)  # the tenth tap is the bias
     channel = tl.arange(0, CHANNELS)
     used = channel < num_channels
-    total = tl.zeros((CHANNELS,), tl.float32)
+    total = tl.zeros((POSITIONS, CHANNELS), tl.float32)
     end = tl.minimum((chunk + 1) * IMAGES, num_images) * POOLED * POOLED
     for start in range(chunk * IMAGES * POOLED * POOLED, end, POSITIONS):
         position = start + tl.arange(0, POSITIONS)
@@ -84,8 +85,8 @@ def _differentiate_convolve(
         row = 2 * (position // POOLED % POOLED)[:, None] + window // 3 + tap // 3
         col = 2 * (position % POOLED)[:, None] + window % 3 + tap % 3
         x = _load_pixel(obs, image, row, col, both & passed, SIZE)
-        total += tl.sum(g * tl.where(tap < 9, x, 1.0), 0)
-    tl.store(partial + (chunk * 10 + tap) * num_channels + channel, total, mask=used)
+        total += g * tl.where(tap < 9, x, 1.0)
+    tl.store(partial + (chunk * 10 + tap) * num_channels + channel, tl.sum(total, 0), mask=used)
 
 
 def differentiate_convolve(obs, out, argmax, grad):
@@ -96,7 +97,7 @@ def differentiate_convolve(obs, out, argmax, grad):
     if num_images:
         _differentiate_convolve[num_chunks, 10](
             obs, out, argmax, grad, partial, num_images, num_channels, IMAGES=IMAGES_PER_PROGRAM, SIZE=SIZE,
-            POSITIONS=POSITIONS, CHANNELS=triton.next_power_of_2(num_channels), num_warps=4,
+            POSITIONS=POSITIONS_BACKWARD, CHANNELS=triton.next_power_of_2(num_channels), num_warps=4,
         )  # fmt: skip
     total = partial.sum(0)  # [10, C]
     return total[:9].t().reshape(num_channels, 1, 3, 3), total[9].clone()

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 ROWS_PER_PROGRAM = 16  # latents side by side: the fewest that tl.dot accepts
-SLICE = tl.constexpr(32)  # of a matrix product's inner dimension
+SLICE = tl.constexpr(16)  # of a matrix product's inner dimension
 
 # ------------------------------------------------------------------ parts
 
@@ -80,15 +80,31 @@ def _mix(log_prob, uniform_mixture, num_choices):
 
 
 @triton.jit
-def _get_gate(number, hidden, table, context, weight_hh, row, image, both, valid, unit, code, arc, num_units):
-    """A gate's input, before its nonlinearity: from the image, the previous stroke and the hidden state, in the rows
-    `row`: [ROWS, UNITS]"""
-    column = number * num_units + unit[None, :]
-    x = tl.load(context + image[:, None] * (4 * num_units) + column, mask=both, other=0.0)
-    x += tl.load(table + code[:, None] * (4 * num_units) + column, mask=both & (code >= 0)[:, None], other=0.0)
-    weight = weight_hh + number * num_units * num_units
-    num_inner = tl.where(arc > 0, num_units, 0)
-    return x + _multiply(hidden, num_units, weight, 1, num_units, row, valid, unit, num_inner, num_units)
+def _get_gates(hidden, table, context, weight_hh, row, image, both, valid, unit, code, arc, num_units):
+    """The inputs of the four gates, before their nonlinearities: from the image, the previous stroke and the hidden state,
+    in the rows `row`: four of [ROWS, UNITS]"""
+    from_image = context + image[:, None] * (4 * num_units) + unit[None, :]
+    from_stroke = table + code[:, None] * (4 * num_units) + unit[None, :]
+    drawn = both & (code >= 0)[:, None]
+    i = tl.load(from_image, mask=both, other=0.0) + tl.load(from_stroke, mask=drawn, other=0.0)
+    from_image, from_stroke = from_image + num_units, from_stroke + num_units
+    f = tl.load(from_image, mask=both, other=0.0) + tl.load(from_stroke, mask=drawn, other=0.0)
+    from_image, from_stroke = from_image + num_units, from_stroke + num_units
+    g = tl.load(from_image, mask=both, other=0.0) + tl.load(from_stroke, mask=drawn, other=0.0)
+    from_image, from_stroke = from_image + num_units, from_stroke + num_units
+    o = tl.load(from_image, mask=both, other=0.0) + tl.load(from_stroke, mask=drawn, other=0.0)
+    num_inner, size = tl.where(arc > 0, num_units, 0), num_units * num_units
+    for start in range(0, num_inner, SLICE):
+        inner = start + tl.arange(0, SLICE)
+        used = inner < num_inner
+        x = tl.load(hidden + row[:, None] * num_units + inner[None, :], mask=valid[:, None] & used[None, :], other=0.0)
+        w = weight_hh + inner[:, None] + unit[None, :] * num_units
+        mask = used[:, None] & (unit < num_units)[None, :]
+        i = tl.dot(x, tl.load(w, mask=mask, other=0.0), i, input_precision="tf32x3")  # as in _multiply
+        f = tl.dot(x, tl.load(w + size, mask=mask, other=0.0), f, input_precision="tf32x3")
+        g = tl.dot(x, tl.load(w + 2 * size, mask=mask, other=0.0), g, input_precision="tf32x3")
+        o = tl.dot(x, tl.load(w + 3 * size, mask=mask, other=0.0), o, input_precision="tf32x3")
+    return i, f, g, o
 
 
 @triton.jit
@@ -119,11 +135,10 @@ def _decode(
     total = tl.zeros((ROWS,), tl.float32)
     for arc in range(num_arcs):
         now, before = arc * num_rows + row, (arc - 1) * num_rows + row
-        h, w, n = hidden, weight_hh, num_units
-        i = _sigmoid(_get_gate(0, h, table, context, w, before, image, both, valid, unit, code, arc, n))
-        f = _sigmoid(_get_gate(1, h, table, context, w, before, image, both, valid, unit, code, arc, n))
-        g = _tanh(_get_gate(2, h, table, context, w, before, image, both, valid, unit, code, arc, n))
-        o = _sigmoid(_get_gate(3, h, table, context, w, before, image, both, valid, unit, code, arc, n))
+        i, f, g, o = _get_gates(
+            hidden, table, context, weight_hh, before, image, both, valid, unit, code, arc, num_units
+        )
+        i, f, g, o = _sigmoid(i), _sigmoid(f), _tanh(g), _sigmoid(o)
         cell = f * cell + i * g
         h = o * _tanh(cell)
         place = now[:, None] * num_units + unit[None, :]

@@ -157,9 +157,10 @@ def _differentiate_draw(
     scale, bias = tl.load(rendering_params), tl.load(rendering_params + 1)
     grad_scale = tl.zeros((BLOCK,), tl.float32)
     grad_bias = tl.zeros((BLOCK,), tl.float32)
+    matters = tl.sum((grad_logit != 0).to(tl.int32), 0) > 0  # NaN does
     for arc in range(num_arcs):
         place = grad_arcs + ((latent * num_chunks + chunk) * num_arcs + arc) * ARC_SIZE
-        if tl.load(on + latent * num_arcs + arc) != 0:
+        if matters & (tl.load(on + latent * num_arcs + arc) != 0):
             mine = strongest == arc
             x_middle, y_middle, dx, dy, sin, cos, chord, squared_chord, sharpness, width = _load_arc(
                 arcs + (latent * num_arcs + arc) * ARC_SIZE
@@ -210,6 +211,9 @@ def differentiate_draw(arcs, on, rendering_params, arc_id, grad, num_rows, num_c
 
 # ------------------------------------------------------------------ the affine likelihood
 
+LN_2 = tl.constexpr(0.6931471805599453)
+BORDER = tl.constexpr(2)  # pixels of paper around an image
+
 
 @triton.jit
 def _load_map(maps, number):
@@ -218,152 +222,142 @@ def _load_map(maps, number):
 
 
 @triton.jit
-def _get_grid_point(pixel, num_rows, num_cols):
+def _get_grid_point(pixel, ROWS: tl.constexpr, COLS: tl.constexpr):
     """A pixel's position in affine_grid's coordinates, from -1 to 1: x, y"""
-    x = 2 * (pixel % num_cols).to(tl.float32) / max(num_cols - 1, 1) - 1
-    y = 2 * (pixel // num_cols).to(tl.float32) / max(num_rows - 1, 1) - 1
+    x = 2 * (pixel % COLS).to(tl.float32) / max(COLS - 1, 1) - 1
+    y = 2 * (pixel // COLS).to(tl.float32) / max(ROWS - 1, 1) - 1
     return x, y
 
 
 @triton.jit
-def _interpolate(p00, p01, p10, p11, fx, fy):
-    return (p00 * (1 - fx) + p01 * fx) * (1 - fy) + (p10 * (1 - fx) + p11 * fx) * fy
-
-
-@triton.jit
-def _get_position(a, b, c, x, y, size):
-    """Where a map takes points, in pixels: the preceding pixel, from -1 to size - 1, and the fraction to the next one.
-    Beyond the border of paper everything is paper, so positions are clipped there; NaN stays in the fraction."""
-    position = (a * x + b * y + c + 1) * (0.5 * (size - 1))
-    clipped = tl.where(position > -1, position, -1.0)
-    clipped = tl.where(clipped < size, clipped, size * 1.0)
+def _get_position(a, b, c, x, y, SIZE: tl.constexpr):
+    """Where a map takes points, in pixels: the preceding pixel, from -BORDER to SIZE, and the fraction to the next one.
+    Positions beyond the border are moved to its edge, where all is paper, too; NaN stays in the fraction"""
+    position = (a * x + b * y + (c + 1)) * (0.5 * (SIZE - 1))
+    clipped = tl.minimum(tl.maximum(position, -BORDER), SIZE)
     before = tl.floor(clipped)
-    before = tl.where(before < size, before, before - 1)
-    fraction = clipped - before + (position * 0)  # infinite maps have diverged, too
-    return before.to(tl.int32), fraction, (position > -1) & (position < size)
+    fraction = clipped - before + position * 0  # infinite maps have diverged, too
+    return position, before.to(tl.int32), fraction
 
 
 @triton.jit
-def _load_taps(image, row, col, stride):
-    at = image + (row + 1) * stride + col + 1
-    return tl.load(at), tl.load(at + 1), tl.load(at + stride), tl.load(at + stride + 1)
+def _load_taps(at, STRIDE: tl.constexpr):
+    return tl.load(at), tl.load(at + 1), tl.load(at + STRIDE), tl.load(at + STRIDE + 1)
+
+
+@triton.jit
+def _mix_taps(p, q, fraction):
+    return p + fraction * (q - p)
 
 
 @triton.jit
 def _score_maps(
-    probs, obs, maps, by_map, num_maps, num_rows, num_cols, eps, MAPS: tl.constexpr, BLOCK: tl.constexpr
-):
+    probs, obs, maps, by_map, num_maps, eps,
+    ROWS: tl.constexpr, COLS: tl.constexpr, MAPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
-    num_pixels, stride = num_rows * num_cols, num_cols + 2
-    image = probs + latent * (num_rows + 2) * stride
-    first = tl.program_id(1) * MAPS
+    first, chunk, num_chunks = tl.program_id(1) * MAPS, tl.program_id(2), tl.num_programs(2)
+    STRIDE: tl.constexpr = COLS + 2 * BORDER
+    image = probs + latent * ((ROWS + 2 * BORDER) * STRIDE) + (BORDER * STRIDE + BORDER)
+    pixel = chunk * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < ROWS * COLS
+    x, y = _get_grid_point(pixel, ROWS, COLS)
+    paper = 1 - tl.load(obs + latent * (ROWS * COLS) + pixel, mask=inside, other=0.0)
     for i in range(MAPS):
         number = first + i
         exists = number < num_maps
         m0, m1, m2, m3, m4, m5 = _load_map(maps, tl.where(exists, number, 0))
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, num_pixels, BLOCK):
-            pixel = start + tl.arange(0, BLOCK)
-            inside = pixel < num_pixels
-            x, y = _get_grid_point(pixel, num_rows, num_cols)
-            col, fx, _ = _get_position(m0, m1, m2, x, y, num_cols)
-            row, fy, _ = _get_position(m3, m4, m5, x, y, num_rows)
-            p00, p01, p10, p11 = _load_taps(image, row, col, stride)
-            q = _interpolate(p00, p01, p10, p11, fx, fy)
-            ink = tl.load(obs + latent * num_pixels + pixel, mask=inside, other=0.0)
-            seen = tl.abs(q - (1 - ink))
-            seen = tl.where(seen < eps, eps, seen)
-            seen = tl.where(seen > 1 - eps, 1 - eps, seen)
-            total += tl.where(inside, tl.log(seen), 0.0)
-        tl.store(by_map + latent * num_maps + number, tl.sum(total, 0), mask=exists)
+        _, col, fx = _get_position(m0, m1, m2, x, y, COLS)
+        _, row, fy = _get_position(m3, m4, m5, x, y, ROWS)
+        p00, p01, p10, p11 = _load_taps(image + (row * STRIDE + col), STRIDE)
+        q = _mix_taps(_mix_taps(p00, p01, fx), _mix_taps(p10, p11, fx), fy)
+        seen = tl.clamp(tl.abs(q - paper), eps, 1 - eps, propagate_nan=tl.PropagateNan.ALL)
+        total = tl.sum(tl.where(inside, tl.log2(seen), 0.0), 0)  # a GPU has logarithms to base 2 in hardware
+        tl.store(by_map + (latent * num_chunks + chunk) * num_maps + number, total * LN_2, mask=exists)
 
 
 def score_maps(probs, obs, maps, eps):
     """log p(x | z, map) of every image under every map.
 
-    Args: probs [N, R + 2, C + 2], with a border of zeros; obs [N, R, C]; maps [T, 2, 3]
+    Args: probs [N, R + 4, C + 4], with a border of zeros; obs [N, R, C]; maps [T, 2, 3]
     Returns: [N, T]
     """
     num_images, num_rows, num_cols = obs.shape
-    by_map = probs.new_empty(num_images, len(maps))
-    grid = (num_images, triton.cdiv(len(maps), MAPS_PER_PROGRAM))
+    num_chunks = triton.cdiv(num_rows * num_cols, BLOCK_PIXELS)
+    by_map = probs.new_empty(num_images, num_chunks, len(maps))
     if num_images:
-        _score_maps[grid](
-            probs, obs, maps, by_map, len(maps), num_rows, num_cols, eps,
-            MAPS=MAPS_PER_PROGRAM, BLOCK=BLOCK_PIXELS, num_warps=4, enable_fp_fusion=True,
+        _score_maps[num_images, triton.cdiv(len(maps), MAPS_PER_PROGRAM), num_chunks](
+            probs, obs, maps, by_map, len(maps), eps,
+            ROWS=num_rows, COLS=num_cols, MAPS=MAPS_PER_PROGRAM, BLOCK=BLOCK_PIXELS, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return by_map
+    return by_map.squeeze(1) if num_chunks == 1 else by_map.sum(1)
 
 
 @triton.jit
 def _differentiate_score_maps(
-    probs, obs, maps, grad, largest, fixed, grad_maps, num_maps, num_rows, num_cols, eps, resolution, negligible,
-    MAPS: tl.constexpr, BLOCK: tl.constexpr,
+    probs, obs, maps, grad, largest, fixed, grad_maps, num_maps, eps, resolution, negligible,
+    ROWS: tl.constexpr, COLS: tl.constexpr, MAPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
-    num_pixels, stride = num_rows * num_cols, num_cols + 2
-    image, sums = probs + latent * (num_rows + 2) * stride, fixed + latent * (num_rows + 2) * stride
+    first, chunk, num_chunks = tl.program_id(1) * MAPS, tl.program_id(2), tl.num_programs(2)
+    STRIDE: tl.constexpr = COLS + 2 * BORDER
+    corner = latent * ((ROWS + 2 * BORDER) * STRIDE) + (BORDER * STRIDE + BORDER)
     scale = tl.load(largest + latent)
-    first = tl.program_id(1) * MAPS
+    pixel = chunk * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < ROWS * COLS
     for i in range(MAPS):
         number = first + i
         exists = number < num_maps
-        place = grad_maps + (latent * num_maps + number) * 6
+        place = grad_maps + ((latent * num_chunks + chunk) * num_maps + number) * 6
         weight = tl.load(grad + latent * num_maps + number, mask=exists, other=0.0)
-        g0, g1, g2, g3, g4, g5 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         if tl.abs(weight) > negligible * scale:
             m0, m1, m2, m3, m4, m5 = _load_map(maps, number)
-            for start in range(0, num_pixels, BLOCK):
-                pixel = start + tl.arange(0, BLOCK)
-                inside = pixel < num_pixels
-                x, y = _get_grid_point(pixel, num_rows, num_cols)
-                col, fx, free_x = _get_position(m0, m1, m2, x, y, num_cols)
-                row, fy, free_y = _get_position(m3, m4, m5, x, y, num_rows)
-                p00, p01, p10, p11 = _load_taps(image, row, col, stride)
-                q = _interpolate(p00, p01, p10, p11, fx, fy)
-                signed = q - (1 - tl.load(obs + latent * num_pixels + pixel, mask=inside, other=0.0))
-                seen = tl.abs(signed)
-                inside = inside & (seen >= eps) & (seen <= 1 - eps)
-                slope = tl.where(inside, 1 / tl.where(inside, signed, 1.0), 0.0)  # gradient of log p for q
-                fixed_slope = slope * (weight / scale) * resolution
-                at = sums + (row + 1) * stride + col + 1
-                tl.atomic_add(at, (fixed_slope * (1 - fx) * (1 - fy)).to(tl.int64), mask=inside, sem="relaxed")
-                tl.atomic_add(at + 1, (fixed_slope * fx * (1 - fy)).to(tl.int64), mask=inside, sem="relaxed")
-                tl.atomic_add(at + stride, (fixed_slope * (1 - fx) * fy).to(tl.int64), mask=inside, sem="relaxed")
-                tl.atomic_add(at + stride + 1, (fixed_slope * fx * fy).to(tl.int64), mask=inside, sem="relaxed")
-                grad_q = slope * weight
-                by_x = tl.where(free_x, grad_q * ((p01 - p00) * (1 - fy) + (p11 - p10) * fy), 0.0)
-                by_y = tl.where(free_y, grad_q * ((p10 - p00) * (1 - fx) + (p11 - p01) * fx), 0.0)
-                by_x, by_y = by_x * (0.5 * (num_cols - 1)), by_y * (0.5 * (num_rows - 1))
-                g0 += tl.sum(by_x * x, 0)
-                g1 += tl.sum(by_x * y, 0)
-                g2 += tl.sum(by_x, 0)
-                g3 += tl.sum(by_y * x, 0)
-                g4 += tl.sum(by_y * y, 0)
-                g5 += tl.sum(by_y, 0)
-        tl.store(place, g0, mask=exists)
-        tl.store(place + 1, g1, mask=exists)
-        tl.store(place + 2, g2, mask=exists)
-        tl.store(place + 3, g3, mask=exists)
-        tl.store(place + 4, g4, mask=exists)
-        tl.store(place + 5, g5, mask=exists)
+            x, y = _get_grid_point(pixel, ROWS, COLS)
+            x_seen, col, fx = _get_position(m0, m1, m2, x, y, COLS)
+            y_seen, row, fy = _get_position(m3, m4, m5, x, y, ROWS)
+            at = row * STRIDE + col
+            p00, p01, p10, p11 = _load_taps(probs + corner + at, STRIDE)
+            q = _mix_taps(_mix_taps(p00, p01, fx), _mix_taps(p10, p11, fx), fy)
+            signed = q - (1 - tl.load(obs + latent * (ROWS * COLS) + pixel, mask=inside, other=0.0))
+            seen = tl.abs(signed)
+            counts = inside & (seen >= eps) & (seen <= 1 - eps)
+            slope = tl.where(counts, 1 / tl.where(counts, signed, 1.0), 0.0)  # gradient of log p for q
+            share = slope * (weight / scale) * resolution
+            upper, lower = share * (1 - fy), share * fy
+            sums = fixed + corner + at
+            tl.atomic_add(sums, (upper * (1 - fx)).to(tl.int64), mask=counts, sem="relaxed")
+            tl.atomic_add(sums + 1, (upper * fx).to(tl.int64), mask=counts, sem="relaxed")
+            tl.atomic_add(sums + STRIDE, (lower * (1 - fx)).to(tl.int64), mask=counts, sem="relaxed")
+            tl.atomic_add(sums + STRIDE + 1, (lower * fx).to(tl.int64), mask=counts, sem="relaxed")
+            # where all taps are paper, these are 0
+            by_x = slope * weight * (0.5 * (COLS - 1)) * _mix_taps(p01 - p00, p11 - p10, fy)
+            by_y = slope * weight * (0.5 * (ROWS - 1)) * _mix_taps(p10 - p00, p11 - p01, fx)
+            tl.store(place, tl.sum(by_x * x, 0))
+            tl.store(place + 1, tl.sum(by_x * y, 0))
+            tl.store(place + 2, tl.sum(by_x, 0))
+            tl.store(place + 3, tl.sum(by_y * x, 0))
+            tl.store(place + 4, tl.sum(by_y * y, 0))
+            tl.store(place + 5, tl.sum(by_y, 0))
+        else:
+            entry = tl.arange(0, 8)
+            tl.store(place + entry, tl.zeros((8,), tl.float32), mask=entry < tl.where(exists, 6, 0))
 
 
 def differentiate_score_maps(probs, obs, maps, grad, eps, negligible):
-    """The gradients of probs [N, R + 2, C + 2] and maps [T, 2, 3] for grad [N, T] of log p(x | map).
+    """The gradients of probs [N, R + 4, C + 4] and maps [T, 2, 3] for grad [N, T] of log p(x | map).
 
     Many pixels add to one, in integers, so that the order does not matter. An image's gradients
     are divided by the sum of |grad| over maps first; a sum is then below 2^33 for images up to
     28 x 28 (|1 / signed| is at most 2^23), far from 2^63 / FIXED_POINT, and resolved to 2^-28.
     """
     num_images, num_rows, num_cols = obs.shape
+    num_chunks = triton.cdiv(num_rows * num_cols, BLOCK_PIXELS)
     fixed = torch.zeros_like(probs, dtype=torch.int64)
-    grad_maps = maps.new_empty(num_images, len(maps), 6)
+    grad_maps = maps.new_empty(num_images * num_chunks, len(maps), 6)
     scale = grad.abs().sum(1)
-    grid = (num_images, triton.cdiv(len(maps), MAPS_PER_GRADIENT))
     if num_images:
-        _differentiate_score_maps[grid](
-            probs, obs, maps, grad, scale, fixed, grad_maps, len(maps), num_rows, num_cols, eps, FIXED_POINT,
-            negligible, MAPS=MAPS_PER_GRADIENT, BLOCK=BLOCK_PIXELS, num_warps=8, enable_fp_fusion=True,
+        _differentiate_score_maps[num_images, triton.cdiv(len(maps), MAPS_PER_GRADIENT), num_chunks](
+            probs, obs, maps, grad, scale, fixed, grad_maps, len(maps), eps, FIXED_POINT, negligible,
+            ROWS=num_rows, COLS=num_cols, MAPS=MAPS_PER_GRADIENT, BLOCK=BLOCK_PIXELS, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return fixed * (scale / FIXED_POINT).view(-1, 1, 1), grad_maps.sum(0).view_as(maps)

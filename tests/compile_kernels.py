@@ -1,5 +1,6 @@
 """Compiles every Triton kernel for a GPU that need not be there, at the sizes of the paper's setting, and prints
-a JSON list of [kernel, bytes of shared memory, bytes of a thread's stack, where spilled registers go]. Usage: compile_kernels.py CAPABILITY"""
+what each needs: its registers per thread, the bytes of a thread's stack, where spilled registers go, the bytes of shared
+memory per program, and how many instructions it has. Usage: compile_kernels.py CAPABILITY [--json]"""
 
 import json
 import pathlib
@@ -26,6 +27,7 @@ POINTERS = {
 }  # fmt: skip
 cuobjdump = next(pathlib.Path(triton.__file__).parent.rglob("bin/cuobjdump"))
 results = []
+SHOWN = ["SAMPLE", "SAVE", "UNITS"]  # what tells the kernels of a name apart
 
 
 def get_type(value):
@@ -45,15 +47,22 @@ def run(kernel, *args, grid, warmup, **options):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    results.append([kernel.fn.__name__, compiled.metadata.shared, int(re.search(r"STACK:(\d+)", text)[1])])
+        usage, code = (
+            subprocess.run([cuobjdump, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    num_instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP|BRA `\(\.L_x_\d+\))", code, re.M))
+    sizes = " ".join(str(value) for name, value in constants.items() if name in SHOWN)
+    results.append(dict(kernel=kernel.fn.__name__, sizes=sizes, registers=registers, stack=stack,
+                        shared=compiled.metadata.shared, instructions=num_instructions))  # fmt: skip
 
 
 triton.runtime.jit.JITFunction.run = run
 arcs, on, params = torch.zeros(2, 10, 7), torch.ones(2, 10, dtype=torch.bool), torch.ones(2)
 logits, arc_id = triton_rendering.draw(arcs, on, params, 28, 28, -13.8)
 triton_rendering.differentiate_draw(arcs, on, params, arc_id, logits, 28, 28, -13.8)
-probs, obs, maps = torch.zeros(2, 30, 30), torch.zeros(2, 28, 28), torch.zeros(40, 2, 3)
+probs, obs, maps = torch.zeros(2, 32, 32), torch.zeros(2, 28, 28), torch.zeros(40, 2, 3)
 by_map = triton_rendering.score_maps(probs, obs, maps, 1e-7)
 triton_rendering.differentiate_score_maps(probs, obs, maps, by_map, 1e-7, 1e-7)
 out, argmax = triton_convolution.convolve(obs, torch.zeros(64, 1, 3, 3), torch.zeros(64))
@@ -65,4 +74,9 @@ for num_units in (4, 64, 128):
     triton_decoder.decode(*given, uniform, codes, 0.0, save=False)
     log_prob, *saved = triton_decoder.decode(*given, uniform[:0], codes, 0.0, save=True)
     triton_decoder.differentiate_decode(*weights, codes, log_prob, *saved, 0.0)
-print(json.dumps(results))
+if "--json" in sys.argv:
+    print(json.dumps(results))
+else:
+    print(f"{'kernel':28}{'':18}registers  stack  shared  instructions")
+    for r in results:
+        print(f"{r['kernel']:28}{r['sizes']:18}{r['registers']:9}{r['stack']:7}{r['shared']:8}{r['instructions']:14}")

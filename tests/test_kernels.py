@@ -25,7 +25,8 @@ def use_kernels(monkeypatch):
     """Switches between a GPU's way of computing, on whatever device, and the plain one"""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if device.type == "cpu":  # the interpreter's time is that of the operations, not of what they are applied to
-        monkeypatch.setattr("fast.triton_convolution.POSITIONS", 256)
+        for name in ("POSITIONS", "POSITIONS_BACKWARD"):
+            monkeypatch.setattr(f"fast.triton_convolution.{name}", 256)
 
     def switch(enabled):
         monkeypatch.setattr(gpu, "is_gpu", lambda device: enabled or torch.device(device).type != "cpu")
@@ -82,14 +83,14 @@ def test_more_strokes_than_a_byte_can_count(use_kernels):
     assert (gradient[:, 256:].abs().sum(2) > 0).sum() > 1
 
 
-@pytest.mark.parametrize("spread", [0.03, 0.5])
-def test_affine_likelihood(use_kernels, spread):
+@pytest.mark.parametrize("spread, size", [(0.03, (28, 28)), (0.5, (28, 28)), (0.1, (17, 70))])
+def test_affine_likelihood(use_kernels, spread, size):
     """Maps near the identity, and maps that leave the page or shrink it to a point"""
     maps = torch.eye(3)[:2] + spread * torch.randn(7, 2, 3)
     maps = maps.to(device).requires_grad_()
     arcs, on = make_arcs(5, 4), torch.ones(5, 4, device=device)
-    logits = rendering.get_logits(arcs, on, torch.tensor([3.0, -3.0], device=device), 28, 28).requires_grad_()
-    obs = (torch.rand(5, 28, 28, device=device) < logits.sigmoid()).float()
+    logits = rendering.get_logits(arcs, on, torch.tensor([3.0, -3.0], device=device), *size).requires_grad_()
+    obs = (torch.rand(5, *size, device=device) < logits.sigmoid()).float()
     check_gradients(lambda x, m: rendering.affine_log_prob(x, obs, m), [logits, maps], use_kernels)
 
 
