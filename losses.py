@@ -16,7 +16,7 @@ import torch
 import util
 from fast.gpu import NEGLIGIBLE
 from models import pack, sample_categorical, unpack
-from scoring import can_select, find_distinct, get_log_weight, log_mean_weight, propose, score  # noqa: F401
+from scoring import can_select, find_distinct, get_log_weight, is_trained, log_mean_weight, propose, score  # noqa: F401
 
 MEMORY_AT_ONCE = 2**26  # bytes, for comparing latents
 
@@ -157,7 +157,7 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
     with gradients. On a GPU selecting takes longer than computing, so all are, but the backward pass leaves out
     those whose factor is zero.
     """
-    latent, context = particles.latent, particles.context
+    latent, context, log_p = particles.latent, particles.context, particles.log_p
     num_particles, batch_size = latent.shape[:2]
     threshold = NEGLIGIBLE / batch_size  # the factors are weights divided by the batch size
     if can_select(latent):
@@ -171,8 +171,8 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
         grad_log_p = grad_log_p.masked_fill(grad_log_p.abs() <= threshold, 0)  # NaN stays
     log_q = inference_network.decoder.log_prob(latent, context)  # [1, N], or [P, B] again
     zero = (grad_log_q * (log_q - log_q.detach())).sum()
-    if any(parameter.requires_grad for parameter in generative_model.parameters()):
-        log_p = sum(generative_model.log_prob(latent, obs, alphabet))
+    if is_trained(generative_model):
+        log_p = log_p if log_p.requires_grad else sum(generative_model.log_prob(latent, obs, alphabet))
         zero = zero + (grad_log_p * (log_p - log_p.detach())).sum()
     return zero
 

@@ -94,10 +94,10 @@ def get_hash(codes, obs_id):
 
 
 class Particles(NamedTuple):
-    """P programs for each of B images, drawn from the inference network, and their scores, without gradients"""
+    """P programs for each of B images, drawn from the inference network, and their scores"""
 
     latent: torch.Tensor  # [P, B, A, 2]
-    log_p: torch.Tensor  # log p(z, x): [P, B]
+    log_p: torch.Tensor  # log p(z, x), with gradients if they come at no cost: [P, B]
     log_q: torch.Tensor  # log q(z|x): [P, B]
     context: torch.Tensor  # the network's encoding of the images, with gradients: [B, H]
 
@@ -111,7 +111,16 @@ def propose(generative_model, inference_network, obs, num_particles, alphabet=No
     context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)
     with torch.no_grad():
         latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)
-        return Particles(latent, scorer(generative_model, latent, obs, alphabet), log_q, context)
+    if can_select(latent) or not is_trained(generative_model):
+        log_p = scorer(generative_model, latent, obs, alphabet)
+    else:  # all of them will be differentiated
+        log_p = sum(generative_model.log_prob(latent, obs, alphabet))
+    return Particles(latent, log_p, log_q, context)
+
+
+def is_trained(model):
+    """Whether gradients of a model are wanted"""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
 
 
 def log_mean_weight(log_weight, dim=0):

@@ -2,13 +2,14 @@
 
 The strokes of a program are fixed, but no two drawings of a character are the same. Here a program is only the centre of a
 distribution over drawings. A drawing is determined by v: the displacement d and half angle theta of each stroke, where the
-first one begins, s, and an affine map W by which the picture is warped before it is seen through the program's own map M:
+first one begins, s, the pen, that is the factors exp(b) by which all strokes are sharper and wider, and an affine map W by
+which the picture is warped before it is seen through the program's own map M:
 
-    v = (d_1, ..., d_A, theta_1, ..., theta_A, s, W) = mu + sigma * e,   e ~ N(0, I)        sigma: Deviations
+    v = (d_1, ..., d_A, theta_1, ..., theta_A, s, b, W) = mu + sigma * e,   e ~ N(0, I)     sigma: Deviations
     x_i | v ~ Bernoulli(clamp(q_i(v), f, 1 - f))                                            q(v) = apply_maps(draw(v), M W)
 
-at the centre mu, d and theta are those of the program's primitives, s is the middle of the page, and W is the identity. `f`
-keeps single pixels from deciding. The score of a drawing for an image x is
+at the centre mu, d and theta are those of the program's primitives, s is the middle of the page, b is 0, and W is the
+identity. `f` keeps single pixels from deciding. The score of a drawing for an image x is
 
     log p(x | v) - |e|^2 / 2        (nats; log p(x, v) but for the constants of the normal densities)
 
@@ -58,14 +59,15 @@ class Deviations(NamedTuple):
     displacement: float  # of the unit square
     theta: float  # radians
     start: float  # of the unit square
+    pen: float  # of the logarithms of the factors of sharpness and width
     scale: float  # W's entries on the diagonal
     shear: float  # and beside it
     shift: float  # and its translation, in affine_grid's coordinates: 2 is the page's side
 
 
-OWN = Deviations(0.1, 0.5, 0.1, 0.1, 0.1, 0.1)  # from the program to the image that it was found for
-HAND = Deviations(0.04, 0.3, 0.06, 0.15, 0.1, 0.15)  # from one hand to another: what a fit may use up
-SAMPLED = Deviations(0.02, 0.15, 0.02, 0.1, 0.06, 0.06)  # for new examples: a little less than pairs of drawings of a character differ
+OWN = Deviations(0.1, 0.5, 0.1, 0.5, 0.1, 0.1, 0.1)  # from the program to the image that it was found for
+HAND = Deviations(0.04, 0.3, 0.06, 0.2, 0.15, 0.1, 0.15)  # from one hand to another: what a fit may use up
+SAMPLED = Deviations(0.02, 0.15, 0.02, 0.0, 0.1, 0.06, 0.06)  # for new examples: a little less than pairs of drawings of a character differ
 
 
 class Variation(NamedTuple):
@@ -74,6 +76,7 @@ class Variation(NamedTuple):
     displacement: torch.Tensor  # [N, A, 2]
     theta: torch.Tensor  # [N, A]
     start: torch.Tensor  # [N, 2]
+    pen: torch.Tensor  # [N, 2]
     warp: torch.Tensor  # [N, 2, 3]
 
     def get_distance(self):
@@ -124,7 +127,7 @@ def get_log_likelihood(drawing, obs, floor=FLOOR):
 
 def get_warp_deviations(deviations):
     """[2, 3]"""
-    scale, shear, shift = deviations[3:]
+    scale, shear, shift = deviations[4:]
     return torch.tensor([[scale, shear, shift], [shear, scale, shift]])
 
 
@@ -132,18 +135,25 @@ def vary(centre, variation, deviations):
     """The drawings mu + sigma * e: Drawing, Variation, Deviations -> Drawing"""
     warp = torch.eye(3)[:2].to(centre.map) + get_warp_deviations(deviations).to(centre.map) * variation.warp  # [N, 2, 3]
     outer, shift = centre.map[:, :, :2], centre.map[:, :, 2:]
+    sharper, wider = (deviations.pen * variation.pen).exp().unsqueeze(1).unbind(2)  # [N, 1] each
     return centre._replace(
         displacement=centre.displacement + deviations.displacement * variation.displacement,
         theta=centre.theta + deviations.theta * variation.theta,
         start=centre.start + deviations.start * variation.start,
         map=torch.cat([outer @ warp[:, :, :2], outer @ warp[:, :, 2:] + shift], 2),
+        sharpness=centre.sharpness * sharper,
+        width=centre.width * wider,
     )
+
+
+def get_shapes(centre):
+    """The shapes of a Variation of a Drawing"""
+    return Variation(centre.displacement.shape, centre.theta.shape, centre.start.shape, centre.start.shape, centre.map.shape)
 
 
 def sample(centre, deviations=SAMPLED):
     """Draws how other hands would: Drawing -> Drawing"""
-    shapes = [*(x.shape for x in centre[:3]), centre.map.shape]
-    return vary(centre, Variation(*(torch.randn(shape) for shape in shapes)), deviations)
+    return vary(centre, Variation(*map(torch.randn, get_shapes(centre))), deviations)
 
 
 def score(centre, variation, obs, deviations, floor=FLOOR):
@@ -185,7 +195,7 @@ def refit(
 
 
 def _refit(centre, obs, deviations, num_steps, aligned_to, blur, sharp_after, lr, floor, tick):
-    none = Variation(*map(torch.zeros_like, [*centre[:3], centre.map]))
+    none = Variation(*map(torch.zeros, get_shapes(centre)))
     start = none
     if aligned_to is not None:
         warp = _align(aligned_to, obs) / get_warp_deviations(deviations)

@@ -22,7 +22,7 @@ import util
 from reading import matching, oneshot_runs, variation
 from reading.variation import Deviations, Variation
 
-MOVED = Deviations(1e-6, 1e-6, 1e-6, 1e-6, 1e-6, 0.1)  # only the shift varies
+MOVED = Deviations(*[1e-6] * 6, 0.1)  # only the shift varies
 
 
 def get_centre(num=4, likelihood="learned-affine"):
@@ -34,7 +34,7 @@ def get_centre(num=4, likelihood="learned-affine"):
 
 
 def get_none(centre):
-    return Variation(*map(torch.zeros_like, [*centre[:3], centre.map]))
+    return Variation(*map(torch.zeros, variation.get_shapes(centre)))
 
 
 @pytest.mark.parametrize("likelihood", ["learned-affine", "bernoulli"])
@@ -54,18 +54,21 @@ def test_a_drawing_that_does_not_vary_is_the_program(likelihood):
 
 def test_the_score_is_as_defined():
     _, _, obs, centre = get_centre()
-    deviations = Deviations(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    deviations = Deviations(0.1, 0.2, 0.3, 0.7, 0.4, 0.5, 0.6)
     e = get_none(centre)
     e.displacement[:] = 0.5
     e.start[:] = -1
+    e.pen[:] = torch.tensor([2.0, -1.0])
     e.warp[:] = torch.tensor([[1.0, 0.5, 0.25], [0.0, -0.5, 1.0]])
     drawing = variation.vary(centre, e, deviations)
     torch.testing.assert_close(drawing.displacement, centre.displacement + 0.05)
     torch.testing.assert_close(drawing.start, centre.start - 0.3)
+    torch.testing.assert_close(drawing.sharpness, centre.sharpness * math.exp(1.4))
+    torch.testing.assert_close(drawing.width, centre.width * math.exp(-0.7))
     warp = torch.tensor([[1.4, 0.25, 0.15], [0.0, 0.8, 0.6], [0, 0, 1]])  # the map is applied after the warp
     outer = torch.cat([centre.map, torch.tensor([[[0.0, 0, 1]]]).expand(4, 1, 3)], 1)
     torch.testing.assert_close(drawing.map, (outer @ warp)[:, :2])
-    distance = (8 * 0.25 + 2 + 1 + 0.25 + 0.0625 + 0.25 + 1) / 2
+    distance = (8 * 0.25 + 2 + 4 + 1 + 1 + 0.25 + 0.0625 + 0.25 + 1) / 2
     torch.testing.assert_close(e.get_distance(), torch.full((4,), distance))
     q = variation.get_probs(drawing).clamp(0.01, 0.99)
     expected = torch.where(obs == 1, q.log(), (1 - q).log()).sum((1, 2)) - distance
