@@ -202,11 +202,6 @@ def get_steps(run):
 # ------------------------------------------------------------------ beside the steps
 
 
-def is_test_due(run):
-    interval, tested = run.args.test_interval, run.statistics.get("test_iteration", [0])[-1]
-    return bool(interval) and run.iteration % interval == 0 and run.iteration > tested
-
-
 @torch.no_grad()
 def test(run, stop):
     """Estimates log p and KL(q || p) of the test images by importance sampling, in nats.
@@ -268,7 +263,7 @@ def is_complete(run):
         latest = checkpoints.load(checkpoints.get_path(run.path_base), resumable=True)
     except (UserError, OSError):
         return False
-    return latest["iteration"] == run.iteration and not is_test_due(run)
+    return latest["iteration"] == run.iteration and not checkpoints.is_test_due(vars(run.args), run.iteration, run.statistics)
 
 
 def show(run, bar, curves):
@@ -294,7 +289,7 @@ def train(run, stop, curves):
     total, done = args.pretrain_iterations + args.num_iterations, run.pretrain_iteration + run.iteration
     with util.show_progress(total=total, initial=done, unit="it") as bar:
         while stop.received is None:
-            if is_test_due(run):
+            if checkpoints.is_test_due(vars(args), run.iteration, run.statistics):
                 test(run, stop)
                 continue
             if run.pretrain_iteration < args.pretrain_iterations:

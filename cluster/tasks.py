@@ -67,7 +67,7 @@ def get_training_progress(task):
         checkpoint = checkpoints.load(path)
         iteration, losses = checkpoint["iteration"], checkpoint["statistics"].get("theta_loss", [])
         value = f"{losses[-1]:.2f}" if len(losses) else ""
-        return Progress(iteration >= task.total, iteration, task.total, value, path.stat().st_mtime)
+        return Progress(checkpoints.is_complete(checkpoint, task.total), iteration, task.total, value, path.stat().st_mtime)
     except (UserError, OSError):
         return Progress(False, 0, task.total)
 

@@ -106,6 +106,20 @@ def load(path, device="cpu", resumable=False, num_images=None):
     return checkpoint
 
 
+def is_test_due(args, iteration, statistics):
+    """Whether the test that a run makes at this iteration is still to come"""
+    interval, tested = args["test_interval"], statistics.get("test_iteration", [0])[-1]
+    return bool(interval) and iteration % interval == 0 and iteration > tested
+
+
+def is_complete(checkpoint, num_iterations):
+    """Whether nothing is left to do for a run of that many iterations; it may have stopped between its last step and its
+    last test"""
+    iteration, statistics = checkpoint["iteration"], checkpoint["statistics"]
+    left = bool(statistics) and iteration == num_iterations and is_test_due(checkpoint["args"], iteration, statistics)
+    return iteration >= num_iterations and not left
+
+
 def load_newest(path_base, device="cpu", resumable=False, num_images=None):
     """Loads a run's latest.pt or, if that is not valid, the newest checkpoint that is, with a warning.
 

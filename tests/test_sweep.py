@@ -147,6 +147,21 @@ def test_dry_run_prints_what_would_be_run(folder):
 # ------------------------------------------------------------------ here
 
 
+def test_a_run_stopped_before_its_last_test_is_not_complete(make_sweep, monkeypatch):
+    name, _ = make_sweep("--pretrain-iterations 0 --num-iterations 4 --test-interval 4 --test-num-particles 3")
+    (task, _), flags = sweep.get_tasks(sweep.parse_args([])), sweep.get_flags(next(iter(sweep.get_sweep_argss())))
+    with monkeypatch.context() as context:
+        context.setattr(main, "test", lambda run, stop: os.kill(os.getpid(), signal.SIGTERM))
+        assert main.main(flags) == 128 + signal.SIGTERM
+    assert load(name)["iteration"] == 4 and not tasks.is_trained(task)
+    assert main.main(flags) == 0 and tasks.is_trained(task)
+    resumed = load(name)
+    assert resumed["statistics"]["test_iteration"].tolist() == [4]
+    shutil.rmtree(util.SAVE / name)
+    assert main.main(flags) == 0
+    assert_same(resumed, load(name))
+
+
 def test_sweep_here(make_sweep, monkeypatch):
     """Trained two at a time, interrupted, resumed; evaluated, reported, deleted"""
     models = make_sweep("--pretrain-iterations 5 --num-iterations 110 --save-interval 10")
