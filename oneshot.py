@@ -53,7 +53,7 @@ def classify(run, model, network, args, tick):
 
 def get_best(forward, backward):
     """The best characters of each test image, best first: [M, NUM_SHOWN]"""
-    return (forward + backward).topk(min(NUM_SHOWN, forward.shape[1]), 1).indices
+    return matching.combine(forward, backward).topk(min(NUM_SHOWN, forward.shape[1]), 1).indices
 
 
 def draw(run, name, forward, backward, probs):
@@ -114,7 +114,7 @@ def get_row(name, run, result):
     """A run's numbers of errors: CSV columns. By pixels: the character with the most equal pixels"""
     forward, backward = result["forward"], result["backward"]
     pixels = -(run.tests.unsqueeze(1) - run.characters).abs().sum((2, 3))  # [M, N]
-    scores = {"error": forward + backward, "forward alone": forward, "backward alone": backward, "by pixels": pixels}
+    scores = {"error": matching.combine(forward, backward), "forward alone": forward, "backward alone": backward, "by pixels": pixels}
     rates = {key: (value.argmax(1) != run.answers).float().mean().item() for key, value in scores.items()}
     return {"model": name, "run": run.name, "images": len(run.tests), **rates}
 
@@ -146,8 +146,9 @@ def get_num_ticks(run, args):
     """The number of gradient steps that a run takes, on at most variation.AT_ONCE drawings each"""
     num_own = args.num_searches * (len(run.characters) + len(run.tests))
     num_pairs = args.num_programs * len(run.characters) * len(run.tests)
-    own, pairs = (math.ceil(num / variation.AT_ONCE) for num in (num_own, num_pairs))
-    return own * matching.NUM_OWN_STEPS + 2 * pairs * args.num_steps
+    num_among = args.num_programs * len(run.characters) ** 2
+    own, pairs, among = (math.ceil(num / variation.AT_ONCE) for num in (num_own, num_pairs, num_among))
+    return own * matching.NUM_OWN_STEPS + (2 * pairs + among) * args.num_steps
 
 
 def main(argv=None):

@@ -6,12 +6,16 @@ best variation e_k does, summed over the programs k of an image:
     s(x' | x) = log sum_k exp(log p(x' | v_k(e_k)) - w |e_k|^2 / 2),    e_k = argmax_e log p(x' | v_k(e)) - |e|^2 / 2
 
 with v_k(e) as in variation.py. For finding e_k the deviations are generous, so that it does not get stuck; two drawings of a
-character then differ by half the variance that was allowed, so distances count w = 2 times. And once strokes are where they
-belong, pixels should count for less: probabilities are held to [f', 1 - f'], f' = 0.03.
+character then differ by less than was allowed, so distances count w = 1.5 times. And once strokes are where they belong,
+pixels should count for less: probabilities are held to [f', 1 - f'], f' = 0.03.
 
-`compare` adds both directions. Forwards, the strokes of each character explain a test image. Backwards, the strokes of the
-test image explain each character; since characters differ in how hard they are to explain, the log p(x | v) of the
-character's own best strokes is subtracted.
+`compare` does so in both directions. Forwards, the strokes of each character explain a test image t: s(t | c). Backwards,
+the strokes of the test image explain each character. Since characters differ in how hard they are to explain, what is
+explained by the character's own best strokes, and by those of the other characters, is subtracted, half each:
+
+    s(c | t) - (max_k log p(c | v_k of c) + mean_{c' != c} s(c | c')) / 2
+
+`combine` adds both, the second one halved.
 """
 
 from typing import NamedTuple
@@ -25,7 +29,7 @@ from reading.variation import HAND, OWN, Drawing
 NUM_SEARCHES, NUM_KEPT = 6, 4  # programs found for each image, and those of them that fit it best
 NUM_OWN_STEPS, NUM_STEPS = 100, 100  # of the refit to the image itself, and to another one
 LEARNING_RATE = 0.1  # of both
-WEIGHT, FLOOR = 2.0, 0.03  # w and f'
+WEIGHT, FLOOR = 1.5, 0.03  # w and f'
 
 
 class Strokes(NamedTuple):
@@ -83,11 +87,28 @@ def compare(tests, characters, deviations=HAND, num_steps=NUM_STEPS, tick=lambda
     """Compares M test images with N characters, both Strokes.
 
     Returns: forward [M, N], the score of each test image under the strokes of each character; backward [M, N], the score
-        of each character under the strokes of each test image, less that under its own; nats. Their sum is the match.
-        Also, of the forward direction, the variation.Fit of K * M * N drawings, and the best program of each pair, [M, N]
+        of each character under the strokes of each test image, less what it takes to explain this character; nats. Also,
+        of the forward direction, the variation.Fit of K * M * N drawings, and the best program of each pair, [M, N]
     """
     fit, forward = match(characters, tests.obs, deviations, num_steps, tick=tick)  # [K, M, N]
     _, backward = match(tests, characters.obs, deviations, num_steps, tick=tick)  # [K, N, M]
+    _, among = match(characters, characters.obs, deviations, num_steps, tick=tick)  # [K, N, N]
     images = characters.obs.repeat(len(characters.score), 1, 1)  # [K * N, R, C]
     own = variation.get_log_likelihood(characters.drawing, images, FLOOR).view_as(characters.score)  # [K, N]
-    return forward.logsumexp(0), backward.logsumexp(0).t() - own.amax(0), fit, forward.argmax(0)
+    effort = get_effort(own.amax(0), among.logsumexp(0))
+    return forward.logsumexp(0), backward.logsumexp(0).t() - effort, fit, forward.argmax(0)
+
+
+def get_effort(own, among):
+    """What it takes to explain each character: own [N], log p under its own strokes; among [N, N], the score of each under
+    the strokes of each -> [N]"""
+    num = len(own)
+    if num == 1:
+        return own
+    others = (among.sum(1) - among.diagonal()) / (num - 1)
+    return (own + others) / 2
+
+
+def combine(forward, backward):
+    """The match of each test image and character: [M, N] each -> [M, N], nats"""
+    return forward + backward / 2

@@ -125,6 +125,12 @@ def test_the_forward_score_is_that_of_a_grid():
     assert forward.argmax(1).tolist() == best.argmax(1).tolist() == [0, 1, 2]
 
 
+def test_what_it_takes_to_explain_a_character():
+    among = torch.tensor([[-1.0, -30, -50], [-20, -1, -40], [-60, -70, -1]])
+    effort = matching.get_effort(torch.tensor([-10.0, -20, -30]), among)
+    assert effort.tolist() == [-25, -25, -47.5] and matching.get_effort(torch.tensor([-3.0]), among[:1, :1]).tolist() == [-3]
+
+
 def test_a_fit_is_repeatable_and_never_worse():
     _, _, obs, centre = get_centre()
     obs = obs.flip(0)
@@ -214,7 +220,7 @@ def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_scr
     rows = list(csv.DictReader(open(tmp_path / "save/mws_20/oneshot.csv")))
     assert [row["run"] for row in rows] == ["run01", "run02"]
     result = util.load_checkpoint(results / "run02.pt", keys=oneshot.RESULT_KEYS)
-    wrong = ((result["forward"] + result["backward"]).argmax(1) != result["answers"]).float().mean().item()
+    wrong = (matching.combine(result["forward"], result["backward"]).argmax(1) != result["answers"]).float().mean().item()
     assert float(rows[1]["error"]) == pytest.approx(wrong) and wrong < 0.5
     assert (results / "run02.pdf").stat().st_size > 10_000
     (results / "run02.pt").unlink()
