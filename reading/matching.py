@@ -9,13 +9,13 @@ with v_k(e) as in variation.py. For finding e_k the deviations are generous, so 
 character then differ by less than was allowed, so distances count w = 1.5 times. And once strokes are where they belong,
 pixels should count for less: probabilities are held to [f', 1 - f'], f' = 0.03.
 
-`compare` does so in both directions. Forwards, the strokes of each character explain a test image t: s(t | c). Backwards,
-the strokes of the test image explain each character. Since characters differ in how hard they are to explain, what is
-explained by the character's own best strokes, and by those of the other characters, is subtracted, half each:
+`compare` does so in both directions. Forwards, the strokes of each character c explain a test image t: s(t | c). Backwards,
+the strokes of the test image explain each character. Some characters are harder to explain than others, so how well a
+character's own best strokes do, and how well those of the other characters do, is subtracted, half each:
 
     s(c | t) - (max_k log p(c | v_k of c) + mean_{c' != c} s(c | c')) / 2
 
-`combine` adds both, the second one halved.
+`combine` adds both directions, the second one halved.
 """
 
 from typing import NamedTuple
