@@ -149,7 +149,8 @@ def matches_figure(tests, characters, best, probs, answers, title, num_cols=2):
         for rank, character in enumerate(best[i].tolist()):
             left = (2 * rank + 1) * (side + side // 8) - side // 16
             color = RIGHT if character == int(answers[i]) else WRONG if rank == 0 else "none"
-            axes.add_patch(matplotlib.patches.Rectangle((left, -1), 2 * side + side // 4, side + 1, fill=False, ec=color, lw=1))
+            box = matplotlib.patches.Rectangle((left, -1), 2 * side + side // 4, side + 1, fill=False, ec=color, lw=1)
+            axes.add_patch(box).set_clip_on(False)
         right = int(best[i, 0]) == int(answers[i])
         axes.set_title(f"{i + 1}: {'right' if right else 'wrong'}", fontsize=6, loc="left", pad=1, color=RIGHT if right else WRONG)
     return figure
