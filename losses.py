@@ -16,7 +16,7 @@ import torch
 import util
 from fast.gpu import NEGLIGIBLE
 from models import pack, sample_categorical, unpack
-from scoring import can_select, find_distinct, get_log_weight, is_trained, log_mean_weight, propose, score  # noqa: F401
+from scoring import can_select, find_distinct, get_log_weight, log_mean_weight, needs_gradients, propose, score  # noqa: F401
 
 MEMORY_AT_ONCE = 2**26  # bytes, for comparing latents
 
@@ -171,7 +171,7 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
         grad_log_p = grad_log_p.masked_fill(grad_log_p.abs() <= threshold, 0)  # NaN stays
     log_q = inference_network.decoder.log_prob(latent, context)  # [1, N], or [P, B] again
     zero = (grad_log_q * (log_q - log_q.detach())).sum()
-    if is_trained(generative_model):
+    if needs_gradients(generative_model):
         log_p = log_p if log_p.requires_grad else sum(generative_model.log_prob(latent, obs, alphabet))
         zero = zero + (grad_log_p * (log_p - log_p.detach())).sum()
     return zero

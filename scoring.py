@@ -111,14 +111,14 @@ def propose(generative_model, inference_network, obs, num_particles, alphabet=No
     context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)
     with torch.no_grad():
         latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)
-    if can_select(latent) or not is_trained(generative_model):
+    if can_select(latent) or not needs_gradients(generative_model):
         log_p = scorer(generative_model, latent, obs, alphabet)
     else:  # all of them will be differentiated
         log_p = sum(generative_model.log_prob(latent, obs, alphabet))
     return Particles(latent, log_p, log_q, context)
 
 
-def is_trained(model):
+def needs_gradients(model):
     """Whether gradients of a model are wanted"""
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
 

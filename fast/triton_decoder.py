@@ -80,19 +80,22 @@ def _mix(log_prob, uniform_mixture, num_choices):
 
 
 @triton.jit
+def _load_sum(a, a_mask, b, b_mask):
+    return tl.load(a, mask=a_mask, other=0.0) + tl.load(b, mask=b_mask, other=0.0)
+
+
+@triton.jit
 def _get_gates(hidden, table, context, weight_hh, row, image, both, valid, unit, code, arc, num_units):
     """The inputs of the four gates, before their nonlinearities: from the image, the previous stroke and the hidden state,
     in the rows `row`: four of [ROWS, UNITS]"""
     from_image = context + image[:, None] * (4 * num_units) + unit[None, :]
     from_stroke = table + code[:, None] * (4 * num_units) + unit[None, :]
     drawn = both & (code >= 0)[:, None]
-    i = tl.load(from_image, mask=both, other=0.0) + tl.load(from_stroke, mask=drawn, other=0.0)
-    from_image, from_stroke = from_image + num_units, from_stroke + num_units
-    f = tl.load(from_image, mask=both, other=0.0) + tl.load(from_stroke, mask=drawn, other=0.0)
-    from_image, from_stroke = from_image + num_units, from_stroke + num_units
-    g = tl.load(from_image, mask=both, other=0.0) + tl.load(from_stroke, mask=drawn, other=0.0)
-    from_image, from_stroke = from_image + num_units, from_stroke + num_units
-    o = tl.load(from_image, mask=both, other=0.0) + tl.load(from_stroke, mask=drawn, other=0.0)
+    n = num_units
+    i = _load_sum(from_image, both, from_stroke, drawn)
+    f = _load_sum(from_image + n, both, from_stroke + n, drawn)
+    g = _load_sum(from_image + 2 * n, both, from_stroke + 2 * n, drawn)
+    o = _load_sum(from_image + 3 * n, both, from_stroke + 3 * n, drawn)
     num_inner, size = tl.where(arc > 0, num_units, 0), num_units * num_units
     for start in range(0, num_inner, SLICE):
         inner = start + tl.arange(0, SLICE)

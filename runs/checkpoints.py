@@ -107,7 +107,7 @@ def load(path, device="cpu", resumable=False, num_images=None):
 
 
 def is_test_due(args, iteration, statistics):
-    """Whether the test that a run makes at this iteration is still to come"""
+    """Whether the test that a run makes at this iteration is still to come. Args: args, a dict; statistics, curves by name"""
     interval, tested = args["test_interval"], statistics.get("test_iteration", [0])[-1]
     return bool(interval) and iteration % interval == 0 and iteration > tested
 
