@@ -32,6 +32,7 @@ from util import UserError
 
 NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames in reconstructions.gif
 NUM_REFITTED = 20  # of the programs found for an image, besides those of searches of their own
+NUM_SEARCHES = 6
 STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # that each frame of an animation is shown
 
 # ------------------------------------------------------------------ files
@@ -245,7 +246,7 @@ def read_strokes(trained, obs, programs, args):
     alphabet = None
     if programs.alphabet_id is not None:
         alphabet = torch.eye(trained.num_alphabets)[programs.alphabet_id]
-    others = find_different_programs(model, trained.inference_network, obs, matching.NUM_SEARCHES, alphabet=alphabet)
+    others = find_different_programs(model, trained.inference_network, obs, NUM_SEARCHES, alphabet=alphabet)
     chosen = programs.log_joint.isfinite().all(1).nonzero().squeeze(1)[:: max(args.num_best // NUM_REFITTED, 1)]
     strokes = matching.refit_programs(model, torch.cat([programs.latent[chosen], others]), obs)
     latent = strokes.latent[0]

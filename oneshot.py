@@ -3,8 +3,8 @@
     python oneshot.py --checkpoint-path pretrained/mws_20.pt --runs all_runs.zip
 
 Each run of Omniglot's one-shot task shows characters once, drawn by one person, and asks which of them each drawing by
-another person is. Programs are found for all images, and their strokes varied until they fit the others
-(reading/matching.py). Writes save/<model>/oneshot.csv and, for each run, a figure, save/<model>/oneshot/<run>.pdf: the test
+another person is. All images are traced by strokes of the model's library (reading/tracing.py), and these varied until they
+fit the others (reading/matching.py). Writes save/<model>/oneshot.csv and, for each run, a figure, save/<model>/oneshot/<run>.pdf: the test
 images, each with its three best characters and their strokes as they were varied to fit it. Complete runs are not
 repeated, so rerun the same command to resume.
 """
@@ -32,16 +32,15 @@ RESULT_KEYS = {"settings", "forward", "backward", "answers"}
 # ------------------------------------------------------------------ a run
 
 
-def classify(run, model, network, args, tick):
+def classify(run, model, args, tick):
     """Classifies the test images of an oneshot_runs.Run.
 
     Returns: forward and backward, [M, N] each, see matching.compare; and the strokes of the NUM_SHOWN best characters
         as varied to fit each test image: probabilities of ink [M, NUM_SHOWN, RESOLUTION, RESOLUTION]
     """
     num_characters, num_tests = len(run.characters), len(run.tests)
-    strokes = matching.find_strokes(
-        model, network, torch.cat([run.characters, run.tests]), args.num_searches, args.num_programs, tick=tick
-    )
+    obs = torch.cat([run.characters, run.tests])
+    strokes = matching.find_strokes(model, run.inks, obs, args.num_traces, seed=args.seed, tick=tick)
     characters, tests = (strokes.select(ids) for ids in torch.arange(num_characters + num_tests).split([num_characters, num_tests]))
     forward, backward, fit, best_program = matching.compare(tests, characters, num_steps=args.num_steps, tick=tick)
     shown = get_best(forward, backward)  # [M, S]
@@ -74,11 +73,11 @@ def draw(run, name, forward, backward, probs):
 
 def get_settings(checkpoint, run, args):
     """Everything a result depends on, as plain values"""
-    images = torch.cat([run.characters, run.tests]).bool().numpy().tobytes()
+    images = b"".join(str(ink.shape).encode() + ink.tobytes() for ink in run.inks)
     return {
         "model": checkpoints.get_digest(checkpoint),
         "images": hashlib.sha1(images).hexdigest()[:12],
-        **{name: getattr(args, name) for name in ("num_searches", "num_programs", "num_steps", "seed")},
+        **{name: getattr(args, name) for name in ("num_traces", "num_steps", "seed")},
     }
 
 
@@ -144,22 +143,22 @@ def choose_runs(args):
 
 def get_num_ticks(run, args):
     """The number of gradient steps that a run takes, on at most variation.AT_ONCE drawings each"""
-    num_own = args.num_searches * (len(run.characters) + len(run.tests))
-    num_pairs = args.num_programs * len(run.characters) * len(run.tests)
-    num_among = args.num_programs * len(run.characters) ** 2
+    num_own = args.num_traces * (len(run.characters) + len(run.tests))
+    num_pairs = args.num_traces * len(run.characters) * len(run.tests)
+    num_among = args.num_traces * len(run.characters) ** 2
     own, pairs, among = (math.ceil(num / variation.AT_ONCE) for num in (num_own, num_pairs, num_among))
-    return own * matching.NUM_OWN_STEPS + (2 * pairs + among) * args.num_steps
+    return own * matching.NUM_TRACE_STEPS + (2 * pairs + among) * args.num_steps
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = get_parser().parse_args(argv)
     runs = choose_runs(args)
     path = checkpoints.find(args.checkpoint_path)
     checkpoint = checkpoints.load(path)
     if checkpoint["num_alphabets"]:
         raise UserError(f"{path} is conditional on alphabets, and those of the runs are unknown to it; give another model")
     name = checkpoints.get_run_name(path, checkpoint["args"])
-    model, network = models.from_checkpoint(checkpoint)
+    model, _ = models.from_checkpoint(checkpoint)
     util.set_seed(args.seed)
     folder, rows = util.SAVE / name / "oneshot", []
     with locks.lock(folder / ".lock", f"{name} is classifying"):
@@ -172,8 +171,7 @@ def main(argv=None):
                 path = folder / f"{run.name}.pt"
                 if result is None:
                     rendering.set_compile(True)
-                    torch.manual_seed(args.seed)  # each run by itself, in whatever order
-                    forward, backward, probs = classify(run, model, network, args, bar.update)
+                    forward, backward, probs = classify(run, model, args, bar.update)
                     util.write(path.with_suffix(".pdf"), draw(run, name, forward, backward, probs))
                     result = dict(settings=own, forward=forward, backward=backward, answers=run.answers)
                     util.save_checkpoint(path, result)
@@ -190,20 +188,11 @@ def get_parser():
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one", required=True)
     add("--runs", "Omniglot's all_runs.zip, or the folder that it unpacks to", required=True)
     add("--run-ids", "numbers of the runs to classify (default: all)", nargs="+", type=positive)
-    add("--num-searches", "searches for programs of each image", type=positive, default=matching.NUM_SEARCHES)
-    add("--num-programs", "best programs that are kept of each image", type=positive, default=matching.NUM_KEPT)
+    add("--num-traces", "traces of each image", type=positive, default=matching.NUM_TRACES)
     add("--num-steps", "gradient steps that vary strokes to fit another image", type=positive, default=matching.NUM_STEPS)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--force", "repeat runs that are complete, or replace those with other settings", action="store_true")
     return parser
-
-
-def parse_args(argv=None):
-    """Raises: UserError if arguments are out of range or missing"""
-    args = get_parser().parse_args(argv)
-    if args.num_programs > args.num_searches:
-        raise UserError(f"--num-programs {args.num_programs} is more than --num-searches {args.num_searches} can find")
-    return args
 
 
 if __name__ == "__main__":

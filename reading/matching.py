@@ -1,13 +1,12 @@
 """How well the strokes of one image explain another: the match that one-shot classification rests on.
 
-Several programs are found for each image and refitted to it (`find_strokes`). Strokes explain another image as well as their
-best variation e_k does, summed over the programs k of an image:
+The ink of each image is traced by strokes of the model's library (tracing.py), in several ways, and these are refitted to it
+(`find_strokes`). Strokes explain another image as well as their best variation e_k does, summed over the traces k of an image:
 
-    s(x' | x) = log sum_k exp(log p(x' | v_k(e_k)) - w |e_k|^2 / 2),    e_k = argmax_e log p(x' | v_k(e)) - |e|^2 / 2
+    s(x' | x) = log sum_k exp(log p(x' | v_k(e_k)) - |e_k|^2 / 2),    e_k = argmax_e log p(x' | v_k(e)) - |e|^2 / 2
 
-with v_k(e) as in variation.py. For finding e_k the deviations are generous, so that it does not get stuck; two drawings of a
-character then differ by less than was allowed, so distances count w = 1.5 times. And once strokes are where they belong,
-pixels should count for less: probabilities are held to [f', 1 - f'], f' = 0.03.
+with v_k(e) as in variation.py. Once strokes are where they belong, pixels should count for less: for the score, though not for
+finding e_k, probabilities are held to [f', 1 - f'], f' = 0.03.
 
 `compare` does so in both directions. Forwards, the strokes of each character c explain a test image t: s(t | c). Backwards,
 the strokes of the test image explain each character. Some characters are harder to explain than others, so how well a
@@ -15,25 +14,26 @@ character's own best strokes do, and how well those of the other characters do, 
 
     s(c | t) - (max_k log p(c | v_k of c) + mean_{c' != c} s(c | c')) / 2
 
-`combine` adds both directions, the second one halved.
+`combine` adds both directions.
 """
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from reading import variation
-from reading.programs import find_different_programs
+from reading import tracing, variation
 from reading.variation import HAND, OWN, Drawing
 
-NUM_SEARCHES, NUM_KEPT = 6, 4  # programs found for each image, and those of them that fit it best
-NUM_OWN_STEPS, NUM_STEPS = 100, 100  # of the refit to the image itself, and to another one
-LEARNING_RATE = 0.1  # of both
-WEIGHT, FLOOR = 1.5, 0.03  # w and f'
+NUM_TRACES = 2  # of each image
+NUM_TRACE_STEPS, NUM_OWN_STEPS, NUM_STEPS = 60, 100, 100  # of the refit of traces and programs to the image itself, and to another one
+LEARNING_RATE = 0.1  # of all
+TRACE_BLUR = 0.5  # traces lie on the ink already
+FLOOR = 0.03  # f'
 
 
 class Strokes(NamedTuple):
-    """K programs of each of N images, refitted to it; best first"""
+    """K programs of each of N images, refitted to it"""
 
     obs: torch.Tensor  # [N, R, C], the images
     latent: torch.Tensor  # [K, N, A, 2], the programs
@@ -46,15 +46,26 @@ class Strokes(NamedTuple):
         return Strokes(self.obs[ids], self.latent[:, ids], self.drawing.select(rows), self.score[:, ids])
 
 
-def find_strokes(generative_model, inference_network, obs, num_searches=NUM_SEARCHES, num_kept=NUM_KEPT, deviations=OWN,
-                 num_steps=NUM_OWN_STEPS, tick=lambda: None):  # fmt: skip
-    """Finds programs of images [N, R, C] and refits them. Returns: Strokes, of num_kept programs per image"""
-    latent = find_different_programs(generative_model, inference_network, obs, num_searches)  # [S, N, A, 2]
-    return refit_programs(generative_model, latent, obs, num_kept, deviations, num_steps, tick)
+def find_strokes(
+    generative_model, inks, obs, num_traces=NUM_TRACES, deviations=OWN, num_steps=NUM_TRACE_STEPS, seed=0, tick=lambda: None
+):
+    """Traces images and refits the strokes to them.
+
+    Args: inks: the N images as arrays [H, W] of bool, of any size; obs: the same [N, R, C] as the model sees them
+    Returns: Strokes, of num_traces programs per image, the first trace the most obvious one
+    """
+    rng = np.random.default_rng(seed)
+    traces = tracing.trace(generative_model, inks * num_traces, [None] * len(inks) + [rng] * len(inks) * (num_traces - 1))
+    fit = variation.refit(
+        traces.centre, obs.repeat(num_traces, 1, 1), deviations, num_steps, traces.variation, blur=TRACE_BLUR, lr=LEARNING_RATE, tick=tick
+    )  # fmt: skip
+    shape = num_traces, len(inks)
+    return Strokes(obs, traces.latent.unflatten(0, shape), fit.drawing, (fit.log_likelihood - fit.distance).view(shape))
 
 
 def refit_programs(generative_model, latent, obs, num_kept=1, deviations=OWN, num_steps=NUM_OWN_STEPS, tick=lambda: None):
-    """Refits programs [S, N, A, 2] to their images [N, R, C]. Returns: Strokes, of the num_kept programs that fit best"""
+    """Refits programs [S, N, A, 2] to their images [N, R, C]. Returns: Strokes, of the num_kept programs that fit best, best
+    first"""
     num_programs, num_images = latent.shape[:2]
     images = obs.repeat(num_programs, 1, 1)  # [S * N, R, C]
     centre = variation.get_drawing(generative_model, latent.flatten(0, 1), images)
@@ -66,11 +77,11 @@ def refit_programs(generative_model, latent, obs, num_kept=1, deviations=OWN, nu
     return Strokes(obs, latent, fit.drawing.select(rows), kept.values)
 
 
-def match(strokes, obs, deviations=HAND, num_steps=NUM_STEPS, weight=WEIGHT, floor=FLOOR, tick=lambda: None):
+def match(strokes, obs, deviations=HAND, num_steps=NUM_STEPS, floor=FLOOR, tick=lambda: None):
     """Refits the strokes of N images to each of M other images [M, R, C].
 
-    Args: weight: w; floor: f'
-    Returns: variation.Fit of K * M * N drawings; and log p(x' | v) - w |e|^2 / 2 of each, [K, M, N], nats
+    Args: floor: f'
+    Returns: variation.Fit of K * M * N drawings; and log p(x' | v) - |e|^2 / 2 of each, [K, M, N], nats
     """
     num_kept, num_images = strokes.score.shape
     grid = torch.cartesian_prod(torch.arange(num_kept), torch.arange(len(obs)), torch.arange(num_images))
@@ -80,7 +91,7 @@ def match(strokes, obs, deviations=HAND, num_steps=NUM_STEPS, weight=WEIGHT, flo
         centre, obs[image], deviations, num_steps, aligned_to=strokes.obs[source], lr=LEARNING_RATE, tick=tick
     )
     log_likelihood = variation.get_log_likelihood(fit.drawing, obs[image], floor)
-    return fit, (log_likelihood - weight * fit.distance).view(num_kept, len(obs), num_images)
+    return fit, (log_likelihood - fit.distance).view(num_kept, len(obs), num_images)
 
 
 def compare(tests, characters, deviations=HAND, num_steps=NUM_STEPS, tick=lambda: None):
@@ -111,4 +122,4 @@ def get_effort(own, among):
 
 def combine(forward, backward):
     """The match of each test image and character: [M, N] each -> [M, N], nats"""
-    return forward + backward / 2
+    return forward + backward

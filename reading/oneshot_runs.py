@@ -21,7 +21,7 @@ import torch
 
 import data
 import util
-from images import read_official
+from images import decode, fit
 from util import UserError
 
 NUM_CHARACTERS = 20
@@ -35,6 +35,7 @@ class Run(NamedTuple):
     characters: torch.Tensor  # [N, 28, 28] in {0, 1}
     tests: torch.Tensor  # [M, 28, 28]
     answers: torch.Tensor  # [M], the character of each test image, from 0
+    inks: list  # of the N characters and M tests as they are in the files: arrays [H, W] of bool
 
 
 def load(path):
@@ -61,11 +62,13 @@ def _load_run(path, folder, read, names):
     wrong = [name for name in answers if name not in characters]
     if wrong:
         raise UserError(f"{path}: {folder / LABELS}: {wrong[0]} is no training image of this run")
-    images = [torch.from_numpy(np.stack([read_official(n, read(n)) >= 0.5 for n in some])).float() for some in (characters, tests)]
-    blank = [name for name, image in zip([*characters, *tests], torch.cat(images), strict=True) if not image.any()]
-    if blank:
-        raise UserError(f"{path}: {blank[0]} is blank")
-    return Run(folder.name, *images, torch.tensor([characters.index(name) for name in answers]))
+    darkness = [1 - decode(name, read(name)) for name in [*characters, *tests]]
+    images = torch.from_numpy(np.stack([fit(dark) >= 0.5 for dark in darkness])).float()
+    for name, image in zip([*characters, *tests], images, strict=True):
+        if not image.any():
+            raise UserError(f"{path}: {name} is blank")
+    answers = torch.tensor([characters.index(name) for name in answers])
+    return Run(folder.name, *images.tensor_split([len(characters)]), answers, [dark >= 0.5 for dark in darkness])
 
 
 def _open(path):

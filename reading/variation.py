@@ -173,34 +173,38 @@ class Fit(NamedTuple):
 
 
 def refit(
-    centre, obs, deviations, num_steps=50, aligned_to=None, blur=0.25, sharp_after=0.6, lr=0.15, floor=FLOOR, tick=lambda: None
+    centre, obs, deviations, num_steps=50, start=None, aligned_to=None, blur=0.25, sharp_after=0.6, lr=0.15, floor=FLOOR,
+    tick=lambda: None,
 ):  # fmt: skip
     """Fits drawings to images.
 
     Args:
         centre: Drawing, mu; obs [N, R, C] in {0, 1}
         deviations: Deviations; num_steps: of Adam, on e, with a learning rate that falls from lr to nearly 0
+        start: Variation that e begins as; if None, 0
         aligned_to [N, R, C]: images that the centres fit; W then begins where it takes the place and size of
             their ink to that of obs. If None, W begins as the identity
         blur: factor of the sharpness at first, which rises to 1 over the share sharp_after of the steps
         tick: called after each step of each AT_ONCE drawings
-    Returns: Fit, whose score is at least that of the centre itself
+    Returns: Fit, whose score is at least that of the start (without regard to aligned_to)
     """
     parts = []
     for ids in torch.arange(len(obs)).split(AT_ONCE):
         align = None if aligned_to is None else aligned_to[ids]
-        parts.append(_refit(centre.select(ids), obs[ids], deviations, num_steps, align, blur, sharp_after, lr, floor, tick))
+        begin = Variation(*map(torch.zeros, get_shapes(centre.select(ids)))) if start is None else Variation(*(x[ids] for x in start))
+        parts.append(
+            _refit(centre.select(ids), obs[ids], deviations, num_steps, begin, align, blur, sharp_after, lr, floor, tick)
+        )
     drawings, log_likelihood, distance = zip(*parts, strict=True)
     return Fit(concatenate(drawings), torch.cat(log_likelihood), torch.cat(distance))
 
 
-def _refit(centre, obs, deviations, num_steps, aligned_to, blur, sharp_after, lr, floor, tick):
-    none = Variation(*map(torch.zeros, get_shapes(centre)))
-    start = none
+def _refit(centre, obs, deviations, num_steps, start, aligned_to, blur, sharp_after, lr, floor, tick):
+    begin = start
     if aligned_to is not None:
         warp = _align(aligned_to, obs) / get_warp_deviations(deviations)
-        start = none._replace(warp=warp.clamp(-FARTHEST, FARTHEST))
-    variation = Variation(*(x.clone().requires_grad_() for x in start))
+        begin = start._replace(warp=warp.clamp(-FARTHEST, FARTHEST))
+    variation = Variation(*(x.clone().requires_grad_() for x in begin))
     optimizer = torch.optim.Adam(variation, lr=lr)
     with torch.enable_grad():
         for step in range(num_steps):
@@ -214,11 +218,11 @@ def _refit(centre, obs, deviations, num_steps, aligned_to, blur, sharp_after, lr
             tick()
     with torch.no_grad():
         fits = []
-        for some in [variation, none]:
+        for some in [variation, start]:
             drawing = vary(centre, some, deviations)
             fits.append(Fit(drawing, get_log_likelihood(drawing, obs, floor), some.get_distance()))
         fitted, unchanged = fits
-        worse = fitted.log_likelihood - fitted.distance < unchanged.log_likelihood  # [N]
+        worse = fitted.log_likelihood - fitted.distance < unchanged.log_likelihood - unchanged.distance  # [N]
         rows = torch.where(worse, len(obs), 0) + torch.arange(len(obs))
         drawing = concatenate([fitted.drawing, unchanged.drawing]).select(rows)
         return Fit(drawing, *(torch.cat([a, b])[rows] for a, b in zip(fitted[1:], unchanged[1:], strict=True)))

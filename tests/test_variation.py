@@ -1,7 +1,6 @@
 """Strokes that vary, how well they match other images, and one-shot classification by them."""
 
 import csv
-import functools
 import itertools
 import math
 import pathlib
@@ -113,7 +112,7 @@ def test_the_forward_score_is_that_of_a_grid():
     shift = torch.tensor([0.15, -0.22]).view(1, 2, 1)
     moved = centre._replace(map=torch.cat([centre.map[:, :, :2], centre.map[:, :, 2:] + shift], 2))
     tests = (variation.get_probs(moved) > 0.4).float()
-    forward = matching.match(strokes, tests, MOVED, 120, weight=1, floor=variation.FLOOR)[1].logsumexp(0)
+    forward = matching.match(strokes, tests, MOVED, 120, floor=variation.FLOOR)[1].logsumexp(0)
     exact = torch.empty(2, 3, 3)
     for k, i, j in itertools.product(range(2), range(3), range(3)):
         one = strokes.drawing.select([3 * k + j])
@@ -140,6 +139,18 @@ def test_a_fit_is_repeatable_and_never_worse():
     torch.testing.assert_close(variation.get_log_likelihood(fits[0].drawing, obs), fits[0].log_likelihood)
     unchanged = variation.get_log_likelihood(centre, obs)
     assert (scores[0] >= unchanged).all() and (scores[0] > unchanged + 5).any()
+
+
+def test_a_fit_begins_where_it_is_told():
+    _, _, obs, centre = get_centre()
+    start = get_none(centre)
+    start.displacement[:, 1] = 1
+    moved = variation.vary(centre, start, variation.HAND)
+    obs = (variation.get_probs(moved) > 0.5).float()
+    fit = variation.refit(centre, obs, variation.HAND, 0, start=start)
+    torch.testing.assert_close(fit.drawing.displacement, moved.displacement)
+    torch.testing.assert_close(fit.distance, torch.ones(4))
+    torch.testing.assert_close(fit.log_likelihood, variation.get_log_likelihood(moved, obs))
 
 
 def test_alignment_takes_the_ink_to_its_place():
@@ -177,7 +188,10 @@ def test_runs_are_read_and_damage_is_one_line(tmp_path):
         for path in folder.rglob("*"):
             archive.write(path, pathlib.Path("all_runs") / path.relative_to(folder))
     for one, other in zip(runs, oneshot_runs.load(tmp_path / "runs.zip"), strict=True):
-        assert one.name == other.name and all(torch.equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
+        assert one.name == other.name and all(torch.equal(a, b) for a, b in zip(one[1:4], other[1:4], strict=True))
+        assert [ink.shape for ink in one.inks] == [(112, 112)] * 6
+        for ink, obs, same in zip(one.inks, [*one.characters, *one.tests], other.inks, strict=True):
+            assert (ink == same).all() and (ink == np.kron(obs.bool(), np.ones((4, 4), bool))).all()
     assert [run.name for run in runs] == ["run01", "run02"] and runs[0].tests.shape == (3, 28, 28)
     assert runs[0].answers.sort().values.tolist() == [0, 1, 2]
     labels, item = folder / "run02/class_labels.txt", folder / "run02/test/item02.png"
@@ -208,9 +222,7 @@ def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_scr
     write_runs(tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rendering, "set_compile", lambda *_: None)  # which takes longer than all the rest
-    search = functools.partial(matching.find_different_programs, num_particles=200, num_rounds=15, num_mutants=40)
-    monkeypatch.setattr(matching, "find_different_programs", search)
-    argv = ["--checkpoint-path", "pretrained/mws_20", "--runs", "runs", "--num-searches=1", "--num-programs=1", "--num-steps=10"]
+    argv = ["--checkpoint-path", "pretrained/mws_20", "--runs", "runs", "--num-steps=10"]
     status, stdout, stderr = run_script(oneshot, *argv, "--run-ids", "2")
     assert status == 0 and "run02: error" in stdout + stderr, stderr
     results = tmp_path / "save/mws_20/oneshot"
@@ -229,7 +241,7 @@ def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_scr
     for extra, message in [
         (["--num-steps=11"], "num-steps is 10 there and 11 here"),
         (["--run-ids", "3"], "has 2 runs"),
-        (["--num-programs=2"], "more than --num-searches"),
+        (["--num-traces=1"], "num-traces is 2 there and 1 here"),
         (["--runs", "nowhere"], "there is no nowhere"),
     ]:
         status, _, stderr = run_script(oneshot, *argv, *extra)

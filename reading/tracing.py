@@ -1,0 +1,339 @@
+"""Traces: strokes of a model's library that follow the ink of an image.
+
+1. The ink is thinned to lines one pixel wide, between junctions and ends. Where lines cross, those that go on straight are
+   one (`find_lines`).
+2. A line is divided into strokes, at points s_0 < ... < s_K of it, by dynamic programming (`divide`): the division minimises
+
+       sum_k  COST + |e_k|^2 / 2 + 1 / (2 TAU^2) integral of dist_k(s)^2 ds
+
+   where e_k is what the arc from s_(k-1) to s_k deviates from the closest stroke of the library, in units of variation.OWN,
+   and dist_k(s) is the distance of a point of the line from that arc.
+3. The first line begins closest to the page's top left corner, each other one closest to where the pen is; in between, the
+   pen is up. A second trace of an image takes another order, and may go on otherwise where lines cross.
+
+The result is a program, and how strokes have to vary for it to lie on the ink: where variation.refit begins. An image has as
+many strokes as its ink takes.
+
+Source: thinning and the graph of lines are as in Lake, Salakhutdinov and Tenenbaum (2015), section S3 of their supplement.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import scipy.ndimage
+import torch
+
+from reading import variation
+from reading.variation import OWN, Drawing, Variation
+
+# Lengths are fractions of the page's side; Omniglot's pages have 105 pixels
+SPUR = 0.057  # shorter lines that end at a junction are frayed ink
+CROSSING = 0.076  # closer junctions are one
+REACH = 8  # pixels along a line, for its direction at a junction
+STRAIGHT = math.radians(60)  # the sharpest turn with which a line goes on across a junction
+SMOOTH = 2.0  # pixels, of the Gaussian that smooths lines
+STEP = 0.03  # between the points at which a line may be divided
+LONGEST = 40  # steps that a stroke may take
+TAU, COST = 0.004, 1.5
+PEN_UP = 0.03  # a smaller gap between two lines is none
+DOT = 0.012  # the length of a stroke that draws a dot
+TURN_NOISE, ORDER_NOISE = 0.3, 0.5  # of further traces: radians, and of the logarithm of distances
+
+RING = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]  # a pixel's neighbours, in a circle
+
+
+class Traces(NamedTuple):
+    """N images' programs of A strokes, as many as the longest takes; the others end with strokes of no length"""
+
+    latent: torch.Tensor  # [N, A, 2]
+    centre: Drawing  # the library's strokes, beginning where the trace does, drawn with one pen
+    variation: Variation  # which lays them on the ink
+
+
+def trace(generative_model, inks, rngs=None):
+    """Traces images.
+
+    Args:
+        inks: a list of arrays [H, W] of bool, of any size
+        rngs: for each, None for the most obvious trace or a numpy.random.Generator for another one
+    Returns: Traces
+    """
+    primitives = generative_model.get_primitives().detach()  # [P, 5]
+    library = primitives[:, :3].double().numpy()
+    rngs = [None] * len(inks) if rngs is None else rngs
+    traces = [_trace(_make_square(ink), library, rng) for ink, rng in zip(inks, rngs, strict=True)]
+    num_arcs = max([1, *(len(strokes) for _, strokes in traces)])
+    latent = torch.zeros(len(inks), num_arcs, 2, dtype=torch.long)
+    arcs = torch.zeros(len(inks), num_arcs, 3)  # dx, dy, theta
+    start = torch.full((len(inks), 2), 0.5)
+    for n, (begin, strokes) in enumerate(traces):
+        start[n] = torch.as_tensor(begin)
+        for a, (primitive, on, arc) in enumerate(strokes):
+            latent[n, a] = torch.tensor([primitive, on])
+            arcs[n, a] = torch.as_tensor(arc)
+    used = torch.arange(num_arcs) < torch.tensor([len(strokes) for _, strokes in traces]).unsqueeze(1)  # [N, A]
+    centre = variation.get_drawing(generative_model, latent)
+    sharpness, width = (primitives[:, i].mean().expand(len(inks), num_arcs) for i in (3, 4))
+    displacement, theta = centre.displacement * used.unsqueeze(2), centre.theta * used
+    centre = centre._replace(displacement=displacement, theta=theta, start=start, sharpness=sharpness, width=width)
+    none = Variation(*map(torch.zeros, variation.get_shapes(centre)))
+    moved = (arcs[..., :2] - displacement) / OWN.displacement
+    return Traces(latent, centre, none._replace(displacement=moved, theta=(arcs[..., 2] - theta) / OWN.theta))
+
+
+def _make_square(ink):
+    rows, cols = ink.shape
+    above, left = (max(cols - rows, 0), max(rows - cols, 0))
+    return np.pad(ink, [(above // 2, above - above // 2), (left // 2, left - left // 2)])
+
+
+def _trace(ink, library, rng):
+    """Returns: where the first stroke begins, and (primitive, on, (dx, dy, theta)) of each stroke"""
+    lines, strokes, start, pen = find_lines(ink, rng), [], None, None
+    while lines:
+        line, lines = _take_next(lines, pen, rng)
+        if pen is None:
+            start = pen = line[0]
+        if np.linalg.norm(line[0] - pen) > PEN_UP:
+            gap = np.append(line[0] - pen, 0.0)
+            strokes.append((int(_get_distances(gap[None], library)[0].argmin()), 0, gap))
+            pen = line[0]
+        for primitive, end, theta in divide(line, library):
+            dot = np.linalg.norm(end - pen) < DOT
+            arc = np.array([DOT, 0, 0]) if dot else np.append(end - pen, theta)
+            strokes.append((primitive, 1, arc))
+            pen = pen + arc[:2]
+    return (np.full(2, 0.5) if start is None else start), strokes
+
+
+def _take_next(lines, pen, rng):
+    """The line, in either direction, whose beginning is closest to the pen, and the rest"""
+
+    def get_distance(line):
+        distance = np.abs(line[0] - [0, 1]).sum() if pen is None else np.linalg.norm(line[0] - pen)
+        return distance * (1 if rng is None else math.exp(ORDER_NOISE * rng.standard_normal()))
+
+    choices = [(get_distance(line), i, line) for i, one in enumerate(lines) for line in (one, one[::-1])]
+    _, i, line = min(choices, key=lambda choice: choice[0])
+    return line, lines[:i] + lines[i + 1 :]
+
+
+# ------------------------------------------------------------------ lines to strokes
+
+
+def divide(line, library):
+    """Divides a line into strokes.
+
+    Args: line [n, 2], points (x, y) of the unit square, y upwards; library [P, 3], dx, dy and theta of its strokes
+    Returns: (primitive, end (x, y), theta) of each stroke, in order
+    """
+    points, step = _resample(line)
+    first, last = np.triu_indices(len(points), 1)  # of each possible stroke, [S]
+    short = last - first <= LONGEST
+    first, last = first[short], last[short]
+    chord, theta, error = _fit_arcs(points, first, last, step)
+    distance = _get_distances(np.column_stack([chord, theta]), library)  # [S, P]
+    primitive = distance.argmin(1)
+    cost = COST + distance.min(1) + error / (2 * TAU**2)
+    total, chosen = np.zeros(len(points)), np.zeros(len(points), int)  # up to each point: the least cost, its last stroke
+    for point in range(1, len(points)):
+        strokes = np.flatnonzero(last == point)
+        costs = total[first[strokes]] + cost[strokes]
+        total[point], chosen[point] = costs.min(), strokes[costs.argmin()]
+    strokes, point = [], len(points) - 1
+    while point > 0:
+        s = chosen[point]
+        strokes.append((int(primitive[s]), points[point], theta[s]))
+        point = first[s]
+    return strokes[::-1]
+
+
+def _resample(line):
+    """Points at equal distances along a line, about STEP, and these"""
+    length = np.append(0, np.linalg.norm(np.diff(line, axis=0), axis=1).cumsum())
+    num = max(round(length[-1] / STEP), 1)
+    at = np.linspace(0, length[-1], num + 1)
+    return np.column_stack([np.interp(at, length, x) for x in line.T]), length[-1] / num
+
+
+def _fit_arcs(points, first, last, step):
+    """Arcs through three points of a line, the first, middle and last: chords [S, 2], theta [S], half the angle they span,
+    positive to the left, and the integral of the squared distance of the line, [S]"""
+    chord = points[last] - points[first]  # [S, 2]
+    length = np.linalg.norm(chord, axis=1).clip(1e-4)  # [S]
+    along = chord / length[:, None]
+    left = np.column_stack([-along[:, 1], along[:, 0]])
+    middle = (points[(first + last) // 2] + points[(first + last + 1) // 2]) / 2
+    theta = 2 * np.arctan2(2 * ((middle - points[first]) * left).sum(1), length)
+    offset = np.arange((last - first).max() + 1)
+    inside = offset <= (last - first)[:, None]  # [S, L]
+    between = points[np.minimum(first[:, None] + offset, len(points) - 1)] - points[first][:, None]  # [S, L, 2]
+    u = (between * along[:, None]).sum(2) - length[:, None] / 2  # from the chord's middle
+    v = (between * left[:, None]).sum(2)
+    flat = np.abs(theta) < 0.05
+    bent = np.where(flat, 0.05, theta)
+    radius = length / 2 / np.sin(np.abs(bent))
+    centre = -np.sign(bent) * radius * np.cos(bent)  # of the circle, to the left of the chord
+    distance = np.where(flat[:, None], v, np.hypot(u, v - centre[:, None]) - radius[:, None])
+    return chord, theta, (inside * distance**2).sum(1) * step
+
+
+def _get_distances(arcs, library):
+    """|e|^2 / 2 of arcs [S, 3] as variations of the library's strokes [P, 3]: [S, P]"""
+    difference = (arcs[:, None] - library) / [OWN.displacement, OWN.displacement, OWN.theta]  # [S, P, 3]
+    return (difference**2).sum(2) / 2
+
+
+# ------------------------------------------------------------------ ink to lines
+
+
+def find_lines(ink, rng=None):
+    """The lines of ink [H, H]: a list of arrays [n, 2], points (x, y) of the unit square, y upwards"""
+    side = len(ink)
+    nodes, edges = _simplify(*_get_graph(ink), SPUR * side, CROSSING * side)
+    lines = [_smooth(line) for line in _join(edges, rng)]
+    return [np.column_stack([line[:, 1] + 0.5, side - 0.5 - line[:, 0]]) / side for line in lines]
+
+
+def _get_graph(ink):
+    """Thinned ink as a graph. Returns: positions (row, column) of its nodes, and edges (node, node, points [n, 2])"""
+    from skimage.morphology import skeletonize
+
+    thin = skeletonize(np.pad(ink, 1))[1:-1, 1:-1]
+    pixels = set(zip(*(x.tolist() for x in np.nonzero(thin)), strict=True))
+    junction = np.zeros(thin.shape, bool)
+    for pixel in pixels:
+        near = [other in pixels for other in _get_ring(pixel)]
+        lines = sum(b and not a for a, b in itertools.pairwise([near[-1], *near]))
+        junction[pixel] = lines >= 3 or sum(near) >= 4
+    cluster, num_junctions = scipy.ndimage.label(junction, np.ones((3, 3)))
+    nodes = [np.argwhere(cluster == i + 1).mean(0) for i in range(num_junctions)]
+    node_of = {pixel: cluster[pixel] - 1 for pixel in pixels if junction[pixel]}
+    ends = {pixel for pixel in pixels - set(node_of) if sum(other in pixels for other in _get_ring(pixel)) <= 1}
+    for pixel in sorted(ends):
+        node_of[pixel] = len(nodes)
+        nodes.append(np.array(pixel, float))
+    rest, edges = pixels - set(node_of), []
+    for pixel, node in sorted(node_of.items()):
+        for beginning in _get_ring(pixel):
+            if beginning in rest:
+                path, end = _follow(beginning, node, rest, node_of)
+                if end is None:
+                    end = len(nodes)
+                    nodes.append(np.array(path[-1], float))
+                edges.append((node, end, np.array([nodes[node], *path, nodes[end]])))
+    beside = {(node, node_of[other]) for pixel, node in node_of.items() for other in _get_ring(pixel) if other in node_of}
+    edges += [(a, b, np.array([nodes[a], nodes[b]])) for a, b in sorted(beside) if a < b]
+    while rest:  # closed lines
+        beginning, node = min(rest), len(nodes)
+        nodes.append(np.array(beginning, float))
+        path, _ = _follow(beginning, node, rest, {})
+        edges.append((node, node, np.array([*path, beginning], float)))
+    for pixel in ends:
+        if not any(other in pixels for other in _get_ring(pixel)):  # a dot
+            edges.append((node_of[pixel], node_of[pixel], np.array([pixel, pixel], float)))
+    return nodes, edges
+
+
+def _get_ring(pixel):
+    return [(pixel[0] + row, pixel[1] + col) for row, col in RING]
+
+
+def _follow(pixel, node, rest, node_of):
+    """Follows a line from a pixel beside a node, and takes its pixels out of rest. Returns: the pixels, and the node at
+    the other end or None"""
+    path = [pixel]
+    rest.discard(pixel)
+    while True:
+        ring = sorted(_get_ring(pixel), key=lambda other: abs(other[0] - pixel[0]) + abs(other[1] - pixel[1]))
+        for other in ring:
+            if other in node_of and (len(path) > 1 or node_of[other] != node):
+                return path, node_of[other]
+        pixel = next((other for other in ring if other in rest), None)
+        if pixel is None:
+            return path, None
+        rest.discard(pixel)
+        path.append(pixel)
+
+
+def _get_length(points):
+    return np.linalg.norm(np.diff(points, axis=0), axis=1).sum()
+
+
+def _simplify(nodes, edges, spur, crossing):
+    """Joins junctions closer than `crossing`, and removes lines shorter than `spur` that lead nowhere"""
+    while True:
+        degree = np.bincount([end for edge in edges for end in edge[:2]], minlength=len(nodes))
+        for a, b, points in sorted(edges, key=lambda edge: _get_length(edge[2])):
+            length, degrees = _get_length(points), sorted([degree[a], degree[b]])
+            joins = a != b and length < crossing and degrees[0] >= 3
+            leads_nowhere = length < spur and (degree[a] > 2 if a == b else degrees[0] == 1 and degrees[1] >= 3)
+            if joins or leads_nowhere:
+                edges = [edge for edge in edges if edge[2] is not points]
+                if joins:
+                    edges = _merge(nodes, edges, a, b)
+                break
+        else:
+            return nodes, edges
+
+
+def _merge(nodes, edges, a, b):
+    """Puts node b and node a in one place"""
+    nodes[a] = (nodes[a] + nodes[b]) / 2
+    merged = []
+    for first, last, points in edges:
+        first, last = (a if node == b else node for node in (first, last))
+        if first == a:
+            points = np.concatenate([nodes[a][None], points[1:]])
+        if last == a:
+            points = np.concatenate([points[:-1], nodes[a][None]])
+        merged.append((first, last, points))
+    return merged
+
+
+def _get_turns(edges, ends, rng):
+    """How sharp the turn from each of a node's edges to each other one is: a list of (radians, end, end), least first"""
+
+    def get_direction(edge, end):
+        points = edges[edge][2][:: 1 if end == 0 else -1]
+        way = points[min(REACH, len(points) - 1)] - points[0]
+        return way / max(np.linalg.norm(way), 1e-9)
+
+    turns = []
+    for one, other in itertools.combinations(ends, 2):
+        turn = math.acos(np.clip(-get_direction(*one) @ get_direction(*other), -1, 1))
+        turns.append((turn + (0 if rng is None else TURN_NOISE * rng.standard_normal()), one, other))
+    return sorted(turns, key=lambda turn: turn[0])
+
+
+def _join(edges, rng):
+    """Joins edges that go on straight across a node, and both where there are just two: a list of lines, [n, 2] each"""
+    ends_of, following = {}, {}
+    for i, (a, b, _) in enumerate(edges):
+        ends_of.setdefault(a, []).append((i, 0))
+        ends_of.setdefault(b, []).append((i, 1))
+    for ends in ends_of.values():
+        for turn, one, other in _get_turns(edges, ends, rng):
+            if one not in following and other not in following and (turn < STRAIGHT or len(ends) == 2):
+                following[one], following[other] = other, one
+    lines, done = [], set()
+    free = [end for end in itertools.product(range(len(edges)), (0, 1)) if end not in following]
+    for edge, end in free + [(edge, 0) for edge in range(len(edges))]:  # closed lines last
+        if edge in done:
+            continue
+        line = []
+        while edge not in done:
+            done.add(edge)
+            line.append(edges[edge][2][:: 1 if end == 0 else -1][1 if line else 0 :])
+            edge, end = following.get((edge, 1 - end), (edge, end))
+        lines.append(np.concatenate(line))
+    return lines
+
+
+def _smooth(line):
+    """Smooths a line, whose ends stay"""
+    if len(line) < 5:
+        return line
+    return np.concatenate([line[:1], scipy.ndimage.gaussian_filter1d(line, SMOOTH, axis=0, mode="nearest")[1:-1], line[-1:]])

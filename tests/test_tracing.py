@@ -1,0 +1,131 @@
+"""Traces: lines of ink, their division into strokes of a library, and the programs they make."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import images
+import models
+from reading import tracing, variation
+from reading.variation import OWN
+
+SIDE = 105
+LIBRARY = np.array([[0.2, 0, 0], [0, 0.2, 0], [0.3, 0, 0], [0, -0.3, 0], [0.15, 0.15, 0.8], [0.1, -0.1, -1.2]])  # dx, dy, theta
+
+
+def draw_ink(*lines, radius=1.5):
+    """Ink [SIDE, SIDE] within a radius in pixels of points (x, y) of the unit square"""
+    row, col = np.mgrid[:SIDE, :SIDE]
+    ink = np.zeros((SIDE, SIDE), bool)
+    for line in lines:
+        for x, y in line:
+            ink |= (col + 0.5 - x * SIDE) ** 2 + (row + 0.5 - (1 - y) * SIDE) ** 2 <= radius**2
+    return ink
+
+
+def get_line(*corners, num=200):
+    """Points along straight lines between corners"""
+    parts = [np.linspace(a, b, num) for a, b in itertools.pairwise(np.array(corners, float))]
+    return np.concatenate([part[1 if i else 0 :] for i, part in enumerate(parts)])
+
+
+def get_arc(start, dx, dy, theta, num=100):
+    """Points of a stroke as the renderer draws it: its direction turns by 2 theta, clockwise where theta is positive"""
+    heading = math.atan2(dy, dx) + np.linspace(theta, -theta, num)
+    steps = np.column_stack([np.cos(heading), np.sin(heading)])
+    way = np.concatenate([[[0, 0]], (steps[1:] + steps[:-1]).cumsum(0)])
+    return np.array(start) + way * math.hypot(dx, dy) / np.linalg.norm(way[-1])
+
+
+LINES = {
+    "corner": [get_line((0.2, 0.8), (0.2, 0.2), (0.7, 0.2))],
+    "crossing": [get_line((0.2, 0.5), (0.8, 0.5)), get_line((0.5, 0.2), (0.5, 0.8))],
+    "T": [get_line((0.2, 0.8), (0.8, 0.8)), get_line((0.5, 0.8), (0.5, 0.2))],
+    "circle": [0.5 + 0.3 * np.column_stack([np.cos(a := np.linspace(0, 2 * np.pi, 400)), np.sin(a)])],
+    "two": [get_line((0.2, 0.2), (0.2, 0.8)), get_line((0.6, 0.2), (0.8, 0.8))],
+    "dot": [get_line((0.3, 0.6), (0.3, 0.6))],
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_lines_are_found(name):
+    """As many as were drawn, and within a pixel and a half of them, as far as their ends"""
+    drawn, found = LINES[name], tracing.find_lines(draw_ink(*LINES[name]))
+    assert len(found) == len(drawn)
+    ours, theirs = np.concatenate(found), np.concatenate(drawn)
+    distance = np.linalg.norm(ours[:, None] - theirs, axis=2) * SIDE  # pixels
+    assert distance.min(1).max() < 1.5 and distance.min(0).max() < 3.5
+    if name == "crossing":
+        assert sorted(round(float(abs(line[-1] - line[0])[0]), 1) for line in found) == [0, 0.6]  # neither turns
+
+
+def test_frayed_ink_is_no_line():
+    line = get_line((0.2, 0.5), (0.8, 0.5))
+    frayed = draw_ink(line, get_line((0.5, 0.5), (0.5, 0.54)))
+    assert len(tracing.find_lines(frayed)) == 1
+    assert len(tracing.find_lines(draw_ink(line, get_line((0.5, 0.5), (0.5, 0.62))))) == 2
+
+
+def test_a_line_of_strokes_of_the_library_is_divided_into_them():
+    arcs = [LIBRARY[4], LIBRARY[5], LIBRARY[3]]
+    line = np.array([[0.2, 0.5]])
+    for arc in arcs:
+        line = np.concatenate([line, get_arc(line[-1], *arc)[1:]])
+    strokes = tracing.divide(line, LIBRARY)
+    assert [primitive for primitive, _, _ in strokes] == [4, 5, 3]
+    ends = np.array([0.2, 0.5]) + np.array(arcs)[:, :2].cumsum(0)
+    np.testing.assert_allclose([end for _, end, _ in strokes], ends, atol=tracing.STEP)
+    np.testing.assert_allclose([theta for _, _, theta in strokes], [arc[2] for arc in arcs], atol=0.3)
+
+
+def test_the_division_is_the_best_of_all():
+    """Against trying every division of a short line"""
+    line = np.random.RandomState(0).uniform(0, 0.05, (9, 2)).cumsum(0) * [1, 0.5]
+    points, step = tracing._resample(line)
+    num = len(points)
+
+    def get_cost(cuts):
+        first, last = np.array(cuts[:-1]), np.array(cuts[1:])
+        chord, theta, error = tracing._fit_arcs(points, first, last, step)
+        e = (np.column_stack([chord, theta])[:, None] - LIBRARY) / [OWN.displacement, OWN.displacement, OWN.theta]
+        return ((e**2).sum(2).min(1) / 2 + tracing.COST + error / (2 * tracing.TAU**2)).sum()
+
+    inner = [cuts for n in range(num - 1) for cuts in itertools.combinations(range(1, num - 1), n)]
+    best = min(([0, *cuts, num - 1] for cuts in inner), key=get_cost)
+    assert 8 <= num <= 14
+    np.testing.assert_allclose([end for _, end, _ in tracing.divide(line, LIBRARY)], points[best[1:]])
+
+
+def test_traces_lie_on_the_ink():
+    """Of letters: nearly all the ink is drawn, and little else, before any refit; in whatever order"""
+    model = models.GenerativeModel(64, likelihood="learned-affine").requires_grad_(False)
+    glyphs, _, _ = images.draw_glyphs()
+    obs = torch.as_tensor(np.stack([glyphs[20 * i] for i in range(12)])).float()
+    inks = [np.kron(image.bool().numpy(), np.ones((4, 4), bool)) for image in obs]
+    rng = np.random.default_rng(0)
+    for rngs in (None, [rng] * 12):
+        traces = tracing.trace(model, inks, rngs)
+        drawing = variation.vary(traces.centre, traces.variation, OWN)
+        log_p = variation.get_log_likelihood(drawing, obs)
+        blank = variation.get_log_likelihood(drawing._replace(on=torch.zeros_like(drawing.on)), obs)
+        assert (log_p > blank / 2).all(), (log_p, blank)
+        primitives = model.get_primitives()[traces.latent[..., 0]]
+        used = traces.centre.displacement.any(2)
+        assert torch.equal(traces.centre.displacement[used], primitives[..., :2][used])
+        assert not drawing.on[~used].any() and not traces.variation.displacement[~used].any()
+
+
+def test_any_image_has_a_trace():
+    model = models.GenerativeModel(8).requires_grad_(False)
+    wide = np.zeros((20, 60), bool)
+    wide[8:11, 10:50] = True
+    inks = [np.zeros((28, 28), bool), np.ones((28, 28), bool), wide, wide.T, np.eye(1, dtype=bool), np.random.RandomState(0).rand(50, 50) < 0.3]
+    traces = tracing.trace(model, inks)
+    assert not traces.centre.on[0].any() and traces.centre.on[1:].any(1).all()
+    assert all(x.isfinite().all() for x in traces.variation)
+    drawing = variation.vary(traces.centre, traces.variation, OWN)
+    torch.testing.assert_close(drawing.start[2], torch.tensor([10.5 / 60, 0.5]), atol=0.02, rtol=0)  # in the middle of a square
+    torch.testing.assert_close(drawing.displacement[2].sum(0), torch.tensor([39 / 60, 0]), atol=0.02, rtol=0)
