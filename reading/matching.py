@@ -25,7 +25,7 @@ import torch
 from reading import tracing, variation
 from reading.variation import HAND, OWN, Drawing
 
-NUM_TRACES = 2  # of each image
+NUM_TRACES = 4  # of each image
 NUM_TRACE_STEPS, NUM_OWN_STEPS, NUM_STEPS = 60, 100, 100  # of the refit of traces and programs to the image itself, and to another one
 LEARNING_RATE = 0.1  # of all
 TRACE_BLUR = 0.5  # traces lie on the ink already

@@ -241,7 +241,7 @@ def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_scr
     for extra, message in [
         (["--num-steps=11"], "num-steps is 10 there and 11 here"),
         (["--run-ids", "3"], "has 2 runs"),
-        (["--num-traces=1"], "num-traces is 2 there and 1 here"),
+        (["--num-traces=1"], "num-traces is 4 there and 1 here"),
         (["--runs", "nowhere"], "there is no nowhere"),
     ]:
         status, _, stderr = run_script(oneshot, *argv, *extra)
