@@ -4,9 +4,9 @@
 
 Each run of Omniglot's one-shot task shows characters once, drawn by one person, and asks which of them each drawing by
 another person is. All images are traced by strokes of the model's library (reading/tracing.py), and these varied until they
-fit the others (reading/matching.py). Writes save/<model>/oneshot.csv and, for each run, a figure, save/<model>/oneshot/<run>.pdf: the test
-images, each with its three best characters and their strokes as they were varied to fit it. Complete runs are not
-repeated, so rerun the same command to resume.
+fit the others (reading/matching.py). Writes save/<model>/oneshot.csv and, for each run, a figure,
+save/<model>/oneshot/<run>.pdf: the test images, each with its three best characters and their strokes as they were varied to
+fit it. Complete runs are not repeated, so rerun the same command to resume.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
