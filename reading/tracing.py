@@ -28,15 +28,18 @@ import torch
 from reading import variation
 from reading.variation import OWN, Drawing, Variation
 
-# Lengths are fractions of the page's side; Omniglot's pages have 105 pixels
-SPUR = 0.057  # shorter lines that end at a junction are frayed ink
-CROSSING = 0.076  # closer junctions are one
-REACH = 8  # pixels along a line, for its direction at a junction
+# Pixels of a page of 105 x 105, as Omniglot's are; on other pages in proportion
+PAGE = 105
+SPUR = 6  # shorter lines that end at a junction are frayed ink
+CROSSING = 8  # closer junctions are one
+REACH = 8  # of a line, for its direction at a junction
+SMOOTH = 2  # of the Gaussian that smooths lines
 STRAIGHT = math.radians(60)  # the sharpest turn with which a line goes on across a junction
-SMOOTH = 2.0  # pixels, of the Gaussian that smooths lines
+
+# Fractions of the page
 STEP = 0.03  # between the points at which a line may be divided
 LONGEST = 40  # steps that a stroke may take
-TAU, COST = 0.004, 1.5
+TAU, COST = 0.004, 1.5  # COST in nats
 PEN_UP = 0.03  # a smaller gap between two lines is none
 DOT = 0.012  # the length of a stroke that draws a dot
 TURN_NOISE, ORDER_NOISE = 0.3, 0.5  # of further traces: radians, and of the logarithm of distances
@@ -191,9 +194,9 @@ def _get_distances(arcs, library):
 
 def find_lines(ink, rng=None):
     """The lines of ink [H, H]: a list of arrays [n, 2], points (x, y) of the unit square, y upwards"""
-    side = len(ink)
-    nodes, edges = _simplify(*_get_graph(ink), SPUR * side, CROSSING * side)
-    lines = [_smooth(line) for line in _join(edges, rng)]
+    side, scale = len(ink), len(ink) / PAGE
+    edges = _simplify(*_get_graph(ink), SPUR * scale, CROSSING * scale)
+    lines = [_smooth(line, SMOOTH * scale) for line in _join(edges, max(round(REACH * scale), 1), rng)]
     return [np.column_stack([line[:, 1] + 0.5, side - 0.5 - line[:, 0]]) / side for line in lines]
 
 
@@ -203,18 +206,7 @@ def _get_graph(ink):
 
     thin = skeletonize(np.pad(ink, 1))[1:-1, 1:-1]
     pixels = set(zip(*(x.tolist() for x in np.nonzero(thin)), strict=True))
-    junction = np.zeros(thin.shape, bool)
-    for pixel in pixels:
-        near = [other in pixels for other in _get_ring(pixel)]
-        lines = sum(b and not a for a, b in itertools.pairwise([near[-1], *near]))
-        junction[pixel] = lines >= 3 or sum(near) >= 4
-    cluster, num_junctions = scipy.ndimage.label(junction, np.ones((3, 3)))
-    nodes = [np.argwhere(cluster == i + 1).mean(0) for i in range(num_junctions)]
-    node_of = {pixel: cluster[pixel] - 1 for pixel in pixels if junction[pixel]}
-    ends = {pixel for pixel in pixels - set(node_of) if sum(other in pixels for other in _get_ring(pixel)) <= 1}
-    for pixel in sorted(ends):
-        node_of[pixel] = len(nodes)
-        nodes.append(np.array(pixel, float))
+    nodes, node_of = _find_nodes(pixels, thin.shape)
     rest, edges = pixels - set(node_of), []
     for pixel, node in sorted(node_of.items()):
         for beginning in _get_ring(pixel):
@@ -231,10 +223,25 @@ def _get_graph(ink):
         nodes.append(np.array(beginning, float))
         path, _ = _follow(beginning, node, rest, {})
         edges.append((node, node, np.array([*path, beginning], float)))
-    for pixel in ends:
+    for pixel in sorted(node_of):
         if not any(other in pixels for other in _get_ring(pixel)):  # a dot
             edges.append((node_of[pixel], node_of[pixel], np.array([pixel, pixel], float)))
     return nodes, edges
+
+
+def _find_nodes(pixels, shape):
+    """Junctions, of one or more pixels beside each other, and ends of thinned ink. Returns: the position of each, and the
+    node that each of their pixels belongs to"""
+    junction, ends = np.zeros(shape, bool), []
+    for pixel in sorted(pixels):
+        near = [other in pixels for other in _get_ring(pixel)]
+        num_lines = sum(b and not a for a, b in itertools.pairwise([near[-1], *near]))
+        junction[pixel] = num_lines >= 3 or sum(near) >= 4
+        ends += [pixel] * (sum(near) <= 1)
+    cluster, num_junctions = scipy.ndimage.label(junction, np.ones((3, 3)))
+    nodes = [np.argwhere(cluster == i + 1).mean(0) for i in range(num_junctions)] + [np.array(end, float) for end in ends]
+    node_of = {pixel: cluster[pixel] - 1 for pixel in pixels if junction[pixel]}
+    return nodes, node_of | {end: num_junctions + i for i, end in enumerate(ends)}
 
 
 def _get_ring(pixel):
@@ -263,7 +270,7 @@ def _get_length(points):
 
 
 def _simplify(nodes, edges, spur, crossing):
-    """Joins junctions closer than `crossing`, and removes lines shorter than `spur` that lead nowhere"""
+    """Joins junctions closer than `crossing`, and removes lines shorter than `spur` that lead nowhere. Returns: edges"""
     while True:
         degree = np.bincount([end for edge in edges for end in edge[:2]], minlength=len(nodes))
         for a, b, points in sorted(edges, key=lambda edge: _get_length(edge[2])):
@@ -276,7 +283,7 @@ def _simplify(nodes, edges, spur, crossing):
                     edges = _merge(nodes, edges, a, b)
                 break
         else:
-            return nodes, edges
+            return edges
 
 
 def _merge(nodes, edges, a, b):
@@ -293,12 +300,12 @@ def _merge(nodes, edges, a, b):
     return merged
 
 
-def _get_turns(edges, ends, rng):
+def _get_turns(edges, ends, reach, rng):
     """How sharp the turn from each of a node's edges to each other one is: a list of (radians, end, end), least first"""
 
     def get_direction(edge, end):
         points = edges[edge][2][:: 1 if end == 0 else -1]
-        way = points[min(REACH, len(points) - 1)] - points[0]
+        way = points[min(reach, len(points) - 1)] - points[0]
         return way / max(np.linalg.norm(way), 1e-9)
 
     turns = []
@@ -308,14 +315,14 @@ def _get_turns(edges, ends, rng):
     return sorted(turns, key=lambda turn: turn[0])
 
 
-def _join(edges, rng):
+def _join(edges, reach, rng):
     """Joins edges that go on straight across a node, and both where there are just two: a list of lines, [n, 2] each"""
     ends_of, following = {}, {}
     for i, (a, b, _) in enumerate(edges):
         ends_of.setdefault(a, []).append((i, 0))
         ends_of.setdefault(b, []).append((i, 1))
     for ends in ends_of.values():
-        for turn, one, other in _get_turns(edges, ends, rng):
+        for turn, one, other in _get_turns(edges, ends, reach, rng):
             if one not in following and other not in following and (turn < STRAIGHT or len(ends) == 2):
                 following[one], following[other] = other, one
     lines, done = [], set()
@@ -332,8 +339,8 @@ def _join(edges, rng):
     return lines
 
 
-def _smooth(line):
+def _smooth(line, sigma):
     """Smooths a line, whose ends stay"""
     if len(line) < 5:
         return line
-    return np.concatenate([line[:1], scipy.ndimage.gaussian_filter1d(line, SMOOTH, axis=0, mode="nearest")[1:-1], line[-1:]])
+    return np.concatenate([line[:1], scipy.ndimage.gaussian_filter1d(line, sigma, axis=0, mode="nearest")[1:-1], line[-1:]])
