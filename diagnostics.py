@@ -31,7 +31,7 @@ from runs import checkpoints
 from util import UserError
 
 NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames in reconstructions.gif
-NUM_REFITTED = 20  # of the programs found for an image, besides those of searches of their own
+NUM_REFITTED = 20  # of the programs found for an image, besides those of NUM_SEARCHES small searches
 NUM_SEARCHES = 6
 STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # that each frame of an animation is shown
 

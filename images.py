@@ -91,15 +91,19 @@ def _get_darkness(grey):
 def fit(image, side=SIDE):
     """Scales an image down to 28 x 28 by area averaging; one that is not square is first
     centred on a square of paper."""
+    square = make_square(image)
+    if len(square) == side:
+        return square
+    average = _get_area_average(len(square), side)
+    return average @ square @ average.T
+
+
+def make_square(image):
+    """Centres an image [rows, columns] on a square of paper, 0"""
     rows, cols = image.shape
     longer = max(rows, cols)
-    if rows != cols:
-        top, left = (longer - rows) // 2, (longer - cols) // 2
-        image = np.pad(image, [(top, longer - rows - top), (left, longer - cols - left)])
-    if longer == side:
-        return image
-    average = _get_area_average(longer, side)
-    return average @ image @ average.T
+    top, left = (longer - rows) // 2, (longer - cols) // 2
+    return np.pad(image, [(top, longer - rows - top), (left, longer - cols - left)])
 
 
 def _get_area_average(num_in, num_out):

@@ -26,7 +26,8 @@ from reading import tracing, variation
 from reading.variation import HAND, OWN, Drawing
 
 NUM_TRACES = 4  # of each image
-NUM_TRACE_STEPS, NUM_OWN_STEPS, NUM_STEPS = 60, 100, 100  # of the refit of traces and programs to the image itself, and to another one
+NUM_TRACE_STEPS, NUM_OWN_STEPS = 60, 100  # of the refit to the image itself, of traces and of programs
+NUM_STEPS = 100  # of the refit to another image
 LEARNING_RATE = 0.1  # of all
 TRACE_BLUR = 0.5  # traces lie on the ink already
 FLOOR = 0.03  # f'
@@ -46,19 +47,21 @@ class Strokes(NamedTuple):
         return Strokes(self.obs[ids], self.latent[:, ids], self.drawing.select(rows), self.score[:, ids])
 
 
-def find_strokes(
-    generative_model, inks, obs, num_traces=NUM_TRACES, deviations=OWN, num_steps=NUM_TRACE_STEPS, seed=0, tick=lambda: None
-):
+def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, tick=lambda: None):
     """Traces images and refits the strokes to them.
 
-    Args: inks: the N images as arrays [H, W] of bool, of any size; obs: the same [N, R, C] as the model sees them
+    Args:
+        inks: the N images, a list of arrays [H, W] of bool, of any size; obs [N, R, C]: the same as the model sees them
+        seed: of the order of strokes in further traces
+        tick: called after each step of each variation.AT_ONCE drawings
     Returns: Strokes, of num_traces programs per image, the first trace the most obvious one
     """
     rng = np.random.default_rng(seed)
     traces = tracing.trace(generative_model, inks * num_traces, [None] * len(inks) + [rng] * len(inks) * (num_traces - 1))
+    images = obs.repeat(num_traces, 1, 1)  # [K * N, R, C]
     fit = variation.refit(
-        traces.centre, obs.repeat(num_traces, 1, 1), deviations, num_steps, traces.variation, blur=TRACE_BLUR, lr=LEARNING_RATE, tick=tick
-    )  # fmt: skip
+        traces.centre, images, OWN, NUM_TRACE_STEPS, start=traces.variation, blur=TRACE_BLUR, lr=LEARNING_RATE, tick=tick
+    )
     shape = num_traces, len(inks)
     return Strokes(obs, traces.latent.unflatten(0, shape), fit.drawing, (fit.log_likelihood - fit.distance).view(shape))
 

@@ -14,7 +14,7 @@
 The result is a program, and how strokes have to vary for it to lie on the ink: where variation.refit begins. An image has as
 many strokes as its ink takes.
 
-Source: thinning and the graph of lines are as in Lake, Salakhutdinov and Tenenbaum (2015), section S3 of their supplement.
+Source: thinning and the graph of lines are as in the inference of Lake, Salakhutdinov and Tenenbaum (2015), in outline.
 """
 
 import itertools
@@ -25,6 +25,7 @@ import numpy as np
 import scipy.ndimage
 import torch
 
+from images import make_square
 from reading import variation
 from reading.variation import OWN, Drawing, Variation
 
@@ -38,10 +39,12 @@ STRAIGHT = math.radians(60)  # the sharpest turn with which a line goes on acros
 
 # Fractions of the page
 STEP = 0.03  # between the points at which a line may be divided
-LONGEST = 40  # steps that a stroke may take
-TAU, COST = 0.004, 1.5  # COST in nats
+TAU = 0.004
 PEN_UP = 0.03  # a smaller gap between two lines is none
 DOT = 0.012  # the length of a stroke that draws a dot
+
+COST = 1.5  # nats
+LONGEST = 40  # steps that a stroke may take
 TURN_NOISE, ORDER_NOISE = 0.3, 0.5  # of further traces: radians, and of the logarithm of distances
 
 RING = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]  # a pixel's neighbours, in a circle
@@ -66,7 +69,7 @@ def trace(generative_model, inks, rngs=None):
     primitives = generative_model.get_primitives().detach()  # [P, 5]
     library = primitives[:, :3].double().numpy()
     rngs = [None] * len(inks) if rngs is None else rngs
-    traces = [_trace(_make_square(ink), library, rng) for ink, rng in zip(inks, rngs, strict=True)]
+    traces = [_trace(make_square(ink), library, rng) for ink, rng in zip(inks, rngs, strict=True)]
     num_arcs = max([1, *(len(strokes) for _, strokes in traces)])
     latent = torch.zeros(len(inks), num_arcs, 2, dtype=torch.long)
     arcs = torch.zeros(len(inks), num_arcs, 3)  # dx, dy, theta
@@ -81,15 +84,8 @@ def trace(generative_model, inks, rngs=None):
     sharpness, width = (primitives[:, i].mean().expand(len(inks), num_arcs) for i in (3, 4))
     displacement, theta = centre.displacement * used.unsqueeze(2), centre.theta * used
     centre = centre._replace(displacement=displacement, theta=theta, start=start, sharpness=sharpness, width=width)
-    none = Variation(*map(torch.zeros, variation.get_shapes(centre)))
-    moved = (arcs[..., :2] - displacement) / OWN.displacement
-    return Traces(latent, centre, none._replace(displacement=moved, theta=(arcs[..., 2] - theta) / OWN.theta))
-
-
-def _make_square(ink):
-    rows, cols = ink.shape
-    above, left = (max(cols - rows, 0), max(rows - cols, 0))
-    return np.pad(ink, [(above // 2, above - above // 2), (left // 2, left - left // 2)])
+    moved, turned = (arcs[..., :2] - displacement) / OWN.displacement, (arcs[..., 2] - theta) / OWN.theta
+    return Traces(latent, centre, variation.get_none(centre)._replace(displacement=moved, theta=turned))
 
 
 def _trace(ink, library, rng):

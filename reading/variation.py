@@ -151,6 +151,11 @@ def get_shapes(centre):
     return Variation(centre.displacement.shape, centre.theta.shape, centre.start.shape, centre.start.shape, centre.map.shape)
 
 
+def get_none(centre):
+    """The Variation that leaves a Drawing as it is"""
+    return Variation(*map(torch.zeros, get_shapes(centre)))
+
+
 def sample(centre, deviations=SAMPLED):
     """Draws how other hands would: Drawing -> Drawing"""
     return vary(centre, Variation(*map(torch.randn, get_shapes(centre))), deviations)
@@ -188,10 +193,9 @@ def refit(
         tick: called after each step of each AT_ONCE drawings
     Returns: Fit, whose score is at least that of the start (without regard to aligned_to)
     """
-    parts = []
+    start, parts = start or get_none(centre), []
     for ids in torch.arange(len(obs)).split(AT_ONCE):
-        align = None if aligned_to is None else aligned_to[ids]
-        begin = Variation(*map(torch.zeros, get_shapes(centre.select(ids)))) if start is None else Variation(*(x[ids] for x in start))
+        begin, align = Variation(*(x[ids] for x in start)), None if aligned_to is None else aligned_to[ids]
         parts.append(
             _refit(centre.select(ids), obs[ids], deviations, num_steps, begin, align, blur, sharp_after, lr, floor, tick)
         )

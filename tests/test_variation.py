@@ -32,10 +32,6 @@ def get_centre(num=4, likelihood="learned-affine"):
     return model, latent, obs, variation.get_drawing(model, latent, obs)
 
 
-def get_none(centre):
-    return Variation(*map(torch.zeros, variation.get_shapes(centre)))
-
-
 @pytest.mark.parametrize("likelihood", ["learned-affine", "bernoulli"])
 def test_a_drawing_that_does_not_vary_is_the_program(likelihood):
     """Under its most probable map"""
@@ -47,14 +43,14 @@ def test_a_drawing_that_does_not_vary_is_the_program(likelihood):
         by_map = model.get_map_log_posterior(latent, obs).amax(1)
         total = model.log_likelihood(latent.unsqueeze(0), obs)[0] + math.log(40)
         torch.testing.assert_close(log_p, by_map + total, atol=1e-2, rtol=0)
-    same = variation.vary(centre, get_none(centre), variation.HAND)
+    same = variation.vary(centre, variation.get_none(centre), variation.HAND)
     torch.testing.assert_close(variation.get_probs(same), variation.get_probs(centre))
 
 
 def test_the_score_is_as_defined():
     _, _, obs, centre = get_centre()
     deviations = Deviations(0.1, 0.2, 0.3, 0.7, 0.4, 0.5, 0.6)
-    e = get_none(centre)
+    e = variation.get_none(centre)
     e.displacement[:] = 0.5
     e.start[:] = -1
     e.pen[:] = torch.tensor([2.0, -1.0])
@@ -80,7 +76,7 @@ def test_gradients_against_finite_differences():
     centre = centre._replace(sharpness=centre.sharpness * 0.3)  # smooth
     generator = torch.Generator().manual_seed(0)
     for i, name in enumerate(Variation._fields):
-        e = get_none(centre)
+        e = variation.get_none(centre)
         direction = torch.randn(e[i].shape, generator=generator, dtype=torch.double)
 
         def f(x, e=e, name=name):
@@ -97,7 +93,7 @@ def get_grid(centre, num=81):
     """Every shift on a grid: Variation of num^2 drawings of one program"""
     steps = torch.linspace(-4, 4, num)  # standard deviations
     shifts = torch.cartesian_prod(steps, steps)
-    none = get_none(centre)
+    none = variation.get_none(centre)
     e = Variation(*(x.expand(len(shifts), *x.shape[1:]).clone() for x in none))
     e.warp[:, :, 2] = shifts
     return e
@@ -143,7 +139,7 @@ def test_a_fit_is_repeatable_and_never_worse():
 
 def test_a_fit_begins_where_it_is_told():
     _, _, obs, centre = get_centre()
-    start = get_none(centre)
+    start = variation.get_none(centre)
     start.displacement[:, 1] = 1
     moved = variation.vary(centre, start, variation.HAND)
     obs = (variation.get_probs(moved) > 0.5).float()
