@@ -157,7 +157,7 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
     with gradients. On a GPU selecting takes longer than computing, so all are, but the backward pass leaves out
     those whose factor is zero.
     """
-    latent, context, log_p = particles.latent, particles.context, particles.log_p
+    latent, log_p, log_q, context = particles
     num_particles, batch_size = latent.shape[:2]
     threshold = NEGLIGIBLE / batch_size  # the factors are weights divided by the batch size
     if can_select(latent):
@@ -169,7 +169,7 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
         alphabet = None if alphabet is None else alphabet[obs_id]  # [N, L]
     else:
         grad_log_p = grad_log_p.masked_fill(grad_log_p.abs() <= threshold, 0)  # NaN stays
-    log_q = inference_network.decoder.log_prob(latent, context)  # [1, N], or [P, B] again
+    log_q = log_q if log_q.requires_grad else inference_network.decoder.log_prob(latent, context)  # [1, N] or [P, B]
     zero = (grad_log_q * (log_q - log_q.detach())).sum()
     if needs_gradients(generative_model):
         log_p = log_p if log_p.requires_grad else sum(generative_model.log_prob(latent, obs, alphabet))

@@ -59,20 +59,24 @@ class Decoder(nn.Module):
         self.lstm = nn.LSTMCell(num_primitives + 2 + context_size, lstm_hidden_size)
         self.linear = nn.Linear(lstm_hidden_size, num_primitives + 2)
 
+    @torch.no_grad()
     def sample(self, num_particles, context):
         """context [B, H] -> latent [P, B, A, 2]"""
         return self.sample_and_log_prob(num_particles, context)[0]
 
-    @torch.no_grad()
     def sample_and_log_prob(self, num_particles, context):
-        """context [B, H] -> latent [P, B, A, 2], log_prob [P, B], without gradients"""
+        """context [B, H] -> latent [P, B, A, 2], log_prob [P, B]. Gradients of log_prob come on a GPU alone, where
+        nothing is left out, and so what sampling computes can serve them."""
+        if gpu.uses_kernels(context, "decoder") and gpu.can_decode(self):
+            inputs, shape = (*self._get_inputs(context), *self._get_weights()), (num_particles, len(context))
+            latent, log_prob = gpu.sample(*inputs, num_particles, self.num_arcs, self.uniform_mixture)
+            return latent.unflatten(0, shape), log_prob.view(shape)
+        return self._sample_and_log_prob(num_particles, context)
+
+    @torch.no_grad()
+    def _sample_and_log_prob(self, num_particles, context):
         table, context_input = self._get_inputs(context)
         shape = (num_particles, len(context))
-        if gpu.uses_kernels(context, "decoder") and gpu.can_decode(self):
-            codes, log_prob = gpu.sample(
-                table, context_input, *self._get_weights(), num_particles, self.num_arcs, self.uniform_mixture
-            )  # [P * B, A], [P * B]
-            return unpack(codes).unflatten(0, shape), log_prob.view(shape)
         context_input = context_input.repeat(num_particles, 1)  # [P * B, 4 * hidden]
         x, state, latent, log_prob = context_input, None, [], 0
         for arc_id in range(self.num_arcs):
@@ -109,12 +113,10 @@ class Decoder(nn.Module):
     def log_prob(self, latent, context):
         """latent [P, B, A, 2], context [B, H] -> [P, B]"""
         table, context_input = self._get_inputs(context)
-        codes = pack(latent.flatten(0, 1))  # [P * B, A]
         if gpu.uses_kernels(context, "decoder") and gpu.can_decode(self):
-            log_prob = gpu.ScoreCodes.apply(
-                table, context_input, *self._get_weights(), codes.short(), self.uniform_mixture, torch.is_grad_enabled()
-            )  # [P * B]
-            return log_prob.view(latent.shape[:2])
+            inputs = table, context_input, *self._get_weights()
+            return gpu.log_prob(*inputs, latent.flatten(0, 1), self.uniform_mixture).view(latent.shape[:2])
+        codes = pack(latent.flatten(0, 1))  # [P * B, A]
         context_input = context_input.repeat(len(latent), 1)  # [P * B, 4 * hidden]
         x, state, hidden = context_input, None, []
         for arc_id in range(self.num_arcs):

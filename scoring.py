@@ -98,7 +98,7 @@ class Particles(NamedTuple):
 
     latent: torch.Tensor  # [P, B, A, 2]
     log_p: torch.Tensor  # log p(z, x), with gradients if they come at no cost: [P, B]
-    log_q: torch.Tensor  # log q(z|x): [P, B]
+    log_q: torch.Tensor  # log q(z|x), likewise: [P, B]
     context: torch.Tensor  # the network's encoding of the images, with gradients: [B, H]
 
 
@@ -109,8 +109,7 @@ def propose(generative_model, inference_network, obs, num_particles, alphabet=No
         scorer: `score`, or a faster equivalent
     """
     context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)
-    with torch.no_grad():
-        latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)
+    latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)
     if can_select(latent) or not needs_gradients(generative_model):
         log_p = scorer(generative_model, latent, obs, alphabet)
     else:  # all of them will be differentiated

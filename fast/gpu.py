@@ -233,112 +233,108 @@ def can_decode(decoder):
     return max(decoder.lstm.hidden_size, decoder.num_primitives) <= MAX_DECODER_SIZE
 
 
-@torch.library.custom_op("strokes::sample", mutates_args=())
-def _sample(
+@torch.library.custom_op("strokes::decode", mutates_args=())
+def _decode(
     table: torch.Tensor,
     context: torch.Tensor,
     weight_hh: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     uniform: torch.Tensor,
-    uniform_mixture: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from fast import triton_decoder
-
-    codes = torch.empty(uniform.shape[:2], dtype=torch.int16, device=uniform.device)
-    given = table, context, weight_hh, weight, bias, uniform, codes, uniform_mixture
-    with on_device_of(table):
-        return codes, triton_decoder.decode(*given, save=False)[0]
-
-
-@_sample.register_fake
-def _(table, context, weight_hh, weight, bias, uniform, uniform_mixture):
-    return torch.empty(uniform.shape[:2], dtype=torch.int16, device=uniform.device), table.new_empty(len(uniform))
-
-
-@torch.library.custom_op("strokes::score_codes", mutates_args=())
-def _score_codes(
-    table: torch.Tensor,
-    context: torch.Tensor,
-    weight_hh: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    codes: torch.Tensor,
+    latent: torch.Tensor,
     uniform_mixture: float,
     save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     from fast import triton_decoder
 
-    given = table, context, weight_hh, weight, bias, table.new_empty(0), codes, uniform_mixture
+    drawn = torch.empty_like(uniform, dtype=torch.long)
+    used = drawn if uniform.numel() else latent
     with on_device_of(table):
-        return triton_decoder.decode(*given, save)
+        return drawn, *triton_decoder.decode(table, context, weight_hh, weight, bias, uniform, used, uniform_mixture, save)
 
 
-@_score_codes.register_fake
-def _(table, context, weight_hh, weight, bias, codes, uniform_mixture, save):
-    num_rows, num_arcs, num_units = *codes.shape, weight.shape[1]
-    hidden = table.new_empty(num_arcs, num_rows, num_units)
-    saved = [table.new_empty(num_arcs, num_rows, size) if save else table.new_empty(0) for size in (num_units, 4 * num_units)]
-    return table.new_empty(num_rows), hidden, *saved
+@_decode.register_fake
+def _(table, context, weight_hh, weight, bias, uniform, latent, uniform_mixture, save):
+    drawn = torch.empty_like(uniform, dtype=torch.long)
+    num_rows, num_arcs = (drawn if uniform.numel() else latent).shape[:2]
+    num_logits, num_units = weight.shape
+    sizes = (num_units, 4 * num_units, num_logits)
+    saved = [table.new_empty(num_arcs, num_rows, size) if save else table.new_empty(0) for size in sizes]
+    return drawn, table.new_empty(num_rows), table.new_empty(num_arcs, num_rows, num_units), *saved
 
 
-@torch.library.custom_op("strokes::differentiate_score_codes", mutates_args=())
-def _differentiate_score_codes(
+@torch.library.custom_op("strokes::differentiate_decode", mutates_args=())
+def _differentiate_decode(
     weight_hh: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
-    codes: torch.Tensor,
+    latent: torch.Tensor,
     grad: torch.Tensor,
-    hidden: torch.Tensor,
     cells: torch.Tensor,
     gates: torch.Tensor,
+    log_probs: torch.Tensor,
     uniform_mixture: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from fast import triton_decoder
 
     with on_device_of(weight):
-        return triton_decoder.differentiate_decode(
-            weight_hh, weight, bias, codes, grad, hidden, cells, gates, uniform_mixture
-        )
+        return triton_decoder.differentiate_decode(weight_hh, weight, latent, grad, cells, gates, log_probs, uniform_mixture)
 
 
-@_differentiate_score_codes.register_fake
-def _(weight_hh, weight, bias, codes, grad, hidden, cells, gates, uniform_mixture):
-    return torch.empty_like(gates), gates.new_empty(*gates.shape[:2], len(bias))
+@_differentiate_decode.register_fake
+def _(weight_hh, weight, latent, grad, cells, gates, log_probs, uniform_mixture):
+    return torch.empty_like(gates), torch.empty_like(log_probs)
 
 
-class ScoreCodes(torch.autograd.Function):
-    """log_prob of a decoder: table [2 * K, 4 * H], context [B, 4 * H], weight_hh [4 * H, H], weight [K + 2, H],
-    bias [K + 2], codes [P * B, A] int16, with_gradients: whether a backward pass may follow -> [P * B]"""
+class Decode(torch.autograd.Function):
+    """Samples latents, or scores them, by a decoder.
+
+    Args: table [2 * K, 4 * H], context [B, 4 * H], weight_hh [4 * H, H], weight [K + 2, H], bias [K + 2]; uniform
+        [P * B, A, 2], to sample, or empty; latent [P * B, A, 2], to score, or empty; uniform_mixture; with_gradients:
+        whether a backward pass may follow
+    Returns: the latents drawn, if any, [P * B, A, 2]; log_prob [P * B]
+    """
 
     @staticmethod
-    def forward(ctx, table, context, weight_hh, weight, bias, codes, uniform_mixture, with_gradients):
+    def forward(ctx, table, context, weight_hh, weight, bias, uniform, latent, uniform_mixture, with_gradients):
         ctx.uniform_mixture, ctx.num_contexts, ctx.num_codes = uniform_mixture, len(context), len(table)
         save = with_gradients and any(ctx.needs_input_grad)
-        table, context, codes = table.contiguous(), context.contiguous(), codes.contiguous()
-        log_prob, *saved = _score_codes(table, context, weight_hh, weight, bias, codes, uniform_mixture, save)
+        table, context, latent = table.contiguous(), context.contiguous(), latent.contiguous()
+        drawn, log_prob, *saved = _decode(table, context, weight_hh, weight, bias, uniform, latent, uniform_mixture, save)
+        ctx.mark_non_differentiable(drawn)
         if save:
-            ctx.save_for_backward(weight_hh, weight, bias, codes, *saved)
-        return log_prob
+            ctx.save_for_backward(weight_hh, weight, drawn if uniform.numel() else latent, *saved)
+        return drawn, log_prob
 
     @staticmethod
-    def backward(ctx, grad):
-        weight_hh, weight, bias, codes, hidden, cells, gates = ctx.saved_tensors
-        grad_gates, grad_logits = _differentiate_score_codes(
-            weight_hh, weight, bias, codes, grad.contiguous(), hidden, cells, gates, ctx.uniform_mixture
+    def backward(ctx, _, grad):
+        weight_hh, weight, latent, hidden, cells, gates, log_probs = ctx.saved_tensors
+        grad_gates, grad_logits = _differentiate_decode(
+            weight_hh, weight, latent, grad.contiguous(), cells, gates, log_probs, ctx.uniform_mixture
         )  # [A, N, 4 * H], [A, N, K + 2]
-        before = get_one_hot(codes[:, :-1].t().flatten(), ctx.num_codes, grad)  # [(A - 1) * N, 2 * K]
+        codes = 2 * latent[:, :-1, 0] + latent[:, :-1, 1]  # [N, A - 1]
+        before = get_one_hot(codes.t().flatten(), ctx.num_codes, grad)  # [(A - 1) * N, 2 * K]
         after = grad_gates[1:].flatten(0, 1)  # [(A - 1) * N, 4 * H]
         grad_context = grad_gates.unflatten(1, (-1, ctx.num_contexts)).sum((0, 1))
         grad_logits = grad_logits.flatten(0, 1)
         return (
             before.t() @ after, grad_context, after.t() @ hidden[:-1].flatten(0, 1),
-            grad_logits.t() @ hidden.flatten(0, 1), grad_logits.sum(0), None, None, None,
+            grad_logits.t() @ hidden.flatten(0, 1), grad_logits.sum(0), None, None, None, None,
         )  # fmt: skip
 
 
 def sample(table, context, weight_hh, weight, bias, num_particles, num_arcs, uniform_mixture):
-    """As models.Decoder.sample_and_log_prob: codes [P * B, A] int16 and log_prob [P * B]. Draws fewer
-    random numbers than on a CPU, all at once."""
+    """Draws latents [P * B, A, 2] and their log_prob [P * B], with gradients if they are enabled; the other arguments
+    as for `Decode`. Draws fewer random numbers than on a CPU, all at once."""
     uniform = torch.rand(num_particles * len(context), num_arcs, 2, device=context.device)
-    return _sample(table.contiguous(), context.contiguous(), weight_hh, weight, bias, uniform, uniform_mixture)
+    none = torch.empty(0, dtype=torch.long, device=context.device)
+    return Decode.apply(
+        table, context, weight_hh, weight, bias, uniform, none, uniform_mixture, torch.is_grad_enabled()
+    )
+
+
+def log_prob(table, context, weight_hh, weight, bias, latent, uniform_mixture):
+    """latent [P * B, A, 2] -> [P * B], with gradients if they are enabled; the other arguments as for `Decode`"""
+    none = torch.empty(0, device=context.device)
+    return Decode.apply(
+        table, context, weight_hh, weight, bias, none, latent, uniform_mixture, torch.is_grad_enabled()
+    )[1]

@@ -122,10 +122,17 @@ def _sample(id_log_prob, off, uniform, choice, valid, arc, uniform_mixture, num_
     return tl.where(chosen < num_choices, chosen, num_choices - 1), tl.where(arc > 0, pen.to(tl.int32), 0)
 
 
+@triton.jit
+def _load_stroke(stroke, valid):
+    """Ids and on/off: stroke, pointer to two integers a row -> each [ROWS]"""
+    chosen = tl.load(stroke, mask=valid, other=0).to(tl.int32)
+    return chosen, tl.load(stroke + 1, mask=valid, other=0).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_contexts"])
 def _decode(
-    table, context, weight_hh, weight, bias, uniform, codes, log_prob, hidden, cells, gates, num_rows, num_contexts,
-    num_arcs, num_units, num_choices, uniform_mixture,
+    table, context, weight_hh, weight, bias, uniform, latent, log_prob, hidden, cells, gates, log_probs, num_rows,
+    num_contexts, num_arcs, num_units, num_choices, uniform_mixture,
     SAMPLE: tl.constexpr, SAVE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -153,17 +160,23 @@ def _decode(
             tl.store(gate + num_units, f, mask=both)
             tl.store(gate + 2 * num_units, g, mask=both)
             tl.store(gate + 3 * num_units, o, mask=both)
+        off, on = _get_on_log_probs(h, weight, bias, unit, num_units, num_choices)
         tl.debug_barrier()  # all threads can read the hidden state now
         id_log_prob = _get_id_log_probs(hidden, now, valid, weight, bias, choice, num_units, num_choices)
-        off, on = _get_on_log_probs(h, weight, bias, unit, num_units, num_choices)
+        if SAVE:
+            kept = log_probs + now * (num_choices + 2)
+            tl.store(kept[:, None] + choice[None, :], id_log_prob, mask=valid[:, None] & (choice < num_choices)[None, :])
+            tl.store(kept + num_choices, off, mask=valid)
+            tl.store(kept + num_choices + 1, on, mask=valid)
+        stroke = latent + (row * num_arcs + arc) * 2
         if SAMPLE:
             numbers = uniform + (row * num_arcs + arc) * 2
             chosen, pen = _sample(id_log_prob, off, numbers, choice, valid, arc, uniform_mixture, num_choices)
-            code = 2 * chosen + pen
-            tl.store(codes + row * num_arcs + arc, code.to(tl.int16), mask=valid)
+            tl.store(stroke, chosen.to(tl.int64), mask=valid)
+            tl.store(stroke + 1, pen.to(tl.int64), mask=valid)
         else:
-            code = tl.load(codes + row * num_arcs + arc, mask=valid, other=0).to(tl.int32)
-            chosen, pen = code // 2, code % 2
+            chosen, pen = _load_stroke(stroke, valid)
+        code = 2 * chosen + pen
         log_id = tl.sum(tl.where(choice[None, :] == chosen[:, None], id_log_prob, 0.0), 1)
         log_id, _ = _mix(log_id, uniform_mixture, num_choices)
         log_on, _ = _mix(tl.where(pen == 1, on, off), uniform_mixture, 2)
@@ -178,27 +191,27 @@ def _get_options(num_units, num_choices):
     )
 
 
-def decode(table, context, weight_hh, weight, bias, uniform, codes, uniform_mixture, save):
+def decode(table, context, weight_hh, weight, bias, uniform, latent, uniform_mixture, save):
     """Samples latents, or scores them.
 
     Args: table [2 * K, 4 * H] and context [B, 4 * H], the LSTM's inputs for a stroke's code 2 * id + on, and for an
         image; weight_hh [4 * H, H]; weight [K + 2, H], bias [K + 2]; uniform [N, A, 2] in [0, 1), N a multiple of
-        B, to sample, or empty, to score; codes [N, A] int16, written or read; save: whether a backward pass follows
-    Returns: log_prob [N]; for the backward pass hidden [A, N, H], and, empty unless save, cells [A, N, H] and
-        gates [A, N, 4 * H]
+        B, to sample, or empty, to score; latent [N, A, 2] int64, written or read; save: whether a backward pass follows
+    Returns: log_prob [N]; for the backward pass hidden [A, N, H], and, empty unless save, cells [A, N, H],
+        gates [A, N, 4 * H] and log_probs [A, N, K + 2], of ids and of off and on
     """
-    num_rows, num_arcs = codes.shape
+    num_rows, num_arcs = latent.shape[:2]
     num_units, num_choices = weight.shape[1], weight.shape[0] - 2
     log_prob, hidden = table.new_empty(num_rows), table.new_empty(num_arcs, num_rows, num_units)
-    cells = torch.empty_like(hidden) if save else table.new_empty(0)
-    gates = table.new_empty(num_arcs, num_rows, 4 * num_units) if save else table.new_empty(0)
+    sizes = (num_units, 4 * num_units, num_choices + 2)
+    saved = [table.new_empty(num_arcs, num_rows, size) if save else table.new_empty(0) for size in sizes]
     if num_rows:
         _decode[triton.cdiv(num_rows, ROWS_PER_PROGRAM),](
-            table, context, weight_hh, weight, bias, uniform, codes, log_prob, hidden, cells, gates, num_rows,
+            table, context, weight_hh, weight, bias, uniform, latent, log_prob, hidden, *saved, num_rows,
             len(context), num_arcs, num_units, num_choices, float(uniform_mixture), SAMPLE=uniform.numel() > 0,
             SAVE=save, **_get_options(num_units, num_choices),
         )  # fmt: skip
-    return log_prob, hidden, cells, gates
+    return log_prob, hidden, *saved
 
 
 # ------------------------------------------------------------------ backward
@@ -206,31 +219,29 @@ def decode(table, context, weight_hh, weight, bias, uniform, codes, uniform_mixt
 
 @triton.jit
 def _differentiate_choices(
-    h, weight, bias, code, factor, grad_logits, hidden, row, valid, arc, unit, choice, num_units, num_choices,
-    uniform_mixture,
-):  # fmt: skip
+    log_probs, chosen, pen, factor, grad_logits, row, valid, arc, choice, num_choices, uniform_mixture
+):
     """Writes the gradient of a stroke's logits: the mixture's own share, times one-hot minus softmax.
-    Returns: that of the hidden state by way of on and off, [ROWS, UNITS]"""
-    id_log_prob = _get_id_log_probs(hidden, row, valid, weight, bias, choice, num_units, num_choices)
-    chosen, pen = choice[None, :] == (code // 2)[:, None], code % 2
-    _, share = _mix(tl.sum(tl.where(chosen, id_log_prob, 0.0), 1), uniform_mixture, num_choices)
-    grad_id = (factor * share)[:, None] * (tl.where(chosen, 1.0, 0.0) - tl.exp(id_log_prob))
-    off, on = _get_on_log_probs(h, weight, bias, unit, num_units, num_choices)
+    Returns: that of the logit of on, which is minus that of off, [ROWS]"""
+    used = valid[:, None] & (choice < num_choices)[None, :]
+    place = row * (num_choices + 2)
+    id_log_prob = tl.load(log_probs + place[:, None] + choice[None, :], mask=used, other=float("-inf"))
+    mine = choice[None, :] == chosen[:, None]
+    _, share = _mix(tl.sum(tl.where(mine, id_log_prob, 0.0), 1), uniform_mixture, num_choices)
+    grad_id = (factor * share)[:, None] * (tl.where(mine, 1.0, 0.0) - tl.exp(id_log_prob))
+    off = tl.load(log_probs + place + num_choices, mask=valid, other=0.0)
+    on = tl.load(log_probs + place + num_choices + 1, mask=valid, other=0.0)
     _, share = _mix(tl.where(pen == 1, on, off), uniform_mixture, 2)
     grad_on = tl.where(arc > 0, factor * share * (pen.to(tl.float32) - tl.exp(on)), 0.0)
-    place = grad_logits + row * (num_choices + 2)
-    tl.store(place[:, None] + choice[None, :], grad_id, mask=valid[:, None] & (choice < num_choices)[None, :])
-    tl.store(place + num_choices, -grad_on, mask=valid)
-    tl.store(place + num_choices + 1, grad_on, mask=valid)
-    used = unit < num_units
-    w_off = tl.load(weight + num_choices * num_units + unit, mask=used, other=0.0)
-    w_on = tl.load(weight + (num_choices + 1) * num_units + unit, mask=used, other=0.0)
-    return grad_on[:, None] * (w_on - w_off)[None, :]
+    tl.store(grad_logits + place[:, None] + choice[None, :], grad_id, mask=used)
+    tl.store(grad_logits + place + num_choices, -grad_on, mask=valid)
+    tl.store(grad_logits + place + num_choices + 1, grad_on, mask=valid)
+    return grad_on
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _differentiate_decode(
-    weight_hh, weight, bias, codes, grad, hidden, cells, gates, grad_gates, grad_logits, num_rows, num_arcs,
+    weight_hh, weight, latent, grad, cells, gates, log_probs, grad_gates, grad_logits, num_rows, num_arcs,
     num_units, num_choices, uniform_mixture, ROWS: tl.constexpr, UNITS: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -240,19 +251,20 @@ def _differentiate_decode(
     factor = tl.load(grad + row, mask=valid, other=0.0)
     grad_h = tl.zeros((ROWS, UNITS), tl.float32)
     grad_cell = tl.zeros((ROWS, UNITS), tl.float32)
+    n, c = num_units, num_choices
+    used = unit < n
+    by_on = tl.load(weight + (c + 1) * n + unit, mask=used, other=0.0) - tl.load(weight + c * n + unit, mask=used, other=0.0)
     for back in range(num_arcs):
         arc = num_arcs - 1 - back
         now = arc * num_rows + row
         place = now[:, None] * num_units + unit[None, :]
-        h = tl.load(hidden + place, mask=both, other=0.0)
         cell = tl.load(cells + place, mask=both, other=0.0)
-        code = tl.load(codes + row * num_arcs + arc, mask=valid, other=0).to(tl.int32)
-        grad_h += _differentiate_choices(
-            h, weight, bias, code, factor, grad_logits, hidden, now, valid, arc, unit, choice, num_units, num_choices,
-            uniform_mixture,
-        )  # fmt: skip
+        chosen, pen = _load_stroke(latent + (row * num_arcs + arc) * 2, valid)
+        grad_on = _differentiate_choices(
+            log_probs, chosen, pen, factor, grad_logits, now, valid, arc, choice, num_choices, uniform_mixture
+        )
+        grad_h += grad_on[:, None] * by_on[None, :]
         tl.debug_barrier()  # all threads can read the logits' gradients now
-        n, c = num_units, num_choices
         grad_h += _multiply(grad_logits, c + 2, weight, n, 1, now, valid, unit, c, n)
         gate = now[:, None] * 4 * num_units + unit[None, :]
         i = tl.load(gates + gate, mask=both, other=0.0)
@@ -271,15 +283,15 @@ def _differentiate_decode(
         grad_h = _multiply(grad_gates, 4 * n, weight_hh, n, 1, now, valid, unit, 4 * n, n)
 
 
-def differentiate_decode(weight_hh, weight, bias, codes, grad, hidden, cells, gates, uniform_mixture):
+def differentiate_decode(weight_hh, weight, latent, grad, cells, gates, log_probs, uniform_mixture):
     """The gradients of the gates' inputs [A, N, 4 * H] and of the logits [A, N, K + 2] for grad [N] of log_prob;
     the arguments as for `decode`, and what it returned"""
-    num_rows, num_arcs = codes.shape
+    num_rows, num_arcs = latent.shape[:2]
     num_units, num_choices = weight.shape[1], weight.shape[0] - 2
-    grad_gates, grad_logits = torch.empty_like(gates), gates.new_empty(num_arcs, num_rows, num_choices + 2)
+    grad_gates, grad_logits = torch.empty_like(gates), torch.empty_like(log_probs)
     if num_rows:
         _differentiate_decode[triton.cdiv(num_rows, ROWS_PER_PROGRAM),](
-            weight_hh, weight, bias, codes, grad, hidden, cells, gates, grad_gates, grad_logits, num_rows, num_arcs,
+            weight_hh, weight, latent, grad, cells, gates, log_probs, grad_gates, grad_logits, num_rows, num_arcs,
             num_units, num_choices, float(uniform_mixture), **_get_options(num_units, num_choices),
         )  # fmt: skip
     return grad_gates, grad_logits

@@ -6,6 +6,7 @@ the others stay. After an error that leaves the GPU unusable for this process (a
 anew, once, without kernels.
 """
 
+import functools
 import os
 import sys
 
@@ -121,23 +122,26 @@ def get_checks(generative_model, inference_network, num_particles, batch_size, d
 
 
 def get_decoder_checks(decoder, latent):
-    context = torch.randn(latent.shape[1], decoder.context_size, device=latent.device)
+    """Scores and samples, each with gradients and without: four kernels"""
+    context, parameters = torch.randn(latent.shape[1], decoder.context_size, device=latent.device), list(decoder.parameters())
+    drawn = {}
 
-    def score():
+    def score(with_gradients):
         rows = get_rows(len(context), "decoder")
         particles = slice(1) if rows.stop is not None else slice(None)
-        log_prob = decoder.log_prob(latent[particles, rows], context[rows])[:1]  # of the other particles: compiled only
-        return compare(log_prob.t(), list(decoder.parameters()))
+        with torch.set_grad_enabled(with_gradients):
+            log_prob = decoder.log_prob(latent[particles, rows], context[rows])[:1]  # of the other particles: compiled only
+            return compare(log_prob.t(), parameters)
 
-    def sample():
-        drawn, log_prob = decoder.sample_and_log_prob(len(latent), context)
-        if "decoder" not in gpu.get_kernels():  # others are drawn: compared with itself
-            return sample.log_prob, decoder.log_prob(*sample.drawn).detach()
-        rows = slice(NUM_COMPARED)
-        sample.drawn, sample.log_prob = (drawn[:1, rows], context[rows]), log_prob[:1, rows]
-        return sample.log_prob, sample.log_prob
+    def sample(with_gradients):
+        with torch.set_grad_enabled(with_gradients):
+            if "decoder" not in gpu.get_kernels():  # plain PyTorch would draw others, and so scores these
+                return compare(decoder.log_prob(*drawn[with_gradients]).t(), parameters)
+            some, log_prob = decoder.sample_and_log_prob(len(latent), context)
+            drawn[with_gradients] = some[:1, :NUM_COMPARED], context[:NUM_COMPARED]
+            return compare(log_prob[:1].t(), parameters)
 
-    return [score, sample]
+    return [functools.partial(function, with_gradients) for function in (score, sample) for with_gradients in (True, False)]
 
 
 def get_rows(num_rows, name):
@@ -146,10 +150,10 @@ def get_rows(num_rows, name):
 
 
 def compare(value, inputs):
-    """The first NUM_COMPARED rows of a value, and the gradients for inputs of a fixed sum of these rows"""
+    """The first NUM_COMPARED rows of a value, and, if it has any, the gradients for inputs of a fixed sum of these rows"""
     value = value[:NUM_COMPARED]
     factor = torch.linspace(-1, 2, value.numel(), device=value.device).view_as(value)
-    needed = [x for x in inputs if x.requires_grad]
+    needed = [x for x in inputs if x.requires_grad and value.requires_grad]
     gradients = torch.autograd.grad((value * factor).sum(), needed, allow_unused=True) if needed else []
     gradients = [x[:NUM_COMPARED] if x.dim() == 3 and len(x) > NUM_COMPARED else x for x in gradients if x is not None]
     return [value.detach(), *gradients]

@@ -70,10 +70,11 @@ triton_convolution.differentiate_convolve(obs, out, argmax, out)
 for num_units in (4, 64, 128):
     weights = torch.zeros(4 * num_units, num_units), torch.zeros(66, num_units), torch.zeros(66)
     given = torch.zeros(128, 4 * num_units), torch.zeros(2, 4 * num_units), *weights
-    codes, uniform = torch.zeros(2, 10, dtype=torch.int16), torch.zeros(2, 10, 2)
-    triton_decoder.decode(*given, uniform, codes, 0.0, save=False)
-    log_prob, *saved = triton_decoder.decode(*given, uniform[:0], codes, 0.0, save=True)
-    triton_decoder.differentiate_decode(*weights, codes, log_prob, *saved, 0.0)
+    latent, uniform = torch.zeros(2, 10, 2, dtype=torch.int64), torch.zeros(2, 10, 2)
+    for save in (False, True):
+        triton_decoder.decode(*given, uniform, latent, 0.0, save)
+        log_prob, _, *saved = triton_decoder.decode(*given, uniform[:0], latent, 0.0, save)
+    triton_decoder.differentiate_decode(*weights[:2], latent, log_prob, *saved, 0.0)
 if "--json" in sys.argv:
     print(json.dumps(results))
 else:

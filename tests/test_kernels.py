@@ -177,7 +177,7 @@ class _LogProb(torch.nn.Module):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoder_samples(use_kernels, name, monkeypatch):
-    """The same programs from the same random numbers, and their log-probabilities"""
+    """The same programs from the same random numbers, their log-probabilities and the gradients of these"""
     decoder, _, context = make_decoder(name)
     uniform = torch.rand(4 * 7, 5, 2, device=device)
     monkeypatch.setattr(torch, "rand", lambda *size, **_: uniform)
@@ -191,9 +191,16 @@ def test_decoder_samples(use_kernels, name, monkeypatch):
     results = []
     for enabled in (False, True):
         use_kernels(enabled)
-        results.append(decoder.sample_and_log_prob(4, context))
+        latent, log_prob = decoder.sample_and_log_prob(4, context)
+        assert log_prob.requires_grad == enabled
+        scored = log_prob if enabled else decoder.log_prob(latent, context)
+        factor = torch.linspace(-1, 2, 7, device=device)
+        gradients = torch.autograd.grad((scored * factor).sum(), list(decoder.parameters()))
+        results.append([latent, log_prob.detach(), *gradients])
     assert torch.equal(results[0][0], results[1][0]) and len(results[0][0].unique(dim=0)) > 1
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-5)
+    for want, got in zip(results[0][2:], results[1][2:], strict=True):
+        assert (got - want).norm() <= 1e-4 * want.norm()
 
 
 @pytest.mark.parametrize("name, num_alphabets", [("rws", 0), ("mws", 3)])
