@@ -331,10 +331,9 @@ class GenerativeModel(nn.Module):
 
     def log_likelihood(self, latent, obs):
         """log p(x|z): latent [P, B, A, 2], obs [B, R, C] -> [P, B]"""
-        num_particles, batch_size = latent.shape[:2]
-        obs_id = torch.arange(batch_size, device=obs.device).repeat(num_particles)
         logits = self.get_logits(latent.flatten(0, 1))  # [P * B, R, C]
-        return self.likelihood.log_prob(logits, obs.index_select(0, obs_id)).view(num_particles, batch_size)
+        images = obs.expand(len(latent), *obs.shape).flatten(0, 1)  # [P * B, R, C]
+        return self.likelihood.log_prob(logits, images).view(latent.shape[:2])
 
     @torch.no_grad()
     def get_map_log_posterior(self, latent, obs):

@@ -392,6 +392,8 @@ def affine_log_prob(logits, obs, maps):
     Args: logits [N, R, C]; obs [N, R, C] in {0, 1}; maps [T, 2, 3]
     Returns: [N]
     """
+    if gpu.uses_kernels(logits, "scoring"):
+        return gpu.ScoreMaps.apply(logits, obs, maps)
     return affine_log_prob_by_map(logits, obs, maps).logsumexp(1) - math.log(len(maps))
 
 
@@ -399,8 +401,6 @@ def affine_log_prob_by_map(logits, obs, maps):
     """log p(x | z, map) for each map, [N, T]; arguments as for `affine_log_prob`"""
     if compiled and len(logits) == 1:
         return affine_log_prob_by_map(*(torch.cat([x, x]) for x in (logits, obs)), maps)[:1]
-    if gpu.uses_kernels(logits, "scoring"):
-        return gpu.ScoreMaps.apply(logits.sigmoid(), obs, maps)
     index, weight = get_taps(maps, *obs.shape[1:])
     probs, paper = logits.sigmoid().flatten(1), 1 - obs.flatten(1)  # [N, R * C]
     return _ScoreMaps.apply(probs, paper, index, weight)

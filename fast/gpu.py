@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 LOG_PAPER = math.log(1e-6)  # the logit of a pixel far from all arcs: log(1e-6)
+EPS = torch.finfo(torch.float32).eps  # the least probability of a pixel's value, and the most is one minus that
 NEGLIGIBLE = 2**-24  # a weight that float32 cannot add to a weight of one
 MAX_DECODER_SIZE = 256  # units or primitives that a program of the decoder's kernels can hold in registers
 OPERATORS = ["drawing", "scoring", "decoder", "convolution"]  # that have kernels
@@ -113,47 +114,56 @@ class DrawArcs(torch.autograd.Function):
 
 
 @torch.library.custom_op("strokes::score_maps", mutates_args=())
-def _score_maps(probs: torch.Tensor, obs: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+def _score_maps(
+    logits: torch.Tensor, obs: torch.Tensor, maps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from fast import triton_rendering
 
-    with on_device_of(probs):
-        return triton_rendering.score_maps(probs, obs, maps, torch.finfo(torch.float32).eps)
+    with on_device_of(logits):
+        return triton_rendering.score_maps(logits, obs, maps, EPS)
 
 
 @_score_maps.register_fake
-def _(probs, obs, maps):
-    return probs.new_empty(len(probs), len(maps))
+def _(logits, obs, maps):
+    num_images, num_rows, num_cols = logits.shape
+    probs, by_map = logits.new_empty(num_images, num_rows + 4, num_cols + 4), logits.new_empty(num_images, len(maps))
+    return logits.new_empty(num_images), by_map, probs
 
 
 @torch.library.custom_op("strokes::differentiate_score_maps", mutates_args=())
 def _differentiate_score_maps(
-    probs: torch.Tensor, obs: torch.Tensor, maps: torch.Tensor, grad: torch.Tensor
+    obs: torch.Tensor,
+    maps: torch.Tensor,
+    log_prob: torch.Tensor,
+    by_map: torch.Tensor,
+    probs: torch.Tensor,
+    grad: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from fast import triton_rendering
 
-    eps = torch.finfo(torch.float32).eps
-    with on_device_of(probs):
-        return triton_rendering.differentiate_score_maps(probs, obs, maps, grad, eps, NEGLIGIBLE)
+    with on_device_of(obs):
+        return triton_rendering.differentiate_score_maps(obs, maps, log_prob, by_map, probs, grad, EPS, NEGLIGIBLE)
 
 
 @_differentiate_score_maps.register_fake
-def _(probs, obs, maps, grad):
-    return torch.empty_like(probs), torch.empty_like(maps)
+def _(obs, maps, log_prob, by_map, probs, grad):
+    return torch.empty_like(obs), torch.empty_like(maps)
 
 
 class ScoreMaps(torch.autograd.Function):
-    """log p(x | z, map): probs [N, R, C], obs [N, R, C], maps [T, 2, 3] -> [N, T]"""
+    """log p(x|z) under an equal mixture of maps: logits [N, R, C], obs [N, R, C], maps [T, 2, 3] -> [N]"""
 
     @staticmethod
-    def forward(ctx, probs, obs, maps):
-        given = F.pad(probs, (2, 2, 2, 2)), obs.contiguous(), maps.contiguous()  # with a border of paper
-        ctx.save_for_backward(*given)
-        return _score_maps(*given)
+    def forward(ctx, logits, obs, maps):
+        obs, maps = obs.contiguous(), maps.contiguous()
+        log_prob, *rest = _score_maps(logits.contiguous(), obs, maps)
+        ctx.save_for_backward(obs, maps, log_prob, *rest)
+        return log_prob
 
     @staticmethod
     def backward(ctx, grad):
-        grad_probs, grad_maps = _differentiate_score_maps(*ctx.saved_tensors, grad.contiguous())
-        return grad_probs[:, 2:-2, 2:-2], None, grad_maps
+        grad_logits, grad_maps = _differentiate_score_maps(*ctx.saved_tensors, grad.contiguous())
+        return grad_logits, None, grad_maps
 
 
 # ------------------------------------------------------------------ the first convolution

@@ -1,6 +1,6 @@
 """Drawing and scoring on a GPU: the hot path of rendering.py as Triton kernels.
 
-Each function launches one kernel and computes the same as plain PyTorch in rendering.py, with which
+Each function computes the same as plain PyTorch in rendering.py in one to three kernels, with which
 the tests compare it. gpu.py turns them into operators.
 
 Results do not depend on the order in which threads finish: sums are taken within a program, or
@@ -15,7 +15,8 @@ ARC_SIZE = tl.constexpr(7)  # x_start, y_start, dx, dy, theta, sharpness, width
 BLOCK_PIXELS = 1024  # pixels per program: a whole 28 x 28 image
 MAPS_PER_PROGRAM = 10
 MAPS_PER_GRADIENT = 2  # few, since most have no weight and their programs end at once
-FIXED_POINT = 2.0**28  # gradients are added up as integers of this resolution: see _score_maps_backward
+MIXED_AT_ONCE = 1024  # maps
+FIXED_POINT = 2.0**28  # gradients are added up as integers of this resolution: see differentiate_score_maps
 
 # ------------------------------------------------------------------ drawing
 
@@ -251,6 +252,42 @@ def _mix_taps(p, q, fraction):
 
 
 @triton.jit
+def _get_inner_pixel(entry, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The pixel at an entry of an image with a border, and whether it is one"""
+    STRIDE: tl.constexpr = COLS + 2 * BORDER
+    row, col = entry // STRIDE - BORDER, entry % STRIDE - BORDER
+    return row * COLS + col, (row >= 0) & (row < ROWS) & (col >= 0) & (col < COLS)
+
+
+@triton.jit
+def _pad_probs(logits, probs, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """The probabilities of ink, with a border of paper"""
+    SIZE: tl.constexpr = (ROWS + 2 * BORDER) * (COLS + 2 * BORDER)
+    latent = tl.program_id(0).to(tl.int64)
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pixel, inside = _get_inner_pixel(entry, ROWS, COLS)
+    logit = tl.load(logits + latent * (ROWS * COLS) + pixel, mask=inside, other=float("-inf"))
+    tl.store(probs + latent * SIZE + entry, 1 / (1 + tl.exp(-logit)), mask=entry < SIZE)
+
+
+@triton.jit
+def _mix_maps(by_map, log_prob, num_maps, BLOCK: tl.constexpr):
+    """The logarithm of the mean over maps"""
+    latent = tl.program_id(0).to(tl.int64)
+    number = tl.arange(0, BLOCK)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, num_maps, BLOCK):
+        score = tl.load(by_map + latent * num_maps + first + number, mask=first + number < num_maps, other=float("-inf"))
+        highest = tl.where(score > highest, score, highest)
+    high = tl.max(highest, 0)
+    for first in range(0, num_maps, BLOCK):
+        score = tl.load(by_map + latent * num_maps + first + number, mask=first + number < num_maps, other=float("-inf"))
+        total += tl.exp(score - high)  # NaN stays
+    tl.store(log_prob + latent, high + tl.log(tl.sum(total, 0) / num_maps))
+
+
+@triton.jit
 def _score_maps(
     probs, obs, maps, by_map, num_maps, eps,
     ROWS: tl.constexpr, COLS: tl.constexpr, MAPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -276,41 +313,51 @@ def _score_maps(
         tl.store(by_map + (latent * num_chunks + chunk) * num_maps + number, total * LN_2, mask=exists)
 
 
-def score_maps(probs, obs, maps, eps):
-    """log p(x | z, map) of every image under every map.
+def score_maps(logits, obs, maps, eps):
+    """log p(x | z) of every image under an equal mixture of maps.
 
-    Args: probs [N, R + 4, C + 4], with a border of zeros; obs [N, R, C]; maps [T, 2, 3]
-    Returns: [N, T]
+    Args: logits, obs [N, R, C]; maps [T, 2, 3]
+    Returns: log_prob [N]; for the backward pass by_map [N, T], log p(x | z, map), and probs [N, R + 4, C + 4], those
+        of ink with a border of zeros
     """
     num_images, num_rows, num_cols = obs.shape
     num_chunks = triton.cdiv(num_rows * num_cols, BLOCK_PIXELS)
-    by_map = probs.new_empty(num_images, num_chunks, len(maps))
+    probs = logits.new_empty(num_images, num_rows + 2 * BORDER.value, num_cols + 2 * BORDER.value)
+    by_map, log_prob = logits.new_empty(num_images, num_chunks, len(maps)), logits.new_empty(num_images)
+    size = dict(ROWS=num_rows, COLS=num_cols, BLOCK=BLOCK_PIXELS)
     if num_images:
+        _pad_probs[num_images, triton.cdiv(probs[0].numel(), BLOCK_PIXELS)](
+            logits, probs, **size, num_warps=4, enable_fp_fusion=True
+        )
         _score_maps[num_images, triton.cdiv(len(maps), MAPS_PER_PROGRAM), num_chunks](
-            probs, obs, maps, by_map, len(maps), eps,
-            ROWS=num_rows, COLS=num_cols, MAPS=MAPS_PER_PROGRAM, BLOCK=BLOCK_PIXELS, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-    return by_map.squeeze(1) if num_chunks == 1 else by_map.sum(1)
+            probs, obs, maps, by_map, len(maps), eps, **size, MAPS=MAPS_PER_PROGRAM, num_warps=4, enable_fp_fusion=True
+        )
+    by_map = by_map.squeeze(1) if num_chunks == 1 else by_map.sum(1)
+    if num_images:
+        at_once = min(triton.next_power_of_2(len(maps)), MIXED_AT_ONCE)
+        _mix_maps[num_images,](by_map, log_prob, len(maps), BLOCK=at_once, num_warps=1, enable_fp_fusion=True)
+    return log_prob, by_map, probs
 
 
 @triton.jit
 def _differentiate_score_maps(
-    probs, obs, maps, grad, largest, fixed, grad_maps, num_maps, eps, resolution, negligible,
+    obs, maps, log_prob, by_map, probs, grad, fixed, grad_maps, num_maps, eps, resolution, negligible,
     ROWS: tl.constexpr, COLS: tl.constexpr, MAPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
     first, chunk, num_chunks = tl.program_id(1) * MAPS, tl.program_id(2), tl.num_programs(2)
     STRIDE: tl.constexpr = COLS + 2 * BORDER
     corner = latent * ((ROWS + 2 * BORDER) * STRIDE) + (BORDER * STRIDE + BORDER)
-    scale = tl.load(largest + latent)
+    factor, log_total = tl.load(grad + latent), tl.load(log_prob + latent) + tl.log(1.0 * num_maps)
     pixel = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < ROWS * COLS
     for i in range(MAPS):
         number = first + i
         exists = number < num_maps
         place = grad_maps + ((latent * num_chunks + chunk) * num_maps + number) * 6
-        weight = tl.load(grad + latent * num_maps + number, mask=exists, other=0.0)
-        if tl.abs(weight) > negligible * scale:
+        # the share of the map in the mixture
+        share = tl.exp(tl.load(by_map + latent * num_maps + number, mask=exists, other=float("-inf")) - log_total)
+        if (share > negligible) & (factor != 0):
             m0, m1, m2, m3, m4, m5 = _load_map(maps, number)
             x, y = _get_grid_point(pixel, ROWS, COLS)
             x_seen, col, fx = _get_position(m0, m1, m2, x, y, COLS)
@@ -322,16 +369,16 @@ def _differentiate_score_maps(
             seen = tl.abs(signed)
             counts = inside & (seen >= eps) & (seen <= 1 - eps)
             slope = tl.where(counts, 1 / tl.where(counts, signed, 1.0), 0.0)  # gradient of log p for q
-            share = slope * (weight / scale) * resolution
-            upper, lower = share * (1 - fy), share * fy
+            slope *= share
+            upper, lower = slope * resolution * (1 - fy), slope * resolution * fy
             sums = fixed + corner + at
             tl.atomic_add(sums, (upper * (1 - fx)).to(tl.int64), mask=counts, sem="relaxed")
             tl.atomic_add(sums + 1, (upper * fx).to(tl.int64), mask=counts, sem="relaxed")
             tl.atomic_add(sums + STRIDE, (lower * (1 - fx)).to(tl.int64), mask=counts, sem="relaxed")
             tl.atomic_add(sums + STRIDE + 1, (lower * fx).to(tl.int64), mask=counts, sem="relaxed")
             # where all taps are paper, these are 0
-            by_x = slope * weight * (0.5 * (COLS - 1)) * _mix_taps(p01 - p00, p11 - p10, fy)
-            by_y = slope * weight * (0.5 * (ROWS - 1)) * _mix_taps(p10 - p00, p11 - p01, fx)
+            by_x = slope * factor * (0.5 * (COLS - 1)) * _mix_taps(p01 - p00, p11 - p10, fy)
+            by_y = slope * factor * (0.5 * (ROWS - 1)) * _mix_taps(p10 - p00, p11 - p01, fx)
             tl.store(place, tl.sum(by_x * x, 0))
             tl.store(place + 1, tl.sum(by_x * y, 0))
             tl.store(place + 2, tl.sum(by_x, 0))
@@ -343,21 +390,42 @@ def _differentiate_score_maps(
             tl.store(place + entry, tl.zeros((8,), tl.float32), mask=entry < tl.where(exists, 6, 0))
 
 
-def differentiate_score_maps(probs, obs, maps, grad, eps, negligible):
-    """The gradients of probs [N, R + 4, C + 4] and maps [T, 2, 3] for grad [N, T] of log p(x | map).
+@triton.jit
+def _differentiate_probs(
+    probs, grad, fixed, grad_logits, resolution, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """From the sums of _differentiate_score_maps to the gradient of logits"""
+    SIZE: tl.constexpr = (ROWS + 2 * BORDER) * (COLS + 2 * BORDER)
+    latent = tl.program_id(0).to(tl.int64)
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pixel, inside = _get_inner_pixel(entry, ROWS, COLS)
+    factor = tl.load(grad + latent)
+    given = tl.where(inside, factor, 0.0) != 0
+    total = tl.load(fixed + latent * SIZE + entry, mask=given, other=0).to(tl.float32)
+    prob = tl.load(probs + latent * SIZE + entry, mask=given, other=0.0)
+    value = total * (factor / resolution) * prob * (1 - prob)
+    tl.store(grad_logits + latent * (ROWS * COLS) + pixel, value, mask=inside)
 
-    Many pixels add to one, in integers, so that the order does not matter. An image's gradients
-    are divided by the sum of |grad| over maps first; a sum is then below 2^33 for images up to
-    28 x 28 (|1 / signed| is at most 2^23), far from 2^63 / FIXED_POINT, and resolved to 2^-28.
+
+def differentiate_score_maps(obs, maps, log_prob, by_map, probs, grad, eps, negligible):
+    """The gradients of logits [N, R, C] and maps [T, 2, 3] for grad [N] of log_prob; the other arguments as `score_maps`
+    returned them.
+
+    Many pixels add to one, in integers, so that the order does not matter. The shares of maps sum to one; a sum is
+    then below 2^33 for images up to 28 x 28 (|1 / signed| is at most 2^23), far from 2^63 / FIXED_POINT, and resolved
+    to 2^-28.
     """
     num_images, num_rows, num_cols = obs.shape
     num_chunks = triton.cdiv(num_rows * num_cols, BLOCK_PIXELS)
-    fixed = torch.zeros_like(probs, dtype=torch.int64)
+    fixed, grad_logits = torch.zeros_like(probs, dtype=torch.int64), torch.empty_like(obs)
     grad_maps = maps.new_empty(num_images * num_chunks, len(maps), 6)
-    scale = grad.abs().sum(1)
+    size = dict(ROWS=num_rows, COLS=num_cols, BLOCK=BLOCK_PIXELS)
     if num_images:
         _differentiate_score_maps[num_images, triton.cdiv(len(maps), MAPS_PER_GRADIENT), num_chunks](
-            probs, obs, maps, grad, scale, fixed, grad_maps, len(maps), eps, FIXED_POINT, negligible,
-            ROWS=num_rows, COLS=num_cols, MAPS=MAPS_PER_GRADIENT, BLOCK=BLOCK_PIXELS, num_warps=8, enable_fp_fusion=True,
+            obs, maps, log_prob, by_map, probs, grad, fixed, grad_maps, len(maps), eps, FIXED_POINT, negligible,
+            **size, MAPS=MAPS_PER_GRADIENT, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-    return fixed * (scale / FIXED_POINT).view(-1, 1, 1), grad_maps.sum(0).view_as(maps)
+        _differentiate_probs[num_images, triton.cdiv(probs[0].numel(), BLOCK_PIXELS)](
+            probs, grad, fixed, grad_logits, FIXED_POINT, **size, num_warps=4, enable_fp_fusion=True
+        )
+    return grad_logits, grad_maps.sum(0).view_as(maps)

@@ -62,9 +62,9 @@ triton.runtime.jit.JITFunction.run = run
 arcs, on, params = torch.zeros(2, 10, 7), torch.ones(2, 10, dtype=torch.bool), torch.ones(2)
 logits, arc_id = triton_rendering.draw(arcs, on, params, 28, 28, -13.8)
 triton_rendering.differentiate_draw(arcs, on, params, arc_id, logits, 28, 28, -13.8)
-probs, obs, maps = torch.zeros(2, 32, 32), torch.zeros(2, 28, 28), torch.zeros(40, 2, 3)
-by_map = triton_rendering.score_maps(probs, obs, maps, 1e-7)
-triton_rendering.differentiate_score_maps(probs, obs, maps, by_map, 1e-7, 1e-7)
+obs, maps = torch.zeros(2, 28, 28), torch.zeros(40, 2, 3)
+log_prob, by_map, probs = triton_rendering.score_maps(obs, obs, maps, 1e-7)
+triton_rendering.differentiate_score_maps(obs, maps, log_prob, by_map, probs, log_prob, 1e-7, 1e-7)
 out, argmax = triton_convolution.convolve(obs, torch.zeros(64, 1, 3, 3), torch.zeros(64))
 triton_convolution.differentiate_convolve(obs, out, argmax, out)
 for num_units in (4, 64, 128):

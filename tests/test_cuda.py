@@ -149,7 +149,7 @@ def test_the_training_of_an_evaluation_looks_at_no_value(algorithm, num_alphabet
 # What one call launches on a GPU; of other operations that are no views, one is counted.
 NUM_LAUNCHES = {
     "convolution": 3, "convolution_backward": 6, "logsumexp": 8, "_log_softmax": 1, "topk": 3, "index_put_": 2,
-    "draw": 1, "score_maps": 1, "differentiate_score_maps": 8, "differentiate_convolve": 2,
+    "draw": 1, "score_maps": 3, "differentiate_score_maps": 4, "differentiate_convolve": 2,
 }  # fmt: skip
 
 
@@ -168,7 +168,7 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("algorithm, limit", [("mws", 300), ("rws", 340), ("vimco", 350)])
+@pytest.mark.parametrize("algorithm, limit", [("mws", 240), ("rws", 195), ("vimco", 210)])
 def test_number_of_launches(algorithm, limit):
     """Of a step at the paper's setting, but for those of Adam, which are four"""
     rendering.set_compile(True, META)
@@ -182,7 +182,7 @@ def test_number_of_launches(algorithm, limit):
             main.pretrain_step(run)
     finally:
         rendering.set_compile(False)
-    assert step.num_launches <= limit and pretraining.num_launches <= 150
+    assert step.num_launches <= limit and pretraining.num_launches <= 110
 
 
 @pytest.mark.parametrize("capability", [90])
@@ -195,7 +195,7 @@ def test_kernels_compile_for_a_gpu(capability):
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     kernels = json.loads(process.stdout)
-    assert len(kernels) == 21
+    assert len(kernels) == 24
     for kernel in kernels:
         assert kernel["shared"] <= 48 * 1024 and kernel["stack"] <= 32, kernel
 
