@@ -14,7 +14,7 @@ import math
 import torch
 
 import util
-from fast.gpu import NEGLIGIBLE
+from fast import gpu
 from models import pack, sample_categorical, unpack
 from scoring import can_select, find_distinct, get_log_weight, log_mean_weight, needs_gradients, propose, score  # noqa: F401
 
@@ -159,7 +159,7 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
     """
     latent, log_p, log_q, context = particles
     num_particles, batch_size = latent.shape[:2]
-    threshold = NEGLIGIBLE / batch_size  # the factors are weights divided by the batch size
+    threshold = gpu.NEGLIGIBLE / batch_size  # the factors are weights divided by the batch size
     if can_select(latent):
         obs_id = torch.arange(batch_size).repeat(num_particles)  # [P * B]
         latent, obs_id, grad_log_p, grad_log_q = _select_heavy(
@@ -208,13 +208,7 @@ def mws(generative_model, inference_network, memory, obs, obs_id, num_particles=
     context = inference_network.get_context(obs, alphabet)  # [B, H]
     with torch.no_grad():
         proposal = inference_network.decoder.sample(num_particles, context)  # [P, B, A, 2]
-        kept, log_joint, statistics = update_memory(
-            generative_model, memory, obs, obs_id, proposal, alphabet
-        )  # [M, B, A, 2], [M, B]
-        log_memory = log_joint.log_softmax(0)  # log r
-        drawn = sample_categorical(log_memory.t()).t()  # [1, B]
-        log_r = log_memory.gather(0, drawn).squeeze(0)  # [B]
-        latent = kept[drawn[0], torch.arange(len(obs), device=obs.device)].unsqueeze(0)  # [1, B, A, 2]
+    latent, log_r, statistics = remember(generative_model, memory, obs, obs_id, proposal, alphabet)  # [1, B, A, 2], [B]
     log_prior, log_likelihood = (x.squeeze(0) for x in generative_model.log_prob(latent, obs, alphabet))
     theta_loss = -(log_prior + log_likelihood - log_r).mean()
     phi_loss = -inference_network.decoder.log_prob(latent, context).mean()
@@ -223,11 +217,33 @@ def mws(generative_model, inference_network, memory, obs, obs_id, num_particles=
 
 
 @torch.no_grad()
-def update_memory(generative_model, memory, obs, obs_id, proposal, alphabet=None):
+def remember(generative_model, memory, obs, obs_id, proposal, alphabet=None, scorer=score):
+    """Updates the memory, and draws one of each image's latents from it, in proportion to p(z, x).
+
+    Args: as for `update_memory`
+    Returns: latent [1, B, A, 2]; log_r [B], log of the probability with which it was drawn; statistics, as there
+    """
+    if gpu.uses_kernels(obs, "memory") and gpu.can_remember(memory, len(proposal)):
+        candidate = gpu.get_candidates(memory, obs_id, proposal)  # [M + P, B, A, 2]
+        log_joint = scorer(generative_model, candidate, obs, alphabet)  # [M + P, B]
+        uniform = torch.rand(len(obs), device=obs.device)
+        latent, log_r, statistics = gpu.keep_best(memory, obs_id, candidate, log_joint, uniform)
+        return latent, log_r, dict(zip(["novel_proportion", "new_map"], statistics.mean(1), strict=True))
+    kept, log_joint, statistics = update_memory(
+        generative_model, memory, obs, obs_id, proposal, alphabet, scorer
+    )  # [M, B, A, 2], [M, B]
+    log_memory = log_joint.log_softmax(0)  # log r
+    drawn = sample_categorical(log_memory.t()).t()  # [1, B]
+    log_r = log_memory.gather(0, drawn).squeeze(0)  # [B]
+    return kept[drawn[0], torch.arange(len(obs), device=obs.device)].unsqueeze(0), log_r, statistics
+
+
+@torch.no_grad()
+def update_memory(generative_model, memory, obs, obs_id, proposal, alphabet=None, scorer=score):
     """Keeps, for each image, the M best distinct latents among its memory and the proposals.
 
-    Args: proposal [P, B, A, 2]; the others as for `mws`. Distinct means
-        different programs, even if they draw the same image.
+    Args: proposal [P, B, A, 2]; scorer: `score`, or an equivalent; the others as for `mws`.
+        Distinct means different programs, even if they draw the same image.
     Returns: kept [M, B, A, 2], best first; log_joint [M, B], their log p(z, x);
         statistics {novel_proportion, new_map}
     """
@@ -236,7 +252,7 @@ def update_memory(generative_model, memory, obs, obs_id, proposal, alphabet=None
     remembered = memory[obs_id] if packed else pack(memory[obs_id], memory.dtype)  # [B, M, A]
     candidate = torch.cat([remembered, pack(proposal, memory.dtype).transpose(0, 1)], 1)  # [B, M + P, A]
     latent = unpack(candidate).transpose(0, 1)  # [M + P, B, A, 2]
-    log_joint = score(generative_model, latent, obs, alphabet).t()  # [B, M + P]
+    log_joint = scorer(generative_model, latent, obs, alphabet).t()  # [B, M + P]
     repeated = find_repeated(candidate)  # [B, M + P]
     distinct = log_joint.masked_fill(repeated, -math.inf)
     best_remembered, best_novel = (x.max(1).values for x in distinct.split([memory_size, len(proposal)], 1))

@@ -329,7 +329,7 @@ def main(argv=None):
             print(f"resuming at iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")
         rendering.set_compile(args.compile, device)
         kernel_check.check(
-            run.generative_model, run.inference_network, args.num_particles + run.settings["memory_size"], args.batch_size
+            run.generative_model, run.inference_network, args.num_particles, args.batch_size, run.settings["memory_size"]
         )
         path = train(run, stop, curves)
     if stop.received is not None:

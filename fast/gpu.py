@@ -19,7 +19,8 @@ LOG_PAPER = math.log(1e-6)  # the logit of a pixel far from all arcs: log(1e-6)
 EPS = torch.finfo(torch.float32).eps  # the least probability of a pixel's value, and the most is one minus that
 NEGLIGIBLE = 2**-24  # a weight that float32 cannot add to a weight of one
 MAX_DECODER_SIZE = 256  # units or primitives that a program of the decoder's kernels can hold in registers
-OPERATORS = ["drawing", "scoring", "decoder", "convolution"]  # that have kernels
+MAX_CANDIDATES = 64  # latents per image, remembered and proposed, that a program of the memory's kernels can compare
+OPERATORS = ["drawing", "scoring", "decoder", "convolution", "memory"]  # that have kernels
 WITHOUT_KERNELS = "STROKES_WITHOUT_KERNELS"  # in the environment of a program that was started anew: see runs/kernel_check.py
 
 _kernels = set()  # those of OPERATORS whose kernels are used
@@ -348,3 +349,49 @@ def log_prob(table, context, weight_hh, weight, bias, latent, uniform_mixture):
     return Decode.apply(
         table, context, weight_hh, weight, bias, none, latent, uniform_mixture, torch.is_grad_enabled()
     )[1]
+
+
+# ------------------------------------------------------------------ the memory of Memoised Wake-Sleep
+
+
+def can_remember(memory, num_proposed):
+    """Whether the kernels support a memory, which they do if it is packed and small"""
+    return memory.dim() == 3 and memory.shape[1] + num_proposed <= MAX_CANDIDATES
+
+
+@torch.library.custom_op("strokes::get_candidates", mutates_args=())
+def get_candidates(memory: torch.Tensor, obs_id: torch.Tensor, proposal: torch.Tensor) -> torch.Tensor:
+    """What images remember, and what is proposed for them: memory [N, M, A], obs_id [B], proposal [P, B, A, 2]
+    -> [M + P, B, A, 2]"""
+    from fast import triton_memory
+
+    with on_device_of(memory):
+        return triton_memory.get_candidates(memory.contiguous(), obs_id.contiguous(), proposal.contiguous())
+
+
+@get_candidates.register_fake
+def _(memory, obs_id, proposal):
+    return proposal.new_empty(memory.shape[1] + len(proposal), *proposal.shape[1:])
+
+
+@torch.library.custom_op("strokes::keep_best", mutates_args=("memory",))
+def keep_best(
+    memory: torch.Tensor, obs_id: torch.Tensor, latent: torch.Tensor, log_joint: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keeps the best distinct candidates in memory, and draws one of them.
+
+    Args: memory [N, M, A], whose rows obs_id [B] are changed; latent [M + P, B, A, 2], log_joint [M + P, B]: the
+        candidates; uniform [B], in [0, 1)
+    Returns: the latent drawn, [1, B, A, 2]; log_r [B], log of its probability; statistics [2, B]: the share of
+        proposals that are novel, and whether the best is
+    """
+    from fast import triton_memory
+
+    given = obs_id.contiguous(), latent.contiguous(), log_joint.contiguous(), uniform.contiguous()
+    with on_device_of(memory):
+        return triton_memory.keep_best(memory, *given)
+
+
+@keep_best.register_fake
+def _(memory, obs_id, latent, log_joint, uniform):
+    return torch.empty_like(latent[:1]), torch.empty_like(uniform), uniform.new_empty(2, len(uniform))

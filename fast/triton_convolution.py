@@ -59,7 +59,7 @@ def convolve(obs, weight, bias):
     if num_images:
         _convolve[triton.cdiv(num_images * POOLED.value**2, POSITIONS),](
             obs, weight, bias, out, argmax, num_images, num_channels,
-            SIZE=SIZE, POSITIONS=POSITIONS, CHANNELS=triton.next_power_of_2(num_channels), num_warps=4,
+            SIZE=SIZE, POSITIONS=POSITIONS, CHANNELS=triton.next_power_of_2(num_channels), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out, argmax
 
@@ -97,7 +97,7 @@ def differentiate_convolve(obs, out, argmax, grad):
     if num_images:
         _differentiate_convolve[num_chunks, 10](
             obs, out, argmax, grad, partial, num_images, num_channels, IMAGES=IMAGES_PER_PROGRAM, SIZE=SIZE,
-            POSITIONS=POSITIONS_BACKWARD, CHANNELS=triton.next_power_of_2(num_channels), num_warps=4,
+            POSITIONS=POSITIONS_BACKWARD, CHANNELS=triton.next_power_of_2(num_channels), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     total = partial.sum(0)  # [10, C]
     return total[:9].t().reshape(num_channels, 1, 3, 3), total[9].clone()

@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+import losses
 import models
 import rendering
 from fast import gpu
@@ -21,16 +22,19 @@ NUM_COMPARED = 64  # rows
 TOLERANCE = 1e-2  # of the norm: far above rounding, TF32's included, and far below what a fault changes
 
 
-def check(generative_model, inference_network, num_particles, batch_size):
-    """Tries the kernels that are turned on, for latents of num_particles (P) programs for each of batch_size (B) images.
-    Leaves torch's random state as it is"""
+def check(generative_model, inference_network, num_particles, batch_size, memory_size=0):
+    """Tries the kernels that are turned on, for num_particles proposals and memory_size (M) remembered programs for each of
+    batch_size (B) images. Leaves torch's random state as it is"""
     device = generative_model.pre_theta.device
     names = gpu.get_kernels()
     if not names:
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(0)
-        checks = get_checks(generative_model, inference_network, num_particles, batch_size, device)
+        checks = get_checks(generative_model, inference_network, num_particles + memory_size, batch_size, device)
+        if memory_size:
+            memory = losses.init_memory(batch_size, memory_size, generative_model.num_arcs, len(generative_model.pre_theta))
+            checks["memory"] = get_memory_checks(memory, num_particles, len(generative_model.pre_theta), device)
         working = []
         for name in names:
             faults = (find_fault(name, function, device) for function in checks.get(name, []))
@@ -142,6 +146,25 @@ def get_decoder_checks(decoder, latent):
             return compare(log_prob[:1].t(), parameters)
 
     return [functools.partial(function, with_gradients) for function in (score, sample) for with_gradients in (True, False)]
+
+
+def get_memory_checks(memory, num_particles, num_primitives, device):
+    """Half of the proposals are remembered already: memory [B, M, A]"""
+    batch_size, memory_size, num_arcs = memory.shape
+    codes = losses.init_memory(batch_size, num_particles, num_arcs, num_primitives)  # [B, P, A]
+    num_known = min(codes.shape[1] // 2, memory_size)
+    codes[:, :num_known] = memory[:, :num_known]
+    proposal = models.unpack(codes).transpose(0, 1).contiguous().to(device)  # [P, B, A, 2]
+    log_joint = torch.randn(memory_size + len(proposal), batch_size, device=device)
+    obs, obs_id = torch.zeros(batch_size, 28, 28, device=device), torch.arange(batch_size, device=device)
+
+    def remember():
+        torch.manual_seed(0)
+        kept = memory.to(device, copy=True)
+        latent, log_r, statistics = losses.remember(None, kept, obs, obs_id, proposal, scorer=lambda *_: log_joint)
+        return [x.float() for x in (latent, log_r, kept, *statistics.values())]
+
+    return [remember] if gpu.can_remember(memory, len(proposal)) else []
 
 
 def get_rows(num_rows, name):

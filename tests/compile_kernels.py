@@ -19,6 +19,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from fast import (
     triton_convolution,  # noqa: E402
     triton_decoder,  # noqa: E402
+    triton_memory,  # noqa: E402
     triton_rendering,  # noqa: E402
 )
 
@@ -41,7 +42,7 @@ def run(kernel, *args, grid, warmup, **options):
     given = {**dict(zip(kernel.arg_names, args, strict=False)), **{k: v for k, v in options.items() if k.isupper()}}
     constants = {name: value for name, value in given.items() if name.isupper()}
     signature = {name: "constexpr" if name in constants else get_type(value) for name, value in given.items()}
-    flags = {name: value for name, value in options.items() if name.startswith("num_")}
+    flags = {name: value for name, value in options.items() if name.startswith(("num_", "enable_"))}
     source = ASTSource(kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=flags)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -67,6 +68,9 @@ log_prob, by_map, probs = triton_rendering.score_maps(obs, obs, maps, 1e-7)
 triton_rendering.differentiate_score_maps(obs, maps, log_prob, by_map, probs, log_prob, 1e-7, 1e-7)
 out, argmax = triton_convolution.convolve(obs, torch.zeros(64, 1, 3, 3), torch.zeros(64))
 triton_convolution.differentiate_convolve(obs, out, argmax, out)
+memory, latent = torch.zeros(2, 10, 10, dtype=torch.uint8), torch.zeros(20, 2, 10, 2, dtype=torch.int64)
+triton_memory.get_candidates(memory, latent[0, :, 0, 0], latent[10:])
+triton_memory.keep_best(memory, latent[0, :, 0, 0], latent, torch.zeros(20, 2), torch.zeros(2))
 for num_units in (4, 64, 128):
     weights = torch.zeros(4 * num_units, num_units), torch.zeros(66, num_units), torch.zeros(66)
     given = torch.zeros(128, 4 * num_units), torch.zeros(2, 4 * num_units), *weights

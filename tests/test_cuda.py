@@ -168,7 +168,7 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("algorithm, limit", [("mws", 240), ("rws", 195), ("vimco", 210)])
+@pytest.mark.parametrize("algorithm, limit", [("mws", 200), ("rws", 195), ("vimco", 210)])
 def test_number_of_launches(algorithm, limit):
     """Of a step at the paper's setting, but for those of Adam, which are four"""
     rendering.set_compile(True, META)
@@ -190,12 +190,12 @@ def test_kernels_compile_for_a_gpu(capability):
     triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         pytest.skip("compiling for a GPU that is not there needs Triton 3.3")
-    command = [sys.executable, str(ROOT / "tests/compile_kernels.py"), str(capability), "--json"]
+    command = [sys.executable, "-W", "error", str(ROOT / "tests/compile_kernels.py"), str(capability), "--json"]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     kernels = json.loads(process.stdout)
-    assert len(kernels) == 24
+    assert len(kernels) == 26
     for kernel in kernels:
         assert kernel["shared"] <= 48 * 1024 and kernel["stack"] <= 32, kernel
 

@@ -203,6 +203,39 @@ def test_decoder_samples(use_kernels, name, monkeypatch):
         assert (got - want).norm() <= 1e-4 * want.norm()
 
 
+@pytest.mark.parametrize("num_remembered, num_proposed, dtype", [(10, 10, torch.uint8), (3, 2, torch.int16), (1, 1, torch.uint8)])
+def test_the_memory(use_kernels, num_remembered, num_proposed, dtype):
+    """The same is kept, and drawn from it, and other images' memories stay; of few programs, so that many are repeated"""
+    num_images, obs_id = 6, torch.tensor([4, 0, 3], device=device)
+    before = losses.init_memory(num_images, num_remembered, 3, 4).to(device, dtype)
+    proposal = models.unpack(torch.randint(2, (num_proposed, 3, 3), device=device))  # [P, B, A, 2]
+    proposal[0] = models.unpack(before[obs_id, -1])
+    log_joint = 2 * torch.randn(num_remembered + num_proposed, 3, device=device)
+    log_joint[0, 1] = -torch.inf
+    obs, drawn = torch.zeros(3, 28, 28, device=device), set()
+    for seed in range(20):
+        results = []
+        for enabled in (False, True):
+            use_kernels(enabled)
+            torch.manual_seed(seed)
+            memory = before.clone()
+            latent, log_r, statistics = losses.remember(None, memory, obs, obs_id, proposal, scorer=lambda *_: log_joint)
+            results.append([latent, memory, log_r, *statistics.values()])
+        for want, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5, equal_nan=True)
+        drawn.add(tuple(latent.flatten().tolist()))
+    assert len(drawn) > 3 or num_remembered == 1
+
+
+def test_nan_is_remembered(use_kernels):
+    """So that a model that has diverged shows in the loss"""
+    use_kernels(True)
+    memory, obs_id = losses.init_memory(1, 2, 3, 4).to(device), torch.zeros(1, dtype=torch.long, device=device)
+    proposal, log_joint = models.unpack(memory.transpose(0, 1) ^ 1), torch.tensor([[1.0], [2], [torch.nan], [0]], device=device)
+    _, log_r, _ = losses.remember(None, memory, torch.zeros(1, 28, 28, device=device), obs_id, proposal, scorer=lambda *_: log_joint)
+    assert log_r.isnan().all() and torch.equal(models.unpack(memory[:, 0]), proposal[0])
+
+
 @pytest.mark.parametrize("name, num_alphabets", [("rws", 0), ("mws", 3)])
 def test_an_objective(use_kernels, name, num_alphabets, monkeypatch):
     """Loss and all gradients of an objective, given the same programs"""
@@ -254,7 +287,7 @@ def test_nan_reaches_the_scores(use_kernels, monkeypatch):
 
 LAUNCHES = {
     "drawing": "triton_rendering.draw", "scoring": "triton_rendering.score_maps", "decoder": "triton_decoder.decode",
-    "convolution": "triton_convolution.convolve",
+    "convolution": "triton_convolution.convolve", "memory": "triton_memory.keep_best",
 }  # fmt: skip
 
 
@@ -281,7 +314,7 @@ def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, name, faul
     use_kernels(True)
     monkeypatch.setattr(module, function, broken)
     before = torch.get_rng_state()
-    kernel_check.check(model, network, 1, 2)
+    kernel_check.check(model, network, 1, 2, 2)
     assert torch.equal(torch.get_rng_state(), before)
     assert gpu.get_kernels() == [other for other in gpu.OPERATORS if other != name]
     (line,) = capsys.readouterr().err.splitlines()
@@ -303,7 +336,7 @@ def test_kernels_that_work_stay_on(use_kernels, monkeypatch, capsys):
     monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 3)
     model, network = models.GenerativeModel(8, num_arcs=2).to(device), models.LookupInferenceNetwork(3, 8, 16, num_arcs=2).to(device)
     use_kernels(True)
-    kernel_check.check(model, network, 2, 3)
+    kernel_check.check(model, network, 2, 3, 2)
     assert gpu.get_kernels() == gpu.OPERATORS and capsys.readouterr().err == ""
 
 
