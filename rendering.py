@@ -411,18 +411,18 @@ def affine_log_prob_by_map(logits, obs, maps):
 
 def set_compile(enabled, device="cpu"):
     """Turns compilation of the kernels on or off, for all batch sizes at once: on a CPU with
-    torch.compile, on a GPU with Triton. If it fails (without a C++ compiler, say), warns in one line."""
+    torch.compile, on a GPU with Triton, whose kernels runs/kernel_check.py tries.
+    If it fails (without a C++ compiler, say), warns in one line."""
     if enabled and compiled and not gpu.is_gpu(device):
         return
     compiled.clear()
     gpu.set_kernels(gpu.OPERATORS if enabled and gpu.is_gpu(device) else [])
-    if not enabled:
+    if not enabled or gpu.is_gpu(device):
         return
-    if not gpu.is_gpu(device):
-        _compile_for_cpu()
+    _compile_for_cpu()
     try:
         with torch.inference_mode(False), torch.enable_grad():  # also within a notebook's torch.no_grad()
-            _try_kernels(device)
+            _try_kernels()
     except Exception as error:  # torch raises many types
         compiled.clear()
         gpu.set_kernels([])
@@ -430,10 +430,10 @@ def set_compile(enabled, device="cpu"):
         warn(f"not compiled, training is slower: {reason}")
 
 
-def _try_kernels(device):
+def _try_kernels():
     """Draws and scores something, with gradients"""
     # Arbitrary numbers, but not random ones: the run's random state has been restored already.
-    numbers = torch.linspace(0.1, 0.9, MAPS_AT_ONCE * 6, device=device)
+    numbers = torch.linspace(0.1, 0.9, MAPS_AT_ONCE * 6)
     arcs, maps = numbers[:210].clone().view(3, 10, 7), numbers.view(MAPS_AT_ONCE, 2, 3)
     arcs.requires_grad_()
     logits = get_logits(arcs, torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)

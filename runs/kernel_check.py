@@ -6,7 +6,10 @@ the others stay. After an error that leaves the GPU unusable for this process (a
 anew, once, without kernels.
 """
 
+import concurrent.futures
+import contextlib
 import functools
+import importlib.util
 import os
 import sys
 
@@ -35,16 +38,38 @@ def check(generative_model, inference_network, num_particles, batch_size, memory
         if memory_size:
             memory = losses.init_memory(batch_size, memory_size, generative_model.num_arcs, len(generative_model.pre_theta))
             checks["memory"] = get_memory_checks(memory, num_particles, len(generative_model.pre_theta), device)
-        working = []
-        for name in names:
-            faults = (find_fault(name, function, device) for function in checks.get(name, []))
-            fault = next(filter(None, faults), None)
-            if fault is None:
-                working.append(name)
-            else:
-                where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-                warn(f"the {name} kernels do not work on {where} ({fault}); plain PyTorch takes their place, which is slower")
-    gpu.set_kernels(working)
+        if device.type == "cuda" and importlib.util.find_spec("triton"):
+            compile_side_by_side([function for name in names for function in checks.get(name, [])], device)
+        faults = {name: find_first_fault(name, checks.get(name, []), device) for name in names}
+    for fault in dict.fromkeys(filter(None, faults.values())):
+        broken = ", ".join(name for name in names if faults[name] == fault)
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        warn(f"the kernels of {broken} do not work on {where} ({fault}); plain PyTorch takes their place, which is slower")
+    gpu.set_kernels([name for name in names if faults[name] is None])
+
+
+def compile_side_by_side(functions, device):
+    """Compiles the kernels that functions would launch, in threads and without launching them, so that finding faults
+    one after the other need not wait for the compiler. What fails here fails there again, and is reported there"""
+    from triton.runtime.jit import JITFunction
+
+    def compile_kernel(*args, **options):
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            launch(*args, **{**options, "warmup": True})
+
+    launch, num_threads = JITFunction.run, len(os.sched_getaffinity(0))
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as threads:
+        JITFunction.run = lambda *args, **options: threads.submit(compile_kernel, *args, **options)
+        try:
+            for function in functions:
+                with contextlib.suppress(Exception):
+                    function()
+        finally:
+            JITFunction.run = launch
+
+
+def find_first_fault(name, functions, device):
+    return next(filter(None, (find_fault(name, function, device) for function in functions)), None)
 
 
 def find_fault(name, function, device):

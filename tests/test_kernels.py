@@ -332,6 +332,15 @@ def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, name, faul
         assert (got - want).norm() <= 1e-3 * want.norm() + 1e-6
 
 
+def test_what_breaks_all_kernels_is_said_once(use_kernels, monkeypatch, capsys):
+    use_kernels(True)
+    monkeypatch.setattr(kernel_check, "find_fault", lambda *_: "there is no C compiler")
+    model, network = models.GenerativeModel(8, num_arcs=2).to(device), models.InferenceNetwork(8, 16, num_arcs=2).to(device)
+    kernel_check.check(model, network, 1, 2, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(name in line for name in gpu.OPERATORS) and "no C compiler" in line and gpu.get_kernels() == []
+
+
 def test_kernels_that_work_stay_on(use_kernels, monkeypatch, capsys):
     monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 3)
     model, network = models.GenerativeModel(8, num_arcs=2).to(device), models.LookupInferenceNetwork(3, 8, 16, num_arcs=2).to(device)

@@ -1,0 +1,67 @@
+"""Compiles kernels as a run does before it begins, for a GPU that need not be there, and prints what was compiled: the names
+of kernels, with the number of their variants, and how many were being compiled at a time."""
+
+import collections
+import json
+import pathlib
+import sys
+import threading
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+import models  # noqa: E402
+from fast import gpu, triton_memory, triton_rendering  # noqa: E402
+from runs import kernel_check  # noqa: E402
+
+
+class Driver:
+    """A stand-in for that of a GPU: it cannot launch"""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+compile_kernel, num_compiling, counts = JITFunction.run, 0, collections.Counter()
+together = threading.Event()
+
+
+def watch(kernel, *args, **options):
+    global num_compiling
+    num_compiling += 1
+    if num_compiling > 1:
+        together.set()
+    together.wait(10)
+    compile_kernel(kernel, *args, **options)
+    num_compiling -= 1
+
+
+def fail():
+    raise RuntimeError("this one does not work")
+
+
+triton.runtime.driver.set_active(Driver())
+JITFunction.run = watch
+kernel_check.os.sched_getaffinity = lambda _: range(2)
+gpu.is_gpu = lambda device: True
+gpu.set_kernels(["drawing", "memory"])
+memory = torch.zeros(2, 1, 3, dtype=torch.uint8)
+network = models.LookupInferenceNetwork(2, num_arcs=3)
+checks = kernel_check.get_checks(models.GenerativeModel(num_arcs=3), network, 1, 2, torch.device("cpu"))
+functions = [fail, *checks["drawing"], *kernel_check.get_memory_checks(memory, 1, 64, "cpu")]
+kernel_check.compile_side_by_side(functions, torch.device("cpu"))
+for module in (triton_rendering, triton_memory):
+    for name, kernel in vars(module).items():
+        if isinstance(kernel, JITFunction) and kernel.device_caches:
+            counts[name] = len(kernel.device_caches[0][0])
+print(json.dumps({"kernels": counts, "together": together.is_set(), "restored": JITFunction.run is watch}))
