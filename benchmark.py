@@ -32,6 +32,7 @@ import util
 from fast import gpu, reference
 from fast.cuda_graph import NUM_WARM_UPS, ReplayedStep
 from main import get_adam, get_optimizer, update
+from runs import kernel_check
 from scoring import ScoreTable
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -69,6 +70,8 @@ class Steps:
         self.memory = losses.init_memory(len(self.obs)).to(device)
         self.plain_memory = losses.unpack(self.memory)
         if device.type == "cuda":
+            memory_size = self.memory.shape[1] if algorithm == "mws" else 0
+            kernel_check.check(self.model, self.network, self.num_particles, len(self.obs), memory_size)
             self.step = ReplayedStep(self.step)
 
     def step(self):
