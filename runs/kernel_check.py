@@ -41,6 +41,8 @@ def check(generative_model, inference_network, num_particles, batch_size, memory
         if device.type == "cuda" and importlib.util.find_spec("triton"):
             compile_side_by_side([function for name in names for function in checks.get(name, [])], device)
         faults = {name: find_first_fault(name, checks.get(name, []), device) for name in names}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the run needs less, and other runs may share the GPU
     for fault in dict.fromkeys(filter(None, faults.values())):
         broken = ", ".join(name for name in names if faults[name] == fault)
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
