@@ -267,8 +267,7 @@ def apply_maps(probs, maps):
 
 
 def _clamp(probs):
-    eps = torch.finfo(torch.float32).eps
-    return probs.clamp(eps, 1 - eps)
+    return probs.clamp(gpu.EPS, 1 - gpu.EPS)
 
 
 def get_taps(maps, num_rows, num_cols):
@@ -425,7 +424,6 @@ def set_compile(enabled, device="cpu"):
             _try_kernels()
     except Exception as error:  # torch raises many types
         compiled.clear()
-        gpu.set_kernels([])
         reason = str(error).strip().split("\n")[0][:100]
         warn(f"not compiled, training is slower: {reason}")
 

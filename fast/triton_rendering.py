@@ -1,6 +1,6 @@
 """Drawing and scoring on a GPU: the hot path of rendering.py as Triton kernels.
 
-Each function computes the same as plain PyTorch in rendering.py in one to three kernels, with which
+Each function computes in one to three kernels what plain PyTorch computes in rendering.py, with which
 the tests compare it. gpu.py turns them into operators.
 
 Results do not depend on the order in which threads finish: sums are taken within a program, or

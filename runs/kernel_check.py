@@ -1,7 +1,7 @@
 """Tries a GPU's kernels before a run relies on them.
 
-Each operator that a run will use is run at the run's sizes, forwards and backwards, which also compiles it, and compared with
-plain PyTorch on the same device for some of the rows. One that fails, or gives other numbers, is turned off, with a warning;
+The kernels that a run will use are compiled side by side. Then each operator is run at the run's sizes, forwards and
+backwards, and compared with plain PyTorch on the same device for some of the rows. One that fails, or gives other numbers, is turned off, with a warning;
 the others stay. After an error that leaves the GPU unusable for this process (an illegal access, say), the program is started
 anew, once, without kernels.
 """
@@ -35,7 +35,7 @@ def check(generative_model, inference_network, num_particles, batch_size, memory
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(0)
         checks = get_checks(generative_model, inference_network, num_particles + memory_size, batch_size, device)
-        if memory_size:
+        if 0 < memory_size <= gpu.MAX_CANDIDATES:  # larger ones have no kernels
             memory = losses.init_memory(batch_size, memory_size, generative_model.num_arcs, len(generative_model.pre_theta))
             checks["memory"] = get_memory_checks(memory, num_particles, len(generative_model.pre_theta), device)
         if device.type == "cuda" and importlib.util.find_spec("triton"):
@@ -71,6 +71,7 @@ def compile_side_by_side(functions, device):
 
 
 def find_first_fault(name, functions, device):
+    """As find_fault, of several functions of one operator"""
     return next(filter(None, (find_fault(name, function, device) for function in functions)), None)
 
 

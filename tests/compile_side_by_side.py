@@ -1,5 +1,5 @@
 """Compiles kernels as a run does before it begins, for a GPU that need not be there, and prints what was compiled: the names
-of kernels, with the number of their variants, and how many were being compiled at a time."""
+of kernels, with the number of their variants, and whether two were being compiled at a time."""
 
 import collections
 import json
