@@ -1,9 +1,9 @@
 """Tries a GPU's kernels before a run relies on them.
 
 The kernels that a run will use are compiled side by side. Then each operator is run at the run's sizes, forwards and
-backwards, and compared with plain PyTorch on the same device for some of the rows. One that fails, or gives other numbers, is turned off, with a warning;
-the others stay. After an error that leaves the GPU unusable for this process (an illegal access, say), the program is started
-anew, once, without kernels.
+backwards, and compared with plain PyTorch on the same device for some of the rows. One that fails, or gives other
+numbers, is turned off, with a warning; the others stay. After an error that leaves the GPU unusable for this process (an
+illegal access, say), the program is started anew, once, without kernels.
 """
 
 import concurrent.futures
@@ -81,6 +81,8 @@ def find_fault(name, function, device):
         gpu.set_kernels([name])
         got = function()
         synchronize(device)
+        gpu.set_kernels([])
+        return find_difference(got, function())
     except Exception as error:  # of Triton, of CUDA, or of ours
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         try:
@@ -88,8 +90,11 @@ def find_fault(name, function, device):
         except RuntimeError:
             start_anew(reason)
         return reason
-    gpu.set_kernels([])
-    for ours, plain in zip(got, function(), strict=True):
+
+
+def find_difference(got, want):
+    """Compares two lists of tensors. Returns: by how much the first that differs does, in words, or None"""
+    for ours, plain in zip(got, want, strict=True):
         difference = (ours - plain).norm() / plain.norm().clamp(min=1e-12)
         if not difference <= TOLERANCE:
             return f"the result differs by {difference.item():.1%}"
@@ -168,6 +173,9 @@ def get_decoder_checks(decoder, latent):
     def sample(with_gradients):
         with torch.set_grad_enabled(with_gradients):
             if "decoder" not in gpu.get_kernels():  # plain PyTorch would draw others, and so scores these
+                ids, on = drawn[with_gradients][0].unbind(-1)
+                if not (((0 <= ids) & (ids < decoder.num_primitives)).all() and ((0 <= on) & (on < 2)).all()):
+                    raise ValueError("what is drawn are no programs")  # which must not be looked up on a GPU
                 return compare(decoder.log_prob(*drawn[with_gradients]).t(), parameters)
             some, log_prob = decoder.sample_and_log_prob(len(latent), context)
             drawn[with_gradients] = some[:1, :NUM_COMPARED], context[:NUM_COMPARED]

@@ -3,6 +3,7 @@ which conftest.py asks for."""
 
 import copy
 import importlib
+import itertools
 import os
 import sys
 
@@ -291,8 +292,12 @@ LAUNCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", ["raises", "is wrong"])
-@pytest.mark.parametrize("name", LAUNCHES)
+FAULTS = {"raises": "ptxas is missing", "is wrong": "differs by", "draws no programs": "no programs"}
+
+
+@pytest.mark.parametrize(
+    "name, fault", [*itertools.product(LAUNCHES, ["raises", "is wrong"]), ("decoder", "draws no programs")]
+)
 def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, name, fault, monkeypatch, capsys):
     """And a step then gives plain PyTorch's loss and gradients"""
     monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 3)
@@ -304,6 +309,11 @@ def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, name, faul
         if fault == "raises":
             raise RuntimeError("ptxas is missing\nand more")
         result = works(*args, **kwargs)
+        if fault == "draws no programs":
+            uniform, latent = args[5:7]
+            if uniform.numel():
+                latent.fill_(1000)
+            return result
         first, *rest = result if isinstance(result, tuple) else (result,)
         return (first * 1.5 + 0.1, *rest) if rest else first * 1.5 + 0.1
 
@@ -318,7 +328,7 @@ def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, name, faul
     assert torch.equal(torch.get_rng_state(), before)
     assert gpu.get_kernels() == [other for other in gpu.OPERATORS if other != name]
     (line,) = capsys.readouterr().err.splitlines()
-    assert name in line and ("ptxas is missing" if fault == "raises" else "differs by") in line
+    assert name in line and FAULTS[fault] in line
     results = []
     for enabled in (True, False):
         if not enabled:
