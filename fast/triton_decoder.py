@@ -5,7 +5,7 @@ takes 16 latents through all of them. What one stroke passes to the next (hidden
 goes through memory that only this program touches, with a barrier in between, so that matrix
 products can read it in slices and registers suffice for any size.
 
-The tests compare these functions with plain PyTorch, `Decoder` in decoder.py.
+The tests compare these functions with plain PyTorch, models.Decoder.
 """
 
 import torch

@@ -91,8 +91,12 @@ def get_digest(checkpoint):
 
 
 def load(path, device="cpu", resumable=False, num_images=None):
-    """Loads a checkpoint of main.py. Args: resumable: whether a run must be able to resume from it; if not, optimisers
-    and statistics may be empty; num_images: that a memory must hold, by the data's fingerprint. Raises: UserError if it cannot be read or is invalid"""
+    """Loads a checkpoint of main.py.
+
+    Args: resumable: whether a run must be able to resume from it; if not, optimisers and statistics may be empty;
+        num_images: how many a memory must hold, by the data's fingerprint
+    Raises: UserError if it cannot be read or is invalid
+    """
     checkpoint = util.load_checkpoint(path, device)
     if isinstance(checkpoint["args"], dict):
         later = get_later_arguments()

@@ -1,4 +1,5 @@
-"""When a run saves: on signals that stop it, and by the clock, every few minutes and, in a Slurm job, shortly before the job's time is up.
+"""When a run saves: on signals that stop it, and by the clock, every few minutes and, in a Slurm job, shortly before the
+job's time is up.
 
 When a run saves has no effect on what it computes.
 """
