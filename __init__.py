@@ -15,7 +15,10 @@ import pathlib
 import sys
 
 _FOLDER = pathlib.Path(__file__).resolve().parent
-_OURS = {path.parent.name if path.stem == "__init__" else path.stem for path in [*_FOLDER.glob("*.py"), *_FOLDER.glob("*/__init__.py")]}
+_OURS = {
+    path.parent.name if path.stem == "__init__" else path.stem
+    for path in [*_FOLDER.glob("*.py"), *_FOLDER.glob("*/__init__.py")]
+}
 
 
 def _import(name, globals=None, locals=None, fromlist=(), level=0):

@@ -148,9 +148,7 @@ def compare(algorithm, batch_size, num_runs, device, with_memory):
         "ratio": median["reference"] / median["step"],
         "ratio_to_convolutions": None if algorithm.startswith("eval") else median["step"] / median["convolve"],
         "peak_megabytes": get_peak_memory(algorithm, batch_size, device, "step") if with_memory else None,
-        "reference_peak_megabytes": get_peak_memory(algorithm, batch_size, device, "reference")
-        if with_memory
-        else None,
+        "reference_peak_megabytes": get_peak_memory(algorithm, batch_size, device, "reference") if with_memory else None,
     }
 
 
@@ -207,9 +205,7 @@ def profile(batch_size, num_runs, device):
             ]
         ),
         "gradient of log p of one latent an image": lambda: sum(model.log_prob(latent[:1], obs)).sum().backward(),
-        "gradient of log q of one latent an image": lambda: (
-            network.decoder.log_prob(latent[:1], context).sum().backward()
-        ),
+        "gradient of log q of one latent an image": lambda: network.decoder.log_prob(latent[:1], context).sum().backward(),
         "optimiser": steps.optimizer.step,
         "the whole step": steps.step,
     }

@@ -75,9 +75,7 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
     num_alphabets = len(alphabet_names)
     permutation = np.random.RandomState(123).permutation(len(train.obs))
     num_valid = round(len(train.obs) * CHARDATA_SIZES["valid"] / CHARDATA_SIZES["train"])
-    train, valid = (
-        train.select(torch.from_numpy(ids)) for ids in np.split(permutation, [len(permutation) - num_valid])
-    )
+    train, valid = (train.select(torch.from_numpy(ids)) for ids in np.split(permutation, [len(permutation) - num_valid]))
     if small_dataset and dataset_size is not None:
         raise UserError("--small-dataset and --dataset-size exclude each other; give one")
     if small_dataset:
@@ -192,9 +190,7 @@ def download(url, path, blob_id, timeout=30, num_tries=3):
                 time.sleep(attempt + 1)
         content = temporary.read_bytes()
         if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
-            raise UserError(
-                f"what {url} sent is not the expected file (its git blob id is not {blob_id}); try again later"
-            )
+            raise UserError(f"what {url} sent is not the expected file (its git blob id is not {blob_id}); try again later")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -268,16 +264,12 @@ def _load_array(path):
         if not isinstance(array, np.ndarray):
             with array as archive:
                 if len(archive.files) != 1 and "images" not in archive.files:
-                    raise UserError(
-                        f"{path} holds {', '.join(archive.files)[:200]}; one array is needed, or one named images"
-                    )
+                    raise UserError(f"{path} holds {', '.join(archive.files)[:200]}; one array is needed, or one named images")
                 array = archive["images" if "images" in archive.files else archive.files[0]]
         if not isinstance(array, np.ndarray):
             raise UserError(f"{path} holds no array; expected numbers [N, rows, columns]")
     if array.ndim != 3 or array.dtype.kind not in "uifb" or 0 in array.shape:
-        raise UserError(
-            f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]"
-        )
+        raise UserError(f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]")
     _check_range(path, array)
     return _binarise(path, np.stack([fit(image) for image in array.astype(np.float32)]))
 

@@ -421,7 +421,8 @@ def parse_args(argv=None):
     args = get_parser().parse_args(argv)
     if args.images and args.checkpoint_path is None:
         raise UserError("--images needs --checkpoint-path, the model that reads them")
-    for flag, needed in [("examples", "images"), ("vary", "examples"), ("vary_strokes", "examples"), ("as_is", "images"), ("no_refit", "images")]:
+    needs = dict(examples="images", vary="examples", vary_strokes="examples", as_is="images", no_refit="images")
+    for flag, needed in needs.items():
         if getattr(args, flag) and not getattr(args, needed):
             raise UserError(f"--{flag.replace('_', '-')} needs --{needed}")
     if args.vary and args.vary_strokes:

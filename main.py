@@ -46,9 +46,8 @@ class Run:
         self.pretrain_optimizer = get_adam(self.inference_network.parameters(), device)
         self.memory = None
         if args.algorithm == "mws":
-            self.memory = losses.init_memory(
-                len(dataset.train.obs), args.memory_size, args.num_arcs, args.num_primitives
-            ).to(device)
+            sizes = len(dataset.train.obs), args.memory_size, args.num_arcs, args.num_primitives
+            self.memory = losses.init_memory(*sizes).to(device)
         self.pretrain_iteration = self.iteration = 0
         self.epoch = self.order = None  # of the data; they follow from the iteration
         self.statistics = {}  # name -> [iterations done], float32
@@ -396,8 +395,8 @@ def get_parser():
     add("--data-location", f"{location} (default: local; in a test run glyphs)", default=None)
     add("--small-dataset", "train on 10 images per alphabet, test on the same images", action="store_true")
     add("--dataset-size", "number of training images, the same for each alphabet (default: all)")
-    found = "find the characters on photographs and scans, in a folder of your own images, and give them Omniglot's size and stroke"
-    add("--find-characters", found, action="store_true")
+    found = "find the characters on photographs and scans, in a folder of your own images"
+    add("--find-characters", f"{found}, and give them Omniglot's size and stroke", action="store_true")
     add_model_arguments(parser)
     parser.start_group("training")
     algorithm = f"{', '.join(losses.OBJECTIVES)} (RWS with the sleep update of phi)"

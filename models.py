@@ -382,9 +382,7 @@ def _prepend_alphabet(context, alphabet, num_alphabets):
     """Puts the alphabet in front of the rest of a decoder's context: [B, L + ...]"""
     if (alphabet is not None) != (num_alphabets > 0):
         raise ValueError(
-            "a conditional model needs alphabets"
-            if num_alphabets
-            else "the model is not conditional, but got alphabets"
+            "a conditional model needs alphabets" if num_alphabets else "the model is not conditional, but got alphabets"
         )
     if alphabet is None:
         return context
@@ -441,9 +439,7 @@ class LookupInferenceNetwork(nn.Module):
     """q(z|i): a separate distribution over programs for each of N images. Takes obs_id [B]
     (integers below N) where InferenceNetwork takes obs. Used for evaluation only."""
 
-    def __init__(
-        self, num_data, num_primitives=64, lstm_hidden_size=128, num_arcs=10, uniform_mixture=0.0, num_alphabets=0
-    ):
+    def __init__(self, num_data, num_primitives=64, lstm_hidden_size=128, num_arcs=10, uniform_mixture=0.0, num_alphabets=0):
         super().__init__()
         self.num_data, self.num_alphabets = num_data, num_alphabets
         self.decoder = Decoder(num_primitives, num_arcs, lstm_hidden_size, num_alphabets + num_data, uniform_mixture)

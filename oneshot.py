@@ -41,7 +41,8 @@ def classify(run, model, args, tick):
     num_characters, num_tests = len(run.characters), len(run.tests)
     obs = torch.cat([run.characters, run.tests])
     strokes = matching.find_strokes(model, run.inks, obs, args.num_traces, seed=args.seed, tick=tick)
-    characters, tests = (strokes.select(ids) for ids in torch.arange(num_characters + num_tests).split([num_characters, num_tests]))
+    split = torch.arange(len(obs)).split([num_characters, num_tests])
+    characters, tests = (strokes.select(ids) for ids in split)
     forward, backward, fit, best_program = matching.compare(tests, characters, num_steps=args.num_steps, tick=tick)
     shown = get_best(forward, backward)  # [M, S]
     test = torch.arange(num_tests).unsqueeze(1)
@@ -61,7 +62,9 @@ def draw(run, name, forward, backward, probs):
     tests = F.interpolate(run.tests.unsqueeze(1), size=RESOLUTION)[:, 0]  # [M, R, R]
     characters = F.interpolate(run.characters.unsqueeze(1), size=RESOLUTION)[:, 0]
     num_wrong = int((best[:, 0] != run.answers).sum())
-    title = f"{name}, {run.name}: {num_wrong} of {len(tests)} wrong\ntest image; best characters, their strokes varied to fit it"
+    title = (
+        f"{name}, {run.name}: {num_wrong} of {len(tests)} wrong\ntest image; best characters, their strokes varied to fit it"
+    )
     figure = figures.matches_figure(tests, characters, best, probs, run.answers, title)
     file = io.BytesIO()
     figure.savefig(file, format="pdf", metadata={"CreationDate": None})
@@ -113,7 +116,12 @@ def get_row(name, run, result):
     """A run's numbers of errors: CSV columns. By pixels: the character with the most equal pixels"""
     forward, backward = result["forward"], result["backward"]
     pixels = -(run.tests.unsqueeze(1) - run.characters).abs().sum((2, 3))  # [M, N]
-    scores = {"error": matching.combine(forward, backward), "forward alone": forward, "backward alone": backward, "by pixels": pixels}
+    scores = {
+        "error": matching.combine(forward, backward),
+        "forward alone": forward,
+        "backward alone": backward,
+        "by pixels": pixels,
+    }
     rates = {key: (value.argmax(1) != run.answers).float().mean().item() for key, value in scores.items()}
     return {"model": name, "run": run.name, "images": len(run.tests), **rates}
 
@@ -163,7 +171,9 @@ def main(argv=None):
     folder, rows = util.SAVE / name / "oneshot", []
     with locks.lock(folder / ".lock", f"{name} is classifying"):
         settings = [get_settings(checkpoint, run, args) for run in runs]
-        results = [find_result(folder / f"{run.name}.pt", run, own, args.force) for run, own in zip(runs, settings, strict=True)]
+        results = [
+            find_result(folder / f"{run.name}.pt", run, own, args.force) for run, own in zip(runs, settings, strict=True)
+        ]
         total = sum(get_num_ticks(run, args) for run, result in zip(runs, results, strict=True) if result is None)
         with util.show_progress(total=total, unit="step", disable=total == 0) as bar:
             for run, own, result in zip(runs, settings, results, strict=True):

@@ -440,9 +440,7 @@ def _try_kernels():
 
 def _compile_for_cpu():
     # Force full fusion: inductor otherwise materialises whatever is read more than a few times.
-    options = dict.fromkeys(
-        ["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000
-    )
+    options = dict.fromkeys(["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000)
     for kernel in [_draw, _log_prob_by_map, _differentiate_by_map]:
         compiled[kernel] = torch.compile(kernel, options=options)
     compiled[_differentiate_draw] = torch.compile(_differentiate_draw)  # fully fused, it would take minutes to compile

@@ -46,7 +46,8 @@ def _score_particles(generative_model, latent, obs, alphabet):
             log_joint.append(sum(generative_model.log_prob(latent[done : done + num_particles], obs, alphabet)))
             done += num_particles
         except torch.OutOfMemoryError:
-            if num_particles == 1 or (latent.is_cuda and torch.cuda.is_current_stream_capturing()):  # which forbids emptying the cache
+            captures = latent.is_cuda and torch.cuda.is_current_stream_capturing()  # which forbids emptying the cache
+            if num_particles == 1 or captures:
                 raise
             _scored_at_once = num_particles * len(obs) // 2
             torch.cuda.empty_cache()
@@ -216,9 +217,7 @@ class ScoreTable:
         known = self._find(rows, self.settled) | self._find(rows, self.recent)
         unknown = (~known).nonzero().squeeze(1)  # [N]
         if len(unknown):
-            rows.log_joint[unknown] = score_rows(
-                generative_model, codes[unknown], obs, alphabet, obs_id[unknown]
-            )
+            rows.log_joint[unknown] = score_rows(generative_model, codes[unknown], obs, alphabet, obs_id[unknown])
             self._add(Rows(*(column[unknown] for column in rows)))
         return rows.log_joint.view(num_particles, batch_size)
 

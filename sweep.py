@@ -76,7 +76,8 @@ def get_runs(args):
     runs, known = {}, set()
     models = [util.get_path_base(model_args) for model_args in get_sweep_argss(False, None, args.large_conditional)]
     for seed in args.seeds or [None]:
-        for model, model_args in zip(models, get_sweep_argss(args.test_run, args.data_location, args.large_conditional), strict=True):
+        argss = get_sweep_argss(args.test_run, args.data_location, args.large_conditional)
+        for model, model_args in zip(models, argss, strict=True):
             flags = get_flags(model_args)
             if any(word.split("=")[0] == "--dataset-size" for word in args.settings):  # in place of the small data set
                 flags = [flag for flag in flags if flag != "--small-dataset"]
@@ -252,8 +253,8 @@ def check_data(args):
 
 def has_choice(args):
     """Whether options choose runs"""
-    chosen = [args.models, args.seeds, args.settings, args.data_location, args.test_run, args.large_conditional, args.eval_options]
-    return any(chosen)
+    names = ["models", "seeds", "settings", "data_location", "test_run", "large_conditional", "eval_options"]
+    return any(getattr(args, name) for name in names)
 
 
 def show_status(args):
@@ -375,7 +376,11 @@ def get_parser():
     add("--cluster", "submit them to Slurm; evaluations start when their training in the queue is complete", action=boolean)
     add("--wait", "with --cluster, return when all are complete (status 0) or no longer in the queue (1)", action=boolean)
     add("--status", "print each task's progress, job and log", action=boolean)
-    add("--plot", "draw log p against iterations, from eval_logp.py --every-checkpoint, with the range over seeds", action=boolean)
+    add(
+        "--plot",
+        "draw log p against iterations, from eval_logp.py --every-checkpoint, with the range over seeds",
+        action=boolean,
+    )
     add("--cancel", "cancel the jobs of these runs (with --eval-logp only their evaluations)", action=boolean)
     add("--rm", "delete these runs, after asking (with --eval-logp only their evaluations)", action=boolean)
     add("--yes", "do not ask", action=boolean)
@@ -390,11 +395,20 @@ def get_parser():
     add("--gres", gres, default=None)
     add("--cpus-per-task", "CPUs, and threads, of a job (default: Slurm's)", type=util.in_range(int, 1), default=None)
     add("--mem", "memory of a job, or none: the site's default, or that of --sbatch (default: 16G)")
-    add("--time", f"time limit of a job, or none: the partition's (default: {slurm.TIME_OF_REPEATED} with om-repeat, else {slurm.TIME})", default=None)
+    add(
+        "--time",
+        f"time limit of a job, or none: the partition's (default: {slurm.TIME_OF_REPEATED} with om-repeat, else {slurm.TIME})",
+        default=None,
+    )
     add("--partition", "partition", default=None)
     mail = "address that Slurm emails when a job ends or fails, or address:TYPES, as sbatch's --mail-type takes them"
     add("--mail", mail, default=None)
-    add("--tasks-per-job", "tasks that run side by side in one job and share its GPUs and CPUs", type=util.in_range(int, 1, 64), default=1)
+    add(
+        "--tasks-per-job",
+        "tasks that run side by side in one job and share its GPUs and CPUs",
+        type=util.in_range(int, 1, 64),
+        default=1,
+    )
     requeues = "times that a job is requeued without progress before it gives up"
     add("--max-requeues", requeues, type=util.in_range(int, 1, 1000), default=attempts.MAX_REQUEUES)
     add("--sbatch", 'further options of sbatch, as one string: "--account=lab --qos=long"')

@@ -227,9 +227,7 @@ def check_arguments(args):
     if args.q_uniform_mixture == 1:
         raise UserError("--q-uniform-mixture 1 leaves the inference network nothing to learn; give less")
     if args.initial_max_curve > 0.5 and not args.big_arcs:
-        raise UserError(
-            f"--initial-max-curve {args.initial_max_curve} is too large without --big-arcs; give at most 0.5"
-        )
+        raise UserError(f"--initial-max-curve {args.initial_max_curve} is too large without --big-arcs; give at most 0.5")
     if args.small_dataset and args.dataset_size is not None:
         raise UserError("--small-dataset and --dataset-size exclude each other; give one")
 

@@ -89,7 +89,9 @@ def describe(task):
         verdict, number = commands.get_verdict(record.job), len(record.starts)
         output = (verdict.output if verdict else "") or record.output
         if verdict is None:
-            parts.append(f"job {record.job}: unknown to Slurm by now, " + (f"started {number} times" if number else "never started"))
+            parts.append(
+                f"job {record.job}: unknown to Slurm by now, " + (f"started {number} times" if number else "never started")
+            )
         else:
             for_memory = was_killed_for_memory(verdict, output)
             failed |= for_memory or verdict.state.split()[0] in FAILURES

@@ -10,7 +10,7 @@ from util import UserError, warn
 
 PATIENCE, TIMEOUT = 5, 120  # seconds until we say that we wait, and until we give up
 # Of sbatch's own variables, those that change what it prints, or what we decide
-OURS = ["ARRAY_INX", "NO_REQUEUE", "OPEN_MODE", "REQUEUE", "SIGNAL", "WAIT", "JOB_NAME", "TEST_ONLY", "QUIET", "PARSABLE", "COMMENT"]
+OURS = "ARRAY_INX NO_REQUEUE OPEN_MODE REQUEUE SIGNAL WAIT JOB_NAME TEST_ONLY QUIET PARSABLE COMMENT".split()
 
 
 class Answer(NamedTuple):

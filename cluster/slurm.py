@@ -247,7 +247,8 @@ def get_repeated(listing, index, args):
     output = (util.SAVE / listing.tasks[index].model / "logs" / "slurm-%j.out").resolve()
     comment = f"--comment={get_tag()}-{index}-{listing.name}"
     name = re.sub(r"[^\w./=:,@%+-]", "_", get_job_name(listing.tasks[index]))
-    command = ["om-repeat", "sbatch", *get_options(args), f"--output={output}", comment, "-J", name, *get_script(listing, index)]
+    options = [*get_options(args), f"--output={output}", comment, "-J", name]
+    command = ["om-repeat", "sbatch", *options, *get_script(listing, index)]
     for word in command:
         if not re.fullmatch(r"[\w./=:,@%+-]+", word, re.ASCII):
             raise UserError(
@@ -273,7 +274,9 @@ def submit_tasks(tasks, args, queue, dry_run=False):
     if repeated and args.jobs:
         raise UserError("--jobs with --cluster limits a job array, which om-repeat does not submit; give --no-repeat")
     name = hashlib.sha1(f"{time.time_ns()} {os.getpid()}".encode()).hexdigest()[:8]
-    listing = Listing((FOLDER / f"{name}.json").resolve(), repeated, args.setup, get_warning(args), tasks, args.max_requeues, {})
+    listing = Listing(
+        (FOLDER / f"{name}.json").resolve(), repeated, args.setup, get_warning(args), tasks, args.max_requeues, {}
+    )
     trainings = collections.defaultdict(list)  # model -> the jobs that train it
     for job in queue:
         trainings[job.model] += [job] * (job.kind == "train")

@@ -84,9 +84,7 @@ def _differentiate_draw(
     from fast import triton_rendering
 
     with on_device_of(arcs):
-        return triton_rendering.differentiate_draw(
-            arcs, on, rendering_params, arc_id, grad, num_rows, num_cols, LOG_PAPER
-        )
+        return triton_rendering.differentiate_draw(arcs, on, rendering_params, arc_id, grad, num_rows, num_cols, LOG_PAPER)
 
 
 @_differentiate_draw.register_fake
@@ -115,9 +113,7 @@ class DrawArcs(torch.autograd.Function):
 
 
 @torch.library.custom_op("strokes::score_maps", mutates_args=())
-def _score_maps(
-    logits: torch.Tensor, obs: torch.Tensor, maps: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _score_maps(logits: torch.Tensor, obs: torch.Tensor, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from fast import triton_rendering
 
     with on_device_of(logits):
@@ -338,17 +334,13 @@ def sample(table, context, weight_hh, weight, bias, num_particles, num_arcs, uni
     as for `Decode`. Draws fewer random numbers than on a CPU, all at once."""
     uniform = torch.rand(num_particles * len(context), num_arcs, 2, device=context.device)
     none = torch.empty(0, dtype=torch.long, device=context.device)
-    return Decode.apply(
-        table, context, weight_hh, weight, bias, uniform, none, uniform_mixture, torch.is_grad_enabled()
-    )
+    return Decode.apply(table, context, weight_hh, weight, bias, uniform, none, uniform_mixture, torch.is_grad_enabled())
 
 
 def log_prob(table, context, weight_hh, weight, bias, latent, uniform_mixture):
     """latent [P * B, A, 2] -> [P * B], with gradients if they are enabled; the other arguments as for `Decode`"""
     none = torch.empty(0, device=context.device)
-    return Decode.apply(
-        table, context, weight_hh, weight, bias, none, latent, uniform_mixture, torch.is_grad_enabled()
-    )[1]
+    return Decode.apply(table, context, weight_hh, weight, bias, none, latent, uniform_mixture, torch.is_grad_enabled())[1]
 
 
 # ------------------------------------------------------------------ the memory of Memoised Wake-Sleep

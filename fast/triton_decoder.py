@@ -145,9 +145,7 @@ def _decode(
     total = tl.zeros((ROWS,), tl.float32)
     for arc in range(num_arcs):
         now, before = arc * num_rows + row, (arc - 1) * num_rows + row
-        i, f, g, o = _get_gates(
-            hidden, table, context, weight_hh, before, image, both, valid, unit, code, arc, num_units
-        )
+        i, f, g, o = _get_gates(hidden, table, context, weight_hh, before, image, both, valid, unit, code, arc, num_units)
         i, f, g, o = _sigmoid(i), _sigmoid(f), _tanh(g), _sigmoid(o)
         cell = f * cell + i * g
         h = o * _tanh(cell)
@@ -186,9 +184,8 @@ def _decode(
 
 def _get_options(num_units, num_choices):
     units, choices = (max(triton.next_power_of_2(size), 16) for size in (num_units, num_choices))
-    return dict(
-        ROWS=ROWS_PER_PROGRAM, UNITS=units, CHOICES=choices, num_warps=4 if units == 16 else 8, num_stages=1, enable_fp_fusion=True
-    )
+    sizes = dict(ROWS=ROWS_PER_PROGRAM, UNITS=units, CHOICES=choices)
+    return dict(**sizes, num_warps=4 if units == 16 else 8, num_stages=1, enable_fp_fusion=True)
 
 
 def decode(table, context, weight_hh, weight, bias, uniform, latent, uniform_mixture, save):
@@ -218,9 +215,7 @@ def decode(table, context, weight_hh, weight, bias, uniform, latent, uniform_mix
 
 
 @triton.jit
-def _differentiate_choices(
-    log_probs, chosen, pen, factor, grad_logits, row, valid, arc, choice, num_choices, uniform_mixture
-):
+def _differentiate_choices(log_probs, chosen, pen, factor, grad_logits, row, valid, arc, choice, num_choices, uniform_mixture):
     """Writes the gradient of a stroke's logits: the mixture's own share, times one-hot minus softmax.
     Returns: that of the logit of on, which is minus that of off, [ROWS]"""
     used = valid[:, None] & (choice < num_choices)[None, :]

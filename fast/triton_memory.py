@@ -10,9 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _get_candidates(
-    memory, obs_id, proposal, latent, batch_size, num_arcs, num_remembered, num_proposed, BLOCK: tl.constexpr
-):
+def _get_candidates(memory, obs_id, proposal, latent, batch_size, num_arcs, num_remembered, num_proposed, BLOCK: tl.constexpr):
     image = tl.program_id(0).to(tl.int64)
     row = tl.load(obs_id + image)
     entry = tl.arange(0, BLOCK)

@@ -64,9 +64,7 @@ def _logaddexp(a, b):
 
 
 @triton.jit
-def _draw(
-    arcs, on, rendering_params, logits, arc_id, num_arcs, num_rows, num_cols, log_paper, BLOCK: tl.constexpr
-):
+def _draw(arcs, on, rendering_params, logits, arc_id, num_arcs, num_rows, num_cols, log_paper, BLOCK: tl.constexpr):
     latent = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     num_pixels = num_rows * num_cols

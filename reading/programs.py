@@ -99,9 +99,7 @@ def find_programs(
             )
             parts.append((*best, None if given is None else given.argmax(1)))
     latent, log_joint, alphabet_id = zip(*parts, strict=True)
-    return Programs(
-        torch.cat(latent, 1), torch.cat(log_joint, 1), None if alphabet_id[0] is None else torch.cat(alphabet_id)
-    )
+    return Programs(torch.cat(latent, 1), torch.cat(log_joint, 1), None if alphabet_id[0] is None else torch.cat(alphabet_id))
 
 
 def find_different_programs(

@@ -152,7 +152,9 @@ def matches_figure(tests, characters, best, probs, answers, title, num_cols=2):
             box = matplotlib.patches.Rectangle((left, -1), 2 * side + side // 4, side + 1, fill=False, ec=color, lw=1)
             axes.add_patch(box).set_clip_on(False)
         right = int(best[i, 0]) == int(answers[i])
-        axes.set_title(f"{i + 1}: {'right' if right else 'wrong'}", fontsize=6, loc="left", pad=1, color=RIGHT if right else WRONG)
+        axes.set_title(
+            f"{i + 1}: {'right' if right else 'wrong'}", fontsize=6, loc="left", pad=1, color=RIGHT if right else WRONG
+        )
     return figure
 
 
@@ -291,7 +293,9 @@ def get_panels(statistics):
     """The panels of the learning curves, title -> names of statistics: shares (of proposals, of images) together, every
     other statistic by itself"""
     recorded = [name for name in statistics if len(statistics[name]) and name != "test_iteration"]
-    shares = [name for name in recorded if not name.endswith("_loss") and get_phase(name) == "train" and is_share(statistics[name])]
+    shares = [
+        name for name in recorded if not name.endswith("_loss") and get_phase(name) == "train" and is_share(statistics[name])
+    ]
     panels = {get_words(name): [name] for name in recorded if name not in shares and get_phase(name) == "train"}
     panels.update({"shares": shares} if shares else {})
     return panels | {get_words(name): [name] for name in recorded if get_phase(name) != "train"}

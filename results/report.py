@@ -221,7 +221,7 @@ def print_table(rows):
         names = [row["model"] for row in rows if row["evaluated with"] == work]
         print(f"evaluated with {work}: {'all' if len(names) == len(rows) else ', '.join(names)}")
     if any(row["images"] == "training" for row in rows):
-        print("training: the model was trained on these images, as with --small-dataset, where the test set is the training set")
+        print("training: the model was trained on these images; with --small-dataset the test set is the training set")
 
 
 def format_value(row, name):
@@ -341,7 +341,7 @@ def compare_milestones(names):
             command = f"python eval_logp.py --algorithm own --every-checkpoint --checkpoint-path {name}"
             warn(f"{name} is left out: none of its checkpoints is evaluated; {command}")
     if not runs:
-        raise UserError("none of these runs has evaluations of its checkpoints: eval_logp.py --algorithm own --every-checkpoint")
+        raise UserError("no checkpoints of these runs are evaluated yet: eval_logp.py --algorithm own --every-checkpoint")
     kinds = collections.Counter(get_kind(results[-1]) for found in runs.values() for results in found)
     kind = kinds.most_common(1)[0][0]
     chosen = {}
@@ -385,7 +385,9 @@ def draw_milestones(runs, path):
             (line,) = axes.plot(x, middle, style, color=color, lw=1.3, label=label if style == "-" else None)
             if style == "-":
                 axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.25, lw=0)
-            ends.append(f"{middle[-1]:.1f} ({min(values[-1]):.1f} to {max(values[-1]):.1f})" if len(some) > 1 else f"{middle[-1]:.1f}")
+            ends.append(
+                f"{middle[-1]:.1f} ({min(values[-1]):.1f} to {max(values[-1]):.1f})" if len(some) > 1 else f"{middle[-1]:.1f}"
+            )
         lines.append(f"{words[name]}: log p {ends[1]}, enumeration bound {ends[0]}, {len(some)} seeds, at iteration {x[-1]}")
     result = next(iter(next(iter(runs.values()))))
     images = f"{len(result['log_p_by_image'])} {'training' if is_seen(result) else 'unseen'} images"

@@ -50,9 +50,7 @@ class TrainedModel:
             return programs.find_programs(*networks, obs, NUM_PROPOSALS, *limits, alphabet).latent[0]
         best = []
         for ids in torch.arange(len(obs)).split(programs.BATCH_SIZE):
-            latent, log_joint = programs.infer(
-                *networks, obs[ids], None if alphabet is None else alphabet[ids], NUM_PROPOSALS
-            )
+            latent, log_joint = programs.infer(*networks, obs[ids], None if alphabet is None else alphabet[ids], NUM_PROPOSALS)
             best.append(latent[log_joint.argmax(0), torch.arange(len(ids))])
         return torch.cat(best)
 

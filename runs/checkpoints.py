@@ -301,7 +301,8 @@ def check_settings(settings, args):
 def check_tensors(tensors, template, what):
     """Checks a dict of parameters against a model: names, shapes, types, finite values"""
     expect(isinstance(tensors, dict), f"{what} is not a dict")
-    expect(tensors.keys() == template.keys(), f"{what} has different parameters: {show(sorted(tensors.keys() ^ template.keys(), key=str))}")
+    different = sorted(tensors.keys() ^ template.keys(), key=str)
+    expect(not different, f"{what} has different parameters: {show(different)}")
     for name, like in template.items():
         check_tensor(tensors[name], like, f"{what}.{name}")
 
@@ -351,7 +352,9 @@ def check_statistics(checkpoint, args, resumable):
         expect(len(values) == length, f"{name} has {len(values)} values, not {length}")
     wanted = ["pretrain_loss"] * (lengths["pretrain"] > 0) + ["test_log_p", "test_kl"] * (lengths["test"] > 0)
     if lengths["train"] > 0:
-        wanted += ["theta_loss", "phi_loss"] if is_older(checkpoint["args"]) and args.algorithm != "mws" else get_statistics(args)
+        wanted += (
+            ["theta_loss", "phi_loss"] if is_older(checkpoint["args"]) and args.algorithm != "mws" else get_statistics(args)
+        )
     missing = [name for name in wanted if name not in statistics]
     expect(not missing, f"it has no statistics of {', '.join(missing)}")
     tested = statistics.get("test_iteration", torch.zeros(0))
@@ -390,7 +393,8 @@ def is_curve(values, name):
 def check_random_state(state):
     expect(isinstance(state, dict) and "cpu" in state and state.keys() <= {"cpu", "cuda"}, "it has no random state")
     for name, value in state.items():
-        expect(isinstance(value, torch.Tensor) and value.dtype == torch.uint8, f"its random state ({name}) is not a tensor of bytes")
+        right = isinstance(value, torch.Tensor) and value.dtype == torch.uint8
+        expect(right, f"its random state ({name}) is not a tensor of bytes")
     expect(state["cpu"].shape == torch.get_rng_state().shape, f"its random state has the shape {list(state['cpu'].shape)}")
     expect("cuda" not in state or state["cuda"].shape == (16,), "its GPU random state has the wrong shape")
     try:

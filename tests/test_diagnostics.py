@@ -215,9 +215,7 @@ def check_overview(folder, model, other):  # noqa: F811
     if find_chromium() is None:  # to open the page with
         return
     # The page tells by its title how its images loaded.
-    script = (
-        "<script>onload = () => document.title = [...document.images].filter(i => i.naturalWidth > 20).length</script>"
-    )
+    script = "<script>onload = () => document.title = [...document.images].filter(i => i.naturalWidth > 20).length</script>"
     pathlib.Path("save/probe.html").write_text(text.replace("</body>", f"{script}</body>"))
     command = [find_chromium(), *"--headless --no-sandbox --disable-gpu --dump-dom --disable-sync".split()]
     command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-quic"]

@@ -107,9 +107,7 @@ def test_rws_gradient(num_particles):
     parameters = get_parameters(model, network)
     exact = torch.autograd.grad(-theta - phi, parameters.values(), allow_unused=True)
     images, ids = get_copies(obs)
-    assert_expected_gradient(
-        parameters, exact, lambda: losses.rws(model, network, images, num_particles, obs_id=ids)[0]
-    )
+    assert_expected_gradient(parameters, exact, lambda: losses.rws(model, network, images, num_particles, obs_id=ids)[0])
 
 
 @pytest.mark.parametrize("num_particles", [3])

@@ -185,7 +185,9 @@ def test_unseen_images_are_not_training_images(folder, capsys):  # noqa: F811
     main.main(flags)
     model = util.get_path_base(main.parse_args(flags))
     for mode, more in [("test", []), ("unseen", []), ("unseen", ["--search", "--force"])]:
-        eval_logp.main(["--checkpoint-path", model, "--algorithm", "own", "--mode", mode, "--num-data", "4", "--no-compile", *more])
+        eval_logp.main(
+            ["--checkpoint-path", model, "--algorithm", "own", "--mode", mode, "--num-data", "4", "--no-compile", *more]
+        )
     unseen, seen = load(model, "own", "unseen"), load(model, "own", "test")
     assert unseen["settings"]["images"] != seen["settings"]["images"] and unseen["settings"]["search"]
     torch.testing.assert_close(
@@ -249,9 +251,7 @@ def test_report(model, capsys):
     other = [*TRAIN, "--seed", "1"]
     main.main(other)
     other = util.get_path_base(main.parse_args(other))
-    values = {
-        algorithm: [evaluate(name, algorithm)["log_p"] for name in (model, other)] for algorithm in ("rws", "vimco")
-    }
+    values = {algorithm: [evaluate(name, algorithm)["log_p"] for name in (model, other)] for algorithm in ("rws", "vimco")}
     capsys.readouterr()
     assert eval_logp.main(["--report", "--all"]) == 0
     table = capsys.readouterr().out
@@ -284,7 +284,9 @@ def test_report(model, capsys):
 
 def test_only_comparable_evaluations_share_a_row():
     def get_result(num_images, num_particles):
-        settings = dict.fromkeys(report.SAME + report.EFFORT, 1) | dict(images=f"some ({num_images})", num_particles=num_particles)
+        settings = dict.fromkeys(report.SAME + report.EFFORT, 1) | dict(
+            images=f"some ({num_images})", num_particles=num_particles
+        )
         return dict(settings=settings, model_iteration=7, log_p_by_image=torch.zeros(num_images))
 
     results = dict(sleep=get_result(20, 100), rws=get_result(50, 100), vimco=get_result(50, 100))

@@ -1,6 +1,8 @@
 """Reference values computed by an independent implementation in float32.
 
-    python tests/test_goldens.py    # how many agree, and how well
+    python tests/test_goldens.py
+
+prints how many agree, and how well.
 """
 
 import os

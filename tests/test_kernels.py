@@ -204,7 +204,9 @@ def test_decoder_samples(use_kernels, name, monkeypatch):
         assert (got - want).norm() <= 1e-4 * want.norm()
 
 
-@pytest.mark.parametrize("num_remembered, num_proposed, dtype", [(10, 10, torch.uint8), (3, 2, torch.int16), (1, 1, torch.uint8)])
+@pytest.mark.parametrize(
+    "num_remembered, num_proposed, dtype", [(10, 10, torch.uint8), (3, 2, torch.int16), (1, 1, torch.uint8)]
+)
 def test_the_memory(use_kernels, num_remembered, num_proposed, dtype):
     """The same is kept, and drawn from it, and other images' memories stay; of few programs, so that many are repeated"""
     num_images, obs_id = 6, torch.tensor([4, 0, 3], device=device)
@@ -233,7 +235,9 @@ def test_nan_is_remembered(use_kernels):
     use_kernels(True)
     memory, obs_id = losses.init_memory(1, 2, 3, 4).to(device), torch.zeros(1, dtype=torch.long, device=device)
     proposal, log_joint = models.unpack(memory.transpose(0, 1) ^ 1), torch.tensor([[1.0], [2], [torch.nan], [0]], device=device)
-    _, log_r, _ = losses.remember(None, memory, torch.zeros(1, 28, 28, device=device), obs_id, proposal, scorer=lambda *_: log_joint)
+    _, log_r, _ = losses.remember(
+        None, memory, torch.zeros(1, 28, 28, device=device), obs_id, proposal, scorer=lambda *_: log_joint
+    )
     assert log_r.isnan().all() and torch.equal(models.unpack(memory[:, 0]), proposal[0])
 
 
@@ -353,7 +357,10 @@ def test_what_breaks_all_kernels_is_said_once(use_kernels, monkeypatch, capsys):
 
 def test_kernels_that_work_stay_on(use_kernels, monkeypatch, capsys):
     monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 3)
-    model, network = models.GenerativeModel(8, num_arcs=2).to(device), models.LookupInferenceNetwork(3, 8, 16, num_arcs=2).to(device)
+    model, network = (
+        models.GenerativeModel(8, num_arcs=2).to(device),
+        models.LookupInferenceNetwork(3, 8, 16, num_arcs=2).to(device),
+    )
     use_kernels(True)
     kernel_check.check(model, network, 2, 3, 2)
     assert gpu.get_kernels() == gpu.OPERATORS and capsys.readouterr().err == ""

@@ -354,7 +354,11 @@ def test_divergence_is_reported(folder, monkeypatch):
 
 def test_test_run(folder):
     start = time.perf_counter()
-    process = subprocess.run([sys.executable, ROOT / "main.py", "--test-run", "--num-particles", "4", "--memory-size", "4"], capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, ROOT / "main.py", "--test-run", "--num-particles", "4", "--memory-size", "4"],
+        capture_output=True,
+        text=True,
+    )
     assert time.perf_counter() - start < 120
     assert process.returncode == 0 and "trained" in process.stdout
     assert get_run_folder().name.startswith("test_run_")

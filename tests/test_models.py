@@ -22,9 +22,7 @@ def assert_frequencies(drawn, log_prob):
     counts = torch.bincount(drawn, minlength=len(log_prob)).double()
     expected = log_prob.double().exp() * len(drawn)
     assert abs(expected.sum() / len(drawn) - 1) < 1e-5
-    assert (
-        stats.chisquare(counts, expected / expected.sum() * len(drawn)).pvalue > 1e-4
-    )  # there are some twenty of these
+    assert stats.chisquare(counts, expected / expected.sum() * len(drawn)).pvalue > 1e-4  # there are some twenty of these
 
 
 def get_latents():
@@ -198,9 +196,7 @@ def test_fast_and_straightforward_agree():
     torch.testing.assert_close(network.log_prob(latent, obs), log_q, atol=1e-4, rtol=0)
     log_joint = reference.log_joint(model, latent, obs)
     torch.testing.assert_close(sum(model.log_prob(latent, obs)), log_joint, atol=1e-3, rtol=0)
-    torch.testing.assert_close(
-        losses.score(model, latent.repeat(2, 1, 1, 1), obs), log_joint.repeat(2, 1), atol=1e-3, rtol=0
-    )
+    torch.testing.assert_close(losses.score(model, latent.repeat(2, 1, 1, 1), obs), log_joint.repeat(2, 1), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("objective", ["rws", "vimco"])
@@ -232,9 +228,7 @@ def test_chunks_change_nothing(likelihood, monkeypatch):
 
     def score():
         log_likelihood = model.log_likelihood(latent, obs)
-        parameters = [
-            p for p in model.parameters() if p.requires_grad and not any(p is q for q in model.prior.parameters())
-        ]
+        parameters = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in model.prior.parameters())]
         return log_likelihood.detach(), torch.autograd.grad(log_likelihood.mean(), parameters)
 
     monkeypatch.setattr(rendering, "_get_chunk_size", lambda device: 1024)

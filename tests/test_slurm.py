@@ -101,7 +101,9 @@ def read_log(model, name="train"):
 def assert_bits_of_a_run_here(model, settings):
     finished = load(model)
     shutil.rmtree(util.SAVE / model)
-    (args,) = [args for args in sweep.get_runs(sweep.parse_args(["--", *settings])).values() if util.get_path_base(args) == model]
+    (args,) = [
+        args for args in sweep.get_runs(sweep.parse_args(["--", *settings])).values() if util.get_path_base(args) == model
+    ]
     main.main(sweep.get_flags(args))
     assert_same(finished, load(model))
 
@@ -181,7 +183,9 @@ def test_a_task_without_progress_stops(cluster, monkeypatch):
     assert not list_jobs() and " failed " in stdout
     assert "1 requeues without progress (at iteration 0): it does not start again" in read_log(cluster[0])
     *_, row, note = run("--status", *chosen, status=1).splitlines()
-    assert " failed " in row and "without progress" in note and re.search(r"Slurm's own output: \S*/save/.sweep/\d+_0.out", note)
+    assert (
+        " failed " in row and "without progress" in note and re.search(r"Slurm's own output: \S*/save/.sweep/\d+_0.out", note)
+    )
     assert run(*HELD, *chosen).count(": submitted") == 1  # a new submission starts over
     assert attempts.read(sweep.get_tasks(sweep.parse_args(chosen))[0]).stopped == ""
 
@@ -225,7 +229,16 @@ def test_preemption_of_a_chain_leaves_one_successor(cluster, om_repeat):
     run(*SUBMIT, *chosen, "--", *settings)
     (name,) = sweep.get_runs(sweep.parse_args([*chosen, "--", *settings]))
     wait_for(lambda: has_reached(name, 100))
-    urgent = ["sbatch", "--parsable", "--partition=urgent", "--exclusive", "--mem=1M", "--output=/dev/null", "--wrap", "sleep 1"]
+    urgent = [
+        "sbatch",
+        "--parsable",
+        "--partition=urgent",
+        "--exclusive",
+        "--mem=1M",
+        "--output=/dev/null",
+        "--wrap",
+        "sleep 1",
+    ]
     subprocess.run(urgent, check=True, capture_output=True)
     wait_for(lambda: "resuming at" in read_log(name))
     assert len(list_jobs()) <= 2  # the one that runs, and the one behind it
@@ -243,7 +256,9 @@ def test_refused_evaluations_stay_on_the_list(cluster, monkeypatch, capsys):
     slurm.put_after_training(listing, {0: ["sbatch", "--partition=no", "--wrap", "true"]})
     (line,) = slurm.submit_after_training(cluster[0])
     assert "refused the job" in line and slurm.get_after_path(cluster[0]).exists()
-    assert "Slurm refused what follows: sbatch refused" in run("--status", "--eval-logp", "--models", cluster[0]).splitlines()[-1]
+    assert (
+        "Slurm refused what follows: sbatch refused" in run("--status", "--eval-logp", "--models", cluster[0]).splitlines()[-1]
+    )
     monkeypatch.setattr(sweep.tasks, "is_trained", lambda task: True)
     assert run(*HELD, "--eval-logp", "--models", cluster[0], "--eval-options", EVALUATION).count(": submitted") == 1
     assert not slurm.get_after_path(cluster[0]).exists() and list_jobs("%j") == [f"{cluster[0]}:rws"]
@@ -280,7 +295,9 @@ def test_what_sbatch_overrides_is_read(folder, monkeypatch):  # noqa: F811
     for options in ("-t 2", "-t2", "--time=2", "--time 0:02:00"):
         assert "--signal=B:USR1@24 " in get(f"--sbatch={options}")
     assert "--signal=B:USR1@120 " in get("--time=none") and "--time" not in get("--time=none").split("would")[0]
-    assert "--mem=" not in get("--mem=none").split("would")[0] and "--mem-per-cpu=2G" in get("--mem=none", "--sbatch=--mem-per-cpu=2G")
+    assert "--mem=" not in get("--mem=none").split("would")[0] and "--mem-per-cpu=2G" in get(
+        "--mem=none", "--sbatch=--mem-per-cpu=2G"
+    )
     assert "--cuda" not in get("--sbatch=--gres=none") and "--cuda" in get("--gres=none", "--sbatch=--gres=gpu:2")
     assert "--mail-user=me@here --mail-type=ALL" in get("--mail=me@here:ALL")
 
@@ -367,7 +384,9 @@ def test_jobs_of_the_queue_are_told_apart(cluster):
     run(*HELD, "--seeds", "3", "4", "--models", names[0])
     for location in ("./data.mat", os.path.abspath("data.mat")):  # the same data as data.mat
         assert run(*HELD, "--", f"--data-location={location}").count("in the queue already") == 3
-    assert [(c["state"], c["job"]) for c in get_cells("--models", *names)] == [("queued", f"{number}_{i} (JobHeldUser)") for i in range(3)]
+    assert [(c["state"], c["job"]) for c in get_cells("--models", *names)] == [
+        ("queued", f"{number}_{i} (JobHeldUser)") for i in range(3)
+    ]
 
     for path in (util.SAVE / names[0] / "checkpoints", util.SAVE / "elsewhere" / "checkpoints"):
         path.mkdir(parents=True)

@@ -29,6 +29,8 @@ TINY = (
     "--data-location data.mat --likelihood bernoulli --num-primitives 5 --num-arcs 3"
     " --q-lstm-hidden-size 8 --obs-embedding-dim 8 --batch-size 5 --num-particles 2 --memory-size 2 --no-compile"
 )
+
+
 def get_small_argss(flags, algorithms=("mws", "rws")):
     for algorithm in algorithms:
         yield main.parse_args([*TINY.split(), "--algorithm", algorithm, *flags])
@@ -230,10 +232,7 @@ def test_failures_and_locks(make_sweep):
     with locks.lock_run(models[0]):
         stdout = run("--jobs", "2", status=1)
         assert f"{models[0]}: skipped, process {os.getpid()} on" in stdout
-        assert (
-            f"{models[1]}: failed with status 2, see save/{models[1]}/logs/train.log" in stdout
-            and "is valid" in stdout
-        )
+        assert f"{models[1]}: failed with status 2, see save/{models[1]}/logs/train.log" in stdout and "is valid" in stdout
         assert "0 of 2 done" in stdout
         assert [cells["state"] for cells in get_cells()] == ["running", "failed"]
         assert "is valid" in run("--status", status=1).splitlines()[-1]
@@ -277,7 +276,12 @@ def test_tasks_share_the_gpus_that_the_sweep_may_use(folder, monkeypatch):
     monkeypatch.setattr(tasks.subprocess, "Popen", lambda *_, env, **__: seen.append(env) or types.SimpleNamespace(pid=0))
     task = tasks.Task("run", "train", [], 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for visible, expected in [("MIG-a,MIG-b,MIG-c", ["MIG-a", "MIG-b", "MIG-c"]), ("4,5", ["4", "5", "4"]), (None, ["0", "1", "0"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b", "GPU-a"])]:
+    for visible, expected in [
+        ("MIG-a,MIG-b,MIG-c", ["MIG-a", "MIG-b", "MIG-c"]),
+        ("4,5", ["4", "5", "4"]),
+        (None, ["0", "1", "0"]),
+        ("GPU-a,GPU-b", ["GPU-a", "GPU-b", "GPU-a"]),
+    ]:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

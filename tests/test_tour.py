@@ -14,9 +14,7 @@ def test_tour():
     cells = [cell for cell in cells if cell["cell_type"] == "code"]
     code = "\n".join("".join(cell["source"]) for cell in cells)
     environment = {**os.environ, "MPLBACKEND": "agg"}
-    process = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "docs", env=environment, capture_output=True, text=True
-    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     saved = "".join("".join(out.get("text", "")) for cell in cells for out in cell["outputs"])
     for text in (process.stdout, saved):  # a search's last digits depend on the machine

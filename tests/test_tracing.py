@@ -122,7 +122,14 @@ def test_any_image_has_a_trace():
     model = models.GenerativeModel(8).requires_grad_(False)
     wide = np.zeros((20, 60), bool)
     wide[8:11, 10:50] = True
-    inks = [np.zeros((28, 28), bool), np.ones((28, 28), bool), wide, wide.T, np.eye(1, dtype=bool), np.random.RandomState(0).rand(50, 50) < 0.3]
+    inks = [
+        np.zeros((28, 28), bool),
+        np.ones((28, 28), bool),
+        wide,
+        wide.T,
+        np.eye(1, dtype=bool),
+        np.random.RandomState(0).rand(50, 50) < 0.3,
+    ]
     traces = tracing.trace(model, inks)
     assert not traces.centre.on[0].any() and traces.centre.on[1:].any(1).all()
     assert all(x.isfinite().all() for x in traces.variation)

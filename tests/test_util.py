@@ -94,9 +94,7 @@ def test_runs_that_differ_do_not_share_a_folder():
     for a, b in itertools.combinations(names, 2):
         assert names[a] != names[b], (a, b)
     assert all(len(name) < 255 and "/" not in name for name in names.values())
-    flags = [
-        flag for key, flags in DIFFERENT.items() if key not in ("dataset_size", "test_run", "vimco") for flag in flags
-    ]
+    flags = [flag for key, flags in DIFFERENT.items() if key not in ("dataset_size", "test_run", "vimco") for flag in flags]
     assert len(util.get_path_base(main.parse_args(flags))) < 255
     missing = set(util.SETTINGS) - set(DIFFERENT) - {"algorithm"}
     assert not missing
