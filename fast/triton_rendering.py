@@ -233,7 +233,8 @@ def _get_position(a, b, c, x, y, SIZE: tl.constexpr):
     """Where a map takes points, in pixels: the preceding pixel, from -BORDER to SIZE, and the fraction to the next one.
     Positions beyond the border are moved to its edge, where all is paper, too; NaN stays in the fraction"""
     position = (a * x + b * y + (c + 1)) * (0.5 * (SIZE - 1))
-    clipped = tl.minimum(tl.maximum(position, -BORDER), SIZE)
+    clipped = tl.where(position > -BORDER, position, -BORDER)  # NaN becomes a number, too: it is no place to load from
+    clipped = tl.where(clipped < SIZE, clipped, SIZE)
     before = tl.floor(clipped)
     fraction = clipped - before + position * 0  # infinite maps have diverged, too
     return position, before.to(tl.int32), fraction

@@ -1,6 +1,7 @@
 """The Triton kernels against plain PyTorch: on a GPU where there is one, else under Triton's interpreter,
 which conftest.py asks for."""
 
+import contextlib
 import copy
 import importlib
 import itertools
@@ -12,6 +13,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton runs these tests on a CPU")
 
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
 import losses  # noqa: E402
 import models  # noqa: E402
 import rendering  # noqa: E402
@@ -19,6 +23,19 @@ from fast import gpu  # noqa: E402
 from runs import kernel_check  # noqa: E402
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if device.type == "cpu":
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip("the interpreter of Triton 3.2 stores in spite of masks that are scalars", allow_module_level=True)
+    from strict_interpreter import be_strict
+
+
+@pytest.fixture(autouse=True)
+def strict(monkeypatch):
+    if device.type == "cpu":
+        be_strict(monkeypatch)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what is allocated with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -63,6 +80,22 @@ def make_arcs(num, num_arcs):
     arcs[..., 5] = 15 + 10 * arcs[..., 5]
     arcs[..., 6] *= 0.1
     return arcs.to(device)
+
+
+@triton.jit
+def _double(x, out, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + place, 2 * tl.load(x + place, mask=place < size), mask=place < size)
+
+
+@pytest.mark.skipif(device.type != "cpu", reason="on a GPU, compute-sanitizer finds it")
+@pytest.mark.parametrize("size, right", [(5, True), (6, False)])
+def test_addresses_outside_of_the_arguments_are_found(size, right):
+    x, out = torch.arange(5.0), torch.empty(5)
+    assert out.isnan().all()
+    with contextlib.nullcontext() if right else pytest.raises(Exception, match="1 addresses lie in none"):
+        _double[2,](x, out, size, BLOCK=4)
+    assert right == torch.equal(out, 2 * x)
 
 
 @pytest.mark.parametrize("size", [(28, 28), (17, 23), (40, 40)])
