@@ -67,7 +67,8 @@ class Deviations(NamedTuple):
 
 OWN = Deviations(0.1, 0.5, 0.1, 0.5, 0.1, 0.1, 0.1)  # from the program to the image that it was found for
 HAND = Deviations(0.04, 0.3, 0.06, 0.2, 0.15, 0.1, 0.15)  # from one hand to another: what a fit may use up
-SAMPLED = Deviations(0.02, 0.15, 0.02, 0.0, 0.1, 0.06, 0.06)  # for new examples: a little less than drawings differ by hand
+# for new examples: a little less than pairs of drawings of a character differ
+SAMPLED = Deviations(0.02, 0.15, 0.02, 0.0, 0.1, 0.06, 0.06)
 
 
 class Variation(NamedTuple):

@@ -9,6 +9,8 @@ import torch
 import triton
 from triton.runtime import interpreter
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+
 
 class Checked:
     """Stands for the interpreter's functions that access memory"""
@@ -62,7 +64,7 @@ def be_strict(patch):
     patch.setattr(executor, "_init_args_hst", init_args_and_enter)
     patch.setattr(builder, "set_grid_idx", set_reversed_grid_idx)
     patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    if VERSION < (3, 7):
         accept_numpy(patch)
 
 

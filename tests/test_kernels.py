@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton runs these tests on a CPU")
 
+import strict_interpreter  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
@@ -23,16 +24,14 @@ from fast import gpu  # noqa: E402
 from runs import kernel_check  # noqa: E402
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if device.type == "cpu":
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        pytest.skip("the interpreter of Triton 3.2 stores in spite of masks that are scalars", allow_module_level=True)
-    from strict_interpreter import be_strict
+if device.type == "cpu" and strict_interpreter.VERSION < (3, 3):
+    pytest.skip("the interpreter of Triton 3.2 stores in spite of masks that are scalars", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
 def strict(monkeypatch):
     if device.type == "cpu":
-        be_strict(monkeypatch)
+        strict_interpreter.be_strict(monkeypatch)
         torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what is allocated with NaN
     yield
     torch.use_deterministic_algorithms(False)
