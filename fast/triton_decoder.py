@@ -12,20 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from fast.triton_math import log, sigmoid, tanh
+
 ROWS_PER_PROGRAM = 16  # latents side by side: the fewest that tl.dot accepts
 SLICE = tl.constexpr(16)  # of a matrix product's inner dimension
 
 # ------------------------------------------------------------------ parts
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
-
-
-@triton.jit
-def _tanh(x):
-    return 2 * _sigmoid(2 * x) - 1
 
 
 @triton.jit
@@ -50,7 +42,7 @@ def _get_id_log_probs(hidden, row, valid, weight, bias, choice, num_units, num_c
     logits += tl.load(bias + choice, mask=choice < num_choices, other=0.0)[None, :]
     logits = tl.where((choice < num_choices)[None, :], logits, float("-inf"))
     logits -= tl.max(logits, 1)[:, None]
-    return logits - tl.log(tl.sum(tl.exp(logits), 1))[:, None]
+    return logits - log(tl.sum(tl.exp(logits), 1))[:, None]
 
 
 @triton.jit
@@ -62,7 +54,7 @@ def _get_on_log_probs(h, weight, bias, unit, num_units, num_choices):
     off = tl.sum(h * w_off[None, :], 1) + tl.load(bias + num_choices)
     on = tl.sum(h * w_on[None, :], 1) + tl.load(bias + num_choices + 1)
     high = tl.where(off > on, off, on)
-    total = high + tl.log(tl.exp(off - high) + tl.exp(on - high))
+    total = high + log(tl.exp(off - high) + tl.exp(on - high))
     return off - total, on - total
 
 
@@ -73,7 +65,7 @@ def _mix(log_prob, uniform_mixture, num_choices):
     mixed = own + uniform_mixture / num_choices
     share = own / tl.where(mixed > 0, mixed, 1.0)
     pure = uniform_mixture == 0.0
-    return tl.where(pure, log_prob, tl.log(mixed)), tl.where(pure, 1.0, share)
+    return tl.where(pure, log_prob, log(mixed)), tl.where(pure, 1.0, share)
 
 
 # ------------------------------------------------------------------ forward
@@ -146,9 +138,9 @@ def _decode(
     for arc in range(num_arcs):
         now, before = arc * num_rows + row, (arc - 1) * num_rows + row
         i, f, g, o = _get_gates(hidden, table, context, weight_hh, before, image, both, valid, unit, code, arc, num_units)
-        i, f, g, o = _sigmoid(i), _sigmoid(f), _tanh(g), _sigmoid(o)
+        i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
         cell = f * cell + i * g
-        h = o * _tanh(cell)
+        h = o * tanh(cell)
         place = now[:, None] * num_units + unit[None, :]
         tl.store(hidden + place, h, mask=both)
         if SAVE:
@@ -267,12 +259,12 @@ def _differentiate_decode(
         g = tl.load(gates + gate + 2 * num_units, mask=both, other=0.0)
         o = tl.load(gates + gate + 3 * num_units, mask=both, other=0.0)
         before = tl.load(cells + place - num_rows * num_units, mask=both & (now >= num_rows)[:, None], other=0.0)
-        tanh = _tanh(cell)
-        grad_cell += grad_h * o * (1 - tanh * tanh)
+        tanh_cell = tanh(cell)
+        grad_cell += grad_h * o * (1 - tanh_cell * tanh_cell)
         tl.store(grad_gates + gate, grad_cell * g * i * (1 - i), mask=both)
         tl.store(grad_gates + gate + num_units, grad_cell * before * f * (1 - f), mask=both)
         tl.store(grad_gates + gate + 2 * num_units, grad_cell * i * (1 - g * g), mask=both)
-        tl.store(grad_gates + gate + 3 * num_units, grad_h * tanh * o * (1 - o), mask=both)
+        tl.store(grad_gates + gate + 3 * num_units, grad_h * tanh_cell * o * (1 - o), mask=both)
         grad_cell = grad_cell * f
         tl.debug_barrier()  # and those of the gates
         grad_h = _multiply(grad_gates, 4 * n, weight_hh, n, 1, now, valid, unit, 4 * n, n)

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fast.triton_math import log
+
 
 @triton.jit
 def _get_candidates(memory, obs_id, proposal, latent, batch_size, num_arcs, num_remembered, num_proposed, BLOCK: tl.constexpr):
@@ -79,7 +81,7 @@ def _keep_best(
     cumulative = tl.sum(tl.where(rank[None, :] <= rank[:, None], weight[None, :], 0.0), 1)
     passed = tl.sum((kept & (cumulative <= tl.load(uniform + image) * total)).to(tl.int32), 0)
     chosen = kept & (rank == tl.minimum(passed, num_remembered - 1))
-    tl.store(log_r + image, tl.sum(tl.where(chosen, score, 0.0), 0) - high - tl.log(total))
+    tl.store(log_r + image, tl.sum(tl.where(chosen, score, 0.0), 0) - high - log(total))
     number_chosen = tl.sum(tl.where(chosen, number, 0), 0)
     for entry in range(2 * num_arcs):
         value = tl.load(latent + (number_chosen * batch_size + image) * num_arcs * 2 + entry)

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fast.triton_math import LN_2, log, log2, sigmoid
+
 ARC_SIZE = tl.constexpr(7)  # x_start, y_start, dx, dy, theta, sharpness, width
 BLOCK_PIXELS = 1024  # pixels per program: a whole 28 x 28 image
 MAPS_PER_PROGRAM = 10
@@ -60,7 +62,7 @@ def _get_distance(x, y, dx, dy, sin, cos, chord, squared_chord):
 def _logaddexp(a, b):
     high = tl.where(a > b, a, b)
     # |a - b| is NaN where a is; where a is -inf, exp(-inf) is 0
-    return high + tl.log(1 + tl.exp(-tl.abs(a - b)))
+    return high + log(1 + tl.exp(-tl.abs(a - b)))
 
 
 @triton.jit
@@ -210,7 +212,6 @@ def differentiate_draw(arcs, on, rendering_params, arc_id, grad, num_rows, num_c
 
 # ------------------------------------------------------------------ the affine likelihood
 
-LN_2 = tl.constexpr(0.6931471805599453)
 BORDER = tl.constexpr(2)  # pixels of paper around an image
 
 
@@ -266,7 +267,7 @@ def _pad_probs(logits, probs, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     pixel, inside = _get_inner_pixel(entry, ROWS, COLS)
     logit = tl.load(logits + latent * (ROWS * COLS) + pixel, mask=inside, other=float("-inf"))
-    tl.store(probs + latent * SIZE + entry, 1 / (1 + tl.exp(-logit)), mask=entry < SIZE)
+    tl.store(probs + latent * SIZE + entry, sigmoid(logit), mask=entry < SIZE)
 
 
 @triton.jit
@@ -283,7 +284,7 @@ def _mix_maps(by_map, log_prob, num_maps, BLOCK: tl.constexpr):
     for first in range(0, num_maps, BLOCK):
         score = tl.load(by_map + latent * num_maps + first + number, mask=first + number < num_maps, other=float("-inf"))
         total += tl.exp(score - high)  # NaN stays
-    tl.store(log_prob + latent, high + tl.log(tl.sum(total, 0) / num_maps))
+    tl.store(log_prob + latent, high + log(tl.sum(total, 0) / num_maps))
 
 
 @triton.jit
@@ -308,7 +309,7 @@ def _score_maps(
         p00, p01, p10, p11 = _load_taps(image + (row * STRIDE + col), STRIDE)
         q = _mix_taps(_mix_taps(p00, p01, fx), _mix_taps(p10, p11, fx), fy)
         seen = tl.clamp(tl.abs(q - paper), eps, 1 - eps, propagate_nan=tl.PropagateNan.ALL)
-        total = tl.sum(tl.where(inside, tl.log2(seen), 0.0), 0)  # a GPU has logarithms to base 2 in hardware
+        total = tl.sum(tl.where(inside, log2(seen), 0.0), 0)
         tl.store(by_map + (latent * num_chunks + chunk) * num_maps + number, total * LN_2, mask=exists)
 
 
@@ -347,7 +348,7 @@ def _differentiate_score_maps(
     first, chunk, num_chunks = tl.program_id(1) * MAPS, tl.program_id(2), tl.num_programs(2)
     STRIDE: tl.constexpr = COLS + 2 * BORDER
     corner = latent * ((ROWS + 2 * BORDER) * STRIDE) + (BORDER * STRIDE + BORDER)
-    factor, log_total = tl.load(grad + latent), tl.load(log_prob + latent) + tl.log(1.0 * num_maps)
+    factor, log_total = tl.load(grad + latent), tl.load(log_prob + latent) + log(1.0 * num_maps)
     pixel = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < ROWS * COLS
     for i in range(MAPS):
