@@ -4,8 +4,8 @@
 and no synchronisation, so nothing is looked up or left out depending on its value. All devices but
 the CPU count as GPUs, so that tests can run whole steps on torch's meta device, which has no values.
 
-The operators are registered with torch: the meta device knows the shapes of their results, and a
-CPU can run them with Triton's interpreter (TRITON_INTERPRET=1).
+The operators are registered with torch: the meta device knows the shapes of their results, and in the tests
+a CPU carries out what Triton compiled for a GPU (tests/ptx.py).
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Functions for Triton kernels that Triton itself computes in software, with a branch for each value, or lacks."""
+"""Functions for Triton kernels. tl.log and tl.log2 are computed in software, with a branch for each value."""
 
 import triton
 import triton.language as tl
@@ -17,18 +17,19 @@ def tanh(x):
     return 2 * sigmoid(2 * x) - 1
 
 
-HAS_UNIT = tl.constexpr(isinstance(sigmoid, triton.JITFunction))  # Triton's interpreter lacks a GPU's units
-
-
 @triton.jit
 def log2(x):
     """By the GPU's own unit: within 2^-22 for x between 0.5 and 2, relative to the result elsewhere; zero for subnormal x"""
-    if HAS_UNIT:
-        return libdevice.fast_log2f(x)
-    else:
-        return tl.log2(x)
+    return libdevice.fast_log2f(x)
 
 
 @triton.jit
 def log(x):
     return log2(x) * LN_2
+
+
+@triton.jit
+def multiply(x, y):
+    """For products whose sum over threads goes to all of them: x * y may be fused with the sum's first step, where each
+    thread rounds the other's product but not its own, so that their results differ"""
+    return libdevice.mul_rn(x, y)

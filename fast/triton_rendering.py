@@ -339,7 +339,8 @@ def score_maps(logits, obs, maps, eps):
     return log_prob, by_map, probs
 
 
-@triton.jit
+# were obs loaded four pixels at a time, as an aligned array could be, threads would have to exchange them for each map
+@triton.jit(do_not_specialize_on_alignment=["obs"])
 def _differentiate_score_maps(
     obs, maps, log_prob, by_map, probs, grad, fixed, grad_maps, num_maps, eps, resolution, negligible,
     ROWS: tl.constexpr, COLS: tl.constexpr, MAPS: tl.constexpr, BLOCK: tl.constexpr,

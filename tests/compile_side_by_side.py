@@ -9,28 +9,14 @@ import threading
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import ptx  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import models  # noqa: E402
 from fast import gpu, triton_memory, triton_rendering  # noqa: E402
 from runs import kernel_check  # noqa: E402
-
-
-class Driver:
-    """A stand-in for that of a GPU: it cannot launch"""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
 
 compile_kernel, num_compiling, counts = JITFunction.run, 0, collections.Counter()
 together = threading.Event()
@@ -50,7 +36,7 @@ def fail():
     raise RuntimeError("this one does not work")
 
 
-triton.runtime.driver.set_active(Driver())
+triton.runtime.driver.set_active(ptx.Driver(90))
 JITFunction.run = watch
 kernel_check.os.sched_getaffinity = lambda _: range(2)
 gpu.is_gpu = lambda device: True

@@ -6,10 +6,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, a proce
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
-
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    capabilities = parser.getgroup("strokes").addoption
+    capabilities("--capability", type=int, default=90, help="of the GPU that kernels are compiled for where there is none")
 
 
 @pytest.fixture(autouse=True)

@@ -191,8 +191,7 @@ def compile_for_a_gpu(*command, **environment):
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         pytest.skip("compiling for a GPU that is not there needs Triton 3.3")
     command = [sys.executable, "-W", "error", str(ROOT / "tests" / command[0]), *command[1:]]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    process = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     return json.loads(process.stdout)
 

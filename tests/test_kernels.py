@@ -1,5 +1,5 @@
-"""The Triton kernels against plain PyTorch: on a GPU where there is one, else under Triton's interpreter,
-which conftest.py asks for."""
+"""The Triton kernels against plain PyTorch: on a GPU where there is one; else they are compiled for one of --capability,
+and ptx.py carries out the result."""
 
 import contextlib
 import copy
@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton runs these tests on a CPU")
 
-import strict_interpreter  # noqa: E402
+import ptx  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
@@ -21,17 +21,20 @@ import losses  # noqa: E402
 import models  # noqa: E402
 import rendering  # noqa: E402
 from fast import gpu  # noqa: E402
+from fast.triton_math import multiply  # noqa: E402
 from runs import kernel_check  # noqa: E402
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if device.type == "cpu" and strict_interpreter.VERSION < (3, 3):
-    pytest.skip("the interpreter of Triton 3.2 stores in spite of masks that are scalars", allow_module_level=True)
+on_cpu = pytest.mark.skipif(device.type != "cpu", reason="on a GPU, compute-sanitizer finds it")
+if device.type == "cpu" and ptx.VERSION < (3, 3):
+    pytest.skip("compiling for a GPU that is not there needs Triton 3.3", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
-def strict(monkeypatch):
+def driver(monkeypatch, pytestconfig):
     if device.type == "cpu":
-        strict_interpreter.be_strict(monkeypatch)
+        ptx.use(monkeypatch, pytestconfig.getoption("--capability"))
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
         torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what is allocated with NaN
     yield
     torch.use_deterministic_algorithms(False)
@@ -41,9 +44,6 @@ def strict(monkeypatch):
 def use_kernels(monkeypatch):
     """Switches between a GPU's way of computing, on whatever device, and the plain one"""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    if device.type == "cpu":  # the interpreter's time is that of the operations, not of what they are applied to
-        for name in ("POSITIONS", "POSITIONS_BACKWARD"):
-            monkeypatch.setattr(f"fast.triton_convolution.{name}", 256)
 
     def switch(enabled):
         monkeypatch.setattr(gpu, "is_gpu", lambda device: enabled or torch.device(device).type != "cpu")
@@ -81,20 +81,73 @@ def make_arcs(num, num_arcs):
     return arcs.to(device)
 
 
+# ------------------------------------------------------------------ what ptx.py finds
+
+
 @triton.jit
 def _double(x, out, size, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + place, 2 * tl.load(x + place, mask=place < size), mask=place < size)
 
 
-@pytest.mark.skipif(device.type != "cpu", reason="on a GPU, compute-sanitizer finds it")
+@triton.jit
+def _reverse(x, between, out, BLOCK: tl.constexpr, WAITS: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    tl.store(between + place, tl.load(x + place))
+    if WAITS:
+        tl.debug_barrier()
+    tl.store(out + place, tl.load(between + BLOCK - 1 - place))
+
+
+@triton.jit
+def _meet(out):
+    tl.store(out + tl.program_id(0) // 2, tl.program_id(0))
+
+
+@triton.jit
+def _sum_products(x, y, out, SIZE: tl.constexpr, FUSED: tl.constexpr):
+    place = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    a, b = tl.load(x + place), tl.load(y + place)
+    product = a * b if FUSED else multiply(a, b)
+    tl.store(out + place, 0 * a + tl.sum(product, 1)[:, None])
+
+
+@on_cpu
 @pytest.mark.parametrize("size, right", [(5, True), (6, False)])
 def test_addresses_outside_of_the_arguments_are_found(size, right):
     x, out = torch.arange(5.0), torch.empty(5)
     assert out.isnan().all()
-    with contextlib.nullcontext() if right else pytest.raises(Exception, match="1 addresses lie in none"):
-        _double[2,](x, out, size, BLOCK=4)
+    with contextlib.nullcontext() if right else pytest.raises(IndexError, match="addresses lie in none"):
+        _double[2,](x, out, size, BLOCK=4, enable_fp_fusion=True)
     assert right == torch.equal(out, 2 * x)
+
+
+@on_cpu
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_barrier_that_is_missing_is_found(waits):
+    x, out = torch.arange(128.0), torch.empty(128)
+    with contextlib.nullcontext() if waits else pytest.raises(AssertionError, match="which warp is first"):
+        _reverse[1,](x, torch.empty(128), out, BLOCK=128, WAITS=waits, enable_fp_fusion=True)
+    assert waits == torch.equal(out, x.flip(0))
+
+
+@on_cpu
+def test_programs_that_write_to_one_place_are_found():
+    _meet[1,](torch.empty(1), enable_fp_fusion=True)
+    with pytest.raises(IndexError, match="another one wrote"):
+        _meet[2,](torch.empty(1), enable_fp_fusion=True)
+
+
+@on_cpu
+@pytest.mark.parametrize("fused", [True, False])
+def test_threads_agree_on_a_sum_of_products_that_is_not_fused(fused):
+    x, y, out = (torch.rand(257)[1:].view(16, 16) for _ in range(3))  # not aligned: a thread has one product of a row
+    _sum_products[1,](x, y, out, SIZE=16, FUSED=fused, enable_fp_fusion=True)
+    torch.testing.assert_close(out, (x * y).sum(1, keepdim=True).expand(16, 16))
+    assert (out != out[:, :1]).any() == fused
+
+
+# ------------------------------------------------------------------ operators
 
 
 @pytest.mark.parametrize("size", [(28, 28), (17, 23), (40, 40)])
