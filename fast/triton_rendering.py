@@ -102,7 +102,7 @@ def draw(arcs, on, rendering_params, num_rows, num_cols, log_paper):
     if num_latents:
         _draw[grid](
             arcs, on, rendering_params, logits, arc_id, num_arcs, num_rows, num_cols, log_paper,
-            BLOCK=BLOCK_PIXELS, num_warps=8, enable_fp_fusion=True,
+            BLOCK=BLOCK_PIXELS, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return logits, arc_id
 
@@ -216,9 +216,13 @@ BORDER = tl.constexpr(2)  # pixels of paper around an image
 
 
 @triton.jit
-def _load_map(maps, number):
+def _load_map(maps, number, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Six numbers that take a grid point to its place in pixels: x by the first three, y by the others"""
     m = maps + number * 6
-    return tl.load(m), tl.load(m + 1), tl.load(m + 2), tl.load(m + 3), tl.load(m + 4), tl.load(m + 5)
+    a, b, c, d, e, f = tl.load(m), tl.load(m + 1), tl.load(m + 2), tl.load(m + 3), tl.load(m + 4), tl.load(m + 5)
+    COL: tl.constexpr = 0.5 * (COLS - 1)
+    ROW: tl.constexpr = 0.5 * (ROWS - 1)
+    return a * COL, b * COL, (c + 1) * COL, d * ROW, e * ROW, (f + 1) * ROW
 
 
 @triton.jit
@@ -232,13 +236,12 @@ def _get_grid_point(pixel, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def _get_position(a, b, c, x, y, SIZE: tl.constexpr):
     """Where a map takes points, in pixels: the preceding pixel, from -BORDER to SIZE, and the fraction to the next one.
-    Positions beyond the border are moved to its edge, where all is paper, too; NaN stays in the fraction"""
-    position = (a * x + b * y + (c + 1)) * (0.5 * (SIZE - 1))
-    clipped = tl.where(position > -BORDER, position, -BORDER)  # NaN becomes a number, too: it is no place to load from
-    clipped = tl.where(clipped < SIZE, clipped, SIZE)
-    before = tl.floor(clipped)
-    fraction = clipped - before + position * 0  # infinite maps have diverged, too
-    return position, before.to(tl.int32), fraction
+    Positions beyond the border, and NaN, are moved to its edge, where all is paper, too"""
+    position = a * x + b * y + c
+    position = tl.where(position > -BORDER, position, -BORDER)  # NaN becomes a number: it is no place to load from
+    position = tl.minimum(position, SIZE)
+    before = tl.floor(position)
+    return before.to(tl.int32), position - before
 
 
 @triton.jit
@@ -287,7 +290,9 @@ def _mix_maps(by_map, log_prob, num_maps, BLOCK: tl.constexpr):
     tl.store(log_prob + latent, high + log(tl.sum(total, 0) / num_maps))
 
 
-@triton.jit
+# Were obs known to be aligned, it would be loaded four pixels at a time: here some of the threads would then have nothing
+# to do but work, and below they would have to exchange pixels for each map.
+@triton.jit(do_not_specialize_on_alignment=["obs"])
 def _score_maps(
     probs, obs, maps, by_map, num_maps, eps,
     ROWS: tl.constexpr, COLS: tl.constexpr, MAPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -303,14 +308,15 @@ def _score_maps(
     for i in range(MAPS):
         number = first + i
         exists = number < num_maps
-        m0, m1, m2, m3, m4, m5 = _load_map(maps, tl.where(exists, number, 0))
-        _, col, fx = _get_position(m0, m1, m2, x, y, COLS)
-        _, row, fy = _get_position(m3, m4, m5, x, y, ROWS)
+        m0, m1, m2, m3, m4, m5 = _load_map(maps, tl.where(exists, number, 0), ROWS, COLS)
+        col, fx = _get_position(m0, m1, m2, x, y, COLS)
+        row, fy = _get_position(m3, m4, m5, x, y, ROWS)
         p00, p01, p10, p11 = _load_taps(image + (row * STRIDE + col), STRIDE)
         q = _mix_taps(_mix_taps(p00, p01, fx), _mix_taps(p10, p11, fx), fy)
         seen = tl.clamp(tl.abs(q - paper), eps, 1 - eps, propagate_nan=tl.PropagateNan.ALL)
-        total = tl.sum(tl.where(inside, log2(seen), 0.0), 0)
-        tl.store(by_map + (latent * num_chunks + chunk) * num_maps + number, total * LN_2, mask=exists)
+        total = tl.sum(tl.where(inside, log2(seen), 0.0), 0) * LN_2
+        total += (m0 + m1 + m2 + m3 + m4 + m5) * 0  # NaN and infinite maps have diverged
+        tl.store(by_map + (latent * num_chunks + chunk) * num_maps + number, total, mask=exists)
 
 
 def score_maps(logits, obs, maps, eps):
@@ -330,7 +336,7 @@ def score_maps(logits, obs, maps, eps):
             logits, probs, **size, num_warps=4, enable_fp_fusion=True
         )
         _score_maps[num_images, triton.cdiv(len(maps), MAPS_PER_PROGRAM), num_chunks](
-            probs, obs, maps, by_map, len(maps), eps, **size, MAPS=MAPS_PER_PROGRAM, num_warps=4, enable_fp_fusion=True
+            probs, obs, maps, by_map, len(maps), eps, **size, MAPS=MAPS_PER_PROGRAM, num_warps=2, enable_fp_fusion=True
         )
     by_map = by_map.squeeze(1) if num_chunks == 1 else by_map.sum(1)
     if num_images:
@@ -339,7 +345,6 @@ def score_maps(logits, obs, maps, eps):
     return log_prob, by_map, probs
 
 
-# were obs loaded four pixels at a time, as an aligned array could be, threads would have to exchange them for each map
 @triton.jit(do_not_specialize_on_alignment=["obs"])
 def _differentiate_score_maps(
     obs, maps, log_prob, by_map, probs, grad, fixed, grad_maps, num_maps, eps, resolution, negligible,
@@ -359,10 +364,10 @@ def _differentiate_score_maps(
         # the share of the map in the mixture
         share = tl.exp(tl.load(by_map + latent * num_maps + number, mask=exists, other=float("-inf")) - log_total)
         if (share > negligible) & (factor != 0):
-            m0, m1, m2, m3, m4, m5 = _load_map(maps, number)
+            m0, m1, m2, m3, m4, m5 = _load_map(maps, number, ROWS, COLS)
             x, y = _get_grid_point(pixel, ROWS, COLS)
-            x_seen, col, fx = _get_position(m0, m1, m2, x, y, COLS)
-            y_seen, row, fy = _get_position(m3, m4, m5, x, y, ROWS)
+            col, fx = _get_position(m0, m1, m2, x, y, COLS)
+            row, fy = _get_position(m3, m4, m5, x, y, ROWS)
             at = row * STRIDE + col
             p00, p01, p10, p11 = _load_taps(probs + corner + at, STRIDE)
             q = _mix_taps(_mix_taps(p00, p01, fx), _mix_taps(p10, p11, fx), fy)
@@ -424,7 +429,7 @@ def differentiate_score_maps(obs, maps, log_prob, by_map, probs, grad, eps, negl
     if num_images:
         _differentiate_score_maps[num_images, triton.cdiv(len(maps), MAPS_PER_GRADIENT), num_chunks](
             obs, maps, log_prob, by_map, probs, grad, fixed, grad_maps, len(maps), eps, FIXED_POINT, negligible,
-            **size, MAPS=MAPS_PER_GRADIENT, num_warps=8, enable_fp_fusion=True,
+            **size, MAPS=MAPS_PER_GRADIENT, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         _differentiate_probs[num_images, triton.cdiv(probs[0].numel(), BLOCK_PIXELS)](
             probs, grad, fixed, grad_logits, FIXED_POINT, **size, num_warps=4, enable_fp_fusion=True

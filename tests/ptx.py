@@ -172,6 +172,10 @@ def _funnel_left(low, high, count):
     return ((high.astype(np.uint64) << np.uint64(32) | low) << count >> np.uint64(32)).astype(np.uint32)
 
 
+def _apply_to_pairs(function, *pairs):
+    return function(*(np.ascontiguousarray(x).view(np.float32) for x in pairs)).view(np.uint64)
+
+
 UNARY = {
     "mov": lambda a: a, "not": np.invert, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "ex2": np.exp2, "lg2": np.log2,
     "rcp": np.reciprocal, "popc": lambda a: np.bitwise_count(a).astype(np.uint32), "cvta": lambda a: a,
@@ -204,6 +208,9 @@ BESIDES = ("ld", "st", "red", "shfl", "redux", "mma", "ldmatrix", "stmatrix", "b
 
 def get_function(name):
     """What an arithmetic instruction computes, and the types of its operands (one for all, or a list)"""
+    if name[-1] == "f32x2":  # two at a time
+        function, kinds = get_function([*name[:-1], "f32"])
+        return functools.partial(_apply_to_pairs, function), [TYPES["u64"]] * len(kinds)
     first, kind = name[0], TYPES.get(name[-1], np.dtype(bool))
     if "cc" in name or first == "madc":  # carries
         return unknown, [kind] * 3
