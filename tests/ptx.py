@@ -204,7 +204,20 @@ def compare(name, a, b):
     return COMPARISONS[name](a, b)
 
 
-BESIDES = ("ld", "st", "red", "shfl", "redux", "mma", "ldmatrix", "stmatrix", "bar", "bra", "ret")  # do more than compute
+BESIDES = (
+    "ld",
+    "st",
+    "red",
+    "atom",
+    "shfl",
+    "redux",
+    "mma",
+    "ldmatrix",
+    "stmatrix",
+    "bar",
+    "bra",
+    "ret",
+)  # do more than compute
 
 
 def get_function(name):
@@ -515,6 +528,11 @@ class Warp:
         index = self.spaces[name[1]].get_index(self.get_address(operands[0], name[1]), mask, kind.itemsize, kind.itemsize)
         np.add.at(self.spaces[name[1]].bytes.view(kind), index[mask], self.read(operands[1], kind)[mask])
 
+    def _atom(self, name, operands, mask, everyone):
+        """Its result depends on the order of threads, and is left unknown"""
+        self._red(name, operands[1:], mask, everyone)
+        self.registers.pop(operands[0], None)
+
     def _shfl(self, name, operands, mask, everyone):
         to, given, by, limits, _ = operands
         assert mask.all(1)[mask.any(1)].all(), "a warp's threads shuffle together"
@@ -532,9 +550,10 @@ class Warp:
             self.write(predicate, exists, mask, everyone)
 
     def _redux(self, name, operands, mask, everyone):
-        assert name[2] == "add" and mask.all(1)[mask.any(1)].all()
-        total = self.read(operands[1], TYPES["u32"]).sum(1, keepdims=True, dtype=np.uint32)
-        self.write(operands[0], np.broadcast_to(total, self.launch.shape), mask, everyone)
+        assert mask.all(1)[mask.any(1)].all(), "a warp's threads reduce together"
+        function, (kind, _) = get_function([name[2], *name[3:]])
+        total = functools.reduce(function, self.read(operands[1], kind).T)  # [G]
+        self.write(operands[0], np.repeat(total[:, None], LANES, 1), mask, everyone)
 
     def _bar(self, name, operands, mask, everyone):
         assert name[1] == "warp"  # others end blocks
@@ -617,7 +636,8 @@ def execute(compiled, grid, values):
             arrays[value.data_ptr(), value.nbytes] = value.detach().numpy()
     memories = [Memory([*arrays.values(), *kernel.constants.values()]) for _ in ORDERS]
     places = dict(zip(arrays, memories[0].places, strict=False))
-    for value, kind in zip([*given, 0, 0], kernel.parameters.values(), strict=True):  # two pointers to scratch, unused
+    scratch = [0] * (len(kernel.parameters) - len(given))  # pointers that these kernels don't use
+    for value, kind in zip([*given, *scratch], kernel.parameters.values(), strict=True):
         value = places[value.data_ptr(), value.nbytes] if torch.is_tensor(value) else value
         parameters.append(np.array(value).astype(kind))
     parameters = dict(zip(kernel.parameters, parameters, strict=True))
