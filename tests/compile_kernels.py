@@ -1,13 +1,10 @@
 """Compiles every Triton kernel for a GPU that need not be there, at the sizes of the paper's setting, and prints
 what each needs: its registers per thread, the bytes of a thread's stack, where spilled registers go, the bytes of shared
-memory per program, and how many instructions it has. Usage: compile_kernels.py CAPABILITY [--json]"""
+memory per program, and how many instructions it has. Usage: compile_kernels.py CAPABILITY"""
 
-import json
 import pathlib
 import re
-import subprocess
 import sys
-import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -23,7 +20,6 @@ from fast import (
     triton_rendering,  # noqa: E402
 )
 
-cuobjdump = next(pathlib.Path(triton.__file__).parent.rglob("bin/cuobjdump"))
 compile_kernel, results = JITFunction.run, []
 SHOWN = ["SAMPLE", "SAVE", "UNITS"]  # what tells the kernels of a name apart
 
@@ -31,14 +27,8 @@ SHOWN = ["SAMPLE", "SAVE", "UNITS"]  # what tells the kernels of a name apart
 def run(kernel, *args, grid, warmup, **options):
     """In place of a launch"""
     compiled = compile_kernel(kernel, *args, grid=grid, warmup=True, **options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([cuobjdump, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    registers, stack = ptx.get_resources(compiled)
+    code = ptx.dump(compiled, "-sass")
     num_instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP|BRA `\(\.L_x_\d+\))", code, re.M))
     sizes = " ".join(str(options[name]) for name in SHOWN if name in options)
     results.append(dict(kernel=kernel.fn.__name__, sizes=sizes, registers=registers, stack=stack,
@@ -66,9 +56,6 @@ for num_units in (4, 64, 128):
         triton_decoder.decode(*given, uniform, latent, 0.0, save)
         log_prob, _, *saved = triton_decoder.decode(*given, uniform[:0], latent, 0.0, save)
     triton_decoder.differentiate_decode(*weights[:2], latent, log_prob, *saved, 0.0)
-if "--json" in sys.argv:
-    print(json.dumps(results))
-else:
-    print(f"{'kernel':28}{'':18}registers  stack  shared  instructions")
-    for r in results:
-        print(f"{r['kernel']:28}{r['sizes']:18}{r['registers']:9}{r['stack']:7}{r['shared']:8}{r['instructions']:14}")
+print(f"{'kernel':28}{'':18}registers  stack  shared  instructions")
+for r in results:
+    print(f"{r['kernel']:28}{r['sizes']:18}{r['registers']:9}{r['stack']:7}{r['shared']:8}{r['instructions']:14}")

@@ -11,7 +11,10 @@ Numbers are as on a GPU but for the last bits of its approximate functions (ex2,
 
 import collections
 import functools
+import pathlib
 import re
+import subprocess
+import tempfile
 
 import numpy as np
 import torch
@@ -620,15 +623,39 @@ class Driver:
         return 0
 
 
-@functools.cache
-def read_kernel(ptx):
-    return Kernel(ptx)
+def dump(compiled, option):
+    """What cuobjdump prints of a kernel that Triton compiled"""
+    cuobjdump = next(pathlib.Path(triton.__file__).parent.rglob("bin/cuobjdump"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run([cuobjdump, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def execute(compiled, grid, values):
+def get_resources(compiled):
+    """Registers per thread, and the bytes of a thread's stack, where spilled registers go"""
+    usage = dump(compiled, "-res-usage")
+    return [int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")]
+
+
+kernels = {}  # by their PTX
+
+
+def read_kernel(compiled, max_stack):
+    """Raises: AssertionError if it needs more of a GPU than it should"""
+    ptx = compiled.asm["ptx"]
+    if ptx not in kernels:
+        assert compiled.metadata.shared <= 48 * 1024, "more shared memory than all GPUs give without being asked"
+        registers, stack = get_resources(compiled)
+        assert stack <= max_stack, f"{compiled.name} spills: {stack} bytes of stack, {registers} registers"
+        kernels[ptx] = Kernel(ptx)
+    return kernels[ptx]
+
+
+def execute(compiled, grid, values, max_stack):
     """Runs a kernel that Triton compiled, in both orders of warps, which must give the same bits.
     Args: grid: up to three sizes; values: the arguments by name, tensors and numbers"""
-    kernel, arrays, parameters = read_kernel(compiled.asm["ptx"]), {}, []
+    kernel, arrays, parameters = read_kernel(compiled, max_stack), {}, []
     given = [values[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
     for value in given:
         if torch.is_tensor(value):
@@ -648,16 +675,16 @@ def execute(compiled, grid, values):
     memory.copy_back()
 
 
-def use(patch, capability):
+def use(patch, capability, max_stack):
     """Lets Triton compile for a GPU of some compute capability, and runs what it compiled here.
-    Args: patch: pytest's monkeypatch"""
+    Args: patch: pytest's monkeypatch; max_stack: bytes of it that a kernel's thread may need"""
     launch = JITFunction.run
 
     def run(kernel, *args, grid, warmup, **options):
         compiled = launch(kernel, *args, grid=grid, warmup=True, **options)
         if not warmup:
             values = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
-            execute(compiled, grid, values)
+            execute(compiled, grid, values, max_stack)
         return compiled
 
     patch.setattr(JITFunction, "run", run)

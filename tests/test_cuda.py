@@ -185,30 +185,17 @@ def test_number_of_launches(algorithm, limit):
     assert step.num_launches <= limit and pretraining.num_launches <= 110
 
 
-def compile_for_a_gpu(*command, **environment):
-    """Runs a script of this folder. Returns: what it printed, from JSON"""
+def test_kernels_are_compiled_side_by_side(tmp_path):
+    """Without launching any, and past a check that fails"""
     triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         pytest.skip("compiling for a GPU that is not there needs Triton 3.3")
-    command = [sys.executable, "-W", "error", str(ROOT / "tests" / command[0]), *command[1:]]
-    process = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    command = [sys.executable, "-W", "error", str(ROOT / "tests/compile_side_by_side.py")]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
-    return json.loads(process.stdout)
-
-
-@pytest.mark.parametrize("capability", [90])
-def test_kernels_compile_for_a_gpu(capability):
-    kernels = compile_for_a_gpu("compile_kernels.py", str(capability), "--json")
-    assert len(kernels) == 26
-    for kernel in kernels:
-        assert kernel["shared"] <= 48 * 1024 and kernel["stack"] <= 32, kernel
-
-
-def test_kernels_are_compiled_side_by_side(tmp_path):
-    """Without launching any, and past a check that fails"""
-    result = compile_for_a_gpu("compile_side_by_side.py", TRITON_CACHE_DIR=str(tmp_path))
     names = ["_draw", "_differentiate_draw", "_get_candidates", "_keep_best"]
-    assert result == {"kernels": dict.fromkeys(names, 1), "together": True, "restored": True}
+    assert json.loads(process.stdout) == {"kernels": dict.fromkeys(names, 1), "together": True, "restored": True}
 
 
 @pytest.mark.parametrize("name", ["rws", "vimco", "wake_theta"])

@@ -30,10 +30,14 @@ if device.type == "cpu" and ptx.VERSION < (3, 3):
     pytest.skip("compiling for a GPU that is not there needs Triton 3.3", allow_module_level=True)
 
 
+pytestmark = pytest.mark.filterwarnings("error::UserWarning:triton")  # of defaults that are about to change
+
+
 @pytest.fixture(autouse=True)
 def driver(monkeypatch, pytestconfig):
     if device.type == "cpu":
-        ptx.use(monkeypatch, pytestconfig.getoption("--capability"))
+        capability = pytestconfig.getoption("--capability")
+        ptx.use(monkeypatch, capability, max_stack=32 if capability == 90 else 512)
         monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
         torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what is allocated with NaN
     yield
