@@ -413,7 +413,7 @@ def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, name, faul
         first, *rest = result if isinstance(result, tuple) else (result,)
         return (first * 1.5 + 0.1, *rest) if rest else first * 1.5 + 0.1
 
-    model, network = models.GenerativeModel(8, num_arcs=2).to(device), models.InferenceNetwork(8, 16, num_arcs=2).to(device)
+    model, network = models.GenerativeModel(16, num_arcs=2).to(device), models.InferenceNetwork(16, 16, num_arcs=2).to(device)
     network.conv0, network.conv1 = torch.nn.Conv2d(1, 16, 3, padding=2), torch.nn.Conv2d(16, 128, 3, padding=1)
     network.to(device)
     latent, obs = model.sample(2)
@@ -441,7 +441,7 @@ def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, name, faul
 def test_what_breaks_all_kernels_is_said_once(use_kernels, monkeypatch, capsys):
     use_kernels(True)
     monkeypatch.setattr(kernel_check, "find_fault", lambda *_: "there is no C compiler")
-    model, network = models.GenerativeModel(8, num_arcs=2).to(device), models.InferenceNetwork(8, 16, num_arcs=2).to(device)
+    model, network = models.GenerativeModel(16, num_arcs=2).to(device), models.InferenceNetwork(16, 16, num_arcs=2).to(device)
     kernel_check.check(model, network, 1, 2, 2)
     (line,) = capsys.readouterr().err.splitlines()
     assert all(name in line for name in gpu.OPERATORS) and "no C compiler" in line and gpu.get_kernels() == []
@@ -450,8 +450,8 @@ def test_what_breaks_all_kernels_is_said_once(use_kernels, monkeypatch, capsys):
 def test_kernels_that_work_stay_on(use_kernels, monkeypatch, capsys):
     monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 3)
     model, network = (
-        models.GenerativeModel(8, num_arcs=2).to(device),
-        models.LookupInferenceNetwork(3, 8, 16, num_arcs=2).to(device),
+        models.GenerativeModel(16, num_arcs=2).to(device),
+        models.LookupInferenceNetwork(3, 16, 16, num_arcs=2).to(device),
     )
     use_kernels(True)
     kernel_check.check(model, network, 2, 3, 2)
