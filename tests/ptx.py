@@ -174,13 +174,17 @@ def _funnel_left(low, high, count):
     return ((high.astype(np.uint64) << np.uint64(32) | low) << count >> np.uint64(32)).astype(np.uint32)
 
 
+def _count_bits(a):
+    return np.unpackbits(a[..., None].view(np.uint8), axis=-1).sum(-1, dtype=np.uint32)
+
+
 def _apply_to_pairs(function, *pairs):
     return function(*(np.ascontiguousarray(x).view(np.float32) for x in pairs)).view(np.uint64)
 
 
 UNARY = {
     "mov": lambda a: a, "not": np.invert, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "ex2": np.exp2, "lg2": np.log2,
-    "rcp": np.reciprocal, "popc": lambda a: np.bitwise_count(a).astype(np.uint32), "cvta": lambda a: a,
+    "rcp": np.reciprocal, "popc": _count_bits, "cvta": lambda a: a,
 }  # fmt: skip
 BINARY = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
@@ -410,8 +414,7 @@ class Launch:
             try:
                 self.execute(instruction, taken, everyone and instruction.guard is None)
             except Exception as error:
-                error.add_note(f"in: {instruction.text}")
-                raise
+                raise type(error)(f"{error}, in: {instruction.text}") from error
         self.place[mask] = number + 1
         if block.end is not None:
             taken = mask if block.end.guard is None else mask & self.get_guard(block.end)
@@ -449,11 +452,8 @@ class Launch:
         if operand == "global_smem" or operand.startswith("__local_depot"):
             return np.zeros(shape, kind)
         if operand.startswith("%"):  # not written yet
-            return (
-                np.full(shape, 255, np.uint8).repeat(kind.itemsize, 1).view(kind)
-                if kind.itemsize > 1
-                else np.zeros(shape, bool)
-            )
+            byte = b"\1" if kind.kind == "b" else b"\xff"
+            return np.frombuffer(byte * kind.itemsize, kind).repeat(np.prod(shape)).reshape(shape)
         if operand[:2].lower() in ("0f", "0d"):
             value = np.array(int(operand[2:], 16), UNSIGNED[4 * len(operand[2:])]).view(f"f{len(operand[2:]) // 2}")
             return np.full(shape, value).view(kind)
@@ -490,6 +490,7 @@ class Launch:
             value = instruction.function(*map(self.read, given, instruction.kinds))
             self.write(to, value, mask, everyone)
         elif everyone or mask.any():
+            assert name[0] not in TOGETHER or mask.all(1)[mask.any(1)].all(), "some of a warp's threads do not take part"
             getattr(self, f"_{name[0]}")(name, instruction.operands, mask, everyone)
 
     def _mov(self, name, operands, mask, everyone):
@@ -522,7 +523,6 @@ class Launch:
         given, kind = operands[1], TYPES[name[-1]]
         registers, space = given if isinstance(given, list) else [given], self.spaces[name[1]]
         index = space.get_index(self.get_address(operands[0], name[1]), mask, kind.itemsize, kind.itemsize * len(registers))
-        numbers = space.bytes.view(kind)
         for i, register in enumerate(registers):
             place, value = (index + np.uint64(i))[mask], self.read(register, kind)[mask]
             self.store(space, place, value, mask)
@@ -549,7 +549,6 @@ class Launch:
 
     def _shfl(self, name, operands, mask, everyone):
         to, given, by, limits, _ = operands
-        assert mask.all(1)[mask.any(1)].all(), "a warp's threads shuffle together"
         lane, by = np.arange(LANES), self.read(by, TYPES["u32"]).astype(int)
         limits = self.read(limits, TYPES["u32"]).astype(int)
         segment, clamp = limits >> 8 & 31, limits & 31
@@ -564,9 +563,8 @@ class Launch:
             self.write(predicate, exists, mask, everyone)
 
     def _redux(self, name, operands, mask, everyone):
-        assert mask.all(1)[mask.any(1)].all(), "a warp's threads reduce together"
         function, (kind, _) = get_function([name[2], *name[3:]])
-        total = functools.reduce(function, self.read(operands[1], kind).T)  # [G]
+        total = functools.reduce(function, self.read(operands[1], kind).T)  # [S]
         self.write(operands[0], np.repeat(total[:, None], LANES, 1), mask, everyone)
 
     def _bar(self, name, operands, mask, everyone):
@@ -575,7 +573,6 @@ class Launch:
     def _mma(self, name, operands, mask, everyone):
         """m16n8k8 of TF32: a warp's product of matrices, whose elements its threads hold in a fixed pattern"""
         assert name[3:] == ["m16n8k8", "row", "col", "f32", "tf32", "tf32", "f32"], name
-        assert mask.all(1)[mask.any(1)].all(), "a warp multiplies together"
         a, b, c = ([self.read(x, TYPES["u32"]) for x in registers] for registers in operands[1:])
         group, member = np.divmod(np.arange(LANES), 4)
         left, right = (np.zeros((len(mask), *size), np.float32) for size in ((16, 8), (8, 8)))
@@ -593,7 +590,7 @@ class Launch:
 
     def _get_matrices(self, name, operand, mask):
         """Where ldmatrix and stmatrix find each thread's pair of 16-bit numbers: for each matrix an index [S, LANES]"""
-        assert mask.all(1)[mask.any(1)].all() and name[3:5][0] == "m8n8" and "trans" not in name
+        assert name[3] == "m8n8" and "trans" not in name, name
         address = self.get_address(operand, "shared")
         lane = np.arange(LANES)
         for i in range(int(name[4][1:])):
