@@ -5,6 +5,8 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 LN_2 = tl.constexpr(0.6931471805599453)
+SHIFT = tl.constexpr(1.5 * 2**23)
+SHIFT_BITS = tl.constexpr(0x4B400000)  # of SHIFT in float32
 
 
 @triton.jit
@@ -26,6 +28,14 @@ def log2(x):
 @triton.jit
 def log(x):
     return log2(x) * LN_2
+
+
+@triton.jit
+def floor(x):
+    """The largest integer that is not above x, as a number and as an integer, for |x| < 2^22: a sum that is rounded down and
+    has no bits for fractions. A GPU has fewer units for conversions than for sums."""
+    shifted = libdevice.add_rd(x, SHIFT)
+    return shifted - SHIFT, shifted.to(tl.int32, bitcast=True) - SHIFT_BITS
 
 
 @triton.jit

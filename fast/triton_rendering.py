@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fast.triton_math import LN_2, log, log2, sigmoid
+from fast.triton_math import LN_2, floor, log, log2, sigmoid
 
 ARC_SIZE = tl.constexpr(7)  # x_start, y_start, dx, dy, theta, sharpness, width
 BLOCK_PIXELS = 1024  # pixels per program: a whole 28 x 28 image
@@ -226,6 +226,15 @@ def _load_map(maps, number, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def _get_chunk(ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which part of an image a program works on, and of how many"""
+    if ROWS * COLS > BLOCK:
+        return tl.program_id(2), tl.num_programs(2)
+    else:
+        return 0, 1
+
+
+@triton.jit
 def _get_grid_point(pixel, ROWS: tl.constexpr, COLS: tl.constexpr):
     """A pixel's position in affine_grid's coordinates, from -1 to 1: x, y"""
     x = 2 * (pixel % COLS).to(tl.float32) / max(COLS - 1, 1) - 1
@@ -237,11 +246,11 @@ def _get_grid_point(pixel, ROWS: tl.constexpr, COLS: tl.constexpr):
 def _get_position(a, b, c, x, y, SIZE: tl.constexpr):
     """Where a map takes points, in pixels: the preceding pixel, from -BORDER to SIZE, and the fraction to the next one.
     Positions beyond the border, and NaN, are moved to its edge, where all is paper, too"""
-    position = a * x + b * y + c
+    position = a * x + (b * y + c)
     position = tl.where(position > -BORDER, position, -BORDER)  # NaN becomes a number: it is no place to load from
     position = tl.minimum(position, SIZE)
-    before = tl.floor(position)
-    return before.to(tl.int32), position - before
+    before, pixel = floor(position)
+    return pixel, position - before
 
 
 @triton.jit
@@ -298,7 +307,8 @@ def _score_maps(
     ROWS: tl.constexpr, COLS: tl.constexpr, MAPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
-    first, chunk, num_chunks = tl.program_id(1) * MAPS, tl.program_id(2), tl.num_programs(2)
+    first = tl.program_id(1) * MAPS
+    chunk, num_chunks = _get_chunk(ROWS, COLS, BLOCK)
     STRIDE: tl.constexpr = COLS + 2 * BORDER
     image = probs + latent * ((ROWS + 2 * BORDER) * STRIDE) + (BORDER * STRIDE + BORDER)
     pixel = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -351,7 +361,8 @@ def _differentiate_score_maps(
     ROWS: tl.constexpr, COLS: tl.constexpr, MAPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
-    first, chunk, num_chunks = tl.program_id(1) * MAPS, tl.program_id(2), tl.num_programs(2)
+    first = tl.program_id(1) * MAPS
+    chunk, num_chunks = _get_chunk(ROWS, COLS, BLOCK)
     STRIDE: tl.constexpr = COLS + 2 * BORDER
     corner = latent * ((ROWS + 2 * BORDER) * STRIDE) + (BORDER * STRIDE + BORDER)
     factor, log_total = tl.load(grad + latent), tl.load(log_prob + latent) + log(1.0 * num_maps)

@@ -101,6 +101,16 @@ def _float(x):
     return x.astype(np.float64)
 
 
+def _add_and_round_down(a, b):
+    a, b = _float(a), _float(b)
+    total = a + b
+    part = total - a
+    error = (a - (total - part)) + (b - part)  # what rounding to float64 left out
+    rounded = total.astype(np.float32)
+    above = (rounded > total) | ((rounded == total) & (error < 0))
+    return np.where(above, np.nextafter(rounded, np.float32(-np.inf)), rounded)
+
+
 def _shift_left(a, count):
     bits = a.dtype.itemsize * 8
     return np.where(count < bits, a << np.minimum(count, bits - 1).astype(a.dtype), a.dtype.type(0))
@@ -267,7 +277,10 @@ def get_function(name):
         return _funnel_left, [kind] * 3
     if first in ("shl", "shr"):
         return BINARY[first], [kind, TYPES["u32"]]
+    if name[:2] == ["add", "rm"]:
+        return _add_and_round_down, [kind] * 2
     if first in BINARY:
+        assert "rm" not in name and "rp" not in name and "rz" not in name, name
         return BINARY[first], [kind] * 2
     return UNARY.get(first, unknown), [kind]
 
