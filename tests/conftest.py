@@ -31,8 +31,5 @@ def omniglot():
 
 
 def pytest_collection_modifyitems(items):
-    """What mostly waits goes first, to two workers; each begins with an equal part of the list"""
-    waiting, others = ([item for item in items if bool(item.get_closest_marker("waits")) == waits] for waits in (True, False))
-    first, second = waiting[::2], waiting[1::2]
-    place = max(len(items) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) - len(first), 0)
-    items[:] = first + others[:place] + second + others[place:]
+    """What mostly waits goes first, beside what computes"""
+    items.sort(key=lambda item: item.get_closest_marker("waits") is None)
