@@ -102,7 +102,7 @@ def check(words, draw):
         return False
     path_base = util.get_path_base(main.parse_args(flags))
     states = []
-    for stops in ([3], [2, 3]):
+    for stops in ([2], [1, 2]):
         for num_iterations in stops:
             assert main.main([*flags, f"--num-iterations={num_iterations}"]) == 0
         for path in checkpoints.get_path(path_base).parent.glob("*.pt"):
