@@ -21,7 +21,7 @@ def tanh(x):
 
 @triton.jit
 def log2(x):
-    """By the GPU's own unit: within 2^-22 for x between 0.5 and 2, relative to the result elsewhere; zero for subnormal x"""
+    """By the GPU's own unit: within 2^-22 for x between 0.5 and 2, relative to the result elsewhere; -inf if x is subnormal"""
     return libdevice.fast_log2f(x)
 
 
