@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fast.triton_math import log, multiply, sigmoid, tanh
+from fast.triton_math import log, sigmoid, tanh, unfused_product
 
 ROWS_PER_PROGRAM = 16  # latents side by side: the fewest that tl.dot accepts
 SLICE = tl.constexpr(16)  # of a matrix product's inner dimension
@@ -51,8 +51,8 @@ def _get_on_log_probs(h, weight, bias, unit, num_units, num_choices):
     used = unit < num_units
     w_off = tl.load(weight + num_choices * num_units + unit, mask=used, other=0.0)
     w_on = tl.load(weight + (num_choices + 1) * num_units + unit, mask=used, other=0.0)
-    off = tl.sum(multiply(h, w_off[None, :]), 1) + tl.load(bias + num_choices)
-    on = tl.sum(multiply(h, w_on[None, :]), 1) + tl.load(bias + num_choices + 1)
+    off = tl.sum(unfused_product(h, w_off[None, :]), 1) + tl.load(bias + num_choices)
+    on = tl.sum(unfused_product(h, w_on[None, :]), 1) + tl.load(bias + num_choices + 1)
     high = tl.where(off > on, off, on)
     total = high + log(tl.exp(off - high) + tl.exp(on - high))
     return off - total, on - total

@@ -39,7 +39,7 @@ def floor(x):
 
 
 @triton.jit
-def multiply(x, y):
+def unfused_product(x, y):
     """For products whose sum over threads goes to all of them: x * y may be fused with the sum's first step, where each
     thread rounds the other's product but not its own, so that their results differ"""
     return libdevice.mul_rn(x, y)
