@@ -6,6 +6,7 @@ affine maps of the drawing. Both are plain tensor code that works in float32 and
 float64, with and without gradients; on a GPU they become Triton kernels (fast/gpu.py).
 """
 
+import functools
 import math
 
 import torch
@@ -418,7 +419,7 @@ def set_compile(enabled, device="cpu"):
     gpu.set_kernels(gpu.OPERATORS if enabled and gpu.is_gpu(device) else [])
     if not enabled or gpu.is_gpu(device):
         return
-    _compile_for_cpu()
+    compiled.update(_compile_for_cpu())
     try:
         with torch.inference_mode(False), torch.enable_grad():  # also within a notebook's torch.no_grad()
             _try_kernels()
@@ -438,9 +439,10 @@ def _try_kernels():
     affine_log_prob(logits, torch.zeros_like(logits), maps).sum().backward()
 
 
+@functools.cache  # turned off and on again, nothing is compiled again
 def _compile_for_cpu():
+    """The compiled form of each kernel"""
     # Force full fusion: inductor otherwise materialises whatever is read more than a few times.
     options = dict.fromkeys(["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000)
-    for kernel in [_draw, _log_prob_by_map, _differentiate_by_map]:
-        compiled[kernel] = torch.compile(kernel, options=options)
-    compiled[_differentiate_draw] = torch.compile(_differentiate_draw)  # fully fused, it would take minutes to compile
+    forms = {kernel: torch.compile(kernel, options=options) for kernel in [_draw, _log_prob_by_map, _differentiate_by_map]}
+    return {**forms, _differentiate_draw: torch.compile(_differentiate_draw)}  # fully fused, it would take minutes to compile

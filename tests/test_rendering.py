@@ -189,7 +189,7 @@ def test_no_compiler_is_one_warning(monkeypatch, capsys):
     def refuse(*args, **options):
         raise RuntimeError("there is no compiler\nand much more")
 
-    monkeypatch.setattr(torch, "compile", lambda kernel, **options: refuse)
+    monkeypatch.setattr(rendering, "_compile_for_cpu", lambda: {rendering._draw: refuse})
     rendering.set_compile(True)
     assert capsys.readouterr().err == "warning: not compiled, training is slower: there is no compiler\n"
     assert not rendering.compiled

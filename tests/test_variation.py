@@ -89,9 +89,9 @@ def test_gradients_against_finite_differences():
         assert (gradient * direction).sum().item() == pytest.approx(difference.item(), rel=2e-2, abs=0.05), name
 
 
-def get_grid(centre, num=81):
+def get_grid(centre, num=61):
     """Every shift on a grid: Variation of num^2 drawings of one program"""
-    steps = torch.linspace(-4, 4, num)  # standard deviations
+    steps = torch.linspace(-3, 3, num)  # standard deviations
     shifts = torch.cartesian_prod(steps, steps)
     none = variation.get_none(centre)
     e = Variation(*(x.expand(len(shifts), *x.shape[1:]).clone() for x in none))
