@@ -8,7 +8,6 @@ import re
 import textwrap
 from typing import NamedTuple
 
-import matplotlib.figure
 import torch
 
 import scoring
@@ -246,7 +245,7 @@ def write_figure(path, rows):
     is_test_run = [row["model"].startswith("test_run_") for row in rows]
     panels = [[row for row, other in zip(rows, is_test_run, strict=True) if other == kind] for kind in (False, True)]
     panels = [(title, panel) for title, panel in zip(["", "test runs"], panels, strict=True) if panel]
-    figure = matplotlib.figure.Figure(figsize=(6 * len(panels), 4.4), layout="constrained")
+    figure = get_figure(6 * len(panels), 4.4)
     for axes, (title, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         common = draw_panel(axes, panel)
         axes.set_title(", ".join(filter(None, [title, common])), fontsize=8)
@@ -277,6 +276,13 @@ def draw_panel(axes, rows):
     axes.legend(title="trained by", fontsize=7, title_fontsize=7)
     axes.grid(alpha=0.3)
     return common
+
+
+def get_figure(width, height):
+    """An empty one, of that size in inches"""
+    import matplotlib.figure  # jobs of a sweep, which draw nothing, start sooner without it
+
+    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(path, figure):
@@ -374,7 +380,7 @@ def draw_milestones(runs, path):
     groups, lines = collections.defaultdict(list), []
     for name, results in runs.items():
         groups[get_name(name)].append({result["model_iteration"]: result for result in results})
-    figure = matplotlib.figure.Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = get_figure(6.4, 4.4)
     axes = figure.subplots()
     settings = {name: next(iter(some[0].values()))["model_settings"] for name, some in groups.items()}
     words = describe_apart(settings)
