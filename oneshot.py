@@ -76,7 +76,7 @@ def draw(run, name, forward, backward, probs):
 
 def get_settings(checkpoint, run, args):
     """Everything a result depends on, as plain values"""
-    images = b"".join(str(ink.shape).encode() + ink.tobytes() for ink in run.inks)
+    images = b"grey" + b"".join(str(ink.shape).encode() + ink.tobytes() for ink in run.inks)  # once they were not
     return {
         "model": checkpoints.get_digest(checkpoint),
         "images": hashlib.sha1(images).hexdigest()[:12],
@@ -115,7 +115,8 @@ def find_result(path, run, settings, force):
 def get_row(name, run, result):
     """A run's numbers of errors: CSV columns. By pixels: the character with the most equal pixels"""
     forward, backward = result["forward"], result["backward"]
-    pixels = -(run.tests.unsqueeze(1) - run.characters).abs().sum((2, 3))  # [M, N]
+    characters, tests = run.characters >= 0.5, run.tests >= 0.5
+    pixels = (tests.unsqueeze(1) == characters).sum((2, 3))  # [M, N]
     scores = {
         "error": matching.combine(forward, backward),
         "forward alone": forward,

@@ -51,7 +51,7 @@ def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, tic
     """Traces images and refits the strokes to them.
 
     Args:
-        inks: the N images, a list of arrays [H, W] of bool, of any size; obs [N, R, C]: the same as the model sees them
+        inks: the N images, a list of arrays [H, W] of bool, of any size; obs [N, R, C] in [0, 1]: the same, scaled down
         seed: of the order of strokes in further traces
         tick: called after each step of each variation.AT_ONCE drawings
     Returns: Strokes, of num_traces programs per image, the first trace the most obvious one

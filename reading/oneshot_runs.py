@@ -32,8 +32,8 @@ class Run(NamedTuple):
     """A run of N characters and M images to classify"""
 
     name: str
-    characters: torch.Tensor  # [N, 28, 28] in {0, 1}
-    tests: torch.Tensor  # [M, 28, 28]
+    characters: torch.Tensor  # [N, 28, 28], the share of ink in each pixel
+    tests: torch.Tensor  # [M, 28, 28], likewise
     answers: torch.Tensor  # [M], the character of each test image, from 0
     inks: list  # of the N characters and M tests as they are in the files: arrays [H, W] of bool
 
@@ -62,13 +62,13 @@ def _load_run(path, folder, read, names):
     wrong = [name for name in answers if name not in characters]
     if wrong:
         raise UserError(f"{path}: {folder / LABELS}: {wrong[0]} is no training image of this run")
-    darkness = [1 - decode(name, read(name)) for name in [*characters, *tests]]
-    images = torch.from_numpy(np.stack([fit(dark) >= 0.5 for dark in darkness])).float()
-    for name, image in zip([*characters, *tests], images, strict=True):
-        if not image.any():
+    inks = [1 - decode(name, read(name)) >= 0.5 for name in [*characters, *tests]]
+    images = torch.from_numpy(np.stack([fit(ink.astype(np.float64)) for ink in inks])).float()
+    for name, ink in zip([*characters, *tests], inks, strict=True):
+        if not ink.any():
             raise UserError(f"{path}: {name} is blank")
     answers = torch.tensor([characters.index(name) for name in answers])
-    return Run(folder.name, *images.tensor_split([len(characters)]), answers, [dark >= 0.5 for dark in darkness])
+    return Run(folder.name, *images.tensor_split([len(characters)]), answers, inks)
 
 
 def _open(path):

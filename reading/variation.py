@@ -9,7 +9,8 @@ which the picture is warped before it is seen through the program's own map M:
     x_i | v ~ Bernoulli(clamp(q_i(v), f, 1 - f))                                            q(v) = apply_maps(draw(v), M W)
 
 at the centre mu, d and theta are those of the program's primitives, s is the middle of the page, b is 0, and W is the
-identity. `f` keeps single pixels from deciding. The score of a drawing for an image x is
+identity. `f` keeps single pixels from deciding. A pixel that is partly ink counts as ink in proportion, log p(x_i | v) being
+x_i log q_i + (1 - x_i) log(1 - q_i). The score of a drawing for an image x is
 
     log p(x | v) - |e|^2 / 2        (nats; log p(x, v) but for the constants of the normal densities)
 
@@ -118,7 +119,7 @@ def get_probs(drawing, num_rows=28, num_cols=28):
 
 
 def get_log_likelihood(drawing, obs, floor=FLOOR):
-    """log p(x | v): Drawing, obs [N, R, C] in {0, 1} -> [N], nats"""
+    """log p(x | v): Drawing, obs [N, R, C] in [0, 1] -> [N], nats"""
     probs = get_probs(drawing, *obs.shape[1:]).clamp(floor, 1 - floor)
     return (obs * probs.log() + (1 - obs) * (-probs).log1p()).flatten(1).sum(1)
 
@@ -185,7 +186,7 @@ def refit(
     """Fits drawings to images.
 
     Args:
-        centre: Drawing, mu; obs [N, R, C] in {0, 1}
+        centre: Drawing, mu; obs [N, R, C] in [0, 1]
         deviations: Deviations; num_steps: of Adam, on e, with a learning rate that falls from lr to nearly 0
         start: Variation that e begins as; if None, 0
         aligned_to [N, R, C]: images that the centres fit; W then begins where it takes the place and size of

@@ -66,7 +66,8 @@ def test_the_score_is_as_defined():
     distance = (8 * 0.25 + 2 + 4 + 1 + 1 + 0.25 + 0.0625 + 0.25 + 1) / 2
     torch.testing.assert_close(e.get_distance(), torch.full((4,), distance))
     q = variation.get_probs(drawing).clamp(0.01, 0.99)
-    expected = torch.where(obs == 1, q.log(), (1 - q).log()).sum((1, 2)) - distance
+    obs = 0.75 * obs
+    expected = torch.where(obs > 0, 0.75 * q.log() + 0.25 * (1 - q).log(), (1 - q).log()).sum((1, 2)) - distance
     torch.testing.assert_close(variation.score(centre, e, obs, deviations), expected)
 
 
@@ -190,6 +191,9 @@ def test_runs_are_read_and_damage_is_one_line(tmp_path):
             assert (ink == same).all() and (ink == np.kron(obs.bool(), np.ones((4, 4), bool))).all()
     assert [run.name for run in runs] == ["run01", "run02"] and runs[0].tests.shape == (3, 28, 28)
     assert runs[0].answers.sort().values.tolist() == [0, 1, 2]
+    triangles = 255 - 255 * np.kron(np.eye(28), np.tri(4)).astype(np.uint8)  # cover 10 of a pixel's 16 parts
+    imageio.imwrite(folder / "run01/training/class01.png", triangles)
+    torch.testing.assert_close(oneshot_runs.load(folder)[0].characters[0], torch.eye(28) * 10 / 16)
     labels, item = folder / "run02/class_labels.txt", folder / "run02/test/item02.png"
     for path, content, message in [
         (labels, b"run02/test/item01.png\n", "does not name a test and a training image"),
