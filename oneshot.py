@@ -76,10 +76,10 @@ def draw(run, name, forward, backward, probs):
 
 def get_settings(checkpoint, run, args):
     """Everything a result depends on, as plain values"""
-    images = b"grey" + b"".join(str(ink.shape).encode() + ink.tobytes() for ink in run.inks)  # once they were not
+    images = b"".join(str(ink.shape).encode() + ink.tobytes() for ink in run.inks)
     return {
         "model": checkpoints.get_digest(checkpoint),
-        "images": hashlib.sha1(images).hexdigest()[:12],
+        "images": f"grey {hashlib.sha1(images).hexdigest()[:12]}",  # those of older results were black and white
         **{name: getattr(args, name) for name in ("num_traces", "num_steps", "seed")},
     }
 
