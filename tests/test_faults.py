@@ -430,7 +430,9 @@ def test_a_full_disk_behind_standard_output_and_a_cache_that_cannot_be_written(f
     command = [sys.executable, ROOT / "main.py", *TINY, "--data-location", "data.mat", "--pretrain-iterations", "1"]
     cache = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "data.mat" / "cache")}
     with open("/dev/full", "w") as full:
-        process = subprocess.run([*command, "--num-iterations", "2"], stdout=full, stderr=subprocess.PIPE, text=True, env=cache)
+        process = subprocess.run(
+            [*command, "--num-iterations", "2", "--compile"], stdout=full, stderr=subprocess.PIPE, text=True, env=cache
+        )
     assert process.returncode == 0 and load_all(get_run_folder())["latest.pt"]["iteration"] == 2
     assert process.stderr.count("warning: ") == 1 and "which cannot be written" in process.stderr
 

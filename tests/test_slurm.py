@@ -245,6 +245,7 @@ def test_preemption_of_a_chain_leaves_one_successor(cluster, om_repeat):
     wait_for(lambda: not list_jobs())
     log = read_log(name)
     assert log.count("--- ") == 2 and "is complete" not in log
+    assert_bits_of_a_run_here(name, settings)
 
 
 @pytest.mark.waits
