@@ -105,9 +105,9 @@ def check(words, draw):
     for stops in ([2], [1, 2]):
         for num_iterations in stops:
             assert main.main([*flags, f"--num-iterations={num_iterations}"]) == 0
+            for path in checkpoints.get_path(path_base).parent.glob("*.pt"):
+                checkpoints.load(path, resumable=True)
         states.append(util.load_checkpoint(checkpoints.get_path(path_base)))
-        for path in checkpoints.get_path(path_base).parent.glob("*.pt") if len(states) == 1 else []:
-            checkpoints.load(path, resumable=True)
         shutil.move(util.SAVE / path_base, f"state{len(states)}")
     states[1]["args"] = states[0]["args"]
     assert_same(*states)
