@@ -62,7 +62,7 @@ class Dataset(typing.NamedTuple):
 
 
 def load(location="local", small_dataset=False, dataset_size=None, find_characters=False):
-    """Loads a data set: `local`, `om`, `glyphs` or a path (README, "Data").
+    """Loads a data set: `local`, `om`, `glyphs` or a path (docs/data.md).
 
     Args:
         small_dataset: 10 training images per alphabet, which are also the test set
@@ -275,7 +275,8 @@ def _load_array(path):
 
 
 def _check_range(path, images):
-    if not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
+    rounding = 1e-5  # of users who scaled images down themselves
+    if not (np.isfinite(images).all() and images.min() >= -rounding and images.max() <= 1 + rounding):
         raise UserError(f"{path} has values outside [0, 1]; scale it so that paper is 0 and ink is 1")
 
 
@@ -329,12 +330,17 @@ def list_images(path):
         return
     for file in sorted(_walk(path)):
         name = file.relative_to(path).as_posix()
-        if any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+        if is_hidden(name):
             continue
         if file.suffix.lower() in (".png", ".jpg", ".jpeg"):
             yield name, file.read_bytes
         elif re.fullmatch(r"images_(background|evaluation)\.zip", file.name) and not file.with_suffix("").exists():
             yield from _list_zip(file)
+
+
+def is_hidden(name):
+    """Whether a file, named relative to a folder or in a zip, is one that systems put beside the user's own"""
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 
 def _walk(path):
@@ -361,7 +367,7 @@ def _list_zip(path):
             return archive.read(name)
 
     for name in sorted(archive.namelist()):
-        if name.lower().endswith((".png", ".jpg", ".jpeg")) and not name.startswith("__MACOSX"):
+        if name.lower().endswith((".png", ".jpg", ".jpeg")) and not is_hidden(name):
             yield name, functools.partial(read, name)
 
 

@@ -89,13 +89,13 @@ def _get_darkness(grey):
 
 
 def fit(image, side=SIDE):
-    """Scales an image down to 28 x 28 by area averaging; one that is not square is first
+    """Scales an image, values in [0, 1], down to 28 x 28 by area averaging; one that is not square is first
     centred on a square of paper."""
     square = make_square(image)
     if len(square) == side:
         return square
     average = _get_area_average(len(square), side)
-    return average @ square @ average.T
+    return (average @ square @ average.T).clip(0, 1)  # which rounding would exceed
 
 
 def make_square(image):

@@ -41,13 +41,14 @@ class Run(NamedTuple):
 def load(path):
     """Loads all runs, in order of their names: a list of Run. Raises: UserError if a run is incomplete or damaged"""
     read, names = _open(path)
-    runs = []
-    for name in sorted(name for name in names if pathlib.PurePosixPath(name).name == LABELS):
-        folder = pathlib.PurePosixPath(name).parent
-        runs.append(_load_run(path, folder, read, names))
-    if not runs:
+    names = {name for name in names if not data.is_hidden(name)}
+    folders = sorted(pathlib.PurePosixPath(name).parent for name in names if pathlib.PurePosixPath(name).name == LABELS)
+    if not folders:
         raise UserError(f"{path} holds no runs: give Omniglot's all_runs.zip, or the folder that it unpacks to")
-    return runs
+    (name, number), *_ = collections.Counter(folder.name for folder in folders).most_common()
+    if number > 1:
+        raise UserError(f"{path} holds {number} runs called {name}; give the folder of one of them")
+    return [_load_run(path, folder, read, names) for folder in folders]
 
 
 def _load_run(path, folder, read, names):

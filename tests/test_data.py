@@ -215,6 +215,11 @@ def test_arrays(tmp_path):
     assert {image.tobytes() for image in images} >= {image.numpy().tobytes() for image in datasets[0].train.obs}
     with pytest.raises(UserError, match="has only"):
         data.load(str(tmp_path / "a.npy"), small_dataset=True)
+    solid = np.pad(np.ones((12, 60, 60), np.uint8), [(0, 0), (20, 25), (20, 25)])  # averages of ones, rounded, are no more
+    np.save(tmp_path / "solid.npy", solid)
+    np.save(tmp_path / "rounded.npy", images * np.float32(1.000001))
+    assert data.load(str(tmp_path / "solid.npy")).train.obs.mean() == pytest.approx((60 / 105) ** 2, abs=0.02)
+    assert (data.load(str(tmp_path / "rounded.npy")).train.obs == datasets[0].train.obs).all()
 
 
 def test_glyphs():

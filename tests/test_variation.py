@@ -180,6 +180,7 @@ def write_runs(folder, num_runs=2, num_characters=3):
 
 def test_runs_are_read_and_damage_is_one_line(tmp_path):
     folder = write_runs(tmp_path / "runs")
+    (folder / "run01/training/._class01.png").write_bytes(b"what a Mac puts beside files")
     runs = oneshot_runs.load(folder)
     with zipfile.ZipFile(tmp_path / "runs.zip", "w") as archive:
         for path in folder.rglob("*"):
@@ -211,6 +212,8 @@ def test_runs_are_read_and_damage_is_one_line(tmp_path):
     item.unlink()
     with pytest.raises(util.UserError, match="item02.png.* is missing"):
         oneshot_runs.load(folder)
+    with pytest.raises(util.UserError, match="holds 2 runs called run01"):
+        oneshot_runs.load(write_runs(folder / "again").parent)
     cut(tmp_path / "runs.zip")
     for path in (tmp_path / "runs.zip", tmp_path / "none", tmp_path):
         with pytest.raises(util.UserError) as raised:
