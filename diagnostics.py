@@ -176,8 +176,7 @@ def pair_frame(obs, probs, num_cols, title):
 
 def film_training(trained, obs_id, args):
     """Animates the same characters over the course of training, up to the checkpoint that is drawn"""
-    numbered = [path for path in trained.path.parent.glob("*.pt") if path.stem.isdigit()]
-    numbered = sorted((p for p in numbered if int(p.stem) < trained.iteration), key=lambda path: int(path.stem))
+    numbered = [path for path in checkpoints.get_numbered(trained.path.parent) if int(path.stem) < trained.iteration]
     if not numbered or not trained.is_latest or trained.other_data:
         return
     chosen = torch.linspace(0, len(numbered) - 1, min(MAX_FRAMES - 1, len(numbered))).round().long().tolist()

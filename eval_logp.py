@@ -226,21 +226,26 @@ def evaluate(args):
 
 
 def evaluate_every_checkpoint(args):
-    """Evaluates a run's milestones and its latest checkpoint; those that are damaged are left out, with a warning. Writes a
-    CSV and a figure. Returns: the exit status"""
-    latest = checkpoints.find(args.checkpoint_path)
-    name = checkpoints.get_run_name(latest, checkpoints.load(latest)["args"])
-    folder, load_data = report.get_milestones_folder(name, args.mode), functools.cache(data.load)
+    """Evaluates all checkpoints of a run's training; those that are damaged are left out, with a warning. Writes a CSV and a
+    figure. Returns: the exit status. Raises: UserError if there are none"""
+    given, name = checkpoints.find(args.checkpoint_path), None
+    load_data = functools.cache(data.load)
     with StopSignal() as stop:
-        for path in checkpoints.get_milestones(latest):
+        for path in checkpoints.get_all(given):
             try:
                 checkpoint = checkpoints.load(path, util.get_device(args.cuda))
             except UserError as error:
                 util.warn(f"{error}; left out")
                 continue
-            status = evaluate_checkpoint(args, checkpoint, name, folder / f"{checkpoint['iteration']}.pt", stop, load_data)
+            if checkpoint["iteration"] == 0:  # of pretraining
+                continue
+            name = name or checkpoints.get_run_name(path, checkpoint["args"])
+            result_path = report.get_milestones_folder(name, args.mode) / f"{checkpoint['iteration']}.pt"
+            status = evaluate_checkpoint(args, checkpoint, name, result_path, stop, load_data)
             if status != 0:
                 return status
+    if name is None:
+        raise UserError(f"{given.parent} holds no valid checkpoint of a run that is past its pretraining")
     print("\n".join(report.write_milestones(name, args.mode)))
     return 0
 

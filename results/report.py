@@ -308,6 +308,7 @@ def read_milestones(name, mode):
             results.append(checkpoints.load_result(path))
         except UserError as error:
             warn(f"{error}; left out")
+    results = [result for result in results if result["model_iteration"] > 0]  # 0 is of pretraining, and on no logarithmic axis
     results.sort(key=lambda result: result["model_iteration"])
     same = [result for result in results if is_same(result, results[-1], ["mode", "images", *EFFORT])]
     if len(same) < len(results):
@@ -376,10 +377,16 @@ def get_kind(result):
 
 def draw_milestones(runs, path):
     """Draws the guaranteed bound (lines) and the estimates of log p (dotted) of runs, name -> results, against iterations.
-    Returns: a line of text per model, about the last iteration that all its seeds have in common"""
+    Returns: a line of text per model, about the last iteration that all its seeds have in common. Raises: UserError if no
+    model has one"""
     groups, lines = collections.defaultdict(list), []
     for name, results in runs.items():
         groups[get_name(name)].append({result["model_iteration"]: result for result in results})
+    for name in [name for name, some in groups.items() if not set.intersection(*map(set, some))]:
+        warn(f"{name} is left out: its seeds have no evaluated iteration in common")
+        del groups[name]
+    if not groups:
+        raise UserError("the seeds of no model have an evaluated iteration in common: evaluate them when they are trained")
     figure = get_figure(6.4, 4.4)
     axes = figure.subplots()
     settings = {name: next(iter(some[0].values()))["model_settings"] for name, some in groups.items()}
@@ -387,27 +394,30 @@ def draw_milestones(runs, path):
     for name in sorted(groups, key=get_order):
         some = groups[name]
         x = sorted(set.intersection(*(set(by_iteration) for by_iteration in some)))
-        label = words[name] + (f" ({len(some)} seeds)" if len(some) > 1 else "")
+        label = "\n".join(textwrap.wrap(words[name] + (f" ({len(some)} seeds)" if len(some) > 1 else ""), 60))
         ends = []
         for key, style in [("enumeration_bound", "-"), ("log_p", ":")]:
             values = [[by_iteration[i][key] for by_iteration in some] for i in x]
             middle = [sum(v) / len(v) for v in values]
             color = axes.lines[-1].get_color() if style == ":" else None
-            (line,) = axes.plot(x, middle, style, color=color, lw=1.3, label=label if style == "-" else None)
+            marker = "." if len(x) == 1 else None  # a line through it would not show
+            own_label = label if style == "-" else None
+            (line,) = axes.plot(x, middle, style, marker=marker, color=color, lw=1.3, label=own_label)
             if style == "-":
                 axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.25, lw=0)
             ends.append(
                 f"{middle[-1]:.1f} ({min(values[-1]):.1f} to {max(values[-1]):.1f})" if len(some) > 1 else f"{middle[-1]:.1f}"
             )
-        lines.append(f"{words[name]}: log p {ends[1]}, enumeration bound {ends[0]}, {len(some)} seeds, at iteration {x[-1]}")
+        seeds = f"{len(some)} seeds" if len(some) > 1 else "1 seed"
+        lines.append(f"{words[name]}: log p {ends[1]}, enumeration bound {ends[0]}, {seeds}, at iteration {x[-1]}")
     result = next(iter(next(iter(runs.values()))))
     images = f"{len(result['log_p_by_image'])} {'training' if is_seen(result) else 'unseen'} images"
     axes.set_title(f"{images}; lines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds", fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("iteration")
     axes.set_ylabel("log p(x), nats per image")
-    bounds = [result["enumeration_bound"] for results in runs.values() for result in results]
-    best = [result["log_p"] for results in runs.values() for result in results]
+    results = [result for some in groups.values() for by_iteration in some for result in by_iteration.values()]
+    bounds, best = ([result[key] for result in results] for key in ("enumeration_bound", "log_p"))
     middle = sorted(bounds)[len(bounds) // 4]
     axes.set_ylim(middle - 10, max(bounds + best) + 3)
     axes.legend(fontsize=7)

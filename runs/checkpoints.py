@@ -58,10 +58,18 @@ def find(path):
     raise UserError(f"there is no checkpoint {path}; {there}")
 
 
-def get_milestones(latest):
-    """The paths of the numbered checkpoints beside a run's latest one, in order, and of the latest itself"""
-    numbered = [path for path in pathlib.Path(latest).parent.glob("*.pt") if path.stem.isdecimal()]
-    return [*sorted(numbered, key=lambda path: int(path.stem)), *([latest] if pathlib.Path(latest).stem == "latest" else [])]
+def get_numbered(folder):
+    """The paths of the numbered checkpoints in a folder, in order"""
+    return sorted(
+        (path for path in pathlib.Path(folder).glob("*.pt") if path.stem.isdecimal()), key=lambda path: int(path.stem)
+    )
+
+
+def get_all(path):
+    """The paths of all checkpoints of a run, given that of one: numbered ones in order, then the latest and any other given"""
+    folder = pathlib.Path(path).parent
+    latest = [folder / "latest.pt"] if (folder / "latest.pt").exists() else []
+    return list(dict.fromkeys([*get_numbered(folder), *latest, pathlib.Path(path)]))
 
 
 def get_run_name(checkpoint_path, run_args):
@@ -131,9 +139,7 @@ def load_newest(path_base, device="cpu", resumable=False, num_images=None):
     Raises: UserError if there are checkpoints but none is valid
     """
     latest = get_path(path_base)
-    numbered = [path for path in latest.parent.glob("*.pt") if path.stem.isdecimal()]
-    numbered.sort(key=lambda path: int(path.stem), reverse=True)
-    paths = [latest] * latest.exists() + numbered
+    paths = [latest] * latest.exists() + get_numbered(latest.parent)[::-1]
     for path in paths:
         try:
             checkpoint = load(path, device, resumable, num_images)

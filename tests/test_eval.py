@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -178,6 +179,30 @@ def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
     assert "no_run is left out: none of its checkpoints is evaluated" in capsys.readouterr().err
     images = {row["images"] for row in csv.DictReader(open("save/logp_by_iteration.csv"))}
     assert len(images) == 1  # never both in one figure
+
+    pathlib.Path("shared").mkdir()
+    alone = shutil.copy(checkpoints.get_path(model, 6), "shared/model.pt")  # without milestones beside it
+    assert (
+        eval_logp.main([*every, "--mode", "train", "--checkpoint-path", alone]) == 0
+        and "at iteration 6" in capsys.readouterr().out
+    )
+    checkpoint = checkpoints.load(alone)
+    untrained = dict(
+        args={**checkpoint["args"], "seed": 1}, settings={**checkpoint["settings"], "seed": 1}, iteration=0, statistics={}
+    )
+    for name in ["optimizer", "pretrain_optimizer"]:
+        untrained[name] = {}
+    seeds = [model, f"{model}_seed=1"]
+    util.save_checkpoint(checkpoints.get_path(seeds[1]), {**checkpoint, **untrained})
+    with pytest.raises(UserError, match="past its pretraining"):
+        eval_logp.main([*every, "--mode", "train", "--checkpoint-path", seeds[1]])
+    assert len(report.compare_milestones(seeds)) == 2 and f"{seeds[1]} is left out" in capsys.readouterr().err
+    folder = report.get_milestones_folder(seeds[1], "train")
+    folder.mkdir(parents=True)
+    result = checkpoints.load_result(report.get_milestones_folder(model, "train") / "6.pt")
+    util.save_checkpoint(folder / "5.pt", {**result, "model_iteration": 5})  # a seed that has not got as far
+    with pytest.raises(UserError, match="in common"):
+        report.compare_milestones(seeds)
 
 
 def test_unseen_images_are_not_training_images(folder, capsys):  # noqa: F811
