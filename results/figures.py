@@ -324,8 +324,8 @@ def plot_panel(axes, title, curves, statistics, log_num_images):
         for name, values in curves.items():
             x, mean, *_ = thin(values)
             axes.plot(x, smooth(mean), lw=1.3, label=get_words(name))
+        axes.set_ylim(max(get_lowest(curves.values()) / 2, 1e-5), 1.2)  # set first, since zeros alone imply none
         axes.set_yscale("log", nonpositive="clip")
-        axes.set_ylim(max(get_lowest(curves.values()) / 2, 1e-5), 1.2)
     elif get_phase(name) == "test":
         axes.plot(statistics["test_iteration"], statistics[name], marker=".", label="estimate")
     else:
