@@ -56,9 +56,9 @@ class Evaluation:
         self.obs = images.obs.to(device)
         self.alphabet = images.alphabet.to(device) if num_alphabets else None
         self.memory = memory  # packed programs of the images, or None: [N, M, A]
-        self.generative_model, own_network = models.from_checkpoint(checkpoint, device)
+        self.generative_model, self.own_network = models.from_checkpoint(checkpoint, device)
         if args.algorithm == "own":
-            self.network = own_network
+            self.network = self.own_network
         else:
             self.network = build_network(args, checkpoint["args"], len(self.obs), num_alphabets).to(device)
         self.optimizer = get_adam(self.network.parameters(), device, LEARNING_RATE)
@@ -166,16 +166,18 @@ def estimate_step(evaluation):
 def enumerate_more(evaluation):
     """Lets programs that the network need not propose join the guaranteed bound: those of the memory and, with --search,
     those that the search finds"""
-    args, networks = evaluation.args, (evaluation.generative_model, evaluation.network)
+    model, network = evaluation.generative_model, evaluation.network
+    if isinstance(network, models.LookupInferenceNetwork):  # which reads no images; what it proposes has been seen already
+        network = evaluation.own_network
     for ids in torch.arange(len(evaluation.obs), device=evaluation.device).split(programs.BATCH_SIZE):
         obs, alphabet = evaluation.obs[ids], None if evaluation.alphabet is None else evaluation.alphabet[ids]
         found = []
         if evaluation.memory is not None:
             found.append(models.unpack(evaluation.memory[ids]).transpose(0, 1))  # [M, B, A, 2]
-        if args.search:
-            found.append(programs.find_programs(*networks, obs, alphabet=alphabet).latent)  # [K, B, A, 2]
+        if evaluation.args.search:
+            found.append(programs.find_programs(model, network, obs, alphabet=alphabet).latent)  # [K, B, A, 2]
         for latent in found:
-            evaluation.table.score(ids, evaluation.generative_model, latent, obs, alphabet)
+            evaluation.table.score(ids, model, latent, obs, alphabet)
 
 
 def run(evaluation, settings, path, stop):
