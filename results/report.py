@@ -122,8 +122,12 @@ def is_same(one, other, names):
 
 def describe_differences(settings, shown):
     """Describes in words how an omitted evaluation differs from those shown"""
-    names = [name for name in SAME + EFFORT if settings[name] != shown[name]]
-    return ", ".join(f"{name.replace('_', '-')} is {settings[name]}, not {shown[name]}" for name in names)
+    names = SAME if "own" in (settings["algorithm"], shown["algorithm"]) else SAME + EFFORT
+    return ", ".join(
+        f"{name.replace('_', '-')} {'are' if name == 'images' else 'is'} {settings[name]}, not {shown[name]}"
+        for name in names
+        if settings[name] != shown[name]
+    )
 
 
 def get_joint_bound(results):

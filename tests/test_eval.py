@@ -310,9 +310,9 @@ def test_report(model, capsys):
 
 
 def test_only_comparable_evaluations_share_a_row():
-    def get_result(num_images, num_particles):
+    def get_result(num_images, num_particles, algorithm="rws"):
         settings = dict.fromkeys(report.SAME + report.EFFORT, 1) | dict(
-            images=f"some ({num_images})", num_particles=num_particles
+            images=f"some ({num_images})", num_particles=num_particles, algorithm=algorithm
         )
         return dict(settings=settings, model_iteration=7, log_p_by_image=torch.zeros(num_images))
 
@@ -322,7 +322,9 @@ def test_only_comparable_evaluations_share_a_row():
     shown = report.choose_comparable(results)
     assert shown.keys() == {"vimco"}
     differences = report.describe_differences(results["sleep"]["settings"], shown["vimco"]["settings"])
-    assert differences == "images is some (20), not some (50)"
+    assert differences == "images are some (20), not some (50)"
+    own = get_result(20, 7, "own")["settings"]  # whose effort is not that of a training
+    assert report.describe_differences(own, shown["vimco"]["settings"]) == differences
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.pt")), ids=lambda path: path.stem)
