@@ -121,7 +121,7 @@ def get_evaluation(args, model, algorithm, total):
     same = parsed.algorithm == algorithm and parsed.checkpoint_path == str(checkpoints.get_path(model))
     if not same or parsed.mode != "test" or parsed.report or parsed.cuda:
         raise UserError("--eval-options: the sweep itself sets model, algorithm, mode and device")
-    return flags, total, {name: getattr(parsed, name) for name in [*eval_logp.SETTINGS, "num_data"]}
+    return flags, total, {name: getattr(parsed, name) for name in [*eval_logp.SETTINGS, "search", *tasks.CHOICE_OF_IMAGES]}
 
 
 def choose_tasks(args, queue=()):

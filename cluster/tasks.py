@@ -17,6 +17,8 @@ from runs import checkpoints, locks
 from util import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+CHOICE_OF_IMAGES = ["num_data", "images"]  # arguments of an evaluation; its settings hold the images themselves
+DEFAULTS = {"images": "first", "search": False}  # of what evaluations of older versions did not record
 _libc = ctypes.CDLL(None)
 
 
@@ -82,7 +84,8 @@ def get_evaluation_progress(task):
         iteration = checkpoints.load(checkpoints.get_path(task.model))["iteration"]
         result = checkpoints.load_result(paths[0])
         done = result["model_iteration"] == iteration and is_as_asked(result["settings"], asked)
-        done = done and result["args"]["num_data"] == asked["num_data"]
+        given = {**DEFAULTS, **result["args"]}
+        done = done and all(given[name] == asked.get(name, given[name]) for name in CHOICE_OF_IMAGES)
         value, saved = f"{result['log_p']:.2f}", paths[0].stat().st_mtime
         progress = Progress(done, asked["num_iterations"] * done, asked["num_iterations"], value, saved, others=not done)
     except (UserError, OSError):
@@ -120,7 +123,8 @@ def is_trained(task):
 
 def is_as_asked(settings, asked):
     """Whether an evaluation has the settings that a task asks for"""
-    return all(settings.get(name) == value for name, value in asked.items() if name != "num_data")
+    settings = {**DEFAULTS, **settings}
+    return all(settings.get(name) == value for name, value in asked.items() if name not in CHOICE_OF_IMAGES)
 
 
 def get_lock(task):

@@ -196,6 +196,9 @@ def test_sweep_here(make_sweep, monkeypatch):
     some_cells = get_cells("--eval-logp", "--test-run", "--models", models[1])
     assert [(cells["state"], cells["iteration"], cells["log p"]) for cells in some_cells] == [("done", "5/5", value)]
     assert value in report()
+    for option in ["--search", "--images=spread", "--num-data=6"]:  # other evaluations, which are still to be done
+        (cells,) = get_cells("--eval-logp", "--test-run", "--models", models[1], f"--eval-options={option}")
+        assert (cells["state"], cells["iteration"]) == ("stopped", "0/5")
 
     pathlib.Path("save/notes").mkdir()
     stdout = run("--rm", "--dry-run")
