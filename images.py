@@ -19,6 +19,7 @@ CHARACTER_SIDE = 19  # pixels, of a character's longer side in Omniglot (its med
 STROKE_RADIUS = 3  # on a grid four times as fine: strokes of Omniglot are 1.6 pixels wide
 MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the range from black to white
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
+COLOURS = ["P", "PA", "CMYK", "YCbCr", "LAB", "HSV"]  # Pillow's names of encodings that are no channels of light
 
 NUM_HANDS = 20
 MAX_NUM_CHARACTERS = 40  # per alphabet
@@ -36,19 +37,21 @@ ALPHABETS = {
 
 
 def decode(name, content):
-    """Decodes an image to grey values [rows, columns] in [0, 1], black 0; transparent pixels become white. Of an
-    animation, the first frame is read, with a warning.
+    """Decodes an image to grey values [rows, columns] in [0, 1], black 0, upright, as its camera held it; transparent pixels
+    become white. Of several pictures in a file, an animation say, the first is read, with a warning.
 
     Raises: UserError if it cannot be decoded, or has an unexpected shape or type
     """
     try:
-        frames = imageio.imread(content, plugin="pillow", index=...)  # [frames, rows, columns(, channels)]
-        image = frames[0]
+        with imageio.imopen(content, "r", plugin="pillow") as file:
+            num_frames = file.properties(index=...).n_images
+            mode = "RGBA" if file.metadata(index=0)["mode"] in COLOURS else None
+            image = file.read(index=0, mode=mode, rotate=True)  # [rows, columns(, channels)]
     except Exception as error:  # decoders raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise UserError(f"{name} is damaged or not an image ({reason})") from None
-    if len(frames) > 1:
-        warn(f"{name} is animated; its first frame of {len(frames)} is read")
+    if num_frames > 1:
+        warn(f"{name} holds {num_frames} pictures; the first is read")
     if image.dtype not in (bool, np.uint8, np.uint16) or not _is_image(image.shape):
         raise UserError(
             f"{name} has pixels of type {image.dtype} in the shape {list(image.shape)}; save it as 8-bit grey or RGB"

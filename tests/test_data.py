@@ -381,11 +381,32 @@ def test_files_that_decoders_choke_on(tmp_path):
         data.load("~nosuchuser/x")
 
 
-def test_an_animated_image_is_its_first_frame(capsys):
+def test_an_animated_image_is_its_first_picture(capsys):
     grey = np.full((30, 30), 255, np.uint8)
     grey[5:25, 14:16] = 0
     frames = [PIL.Image.fromarray(frame) for frame in (grey, np.full_like(grey, 255))]
     frames[0].save(file := io.BytesIO(), "PNG", save_all=True, append_images=frames[1:])
     ink = data.read_image("film.png", file.getvalue())
     assert np.array_equal(ink, data.read_image("still.png", imageio.imwrite("<bytes>", grey, extension=".png")))
-    assert capsys.readouterr().err == "warning: film.png is animated; its first frame of 2 is read\n"
+    assert capsys.readouterr().err == "warning: film.png holds 2 pictures; the first is read\n"
+
+
+def test_images_are_decoded_as_one_sees_them(capsys):
+    grey = np.full((60, 40), 255, np.uint8)
+    grey[5:55, 5:12] = grey[5:12, 5:35] = 0
+    upright, picture = 1 - grey / 255, PIL.Image.fromarray(grey)
+    turned = [np.rot90(upright, k) for k in (2, 3, 1)]
+    for orientation, expected in zip([1, 3, 6, 8], [upright, *turned], strict=True):  # as cameras note it
+        exif = PIL.Image.Exif()
+        exif[0x0112] = orientation
+        for encoding, kind in [("L", "PNG"), ("RGB", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG")]:
+            picture.convert(encoding).save(file := io.BytesIO(), kind, exif=exif)
+            np.testing.assert_allclose(1 - images.decode("x", file.getvalue()), expected, atol=0.1)
+    palette = PIL.Image.fromarray((grey == 0).astype(np.uint8), "P")
+    palette.putpalette([0, 0, 0] * 2)
+    palette.save(file := io.BytesIO(), "PNG", transparency=0)  # black on what one sees through
+    np.testing.assert_allclose(1 - images.decode("x", file.getvalue()), upright)
+    thumbnail = picture.resize((10, 15)).convert("RGB")
+    picture.convert("RGB").save(file := io.BytesIO(), "MPO", save_all=True, append_images=[thumbnail])  # of a phone
+    assert images.decode("phone.jpg", file.getvalue()).shape == (60, 40)
+    assert capsys.readouterr().err == "warning: phone.jpg holds 2 pictures; the first is read\n"
