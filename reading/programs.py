@@ -10,11 +10,13 @@ import torch
 import images
 import rendering
 import scoring
+from fast import gpu
 from reading import search
 from util import UserError, read_file, show_progress, warn
 
 BATCH_SIZE = 50  # images searched together
 COMPILING_PAYS = 20_000  # latents scored at a time
+LONGEST_NAME = 50  # letters of an image's name that go into those of the files written for it
 
 
 class Characters(NamedTuple):
@@ -51,7 +53,7 @@ def read_characters(paths, as_is=False):
         files += [str(path)] * len(some)
     if not found:
         raise UserError("--images: there is no character to read; give images of characters, or --as-is")
-    stems, names = [pathlib.Path(file).stem for file in files], []
+    stems, names = [pathlib.Path(file).stem[:LONGEST_NAME] for file in files], []
     for i, (stem, file) in enumerate(zip(stems, files, strict=True)):
         number = files[:i].count(file) + 1
         names.append(f"{stem}-{number}" if files.count(file) > 1 else stem)
@@ -78,7 +80,7 @@ def find_programs(
     Returns: Programs
     """
     num_scored = len(obs) * (num_particles + num_rounds * num_mutants)
-    if num_scored >= COMPILING_PAYS:
+    if num_scored >= COMPILING_PAYS and not gpu.is_gpu(obs.device):  # whose kernels are on, or off for a reason
         rendering.set_compile(True)
     networks, parts = (generative_model, inference_network), []
     num_batches = math.ceil(len(obs) / BATCH_SIZE)

@@ -24,6 +24,7 @@ import models
 import rendering
 import util
 from fast import cuda_graph, gpu
+from reading import programs
 
 aten = torch.ops.aten
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -185,6 +186,17 @@ def test_number_of_launches(algorithm, limit):
     assert step.num_launches <= limit and pretraining.num_launches <= 110
 
 
+def test_a_search_leaves_kernels_that_were_turned_off_as_they_are(monkeypatch):
+    model, network = models.GenerativeModel().to(META), models.InferenceNetwork().to(META)
+    latent, log_joint = torch.zeros(5, 2, 10, 2, dtype=torch.long, device=META), torch.zeros(5, 2, device=META)
+    for module, name in [(programs, "infer"), (programs.search, "improve")]:
+        monkeypatch.setattr(module, name, lambda *_, **__: (latent, log_joint))
+    gpu.set_kernels(["scoring"])
+    assert programs.find_programs(model, network, torch.zeros(2, 28, 28, device=META)).latent.shape == (5, 2, 10, 2)
+    assert gpu.get_kernels() == ["scoring"] and not rendering.compiled
+    gpu.set_kernels([])
+
+
 def test_kernels_are_compiled_side_by_side(tmp_path):
     """Without launching any, and past a check that fails"""
     triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -335,7 +347,7 @@ def test_evaluation(tmp_path, monkeypatch, capfd, algorithm):
     monkeypatch.chdir(tmp_path)
     assert main.main(["--test-run", "--cuda"]) == 0
     latest = next(tmp_path.glob("save/*/checkpoints/latest.pt"))
-    flags = "--num-data 4 --num-iterations 12 --num-particles 20 --test-num-particles 50 --compile --cuda".split()
+    flags = "--num-data 4 --num-iterations 12 --num-particles 20 --test-num-particles 50 --compile --cuda --search".split()
     assert eval_logp.main(["--checkpoint-path", str(latest), "--algorithm", algorithm, *flags]) == 0
     captured = capfd.readouterr()
     assert "log p(x) = -" in captured.out and "warning" not in captured.err
