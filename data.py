@@ -61,6 +61,10 @@ class Dataset(typing.NamedTuple):
     alphabet_names: tuple = ()  # L strings
 
 
+class SizeError(UserError):
+    """Data of another size than asked for"""
+
+
 def load(location="local", small_dataset=False, dataset_size=None, find_characters=False):
     """Loads a data set: `local`, `om`, `glyphs` or a path (docs/data.md).
 
@@ -69,7 +73,8 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
         dataset_size: number of training images, the same for each alphabet
         find_characters: prepare a folder of one's own images as `images.find_characters` does, which may find several
             characters on each
-    Raises: UserError if anything is wrong with the location or the data
+    Raises: SizeError if the data is too small or not divisible; UserError if anything else is wrong with the location or
+        the data
     """
     train, test, alphabet_names = _load_parts(location, find_characters)
     num_alphabets = len(alphabet_names)
@@ -83,7 +88,7 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
         test = train
     elif dataset_size is not None:
         if dataset_size % max(num_alphabets, 1):
-            raise UserError(f"--dataset-size {dataset_size} is not a multiple of the {num_alphabets} alphabets")
+            raise SizeError(f"--dataset-size {dataset_size} is not a multiple of the {num_alphabets} alphabets")
         num_per_alphabet = dataset_size // max(num_alphabets, 1)
         train = _take_per_alphabet(train, num_per_alphabet, num_alphabets, f"--dataset-size {dataset_size}")
     if len(train.obs) == 0 or len(test.obs) == 0:
@@ -91,15 +96,23 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
     return Dataset(train, valid, test, num_alphabets, tuple(alphabet_names))
 
 
-def load_for_model(checkpoint, location=None, load=load):
-    """Loads the data set that a model was trained on, or a corresponding one from another location.
+def load_for_model(checkpoint, location=None, load=load, whole=False):
+    """Loads the data set that a model was trained on, or a corresponding one from another location: of the same size if
+    that can be, else all of it.
 
-    Args: checkpoint: of main.py; location: None for that of the training; load: `load`, or a cached version of it
+    Args: checkpoint: of main.py; location: None for that of the training; load: `load`, or a cached version of it;
+        whole: all of the data set, even if the model was trained on a part
     Raises: UserError as `load` does, and if a conditional model has a different number of alphabets
     """
     args, num_known = checkpoint["args"], checkpoint["num_alphabets"]
     location = location or args["data_location"]
-    dataset = load(location, args["small_dataset"], args["dataset_size"], args["find_characters"])
+    find = args["find_characters"] and (location == args["data_location"] or may_hold_pages(location))
+    try:
+        dataset = load(location, *((False, None) if whole else (args["small_dataset"], args["dataset_size"])), find)
+    except SizeError:
+        if location == args["data_location"]:
+            raise
+        dataset = load(location, False, None, find)
     if num_known not in (0, dataset.num_alphabets):
         raise UserError(f"the model knows {num_known} alphabets, {location} has {dataset.num_alphabets}; set --data-location")
     return dataset
@@ -120,7 +133,7 @@ def _take_per_alphabet(split, num, num_alphabets, flag):
         ids = [split.alphabet[:, i].nonzero().squeeze(1) for i in range(num_alphabets)]
     fewest = min(len(i) for i in ids)
     if fewest < num:
-        raise UserError(
+        raise SizeError(
             f"{flag} takes {num} training images of each alphabet, but one has only {fewest}; use fewer or more data"
         )
     return split.select(torch.cat([i[:num] for i in ids]))
@@ -131,7 +144,7 @@ def _take_per_alphabet(split, num, num_alphabets, flag):
 
 def _load_parts(location, prepare=False):
     """train, test (Split), names of the alphabets"""
-    if prepare and (location in SITES or location == "glyphs"):
+    if prepare and not may_hold_pages(location):
         raise UserError(f"--find-characters is for a folder of your own images, not for {location}; leave it out")
     if location == "glyphs":
         return _split(*draw_glyphs(), list(ALPHABETS))
@@ -141,9 +154,6 @@ def _load_parts(location, prepare=False):
     if not path.exists():
         names = ", ".join([*SITES, "glyphs"])
         raise UserError(f"--data-location {location}: no such file, folder or name ({names})")
-    is_array = path.suffix in (".mat", ".npy", ".npz")
-    if prepare and is_array:
-        raise UserError(f"--find-characters is for a folder of your own images, not for {location}; leave it out")
     if path.suffix == ".mat":
         return _load_mat(path)
     if path.suffix in (".npy", ".npz"):
@@ -151,6 +161,11 @@ def _load_parts(location, prepare=False):
     if path.is_dir() or zipfile.is_zipfile(path):
         return _split(*_load_image_files(path, prepare))
     raise UserError(f"--data-location {location} is not a .mat, .npy, .npz or .zip file or a folder of images")
+
+
+def may_hold_pages(location):
+    """Whether a location may hold photographs and scans, on which to find characters"""
+    return location not in (*SITES, "glyphs") and expand_user(location).suffix not in (".mat", ".npy", ".npz")
 
 
 def _find_site(name):

@@ -255,7 +255,7 @@ def evaluate_every_checkpoint(args):
 def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load):
     """Runs one evaluation, from where it was stopped, and writes its result. Returns: the exit status"""
     device = util.get_device(args.cuda)
-    images, memory = load_images(args, checkpoint, load_data)
+    images, memory, is_own = load_images(args, checkpoint, load_data)
     settings = get_settings(args, checkpoint, images)
     state_path = path.parent / "checkpoints" / path.name
     what = f"{name} is being evaluated by {args.algorithm}"
@@ -277,7 +277,7 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load)
             )
             return 128 + stop.received
         enumerate_more(evaluation)
-        util.save_checkpoint(path, get_result(evaluation, settings, name, checkpoint))
+        util.save_checkpoint(path, get_result(evaluation, settings, name, checkpoint, is_own))
         state_path.unlink(missing_ok=True)
     print(f"{report.describe(path)}: {path}")
     return 0
@@ -287,13 +287,13 @@ def load_images(args, checkpoint, load_data=data.load):
     """Loads the images to evaluate, and what the model remembers of them.
 
     Args: load_data: data.load, or a cached version of it
-    Returns: data.Split; the memory's rows of these images, [N, M, A], or None if they are not its training images
+    Returns: data.Split; the memory's rows of these images, [N, M, A], or None if they are not its training images;
+        whether the data is that which the model was trained on, if not on all of it
     Raises: UserError if they do not fit the model
     """
     dataset = data.load_for_model(checkpoint, args.data_location, load_data)
     if args.mode == "unseen" and checkpoint["args"]["small_dataset"]:  # whose test images are its training images
-        location = args.data_location or checkpoint["args"]["data_location"]
-        split = load_data(location, False, None, checkpoint["args"]["find_characters"]).test
+        split = data.load_for_model(checkpoint, args.data_location, load_data, whole=True).test
     else:
         split = getattr(dataset, "test" if args.mode == "unseen" else args.mode)
     num_data = min(args.num_data, len(split.obs))
@@ -301,10 +301,11 @@ def load_images(args, checkpoint, load_data=data.load):
     if args.images == "spread":
         ids = torch.linspace(0, len(split.obs) - 1, num_data).round().long()
     memory, images = checkpoint["memory"], split.select(ids)
-    known = checkpoint["settings"]["data"] == data.get_fingerprint(dataset.train) == data.get_fingerprint(split)
+    is_own = checkpoint["settings"]["data"] == data.get_fingerprint(dataset.train)
+    known = is_own and data.get_fingerprint(dataset.train) == data.get_fingerprint(split)
     if known:
         checkpoints.check_num_images(checkpoint, len(split.obs))
-    return images, memory[ids.to(memory.device)] if memory is not None and known else None
+    return images, memory[ids.to(memory.device)] if memory is not None and known else None, is_own
 
 
 def get_settings(args, checkpoint, images):
@@ -381,8 +382,8 @@ def check_state(state, evaluation, settings):
         raise UserError(f"the evaluation's checkpoint is invalid: {reason}") from None
 
 
-def get_result(evaluation, settings, name, checkpoint):
-    """The result that results/report.py reads, see checkpoints.RESULT_KEYS"""
+def get_result(evaluation, settings, name, checkpoint, is_own):
+    """The result that results/report.py reads, see checkpoints.RESULT_KEYS; is_own: of load_images"""
     log_p, state = evaluation.log_p.double().cpu(), evaluation.get_checkpoint(settings)
     rows = evaluation.table.settle()
     bound = get_enumeration_bound(rows, len(log_p)).cpu()  # [N]
@@ -400,6 +401,7 @@ def get_result(evaluation, settings, name, checkpoint):
         run=name,
         model_settings=checkpoint["settings"],
         model_iteration=checkpoint["iteration"],
+        is_own_data=is_own,
     )
 
 

@@ -36,7 +36,7 @@ class Run(NamedTuple):
     iteration: int
     estimates: dict  # for each available one of ESTIMATES: (mean over images, its standard error), nats
     work: str  # the evaluations' images, particles and iterations, in words
-    seen: bool  # whether the model was trained on these images
+    images: str  # training, unseen or other, see get_kind_of_images
 
 
 def describe(path):
@@ -70,15 +70,17 @@ def read_run(folder, mode):
     estimates["best"] = max(estimates.values())
     bound = get_joint_bound(results.values())
     estimates["enumeration bound"] = bound.mean().item(), get_standard_error(bound.tolist())
-    return Run(
-        folder.name, newest["model_settings"], newest["model_iteration"], estimates, describe_work(results), is_seen(newest)
-    )  # fmt: skip
+    work, images = describe_work(results), get_kind_of_images(newest)
+    return Run(folder.name, newest["model_settings"], newest["model_iteration"], estimates, work, images)
 
 
-def is_seen(result):
-    """Whether the model was trained on the images of an evaluation"""
+def get_kind_of_images(result):
+    """Where the images of an evaluation are from, in a word: training, on which the model was trained; unseen, of the same
+    data, on which it was not; other, of other data"""
+    if not result.get("is_own_data", True):  # older versions did not record it
+        return "other"
     mode = result["settings"]["mode"]
-    return mode == "train" or (mode == "test" and bool(result["model_settings"].get("small_dataset")))
+    return "training" if mode == "train" or (mode == "test" and result["model_settings"].get("small_dataset")) else "unseen"
 
 
 def describe_work(results):
@@ -198,7 +200,7 @@ def get_row(name, runs):
         "particles": get_num_latents(runs[0]),
         "iteration": "-".join(map(str, iterations[:1] + iterations[1:][-1:])),
         "seeds": len(runs),
-        "images": "training" if runs[0].seen else "unseen",
+        "images": runs[0].images,
         "evaluated with": runs[0].work,
         "in words": describe_model(runs[0].settings, name),
     }
@@ -225,6 +227,8 @@ def print_table(rows):
         print(f"evaluated with {work}: {'all' if len(names) == len(rows) else ', '.join(names)}")
     if any(row["images"] == "training" for row in rows):
         print("training: the model was trained on these images; with --small-dataset the test set is the training set")
+    if any(row["images"] == "other" for row in rows):
+        print("other: the model was trained on other data than these images are from")
 
 
 def format_value(row, name):
@@ -326,7 +330,7 @@ def get_milestone_row(name, result):
     return {
         "model": name,
         "iteration": result["model_iteration"],
-        "images": "training" if is_seen(result) else "unseen",
+        "images": get_kind_of_images(result),
         "number of images": len(bound),
         "particles": result["settings"]["test_num_particles"],
         "log p": result["log_p"],
@@ -376,7 +380,7 @@ def compare_milestones(names):
 
 def get_kind(result):
     """What evaluations in one figure have in common"""
-    return is_seen(result), result["settings"]["images"], result["settings"]["test_num_particles"]
+    return get_kind_of_images(result), result["settings"]["images"], result["settings"]["test_num_particles"]
 
 
 def draw_milestones(runs, path):
@@ -415,7 +419,7 @@ def draw_milestones(runs, path):
         seeds = f"{len(some)} seeds" if len(some) > 1 else "1 seed"
         lines.append(f"{words[name]}: log p {ends[1]}, enumeration bound {ends[0]}, {seeds}, at iteration {x[-1]}")
     result = next(iter(next(iter(runs.values()))))
-    images = f"{len(result['log_p_by_image'])} {'training' if is_seen(result) else 'unseen'} images"
+    images = f"{len(result['log_p_by_image'])} {get_kind_of_images(result)} images"
     axes.set_title(f"{images}; lines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds", fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("iteration")

@@ -177,7 +177,7 @@ def is_result(result):
     right = right and isinstance(result["log_p"], float) and math.isclose(result["log_p"], values.mean(), abs_tol=1e-3)
     right = right and isinstance(result["standard_error"], float) and isinstance(result["model_iteration"], int)
     right = right and all(isinstance(result[key], dict) for key in ("args", "settings", "model_settings", "latents"))
-    right = right and "num_data" in result["args"]
+    right = right and "num_data" in result["args"] and isinstance(result.get("is_own_data", True), bool)
     right = right and RESULT_SETTINGS <= result["settings"].keys() and isinstance(result["run"], str)
     right = right and {"num_particles", "memory_size", "algorithm"} <= result["model_settings"].keys()
     right = right and latents.keys() == {"obs_id", "codes", "log_joint"} and len({len(x) for x in latents.values()}) == 1

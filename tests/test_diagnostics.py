@@ -25,7 +25,7 @@ import main
 import models
 import util
 from reading import variation
-from results import drawings, figures
+from results import drawings, figures, report
 from runs import checkpoints
 from util import UserError
 
@@ -272,3 +272,26 @@ def test_data_with_other_alphabets(folder, capsys):  # noqa: F811
     assert get_files(model) == {"losses.pdf", "primitives/12.pdf", "prior/12.pdf"}
     with pytest.raises(UserError, match="the model knows 5 alphabets, other has 7"):
         eval_logp.main([*flags, "--algorithm", "rws"])
+
+
+def test_data_of_another_size(folder, capsys):  # noqa: F811
+    """A model trained on a few photographs reads all of other data that has no such part and no photographs"""
+    for i in range(24):
+        page = np.full((60, 60), 255, np.uint8)
+        page[10 : 30 + i, 20:24] = page[10:14, 10 : 25 + i] = 0
+        pathlib.Path(f"mine/{i % 3}").mkdir(parents=True, exist_ok=True)
+        imageio.imwrite(f"mine/{i % 3}/{i}.png", page)
+    model = train("--algorithm", "rws", "--dataset-size", "6", "--find-characters", "--data-location", "mine")
+    evaluate = ["--checkpoint-path", model, *"--algorithm own --mode train --num-data 50 --no-compile --force".split()]
+    for location, num_images, kind in [("mine", 6, "training"), ("data.mat", 50, "other"), ("glyphs", 50, "other")]:
+        assert eval_logp.main([*evaluate, "--data-location", location]) == 0
+        result = checkpoints.load_result(f"save/{model}/logp/train_own.pt")
+        assert len(result["log_p_by_image"]) == num_images and report.get_kind_of_images(result) == kind
+    capsys.readouterr()
+    assert eval_logp.main(["--report", "--mode", "train"]) == 0
+    assert "other: the model was trained on other data than these images are from" in capsys.readouterr().out
+    assert diagnostics.main([*DRAW, "--checkpoint-path", model, "--data-location", "data.mat"]) == 0
+    assert "data.mat is not its training data" in capsys.readouterr().out
+    assert any(name.startswith("reconstructions/12-data.mat") for name in get_files(model))
+    with pytest.raises(UserError, match="--find-characters is for a folder of your own images"):
+        data.load("data.mat", find_characters=True)
