@@ -22,6 +22,7 @@ from fast import gpu
 from util import warn
 
 NUM_COMPARED = 64  # rows
+MOST_ROWS = 2**16  # latents in all, which a check could take more memory for than the run, which scores few at a time
 TOLERANCE = 1e-2  # of the norm: far above rounding, TF32's included, and far below what a fault changes
 
 
@@ -34,10 +35,12 @@ def check(generative_model, inference_network, num_particles, batch_size, memory
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(0)
-        checks = get_checks(generative_model, inference_network, num_particles + memory_size, batch_size, device)
+        num_latents = min(num_particles + memory_size, max(MOST_ROWS // batch_size, 1))
+        checks = get_checks(generative_model, inference_network, num_latents, batch_size, device)
         if 0 < memory_size <= gpu.MAX_CANDIDATES:  # larger ones have no kernels
             memory = losses.init_memory(batch_size, memory_size, generative_model.num_arcs, len(generative_model.pre_theta))
-            checks["memory"] = get_memory_checks(memory, num_particles, len(generative_model.pre_theta), device)
+            if gpu.can_remember(memory, num_particles):
+                checks["memory"] = [get_memory_check(memory, num_particles, len(generative_model.pre_theta), device)]
         if device.type == "cuda" and importlib.util.find_spec("triton"):
             compile_side_by_side([function for name in names for function in checks.get(name, [])], device)
         faults = {name: find_first_fault(name, checks.get(name, []), device) for name in names}
@@ -184,8 +187,8 @@ def get_decoder_checks(decoder, latent):
     return [functools.partial(function, with_gradients) for function in (score, sample) for with_gradients in (True, False)]
 
 
-def get_memory_checks(memory, num_particles, num_primitives, device):
-    """Half of the proposals are remembered already: memory [B, M, A]"""
+def get_memory_check(memory, num_particles, num_primitives, device):
+    """A function that remembers proposals, half of which are remembered already: memory [B, M, A]"""
     batch_size, memory_size, num_arcs = memory.shape
     codes = losses.init_memory(batch_size, num_particles, num_arcs, num_primitives)  # [B, P, A]
     num_known = min(codes.shape[1] // 2, memory_size)
@@ -200,7 +203,7 @@ def get_memory_checks(memory, num_particles, num_primitives, device):
         latent, log_r, statistics = losses.remember(None, kept, obs, obs_id, proposal, scorer=lambda *_: log_joint)
         return [x.float() for x in (latent, log_r, kept, *statistics.values())]
 
-    return [remember] if gpu.can_remember(memory, len(proposal)) else []
+    return remember
 
 
 def get_rows(num_rows, name):

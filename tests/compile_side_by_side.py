@@ -44,7 +44,7 @@ gpu.set_kernels(["drawing", "memory"])
 memory = torch.zeros(2, 1, 3, dtype=torch.uint8)
 network = models.LookupInferenceNetwork(2, num_arcs=3)
 checks = kernel_check.get_checks(models.GenerativeModel(num_arcs=3), network, 1, 2, torch.device("cpu"))
-functions = [fail, *checks["drawing"], *kernel_check.get_memory_checks(memory, 1, 64, "cpu")]
+functions = [fail, *checks["drawing"], kernel_check.get_memory_check(memory, 1, 64, "cpu")]
 kernel_check.compile_side_by_side(functions, torch.device("cpu"))
 for module in (triton_rendering, triton_memory):
     for name, kernel in vars(module).items():

@@ -455,6 +455,8 @@ def test_kernels_that_work_stay_on(use_kernels, monkeypatch, capsys):
     )
     use_kernels(True)
     kernel_check.check(model, network, 2, 3, 2)
+    monkeypatch.setattr(kernel_check, "MOST_ROWS", 6)
+    kernel_check.check(model, network, 10**7, 3, 2)  # more than fits, which a run that scores a few at a time can have
     assert gpu.get_kernels() == gpu.OPERATORS and capsys.readouterr().err == ""
 
 
