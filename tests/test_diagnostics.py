@@ -1,5 +1,6 @@
 """Pictures: figures, curves, and the script end to end."""
 
+import functools
 import gc
 import html.parser
 import json
@@ -120,7 +121,9 @@ def test_every_kind_of_run(folder, capsys):  # noqa: F811
     assert new == {"losses/6.pdf", "primitives/6.pdf", "prior/6.pdf"}
 
 
-def test_vectors_and_own_images(folder, capsys):  # noqa: F811
+def test_vectors_and_own_images(folder, capsys, monkeypatch):  # noqa: F811
+    few = functools.partial(diagnostics.find_different_programs, num_rounds=5)  # to be quick
+    monkeypatch.setattr(diagnostics, "find_different_programs", few)
     model = train("--condition-on-alphabet")
     row, col = np.mgrid[:200, :150]
     letter = (abs(row - 2 * col / 3 - 50) < 4).astype(np.uint8)
@@ -282,8 +285,8 @@ def test_data_of_another_size(folder, capsys):  # noqa: F811
         pathlib.Path(f"mine/{i % 3}").mkdir(parents=True, exist_ok=True)
         imageio.imwrite(f"mine/{i % 3}/{i}.png", page)
     model = train("--algorithm", "rws", "--dataset-size", "6", "--find-characters", "--data-location", "mine")
-    evaluate = ["--checkpoint-path", model, *"--algorithm own --mode train --num-data 50 --no-compile --force".split()]
-    for location, num_images, kind in [("mine", 6, "training"), ("data.mat", 50, "other"), ("glyphs", 50, "other")]:
+    evaluate = ["--checkpoint-path", model, *"--algorithm own --mode train --test-num-particles 5 --no-compile --force".split()]
+    for location, num_images, kind in [("mine", 6, "training"), ("data.mat", 50, "other")]:
         assert eval_logp.main([*evaluate, "--data-location", location]) == 0
         result = checkpoints.load_result(f"save/{model}/logp/train_own.pt")
         assert len(result["log_p_by_image"]) == num_images and report.get_kind_of_images(result) == kind
