@@ -31,39 +31,46 @@ def score(generative_model, latent, obs, alphabet=None):
     """
     num_particles, batch_size = latent.shape[:2]
     if not can_select(latent):
-        return _score_particles(generative_model, latent, obs, alphabet)
+
+        def score_some(part):
+            return sum(generative_model.log_prob(latent[part], obs, alphabet))
+
+        return _score_a_few_at_a_time(score_some, num_particles, batch_size, like=latent)
     codes, obs_id = pack(latent.flatten(0, 1), torch.int16), torch.arange(batch_size).repeat(num_particles)
     return score_rows(generative_model, codes, obs, alphabet, obs_id).view(num_particles, batch_size)
-
-
-def _score_particles(generative_model, latent, obs, alphabet):
-    """As `score`, a few particles at a time: half as many from then on whenever memory runs out"""
-    global _scored_at_once
-    log_joint, done = [], 0
-    while done < len(latent):
-        num_particles = max(_scored_at_once // len(obs), 1)
-        try:
-            log_joint.append(sum(generative_model.log_prob(latent[done : done + num_particles], obs, alphabet)))
-            done += num_particles
-        except torch.OutOfMemoryError:
-            captures = latent.is_cuda and torch.cuda.is_current_stream_capturing()  # which forbids emptying the cache
-            if num_particles == 1 or captures:
-                raise
-            _scored_at_once = num_particles * len(obs) // 2
-            torch.cuda.empty_cache()
-    return torch.cat(log_joint)
 
 
 @torch.no_grad()
 def score_rows(generative_model, codes, obs, alphabet, obs_id):
     """As `score`, for packed latents codes [N, A], each with its own image, row obs_id [N] of obs -> [N]"""
     chosen, key = find_distinct(codes, obs_id)  # [D], [N]
-    log_joint = []
-    for rows in chosen.split(ROWS_AT_ONCE if can_select(codes) else _scored_at_once):
+
+    def score_some(part):
+        rows = chosen[part]
         latent, images = unpack(codes[rows]).unsqueeze(0), obs_id[rows]  # [1, d, A, 2], [d]
         some_alphabet = None if alphabet is None else alphabet[images]
-        log_joint.append(sum(generative_model.log_prob(latent, obs[images], some_alphabet))[0])  # [d]
-    return torch.cat(log_joint)[key]
+        return sum(generative_model.log_prob(latent, obs[images], some_alphabet))[0]  # [d]
+
+    return _score_a_few_at_a_time(score_some, len(chosen), 1, like=codes)[key]
+
+
+def _score_a_few_at_a_time(score_some, num_rows, num_latents, like):
+    """Scores rows of num_latents latents each; on a GPU half as many rows at a time, from then on, whenever its memory runs
+    out. Args: score_some: takes a slice of the rows, and returns their scores; like: a tensor on the device"""
+    global _scored_at_once
+    log_joint, done = [], 0
+    while done < num_rows or not log_joint:
+        at_once = max((ROWS_AT_ONCE if can_select(like) else _scored_at_once) // num_latents, 1)
+        try:
+            log_joint.append(score_some(slice(done, done + at_once)))
+            done += at_once
+        except torch.OutOfMemoryError:
+            captures = like.is_cuda and torch.cuda.is_current_stream_capturing()  # which forbids emptying the cache
+            if at_once == 1 or captures:
+                raise
+            _scored_at_once = at_once * num_latents // 2
+            torch.cuda.empty_cache()
+    return torch.cat(log_joint)
 
 
 def can_select(latent):

@@ -260,6 +260,12 @@ def test_when_memory_runs_out_fewer_are_scored_at_a_time(monkeypatch):
     torch.testing.assert_close(losses.score(model, latent, obs), expected, atol=1e-4, rtol=0)
     assert scoring._scored_at_once < 20
     room = 5
+    monkeypatch.setattr(scoring, "_scored_at_once", 20)
+    rows, obs_id = losses.pack(latent.flatten(0, 1)), torch.arange(6).repeat(5)
+    twelve = torch.cat([rows, rows.roll(1, 0)])  # distinct ones
+    log_joint = scoring.score_rows(model, twelve, obs, None, obs_id.repeat(2))
+    torch.testing.assert_close(log_joint[:30].view(5, 6), expected, atol=1e-4, rtol=0)
+    assert scoring._scored_at_once < 20
     with pytest.raises(torch.OutOfMemoryError):
         losses.score(model, latent, obs)
 
