@@ -200,7 +200,7 @@ def _get_graph(ink):
     """Thinned ink as a graph. Returns: positions (row, column) of its nodes, and edges (node, node, points [n, 2])"""
     from skimage.morphology import skeletonize
 
-    thin = skeletonize(np.pad(ink, 1))[1:-1, 1:-1]
+    thin = skeletonize(np.ascontiguousarray(np.pad(ink, 1)))[1:-1, 1:-1]  # older versions take no transposed arrays
     pixels = set(zip(*(x.tolist() for x in np.nonzero(thin)), strict=True))
     nodes, node_of = _find_nodes(pixels, thin.shape)
     rest, edges = pixels - set(node_of), []
