@@ -290,7 +290,7 @@ def _load_array(path):
 
 
 def _check_range(path, images):
-    rounding = 1e-5  # of users who scaled images down themselves
+    rounding = 1e-5  # images that were scaled down elsewhere may be that far outside
     if not (np.isfinite(images).all() and images.min() >= -rounding and images.max() <= 1 + rounding):
         raise UserError(f"{path} has values outside [0, 1]; scale it so that paper is 0 and ink is 1")
 

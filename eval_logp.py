@@ -167,7 +167,7 @@ def enumerate_more(evaluation):
     """Lets programs that the network need not propose join the guaranteed bound: those of the memory and, with --search,
     those that the search finds"""
     model, network = evaluation.generative_model, evaluation.network
-    if isinstance(network, models.LookupInferenceNetwork):  # which reads no images; what it proposes has been seen already
+    if isinstance(network, models.LookupInferenceNetwork):  # which reads no images, and whose programs have been seen already
         network = evaluation.own_network
     for ids in torch.arange(len(evaluation.obs), device=evaluation.device).split(programs.BATCH_SIZE):
         obs, alphabet = evaluation.obs[ids], None if evaluation.alphabet is None else evaluation.alphabet[ids]

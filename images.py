@@ -19,7 +19,7 @@ CHARACTER_SIDE = 19  # pixels, of a character's longer side in Omniglot (its med
 STROKE_RADIUS = 3  # on a grid four times as fine: strokes of Omniglot are 1.6 pixels wide
 MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the range from black to white
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
-COLOURS = ["P", "PA", "CMYK", "YCbCr", "LAB", "HSV"]  # Pillow's names of encodings that are no channels of light
+COLOURS = ["P", "PA", "CMYK", "YCbCr", "LAB", "HSV"]  # Pillow's names of what has to be converted to red, green and blue
 
 NUM_HANDS = 20
 MAX_NUM_CHARACTERS = 40  # per alphabet
@@ -98,7 +98,7 @@ def fit(image, side=SIDE):
     if len(square) == side:
         return square
     average = _get_area_average(len(square), side)
-    return (average @ square @ average.T).clip(0, 1)  # which rounding would exceed
+    return (average @ square @ average.T).clip(0, 1)  # rounding may leave this range
 
 
 def make_square(image):

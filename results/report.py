@@ -316,7 +316,7 @@ def read_milestones(name, mode):
             results.append(checkpoints.load_result(path))
         except UserError as error:
             warn(f"{error}; left out")
-    results = [result for result in results if result["model_iteration"] > 0]  # 0 is of pretraining, and on no logarithmic axis
+    results = [result for result in results if result["model_iteration"] > 0]  # 0, in pretraining, is on no logarithmic axis
     results.sort(key=lambda result: result["model_iteration"])
     same = [result for result in results if is_same(result, results[-1], ["mode", "images", *EFFORT])]
     if len(same) < len(results):

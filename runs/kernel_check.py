@@ -22,7 +22,7 @@ from fast import gpu
 from util import warn
 
 NUM_COMPARED = 64  # rows
-MOST_ROWS = 2**16  # latents in all, which a check could take more memory for than the run, which scores few at a time
+MOST_ROWS = 2**16  # latents to try kernels on; a run may have more, and scores them a few at a time
 TOLERANCE = 1e-2  # of the norm: far above rounding, TF32's included, and far below what a fault changes
 
 
