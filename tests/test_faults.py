@@ -223,7 +223,7 @@ def test_names_from_outside_are_shown_literally(folder, run_script, capsys):  # 
         with open(name, "wb") as file:
             file.write(imageio.imwrite("<bytes>", image, extension=".png"))
     os.mkfifo("pipe.png")
-    flags = ["--checkpoint-path", str(get_run_folder()), "--num-rounds", "1", "--num-particles", "3", "--examples", "1"]
+    flags = ["--checkpoint-path", str(get_run_folder()), "--num-rounds=1", "--num-particles=3", "--examples=1", "--no-refit"]
     status, stdout, stderr = run_script(diagnostics, *flags, "--images", "pipe.png", *map(os.fsdecode, names))
     assert status == 0 and "pipe.png is not a file but" in stderr and "lat\\udcff.png: log p" in stdout
     latest = get_run_folder() / "checkpoints/latest.pt"
