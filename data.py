@@ -73,8 +73,7 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
         dataset_size: number of training images, the same for each alphabet
         find_characters: prepare a folder of one's own images as `images.find_characters` does, which may find several
             characters on each
-    Raises: SizeError if the data is too small or not divisible; UserError if anything else is wrong with the location or
-        the data
+    Raises: SizeError if the data has no such part; UserError if anything else is wrong with the location or the data
     """
     train, test, alphabet_names = _load_parts(location, find_characters)
     num_alphabets = len(alphabet_names)
@@ -106,9 +105,10 @@ def load_for_model(checkpoint, location=None, load=load, whole=False):
     """
     args, num_known = checkpoint["args"], checkpoint["num_alphabets"]
     location = location or args["data_location"]
-    find = args["find_characters"] and (location == args["data_location"] or may_hold_pages(location))
+    find = args["find_characters"] and may_hold_pages(location)
+    small_dataset, dataset_size = (False, None) if whole else (args["small_dataset"], args["dataset_size"])
     try:
-        dataset = load(location, *((False, None) if whole else (args["small_dataset"], args["dataset_size"])), find)
+        dataset = load(location, small_dataset, dataset_size, find)
     except SizeError:
         if location == args["data_location"]:
             raise
@@ -164,7 +164,8 @@ def _load_parts(location, prepare=False):
 
 
 def may_hold_pages(location):
-    """Whether a location may hold photographs and scans, on which to find characters"""
+    """Whether a location may hold photographs and scans, on which to find characters. Raises: UserError if it begins with
+    the home of an unknown user"""
     return location not in (*SITES, "glyphs") and expand_user(location).suffix not in (".mat", ".npy", ".npz")
 
 
@@ -355,7 +356,7 @@ def list_images(path):
 
 def is_hidden(name):
     """Whether a file, named relative to a folder or in a zip, is one that systems put beside the user's own"""
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    return any(part.startswith((".", "__MACOSX")) for part in pathlib.PurePosixPath(name).parts if part != "..")
 
 
 def _walk(path):

@@ -231,11 +231,11 @@ def evaluate_every_checkpoint(args):
     """Evaluates all checkpoints of a run's training; those that are damaged are left out, with a warning. Writes a CSV and a
     figure. Returns: the exit status. Raises: UserError if there are none"""
     given, name = checkpoints.find(args.checkpoint_path), None
-    load_data = functools.cache(data.load)
+    device, load_data = util.get_device(args.cuda), functools.cache(data.load)
     with StopSignal() as stop:
         for path in checkpoints.get_all(given):
             try:
-                checkpoint = checkpoints.load(path, util.get_device(args.cuda))
+                checkpoint = checkpoints.load(path, device)
             except UserError as error:
                 util.warn(f"{error}; left out")
                 continue
@@ -288,7 +288,7 @@ def load_images(args, checkpoint, load_data=data.load):
 
     Args: load_data: data.load, or a cached version of it
     Returns: data.Split; the memory's rows of these images, [N, M, A], or None if they are not its training images;
-        whether the data is that which the model was trained on, if not on all of it
+        whether they are from the data that the model was trained on
     Raises: UserError if they do not fit the model
     """
     dataset = data.load_for_model(checkpoint, args.data_location, load_data)
@@ -301,8 +301,9 @@ def load_images(args, checkpoint, load_data=data.load):
     if args.images == "spread":
         ids = torch.linspace(0, len(split.obs) - 1, num_data).round().long()
     memory, images = checkpoint["memory"], split.select(ids)
-    is_own = checkpoint["settings"]["data"] == data.get_fingerprint(dataset.train)
-    known = is_own and data.get_fingerprint(dataset.train) == data.get_fingerprint(split)
+    fingerprint = data.get_fingerprint(dataset.train)
+    is_own = checkpoint["settings"]["data"] == fingerprint
+    known = is_own and data.get_fingerprint(split) == fingerprint
     if known:
         checkpoints.check_num_images(checkpoint, len(split.obs))
     return images, memory[ids.to(memory.device)] if memory is not None and known else None, is_own

@@ -92,7 +92,7 @@ def _get_darkness(grey):
 
 
 def fit(image, side=SIDE):
-    """Scales an image, values in [0, 1], down to 28 x 28 by area averaging; one that is not square is first
+    """Scales an image [rows, columns] in [0, 1] to [side, side] by area averaging; one that is not square is first
     centred on a square of paper."""
     square = make_square(image)
     if len(square) == side:

@@ -80,7 +80,7 @@ def find_programs(
     Returns: Programs
     """
     num_scored = len(obs) * (num_particles + num_rounds * num_mutants)
-    if num_scored >= COMPILING_PAYS and not gpu.is_gpu(obs.device):  # whose kernels are on, or off for a reason
+    if num_scored >= COMPILING_PAYS and not gpu.is_gpu(obs.device):  # a GPU's kernels are on, or off for a reason
         rendering.set_compile(True)
     networks, parts = (generative_model, inference_network), []
     num_batches = math.ceil(len(obs) / BATCH_SIZE)

@@ -390,7 +390,8 @@ def draw_milestones(runs, path):
     groups, lines = collections.defaultdict(list), []
     for name, results in runs.items():
         groups[get_name(name)].append({result["model_iteration"]: result for result in results})
-    for name in [name for name, some in groups.items() if not set.intersection(*map(set, some))]:
+    common = {name: sorted(set.intersection(*map(set, some))) for name, some in groups.items()}
+    for name in [name for name, iterations in common.items() if not iterations]:
         warn(f"{name} is left out: its seeds have no evaluated iteration in common")
         del groups[name]
     if not groups:
@@ -400,24 +401,11 @@ def draw_milestones(runs, path):
     settings = {name: next(iter(some[0].values()))["model_settings"] for name, some in groups.items()}
     words = describe_apart(settings)
     for name in sorted(groups, key=get_order):
-        some = groups[name]
-        x = sorted(set.intersection(*(set(by_iteration) for by_iteration in some)))
-        label = "\n".join(textwrap.wrap(words[name] + (f" ({len(some)} seeds)" if len(some) > 1 else ""), 60))
-        ends = []
-        for key, style in [("enumeration_bound", "-"), ("log_p", ":")]:
-            values = [[by_iteration[i][key] for by_iteration in some] for i in x]
-            middle = [sum(v) / len(v) for v in values]
-            color = axes.lines[-1].get_color() if style == ":" else None
-            marker = "." if len(x) == 1 else None  # a line through it would not show
-            own_label = label if style == "-" else None
-            (line,) = axes.plot(x, middle, style, marker=marker, color=color, lw=1.3, label=own_label)
-            if style == "-":
-                axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.25, lw=0)
-            ends.append(
-                f"{middle[-1]:.1f} ({min(values[-1]):.1f} to {max(values[-1]):.1f})" if len(some) > 1 else f"{middle[-1]:.1f}"
-            )
-        seeds = f"{len(some)} seeds" if len(some) > 1 else "1 seed"
-        lines.append(f"{words[name]}: log p {ends[1]}, enumeration bound {ends[0]}, {seeds}, at iteration {x[-1]}")
+        num_seeds, x = len(groups[name]), common[name]
+        seeds = f"{num_seeds} seeds" if num_seeds > 1 else "1 seed"
+        label = "\n".join(textwrap.wrap(words[name] + (f" ({seeds})" if num_seeds > 1 else ""), 60))
+        bound, log_p = draw_model(axes, groups[name], x, label)
+        lines.append(f"{words[name]}: log p {log_p}, enumeration bound {bound}, {seeds}, at iteration {x[-1]}")
     result = next(iter(next(iter(runs.values()))))
     images = f"{len(result['log_p_by_image'])} {get_kind_of_images(result)} images"
     axes.set_title(f"{images}; lines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds", fontsize=8)
@@ -432,6 +420,23 @@ def draw_milestones(runs, path):
     axes.grid(alpha=0.3)
     save_figure(path, figure)
     return lines
+
+
+def draw_model(axes, seeds, x, label):
+    """Draws a model's bound and estimate at iterations x. Args: seeds: for each seed, iteration -> result
+    Returns: what they are at the last iteration, means with ranges over the seeds, in words"""
+    ends = []
+    for key, style in [("enumeration_bound", "-"), ("log_p", ":")]:
+        values = [[by_iteration[i][key] for by_iteration in seeds] for i in x]
+        middle, low, high = [sum(v) / len(v) for v in values], list(map(min, values)), list(map(max, values))
+        color = axes.lines[-1].get_color() if style == ":" else None
+        marker = "." if len(x) == 1 else None  # a line through it would not show
+        own_label = label if style == "-" else None
+        (line,) = axes.plot(x, middle, style, marker=marker, color=color, lw=1.3, label=own_label)
+        if style == "-":
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.25, lw=0)
+        ends.append(f"{middle[-1]:.1f}" + (f" ({low[-1]:.1f} to {high[-1]:.1f})" if len(seeds) > 1 else ""))
+    return ends
 
 
 def describe_apart(settings):

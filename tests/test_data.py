@@ -410,3 +410,8 @@ def test_images_are_decoded_as_one_sees_them(capsys):
     picture.convert("RGB").save(file := io.BytesIO(), "MPO", save_all=True, append_images=[thumbnail])  # of a phone
     assert images.decode("phone.jpg", file.getvalue()).shape == (60, 40)
     assert capsys.readouterr().err == "warning: phone.jpg holds 2 pictures; the first is read\n"
+
+
+def test_hidden_files():
+    hidden = [".a.png", "x/._a.png", "__MACOSX/x/a.png", ".git/a.png"]
+    assert all(map(data.is_hidden, hidden)) and not any(map(data.is_hidden, ["a.png", "./x/a.png", "../x/a.b.png"]))

@@ -183,10 +183,8 @@ def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
 
     pathlib.Path("shared").mkdir()
     alone = shutil.copy(checkpoints.get_path(model, 6), "shared/model.pt")  # without milestones beside it
-    assert (
-        eval_logp.main([*every, "--mode", "train", "--checkpoint-path", alone]) == 0
-        and "at iteration 6" in capsys.readouterr().out
-    )
+    assert eval_logp.main([*every, "--mode", "train", "--checkpoint-path", alone]) == 0
+    assert "at iteration 6" in capsys.readouterr().out
     checkpoint = checkpoints.load(alone)
     untrained = dict(
         args={**checkpoint["args"], "seed": 1}, settings={**checkpoint["settings"], "seed": 1}, iteration=0, statistics={}
@@ -195,13 +193,16 @@ def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
         untrained[name] = {}
     seeds = [model, f"{model}_seed=1"]
     util.save_checkpoint(checkpoints.get_path(seeds[1]), {**checkpoint, **untrained})
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="there is no usable GPU"):
+            eval_logp.main([*every, "--cuda"])
     with pytest.raises(UserError, match="past its pretraining"):
         eval_logp.main([*every, "--mode", "train", "--checkpoint-path", seeds[1]])
     assert len(report.compare_milestones(seeds)) == 2 and f"{seeds[1]} is left out" in capsys.readouterr().err
-    folder = report.get_milestones_folder(seeds[1], "train")
-    folder.mkdir(parents=True)
+    behind = report.get_milestones_folder(seeds[1], "train")
+    behind.mkdir(parents=True)
     result = checkpoints.load_result(report.get_milestones_folder(model, "train") / "6.pt")
-    util.save_checkpoint(folder / "5.pt", {**result, "model_iteration": 5})  # a seed that has not got as far
+    util.save_checkpoint(behind / "5.pt", {**result, "model_iteration": 5})  # a seed that has not got as far
     with pytest.raises(UserError, match="in common"):
         report.compare_milestones(seeds)
 
