@@ -73,6 +73,7 @@ class Evaluation:
         check_finite(self.network.parameters())
         return dict(
             settings=settings,
+            args=vars(self.args),
             network=self.network.state_dict(),
             optimizer=self.optimizer.state_dict(),
             table=self.table.state_dict(),

@@ -83,9 +83,7 @@ def get_evaluation_progress(task):
     try:
         iteration = checkpoints.load(checkpoints.get_path(task.model))["iteration"]
         result = checkpoints.load_result(paths[0])
-        done = result["model_iteration"] == iteration and is_as_asked(result["settings"], asked)
-        given = {**DEFAULTS, **result["args"]}
-        done = done and all(given[name] == asked.get(name, given[name]) for name in CHOICE_OF_IMAGES)
+        done = result["model_iteration"] == iteration and is_as_asked(result, asked)
         value, saved = f"{result['log_p']:.2f}", paths[0].stat().st_mtime
         progress = Progress(done, asked["num_iterations"] * done, asked["num_iterations"], value, saved, others=not done)
     except (UserError, OSError):
@@ -93,7 +91,7 @@ def get_evaluation_progress(task):
     try:
         if not progress.done:
             state, saved = util.load_checkpoint(paths[1], keys={"iteration", "settings"}), paths[1].stat().st_mtime
-            if is_as_asked(state["settings"], asked) and state["settings"]["model"].endswith(f" {iteration}"):
+            if is_as_asked(state, asked) and state["settings"]["model"].endswith(f" {iteration}"):
                 return progress._replace(iteration=int(state["iteration"]), saved=saved)
             return progress._replace(others=True)
     except (UserError, OSError, TypeError, ValueError, KeyError, AttributeError):
@@ -121,10 +119,11 @@ def is_trained(task):
     return get_training_progress(task).done
 
 
-def is_as_asked(settings, asked):
-    """Whether an evaluation has the settings that a task asks for"""
-    settings = {**DEFAULTS, **settings}
-    return all(settings.get(name) == value for name, value in asked.items() if name not in CHOICE_OF_IMAGES)
+def is_as_asked(saved, asked):
+    """Whether what is saved of an evaluation, finished or not, has the settings that a task asks for"""
+    settings, args = {**DEFAULTS, **saved["settings"]}, saved.get("args", {})  # older versions kept them when finished only
+    settings.update({name: args.get(name, DEFAULTS.get(name, asked.get(name))) for name in CHOICE_OF_IMAGES})
+    return all(settings.get(name) == value for name, value in asked.items())
 
 
 def get_lock(task):

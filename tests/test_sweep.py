@@ -199,6 +199,14 @@ def test_sweep_here(make_sweep, monkeypatch):
     for option in ["--search", "--images=spread", "--num-data=6"]:  # other evaluations, which are still to be done
         (cells,) = get_cells("--eval-logp", "--test-run", "--models", models[1], f"--eval-options={option}")
         assert (cells["state"], cells["iteration"]) == ("stopped", "0/5")
+    evaluation = ["--eval-logp", "--test-run", "--models", models[1]]
+    with monkeypatch.context() as context:
+        context.setattr(eval_logp, "estimate_step", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        (task,) = sweep.get_tasks(sweep.parse_args([*evaluation, "--eval-options=--num-data=6"]))
+        assert eval_logp.main([*task.flags, "--force"]) == 128 + signal.SIGTERM
+    for options, iteration in [("--num-data=6", "5/5"), ("--num-data=7", "0/5"), ("--num-data=6 --images=spread", "0/5")]:
+        (cells,) = get_cells(*evaluation, f"--eval-options={options}")
+        assert (cells["state"], cells["iteration"]) == ("stopped", iteration)
 
     pathlib.Path("save/notes").mkdir()
     stdout = run("--rm", "--dry-run")
