@@ -430,13 +430,19 @@ def test_any_value_of_an_option_is_taken_or_refused_in_one_line(script, folder):
 
 def test_a_full_disk_behind_standard_output_and_a_cache_that_cannot_be_written(folder):  # noqa: F811
     command = [sys.executable, ROOT / "main.py", *TINY, "--data-location", "data.mat", "--pretrain-iterations", "1"]
-    cache = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "data.mat" / "cache")}
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    (temporary / f"torchinductor_cache_{os.getuid()}").symlink_to(cache_dir())  # what is compiled already stays so
+    cache = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "data.mat" / "cache"), "TMPDIR": str(temporary)}
     with open("/dev/full", "w") as full:
         process = subprocess.run(
             [*command, "--num-iterations", "2", "--compile"], stdout=full, stderr=subprocess.PIPE, text=True, env=cache
         )
     assert process.returncode == 0 and load_all(get_run_folder())["latest.pt"]["iteration"] == 2
     assert process.stderr.count("warning: ") == 1 and "which cannot be written" in process.stderr
+    assert "not compiled" not in process.stderr
 
 
 def test_closed_streams(folder):  # noqa: F811

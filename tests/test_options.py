@@ -105,8 +105,8 @@ def check(words, draw):
     for stops in ([2], [1, 2]):
         for num_iterations in stops:
             assert main.main([*flags, f"--num-iterations={num_iterations}"]) == 0
-            for path in checkpoints.get_path(path_base).parent.glob("*.pt"):
-                checkpoints.load(path, resumable=True)
+        for path in checkpoints.get_path(path_base).parent.glob("*.pt"):
+            checkpoints.load(path, resumable=True)
         states.append(util.load_checkpoint(checkpoints.get_path(path_base)))
         shutil.move(util.SAVE / path_base, f"state{len(states)}")
     states[1]["args"] = states[0]["args"]
