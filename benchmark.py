@@ -227,6 +227,7 @@ def scale(batch_size, num_runs, device):
 
 # ------------------------------------------------------------------ on a GPU
 
+NUM_LONGEST = 25  # kernels shown of a step
 # Floating-point operations per arc and pixel, and per map and pixel, counted in the kernels' sources (a square root,
 # a division or an exponential counts as one)
 NUM_OPERATIONS = {"_draw": 46, "_score_maps": 39}
@@ -255,15 +256,27 @@ def count_kernels(events):
     return kernels, num_launches
 
 
+def trace_step(algorithm, batch_size, device):
+    """As `trace`, of a step as it is replayed in a run"""
+    steps = Steps(algorithm, batch_size, device)
+    for _ in range(NUM_WARM_UPS + 2):
+        steps.step()
+    return trace(steps.step)
+
+
+def show_longest_kernels(algorithm, kernels):
+    """Prints the kernels that take longest in a step. Args: kernels: of `trace`"""
+    print(f"{algorithm}: microseconds, launches and names of the {NUM_LONGEST} kernels that take longest")
+    for name, seconds in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:NUM_LONGEST]:
+        print(f"{1e6 * sum(seconds):9.1f} {len(seconds):4}  {name[:100]}")
+
+
 def show_kernels(algorithms, batch_size, device):
     """Prints the number of kernels and launches in a step of each algorithm, and how close the two hot kernels of an MWS
     step come to the device's limits."""
     print("algorithm     kernels  launches  milliseconds of kernels")
     for algorithm in algorithms:
-        steps = Steps(algorithm, batch_size, device)
-        for _ in range(NUM_WARM_UPS + 2):
-            steps.step()
-        kernels, num_launches = trace(steps.step)
+        kernels, num_launches = trace_step(algorithm, batch_size, device)
         milliseconds = 1e3 * sum(map(sum, kernels.values()))
         print(f"{algorithm:11} {sum(map(len, kernels.values())):9} {num_launches:9} {milliseconds:24.3f}")
     steps = Steps("mws", batch_size, device)
@@ -319,6 +332,8 @@ def run(argv=None):
     rendering.set_compile(args.compile, device)
     if args.profile:
         profile(batch_size, 7, device)
+        for algorithm in (args.algorithms or ALGORITHMS) if device.type == "cuda" else []:
+            show_longest_kernels(algorithm, trace_step(algorithm, batch_size, device)[0])
         return 0
     if not args.json:
         print("algorithm   images x latents   seconds   reference   ratio   x convolutions   peak MB   reference")
@@ -335,10 +350,11 @@ def run(argv=None):
 def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     positive = util.in_range(int, 1)
+    profile_help = f"print the time of an MWS step's parts instead, and on a GPU the {NUM_LONGEST} longest kernels of each step"
     parser.add_argument("--cuda", action="store_true", help="measure a GPU")
     parser.add_argument("--quick", action="store_true", help="a fifth of the batch, one run of each, no peak memory")
     parser.add_argument("--json", action="store_true", help="print lines of JSON, not a table")
-    parser.add_argument("--profile", action="store_true", help="print the time of an MWS step's parts instead")
+    parser.add_argument("--profile", action="store_true", help=profile_help)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="measure plain PyTorch")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, help="what to measure (default: all)")
     parser.add_argument("--batch-size", type=positive, help="images (default: 250, the paper's)")
