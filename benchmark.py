@@ -1,9 +1,10 @@
 """Measures how fast a step is, compared with a straightforward implementation.
 
-    python benchmark.py             # a table: about ten minutes on two CPU cores
-    python benchmark.py --quick     # smaller batches, under a minute
-    python benchmark.py --profile   # where the time of an MWS step goes
-    python benchmark.py --cuda      # on a GPU; also counts a step's kernels and launches
+    python benchmark.py                     # a table: about ten minutes on two CPU cores
+    python benchmark.py --quick             # smaller batches, under a minute
+    python benchmark.py --profile           # where the time of an MWS step goes
+    python benchmark.py --cuda              # on a GPU; also counts a step's kernels and launches
+    python benchmark.py --cuda --profile    # also the kernels that take longest in each step
 
 Both run in one process on the same characters, alternating, and medians are compared.
 The reference is fast/reference.py, which scores everything with gradients. A third
@@ -228,6 +229,7 @@ def scale(batch_size, num_runs, device):
 # ------------------------------------------------------------------ on a GPU
 
 NUM_LONGEST = 25  # kernels shown of a step
+
 # Floating-point operations per arc and pixel, and per map and pixel, counted in the kernels' sources (a square root,
 # a division or an exponential counts as one)
 NUM_OPERATIONS = {"_draw": 46, "_score_maps": 39}

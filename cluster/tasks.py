@@ -121,8 +121,9 @@ def is_trained(task):
 
 def is_as_asked(saved, asked):
     """Whether what is saved of an evaluation, finished or not, has the settings that a task asks for"""
-    settings, args = {**DEFAULTS, **saved["settings"]}, saved.get("args", {})  # older versions kept them when finished only
-    settings.update({name: args.get(name, DEFAULTS.get(name, asked.get(name))) for name in CHOICE_OF_IMAGES})
+    args = {**DEFAULTS, **saved.get("args", {})}  # which older versions kept of finished ones only
+    chosen = {name: args.get(name, asked.get(name)) for name in CHOICE_OF_IMAGES}
+    settings = {**DEFAULTS, **saved["settings"], **chosen}
     return all(settings.get(name) == value for name, value in asked.items())
 
 

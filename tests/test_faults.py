@@ -429,9 +429,9 @@ def test_any_value_of_an_option_is_taken_or_refused_in_one_line(script, folder):
 
 
 def test_a_full_disk_behind_standard_output_and_a_cache_that_cannot_be_written(folder):  # noqa: F811
-    command = [sys.executable, ROOT / "main.py", *TINY, "--data-location", "data.mat", "--pretrain-iterations", "1"]
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+    command = [sys.executable, ROOT / "main.py", *TINY, "--data-location", "data.mat", "--pretrain-iterations", "1"]
     temporary = folder / "tmp"
     temporary.mkdir()
     (temporary / f"torchinductor_cache_{os.getuid()}").symlink_to(cache_dir())  # what is compiled already stays so

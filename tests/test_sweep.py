@@ -191,15 +191,15 @@ def test_sweep_here(make_sweep, monkeypatch):
     assert "2 are complete already\n0 of 0 done" in run()
 
     monkeypatch.setattr(sweep.report, "ALGORITHMS", ["rws"])
-    assert "1 of 1 done" in run("--eval-logp", "--test-run", "--jobs", "2", "--models", models[1])
+    evaluation = ["--eval-logp", "--test-run", "--models", models[1]]
+    assert "1 of 1 done" in run(*evaluation, "--jobs", "2")
     value = f"{torch.load(f'save/{models[1]}/logp/test_rws.pt', weights_only=True)['log_p']:.2f}"
-    some_cells = get_cells("--eval-logp", "--test-run", "--models", models[1])
+    some_cells = get_cells(*evaluation)
     assert [(cells["state"], cells["iteration"], cells["log p"]) for cells in some_cells] == [("done", "5/5", value)]
     assert value in report()
     for option in ["--search", "--images=spread", "--num-data=6"]:  # other evaluations, which are still to be done
-        (cells,) = get_cells("--eval-logp", "--test-run", "--models", models[1], f"--eval-options={option}")
+        (cells,) = get_cells(*evaluation, f"--eval-options={option}")
         assert (cells["state"], cells["iteration"]) == ("stopped", "0/5")
-    evaluation = ["--eval-logp", "--test-run", "--models", models[1]]
     with monkeypatch.context() as context:
         context.setattr(eval_logp, "estimate_step", lambda _: os.kill(os.getpid(), signal.SIGTERM))
         (task,) = sweep.get_tasks(sweep.parse_args([*evaluation, "--eval-options=--num-data=6"]))
