@@ -323,6 +323,21 @@ def test_a_step_is_recorded_and_replayed_without_waiting(compiled, name, capsys)
 
 
 @needs_gpu
+def test_a_step_that_reads_a_value_goes_on_without_a_graph(capsys):
+    def step(x):
+        drawn = torch.rand((), device="cuda")
+        return {"sum": x.sum() + drawn, "read": torch.full((), drawn.item(), device="cuda")}
+
+    x, results = torch.ones(3, device="cuda"), []
+    for wrap in (lambda step: step, cuda_graph.ReplayedStep):
+        torch.manual_seed(0)
+        wrapped = wrap(step)
+        results.append([tuple(value.item() for value in wrapped(x).values()) for _ in range(8)])
+    assert results[0] == results[1]
+    assert capsys.readouterr().err.count("warning: no CUDA graph") == 1
+
+
+@needs_gpu
 @pytest.mark.parametrize("flags", [[], ["--compile"]])
 def test_training(tmp_path, monkeypatch, capfd, flags):
     monkeypatch.chdir(tmp_path)
