@@ -14,6 +14,7 @@ column is the forward and backward pass of PyTorch's convolutions alone.
 from fast import before_torch  # noqa: F401  # isort: skip
 import collections
 import functools
+import gc
 import json
 import pathlib
 import re
@@ -51,12 +52,11 @@ class Steps:
     def __init__(self, algorithm, batch_size, device):
         util.set_seed(0, device)
         self.algorithm, self.device = algorithm, device
-        self.model = models.GenerativeModel().to(device)
         num_images = 50 if algorithm.startswith("eval") else batch_size
         self.obs = data.load("glyphs").train.obs[:num_images].to(device)
+        self.model, self.network = self.build()
         if algorithm.startswith("eval"):
             self.num_particles = max(batch_size * 100 // 250, 2)
-            self.network = models.LookupInferenceNetwork(len(self.obs)).to(device)
             self.optimizer = get_adam(self.network.parameters(), device)
             self.table = ScoreTable(self.model.num_arcs, device)
             if algorithm == "eval sharp":
@@ -65,15 +65,19 @@ class Steps:
                         parameter *= SHARPNESS
         else:
             self.num_particles = 10
-            self.network = models.InferenceNetwork().to(device)
             self.optimizer = get_optimizer(self.model, self.network, 1)
         self.obs_id = torch.arange(len(self.obs), device=device)
         self.memory = losses.init_memory(len(self.obs)).to(device)
         self.plain_memory = losses.unpack(self.memory)
         if device.type == "cuda":
             memory_size = self.memory.shape[1] if algorithm == "mws" else 0
-            kernel_check.check(self.model, self.network, self.num_particles, len(self.obs), memory_size)
+            kernel_check.check(self.build, device, self.num_particles, len(self.obs), memory_size)
             self.step = ReplayedStep(self.step)
+
+    def build(self):
+        is_evaluation = self.algorithm.startswith("eval")
+        network = models.LookupInferenceNetwork(len(self.obs)) if is_evaluation else models.InferenceNetwork()
+        return models.GenerativeModel().to(self.device), network.to(self.device)
 
     def step(self):
         self.model.requires_grad_(not self.algorithm.startswith("eval"))
@@ -155,7 +159,9 @@ def compare(algorithm, batch_size, num_runs, device, with_memory):
 
 def get_peak_memory(algorithm, batch_size, device, name):
     """Megabytes that a fresh process needs for three steps, beyond what it had after its
-    imports; on a GPU, the memory allocated there"""
+    imports; on a GPU, the memory allocated there, which this process tells as well"""
+    if device.type == "cuda":
+        return _measure_gpu_memory(algorithm, batch_size, device, name)
     code = f"import benchmark; print(benchmark._measure_memory({algorithm!r}, {batch_size}, {device.type!r}, {name!r}))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return float(process.stdout.split()[-1])
@@ -168,9 +174,16 @@ def _measure_memory(algorithm, batch_size, device, name):
     steps = Steps(algorithm, batch_size, device)
     for _ in range(3 if name == "step" else 1):
         getattr(steps, name)()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
     return _get_peak_resident() - before
+
+
+def _measure_gpu_memory(algorithm, batch_size, device, name):
+    gc.collect()
+    before, steps = torch.cuda.memory_allocated(), Steps(algorithm, batch_size, device)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(NUM_WARM_UPS + 2 if name == "step" else 1):
+        getattr(steps, name)()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _get_peak_resident():
@@ -240,7 +253,7 @@ def trace(function):
     the CPU"""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # of one cycle; else torch warns
         function()
         torch.cuda.synchronize()
     return count_kernels(profiler.events())

@@ -114,6 +114,16 @@ def build_network(args, model_args, num_images, num_alphabets):
     return models.LookupInferenceNetwork(num_images, **shared)
 
 
+def build_models(args, checkpoint, num_images, device):
+    """A generative model and the network to evaluate it with, as an evaluation's but with other parameters"""
+    model_args, num_alphabets = checkpoint["args"], checkpoint["num_alphabets"]
+    generative_model, network = models.build(argparse.Namespace(**model_args), num_alphabets, device)
+    network.requires_grad_(False)
+    if args.algorithm != "own":
+        network = build_network(args, model_args, num_images, num_alphabets).to(device)
+    return generative_model.requires_grad_(False), network
+
+
 # ------------------------------------------------------------------ steps
 
 
@@ -268,9 +278,8 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load)
         if state_path.exists() and load_state(state_path, evaluation, settings, args.force):
             print(f"resuming at iteration {evaluation.iteration} of the evaluation of {name}")
         rendering.set_compile(args.compile, device)
-        kernel_check.check(
-            evaluation.generative_model, evaluation.network, args.num_particles, min(args.batch_size, len(evaluation.obs))
-        )
+        build = functools.partial(build_models, args, checkpoint, len(evaluation.obs), device)
+        kernel_check.check(build, device, args.num_particles, min(args.batch_size, len(evaluation.obs)))
         if not run(evaluation, settings, state_path, stop):
             print(
                 f"stopped by {signal.Signals(stop.received).name} at iteration {evaluation.iteration},"

@@ -328,7 +328,8 @@ def main(argv=None):
             print(f"resuming at iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")
         rendering.set_compile(args.compile, device)
         batch_size, memory_size = min(args.batch_size, len(dataset.train.obs)), run.settings["memory_size"]
-        kernel_check.check(run.generative_model, run.inference_network, args.num_particles, batch_size, memory_size)
+        build = functools.partial(models.build, args, dataset.num_alphabets, device)
+        kernel_check.check(build, device, args.num_particles, batch_size, memory_size)
         path = train(run, stop, curves)
     if stop.received is not None:
         name, progress = signal.Signals(stop.received).name, f"{run.iteration} ({run.pretrain_iteration} of pretraining)"

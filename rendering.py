@@ -18,6 +18,7 @@ from util import warn
 
 BLOCK = 16  # images scored side by side: as many floats as fit a register
 MAPS_AT_ONCE = 40
+MOST_SAMPLED = 2**15  # images seen through maps at a time: cuDNN takes at most 65 535
 
 # ------------------------------------------------------------------ how kernels are called
 
@@ -263,6 +264,10 @@ def apply_maps(probs, maps):
     Args: probs [N, R, C]; maps [N, 2, 3]
     Returns: [N, R, C], clamped so that logarithms are finite
     """
+    return _run_in_chunks(_apply_maps, (probs, maps), (), MOST_SAMPLED)
+
+
+def _apply_maps(probs, maps):
     grid = F.affine_grid(maps, (len(maps), 1, *probs.shape[1:]), align_corners=True)
     sampled = F.grid_sample(probs.unsqueeze(1), grid, align_corners=True).squeeze(1)
     return _clamp(sampled)

@@ -41,7 +41,8 @@ def affine_log_prob(logits, obs, maps):
     grid = grid.repeat(num_images, 1, 1, 1)  # [N * T, R, C, 2]
     probs = logits.sigmoid()[:, None].repeat_interleave(num_maps, 0)  # [N * T, 1, R, C]
     eps = torch.finfo(torch.float32).eps
-    probs = F.grid_sample(probs, grid, align_corners=True)[:, 0].clamp(eps, 1 - eps)
+    with torch.backends.cudnn.flags(enabled=False):  # which samples from at most 65 535 images
+        probs = F.grid_sample(probs, grid, align_corners=True)[:, 0].clamp(eps, 1 - eps)
     obs = obs.repeat_interleave(num_maps, 0)
     log_prob = torch.distributions.Bernoulli(probs=probs, validate_args=False).log_prob(obs)
     return log_prob.sum((1, 2)).view(num_images, num_maps).logsumexp(1) - math.log(num_maps)

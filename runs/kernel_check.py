@@ -23,18 +23,24 @@ from util import warn
 
 NUM_COMPARED = 64  # rows
 MOST_ROWS = 2**16  # latents to try kernels on; a run may have more, and scores them a few at a time
-TOLERANCE = 1e-2  # of the norm: far above rounding, TF32's included, and far below what a fault changes
+TOLERANCE = 1e-2  # of the norm: far above rounding, and far below what a fault changes
 
 
-def check(generative_model, inference_network, num_particles, batch_size, memory_size=0):
+def check(build, device, num_particles, batch_size, memory_size=0):
     """Tries the kernels that are turned on, for num_particles proposals and memory_size (M) remembered programs for each of
-    batch_size (B) images. Leaves torch's random state as it is"""
-    device = generative_model.pre_theta.device
+    batch_size (B) images. Leaves torch's random state as it is.
+
+    Args: build: a function without arguments that returns a new generative model and inference network of the run's sizes.
+        The run's own would not do: what is found must not depend on how far it has come, or it would go on with other
+        kernels, and so other bits, when it resumes
+    """
     names = gpu.get_kernels()
     if not names:
         return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad(), without_tf32():
         torch.manual_seed(0)
+        generative_model, inference_network = build()
+        make_strokes_differ(generative_model)
         num_latents = min(num_particles + memory_size, max(MOST_ROWS // batch_size, 1))
         checks = get_checks(generative_model, inference_network, num_latents, batch_size, device)
         if 0 < memory_size <= gpu.MAX_CANDIDATES:  # larger ones have no kernels
@@ -51,6 +57,25 @@ def check(generative_model, inference_network, num_particles, batch_size, memory
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
         warn(f"the kernels of {broken} do not work on {where} ({fault}); plain PyTorch takes their place, which is slower")
     gpu.set_kernels([name for name in names if faults[name] is None])
+
+
+@contextlib.contextmanager
+def without_tf32():
+    """Convolutions in float32: rounded to ten bits, the same pixels would not win when they are pooled"""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@torch.no_grad()
+def make_strokes_differ(generative_model):
+    """Where strokes of the same sharpness and width meet, as those of a new model do, rounding decides which of them has the
+    gradient"""
+    generative_model.pre_sharpness += torch.randn_like(generative_model.pre_sharpness)
+    generative_model.pre_width += 0.3 * torch.randn_like(generative_model.pre_width)
 
 
 def compile_side_by_side(functions, device):

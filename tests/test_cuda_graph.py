@@ -52,6 +52,9 @@ class Generator:
     def __init__(self):
         self.state = ["sound"]
 
+    def manual_seed(self, seed):  # called where there is a GPU
+        pass
+
     def clone_state(self):
         return Generator()
 
@@ -62,6 +65,7 @@ class Generator:
 @pytest.fixture
 def no_gpu(monkeypatch):
     """What cuda_graph.py needs of torch.cuda, without a GPU"""
+    monkeypatch.setattr(gpu, "_kernels", set())  # which need one
     monkeypatch.setattr(torch.cuda, "default_generators", [Generator()])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

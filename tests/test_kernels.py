@@ -373,11 +373,11 @@ def test_nan_reaches_the_scores(use_kernels, monkeypatch):
     monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 4)
     use_kernels(True)
     for name in ["pre_dxdy", "pre_theta", "pre_sharpness", "pre_width", "pre_rendering_params", "theta_affine"]:
-        model = models.GenerativeModel(num_arcs=3)
+        model = models.GenerativeModel(num_arcs=3).to(device)
         latent, obs = model.sample(1)
         latent[..., 1] = 1
         getattr(model, name).data.fill_(torch.nan)
-        assert sum(model.to(device).log_prob(latent[None].to(device), obs.to(device))).isnan().all(), name
+        assert sum(model.log_prob(latent[None], obs)).isnan().all(), name
 
 
 # ------------------------------------------------------------------ kernels that do not work
@@ -420,7 +420,7 @@ def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, name, faul
     use_kernels(True)
     monkeypatch.setattr(module, function, broken)
     before = torch.get_rng_state()
-    kernel_check.check(model, network, 1, 2, 2)
+    kernel_check.check(lambda: (model, network), device, 1, 2, 2)
     assert torch.equal(torch.get_rng_state(), before)
     assert gpu.get_kernels() == [other for other in gpu.OPERATORS if other != name]
     (line,) = capsys.readouterr().err.splitlines()
@@ -442,7 +442,7 @@ def test_what_breaks_all_kernels_is_said_once(use_kernels, monkeypatch, capsys):
     use_kernels(True)
     monkeypatch.setattr(kernel_check, "find_fault", lambda *_: "there is no C compiler")
     model, network = models.GenerativeModel(16, num_arcs=2).to(device), models.InferenceNetwork(16, 16, num_arcs=2).to(device)
-    kernel_check.check(model, network, 1, 2, 2)
+    kernel_check.check(lambda: (model, network), device, 1, 2, 2)
     (line,) = capsys.readouterr().err.splitlines()
     assert all(name in line for name in gpu.OPERATORS) and "no C compiler" in line and gpu.get_kernels() == []
 
@@ -454,9 +454,10 @@ def test_kernels_that_work_stay_on(use_kernels, monkeypatch, capsys):
         models.LookupInferenceNetwork(3, 16, 16, num_arcs=2).to(device),
     )
     use_kernels(True)
-    kernel_check.check(model, network, 2, 3, 2)
+    kernel_check.check(lambda: (model, network), device, 2, 3, 2)
     monkeypatch.setattr(kernel_check, "MOST_ROWS", 6)
-    kernel_check.check(model, network, 10**7, 3, 2)  # more than fits, which a run that scores a few at a time can have
+    # more than fits, which a run that scores a few at a time can have
+    kernel_check.check(lambda: (model, network), device, 10**7, 3, 2)
     assert gpu.get_kernels() == gpu.OPERATORS and capsys.readouterr().err == ""
 
 

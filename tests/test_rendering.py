@@ -126,6 +126,13 @@ def test_maps_far_off_the_page_are_finite():
     torch.testing.assert_close(log_prob, obs.sum((1, 2)) * math.log(torch.finfo(torch.float32).eps), rtol=1e-3, atol=0)
 
 
+def test_images_are_seen_through_maps_in_chunks(monkeypatch):
+    probs, maps = torch.rand(7, 28, 28), models.LearnedAffine.init()["theta_affine"][:7]
+    expected = rendering.apply_maps(probs, maps)
+    monkeypatch.setattr(rendering, "MOST_SAMPLED", 3)
+    assert torch.equal(rendering.apply_maps(probs, maps), expected)
+
+
 def test_fixed_maps():
     maps = rendering.get_fixed_maps()
     assert maps.shape == (2187, 2, 3)
