@@ -35,12 +35,13 @@ def can_share(obs):
 
 
 def _convolve_each(obs, conv0, conv1):
-    # Pooling first gives the same values and gradients, and leaves less for relu to do.
+    # Pooling first gives the same values and gradients, and leaves less to do for the bias (above all its gradient) and relu.
     if gpu.uses_kernels(obs, "convolution"):
         x = gpu.Convolve.apply(obs, conv0.weight, conv0.bias)  # [B, C, 14, 14]
     else:
         x = F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()  # [B, C, 14, 14]
-    return F.max_pool2d(conv1(x), 3, 2).relu()  # [B, D, 6, 6]
+    x = F.max_pool2d(F.conv2d(x, conv1.weight, padding=1), 3, 2)  # [B, D, 6, 6]
+    return (x + conv1.bias.view(-1, 1, 1)).relu()
 
 
 def _convolve_shared(obs, conv0, conv1):

@@ -13,7 +13,7 @@ SIZE = 28  # rows and columns of an image
 POOLED = tl.constexpr(14)  # of the result
 POSITIONS = 8  # of the result, handled at once: as few as leave registers for more programs side by side
 POSITIONS_BACKWARD = 32
-IMAGES_PER_PROGRAM = 8  # in the backward pass
+IMAGES_PER_PROGRAM = 2  # in the backward pass: few, so that there are many programs
 
 
 @triton.jit

@@ -15,13 +15,22 @@ import triton.language as tl
 from fast.triton_math import log, sigmoid, tanh, unfused_product
 
 ROWS_PER_PROGRAM = 16  # latents side by side: the fewest that tl.dot accepts
-SLICE = tl.constexpr(16)  # of a matrix product's inner dimension
+SMALL_SLICE = tl.constexpr(16)  # of a matrix product's inner dimension
+NUM_MULTIPROCESSORS = 128  # of a large GPU, about
+# By the largest number of hidden units: warps of a program where there are no more programs than multiprocessors, so that each
+# should end soon; warps where there are more; slice of the matrix products' inner dimension. A program waits for each slice,
+# so large ones are better, as long as registers suffice
+FORWARD = {16: (4, 2, 16), 64: (8, 4, 32), 128: (8, 8, 32), 256: (8, 8, 16)}  # what is fast on an H200
+BACKWARD = {16: (4, 4, 16), 64: (8, 4, 64), 128: (8, 8, 64), 256: (8, 8, 16)}  # likewise
+ELSEWHERE = {16: (4, 4, 16), 256: (8, 8, 16)}  # on GPUs of other compute capabilities than 8 and 9
 
 # ------------------------------------------------------------------ parts
 
 
 @triton.jit
-def _multiply(a, a_stride, b, b_inner_stride, b_col_stride, row, valid, col, num_inner, num_cols):
+def _multiply(
+    a, a_stride, b, b_inner_stride, b_col_stride, row, valid, col, num_inner, num_cols, SLICE: tl.constexpr
+):  # fmt: skip
     """a [rows, num_inner] @ b [num_inner, num_cols] by pointers and strides, filled up with zeros: [ROWS, COLS]"""
     product = tl.zeros((row.shape[0], col.shape[0]), tl.float32)
     for start in range(0, num_inner, SLICE):
@@ -38,7 +47,7 @@ def _multiply(a, a_stride, b, b_inner_stride, b_col_stride, row, valid, col, num
 @triton.jit
 def _get_id_log_probs(hidden, row, valid, weight, bias, choice, num_units, num_choices):
     """Log-softmax of the first K logits: hidden, pointer to [rows, H] -> [ROWS, CHOICES], -inf beyond K"""
-    logits = _multiply(hidden, num_units, weight, 1, num_units, row, valid, choice, num_units, num_choices)
+    logits = _multiply(hidden, num_units, weight, 1, num_units, row, valid, choice, num_units, num_choices, SMALL_SLICE)
     logits += tl.load(bias + choice, mask=choice < num_choices, other=0.0)[None, :]
     logits = tl.where((choice < num_choices)[None, :], logits, float("-inf"))
     logits -= tl.max(logits, 1)[:, None]
@@ -77,7 +86,9 @@ def _load_sum(a, a_mask, b, b_mask):
 
 
 @triton.jit
-def _get_gates(hidden, table, context, weight_hh, row, image, both, valid, unit, code, arc, num_units):
+def _get_gates(
+    hidden, table, context, weight_hh, row, image, both, valid, unit, code, arc, num_units, SLICE: tl.constexpr
+):  # fmt: skip
     """The inputs of the four gates, before their nonlinearities: from the image, the previous stroke and the hidden state,
     in the rows `row`: four of [ROWS, UNITS]"""
     from_image = context + image[:, None] * (4 * num_units) + unit[None, :]
@@ -126,6 +137,7 @@ def _decode(
     table, context, weight_hh, weight, bias, uniform, latent, log_prob, hidden, cells, gates, log_probs, num_rows,
     num_contexts, num_arcs, num_units, num_choices, uniform_mixture,
     SAMPLE: tl.constexpr, SAVE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, CHOICES: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     unit, choice = tl.arange(0, UNITS), tl.arange(0, CHOICES)
@@ -137,7 +149,9 @@ def _decode(
     total = tl.zeros((ROWS,), tl.float32)
     for arc in range(num_arcs):
         now, before = arc * num_rows + row, (arc - 1) * num_rows + row
-        i, f, g, o = _get_gates(hidden, table, context, weight_hh, before, image, both, valid, unit, code, arc, num_units)
+        i, f, g, o = _get_gates(
+            hidden, table, context, weight_hh, before, image, both, valid, unit, code, arc, num_units, SLICE
+        )
         i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
         cell = f * cell + i * g
         h = o * tanh(cell)
@@ -174,10 +188,13 @@ def _decode(
     tl.store(log_prob + row, total, mask=valid)
 
 
-def _get_options(num_units, num_choices):
+def _get_options(fastest, num_programs, num_units, num_choices):
     units, choices = (max(triton.next_power_of_2(size), 16) for size in (num_units, num_choices))
-    sizes = dict(ROWS=ROWS_PER_PROGRAM, UNITS=units, CHOICES=choices)
-    return dict(**sizes, num_warps=4 if units == 16 else 8, num_stages=1, enable_fp_fusion=True)
+    if triton.runtime.driver.active.get_current_target().arch // 10 not in (8, 9):
+        fastest = ELSEWHERE
+    few, many, inner = next(options for most, options in fastest.items() if units <= most)
+    sizes = dict(ROWS=ROWS_PER_PROGRAM, UNITS=units, CHOICES=choices, SLICE=inner)
+    return dict(**sizes, num_warps=many if num_programs > NUM_MULTIPROCESSORS else few, num_stages=1, enable_fp_fusion=True)
 
 
 def decode(table, context, weight_hh, weight, bias, uniform, latent, uniform_mixture, save):
@@ -194,11 +211,12 @@ def decode(table, context, weight_hh, weight, bias, uniform, latent, uniform_mix
     log_prob, hidden = table.new_empty(num_rows), table.new_empty(num_arcs, num_rows, num_units)
     sizes = (num_units, 4 * num_units, num_choices + 2)
     saved = [table.new_empty(num_arcs, num_rows, size) if save else table.new_empty(0) for size in sizes]
+    num_programs = triton.cdiv(num_rows, ROWS_PER_PROGRAM)
     if num_rows:
-        _decode[triton.cdiv(num_rows, ROWS_PER_PROGRAM),](
+        _decode[num_programs,](
             table, context, weight_hh, weight, bias, uniform, latent, log_prob, hidden, *saved, num_rows,
             len(context), num_arcs, num_units, num_choices, float(uniform_mixture), SAMPLE=uniform.numel() > 0,
-            SAVE=save, **_get_options(num_units, num_choices),
+            SAVE=save, **_get_options(FORWARD, num_programs, num_units, num_choices),
         )  # fmt: skip
     return log_prob, hidden, *saved
 
@@ -230,6 +248,7 @@ def _differentiate_choices(log_probs, chosen, pen, factor, grad_logits, row, val
 def _differentiate_decode(
     weight_hh, weight, latent, grad, cells, gates, log_probs, grad_gates, grad_logits, num_rows, num_arcs,
     num_units, num_choices, uniform_mixture, ROWS: tl.constexpr, UNITS: tl.constexpr, CHOICES: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     unit, choice = tl.arange(0, UNITS), tl.arange(0, CHOICES)
@@ -252,7 +271,7 @@ def _differentiate_decode(
         )
         grad_h += grad_on[:, None] * by_on[None, :]
         tl.debug_barrier()  # all threads can read the logits' gradients now
-        grad_h += _multiply(grad_logits, c + 2, weight, n, 1, now, valid, unit, c, n)
+        grad_h += _multiply(grad_logits, c + 2, weight, n, 1, now, valid, unit, c, n, SLICE)
         gate = now[:, None] * 4 * num_units + unit[None, :]
         i = tl.load(gates + gate, mask=both, other=0.0)
         f = tl.load(gates + gate + num_units, mask=both, other=0.0)
@@ -267,7 +286,7 @@ def _differentiate_decode(
         tl.store(grad_gates + gate + 3 * num_units, grad_h * tanh_cell * o * (1 - o), mask=both)
         grad_cell = grad_cell * f
         tl.debug_barrier()  # and those of the gates
-        grad_h = _multiply(grad_gates, 4 * n, weight_hh, n, 1, now, valid, unit, 4 * n, n)
+        grad_h = _multiply(grad_gates, 4 * n, weight_hh, n, 1, now, valid, unit, 4 * n, n, SLICE)
 
 
 def differentiate_decode(weight_hh, weight, latent, grad, cells, gates, log_probs, uniform_mixture):
@@ -276,9 +295,10 @@ def differentiate_decode(weight_hh, weight, latent, grad, cells, gates, log_prob
     num_rows, num_arcs = latent.shape[:2]
     num_units, num_choices = weight.shape[1], weight.shape[0] - 2
     grad_gates, grad_logits = torch.empty_like(gates), torch.empty_like(log_probs)
+    num_programs = triton.cdiv(num_rows, ROWS_PER_PROGRAM)
     if num_rows:
-        _differentiate_decode[triton.cdiv(num_rows, ROWS_PER_PROGRAM),](
+        _differentiate_decode[num_programs,](
             weight_hh, weight, latent, grad, cells, gates, log_probs, grad_gates, grad_logits, num_rows, num_arcs,
-            num_units, num_choices, float(uniform_mixture), **_get_options(num_units, num_choices),
+            num_units, num_choices, float(uniform_mixture), **_get_options(BACKWARD, num_programs, num_units, num_choices),
         )  # fmt: skip
     return grad_gates, grad_logits

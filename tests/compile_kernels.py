@@ -2,6 +2,7 @@
 what each needs: its registers per thread, the bytes of a thread's stack, where spilled registers go, the bytes of shared
 memory per program, and how many instructions it has. Usage: compile_kernels.py CAPABILITY"""
 
+import itertools
 import pathlib
 import re
 import sys
@@ -21,7 +22,7 @@ from fast import (
 )
 
 compile_kernel, results = JITFunction.run, []
-SHOWN = ["SAMPLE", "SAVE", "UNITS"]  # what tells the kernels of a name apart
+SHOWN = ["SAMPLE", "SAVE", "UNITS", "num_warps"]  # what tells the kernels of a name apart
 
 
 def run(kernel, *args, grid, warmup, **options):
@@ -48,7 +49,7 @@ triton_convolution.differentiate_convolve(obs, out, argmax, out)
 memory, latent = torch.zeros(2, 10, 10, dtype=torch.uint8), torch.zeros(20, 2, 10, 2, dtype=torch.int64)
 triton_memory.get_candidates(memory, latent[0, :, 0, 0], latent[10:])
 triton_memory.keep_best(memory, latent[0, :, 0, 0], latent, torch.zeros(20, 2), torch.zeros(2))
-for num_units in (4, 64, 128):
+for num_units, triton_decoder.NUM_MULTIPROCESSORS in itertools.product((4, 64, 128), (128, 0)):  # few programs, and many
     weights = torch.zeros(4 * num_units, num_units), torch.zeros(66, num_units), torch.zeros(66)
     given = torch.zeros(128, 4 * num_units), torch.zeros(2, 4 * num_units), *weights
     latent, uniform = torch.zeros(2, 10, 2, dtype=torch.int64), torch.zeros(2, 10, 2)

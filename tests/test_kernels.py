@@ -20,7 +20,7 @@ import triton.language as tl  # noqa: E402
 import losses  # noqa: E402
 import models  # noqa: E402
 import rendering  # noqa: E402
-from fast import gpu  # noqa: E402
+from fast import gpu, triton_decoder  # noqa: E402
 from fast.triton_math import unfused_product  # noqa: E402
 from runs import kernel_check  # noqa: E402
 
@@ -264,10 +264,15 @@ class _LogProb(torch.nn.Module):
         return self.decoder.log_prob(latent, context)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_decoder_samples(use_kernels, name, monkeypatch):
-    """The same programs from the same random numbers, their log-probabilities and the gradients of these"""
+@pytest.mark.parametrize(
+    "name, num_multiprocessors",
+    [*itertools.product(DECODERS, [triton_decoder.NUM_MULTIPROCESSORS]), ("prior", 0), ("network", 0)],
+)
+def test_decoder_samples(use_kernels, name, num_multiprocessors, monkeypatch):
+    """The same programs from the same random numbers, their log-probabilities and the gradients of these, by the kernels
+    for few latents and for many"""
     decoder, _, context = make_decoder(name)
+    monkeypatch.setattr(triton_decoder, "NUM_MULTIPROCESSORS", num_multiprocessors)
     uniform = torch.rand(4 * 7, 5, 2, device=device)
     monkeypatch.setattr(torch, "rand", lambda *size, **_: uniform)
     numbers = iter([(arc, i) for arc in range(5) for i in (0, 1) if (arc, i) != (0, 1)])
