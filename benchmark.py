@@ -334,7 +334,7 @@ def format_row(row):
         return "-".rjust(width) if value is None else f"{value:{width}.{digits}f}"
 
     return (
-        f"{row['algorithm']:11} {row['batch_size']:6} x {row['num_particles']:<9} {row['seconds']:8.4f}"
+        f"{row['algorithm']:11} {row['batch_size']:6} x {row['num_particles']:<9} {row['seconds']:8.4g}"
         f" {row['reference_seconds']:11.3f} {row['ratio']:7.1f} {show(row['ratio_to_convolutions'], 16, 2)}"
         f" {show(row['peak_megabytes'], 9, 0)} {show(row['reference_peak_megabytes'], 11, 0)}"
     )
