@@ -45,18 +45,22 @@ SHARPNESS = 1000  # "eval sharp" is eval rws with a network whose logits are thi
 # ------------------------------------------------------------------ steps
 
 
+Setting = collections.namedtuple("Setting", "batch_size num_particles device")  # num_particles: None for the algorithm's own
+
+
 class Steps:
     """The steps of one algorithm on embedded characters, networks as initialised: `step` is the project's, `reference`
     the straightforward one; each takes an optimiser's step. `convolve` runs the convolutions."""
 
-    def __init__(self, algorithm, batch_size, device):
+    def __init__(self, algorithm, setting):
+        batch_size, num_particles, device = setting
         util.set_seed(0, device)
         self.algorithm, self.device = algorithm, device
         num_images = 50 if algorithm.startswith("eval") else batch_size
         self.obs = data.load("glyphs").train.obs[:num_images].to(device)
         self.model, self.network = self.build()
         if algorithm.startswith("eval"):
-            self.num_particles = max(batch_size * 100 // 250, 2)
+            self.num_particles = num_particles or max(batch_size * 100 // 250, 2)
             self.optimizer = get_adam(self.network.parameters(), device)
             self.table = ScoreTable(self.model.num_arcs, device)
             if algorithm == "eval sharp":
@@ -64,7 +68,7 @@ class Steps:
                     for parameter in self.network.decoder.linear.parameters():
                         parameter *= SHARPNESS
         else:
-            self.num_particles = 10
+            self.num_particles = num_particles or 10
             self.optimizer = get_optimizer(self.model, self.network, 1)
         self.obs_id = torch.arange(len(self.obs), device=device)
         self.memory = losses.init_memory(len(self.obs)).to(device)
@@ -131,13 +135,13 @@ def get_seconds(function, device):
 # ------------------------------------------------------------------ measurements
 
 
-def compare(algorithm, batch_size, num_runs, device, with_memory):
+def compare(algorithm, setting, num_runs, with_memory):
     """Alternates step, reference and convolutions. Returns: a row of the table"""
-    steps = Steps(algorithm, batch_size, device)
+    steps, device = Steps(algorithm, setting), setting.device
     seconds = {"step": [], "reference": [], "convolve": []}
     for _ in range(NUM_WARM_UPS + 2 if device.type == "cuda" else 1):  # a short warm-up for the reference
         steps.step()
-    Steps(algorithm, 2, device).reference()
+    Steps(algorithm, setting._replace(batch_size=2)).reference()
     for _ in range(num_runs):
         for name, times in seconds.items():
             repeats = 1 if name == "reference" else 3
@@ -152,34 +156,34 @@ def compare(algorithm, batch_size, num_runs, device, with_memory):
         "reference_seconds": median["reference"],
         "ratio": median["reference"] / median["step"],
         "ratio_to_convolutions": None if algorithm.startswith("eval") else median["step"] / median["convolve"],
-        "peak_megabytes": get_peak_memory(algorithm, batch_size, device, "step") if with_memory else None,
-        "reference_peak_megabytes": get_peak_memory(algorithm, batch_size, device, "reference") if with_memory else None,
+        "peak_megabytes": get_peak_memory(algorithm, setting, "step") if with_memory else None,
+        "reference_peak_megabytes": get_peak_memory(algorithm, setting, "reference") if with_memory else None,
     }
 
 
-def get_peak_memory(algorithm, batch_size, device, name):
+def get_peak_memory(algorithm, setting, name):
     """Megabytes that a fresh process needs for three steps, beyond what it had after its
     imports; on a GPU, the memory allocated there, which this process tells as well"""
-    if device.type == "cuda":
-        return _measure_gpu_memory(algorithm, batch_size, device, name)
-    code = f"import benchmark; print(benchmark._measure_memory({algorithm!r}, {batch_size}, {device.type!r}, {name!r}))"
+    if setting.device.type == "cuda":
+        return _measure_gpu_memory(algorithm, setting, name)
+    code = f"import benchmark; print(benchmark._measure_memory({algorithm!r}, {setting[:2]}, {name!r}))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return float(process.stdout.split()[-1])
 
 
-def _measure_memory(algorithm, batch_size, device, name):
+def _measure_memory(algorithm, sizes, name):
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    device, before = torch.device(device), _get_peak_resident()
+    before, device = _get_peak_resident(), torch.device("cpu")
     rendering.set_compile(name == "step", device)
-    steps = Steps(algorithm, batch_size, device)
+    steps = Steps(algorithm, Setting(*sizes, device))
     for _ in range(3 if name == "step" else 1):
         getattr(steps, name)()
     return _get_peak_resident() - before
 
 
-def _measure_gpu_memory(algorithm, batch_size, device, name):
+def _measure_gpu_memory(algorithm, setting, name):
     gc.collect()
-    before, steps = torch.cuda.memory_allocated(), Steps(algorithm, batch_size, device)
+    before, steps = torch.cuda.memory_allocated(), Steps(algorithm, setting)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(NUM_WARM_UPS + 2 if name == "step" else 1):
         getattr(steps, name)()
@@ -191,9 +195,9 @@ def _get_peak_resident():
     return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 2**10
 
 
-def profile(batch_size, num_runs, device):
+def profile(setting, num_runs):
     """Prints how long the parts of an MWS step take, each timed separately."""
-    steps = Steps("mws", batch_size, device)
+    steps = Steps("mws", setting)
     for _ in range(NUM_WARM_UPS + 2):
         steps.step()
     model, network, obs = steps.model, steps.network, steps.obs
@@ -224,17 +228,17 @@ def profile(batch_size, num_runs, device):
         "the whole step": steps.step,
     }
     for name, part in parts.items():
-        seconds = statistics.median(get_seconds(part, device) for _ in range(num_runs))
+        seconds = statistics.median(get_seconds(part, setting.device) for _ in range(num_runs))
         print(f"{seconds * 1e3:9.1f} ms  {name}")
 
 
-def scale(batch_size, num_runs, device):
+def scale(setting, num_runs):
     """Prints the cost of scoring 1 to 40 latents per image."""
-    steps = Steps("mws", batch_size, device)
+    steps = Steps("mws", setting)
     for num_particles in [1, 4, 10, 40]:
         latent = steps.network.sample(steps.obs, num_particles)
         with torch.no_grad():
-            times = [get_seconds(lambda z=latent: steps.model.log_prob(z, steps.obs), device) for _ in range(num_runs)]
+            times = [get_seconds(lambda z=latent: steps.model.log_prob(z, steps.obs), setting.device) for _ in range(num_runs)]
         num_latents = num_particles * len(steps.obs)
         print(f"{num_latents:6} latents: {statistics.median(times) / num_latents * 1e6:7.1f} microseconds each")
 
@@ -271,9 +275,9 @@ def count_kernels(events):
     return kernels, num_launches
 
 
-def trace_step(algorithm, batch_size, device):
+def trace_step(algorithm, setting):
     """As `trace`, of a step as it is replayed in a run"""
-    steps = Steps(algorithm, batch_size, device)
+    steps = Steps(algorithm, setting)
     for _ in range(NUM_WARM_UPS + 2):
         steps.step()
     return trace(steps.step)
@@ -286,15 +290,15 @@ def show_longest_kernels(algorithm, kernels):
         print(f"{1e6 * sum(seconds):9.1f} {len(seconds):4}  {name[:100]}")
 
 
-def show_kernels(algorithms, batch_size, device):
+def show_kernels(algorithms, setting):
     """Prints the number of kernels and launches in a step of each algorithm, and how close the two hot kernels of an MWS
     step come to the device's limits."""
     print("algorithm     kernels  launches  milliseconds of kernels")
     for algorithm in algorithms:
-        kernels, num_launches = trace_step(algorithm, batch_size, device)
+        kernels, num_launches = trace_step(algorithm, setting)
         milliseconds = 1e3 * sum(map(sum, kernels.values()))
         print(f"{algorithm:11} {sum(map(len, kernels.values())):9} {num_launches:9} {milliseconds:24.3f}")
-    steps = Steps("mws", batch_size, device)
+    steps = Steps("mws", setting)
     latent = steps.network.sample(steps.obs, 20)
     with torch.no_grad():
         for _ in range(2):
@@ -343,22 +347,23 @@ def format_row(row):
 def run(argv=None):
     args = get_parser().parse_args(argv)
     device = util.get_device(args.cuda)
-    batch_size, num_runs = (args.batch_size or (50 if args.quick else 250)), (1 if args.quick else args.num_runs)
+    setting = Setting(args.batch_size or (50 if args.quick else 250), args.num_particles, device)
+    num_runs = 1 if args.quick else args.num_runs
     rendering.set_compile(args.compile, device)
     if args.profile:
-        profile(batch_size, 7, device)
+        profile(setting, 7)
         for algorithm in (args.algorithms or ALGORITHMS) if device.type == "cuda" else []:
-            show_longest_kernels(algorithm, trace_step(algorithm, batch_size, device)[0])
+            show_longest_kernels(algorithm, trace_step(algorithm, setting)[0])
         return 0
     if not args.json:
         print("algorithm   images x latents   seconds   reference   ratio   x convolutions   peak MB   reference")
     for algorithm in args.algorithms or ALGORITHMS:
-        row = compare(algorithm, batch_size, num_runs, device, with_memory=not args.quick)
+        row = compare(algorithm, setting, num_runs, with_memory=not args.quick)
         print(json.dumps(row) if args.json else format_row(row), flush=True)
     if not args.json:
-        scale(batch_size, num_runs, device)
+        scale(setting, num_runs)
     if device.type == "cuda" and not args.json:
-        show_kernels(args.algorithms or ALGORITHMS, batch_size, device)
+        show_kernels(args.algorithms or ALGORITHMS, setting)
     return 0
 
 
@@ -373,6 +378,9 @@ def get_parser():
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="measure plain PyTorch")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, help="what to measure (default: all)")
     parser.add_argument("--batch-size", type=positive, help="images (default: 250, the paper's)")
+    parser.add_argument(
+        "--num-particles", type=util.in_range(int, 2), help="latents per image (default: 10, of evaluations 100)"
+    )
     parser.add_argument("--num-runs", type=positive, default=3, help="runs of each (default: %(default)s)")
     return parser
 
