@@ -1,7 +1,7 @@
 """Tries a GPU's kernels before a run relies on them.
 
-The kernels that a run will use are compiled side by side. Then each operator is run at the run's sizes, forwards and
-backwards, and compared with plain PyTorch on the same device for some of the rows. One that fails, or gives other
+The kernels that a run will use are compiled side by side. Then each operator is run on new models, at the run's sizes,
+forwards and backwards, and compared with plain PyTorch on the same device for some of the rows. One that fails, or gives other
 numbers, is turned off, with a warning; the others stay. After an error that leaves the GPU unusable for this process (an
 illegal access, say), the program is started anew, once, without kernels.
 """

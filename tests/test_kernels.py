@@ -466,6 +466,15 @@ def test_kernels_that_work_stay_on(use_kernels, monkeypatch, capsys):
     assert gpu.get_kernels() == gpu.OPERATORS and capsys.readouterr().err == ""
 
 
+def test_strokes_of_a_new_model_may_tie(use_kernels, capsys):
+    """Where equal strokes meet, rounding decides which of them has the gradient"""
+    use_kernels(True)
+    gpu.set_kernels(["drawing"])
+    network = models.LookupInferenceNetwork(4).to(device)
+    kernel_check.check(lambda: (models.GenerativeModel().to(device), network), device, 2, 4)
+    assert gpu.get_kernels() == ["drawing"] and capsys.readouterr().err == ""
+
+
 def test_an_unusable_gpu_starts_the_program_anew_once(monkeypatch, capsys):
     """A stand-in for an illegal access, after which every call to CUDA fails"""
 
