@@ -79,6 +79,7 @@ class Steps:
             self.step = ReplayedStep(self.step)
 
     def build(self):
+        """A new generative model and inference network"""
         is_evaluation = self.algorithm.startswith("eval")
         network = models.LookupInferenceNetwork(len(self.obs)) if is_evaluation else models.InferenceNetwork()
         return models.GenerativeModel().to(self.device), network.to(self.device)
@@ -162,8 +163,8 @@ def compare(algorithm, setting, num_runs, with_memory):
 
 
 def get_peak_memory(algorithm, setting, name):
-    """Megabytes that a fresh process needs for three steps, beyond what it had after its
-    imports; on a GPU, the memory allocated there, which this process tells as well"""
+    """Megabytes that a fresh process needs for three steps, beyond what it had after its imports; on a GPU, those that are
+    allocated there for a few steps, which needs no other process"""
     if setting.device.type == "cuda":
         return _measure_gpu_memory(algorithm, setting, name)
     code = f"import benchmark; print(benchmark._measure_memory({algorithm!r}, {setting[:2]}, {name!r}))"
@@ -378,9 +379,7 @@ def get_parser():
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="measure plain PyTorch")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, help="what to measure (default: all)")
     parser.add_argument("--batch-size", type=positive, help="images (default: 250, the paper's)")
-    parser.add_argument(
-        "--num-particles", type=util.in_range(int, 2), help="latents per image (default: 10, of evaluations 100)"
-    )
+    parser.add_argument("--num-particles", type=util.in_range(int, 2), help="latents per image (default: 10; evaluations: 100)")
     parser.add_argument("--num-runs", type=positive, default=3, help="runs of each (default: %(default)s)")
     return parser
 
