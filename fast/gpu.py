@@ -163,7 +163,7 @@ class ScoreMaps(torch.autograd.Function):
         return grad_logits, None, grad_maps
 
 
-# ------------------------------------------------------------------ the first convolution
+# ------------------------------------------------------------------ the first two layers of the inference network
 
 
 @torch.library.custom_op("strokes::convolve", mutates_args=())
@@ -181,34 +181,75 @@ def _(obs, weight, bias):
 
 
 @torch.library.custom_op("strokes::differentiate_convolve", mutates_args=())
-def _differentiate_convolve(
-    obs: torch.Tensor, out: torch.Tensor, argmax: torch.Tensor, grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _differentiate_convolve(obs: torch.Tensor, argmax: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     from fast import triton_convolution
 
     with on_device_of(obs):
-        return triton_convolution.differentiate_convolve(obs, out, argmax, grad)
+        return triton_convolution.differentiate_convolve(obs, argmax, grad)
 
 
 @_differentiate_convolve.register_fake
-def _(obs, out, argmax, grad):
-    return out.new_empty(out.shape[3], 1, 3, 3), out.new_empty(out.shape[3])
+def _(obs, argmax, grad):
+    return grad.new_empty(grad.shape[3], 1, 3, 3), grad.new_empty(grad.shape[3])
 
 
 class Convolve(torch.autograd.Function):
-    """The inference network's first convolution, pooled and rectified: obs [B, 28, 28], weight [C, 1, 3, 3], bias [C]
-    -> [B, C, 14, 14], channels last"""
+    """The first convolution, pooled and rectified: obs [B, 28, 28], weight [C, 1, 3, 3], bias [C] -> [B, C, 14, 14], channels
+    last"""
 
     @staticmethod
     def forward(ctx, obs, weight, bias):
         obs = obs.contiguous()
         out, argmax = _convolve(obs, weight.contiguous(), bias)
-        ctx.save_for_backward(obs, out, argmax)
+        ctx.save_for_backward(obs, argmax)
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, grad):
         return None, *_differentiate_convolve(*ctx.saved_tensors, grad.permute(0, 2, 3, 1).contiguous())
+
+
+@torch.library.custom_op("strokes::pool", mutates_args=())
+def _pool(x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from fast import triton_convolution
+
+    with on_device_of(x):
+        return triton_convolution.pool(x, bias)
+
+
+@_pool.register_fake
+def _(x, bias):
+    out = x.new_empty(len(x), 6, 6, len(bias))
+    return out, torch.empty_like(out, dtype=torch.uint8)
+
+
+@torch.library.custom_op("strokes::differentiate_pool", mutates_args=())
+def _differentiate_pool(argmax: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from fast import triton_convolution
+
+    with on_device_of(grad):
+        return triton_convolution.differentiate_pool(argmax, grad)
+
+
+@_differentiate_pool.register_fake
+def _(argmax, grad):
+    return grad.new_empty(len(grad), 14, 14, grad.shape[3]), grad.new_empty(grad.shape[3])
+
+
+class Pool(torch.autograd.Function):
+    """The second convolution's result, pooled, with its bias, rectified: x [B, C, 14, 14], bias [C] -> [B, C, 6, 6], channels
+    last"""
+
+    @staticmethod
+    def forward(ctx, x, bias):
+        out, argmax = _pool(x.permute(0, 2, 3, 1).contiguous(), bias)
+        ctx.save_for_backward(argmax)
+        return out.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_bias = _differentiate_pool(*ctx.saved_tensors, grad.permute(0, 2, 3, 1).contiguous())
+        return grad_x.permute(0, 3, 1, 2), grad_bias
 
 
 # ------------------------------------------------------------------ the decoder

@@ -38,8 +38,8 @@ def _convolve_each(obs, conv0, conv1):
     # Pooling first gives the same values and gradients, and leaves less to do for the bias (above all its gradient) and relu.
     if gpu.uses_kernels(obs, "convolution"):
         x = gpu.Convolve.apply(obs, conv0.weight, conv0.bias)  # [B, C, 14, 14]
-    else:
-        x = F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()  # [B, C, 14, 14]
+        return gpu.Pool.apply(F.conv2d(x, conv1.weight, padding=1), conv1.bias)  # [B, D, 6, 6]
+    x = F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()  # [B, C, 14, 14]
     x = F.max_pool2d(F.conv2d(x, conv1.weight, padding=1), 3, 2)  # [B, D, 6, 6]
     return (x + conv1.bias.view(-1, 1, 1)).relu()
 

@@ -1,4 +1,5 @@
-"""The first layer of the inference network on a GPU, as Triton kernels: convolution, pooling and relu at once.
+"""The first two layers of the inference network on a GPU, as Triton kernels: the first one's convolution, pooling and relu at
+once, and the second one's pooling, bias and relu. Its convolution is PyTorch's.
 
 With one input channel a convolution multiplies little and writes much: 64 channels of 30 x 30 pixels per
 image, of which pooling keeps a quarter. Here only what is kept is written, with one byte each that tells
@@ -10,17 +11,29 @@ import triton
 import triton.language as tl
 
 SIZE = 28  # rows and columns of an image
-POOLED = tl.constexpr(14)  # of the result
-POSITIONS = 8  # of the result, handled at once: as few as leave registers for more programs side by side
-POSITIONS_BACKWARD = 32
-IMAGES_PER_PROGRAM = 2  # in the backward pass: few, so that there are many programs
+FIRST = tl.constexpr(14)  # after the first layer
+SECOND = tl.constexpr(6)  # after the second
+RECTIFIED = tl.constexpr(255)  # instead of a position in a window: relu gave zero, and so there is no gradient
+# Positions that a program handles at once, and its warps: what is fast on an H200
+CONVOLVE = (4, 1)
+DIFFERENTIATE_CONVOLVE = (8, 2)
+POOL = (4, 4)
+DIFFERENTIATE_POOL = (16, 4)
+
+# ------------------------------------------------------------------ the first layer
 
 
 @triton.jit
 def _load_pixel(obs, image, row, col, mask, SIZE: tl.constexpr):
     """Images have a border of two zeros; row and col count from its corner"""
     inside = mask & (row >= 2) & (row < SIZE + 2) & (col >= 2) & (col < SIZE + 2)
-    return tl.load(obs + (image * SIZE + row - 2) * SIZE + col - 2, mask=inside, other=0.0)
+    return tl.load(obs + image * SIZE * SIZE + ((row - 2) * SIZE + col - 2), mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_rectified(highest, chosen, out, argmax, place, mask):
+    tl.store(out + place, tl.where(highest < 0, 0.0, highest), mask=mask)
+    tl.store(argmax + place, tl.where(highest > 0, chosen, RECTIFIED).to(tl.uint8), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_images"])
@@ -30,9 +43,9 @@ def _convolve(
 ):  # fmt: skip
     position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     channel = tl.arange(0, CHANNELS)
-    valid, used = position < num_images * POOLED * POOLED, channel < num_channels
-    image = (position // (POOLED * POOLED)).to(tl.int64)
-    row, col = 2 * (position // POOLED % POOLED), 2 * (position % POOLED)
+    valid, used = position < num_images * FIRST * FIRST, channel < num_channels
+    image = (position // (FIRST * FIRST)).to(tl.int64)
+    row, col = 2 * (position // FIRST % FIRST), 2 * (position % FIRST)
     b = tl.load(bias + channel, mask=used, other=0.0)
     highest = tl.full((POSITIONS, CHANNELS), float("-inf"), tl.float32)
     chosen = tl.zeros((POSITIONS, CHANNELS), tl.int32)
@@ -46,58 +59,148 @@ def _convolve(
         highest = tl.where(better, value, highest)
         chosen = tl.where(better, window, chosen)
     place = position.to(tl.int64)[:, None] * num_channels + channel[None, :]
-    both = valid[:, None] & used[None, :]
-    tl.store(out + place, tl.where(highest < 0, 0.0, highest), mask=both)
-    tl.store(argmax + place, chosen.to(tl.uint8), mask=both)
+    _store_rectified(highest, chosen, out, argmax, place, valid[:, None] & used[None, :])
 
 
 def convolve(obs, weight, bias):
     """obs [B, 28, 28], weight [C, 1, 3, 3], bias [C] -> [B, 14, 14, C], and which of its 3 x 3 window each is: uint8"""
     num_images, num_channels = len(obs), len(bias)
-    out = obs.new_empty(num_images, POOLED.value, POOLED.value, num_channels)
+    out = obs.new_empty(num_images, FIRST.value, FIRST.value, num_channels)
     argmax = torch.empty_like(out, dtype=torch.uint8)
+    positions, num_warps = CONVOLVE
     if num_images:
-        _convolve[triton.cdiv(num_images * POOLED.value**2, POSITIONS),](
-            obs, weight, bias, out, argmax, num_images, num_channels,
-            SIZE=SIZE, POSITIONS=POSITIONS, CHANNELS=triton.next_power_of_2(num_channels), num_warps=4, enable_fp_fusion=True,
+        _convolve[triton.cdiv(num_images * FIRST.value**2, positions),](
+            obs, weight, bias, out, argmax, num_images, num_channels, SIZE=SIZE, POSITIONS=positions,
+            CHANNELS=triton.next_power_of_2(num_channels), num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out, argmax
 
 
-@triton.jit(do_not_specialize=["num_images"])
+@triton.jit
 def _differentiate_convolve(
-    obs, out, argmax, grad, partial, num_images, num_channels, IMAGES: tl.constexpr, SIZE: tl.constexpr,
-    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+    obs, argmax, grad, partial, num_channels, SIZE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    chunk, tap = tl.program_id(0), tl.program_id(1)  # the tenth tap is the bias
+    number, tap_row = tl.program_id(0), tl.program_id(1)
+    image = number.to(tl.int64)
     channel = tl.arange(0, CHANNELS)
     used = channel < num_channels
-    total = tl.zeros((POSITIONS, CHANNELS), tl.float32)
-    end = tl.minimum((chunk + 1) * IMAGES, num_images) * POOLED * POOLED
-    for start in range(chunk * IMAGES * POOLED * POOLED, end, POSITIONS):
+    left = tl.zeros((POSITIONS, CHANNELS), tl.float32)
+    middle = tl.zeros((POSITIONS, CHANNELS), tl.float32)
+    right = tl.zeros((POSITIONS, CHANNELS), tl.float32)
+    bias = tl.zeros((POSITIONS, CHANNELS), tl.float32)
+    for start in range(0, FIRST * FIRST, POSITIONS):
         position = start + tl.arange(0, POSITIONS)
-        both = (position < end)[:, None] & used[None, :]
-        place = position.to(tl.int64)[:, None] * num_channels + channel[None, :]
-        passed = tl.load(out + place, mask=both, other=0.0) > 0
-        g = tl.where(passed, tl.load(grad + place, mask=both, other=0.0), 0.0)
-        window = tl.load(argmax + place, mask=both, other=0).to(tl.int32)
-        image = (position // (POOLED * POOLED)).to(tl.int64)[:, None]
-        row = 2 * (position // POOLED % POOLED)[:, None] + window // 3 + tap // 3
-        col = 2 * (position % POOLED)[:, None] + window % 3 + tap % 3
-        x = _load_pixel(obs, image, row, col, both & passed, SIZE)
-        total += g * tl.where(tap < 9, x, 1.0)
-    tl.store(partial + (chunk * 10 + tap) * num_channels + channel, tl.sum(total, 0), mask=used)
+        valid = position < FIRST * FIRST
+        place = (image * FIRST * FIRST + position)[:, None] * num_channels + channel[None, :]
+        chosen = tl.load(argmax + place, mask=valid[:, None] & used[None, :], other=RECTIFIED).to(tl.int32)
+        passed = tl.load(grad + place, mask=chosen != RECTIFIED, other=0.0)
+        row, col = 2 * (position // FIRST) + tap_row, 2 * (position % FIRST)
+        for window in tl.static_range(9):  # as many sums, which costs less than to look up each number's own pixels
+            g = tl.where(chosen == window, passed, 0.0)
+            left += g * _load_pixel(obs, image, row + window // 3, col + window % 3, valid, SIZE)[:, None]
+            middle += g * _load_pixel(obs, image, row + window // 3, col + window % 3 + 1, valid, SIZE)[:, None]
+            right += g * _load_pixel(obs, image, row + window // 3, col + window % 3 + 2, valid, SIZE)[:, None]
+        bias += passed
+    total = partial + (number * 10 + 3 * tap_row) * num_channels + channel
+    tl.store(total, tl.sum(left, 0), mask=used)
+    tl.store(total + num_channels, tl.sum(middle, 0), mask=used)
+    tl.store(total + 2 * num_channels, tl.sum(right, 0), mask=used)
+    if tap_row == 2:
+        tl.store(total + 3 * num_channels, tl.sum(bias, 0), mask=used)
 
 
-def differentiate_convolve(obs, out, argmax, grad):
-    """The gradients of weight [C, 1, 3, 3] and bias [C] for grad [B, 14, 14, C], with the results of `convolve`"""
-    num_images, num_channels = len(obs), out.shape[3]
-    num_chunks = triton.cdiv(num_images, IMAGES_PER_PROGRAM)
-    partial = out.new_empty(num_chunks, 10, num_channels)
+def differentiate_convolve(obs, argmax, grad):
+    """The gradients of weight [C, 1, 3, 3] and bias [C] for grad [B, 14, 14, C], given what `convolve` chose"""
+    num_images, num_channels = len(obs), grad.shape[3]
+    partial = grad.new_empty(num_images, 10, num_channels)  # the tenth is the bias
+    positions, num_warps = DIFFERENTIATE_CONVOLVE
     if num_images:
-        _differentiate_convolve[num_chunks, 10](
-            obs, out, argmax, grad, partial, num_images, num_channels, IMAGES=IMAGES_PER_PROGRAM, SIZE=SIZE,
-            POSITIONS=POSITIONS_BACKWARD, CHANNELS=triton.next_power_of_2(num_channels), num_warps=4, enable_fp_fusion=True,
+        _differentiate_convolve[num_images, 3](
+            obs, argmax, grad, partial, num_channels, SIZE=SIZE, POSITIONS=positions,
+            CHANNELS=triton.next_power_of_2(num_channels), num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     total = partial.sum(0)  # [10, C]
     return total[:9].t().reshape(num_channels, 1, 3, 3), total[9].clone()
+
+
+# ------------------------------------------------------------------ the second layer
+
+
+@triton.jit(do_not_specialize=["num_images"])
+def _pool(x, bias, out, argmax, num_images, num_channels, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    channel = tl.arange(0, CHANNELS)
+    used = channel < num_channels
+    both = (position < num_images * SECOND * SECOND)[:, None] & used[None, :]
+    corner = (position // (SECOND * SECOND)).to(tl.int64) * FIRST + 2 * (position // SECOND % SECOND)
+    corner = corner * FIRST + 2 * (position % SECOND)
+    first = x + corner[:, None] * num_channels + channel[None, :]
+    highest = tl.full((POSITIONS, CHANNELS), float("-inf"), tl.float32)
+    chosen = tl.zeros((POSITIONS, CHANNELS), tl.int32)
+    for window in tl.static_range(9):
+        value = tl.load(first + (window // 3 * FIRST + window % 3) * num_channels, mask=both, other=0.0)
+        better = (value > highest) | (value != value)
+        highest = tl.where(better, value, highest)
+        chosen = tl.where(better, window, chosen)
+    highest += tl.load(bias + channel, mask=used, other=0.0)[None, :]
+    place = position.to(tl.int64)[:, None] * num_channels + channel[None, :]
+    _store_rectified(highest, chosen, out, argmax, place, both)
+
+
+def pool(x, bias):
+    """x [B, 14, 14, C], bias [C] -> [B, 6, 6, C], and which of its 3 x 3 window each is: uint8"""
+    num_images, num_channels = len(x), len(bias)
+    out = x.new_empty(num_images, SECOND.value, SECOND.value, num_channels)
+    argmax = torch.empty_like(out, dtype=torch.uint8)
+    positions, num_warps = POOL
+    if num_images:
+        _pool[triton.cdiv(num_images * SECOND.value**2, positions),](
+            x, bias, out, argmax, num_images, num_channels, POSITIONS=positions,
+            CHANNELS=triton.next_power_of_2(num_channels), num_warps=num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out, argmax
+
+
+@triton.jit
+def _load_passed(argmax, grad, image, row, col, back_row, back_col, num_channels, channel, mask):
+    """The gradient that reaches a position from the back_row-th and back_col-th of the windows that may hold it"""
+    window_row, window_col = row // 2 - back_row, col // 2 - back_col
+    in_row, in_col = row - 2 * window_row, col - 2 * window_col
+    holds = (window_row >= 0) & (window_row < SECOND) & (in_row < 3) & (window_col >= 0) & (window_col < SECOND) & (in_col < 3)
+    place = ((image * SECOND + window_row) * SECOND + window_col)[:, None] * num_channels + channel[None, :]
+    chosen = tl.load(argmax + place, mask=holds[:, None] & mask, other=RECTIFIED).to(tl.int32)
+    return tl.load(grad + place, mask=chosen == (3 * in_row + in_col)[:, None], other=0.0)
+
+
+@triton.jit
+def _differentiate_pool(argmax, grad, grad_x, partial, num_channels, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    number = tl.program_id(0)
+    image = number.to(tl.int64)
+    channel = tl.arange(0, CHANNELS)
+    used = channel < num_channels
+    bias = tl.zeros((POSITIONS, CHANNELS), tl.float32)
+    for start in range(0, FIRST * FIRST, POSITIONS):
+        position = start + tl.arange(0, POSITIONS)
+        row, col = position // FIRST, position % FIRST
+        mask = (position < FIRST * FIRST)[:, None] & used[None, :]
+        g = _load_passed(argmax, grad, image, row, col, 0, 0, num_channels, channel, mask)
+        g += _load_passed(argmax, grad, image, row, col, 0, 1, num_channels, channel, mask)
+        g += _load_passed(argmax, grad, image, row, col, 1, 0, num_channels, channel, mask)
+        g += _load_passed(argmax, grad, image, row, col, 1, 1, num_channels, channel, mask)
+        tl.store(grad_x + (image * FIRST * FIRST + position)[:, None] * num_channels + channel[None, :], g, mask=mask)
+        bias += g
+    tl.store(partial + number * num_channels + channel, tl.sum(bias, 0), mask=used)
+
+
+def differentiate_pool(argmax, grad):
+    """The gradients of x [B, 14, 14, C] and bias [C] for grad [B, 6, 6, C], given what `pool` chose"""
+    num_images, num_channels = len(grad), grad.shape[3]
+    grad_x = grad.new_empty(num_images, FIRST.value, FIRST.value, num_channels)
+    partial = grad.new_empty(num_images, num_channels)
+    positions, num_warps = DIFFERENTIATE_POOL
+    if num_images:
+        _differentiate_pool[num_images,](
+            argmax, grad, grad_x, partial, num_channels, POSITIONS=positions,
+            CHANNELS=triton.next_power_of_2(num_channels), num_warps=num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return grad_x, partial.sum(0)

@@ -180,7 +180,8 @@ def get_checks(generative_model, inference_network, num_particles, batch_size, d
 
         def embed():
             rows = get_rows(batch_size, "convolution")
-            return compare(inference_network.embed(obs[rows]), [inference_network.conv0.weight, inference_network.conv0.bias])
+            layers = inference_network.conv0, inference_network.conv1
+            return compare(inference_network.embed(obs[rows]), [p for layer in layers for p in layer.parameters()])
 
         checks["convolution"] = [embed]
     return checks

@@ -206,8 +206,7 @@ def test_all_fixed_maps(use_kernels):
     torch.testing.assert_close(*results, atol=1e-3, rtol=1e-5)
 
 
-def test_first_layers(use_kernels, monkeypatch):
-    monkeypatch.setattr("fast.triton_convolution.IMAGES_PER_PROGRAM", 2)
+def test_first_layers(use_kernels):
     network = models.InferenceNetwork().to(device)
     obs = models.GenerativeModel().sample(3)[1].to(device)
     names = ["conv0.weight", "conv0.bias", "conv1.weight", "conv1.bias"]
