@@ -247,6 +247,7 @@ def scale(setting, num_runs):
 # ------------------------------------------------------------------ on a GPU
 
 NUM_LONGEST = 25  # kernels shown of a step
+NUM_IN_A_ROW = 200  # steps
 
 # Floating-point operations per arc and pixel, and per map and pixel, counted in the kernels' sources (a square root,
 # a division or an exponential counts as one)
@@ -277,11 +278,14 @@ def count_kernels(events):
 
 
 def trace_step(algorithm, setting):
-    """As `trace`, of a step as it is replayed in a run"""
+    """As `trace`, of a step as it is replayed in a run. Returns also: the seconds it takes if the CPU does not wait for it, the
+    mean of NUM_IN_A_ROW"""
     steps = Steps(algorithm, setting)
     for _ in range(NUM_WARM_UPS + 2):
         steps.step()
-    return trace(steps.step)
+    torch.cuda.synchronize()
+    seconds = get_seconds(lambda: [steps.step() for _ in range(NUM_IN_A_ROW)], setting.device) / NUM_IN_A_ROW
+    return *trace(steps.step), seconds
 
 
 def show_longest_kernels(algorithm, kernels):
@@ -292,13 +296,14 @@ def show_longest_kernels(algorithm, kernels):
 
 
 def show_kernels(algorithms, setting):
-    """Prints the number of kernels and launches in a step of each algorithm, and how close the two hot kernels of an MWS
-    step come to the device's limits."""
-    print("algorithm     kernels  launches  milliseconds of kernels")
+    """Prints the number of kernels and launches in a step of each algorithm, how long they take, and how close the two hot
+    kernels of an MWS step come to the device's limits."""
+    print(f"algorithm     kernels  launches  milliseconds of kernels  of a step, {NUM_IN_A_ROW} in a row")
     for algorithm in algorithms:
-        kernels, num_launches = trace_step(algorithm, setting)
+        kernels, num_launches, seconds = trace_step(algorithm, setting)
         milliseconds = 1e3 * sum(map(sum, kernels.values()))
-        print(f"{algorithm:11} {sum(map(len, kernels.values())):9} {num_launches:9} {milliseconds:24.3f}")
+        num_kernels = sum(map(len, kernels.values()))
+        print(f"{algorithm:11} {num_kernels:9} {num_launches:9} {milliseconds:24.3f} {1e3 * seconds:25.3f}")
     steps = Steps("mws", setting)
     latent = steps.network.sample(steps.obs, 20)
     with torch.no_grad():
