@@ -31,6 +31,13 @@ def _load_pixel(obs, image, row, col, mask, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _keep_highest(highest, chosen, value, window):
+    """The first of the highest values of a window; NaN counts as higher than all"""
+    better = (value > highest) | (value != value)
+    return tl.where(better, value, highest), tl.where(better, window, chosen)
+
+
+@triton.jit
 def _store_rectified(highest, chosen, out, argmax, place, mask):
     tl.store(out + place, tl.where(highest < 0, 0.0, highest), mask=mask)
     tl.store(argmax + place, tl.where(highest > 0, chosen, RECTIFIED).to(tl.uint8), mask=mask)
@@ -55,9 +62,7 @@ def _convolve(
             x = _load_pixel(obs, image, row + (window // 3 + tap // 3), col + (window % 3 + tap % 3), valid, SIZE)
             w = tl.load(weight + channel * 9 + tap, mask=used, other=0.0)
             value += x[:, None] * w[None, :]
-        better = (value > highest) | (value != value)
-        highest = tl.where(better, value, highest)
-        chosen = tl.where(better, window, chosen)
+        highest, chosen = _keep_highest(highest, chosen, value, window)
     place = position.to(tl.int64)[:, None] * num_channels + channel[None, :]
     _store_rectified(highest, chosen, out, argmax, place, valid[:, None] & used[None, :])
 
@@ -139,9 +144,7 @@ def _pool(x, bias, out, argmax, num_images, num_channels, POSITIONS: tl.constexp
     chosen = tl.zeros((POSITIONS, CHANNELS), tl.int32)
     for window in tl.static_range(9):
         value = tl.load(first + (window // 3 * FIRST + window % 3) * num_channels, mask=both, other=0.0)
-        better = (value > highest) | (value != value)
-        highest = tl.where(better, value, highest)
-        chosen = tl.where(better, window, chosen)
+        highest, chosen = _keep_highest(highest, chosen, value, window)
     highest += tl.load(bias + channel, mask=used, other=0.0)[None, :]
     place = position.to(tl.int64)[:, None] * num_channels + channel[None, :]
     _store_rectified(highest, chosen, out, argmax, place, both)
