@@ -107,6 +107,7 @@ CASES += [("mws", "bernoulli", 5, "kernels"), ("rws", "learned-affine", 5, "kern
 CASES += [("vimco", "learned-affine", 0, "kernels"), ("sleep", "learned-affine", 5, "kernels")]
 
 
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
 @pytest.mark.parametrize("algorithm, likelihood, num_alphabets, on_meta", CASES, indirect=["on_meta"])
 def test_a_run_looks_at_no_value(algorithm, likelihood, num_alphabets, on_meta, tmp_path):
     """A run, its steps, a checkpoint of it and a run that is restored from that"""

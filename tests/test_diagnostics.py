@@ -169,6 +169,7 @@ def count_figures():
     return sum(isinstance(x, matplotlib.figure.Figure) for x in gc.get_objects())
 
 
+@pytest.mark.filterwarnings("ignore:.torch.distributed.reduce_op. is deprecated")  # one of the objects that are counted
 def test_many_checkpoints(folder, monkeypatch):  # noqa: F811
     """What one checkpoint after another is drawn with goes again; no display, no pyplot"""
     model = train()
