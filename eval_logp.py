@@ -174,9 +174,9 @@ def estimate_step(evaluation):
 
 
 @torch.no_grad()
-def enumerate_more(evaluation):
+def enumerate_more(evaluation, stop):
     """Lets programs that the network need not propose join the guaranteed bound: those of the memory and, with --search,
-    those that the search finds"""
+    those that the search finds, unless a signal arrives. Returns: whether it is done"""
     model, network = evaluation.generative_model, evaluation.network
     if isinstance(network, models.LookupInferenceNetwork):  # which reads no images, and whose programs have been seen already
         network = evaluation.own_network
@@ -186,9 +186,13 @@ def enumerate_more(evaluation):
         if evaluation.memory is not None:
             found.append(models.unpack(evaluation.memory[ids]).transpose(0, 1))  # [M, B, A, 2]
         if evaluation.args.search:
-            found.append(programs.find_programs(model, network, obs, alphabet=alphabet).latent)  # [K, B, A, 2]
+            best = programs.find_programs(model, network, obs, alphabet=alphabet, is_stopped=lambda: stop.received is not None)
+            if stop.received is not None:
+                return False
+            found.append(best.latent)  # [K, B, A, 2]
         for latent in found:
             evaluation.table.score(ids, model, latent, obs, alphabet)
+    return True
 
 
 def run(evaluation, settings, path, stop):
@@ -204,6 +208,8 @@ def run(evaluation, settings, path, stop):
             elif len(evaluation.log_p) < num_images:
                 estimate_step(evaluation)
             else:
+                if args.search:  # which takes minutes, and begins anew if it is stopped
+                    util.save_checkpoint(path, evaluation.get_checkpoint(settings))
                 return True
             done = evaluation.iteration + math.ceil(len(evaluation.log_p) / args.test_batch_size)
             if done % args.save_interval == 0 or clock.is_due():
@@ -280,13 +286,12 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load)
         rendering.set_compile(args.compile, device)
         build = functools.partial(build_models, args, checkpoint, len(evaluation.obs), device)
         kernel_check.check(build, device, args.num_particles, min(args.batch_size, len(evaluation.obs)))
-        if not run(evaluation, settings, state_path, stop):
+        if not run(evaluation, settings, state_path, stop) or not enumerate_more(evaluation, stop):
             print(
                 f"stopped by {signal.Signals(stop.received).name} at iteration {evaluation.iteration},"
                 f" saved {state_path}; rerun the same command to resume"
             )
             return 128 + stop.received
-        enumerate_more(evaluation)
         util.save_checkpoint(path, get_result(evaluation, settings, name, checkpoint, is_own))
         state_path.unlink(missing_ok=True)
     print(f"{report.describe(path)}: {path}")

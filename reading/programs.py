@@ -72,11 +72,13 @@ def infer(generative_model, inference_network, obs, alphabet, num_particles):
 
 
 def find_programs(
-    generative_model, inference_network, obs, num_particles=1000, num_best=200, num_rounds=400, num_mutants=200, alphabet=None
+    generative_model, inference_network, obs, num_particles=1000, num_best=200, num_rounds=400, num_mutants=200, alphabet=None,
+    is_stopped=lambda: False,
 ):  # fmt: skip
     """Finds the best programs of images [N, R, C]: the network's proposals, improved by search. A conditional model
     that is given no alphabet [N, L] tries them all and keeps that of the best proposal.
 
+    Args: is_stopped: asked before each round whether to end the search early, with the best programs so far
     Returns: Programs
     """
     num_scored = len(obs) * (num_particles + num_rounds * num_mutants)
@@ -93,6 +95,8 @@ def find_programs(
 
             def count(rounds):
                 for round_id in rounds:
+                    if is_stopped():
+                        return
                     yield round_id
                     bar.update()
 

@@ -275,6 +275,28 @@ def test_an_evaluation_in_progress_is_not_replaced_by_another(model, monkeypatch
     assert_same(resumed["log_p_by_image"], load(model, "rws")["log_p_by_image"])
 
 
+def test_a_search_stops_and_begins_anew(model, monkeypatch):
+    """With the random numbers that it had"""
+    flags = ["--checkpoint-path", model, "--algorithm", "own", "--num-data", "4", "--search", "--no-compile"]
+    find = functools.partial(eval_logp.programs.find_programs, num_rounds=20, num_mutants=20)
+    monkeypatch.setattr(eval_logp.programs, "find_programs", find)
+    mutate, calls = eval_logp.programs.search.mutate, []
+
+    def interrupt(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return mutate(*args)
+
+    monkeypatch.setattr(eval_logp.programs.search, "mutate", interrupt)
+    assert eval_logp.main(flags) == 128 + signal.SIGTERM and len(calls) == 3
+    assert not (util.SAVE / model / "logp/test_own.pt").exists()
+    assert eval_logp.main(flags) == 0
+    resumed = load(model, "own")
+    assert eval_logp.main([*flags, "--force"]) == 0
+    assert_same({**resumed, "args": None}, {**load(model, "own"), "args": None})
+
+
 # ------------------------------------------------------------------ the report
 
 
