@@ -408,7 +408,7 @@ def draw_milestones(runs, path):
         lines.append(f"{words[name]}: log p {log_p}, enumeration bound {bound}, {seeds}, at iteration {x[-1]}")
     result = next(iter(next(iter(runs.values()))))
     images = f"{len(result['log_p_by_image'])} {get_kind_of_images(result)} images"
-    axes.set_title(f"{images}; lines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds", fontsize=8)
+    axes.set_title(f"{images}\nlines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds", fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("iteration")
     axes.set_ylabel("log p(x), nats per image")
