@@ -40,6 +40,7 @@ AccountingStorageType=accounting_storage/none
 MailProg=/bin/true
 ReturnToService=2
 KillWait=5
+MessageTimeout=5
 SlurmdParameters=config_overrides
 JobRequeue=1
 GresTypes=gpu
