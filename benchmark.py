@@ -125,6 +125,14 @@ class Steps:
             F.max_pool2d(x, 2, 2).sum().backward()
 
 
+def get_warm_steps(algorithm, setting):
+    """Steps that are compiled and, on a GPU, replayed as in a run"""
+    steps = Steps(algorithm, setting)
+    for _ in range(NUM_WARM_UPS + 2):
+        steps.step()
+    return steps
+
+
 def get_seconds(function, device):
     start = time.perf_counter()
     function()
@@ -198,9 +206,7 @@ def _get_peak_resident():
 
 def profile(setting, num_runs):
     """Prints how long the parts of an MWS step take, each timed separately."""
-    steps = Steps("mws", setting)
-    for _ in range(NUM_WARM_UPS + 2):
-        steps.step()
+    steps = get_warm_steps("mws", setting)
     model, network, obs = steps.model, steps.network, steps.obs
     context = network.get_context(obs).detach()
     latent = network.decoder.sample(20, context)  # as scored in an MWS step: 10 + 10
@@ -277,17 +283,6 @@ def count_kernels(events):
     return kernels, num_launches
 
 
-def trace_step(algorithm, setting):
-    """As `trace`, of a step as it is replayed in a run. Returns also: the seconds it takes if the CPU does not wait for it, the
-    mean of NUM_IN_A_ROW"""
-    steps = Steps(algorithm, setting)
-    for _ in range(NUM_WARM_UPS + 2):
-        steps.step()
-    torch.cuda.synchronize()
-    seconds = get_seconds(lambda: [steps.step() for _ in range(NUM_IN_A_ROW)], setting.device) / NUM_IN_A_ROW
-    return *trace(steps.step), seconds
-
-
 def show_longest_kernels(algorithm, kernels):
     """Prints the kernels that take longest in a step. Args: kernels: of `trace`"""
     print(f"{algorithm}: microseconds, launches and names of the {NUM_LONGEST} kernels that take longest")
@@ -300,7 +295,10 @@ def show_kernels(algorithms, setting):
     kernels of an MWS step come to the device's limits."""
     print(f"algorithm     kernels  launches  milliseconds of kernels  of a step, {NUM_IN_A_ROW} in a row")
     for algorithm in algorithms:
-        kernels, num_launches, seconds = trace_step(algorithm, setting)
+        steps = get_warm_steps(algorithm, setting)
+        torch.cuda.synchronize()
+        seconds = get_seconds(lambda: [steps.step() for _ in range(NUM_IN_A_ROW)], setting.device) / NUM_IN_A_ROW  # noqa: B023
+        kernels, num_launches = trace(steps.step)
         milliseconds = 1e3 * sum(map(sum, kernels.values()))
         num_kernels = sum(map(len, kernels.values()))
         print(f"{algorithm:11} {num_kernels:9} {num_launches:9} {milliseconds:24.3f} {1e3 * seconds:25.3f}")
@@ -359,7 +357,7 @@ def run(argv=None):
     if args.profile:
         profile(setting, 7)
         for algorithm in (args.algorithms or ALGORITHMS) if device.type == "cuda" else []:
-            show_longest_kernels(algorithm, trace_step(algorithm, setting)[0])
+            show_longest_kernels(algorithm, trace(get_warm_steps(algorithm, setting).step)[0])
         return 0
     if not args.json:
         print("algorithm   images x latents   seconds   reference   ratio   x convolutions   peak MB   reference")

@@ -85,8 +85,7 @@ def convolve(obs, weight, bias):
 def _differentiate_convolve(
     obs, argmax, grad, partial, num_channels, SIZE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    number, tap_row = tl.program_id(0), tl.program_id(1)
-    image = number.to(tl.int64)
+    image, tap_row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.arange(0, CHANNELS)
     used = channel < num_channels
     left = tl.zeros((POSITIONS, CHANNELS), tl.float32)
@@ -106,7 +105,7 @@ def _differentiate_convolve(
             middle += g * _load_pixel(obs, image, row + window // 3, col + window % 3 + 1, valid, SIZE)[:, None]
             right += g * _load_pixel(obs, image, row + window // 3, col + window % 3 + 2, valid, SIZE)[:, None]
         bias += passed
-    total = partial + (number * 10 + 3 * tap_row) * num_channels + channel
+    total = partial + (image * 10 + 3 * tap_row) * num_channels + channel
     tl.store(total, tl.sum(left, 0), mask=used)
     tl.store(total + num_channels, tl.sum(middle, 0), mask=used)
     tl.store(total + 2 * num_channels, tl.sum(right, 0), mask=used)
@@ -177,8 +176,7 @@ def _load_passed(argmax, grad, image, row, col, back_row, back_col, num_channels
 
 @triton.jit
 def _differentiate_pool(argmax, grad, grad_x, partial, num_channels, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
-    number = tl.program_id(0)
-    image = number.to(tl.int64)
+    image = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, CHANNELS)
     used = channel < num_channels
     bias = tl.zeros((POSITIONS, CHANNELS), tl.float32)
@@ -192,7 +190,7 @@ def _differentiate_pool(argmax, grad, grad_x, partial, num_channels, POSITIONS: 
         g += _load_passed(argmax, grad, image, row, col, 1, 1, num_channels, channel, mask)
         tl.store(grad_x + (image * FIRST * FIRST + position)[:, None] * num_channels + channel[None, :], g, mask=mask)
         bias += g
-    tl.store(partial + number * num_channels + channel, tl.sum(bias, 0), mask=used)
+    tl.store(partial + image * num_channels + channel, tl.sum(bias, 0), mask=used)
 
 
 def differentiate_pool(argmax, grad):
