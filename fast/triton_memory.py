@@ -10,12 +10,14 @@ import triton.language as tl
 
 from fast.triton_math import log
 
+MOST_STROKES = 1024  # that a program of _get_candidates takes
+
 
 @triton.jit
 def _get_candidates(memory, obs_id, proposal, latent, batch_size, num_arcs, num_remembered, num_proposed, BLOCK: tl.constexpr):
     image = tl.program_id(0).to(tl.int64)
     row = tl.load(obs_id + image)
-    entry = tl.arange(0, BLOCK)
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     number, arc = entry // num_arcs, entry % num_arcs
     remembered = number < num_remembered
     proposed = (number >= num_remembered) & (number < num_remembered + num_proposed)
@@ -34,8 +36,9 @@ def get_candidates(memory, obs_id, proposal):
     num_proposed, batch_size, num_arcs, _ = proposal.shape
     num_remembered = memory.shape[1]
     latent = proposal.new_empty(num_remembered + num_proposed, batch_size, num_arcs, 2)
-    block = triton.next_power_of_2(len(latent) * num_arcs)
-    _get_candidates[batch_size,](
+    num_strokes = len(latent) * num_arcs
+    block = min(triton.next_power_of_2(num_strokes), MOST_STROKES)
+    _get_candidates[batch_size, triton.cdiv(num_strokes, block)](
         memory, obs_id, proposal, latent, batch_size, num_arcs, num_remembered, num_proposed,
         BLOCK=block, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -326,6 +326,15 @@ def test_the_memory(use_kernels, num_remembered, num_proposed, dtype):
     assert len(drawn) > 3 or num_remembered == 1
 
 
+def test_candidates_of_many_strokes(use_kernels):
+    """More than a program takes"""
+    use_kernels(True)
+    memory, obs_id = losses.init_memory(3, 4, 150, 4).to(device), torch.tensor([2, 0], device=device)
+    proposal = models.unpack(torch.randint(8, (4, 2, 150), device=device))  # [P, B, A, 2]
+    remembered = models.unpack(memory[obs_id]).transpose(0, 1)
+    assert torch.equal(gpu.get_candidates(memory, obs_id, proposal), torch.cat([remembered, proposal]))
+
+
 def test_nan_is_remembered(use_kernels):
     """So that a model that has diverged shows in the loss"""
     use_kernels(True)
