@@ -618,12 +618,12 @@ def run_command(command, log, stop, warning):
     while process.poll() is None:
         number, stop.received = stop.received, None
         if number == signal.SIGUSR1 and warn_at is None:
-            warn_at = time.time() + get_delay(warning, job_end)
+            warn_at = time.monotonic() + get_delay(warning, job_end)
         elif number not in (None, signal.SIGUSR1):
             process.send_signal(number)
-        if warn_at is not None and time.time() >= warn_at:
+        if warn_at is not None and time.monotonic() >= warn_at:
             process.send_signal(signal.SIGUSR1)
-            warn_at = time.time() + 5  # again, in case it was still starting
+            warn_at = time.monotonic() + 5  # again, in case it was still starting
         try:
             process.wait(0.5)
         except subprocess.TimeoutExpired:

@@ -222,7 +222,7 @@ def start(task, slot, num_slots, num_gpus, get_command=lambda task: task.get_com
             preexec_fn=_die_with_parent,
         )
     os.sched_setaffinity(process.pid, share)
-    return Worker(task, process, slot, time.time())
+    return Worker(task, process, slot, time.monotonic())
 
 
 def finish(worker):
@@ -232,7 +232,7 @@ def finish(worker):
     if status == 0:
         progress = get_progress(task)
         what = "theta loss" if task.kind == "train" else "log p"
-        seconds = time.time() - worker.start
+        seconds = time.monotonic() - worker.start
         print(f"{task}: done, {progress.iteration} iterations, {what} {progress.value}, {seconds:.0f} s", flush=True)
     elif was_stopped(status):
         print(f"{task}: stopped, resumes when the sweep does", flush=True)
@@ -249,9 +249,9 @@ def describe_signal(number):
 
 def wait_for_lock(task, seconds=5):
     """Waits a moment for a process that is ending and may still be saving. Returns: whether the task is free"""
-    end = time.time() + seconds
+    end = time.monotonic() + seconds
     while locks.is_locked(get_lock(task)):
-        if time.time() > end:
+        if time.monotonic() > end:
             holder = get_lock(task).read_text().strip()
             print(f"{task}: skipped, {holder} is working on it", flush=True)
             return False

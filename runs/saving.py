@@ -22,16 +22,15 @@ class SaveClock:
     """
 
     def __init__(self, minutes):
-        self.seconds, self.saved, self.job_end = 60 * minutes, time.time(), get_job_end()
+        self.seconds, self.saved, self.job_end = 60 * minutes, time.monotonic(), get_job_end()
 
     def is_due(self):
-        now = time.time()
-        is_ending = self.job_end is not None and -LAST_MINUTE <= now - self.job_end <= GRACE
-        return now - self.saved >= (min(INTERVAL, self.seconds) if is_ending else self.seconds)
+        is_ending = self.job_end is not None and -LAST_MINUTE <= time.time() - self.job_end <= GRACE
+        return time.monotonic() - self.saved >= (min(INTERVAL, self.seconds) if is_ending else self.seconds)
 
     def restart(self):
         """Call after each save"""
-        self.saved = time.time()
+        self.saved = time.monotonic()  # the machine's clock may be set back
 
 
 def get_job_end():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from test_main import assert_same
@@ -448,8 +449,8 @@ def test_without_slurm(folder, monkeypatch, capsys):  # noqa: F811
 
 
 def test_a_run_saves_by_the_clock_and_before_its_job_ends(monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(saving.time, "time", lambda: now[0])
+    now, set_back = [10_000.0], [0]
+    monkeypatch.setattr(saving, "time", types.SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0] - set_back[0]))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
     def get_saves(until):
@@ -461,6 +462,10 @@ def test_a_run_saves_by_the_clock_and_before_its_job_ends(monkeypatch):
         return saves
 
     assert get_saves(1000) == [300, 600, 900]
+    clock, set_back[0] = saving.SaveClock(5), 5000
+    now[0] += 300
+    assert clock.is_due()
+    set_back[0] = 0
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(now[0] + 720))
     assert get_saves(760) == [300, 600, 660, 670, 680, 690, 700, 710, 720, 730, 740, 750]
