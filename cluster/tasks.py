@@ -190,7 +190,7 @@ class Worker(NamedTuple):
     task: Task
     process: subprocess.Popen
     slot: int
-    start: float
+    start: float  # by time.monotonic
 
 
 def _die_with_parent():

@@ -1,7 +1,7 @@
 """The memory of Memoised Wake-Sleep on a GPU, as Triton kernels.
 
 What losses.update_memory and the draw from it do in some forty small operations takes two kernels here, before and after
-scoring, with a program per image. gpu.py turns them into operators.
+scoring, with a program per image, or several to read very many strokes. gpu.py turns them into operators.
 """
 
 import torch
