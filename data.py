@@ -69,7 +69,7 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
     """Loads a data set: `local`, `om`, `glyphs` or a path (docs/data.md).
 
     Args:
-        small_dataset: 10 training images per alphabet, which are also the test set
+        small_dataset: 10 training images per alphabet
         dataset_size: number of training images, the same for each alphabet
         find_characters: prepare a folder of one's own images as `images.find_characters` does, which may find several
             characters on each
@@ -84,7 +84,6 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
         raise UserError("--small-dataset and --dataset-size exclude each other; give one")
     if small_dataset:
         train = _take_per_alphabet(train, SMALL_NUM_PER_ALPHABET, num_alphabets, "--small-dataset")
-        test = train
     elif dataset_size is not None:
         if dataset_size % max(num_alphabets, 1):
             raise SizeError(f"--dataset-size {dataset_size} is not a multiple of the {num_alphabets} alphabets")
@@ -95,20 +94,18 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
     return Dataset(train, valid, test, num_alphabets, tuple(alphabet_names))
 
 
-def load_for_model(checkpoint, location=None, load=load, whole=False):
+def load_for_model(checkpoint, location=None, load=load):
     """Loads the data set that a model was trained on, or a corresponding one from another location: of the same size if
     that can be, else all of it.
 
-    Args: checkpoint: of main.py; location: None for that of the training; load: `load`, or a cached version of it;
-        whole: all of the data set, even if the model was trained on a part
+    Args: checkpoint: of main.py; location: None for that of the training; load: `load`, or a cached version of it
     Raises: UserError as `load` does, and if a conditional model has a different number of alphabets
     """
     args, num_known = checkpoint["args"], checkpoint["num_alphabets"]
     location = location or args["data_location"]
     find = args["find_characters"] and may_hold_pages(location)
-    small_dataset, dataset_size = (False, None) if whole else (args["small_dataset"], args["dataset_size"])
     try:
-        dataset = load(location, small_dataset, dataset_size, find)
+        dataset = load(location, args["small_dataset"], args["dataset_size"], find)
     except SizeError:
         if location == args["data_location"]:
             raise

@@ -1,11 +1,12 @@
 """Estimates log p of images under a trained generative model, and reports all estimates.
 
-    python eval_logp.py --checkpoint-path mws_20 --algorithm own --num-data 500    # a minute
+    python eval_logp.py --checkpoint-path mws_20 --algorithm own                    # a minute
     python eval_logp.py --checkpoint-path mws_20 --algorithm rws                    # hours: the paper's procedure
     python eval_logp.py --checkpoint-path mws_20 --algorithm own --every-checkpoint # in the course of training
     python eval_logp.py --report
 
-The generative model stays fixed. The model's own inference network (own), or a new one that is trained for the
+The images are the first 50 of the data's own test part, which no model has seen, or with --mode train those that the
+model was trained on. The generative model stays fixed. The model's own inference network (own), or a new one that is trained for the
 evaluated images (sleep, rws, vimco), proposes the particles of the importance-weighted bound
 log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016). The sum of p(z, x) over the distinct programs
 that were seen, which include the memory of MWS, is a guaranteed lower bound. Results go to
@@ -40,7 +41,9 @@ from util import UserError, warn
 STATE_KEYS = {"settings", "network", "optimizer", "table", "iteration", "statistics", "log_p", "random_state"}
 SETTINGS = "mode algorithm num_particles num_iterations batch_size lstm_hidden_size test_batch_size".split()
 SETTINGS += ["test_num_particles", "seed"]  # what a result depends on besides the model and the images
+ALGORITHMS = [*report.TRAINED, "own"]
 LEARNING_RATE = 1e-3
+PROPOSAL_INTERVAL = 100  # iterations between proposals of a network on a GPU that join the guaranteed bound
 MANY_MILESTONES = 15  # of a run
 MANY_LATENTS = 300_000  # to be scored in an evaluation, for compiling to pay off
 
@@ -127,6 +130,11 @@ def build_models(args, checkpoint, num_images, device):
 # ------------------------------------------------------------------ steps
 
 
+def get_num_dreams(args):
+    """Samples of the model in a step of the sleep network: 5000 by default"""
+    return args.batch_size * args.num_particles
+
+
 def get_obs_id(evaluation):
     """Indices of the current iteration's batch: [B]"""
     num_images = len(evaluation.obs)
@@ -136,11 +144,11 @@ def get_obs_id(evaluation):
 
 
 def train_step(evaluation, obs_id):
-    """A step of the inference network on the images obs_id [B]; for sleep, on as many samples of the model as there
-    are particles. Returns: the statistics to record, nats per image"""
+    """A step of the inference network on the images obs_id [B]; for sleep, on as many samples of the model as a batch has
+    particles. Returns: the statistics to record, nats per image"""
     args, networks = evaluation.args, (evaluation.generative_model, evaluation.network)
     if args.algorithm == "sleep":
-        loss, statistics = losses.sleep(*networks, losses.get_num_dreams(len(obs_id), args.num_particles))
+        loss, statistics = losses.sleep_in_parts(*networks, get_num_dreams(args))
     else:
         objective = losses.OBJECTIVES[args.algorithm]
         # A GPU scores faster than it looks up scores, and can then replay the step.
@@ -155,6 +163,16 @@ def get_step(evaluation):
     """The step, called with obs_id; on a GPU replayed as a CUDA graph"""
     step = functools.partial(train_step, evaluation)
     return ReplayedStep(step) if evaluation.device.type == "cuda" and evaluation.args.compile else step
+
+
+@torch.no_grad()
+def add_proposals(evaluation):
+    """Lets proposals for a batch of images join the guaranteed bound on a GPU, whose replayed steps look no scores up, as those
+    of every step do on a CPU"""
+    obs_id = get_obs_id(evaluation)
+    inputs = evaluation.get_inputs(obs_id)
+    latent = evaluation.network.sample(obs_id, evaluation.args.num_particles, inputs["alphabet"])
+    evaluation.table.score(obs_id, evaluation.generative_model, latent, inputs["obs"], inputs["alphabet"])
 
 
 @torch.no_grad()
@@ -198,6 +216,7 @@ def enumerate_more(evaluation, stop):
 def run(evaluation, settings, path, stop):
     """Trains the network, then estimates log p, until done or until a signal arrives. Returns: whether it is done"""
     args, num_images, step = evaluation.args, len(evaluation.obs), get_step(evaluation)
+    adds_proposals = gpu.is_gpu(evaluation.device) and args.algorithm in ("rws", "vimco")
     clock = SaveClock(args.save_minutes)
     total = args.num_iterations + math.ceil(num_images / args.test_batch_size)
     with util.show_progress(total=total, unit="it") as bar:
@@ -205,6 +224,8 @@ def run(evaluation, settings, path, stop):
             if evaluation.iteration < args.num_iterations:
                 evaluation.pending.append(step(get_obs_id(evaluation)))
                 evaluation.iteration += 1
+                if adds_proposals and evaluation.iteration % PROPOSAL_INTERVAL == 0:
+                    add_proposals(evaluation)
             elif len(evaluation.log_p) < num_images:
                 estimate_step(evaluation)
             else:
@@ -272,16 +293,17 @@ def evaluate_every_checkpoint(args):
 def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load):
     """Runs one evaluation, from where it was stopped, and writes its result. Returns: the exit status"""
     device = util.get_device(args.cuda)
-    images, memory, is_own = load_images(args, checkpoint, load_data)
-    settings = get_settings(args, checkpoint, images)
+    images, memory, kind = load_images(args, checkpoint, load_data)
+    settings = get_settings(args, checkpoint, images, kind)
     state_path = path.parent / "checkpoints" / path.name
     what = f"{name} is being evaluated by {args.algorithm}"
     with locks.lock(path.parent / f".{path.stem}.lock", what, stop):
+        keep_older(path, settings, util.SAVE / name / "logp")
         if not args.force and is_complete(path, settings):
             print(f"{path} is complete: {report.describe(path)}; --force repeats it")
             return 0
         evaluation = Evaluation(args, checkpoint, images, checkpoint["num_alphabets"], device, memory)
-        if state_path.exists() and load_state(state_path, evaluation, settings, args.force):
+        if state_path.exists() and load_state(state_path, evaluation, settings, checkpoint, args.force):
             print(f"resuming at iteration {evaluation.iteration} of the evaluation of {name}")
         rendering.set_compile(args.compile, device)
         build = functools.partial(build_models, args, checkpoint, len(evaluation.obs), device)
@@ -292,7 +314,7 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load)
                 f" saved {state_path}; rerun the same command to resume"
             )
             return 128 + stop.received
-        util.save_checkpoint(path, get_result(evaluation, settings, name, checkpoint, is_own))
+        util.save_checkpoint(path, get_result(evaluation, settings, name, checkpoint))
         state_path.unlink(missing_ok=True)
     print(f"{report.describe(path)}: {path}")
     return 0
@@ -303,35 +325,54 @@ def load_images(args, checkpoint, load_data=data.load):
 
     Args: load_data: data.load, or a cached version of it
     Returns: data.Split; the memory's rows of these images, [N, M, A], or None if they are not its training images;
-        whether they are from the data that the model was trained on
+        one of checkpoints.KINDS_OF_IMAGES
     Raises: UserError if they do not fit the model
     """
     dataset = data.load_for_model(checkpoint, args.data_location, load_data)
-    if args.mode == "unseen" and checkpoint["args"]["small_dataset"]:  # whose test images are its training images
-        split = data.load_for_model(checkpoint, args.data_location, load_data, whole=True).test
-    else:
-        split = getattr(dataset, "test" if args.mode == "unseen" else args.mode)
+    split = getattr(dataset, args.mode)
     num_data = min(args.num_data, len(split.obs))
     ids = torch.arange(num_data)
     if args.images == "spread":
         ids = torch.linspace(0, len(split.obs) - 1, num_data).round().long()
     memory, images = checkpoint["memory"], split.select(ids)
-    fingerprint = data.get_fingerprint(dataset.train)
-    is_own = checkpoint["settings"]["data"] == fingerprint
-    known = is_own and data.get_fingerprint(split) == fingerprint
-    if known:
+    kind = "training" if args.mode == "train" else "test"
+    if checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
+        kind = "other"
+    if kind == "training":
         checkpoints.check_num_images(checkpoint, len(split.obs))
-    return images, memory[ids.to(memory.device)] if memory is not None and known else None, is_own
+    return images, memory[ids.to(memory.device)] if memory is not None and kind == "training" else None, kind
 
 
-def get_settings(args, checkpoint, images):
-    """Everything the result depends on, as plain values"""
+def get_choices(args):
+    """What a result depends on besides the model and the images, as plain values"""
+    choices = {name: getattr(args, name) for name in SETTINGS}
+    choices |= {"search": True} if args.search else {}
+    return choices | ({"num_dreams": get_num_dreams(args)} if args.algorithm == "sleep" else {})
+
+
+def get_settings(args, checkpoint, images, kind):
+    """Everything the result depends on, as plain values. Args: kind: of load_images"""
+    fingerprint = f"{data.get_fingerprint(images)} ({len(images.obs)})"
     return {
-        **{name: getattr(args, name) for name in SETTINGS},
+        **get_choices(args),
         "model": checkpoints.get_digest(checkpoint),
-        "images": f"{data.get_fingerprint(images)} ({len(images.obs)})",
-        **({"search": True} if args.search else {}),
+        "images": fingerprint,
+        "kind_of_images": kind,
     }
+
+
+def keep_older(path, settings, folder):
+    """Moves a result of an older version that another evaluation's would replace to older/ in the folder, where the report
+    finds it, too"""
+    kept = folder / "older" / path.relative_to(folder)
+    try:
+        older = checkpoints.load_result(path) if path.exists() and not kept.exists() else {}
+    except UserError:  # of which is_complete warns
+        return
+    if checkpoints.OLDER in older and describe_differences(older, settings):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(kept)
+        print(f"{path} held {report.describe_images(older)}, evaluated by an older version; it is now {kept}")
 
 
 def is_complete(path, settings):
@@ -350,17 +391,22 @@ def is_complete(path, settings):
 
 def check_settings(path, saved, settings):
     """Raises: UserError if what is saved is a different evaluation; the message names the differences"""
-    theirs, ours = ({"search": False, **some} for some in (saved["settings"], settings))
-    differences = util.describe_differences(theirs, ours)
+    differences = describe_differences(saved, settings)
     if differences:
         raise UserError(f"{path} holds a different evaluation: {differences}; --force replaces it")
 
 
-def load_state(path, evaluation, settings, force):
+def describe_differences(saved, settings):
+    """Describes in words how what is saved differs from the evaluation that is asked for; "" if it does not"""
+    return util.describe_differences(*({"search": False, **some} for some in (saved["settings"], settings)))
+
+
+def load_state(path, evaluation, settings, checkpoint, force):
     """Restores the evaluation from the file. A damaged file is ignored, and with --force one of a different
     evaluation. Returns: whether it was restored"""
     try:
         state = util.load_checkpoint(path, evaluation.device, STATE_KEYS)
+        state = checkpoints.modernise(state, checkpoint["args"]["small_dataset"])
         check_state(state, evaluation, settings)
     except UserError as error:
         warn(f"{error}; the evaluation starts over")
@@ -398,8 +444,8 @@ def check_state(state, evaluation, settings):
         raise UserError(f"the evaluation's checkpoint is invalid: {reason}") from None
 
 
-def get_result(evaluation, settings, name, checkpoint, is_own):
-    """The result that results/report.py reads, see checkpoints.RESULT_KEYS; is_own: of load_images"""
+def get_result(evaluation, settings, name, checkpoint):
+    """The result that results/report.py reads, see checkpoints.RESULT_KEYS"""
     log_p, state = evaluation.log_p.double().cpu(), evaluation.get_checkpoint(settings)
     rows = evaluation.table.settle()
     bound = get_enumeration_bound(rows, len(log_p)).cpu()  # [N]
@@ -417,7 +463,6 @@ def get_result(evaluation, settings, name, checkpoint, is_own):
         run=name,
         model_settings=checkpoint["settings"],
         model_iteration=checkpoint["iteration"],
-        is_own_data=is_own,
     )
 
 
@@ -440,9 +485,9 @@ def get_parser():
     parser.start_group("evaluation")
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one")
     algorithm = "algorithm that trains a new inference network, or own: the model's own network, not trained any further"
-    add("--algorithm", algorithm, choices=[*report.ALGORITHMS, "own"], default="sleep")
-    mode = "which images: test (with --small-dataset the training images), train, or unseen (always the data's test part)"
-    add("--mode", mode, choices=["test", "train", "unseen"], default="test")
+    add("--algorithm", algorithm, choices=ALGORITHMS, default="sleep")
+    mode = "which images: test, the data's own test part, or train, the model's training images (default: test; report: both)"
+    add("--mode", mode, choices=["test", "train"], default=None)
     add("--images", "the first --num-data images, or evenly spread ones", choices=["first", "spread"], default="first")
     add("--every-checkpoint", "evaluate each of a run's milestones; writes a CSV and a figure (own)", action="store_true")
     add("--search", "let programs found by search join the guaranteed bound", action="store_true")
@@ -474,6 +519,8 @@ def parse_args(argv=None):
     args = get_parser().parse_args(argv)
     if not args.report and args.checkpoint_path is None:
         raise UserError("give --checkpoint-path, the model to evaluate, or --report")
+    if args.mode is None and not args.report:
+        args.mode = "test"
     own = args.algorithm == "own"
     if args.every_checkpoint and not own:
         raise UserError("--every-checkpoint is for --algorithm own; the others would take hours per checkpoint")

@@ -36,8 +36,22 @@ def sleep(generative_model, inference_network, num_samples=500, alphabet=None):
     return loss, {"phi_loss": loss.detach()}
 
 
+def sleep_in_parts(generative_model, inference_network, num_samples, at_once=500):
+    """As `sleep`, with memory that does not grow with the number of samples: at_once of them at a time"""
+    parameters = [parameter for parameter in inference_network.parameters() if parameter.requires_grad]
+    gradients, loss = [torch.zeros_like(parameter) for parameter in parameters], 0
+    for start in range(0, num_samples, at_once):
+        num = min(at_once, num_samples - start)
+        part = sleep(generative_model, inference_network, num)[0] * (num / num_samples)
+        loss = loss + part.detach()
+        for total, gradient in zip(gradients, torch.autograd.grad(part, parameters, materialize_grads=True), strict=True):
+            total += gradient
+    zero = sum((total * (p - p.detach())).sum() for total, p in zip(gradients, parameters, strict=True))
+    return loss + zero, {"phi_loss": loss}
+
+
 def get_num_dreams(batch_size, num_particles):
-    """The number of dreams in a step of sleep, given the batch size and number of particles of the algorithm"""
+    """The number of dreams in a training step of sleep, given the batch size and number of particles of the algorithm"""
     return min(500, batch_size * num_particles)
 
 

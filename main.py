@@ -365,10 +365,13 @@ def check_memory(args, num_images, num_alphabets):
 
 
 def load_data(args):
-    """Loads the data set. Raises: UserError if it does not fit the arguments"""
+    """Loads the data set; a small one is tested on its training images, as in the authors' code. Raises: UserError if it does
+    not fit the arguments"""
     dataset = data.load(args.data_location, args.small_dataset, args.dataset_size, args.find_characters)
     if args.condition_on_alphabet and dataset.num_alphabets < 2:
         raise UserError(f"--condition-on-alphabet: {args.data_location} has fewer than two alphabets")
+    if args.small_dataset:
+        dataset = dataset._replace(test=dataset.train)
     if args.test_run:
         dataset = dataset._replace(test=dataset.test.select(slice(20)))
     return dataset
@@ -393,7 +396,7 @@ def get_parser():
     parser.start_group("data")
     location = "local, om, glyphs, or a path: .mat, .npy, .npz, .zip, folder of images"
     add("--data-location", f"{location} (default: local; in a test run glyphs)", default=None)
-    add("--small-dataset", "train on 10 images per alphabet, test on the same images", action="store_true")
+    add("--small-dataset", "train on 10 images per alphabet", action="store_true")
     add("--dataset-size", "number of training images, the same for each alphabet (default: all)")
     found = "find the characters on photographs and scans, in a folder of your own images"
     add("--find-characters", f"{found}, and give them Omniglot's size and stroke", action="store_true")
@@ -414,7 +417,8 @@ def get_parser():
     add("--save-minutes", "minutes between checkpoints, if that is sooner", type=util.in_range(float, 0.01), default=5)
     add("--log-interval", "iterations between updates of the progress bar and losses.csv", type=positive, default=10)
     add("--tensorboard", "also log for TensorBoard", action="store_true")
-    add("--test-interval", "iterations between estimates of test log p and KL (default: never)", type=positive)
+    tested = "test images, with --small-dataset of its training images"
+    add("--test-interval", f"iterations between estimates of log p and KL of the {tested} (default: never)", type=positive)
     add("--test-batch-size", "images per step of a test", type=positive, default=5)
     add("--test-num-particles", "samples per image in a test", type=positive, default=1000)
     return parser

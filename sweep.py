@@ -99,29 +99,31 @@ def get_runs(args):
     return runs
 
 
-def get_tasks(args, kinds=None):
-    """The sweep's tasks of the given kinds (default: those that --eval-logp implies)"""
+def get_tasks(args):
+    """The sweep's tasks: trainings or, with --eval-logp, evaluations"""
     some_tasks = []
     for model, run_args in get_runs(args).items():
-        for kind in kinds or (report.ALGORITHMS if args.eval_logp else ["train"]):
+        for kind in args.eval_algorithms if args.eval_logp else ["train"]:
             if kind == "train":
                 some_tasks.append(Task(model, kind, get_flags(run_args), run_args.num_iterations))
             else:
-                some_tasks.append(Task(model, kind, *get_evaluation(args, model, kind, run_args.num_iterations)))
+                some_tasks.append(get_evaluation(args, model, run_args, kind))
     return some_tasks
 
 
-def get_evaluation(args, model, algorithm, total):
-    """What is particular to an evaluation's Task: flags of eval_logp.py, total, settings. Raises: UserError if
-    --eval-options are invalid"""
+def get_evaluation(args, model, run_args, algorithm):
+    """The Task of evaluating a run, of main.py's run_args, with its seed. Raises: UserError if --eval-options are invalid"""
     flags = [f"--checkpoint-path={checkpoints.get_path(model)}", f"--algorithm={algorithm}"]
     flags += [f"--data-location={args.data_location}"] * (args.data_location is not None)
+    flags += [f"--seed={run_args.seed}"] * (run_args.seed != util.SETTINGS["seed"])
     flags += TEST_RUN_EVALUATION * args.test_run + util.split_words("--eval-options", args.eval_options)
     parsed = eval_logp.parse_args(flags)
     same = parsed.algorithm == algorithm and parsed.checkpoint_path == str(checkpoints.get_path(model))
-    if not same or parsed.mode != "test" or parsed.report or parsed.cuda:
-        raise UserError("--eval-options: the sweep itself sets model, algorithm, mode and device")
-    return flags, total, {name: getattr(parsed, name) for name in [*eval_logp.SETTINGS, "search", *tasks.CHOICE_OF_IMAGES]}
+    if not same or parsed.report or parsed.every_checkpoint or parsed.cuda:
+        raise UserError("--eval-options: the sweep itself sets model, algorithm and device, and takes the latest checkpoint")
+    kind = algorithm if parsed.mode == "test" else f"{parsed.mode}_{algorithm}"
+    chosen = {name: getattr(parsed, name) for name in ["search", *tasks.CHOICE_OF_IMAGES]}
+    return Task(model, kind, flags, run_args.num_iterations, {**eval_logp.get_choices(parsed), **chosen})
 
 
 def choose_tasks(args, queue=()):
@@ -279,8 +281,12 @@ def show_status(args):
 def cancel(args):
     """Cancels the jobs of the chosen tasks, and prints what else of ours is in the queue"""
     queue, others = get_queue(may_fail=args.dry_run)
-    chosen = {(task.model, task.kind) for task in get_tasks(args, None if args.eval_logp else ["train", *report.ALGORITHMS])}
-    jobs = [job for job in queue if (job.model, job.kind) in chosen or not (has_choice(args) or args.eval_logp)]
+    if args.eval_logp:
+        chosen = {(task.model, task.kind) for task in get_tasks(args)}
+        jobs = [job for job in queue if (job.model, job.kind) in chosen]
+    else:
+        models = get_runs(args)
+        jobs = [job for job in queue if job.model in models or not has_choice(args)]
     if args.dry_run:
         for job in jobs:
             print(f"would cancel {job.number or '(not submitted yet)'}: {job.model} {job.kind}")
@@ -370,8 +376,11 @@ def get_parser():
     add("--test-run", "make everything small, as main.py --test-run does", action=boolean)
     add("--data-location", "as for main.py (default: main.py's)", default=None)
     add("--large-conditional", "train the conditional model on the whole data set (a_mws_40_large)", action=boolean)
-    add("--eval-logp", "evaluate trained models instead: three tasks each", action=boolean)
-    add("--eval-options", "options of eval_logp.py for all evaluations, as one string", default="")
+    add("--eval-logp", "evaluate trained models instead, on test images: a task for each of --eval-algorithms", action=boolean)
+    algorithms = "algorithms of eval_logp.py by which to evaluate"
+    add("--eval-algorithms", algorithms, nargs="+", choices=eval_logp.ALGORITHMS, default=report.TRAINED)
+    options = 'options of eval_logp.py for all evaluations, as one string: "--mode train" for training images'
+    add("--eval-options", options, default="")
     parser.start_group("what to do (default: run them here)")
     add("--cluster", "submit them to Slurm; evaluations start when their training in the queue is complete", action=boolean)
     add("--wait", "with --cluster, return when all are complete (status 0) or no longer in the queue (1)", action=boolean)

@@ -26,7 +26,7 @@ class Task(NamedTuple):
     """The training of a model, or one of its evaluations"""
 
     model: str  # path base
-    kind: str  # train, or the algorithm of an evaluation: sleep, rws, vimco
+    kind: str  # train, or the algorithm of an evaluation, after train_ if it is of training images: rws, train_rws, ...
     flags: list  # of main.py or eval_logp.py, each one word
     total: int  # iterations of the training
     settings: dict = {}  # of an evaluation: those its result must have, and its number of images and iterations
@@ -38,6 +38,10 @@ class Task(NamedTuple):
         """Path of the task's log, or of the exit status of its last attempt"""
         stem = "train" if self.kind == "train" else f"eval_{self.kind}"
         return util.SAVE / self.model / "logs" / f"{stem}.{suffix}"
+
+    def get_evaluation_path(self, *folders):
+        """Where the result of an evaluation lies or, given checkpoints, what is saved of it while it runs"""
+        return pathlib.Path(util.SAVE, self.model, "logp", *folders, f"{self.settings['mode']}_{self.settings['algorithm']}.pt")
 
     def get_command(self):
         script = "main.py" if self.kind == "train" else "eval_logp.py"
@@ -77,11 +81,11 @@ def get_training_progress(task):
 def get_evaluation_progress(task):
     """Done means: of the current model, with the settings in the task's flags. Others: different evaluations, finished or
     not, are in its place"""
-    folder, asked = util.SAVE / task.model / "logp", task.settings
-    paths = [parent / f"test_{task.kind}.pt" for parent in (folder, folder / "checkpoints")]
+    asked, paths = task.settings, [task.get_evaluation_path(), task.get_evaluation_path("checkpoints")]
     progress, iteration = Progress(False, 0, asked["num_iterations"]), None
     try:
-        iteration = checkpoints.load(checkpoints.get_path(task.model))["iteration"]
+        checkpoint = checkpoints.load(checkpoints.get_path(task.model))
+        iteration = checkpoint["iteration"]
         result = checkpoints.load_result(paths[0])
         done = result["model_iteration"] == iteration and is_as_asked(result, asked)
         value, saved = f"{result['log_p']:.2f}", paths[0].stat().st_mtime
@@ -91,6 +95,7 @@ def get_evaluation_progress(task):
     try:
         if not progress.done:
             state, saved = util.load_checkpoint(paths[1], keys={"iteration", "settings"}), paths[1].stat().st_mtime
+            state = checkpoints.modernise(state, checkpoint["args"]["small_dataset"])
             if is_as_asked(state, asked) and state["settings"]["model"].endswith(f" {iteration}"):
                 return progress._replace(iteration=int(state["iteration"]), saved=saved)
             return progress._replace(others=True)
@@ -105,10 +110,9 @@ def get_position(task):
         if task.kind == "train":
             checkpoint = util.load_checkpoint(checkpoints.get_path(task.model))
             return int(checkpoint["pretrain_iteration"]) + int(checkpoint["iteration"])
-        folder = util.SAVE / task.model / "logp"
-        if (folder / f"test_{task.kind}.pt").exists() and get_evaluation_progress(task).done:
+        if task.get_evaluation_path().exists() and get_evaluation_progress(task).done:
             return task.settings["num_iterations"]
-        state = util.load_checkpoint(folder / "checkpoints" / f"test_{task.kind}.pt", keys={"iteration", "log_p"})
+        state = util.load_checkpoint(task.get_evaluation_path("checkpoints"), keys={"iteration", "log_p"})
         return int(state["iteration"]) + len(state["log_p"])
     except (UserError, OSError, TypeError, ValueError):
         return 0
@@ -129,8 +133,10 @@ def is_as_asked(saved, asked):
 
 def get_lock(task):
     """The lock file that the task's process holds"""
-    folder = util.SAVE / task.model
-    return folder / "lock" if task.kind == "train" else folder / "logp" / f".test_{task.kind}.lock"
+    if task.kind == "train":
+        return util.SAVE / task.model / "lock"
+    path = task.get_evaluation_path()
+    return path.with_name(f".{path.stem}.lock")
 
 
 def was_stopped(status):

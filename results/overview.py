@@ -93,10 +93,9 @@ def describe(name):
         "progress": (f"{iteration} of {args.get('num_iterations', iteration)}", str(iteration)),
         "last losses": ("\n".join(losses), losses[0].split()[-1] if losses else ""),
     }
-    run = report.read_run(util.SAVE / name, "test")
-    if run is not None:
+    for run in report.read_runs(util.SAVE / name)[:1]:
         log_p = "\n".join(f"{key} {value:.2f}" for key, (value, _) in run.estimates.items())
-        columns["log p"] = (log_p, f"{run.estimates['best'][0]:.3f}")
+        columns["log p"] = (f"{run.images_in_words}\n{log_p}", f"{run.estimates['best'][0]:.3f}")
     return columns
 
 

@@ -15,105 +15,156 @@ import util
 from runs import checkpoints
 from util import UserError, warn
 
-ALGORITHMS = ["sleep", "rws", "vimco"]  # that train an evaluation's network
-ESTIMATES = [*ALGORITHMS, "own", "best", "enumeration bound"]
+TRAINED = ["sleep", "rws", "vimco"]  # the paper's, which train a network for the evaluation
+ALGORITHMS = [*TRAINED, "own", "mws"]
+ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
 # Names of the runs of section 4.2
 PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)]
 PAPER_MODELS += ["a_mws_40"]
 
-SAME = ["mode", "model", "images"]  # in a row of the report; evaluations by training also agree in the effort:
+SAME = ["model"]  # among a run's evaluations of the same images in a row; those of TRAINED also agree in the effort:
 EFFORT = ["num_particles", "num_iterations", "batch_size", "test_num_particles"]
 
 
 # ------------------------------------------------------------------ reading
 
 
+class Images(NamedTuple):
+    """A set of images; what is of different ones is never in the same row, table or figure"""
+
+    kind: str  # one of checkpoints.KINDS_OF_IMAGES
+    fingerprint: str  # and their number in brackets
+
+
 class Run(NamedTuple):
-    """What is known about log p under one trained model, from comparable evaluations"""
+    """What is known about log p of some images under one trained model, from comparable evaluations"""
 
     name: str  # name of its folder in save/
     settings: dict  # of its training
     iteration: int
     estimates: dict  # for each available one of ESTIMATES: (mean over images, its standard error), nats
-    work: str  # the evaluations' images, particles and iterations, in words
-    images: str  # training, unseen or other, see get_kind_of_images
+    search_error: float | None  # of the evaluation by mws, nats
+    work: str  # the evaluations' particles and iterations, in words
+    images: Images
+    images_in_words: str
 
 
 def describe(path):
     """Describes a result of eval_logp.py in a sentence"""
     result = checkpoints.load_result(path)
+    search_error = f", search error {result['search_error']:.2f}" if "search_error" in result else ""
     return (
-        f"log p(x) = {result['log_p']:.2f} nats per image (standard error over {len(result['log_p_by_image'])} images"
-        f" {result['standard_error']:.2f}), enumeration bound {result['enumeration_bound']:.2f},"
+        f"log p(x) = {result['log_p']:.2f} nats per image (standard error over images {result['standard_error']:.2f}),"
+        f" enumeration bound {result['enumeration_bound']:.2f}{search_error}, {describe_images(result)},"
         f" {result['run']} at iteration {result['model_iteration']} by {result['settings']['algorithm']}"
     )
 
 
-def read_run(folder, mode):
-    """Reads the evaluations of one run, or returns None; warns about each that is damaged or left out"""
-    results = {}
-    for algorithm in [*ALGORITHMS, "own"]:
-        path = folder / "logp" / f"{mode}_{algorithm}.pt"
+def read_runs(folder):
+    """Reads the evaluations of one run. Returns: a Run for each set of images, the one to show first at the front; warns about
+    each evaluation that is damaged or left out"""
+    by_images = collections.defaultdict(dict)  # images -> algorithm -> (path, result)
+    for path in [*sorted(folder.glob("logp/[!.]*.pt")), *sorted(folder.glob("logp/older/[!.]*.pt"))]:
         try:
-            if path.exists():
-                results[algorithm] = checkpoints.load_result(path)
+            result = checkpoints.load_result(path)
         except UserError as error:
             warn(str(error))
-    if not results:
-        return None
+            continue
+        warn_of_older(path, result)
+        known = by_images[get_images(result)].setdefault(result["settings"]["algorithm"], (path, result))
+        if known[0] != path:
+            warn(f"{path} is left out: {known[0]} holds an evaluation of the same images")
+    runs = [make_run(folder, some) for some in by_images.values()]
+    return sorted(runs, key=lambda run: get_rank(run.images))
+
+
+def warn_of_older(path, result):
+    """Warns if the name of an older version's file is not what this one would call it"""
+    kind, name = result["settings"]["kind_of_images"], path.stem.split("_")[0]
+    if checkpoints.OLDER in result and path.parent.name != "older" and name == "test" != result["settings"]["mode"]:
+        number = len(result["log_p_by_image"])
+        warn(f"{path}, by an older version, holds an evaluation of {number} training images; it is shown under {kind}")
+
+
+def make_run(folder, evaluations):
+    """Makes a Run of a run's evaluations of the same images: algorithm -> (path, result)"""
+    results = {algorithm: result for algorithm, (_, result) in evaluations.items()}
     shown = choose_comparable(results)
+    newest = next(iter(shown.values()))
     for algorithm in results.keys() - shown.keys():
-        differences = describe_differences(results[algorithm]["settings"], next(iter(shown.values()))["settings"])
-        warn(f"{folder.name}: {mode}_{algorithm}.pt is left out: its {differences}; eval_logp.py --force repeats it")
-    results, newest = shown, next(iter(shown.values()))
-    estimates = {algorithm: (result["log_p"], result["standard_error"]) for algorithm, result in results.items()}
+        differences = describe_differences(results[algorithm]["settings"], newest["settings"])
+        path = evaluations[algorithm][0].relative_to(folder / "logp")
+        warn(f"{folder.name}: {path} is left out: its {differences}; eval_logp.py --force repeats it")
+    estimates = {name: (shown[name]["log_p"], shown[name]["standard_error"]) for name in ALGORITHMS if name in shown}
     estimates["best"] = max(estimates.values())
-    bound = get_joint_bound(results.values())
+    bound = get_joint_bound(shown.values())
     estimates["enumeration bound"] = bound.mean().item(), get_standard_error(bound.tolist())
-    work, images = describe_work(results), get_kind_of_images(newest)
-    return Run(folder.name, newest["model_settings"], newest["model_iteration"], estimates, work, images)
+    return Run(
+        folder.name,
+        newest["model_settings"],
+        newest["model_iteration"],
+        estimates,
+        shown.get("mws", {}).get("search_error"),
+        describe_work(shown),
+        get_images(newest),
+        describe_images(newest),
+    )
 
 
-def get_kind_of_images(result):
-    """Where the images of an evaluation are from, in a word: training, on which the model was trained; unseen, of the same
-    data, on which it was not; other, of other data"""
-    if not result.get("is_own_data", True):  # older versions did not record it
-        return "other"
-    mode = result["settings"]["mode"]
-    return "training" if mode == "train" or (mode == "test" and result["model_settings"].get("small_dataset")) else "unseen"
+def get_images(result):
+    return Images(result["settings"]["kind_of_images"], result["settings"]["images"])
+
+
+def get_rank(images):
+    """A sort key: test images first"""
+    return checkpoints.KINDS_OF_IMAGES.index(images.kind), images.fingerprint
+
+
+def describe_images(result):
+    """The images of an evaluation, in words"""
+    args, kind, number = result["args"], result["settings"]["kind_of_images"], len(result["log_p_by_image"])
+    chosen = f"all {number}" if number < args["num_data"] else f"the first {number}"
+    chosen = f"{number} evenly spread" if args.get("images") == "spread" else chosen
+    if kind == "training":
+        return f"{chosen} training images"
+    part = "test" if result["settings"]["mode"] == "test" else "training"
+    whose = args.get("data_location") or "other data" if kind == "other" else "the model's data"
+    return f"{chosen} images of the {part} part of {whose}"
 
 
 def describe_work(results):
-    """The evaluations' images, particles and iterations, in words. Args: results: algorithm -> result"""
-    work = [f"{len(next(iter(results.values()))['log_p_by_image'])} images"]
-    trained = [result["settings"] for algorithm, result in results.items() if algorithm != "own"]
+    """The evaluations' particles and iterations, in words. Args: results: algorithm -> result"""
+    work, trained = [], [result["settings"] for algorithm, result in results.items() if algorithm in TRAINED]
     if trained:
         of_training = "{num_iterations} iterations, {num_particles} and {test_num_particles} particles"
         work.append(of_training.format(**trained[0]))
+    if "sleep" in results:
+        work.append("{num_dreams} samples a step of sleep".format(**results["sleep"]["settings"]))
     if "own" in results:
         work.append("own network {test_num_particles} particles".format(**results["own"]["settings"]))
+    if "mws" in results:
+        work.append("mws {num_iterations} iterations, {test_num_particles} particles".format(**results["mws"]["settings"]))
     return ", ".join(work)
 
 
 def choose_comparable(results):
-    """Chooses the evaluations of a run (algorithm -> result) that may share a row: of the same model and images and, for
-    those that train a network, with the same effort. Of several such groups, takes that of the latest model, then of the
-    most images, particles and iterations."""
+    """Chooses the evaluations of a run and some images (algorithm -> result) that may share a row: of the same model and,
+    among those of TRAINED, with the same effort. Of several such groups, takes that of the latest model, then of the most
+    iterations and particles."""
     groups = collections.defaultdict(dict)
-    for algorithm, result in results.items():
-        if algorithm != "own":
-            groups[str([result["settings"][name] for name in SAME + EFFORT])][algorithm] = result
-    for group in groups.values():
-        if "own" in results and is_same(results["own"], next(iter(group.values())), SAME):
-            group["own"] = results["own"]
-    if "own" in results and not any("own" in group for group in groups.values()):
-        groups["own"] = {"own": results["own"]}
+    for algorithm in TRAINED:
+        if algorithm in results:
+            settings = results[algorithm]["settings"]
+            groups[str([settings[name] for name in SAME + EFFORT])][algorithm] = results[algorithm]
+    for algorithm in [name for name in results if name not in TRAINED]:
+        same = [group for group in groups.values() if is_same(results[algorithm], next(iter(group.values())), SAME)]
+        for group in same or [groups[algorithm]]:
+            group[algorithm] = results[algorithm]
 
     def get_rank(group):
         result = next(iter(group.values()))
-        settings = result["settings"]
-        work = [settings[name] for name in ("num_iterations", "test_num_particles", "num_particles")]
-        return [result["model_iteration"], len(result["log_p_by_image"]), *work, len(group)]
+        work = [result["settings"][name] for name in ("num_iterations", "test_num_particles", "num_particles")]
+        return [result["model_iteration"], *work, len(group)]
 
     return max(groups.values(), key=get_rank)
 
@@ -124,10 +175,10 @@ def is_same(one, other, names):
 
 def describe_differences(settings, shown):
     """Describes in words how an omitted evaluation differs from those shown"""
-    names = SAME if "own" in (settings["algorithm"], shown["algorithm"]) else SAME + EFFORT
+    trained = settings["algorithm"] in TRAINED and shown["algorithm"] in TRAINED
     return ", ".join(
-        f"{name.replace('_', '-')} {'are' if name == 'images' else 'is'} {settings[name]}, not {shown[name]}"
-        for name in names
+        f"{name.replace('_', '-')} is {settings[name]}, not {shown[name]}"
+        for name in SAME + EFFORT * trained
         if settings[name] != shown[name]
     )
 
@@ -172,17 +223,27 @@ def get_num_latents(run):
 
 
 def get_rows(runs):
-    """One dict of CSV columns per model, over its seeds, in the paper's order"""
+    """One dict of CSV columns per model and set of images, over its seeds: sets to be shown first at the front, test images
+    and then those of most models; in each the paper's order of models"""
     groups = collections.defaultdict(list)
     for run in runs:
-        groups[get_name(run.name)].append(run)
-    for name, group in list(groups.items()):  # seeds evaluated with different effort must not be averaged
+        groups[run.images, get_name(run.name)].append(run)
+    for key, group in list(groups.items()):  # seeds evaluated with different effort must not be averaged
         some = collections.Counter(run.work for run in group).most_common(1)[0][0]
         for run in [run for run in group if run.work != some]:
             warn(f"{run.name} is left out of its row: it was evaluated by {run.work}, the others by {some}")
-        groups[name] = [run for run in group if run.work == some]
-    names = sorted(groups, key=get_order)
-    return [get_row(name, groups[name]) for name in names]
+        groups[key] = [run for run in group if run.work == some]
+    num_models = collections.Counter(images for images, name in groups if not is_test_run(name))
+
+    def get_place(key):
+        kind, *rest = get_rank(key[0])
+        return kind, -num_models[key[0]], *rest, get_order(key[1])
+
+    return [get_row(name, groups[images, name]) for images, name in sorted(groups, key=get_place)]
+
+
+def is_test_run(name):
+    return name.startswith("test_run_")
 
 
 def get_order(name):
@@ -200,7 +261,9 @@ def get_row(name, runs):
         "particles": get_num_latents(runs[0]),
         "iteration": "-".join(map(str, iterations[:1] + iterations[1:][-1:])),
         "seeds": len(runs),
-        "images": runs[0].images,
+        "images": runs[0].images.kind,
+        "fingerprint": runs[0].images.fingerprint,
+        "images in words": runs[0].images_in_words,
         "evaluated with": runs[0].work,
         "in words": describe_model(runs[0].settings, name),
     }
@@ -210,6 +273,8 @@ def get_row(name, runs):
         row[estimate] = sum(values) / len(values) if values else None
         row[f"{estimate} s.e. over seeds"] = get_standard_error(values) if len(values) > 1 else None
         row[f"{estimate} s.e. over images"] = found[0][1] if len(found) == 1 else None
+    errors = [run.search_error for run in runs if run.search_error is not None]
+    row["search error"] = sum(errors) / len(errors) if errors else None
     return row
 
 
@@ -217,24 +282,31 @@ def get_row(name, runs):
 
 
 def print_table(rows):
-    width = max(len(row["model"]) for row in rows)
-    print(f"{'model':{width}} particles     iteration seeds   images" + "".join(f"{name:>18}" for name in ESTIMATES))
+    """Prints the rows of some images"""
+    print(describe_table(rows))
+    width, names = max(len(row["model"]) for row in rows), ESTIMATES
+    names = [*names, "search error"] if any(row["search error"] is not None for row in rows) else names
+    print(f"{'model':{width}} particles     iteration seeds" + "".join(f"{name:>18}" for name in names))
     for row in rows:
-        values = "".join(f"{format_value(row, name):>18}" for name in ESTIMATES)
-        print(f"{row['model']:{width}} {row['particles']:9} {row['iteration']:>13} {row['seeds']:5} {row['images']:>8}{values}")
+        values = "".join(f"{format_value(row, name):>18}" for name in names)
+        print(f"{row['model']:{width}} {row['particles']:9} {row['iteration']:>13} {row['seeds']:5}{values}")
     for work in dict.fromkeys(row["evaluated with"] for row in rows):
         names = [row["model"] for row in rows if row["evaluated with"] == work]
         print(f"evaluated with {work}: {'all' if len(names) == len(rows) else ', '.join(names)}")
-    if any(row["images"] == "training" for row in rows):
-        print("training: the model was trained on these images; with --small-dataset the test set is the training set")
-    if any(row["images"] == "other" for row in rows):
-        print("other: the model was trained on other data than these images are from")
+    print()
+
+
+def describe_table(rows):
+    """A line that says which images the rows are of, and whether the models know them"""
+    known = {"test": "unseen", "training": "on which the models were trained", "other": "of other data than the models'"}
+    kind, fingerprint = rows[0]["images"], rows[0]["fingerprint"].split()[0]
+    return f"{rows[0]['images in words']}, {known[kind]} (fingerprint {fingerprint}):"
 
 
 def format_value(row, name):
     if row[name] is None:
         return "missing"
-    error = row[f"{name} s.e. over seeds"]
+    error = row.get(f"{name} s.e. over seeds")
     return f"{row[name]:.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
@@ -250,15 +322,14 @@ def write_figure(path, rows):
     """Draws the paper's figure: log p against the number of latents per image, a line per training algorithm; test runs
     get their own panel. Error bars show standard errors over seeds. Those over images are in the CSV alone: the models are
     evaluated on the same images, whose choice moves all of them together."""
-    is_test_run = [row["model"].startswith("test_run_") for row in rows]
-    panels = [[row for row, other in zip(rows, is_test_run, strict=True) if other == kind] for kind in (False, True)]
+    panels = [[row for row in rows if is_test_run(row["model"]) == kind] for kind in (False, True)]
     panels = [(title, panel) for title, panel in zip(["", "test runs"], panels, strict=True) if panel]
     figure = get_figure(6 * len(panels), 4.4)
     for axes, (title, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         common = draw_panel(axes, panel)
         axes.set_title(", ".join(filter(None, [title, common])), fontsize=8)
-    if any(row["best s.e. over seeds"] for row in rows):
-        figure.supxlabel("bars: standard error over seeds", fontsize=7)
+    bars = "; bars: standard error over seeds" * any(row["best s.e. over seeds"] for row in rows)
+    figure.supxlabel(rows[0]["images in words"] + bars, fontsize=7)
     save_figure(path, figure)
 
 
@@ -307,21 +378,24 @@ def get_milestones_folder(name, mode):
     return util.SAVE / name / "logp" / f"{mode}_every_checkpoint"
 
 
-def read_milestones(name, mode):
-    """The evaluations of a run's milestones that share images and effort with the newest, in order of their iterations;
-    warns about those that are damaged or left out"""
-    results = []
-    for path in get_milestones_folder(name, mode).glob("*.pt"):
+def read_milestones(*folders):
+    """The evaluations of a run's milestones in these folders. Returns: for each set of images, number of particles and model's
+    training: a list, in order of iterations; warns about those that are damaged"""
+    groups = collections.defaultdict(list)
+    for path in [path for folder in folders for path in folder.glob("[!.]*.pt")]:
         try:
-            results.append(checkpoints.load_result(path))
+            result = checkpoints.load_result(path)
         except UserError as error:
             warn(f"{error}; left out")
-    results = [result for result in results if result["model_iteration"] > 0]  # 0, in pretraining, is on no logarithmic axis
-    results.sort(key=lambda result: result["model_iteration"])
-    same = [result for result in results if is_same(result, results[-1], ["mode", "images", *EFFORT])]
-    if len(same) < len(results):
-        warn(f"{name}: {len(results) - len(same)} evaluations of other images or particles are left out; --force repeats them")
-    return same
+            continue
+        if result["model_iteration"] > 0:  # 0, in pretraining, is on no logarithmic axis
+            groups[get_kind(result)].append(result)
+    return {kind: sorted(results, key=lambda result: result["model_iteration"]) for kind, results in groups.items()}
+
+
+def get_kind(result):
+    """What evaluations in one figure have in common"""
+    return get_images(result), *(result["settings"][name] for name in EFFORT)
 
 
 def get_milestone_row(name, result):
@@ -330,7 +404,8 @@ def get_milestone_row(name, result):
     return {
         "model": name,
         "iteration": result["model_iteration"],
-        "images": get_kind_of_images(result),
+        "images": result["settings"]["kind_of_images"],
+        "fingerprint": result["settings"]["images"],
         "number of images": len(bound),
         "particles": result["settings"]["test_num_particles"],
         "log p": result["log_p"],
@@ -341,20 +416,26 @@ def get_milestone_row(name, result):
 
 def write_milestones(name, mode):
     """Writes a CSV and a figure of log p against iterations. Returns: lines of text that say what and where"""
-    results = read_milestones(name, mode)
-    path = util.SAVE / name / "logp" / f"{mode}_every_checkpoint.csv"
+    folder = get_milestones_folder(name, mode)
+    groups = read_milestones(folder).values()
+    results = max(groups, key=lambda results: results[-1]["model_iteration"])
+    num_others = sum(map(len, groups)) - len(results)
+    if num_others:
+        warn(f"{name}: {num_others} evaluations of other images or particles are left out; --force repeats them")
+    path = folder.with_suffix(".csv")
     write_csv(path, [get_milestone_row(name, result) for result in results])
     lines = draw_milestones({name: results}, path.with_suffix(".pdf"))
     return [*lines, f"{path}, {path.with_suffix('.pdf')}"]
 
 
 def compare_milestones(names):
-    """Writes log p against iterations of some runs, which evaluated every checkpoint on the same kind of images, into
-    save/logp_by_iteration.csv and .pdf, a line per model with the range over its seeds. Returns: lines of text.
-    Raises: UserError if there are none"""
+    """Writes log p against iterations of some runs, which evaluated every checkpoint on the same images, into
+    save/logp_by_iteration.csv and .pdf, a line per model with the range over its seeds; of several sets of images takes that
+    of most runs, test images first. Returns: lines of text. Raises: UserError if there are none"""
     runs = {}
     for name in names:
-        found = [results for mode in ("train", "test", "unseen") if (results := read_milestones(name, mode))]
+        folder = util.SAVE / name / "logp"
+        found = read_milestones(*folder.glob("*_every_checkpoint"), *folder.glob("older/*_every_checkpoint"))
         if found:
             runs[name] = found
         else:
@@ -362,25 +443,16 @@ def compare_milestones(names):
             warn(f"{name} is left out: none of its checkpoints is evaluated; {command}")
     if not runs:
         raise UserError("no checkpoints of these runs are evaluated yet: eval_logp.py --algorithm own --every-checkpoint")
-    kinds = collections.Counter(get_kind(results[-1]) for found in runs.values() for results in found)
-    kind = kinds.most_common(1)[0][0]
-    chosen = {}
-    for name, found in runs.items():
-        right = [results for results in found if get_kind(results[-1]) == kind]
-        if right:
-            chosen[name] = right[0]
-        else:
-            warn(f"{name} is left out: its checkpoints were evaluated on other images or with other numbers of particles")
+    kinds = collections.Counter(kind for found in runs.values() for kind in found)
+    kind = min(kinds, key=lambda kind: (-kinds[kind], get_rank(kind[0])))
+    chosen = {name: found[kind] for name, found in runs.items() if kind in found}
+    for name in [name for name in runs if name not in chosen]:
+        warn(f"{name} is left out: its checkpoints were evaluated on other images or with other numbers of particles")
     path = util.SAVE / "logp_by_iteration.pdf"
     lines = draw_milestones(chosen, path)
     rows = [get_milestone_row(name, result) for name, results in chosen.items() for result in results]
     write_csv(path.with_suffix(".csv"), rows)
     return [*lines, f"{path.with_suffix('.csv')}, {path}"]
-
-
-def get_kind(result):
-    """What evaluations in one figure have in common"""
-    return get_kind_of_images(result), result["settings"]["images"], result["settings"]["test_num_particles"]
 
 
 def draw_milestones(runs, path):
@@ -407,8 +479,10 @@ def draw_milestones(runs, path):
         bound, log_p = draw_model(axes, groups[name], x, label)
         lines.append(f"{words[name]}: log p {log_p}, enumeration bound {bound}, {seeds}, at iteration {x[-1]}")
     result = next(iter(next(iter(runs.values()))))
-    images = f"{len(result['log_p_by_image'])} {get_kind_of_images(result)} images"
-    axes.set_title(f"{images}\nlines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds", fontsize=8)
+    axes.set_title(
+        f"{describe_images(result)}\nlines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds",
+        fontsize=8,
+    )
     axes.set_xscale("log")
     axes.set_xlabel("iteration")
     axes.set_ylabel("log p(x), nats per image")
@@ -419,7 +493,7 @@ def draw_milestones(runs, path):
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     save_figure(path, figure)
-    return lines
+    return [f"{describe_images(result)} (fingerprint {result['settings']['images'].split()[0]}):", *lines]
 
 
 def draw_model(axes, seeds, x, label):
@@ -459,23 +533,30 @@ def set_apart(parts):
 # ------------------------------------------------------------------ the report
 
 
-def main(mode, name_missing=False):
-    """Args: mode: test or train; name_missing: also list the paper's models that have no value"""
-    runs = [read_run(path.parent, mode) for path in sorted(util.SAVE.glob("*/logp"))]
-    rows = get_rows([run for run in runs if run is not None])
+def main(mode=None, name_missing=False):
+    """Args: mode: test or train, or None for all images; name_missing: also list the paper's models that have no value for
+    the images shown first"""
+    runs = [run for path in sorted(util.SAVE.glob("*/logp")) for run in read_runs(path.parent)]
+    wanted = {"test": ["test"], "train": ["training"], None: checkpoints.KINDS_OF_IMAGES}[mode]
+    rows = get_rows([run for run in runs if run.images.kind in wanted])
     if not rows:
         print(
-            f"nothing in {util.SAVE}/ has been evaluated on {mode} images yet; evaluate a model with"
+            f"nothing in {util.SAVE}/ has been evaluated{f' on {wanted[0]} images' if mode else ''} yet; evaluate a model with"
             " python eval_logp.py --checkpoint-path CHECKPOINT --algorithm rws"
         )
         return 0
-    print_table(rows)
-    missing = [name for name in PAPER_MODELS if name not in {row["model"] for row in rows}]
+    tables = collections.defaultdict(list)
+    for row in rows:
+        tables[row["images"], row["fingerprint"]].append(row)
+    for table in tables.values():
+        print_table(table)
+    first = next(iter(tables.values()))
+    missing = [name for name in PAPER_MODELS if name not in {row["model"] for row in first}]
     if name_missing and missing:
         print(f"models of the paper without a value: {', '.join(missing)}")
-    suffix = "" if mode == "test" else f"_{mode}"
+    suffix = f"_{mode}" if mode == "train" else ""
     paths = util.SAVE / f"logp{suffix}.csv", util.SAVE / f"logp{suffix}.pdf"
     write_csv(paths[0], rows)
-    write_figure(paths[1], rows)
-    print(f"nats per image, means over {mode} images; also in {paths[0]}, and a figure in {paths[1]}")
+    write_figure(paths[1], first)
+    print(f"nats per image, means over images; also in {paths[0]}; a figure of {first[0]['images in words']} is in {paths[1]}")
     return 0

@@ -20,7 +20,8 @@ import util
 from runs.curves import get_phase
 from util import SETTINGS, UserError, warn
 
-OLDER = "written by an older version"  # marks arguments that lacked those added later
+OLDER = "written by an older version"  # marks arguments that lacked those added later, and evaluations
+KINDS_OF_IMAGES = ["test", "training", "other"]  # of the model's data: unseen, or those it was trained on; of other data
 TYPES_OF_NONE = {"dataset_size": 1, "name": ""}  # of arguments that may be None
 RECORDED_BY_ALL_VERSIONS = ["theta_loss", "phi_loss", "prior_loss", "novel_proportion", "new_map"]
 LARGEST = 1e6  # absolute value of a parameter; far beyond any seen in training
@@ -157,7 +158,7 @@ def load_newest(path_base, device="cpu", resumable=False, num_images=None):
 
 
 def load_result(path):
-    """Loads a result of eval_logp.py. Raises: UserError if it cannot be read or is invalid"""
+    """Loads a result of eval_logp.py, see `modernise`. Raises: UserError if it cannot be read or is invalid"""
     result = util.load_checkpoint(path, keys=RESULT_KEYS)
     try:
         right = is_result(result)
@@ -165,7 +166,26 @@ def load_result(path):
         right = False
     if not right:
         raise UserError(f"{path} is not a valid evaluation; eval_logp.py --force repeats it")
-    return result
+    return modernise(result, result["model_settings"].get("small_dataset", False))
+
+
+def modernise(saved, small_dataset):
+    """What any version saved of an evaluation, finished or not, with settings in this one's words; marks it as OLDER if these
+    differ. Older versions did not record the kind of the images, called the training images of a small data set test images,
+    and the data's test part unseen; their sleep networks trained on at most 500 samples a step.
+
+    Args: small_dataset: whether the model was trained on one
+    """
+    settings = saved["settings"]
+    if not isinstance(settings, dict) or "kind_of_images" in settings:
+        return saved
+    mode = {"test": "train" if small_dataset else "test", "unseen": "test"}.get(settings.get("mode"), settings.get("mode"))
+    kind = "other" if not saved.get("is_own_data", True) else "training" if mode == "train" else "test"
+    settings = {**settings, "mode": mode, "kind_of_images": kind}
+    if settings.get("algorithm") == "sleep":
+        num_images = min(settings["batch_size"], saved.get("args", {}).get("num_data", settings["batch_size"]))
+        settings["num_dreams"] = min(500, num_images * settings["num_particles"])
+    return {**saved, "settings": settings, OLDER: True}
 
 
 def is_result(result):
@@ -194,6 +214,10 @@ def is_result(result):
     settings = result["settings"]
     right = right and all(is_integer(settings[name]) and settings[name] >= 0 for name in RESULT_NUMBERS)
     right = right and all(isinstance(settings[name], str) for name in ("mode", "algorithm", "model", "images"))
+    right = right and settings.get("kind_of_images", "test") in KINDS_OF_IMAGES
+    right = right and math.isfinite(result.get("search_error", 0.0)) and result.get("search_error", 0.0) >= 0
+    halves = [result[key] for key in ("log_p_by_half", "bound_by_half") if key in result]  # of mws
+    right = right and all(half.shape == (2, len(values)) and bool(half.isfinite().all()) for half in halves)
     right = right and all(is_integer(result["model_settings"][name]) for name in ("num_particles", "memory_size"))
     right = right and is_integer(result["args"]["num_data"]) and result["model_iteration"] >= 0
     return right and isinstance(result["model_settings"]["algorithm"], str)

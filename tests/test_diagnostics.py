@@ -26,7 +26,7 @@ import main
 import models
 import util
 from reading import variation
-from results import drawings, figures, report
+from results import drawings, figures
 from runs import checkpoints
 from util import UserError
 
@@ -290,10 +290,11 @@ def test_data_of_another_size(folder, capsys):  # noqa: F811
     for location, num_images, kind in [("mine", 6, "training"), ("data.mat", 50, "other")]:
         assert eval_logp.main([*evaluate, "--data-location", location]) == 0
         result = checkpoints.load_result(f"save/{model}/logp/train_own.pt")
-        assert len(result["log_p_by_image"]) == num_images and report.get_kind_of_images(result) == kind
+        assert len(result["log_p_by_image"]) == num_images and result["settings"]["kind_of_images"] == kind
     capsys.readouterr()
-    assert eval_logp.main(["--report", "--mode", "train"]) == 0
-    assert "other: the model was trained on other data than these images are from" in capsys.readouterr().out
+    assert eval_logp.main(["--report"]) == 0
+    heading = "the first 50 images of the training part of data.mat, of other data than the models' (fingerprint "
+    assert heading in capsys.readouterr().out
     assert diagnostics.main([*DRAW, "--checkpoint-path", model, "--data-location", "data.mat"]) == 0
     assert "data.mat is not its training data" in capsys.readouterr().out
     assert any(name.startswith("reconstructions/12-data.mat") for name in get_files(model))

@@ -1,11 +1,13 @@
 """Evaluation and its report, end to end, against exact enumeration where there are few latents."""
 
+import argparse
 import csv
 import functools
 import math
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 
@@ -18,10 +20,13 @@ from test_util import cut
 
 import data
 import eval_logp
+import losses
 import main
 import models
 import scoring
+import sweep
 import util
+from cluster import tasks
 from results import report
 from runs import checkpoints
 from util import UserError
@@ -54,6 +59,42 @@ def load(model, algorithm, mode="test"):
 
 def read_csv():
     return {row["model"]: row for row in csv.DictReader(open("save/logp.csv"))}
+
+
+# ------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize("num_samples", [7, 12])
+def test_sleep_in_parts_has_the_gradient_of_one_batch(num_samples, monkeypatch):
+    model, network = (
+        get_tiny()[0],
+        models.InferenceNetwork(num_primitives=2, num_arcs=2, lstm_hidden_size=8, obs_embedding_dim=8),
+    )
+    latent, obs = model.sample(num_samples)
+    parts, left = [], [latent.split(4), obs.split(4)]
+    monkeypatch.setattr(model, "sample", lambda num, _: (parts.append(num), [x[len(parts) - 1] for x in left])[1])
+    loss, statistics = losses.sleep_in_parts(model, network, num_samples, at_once=4)
+    assert sum(parts) == num_samples and max(parts) == 4
+    whole = -network.log_prob(latent.unsqueeze(0), obs).mean()
+    torch.testing.assert_close([loss.detach(), statistics["phi_loss"]], [whole.detach()] * 2)
+    for got, want in zip(*(torch.autograd.grad(x, [*network.parameters()]) for x in (loss, whole)), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_programs_seen_in_training_join_the_bound(model, on_gpu, monkeypatch):
+    """On a GPU, too, whose steps look no scores up: every hundred steps"""
+    monkeypatch.setattr(eval_logp.gpu, "is_gpu", lambda device: on_gpu)
+    monkeypatch.setattr(eval_logp, "PROPOSAL_INTERVAL", 10)
+    seen, estimate_step = [], eval_logp.estimate_step
+    monkeypatch.setattr(
+        eval_logp, "estimate_step", lambda evaluation: (seen.append(evaluation.table.num_scored), estimate_step(evaluation))
+    )
+    evaluate(model, "rws", "--num-particles", "50", "--test-num-particles", "1", num_iterations=9)
+    assert seen[0] == (0 if on_gpu else 32)
+    result = evaluate(model, "rws", "--num-particles", "50", "--test-num-particles", "1", "--force", num_iterations=10)
+    assert seen[4] == result["num_scored"] == 32  # 8 programs of 4 images
+    torch.testing.assert_close(result["enumeration_bound_by_image"], get_exact_log_p(model), atol=1e-3, rtol=0)
 
 
 # ------------------------------------------------------------------ the table of scores
@@ -124,7 +165,7 @@ def test_estimates_of_an_enumerable_model(folder, algorithm, conditional):  # no
     flags = [*TRAIN, *["--condition-on-alphabet"] * conditional]
     main.main(flags)
     model = util.get_path_base(main.parse_args(flags))
-    result = evaluate(model, algorithm, "--test-num-particles", "5000", num_iterations=200)
+    result = evaluate(model, algorithm, "--test-num-particles", "5000", "--batch-size", "4", num_iterations=200)
     exact = get_exact_log_p(model)
     assert result["log_p"] == pytest.approx(exact.mean().item(), abs=0.05)
     assert result["log_p"] == pytest.approx(result["log_p_by_image"].mean().item())
@@ -157,7 +198,7 @@ def test_own_network_and_memory(folder, memory_size):  # noqa: F811
 
 
 def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
-    """Each milestone once; resumed; a damaged one is left out; training and unseen images stay apart"""
+    """Each milestone once; resumed; a damaged one is left out; training and test images stay apart"""
     flags = [*TRAIN, "--algorithm", "mws", "--memory-size", "2", "--num-iterations", "6", "--dataset-size", "20"]
     main.main(flags)
     model = util.get_path_base(main.parse_args(flags))
@@ -169,16 +210,17 @@ def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
     assert eval_logp.main([*every, "--mode", "train"]) == 0
     assert re.search(r"warning: .*/3.pt is damaged.*; left out", capsys.readouterr().err) and len(calls) == 3
     assert eval_logp.main([*every, "--mode", "train"]) == 0 and len(calls) == 3
-    assert eval_logp.main([*every, "--mode", "unseen"]) == 0 and len(calls) == 6
-    rows = {mode: list(csv.DictReader(open(f"save/{model}/logp/{mode}_every_checkpoint.csv"))) for mode in ("train", "unseen")}
+    assert eval_logp.main(every) == 0 and len(calls) == 6
+    rows = {mode: list(csv.DictReader(open(f"save/{model}/logp/{mode}_every_checkpoint.csv"))) for mode in ("train", "test")}
     assert [row["iteration"] for row in rows["train"]] == ["1", "2", "6"]  # 6 is the latest, too
-    assert {row["images"] for row in rows["train"]} == {"training"} and {row["images"] for row in rows["unseen"]} == {"unseen"}
+    assert {row["images"] for row in rows["train"]} == {"training"} and {row["images"] for row in rows["test"]} == {"test"}
     assert all(float(row["enumeration bound"]) <= float(row["log p"]) + 1 for row in rows["train"])
     capsys.readouterr()
     lines = report.compare_milestones([model, "no_run"])
-    assert "at iteration 6" in lines[0] and pathlib.Path("save/logp_by_iteration.pdf").exists()
+    assert lines[0].startswith("all 6 images of the test part of the model's data (fingerprint ")
+    assert "at iteration 6" in lines[1] and pathlib.Path("save/logp_by_iteration.pdf").exists()
     assert "no_run is left out: none of its checkpoints is evaluated" in capsys.readouterr().err
-    images = {row["images"] for row in csv.DictReader(open("save/logp_by_iteration.csv"))}
+    images = {(row["images"], row["fingerprint"]) for row in csv.DictReader(open("save/logp_by_iteration.csv"))}
     assert len(images) == 1  # never both in one figure
 
     pathlib.Path("shared").mkdir()
@@ -198,7 +240,7 @@ def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
             eval_logp.main([*every, "--cuda"])
     with pytest.raises(UserError, match="past its pretraining"):
         eval_logp.main([*every, "--mode", "train", "--checkpoint-path", seeds[1]])
-    assert len(report.compare_milestones(seeds)) == 2 and f"{seeds[1]} is left out" in capsys.readouterr().err
+    assert len(report.compare_milestones(seeds)) == 3 and f"{seeds[1]} is left out" in capsys.readouterr().err
     behind = report.get_milestones_folder(seeds[1], "train")
     behind.mkdir(parents=True)
     result = checkpoints.load_result(report.get_milestones_folder(model, "train") / "6.pt")
@@ -207,28 +249,33 @@ def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
         report.compare_milestones(seeds)
 
 
-def test_unseen_images_are_not_training_images(folder, capsys, monkeypatch):  # noqa: F811
+@pytest.fixture
+def small_model(folder):  # noqa: F811
+    """A conditional model that knows ten images of each alphabet; returns its path base"""
+    flags = [*TRAIN, "--small-dataset", "--condition-on-alphabet"]
+    main.main(flags)
+    return util.get_path_base(main.parse_args(flags))
+
+
+OWN = "--algorithm own --num-data 4 --test-num-particles 20 --no-compile --checkpoint-path".split()
+
+
+def test_the_images_are_the_first_of_the_test_part(small_model, monkeypatch):
+    """With their alphabets, by default and whatever the model was trained on; with --mode train its own training images"""
     find = functools.partial(eval_logp.programs.find_programs, num_rounds=20, num_mutants=20)  # of 8 programs in all
     monkeypatch.setattr(eval_logp.programs, "find_programs", find)
-    flags = [*TRAIN, "--small-dataset"]
-    main.main(flags)
-    model = util.get_path_base(main.parse_args(flags))
-    for mode, more in [("test", []), ("unseen", []), ("unseen", ["--search", "--force"])]:
-        eval_logp.main(
-            ["--checkpoint-path", model, "--algorithm", "own", "--mode", mode, "--num-data", "4", "--no-compile", *more]
-        )
-    lookup = ["--checkpoint-path", model, "--algorithm", "vimco", "--mode", "unseen", "--search", "--num-iterations", "2"]
+    whole, small = data.load("data.mat"), data.load("data.mat", small_dataset=True)
+    for flags, split, kind in [([], whole.test, "test"), (["--mode", "train"], small.train, "training")]:
+        assert eval_logp.main([*OWN, small_model, "--search", *flags]) == 0
+        result = load(small_model, "own", "train" if flags else "test")
+        assert result["settings"]["images"] == f"{data.get_fingerprint(split.select(slice(4)))} (4)"
+        assert result["settings"]["kind_of_images"] == kind
+        exact = get_exact_log_p(small_model, *flags)
+        torch.testing.assert_close(result["enumeration_bound_by_image"], exact, atol=1e-3, rtol=0)
+    lookup = ["--checkpoint-path", small_model, "--algorithm", "vimco", "--search", "--num-iterations", "2"]
     assert eval_logp.main([*lookup, *EVALUATE]) == 0
-    exact = get_exact_log_p(model, "--mode", "unseen", "--num-data", "4")
-    torch.testing.assert_close(load(model, "vimco", "unseen")["enumeration_bound_by_image"], exact, atol=1e-3, rtol=0)
-    unseen, seen = load(model, "own", "unseen"), load(model, "own", "test")
-    assert unseen["settings"]["images"] != seen["settings"]["images"] and unseen["settings"]["search"]
-    torch.testing.assert_close(unseen["enumeration_bound_by_image"], exact, atol=1e-3, rtol=0)
-    for mode, label in [("test", "training"), ("unseen", "unseen")]:
-        assert eval_logp.main(["--report", "--mode", mode]) == 0
-        suffix = "" if mode == "test" else "_unseen"
-        (row,) = csv.DictReader(open(f"save/logp{suffix}.csv"))
-        assert row["images"] == label
+    bound = load(small_model, "vimco")["enumeration_bound_by_image"]
+    torch.testing.assert_close(bound, get_exact_log_p(small_model), atol=1e-3, rtol=0)
 
 
 def test_an_evaluation_is_repeatable_and_kept(model, capsys):
@@ -335,22 +382,114 @@ def test_report(model, capsys):
     assert float(row["vimco"]) == pytest.approx(values["vimco"][0])
 
 
-def test_only_comparable_evaluations_share_a_row():
-    def get_result(num_images, num_particles, algorithm="rws"):
-        settings = dict.fromkeys(report.SAME + report.EFFORT, 1) | dict(
-            images=f"some ({num_images})", num_particles=num_particles, algorithm=algorithm
-        )
-        return dict(settings=settings, model_iteration=7, log_p_by_image=torch.zeros(num_images))
+def make_older(result):
+    """As an older version saved an evaluation of the training images of a small data set"""
+    settings = {name: value for name, value in result["settings"].items() if name not in ("kind_of_images", "num_dreams")}
+    return {**result, "settings": {**settings, "mode": "test"}, "is_own_data": True}
 
-    results = dict(sleep=get_result(20, 100), rws=get_result(50, 100), vimco=get_result(50, 100))
+
+def test_older_evaluations_are_named_and_kept(small_model, capsys, monkeypatch):
+    """And training and test images are in tables of their own"""
+    assert eval_logp.main([*OWN, small_model, "--mode", "train"]) == 0
+    logp = util.SAVE / small_model / "logp"
+    older, (task,) = make_older(load(small_model, "own", "train")), get_evaluation_tasks(small_model, monkeypatch)
+    (logp / "train_own.pt").unlink()
+    util.save_checkpoint(logp / "test_own.pt", older)
+    capsys.readouterr()
+    assert eval_logp.main(["--report"]) == 0
+    stdout, stderr = capsys.readouterr()
+    assert "the first 4 training images, on which the models were trained (fingerprint " in stdout
+    assert "test_own.pt, by an older version, holds an evaluation of 4 training images; it is shown under training" in stderr
+    assert not tasks.get_progress(task).done and tasks.get_progress(task).others
+
+    assert eval_logp.main([*OWN, small_model]) == 0  # needs no --force
+    assert "held the first 4 training images, evaluated by an older version; it is now" in capsys.readouterr().out
+    assert tasks.get_progress(task).done
+    kept = util.load_checkpoint(logp / "older/test_own.pt", keys=set())
+    assert_same({**kept, "args": None}, {**older, "args": None})
+    assert load(small_model, "own")["settings"]["kind_of_images"] == "test"
+    assert eval_logp.main(["--report"]) == 0
+    stdout, stderr = capsys.readouterr()
+    tables = stdout.split("\n\n")
+    assert len(tables) == 3 and not stderr
+    assert tables[0].startswith("the first 4 images of the test part of the model's data, unseen (fingerprint ")
+    assert tables[1].startswith("the first 4 training images, on which")
+    for table, result in zip(tables, [load(small_model, "own"), older], strict=False):
+        assert table.count(small_model) == 1 and f"{result['log_p']:.2f}" in table
+    assert "a figure of the first 4 images of the test part" in tables[2]
+    rows = list(csv.DictReader(open("save/logp.csv")))
+    assert [row["images"] for row in rows] == ["test", "training"] and rows[1]["fingerprint"] == older["settings"]["images"]
+    assert eval_logp.main(["--report", "--mode", "train"]) == 0
+    assert [row["images"] for row in csv.DictReader(open("save/logp_train.csv"))] == ["training"]
+
+
+def test_older_evaluations_by_sleep_trained_on_fewer_samples(small_model):
+    flags = ["--checkpoint-path", small_model, "--algorithm", "sleep", *EVALUATE, "--num-iterations", "2"]
+    assert eval_logp.main(flags) == 0
+    path = util.SAVE / small_model / "logp/test_sleep.pt"
+    assert load(small_model, "sleep")["settings"]["num_dreams"] == 8 * 50
+    result = make_older(load(small_model, "sleep"))
+    util.save_checkpoint(path, {**result, "settings": {**result["settings"], "mode": "unseen"}})
+    assert checkpoints.load_result(path)["settings"]["num_dreams"] == 8 * 4
+    assert eval_logp.main(flags) == 0 and path.with_name("older").joinpath(path.name).exists()
+    assert load(small_model, "sleep")["settings"]["num_dreams"] == 8 * 50
+
+
+def get_evaluation_tasks(model, monkeypatch):
+    args = sweep.parse_args(["--eval-logp", "--eval-algorithms", "own", "--eval-options", shlex.join(OWN[2:-1])])
+    run_args = argparse.Namespace(**checkpoints.load(checkpoints.find(model))["args"])
+    monkeypatch.setattr(sweep, "get_runs", lambda _: {model: run_args})
+    return sweep.get_tasks(args)
+
+
+def get_fake_run(name, fingerprint, log_p, kind="test", search_error=None):
+    settings = dict(algorithm="mws", num_particles=2, memory_size=3)
+    estimates = {"mws": (log_p, 1.0), "best": (log_p, 1.0), "enumeration bound": (log_p, 1.0)}
+    images = report.Images(kind, f"{fingerprint} (50)")
+    return report.Run(name, settings, 7, estimates, search_error, "mws", images, "50 images")
+
+
+def test_different_images_share_no_row_and_no_table(monkeypatch, capsys, folder):  # noqa: F811
+    """Not even of two seeds; test images and then those of most models come first, and only they are drawn"""
+    runs = [get_fake_run("mws_5", "aa", -100.0, "training"), get_fake_run("mws_5_seed=1", "bb", -130.0)]
+    runs += [get_fake_run("mws_5_seed=2", "cc", -140.0, search_error=0.25), get_fake_run("rws_5", "cc", -150.0)]
+    runs += [get_fake_run("mws_5_seed=3", "cc", -142.0, search_error=0.75)]
+    rows = report.get_rows(runs)
+    assert [(row["model"], row["fingerprint"][:2], row["mws"], row["seeds"]) for row in rows] == [
+        ("mws_5", "cc", -141.0, 2), ("rws_5", "cc", -150.0, 1), ("mws_5", "bb", -130.0, 1), ("mws_5", "aa", -100.0, 1),
+    ]  # fmt: skip
+    assert [row["search error"] for row in rows] == [0.5, None, None, None]
+    drawn = []
+    monkeypatch.setattr(report, "read_runs", lambda path: runs)
+    monkeypatch.setattr(report, "write_figure", lambda path, rows: drawn.extend(rows))
+    pathlib.Path("save/mws_5/logp").mkdir(parents=True)
+    report.main()
+    assert [row["fingerprint"] for row in drawn] == ["cc (50)"] * 2
+    tables = capsys.readouterr().out.split("\n\n")
+    assert ["search error" in table for table in tables] == [True, False, False, False]
+    assert re.search(r"^mws_5 .* 0.50$", tables[0], re.M) and re.search(r"^rws_5 .* missing$", tables[0], re.M)
+
+
+def test_only_comparable_evaluations_share_a_row():
+    def get_result(model, num_particles, algorithm="rws"):
+        settings = dict.fromkeys(report.EFFORT, 1) | dict(model=model, num_particles=num_particles, algorithm=algorithm)
+        return dict(settings=settings, model_iteration=7)
+
+    results = dict(sleep=get_result("a", 10), rws=get_result("b", 100), vimco=get_result("b", 100))
     assert report.choose_comparable(results).keys() == {"rws", "vimco"}
-    results["rws"] = get_result(50, 10)
+    results["rws"] = get_result("a", 100)
+    results["vimco"] = get_result("b", 200)
     shown = report.choose_comparable(results)
     assert shown.keys() == {"vimco"}
     differences = report.describe_differences(results["sleep"]["settings"], shown["vimco"]["settings"])
-    assert differences == "images are some (20), not some (50)"
-    own = get_result(20, 7, "own")["settings"]  # whose effort is not that of a training
-    assert report.describe_differences(own, shown["vimco"]["settings"]) == differences
+    assert differences == "model is a, not b, num-particles is 10, not 200"
+    for algorithm in ("own", "mws"):  # whose effort is not that of a training
+        results[algorithm] = get_result("b", 7, algorithm)
+    assert report.choose_comparable(results).keys() == {"vimco", "own", "mws"}
+    own = get_result("a", 7, "own")["settings"]
+    assert report.describe_differences(own, shown["vimco"]["settings"]) == "model is a, not b"
+    alone = {name: results[name] for name in ("own", "mws")}
+    assert report.choose_comparable(alone).keys() == {"own", "mws"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.pt")), ids=lambda path: path.stem)

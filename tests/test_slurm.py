@@ -113,17 +113,16 @@ def assert_bits_of_a_run_here(model, settings):
 
 
 @pytest.mark.waits
-def test_job_arrays(cluster, monkeypatch):
+def test_job_arrays(cluster):
     """One of two is warned: it alone is requeued, and ends with the bits of a run here; a model is evaluated after its
     training, with as many threads as Slurm gives it CPUs"""
-    monkeypatch.setattr(sweep.report, "ALGORITHMS", ["rws"])
     chosen = ["--models", *cluster[:2]]
     settings = ["--pretrain-iterations=0", "--num-iterations=300", "--save-interval=100"]
     names = [util.get_path_base(args) for args in sweep.get_runs(sweep.parse_args([*chosen, "--", *settings])).values()]
     stdout = run(*HELD, "--time=10", *chosen, "--", *settings)
     number = re.search(r"Submitted batch job (\d+)", stdout)[1]
     assert run(*SUBMIT, *chosen, "--", *settings).count("in the queue already, as job") == 2
-    evaluation = ["--eval-logp", "--models", cluster[1], "--eval-options", EVALUATION]
+    evaluation = ["--eval-logp", "--eval-algorithms", "rws", "--models", cluster[1], "--eval-options", EVALUATION]
     setup = "--setup=echo $OMP_NUM_THREADS threads"
     assert "rws: submitted" in run(*SUBMIT, "--cpus-per-task=2", setup, *evaluation, "--", *settings)
     assert [cells["state"] for cells in get_cells(*evaluation, "--", *settings)] == ["queued"]
@@ -151,16 +150,15 @@ def test_job_arrays(cluster, monkeypatch):
 
 
 @pytest.mark.waits
-def test_om_repeat(cluster, om_repeat, monkeypatch):
+def test_om_repeat(cluster, om_repeat):
     """A run whose job is killed without a warning, as at its time limit, loses next to nothing, and ends with the
     bits of a run here; its evaluation is submitted at its end; nothing stays in the queue"""
-    monkeypatch.setattr(sweep.report, "ALGORITHMS", ["sleep"])
     settings = ["--pretrain-iterations=0", "--num-iterations=250", "--save-minutes=0.01"]
     chosen = ["--models", cluster[0]]
     (name,) = [util.get_path_base(args) for args in sweep.get_runs(sweep.parse_args([*chosen, "--", *settings])).values()]
     stdout = run(*SUBMIT, *chosen, "--", *settings)
     assert "DeprecationWarning" not in stdout
-    evaluation = [*chosen, "--eval-logp", "--eval-options", EVALUATION]
+    evaluation = [*chosen, "--eval-logp", "--eval-algorithms", "sleep", "--eval-options", EVALUATION]
     assert "sleep: will be submitted when its training is complete" in run(*SUBMIT, *evaluation, "--", *settings)
     assert {cells["job"] for cells in get_cells(*evaluation, "--", *settings)} == {"after training"}
     wait_for(lambda: has_reached(name, 100))
@@ -251,17 +249,15 @@ def test_preemption_of_a_chain_leaves_one_successor(cluster, om_repeat):
 
 @pytest.mark.waits
 def test_refused_evaluations_stay_on_the_list(cluster, monkeypatch, capsys):
-    monkeypatch.setattr(sweep.report, "ALGORITHMS", ["rws"])
-    task = sweep.get_tasks(sweep.parse_args(["--eval-logp", "--models", cluster[0]]))[0]
+    evaluation = ["--eval-logp", "--eval-algorithms", "rws", "--models", cluster[0]]
+    (task,) = sweep.get_tasks(sweep.parse_args(evaluation))
     listing = slurm.Listing(pathlib.Path("x.json"), False, "", 120, [task])
     slurm.put_after_training(listing, {0: ["sbatch", "--partition=no", "--wrap", "true"]})
     (line,) = slurm.submit_after_training(cluster[0])
     assert "refused the job" in line and slurm.get_after_path(cluster[0]).exists()
-    assert (
-        "Slurm refused what follows: sbatch refused" in run("--status", "--eval-logp", "--models", cluster[0]).splitlines()[-1]
-    )
+    assert "Slurm refused what follows: sbatch refused" in run("--status", *evaluation).splitlines()[-1]
     monkeypatch.setattr(sweep.tasks, "is_trained", lambda task: True)
-    assert run(*HELD, "--eval-logp", "--models", cluster[0], "--eval-options", EVALUATION).count(": submitted") == 1
+    assert run(*HELD, *evaluation, "--eval-options", EVALUATION).count(": submitted") == 1
     assert not slurm.get_after_path(cluster[0]).exists() and list_jobs("%j") == [f"{cluster[0]}:rws"]
 
 
@@ -417,8 +413,7 @@ def test_what_slurm_refuses(cluster, om_repeat, monkeypatch):
         run(*SUBMIT, "--", "--data-location=nowhere.mat")
     assert run(*HELD).count(": submitted") == 3
     for kinds in (["sleep", "rws"], ["sleep", "rws", "vimco"]):  # what is left to a training is added to
-        monkeypatch.setattr(sweep.report, "ALGORITHMS", kinds)
-        stdout = run(*HELD, "--no-repeat", "--eval-logp", "--models", cluster[0])
+        stdout = run(*HELD, "--no-repeat", "--eval-logp", "--eval-algorithms", *kinds, "--models", cluster[0])
         assert stdout.count("will be submitted when its training is complete") == 1 + (len(kinds) == 2)
     left = slurm.take_after_training(cluster[0])
     assert [task.kind for task, _ in left] == ["sleep", "rws", "vimco"] and all("sbatch" in command for _, command in left)

@@ -190,8 +190,7 @@ def test_sweep_here(make_sweep, monkeypatch):
     assert_same(resumed, load(models[0]))
     assert "2 are complete already\n0 of 0 done" in run()
 
-    monkeypatch.setattr(sweep.report, "ALGORITHMS", ["rws"])
-    evaluation = ["--eval-logp", "--test-run", "--models", models[1]]
+    evaluation = ["--eval-logp", "--eval-algorithms", "rws", "--test-run", "--models", models[1]]
     assert "1 of 1 done" in run(*evaluation, "--jobs", "2")
     value = f"{torch.load(f'save/{models[1]}/logp/test_rws.pt', weights_only=True)['log_p']:.2f}"
     some_cells = get_cells(*evaluation)
