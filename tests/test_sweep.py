@@ -23,6 +23,7 @@ import sweep
 import util
 from cluster import slurm, tasks
 from runs import checkpoints, locks
+from util import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = (
@@ -144,6 +145,23 @@ def test_dry_run_prints_what_would_be_run(folder):
     other_size = run("--dry-run", "--models", "rws_5", "--seeds", "3", "--", "--dataset-size", "50")
     assert other_size.split()[2:] == ["--seed=3", "--dataset-size=50", "--algorithm=rws", "--num-particles=5"]
     assert not pathlib.Path("save").exists()
+
+
+def test_evaluations_of_a_sweep():
+    """Of test images by the paper's algorithms, with the run's seed; others, and training images, are chosen by options"""
+    some = sweep.get_tasks(sweep.parse_args(["--eval-logp", "--models", "rws_3", "--seeds", "0", "2"]))
+    assert [task.kind for task in some] == ["sleep", "rws", "vimco"] * 2
+    assert [(task.settings["seed"], task.settings["mode"]) for task in some] == [(0, "test")] * 3 + [(2, "test")] * 3
+    assert [task.settings.get("num_dreams") for task in some] == [5000, None, None] * 2 and "--seed=2" in some[3].flags
+    assert str(some[4].get_evaluation_path("checkpoints")) == "save/rws_3_seed=2/logp/checkpoints/test_rws.pt"
+    chosen = ["--eval-logp", "--models", "rws_3", "--eval-algorithms", "own"]
+    (task,) = sweep.get_tasks(sweep.parse_args([*chosen, "--eval-options=--mode train --seed 5"]))
+    assert (task.kind, task.settings["mode"], task.settings["seed"]) == ("train_own", "train", 5)
+    assert [path.name for path in (task.get_evaluation_path(), task.get_path("log"), tasks.get_lock(task))] == [
+        "train_own.pt", "eval_train_own.log", ".train_own.lock",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="the sweep itself sets"):
+        sweep.get_tasks(sweep.parse_args([*chosen, "--eval-options=--every-checkpoint"]))
 
 
 # ------------------------------------------------------------------ here
