@@ -281,8 +281,6 @@ def test_wrong_contents_of_evaluations_are_found(folder, capsys):  # noqa: F811
                     continue
                 if isinstance(wrong, bool | int) and isinstance(get_entry(original, place), int):
                     continue
-                if place == ("is_own_data",) and wrong is None:  # removed: as older versions wrote it
-                    continue
                 path.unlink(missing_ok=True)
                 util.save_checkpoint(where, replace(original, place, wrong))
                 capsys.readouterr()
