@@ -15,9 +15,13 @@ save/<path_base>/logp/<mode>_<algorithm>.pt. If stopped, rerun the same command 
 
 from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
+import copy
 import functools
 import math
+import multiprocessing
+import os
 import signal
+import threading
 
 import torch
 
@@ -30,7 +34,7 @@ import util
 from fast import gpu
 from fast.cuda_graph import ReplayedStep
 from main import get_adam, load_optimizer, update
-from reading import programs
+from reading import search
 from results import report
 from runs import checkpoints, kernel_check, locks
 from runs.curves import append_statistics, check_finite
@@ -38,14 +42,27 @@ from runs.saving import SaveClock, StopSignal
 from scoring import ScoreTable, check_rows, get_enumeration_bound
 from util import UserError, warn
 
-STATE_KEYS = {"settings", "network", "optimizer", "table", "iteration", "statistics", "log_p", "random_state"}
+STATE_KEYS = {
+    "settings", "network", "optimizer", "table", "programs", "num_searched", "iteration", "statistics", "log_p", "random_state",
+}  # fmt: skip
 SETTINGS = "mode algorithm num_particles num_iterations batch_size lstm_hidden_size test_batch_size".split()
 SETTINGS += ["test_num_particles", "seed"]  # what a result depends on besides the model and the images
-ALGORITHMS = [*report.TRAINED, "own"]
+ALGORITHMS = report.ALGORITHMS
 LEARNING_RATE = 1e-3
+DEFAULTS = {  # by algorithm, where they differ; the first are the paper's
+    "num_particles": (100, {"mws": 20}),
+    "num_iterations": (20000, {"mws": 500, "own": 0}),
+    "test_batch_size": (1, {"own": 10}),
+    "test_num_particles": (5000, {"own": 1000}),
+}
+# Memoised evaluation
+LEARNING_RATES = 5e-3, 1e-4  # the first and the last
+NUM_HALVES = 2
+NUM_PROPOSALS = 500  # of the model's own network, for a search to begin with
 PROPOSAL_INTERVAL = 100  # iterations between proposals of a network on a GPU that join the guaranteed bound
 MANY_MILESTONES = 15  # of a run
 MANY_LATENTS = 300_000  # to be scored in an evaluation, for compiling to pay off
+LATENTS_PER_SEARCH = 400_000  # scored by a search of effort 1
 
 # ------------------------------------------------------------------ the state of an evaluation
 
@@ -66,6 +83,11 @@ class Evaluation:
             self.network = build_network(args, checkpoint["args"], len(self.obs), num_alphabets).to(device)
         self.optimizer = get_adam(self.network.parameters(), device, LEARNING_RATE)
         self.table = ScoreTable(self.generative_model.num_arcs, device)
+        self.programs = None  # the best found so far, packed: [N, M, A], of mws
+        if args.algorithm == "mws":
+            shape = len(self.obs), args.memory_size, self.generative_model.num_arcs
+            self.programs = torch.zeros(shape, dtype=torch.int16, device=device)
+        self.num_searched = 0  # images whose programs have been sought
         self.iteration = 0
         self.statistics, self.pending = {}, []
         self.log_p = torch.empty(0, device=device)  # of the images estimated so far
@@ -80,6 +102,8 @@ class Evaluation:
             network=self.network.state_dict(),
             optimizer=self.optimizer.state_dict(),
             table=self.table.state_dict(),
+            programs=self.programs,
+            num_searched=self.num_searched,
             iteration=self.iteration,
             statistics=self.statistics,
             log_p=self.log_p,
@@ -90,12 +114,13 @@ class Evaluation:
         for name in ["network", "table"]:
             getattr(self, name).load_state_dict(state[name])
         load_optimizer(self.optimizer, state["optimizer"])
-        self.iteration, self.log_p = state["iteration"], state["log_p"]
+        for name in ["programs", "num_searched", "iteration", "log_p"]:
+            setattr(self, name, state[name])
         self.statistics = {name: values.cpu() for name, values in state["statistics"].items()}
         util.set_random_state(state["random_state"], self.device)
 
     def get_inputs(self, obs_id):
-        """For a batch of images: obs, alphabet, and the indices by which a lookup network knows them"""
+        """For images obs_id [B]: obs, alphabet, and the indices by which a lookup network knows them"""
         return dict(
             obs=self.obs[obs_id],
             alphabet=None if self.alphabet is None else self.alphabet[obs_id],
@@ -147,6 +172,8 @@ def train_step(evaluation, obs_id):
     """A step of the inference network on the images obs_id [B]; for sleep, on as many samples of the model as a batch has
     particles. Returns: the statistics to record, nats per image"""
     args, networks = evaluation.args, (evaluation.generative_model, evaluation.network)
+    if args.algorithm == "mws":
+        return memoised_step(evaluation, obs_id)
     if args.algorithm == "sleep":
         loss, statistics = losses.sleep_in_parts(*networks, get_num_dreams(args))
     else:
@@ -192,73 +219,158 @@ def estimate_step(evaluation):
 
 
 @torch.no_grad()
-def enumerate_more(evaluation, stop):
-    """Lets programs that the network need not propose join the guaranteed bound: those of the memory and, with --search,
-    those that the search finds, unless a signal arrives. Returns: whether it is done"""
-    model, network = evaluation.generative_model, evaluation.network
-    if isinstance(network, models.LookupInferenceNetwork):  # which reads no images, and whose programs have been seen already
-        network = evaluation.own_network
-    for ids in torch.arange(len(evaluation.obs), device=evaluation.device).split(programs.BATCH_SIZE):
-        obs, alphabet = evaluation.obs[ids], None if evaluation.alphabet is None else evaluation.alphabet[ids]
-        found = []
-        if evaluation.memory is not None:
-            found.append(models.unpack(evaluation.memory[ids]).transpose(0, 1))  # [M, B, A, 2]
-        if evaluation.args.search:
-            best = programs.find_programs(model, network, obs, alphabet=alphabet, is_stopped=lambda: stop.received is not None)
-            if stop.received is not None:
-                return False
-            found.append(best.latent)  # [K, B, A, 2]
-        for latent in found:
-            evaluation.table.score(ids, model, latent, obs, alphabet)
-    return True
+def enumerate_memory(evaluation):
+    """Lets the programs that the model remembers of its training images join the guaranteed bound"""
+    if evaluation.memory is not None:
+        obs_id = torch.arange(len(evaluation.obs), device=evaluation.device)
+        inputs, latent = evaluation.get_inputs(obs_id), models.unpack(evaluation.memory).transpose(0, 1)  # [M, N, A, 2]
+        evaluation.table.score(obs_id, evaluation.generative_model, latent, inputs["obs"], inputs["alphabet"])
 
 
 def run(evaluation, settings, path, stop):
     """Trains the network, then estimates log p, until done or until a signal arrives. Returns: whether it is done"""
     args, num_images, step = evaluation.args, len(evaluation.obs), get_step(evaluation)
     adds_proposals = gpu.is_gpu(evaluation.device) and args.algorithm in ("rws", "vimco")
+    num_searches = num_images if args.algorithm == "mws" else 0
+    num_estimates = num_images if args.algorithm != "mws" else 0  # which the halves of a memoised evaluation make together
     clock = SaveClock(args.save_minutes)
-    total = args.num_iterations + math.ceil(num_images / args.test_batch_size)
+    total = num_searches + args.num_iterations + math.ceil(num_estimates / args.test_batch_size)
     with util.show_progress(total=total, unit="it") as bar:
         while stop.received is None:
-            if evaluation.iteration < args.num_iterations:
+            if evaluation.num_searched < num_searches:
+                search_step(evaluation, stop)
+            elif evaluation.iteration < args.num_iterations:
                 evaluation.pending.append(step(get_obs_id(evaluation)))
                 evaluation.iteration += 1
                 if adds_proposals and evaluation.iteration % PROPOSAL_INTERVAL == 0:
                     add_proposals(evaluation)
-            elif len(evaluation.log_p) < num_images:
+            elif len(evaluation.log_p) < num_estimates:
                 estimate_step(evaluation)
             else:
-                if args.search:  # which takes minutes, and begins anew if it is stopped
-                    util.save_checkpoint(path, evaluation.get_checkpoint(settings))
-                return True
-            done = evaluation.iteration + math.ceil(len(evaluation.log_p) / args.test_batch_size)
+                break
+            done = evaluation.num_searched + evaluation.iteration + math.ceil(len(evaluation.log_p) / args.test_batch_size)
             if done % args.save_interval == 0 or clock.is_due():
                 util.save_checkpoint(path, evaluation.get_checkpoint(settings))
                 clock.restart()
             show(evaluation, bar, done)
     util.save_checkpoint(path, evaluation.get_checkpoint(settings))
-    return False
+    return stop.received is None
 
 
 def show(evaluation, bar, done):
     bar.update(done - bar.n)
+    if evaluation.iteration == 0 and evaluation.num_searched:
+        bar.set_description("searching", refresh=False)
     if done % 10 == 0 and evaluation.pending:
         bar.set_description("training" if len(evaluation.log_p) == 0 else "estimating", refresh=False)
         loss = evaluation.pending[-1]["phi_loss"].item()
         bar.set_postfix({"phi_loss": f"{loss:.4g}", "latents scored": evaluation.table.num_scored}, refresh=False)
 
 
+# ------------------------------------------------------------------ memoised evaluation
+
+# A search finds the best programs of each image. They are the memory of MWS, with which a lookup network is trained while the
+# model stays fixed; like MWS's, it also proposes programs that may enter the memory. All of it is done twice, by two halves
+# that share no random number: what one has found and the other has not tells how much both may have missed.
+
+
+@torch.no_grad()
+def search_step(evaluation, stop):
+    """Finds programs of the next image. After a signal, it is as if the step had not begun"""
+    state, args, model = util.get_random_state(evaluation.device), evaluation.args, evaluation.generative_model
+    obs_id = torch.tensor([evaluation.num_searched], device=evaluation.device)
+    inputs = evaluation.get_inputs(obs_id)
+    obs, alphabet = inputs["obs"], inputs["alphabet"]
+    proposals = [evaluation.own_network.sample(obs, NUM_PROPOSALS, alphabet).squeeze(1)]  # [P, A, 2]
+    if evaluation.memory is not None:
+        proposals.append(models.unpack(evaluation.memory[obs_id]).squeeze(0))
+    effort, proposals = search.Effort().scale(args.effort), torch.cat(proposals)
+    given = None if alphabet is None else alphabet[0]
+    latent, _ = search.find(model, obs[0], given, proposals, args.memory_size, effort, lambda: stop.received is not None)
+    if stop.received is not None:
+        util.set_random_state(state, evaluation.device)
+        return
+    evaluation.table.score(obs_id, model, latent.unsqueeze(1), obs, alphabet)
+    rank = torch.arange(args.memory_size, device=evaluation.device).clamp(max=len(latent) - 1)  # repeats fill a small space
+    evaluation.programs[obs_id] = models.pack(latent[rank], evaluation.programs.dtype)
+    evaluation.num_searched += 1
+
+
+def memoised_step(evaluation, obs_id):
+    """A step of the network on programs drawn from the memory of images obs_id [B] in proportion to p(z, x), after the memory
+    has taken in what the network proposes. Returns: the statistics to record, nats per image"""
+    args, model, inputs = evaluation.args, evaluation.generative_model, evaluation.get_inputs(obs_id)
+    obs, alphabet = inputs["obs"], inputs["alphabet"]
+    proposal = evaluation.network.sample(obs_id, args.num_particles, alphabet)  # [P, B, A, 2]
+    scorer = functools.partial(evaluation.table.score, obs_id)
+    memory = model, evaluation.programs, obs, obs_id, proposal, alphabet, scorer
+    latent, log_joint, _ = losses.update_memory(*memory)  # [M, B, A, 2], [M, B]
+    drawn = log_joint.t().softmax(1).multinomial(args.num_particles, replacement=True).t()  # [P, B]
+    latent = latent[drawn, torch.arange(len(obs_id), device=evaluation.device)]  # [P, B, A, 2]
+    loss = -evaluation.network.log_prob(latent, obs_id, alphabet).mean()
+    first, last = LEARNING_RATES
+    for group in evaluation.optimizer.param_groups:
+        group["lr"] = first * (last / first) ** (evaluation.iteration / args.num_iterations)
+    update(evaluation.optimizer, loss)
+    return {"phi_loss": loss.detach()}
+
+
+@torch.no_grad()
+def estimate_together(halves):
+    """Importance sampling with the networks of all halves: by each of them on its own samples, and by their mixture on all.
+
+    Returns: log p by the mixture [N], by each half [2, N]; the scores of the samples join the first half's table
+    """
+    model, args, log_p, by_half = halves[0].generative_model, halves[0].args, [], []
+    for obs_id in util.show_progress(torch.arange(len(halves[0].obs), device=halves[0].device), desc="estimating", unit="image"):
+        inputs = halves[0].get_inputs(obs_id.unsqueeze(0))
+        given = inputs["obs_id"], inputs["alphabet"]
+        latent = [half.network.sample(given[0], args.test_num_particles, given[1]) for half in halves]  # each [P, 1, A, 2]
+        log_q = torch.stack([half.network.log_prob(torch.cat(latent), *given) for half in halves])  # [2, 2P, 1]
+        log_joint = halves[0].table.score(given[0], model, torch.cat(latent), inputs["obs"], given[1])  # [2P, 1]
+        own = (log_joint - log_q).unflatten(1, (len(halves), -1))  # [2, 2, P, 1]
+        by_half.append(torch.stack([scoring.log_mean_weight(own[i, i]) for i in range(len(halves))]))
+        log_p.append(scoring.log_mean_weight(log_joint - scoring.log_mean_weight(log_q)))
+    return torch.cat(log_p), torch.cat(by_half, 1)
+
+
+def get_half(args, half):
+    """The arguments of one half of a memoised evaluation: with a seed of its own"""
+    args = copy.copy(args)
+    args.half, args.seed = half, NUM_HALVES * args.seed + half
+    return args
+
+
+def run_in_background(args, half, num_threads):
+    """Runs a half in a process of its own, which ends with this one. Returns: the process"""
+    process = multiprocessing.get_context("spawn").Process(target=_run_half, args=(args, half, num_threads))
+    process.start()
+    return process
+
+
+def _run_half(args, half, num_threads):
+    def follow():
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+    torch.set_num_threads(num_threads)
+    util.run_script(lambda: evaluate(args, half))
+
+
 # ------------------------------------------------------------------ an evaluation
 
 
-def evaluate(args):
-    """Evaluates a checkpoint. Returns: the exit status"""
+def evaluate(args, half=None):
+    """Evaluates a checkpoint, or only one half of that. Returns: the exit status"""
     checkpoint_path = checkpoints.find(args.checkpoint_path)
     checkpoint = checkpoints.load(checkpoint_path, util.get_device(args.cuda))
     name = checkpoints.get_run_name(checkpoint_path, checkpoint["args"])
     path = util.SAVE / name / "logp" / f"{args.mode}_{args.algorithm}.pt"
     with StopSignal() as stop:
+        if half is not None:
+            images, memory, kind = load_images(args, checkpoint)
+            return 0 if run_one(get_half(args, half), checkpoint, images, memory, kind, path, stop) else 128 + stop.received
         status = evaluate_checkpoint(args, checkpoint, name, path, stop)
     if status == 0:
         print("next, for a table: python eval_logp.py --report")
@@ -292,32 +404,63 @@ def evaluate_every_checkpoint(args):
 
 def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load):
     """Runs one evaluation, from where it was stopped, and writes its result. Returns: the exit status"""
-    device = util.get_device(args.cuda)
     images, memory, kind = load_images(args, checkpoint, load_data)
     settings = get_settings(args, checkpoint, images, kind)
-    state_path = path.parent / "checkpoints" / path.name
-    what = f"{name} is being evaluated by {args.algorithm}"
-    with locks.lock(path.parent / f".{path.stem}.lock", what, stop):
+    with locks.lock(path.parent / f".{path.stem}.lock", f"{name} is being evaluated by {args.algorithm}", stop):
         keep_older(path, settings, util.SAVE / name / "logp")
         if not args.force and is_complete(path, settings):
             print(f"{path} is complete: {report.describe(path)}; --force repeats it")
             return 0
+        what = checkpoint, images, memory, kind, path, stop
+        parts = run_halves(args, *what) if args.algorithm == "mws" else [run_one(args, *what)]
+        if None in parts:
+            print(f"stopped by {signal.Signals(stop.received).name}, saved; rerun the same command to resume")
+            return 128 + stop.received
+        util.save_checkpoint(path, get_result(parts, settings, name, checkpoint))
+        for part in parts:
+            get_state_path(path, part.args).unlink(missing_ok=True)
+    print(f"{report.describe(path)}: {path}")
+    return 0
+
+
+def run_one(args, checkpoint, images, memory, kind, path, stop):
+    """Runs an evaluation, or a half of one, from where it was stopped. Args: images, memory, kind: of load_images; path: of the
+    result. Returns: the Evaluation, or None if a signal stopped it"""
+    device, settings, state_path = util.get_device(args.cuda), get_settings(args, checkpoint, images, kind), get_state_path(path, args)
+    with locks.lock(state_path.with_name(f".{state_path.stem}.lock"), f"{path} is being evaluated", stop):
         evaluation = Evaluation(args, checkpoint, images, checkpoint["num_alphabets"], device, memory)
         if state_path.exists() and load_state(state_path, evaluation, settings, checkpoint, args.force):
-            print(f"resuming at iteration {evaluation.iteration} of the evaluation of {name}")
+            print(f"resuming at iteration {evaluation.iteration} of {state_path}")
         rendering.set_compile(args.compile, device)
         build = functools.partial(build_models, args, checkpoint, len(evaluation.obs), device)
         kernel_check.check(build, device, args.num_particles, min(args.batch_size, len(evaluation.obs)))
-        if not run(evaluation, settings, state_path, stop) or not enumerate_more(evaluation, stop):
-            print(
-                f"stopped by {signal.Signals(stop.received).name} at iteration {evaluation.iteration},"
-                f" saved {state_path}; rerun the same command to resume"
-            )
-            return 128 + stop.received
-        util.save_checkpoint(path, get_result(evaluation, settings, name, checkpoint))
-        state_path.unlink(missing_ok=True)
-    print(f"{report.describe(path)}: {path}")
-    return 0
+        if not run(evaluation, settings, state_path, stop):
+            return None
+        enumerate_memory(evaluation)
+    return evaluation
+
+
+def run_halves(args, *what):
+    """Runs the halves of a memoised evaluation, side by side on a CPU with two cores or more; the others as for `run_one`.
+    Returns: the Evaluations, with None for one that a signal stopped"""
+    threads, stop = torch.get_num_threads(), what[-1]
+    process = run_in_background(args, NUM_HALVES, threads // 2) if threads > 1 and not args.cuda else None
+    torch.set_num_threads(threads if process is None else threads - threads // 2)
+    halves = [run_one(get_half(args, 1), *what)]
+    while process is not None and process.is_alive():
+        process.join(0.2)
+        if stop.received is not None:
+            process.terminate()
+            process.join()
+    torch.set_num_threads(threads)
+    if stop.received is None:  # the second half is complete, or the process has failed and this one continues
+        halves.append(run_one(get_half(args, NUM_HALVES), *what))
+    return [*halves, None][:NUM_HALVES]
+
+
+def get_state_path(path, args):
+    """Where an evaluation that is not complete is saved. Args: path: of the result"""
+    return path.parent / "checkpoints" / (path.name if args.half is None else f"{path.stem}-{args.half}.pt")
 
 
 def load_images(args, checkpoint, load_data=data.load):
@@ -346,7 +489,8 @@ def load_images(args, checkpoint, load_data=data.load):
 def get_choices(args):
     """What a result depends on besides the model and the images, as plain values"""
     choices = {name: getattr(args, name) for name in SETTINGS}
-    choices |= {"search": True} if args.search else {}
+    if args.algorithm == "mws":
+        choices |= {name: getattr(args, name) for name in ("memory_size", "effort", "half")}
     return choices | ({"num_dreams": get_num_dreams(args)} if args.algorithm == "sleep" else {})
 
 
@@ -444,26 +588,38 @@ def check_state(state, evaluation, settings):
         raise UserError(f"the evaluation's checkpoint is invalid: {reason}") from None
 
 
-def get_result(evaluation, settings, name, checkpoint):
-    """The result that results/report.py reads, see checkpoints.RESULT_KEYS"""
-    log_p, state = evaluation.log_p.double().cpu(), evaluation.get_checkpoint(settings)
-    rows = evaluation.table.settle()
+def get_result(parts, settings, name, checkpoint):
+    """The result that results/report.py reads, see checkpoints.RESULT_KEYS. Args: parts: an Evaluation, or its halves"""
+    of_halves, evaluation = {}, parts[0]
+    if len(parts) > 1:
+        of_halves["bound_by_half"] = torch.stack([get_bound(part) for part in parts])
+        evaluation.log_p, log_p_by_half = estimate_together(parts)
+        of_halves["log_p_by_half"] = log_p_by_half.double().cpu()
+        of_halves["search_error"] = of_halves["bound_by_half"].mean(1).diff().abs().item()
+    log_p = evaluation.log_p.double().cpu()
+    rows = scoring.keep_best(scoring.merge([part.table.settle() for part in parts]))
     bound = get_enumeration_bound(rows, len(log_p)).cpu()  # [N]
     return dict(
         settings=settings,
         args=vars(evaluation.args),
+        **of_halves,
         log_p=log_p.mean().item(),
         log_p_by_image=log_p,
         standard_error=log_p.std().item() / math.sqrt(len(log_p)) if len(log_p) > 1 else math.nan,
         enumeration_bound=bound.mean().item(),
         enumeration_bound_by_image=bound,
         latents=dict(obs_id=rows.obs_id.int().cpu(), codes=rows.codes.cpu(), log_joint=rows.log_joint.cpu()),
-        num_scored=evaluation.table.num_scored,
-        statistics=state["statistics"],
+        num_scored=sum(part.table.num_scored for part in parts),
+        statistics=evaluation.statistics,
         run=name,
         model_settings=checkpoint["settings"],
         model_iteration=checkpoint["iteration"],
     )
+
+
+def get_bound(evaluation):
+    """The guaranteed bound by the programs that an evaluation has seen: [N]"""
+    return get_enumeration_bound(evaluation.table.settle(), len(evaluation.obs)).cpu()
 
 
 # ------------------------------------------------------------------ script
@@ -484,22 +640,26 @@ def get_parser():
     add("--all", "also list the paper's models that have not been evaluated", action="store_true")
     parser.start_group("evaluation")
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one")
-    algorithm = "algorithm that trains a new inference network, or own: the model's own network, not trained any further"
+    algorithm = "memoised evaluation (mws), the paper's with a new inference network, or the model's own network (own)"
     add("--algorithm", algorithm, choices=ALGORITHMS, default="sleep")
     mode = "which images: test, the data's own test part, or train, the model's training images (default: test; report: both)"
     add("--mode", mode, choices=["test", "train"], default=None)
     add("--images", "the first --num-data images, or evenly spread ones", choices=["first", "spread"], default="first")
     add("--every-checkpoint", "evaluate each of a run's milestones; writes a CSV and a figure (own)", action="store_true")
-    add("--search", "let programs found by search join the guaranteed bound", action="store_true")
     add("--data-location", "as for main.py (default: where the model was trained)", default=None)
     add("--num-data", "number of images", type=positive, default=50)
-    add("--num-particles", "particles per image in training", type=positive, default=100)
-    add("--num-iterations", "iterations of training", type=util.in_range(int, 0), default=20000)
+    particles = "particles per image in training; mws: proposals, and programs drawn from the memory"
+    add("--num-particles", particles + describe_default("num_particles"), type=positive)
+    iterations = "iterations of training" + describe_default("num_iterations")
+    add("--num-iterations", iterations, type=util.in_range(int, 0))
     add("--batch-size", "images per step of training", type=positive, default=50)
     add("--lstm-hidden-size", "hidden units of the new network's LSTM", type=positive, default=128)
-    add("--test-batch-size", "images per step of the estimate (default: 1, own: 10)", type=positive, default=None)
-    particles = "particles per image in the estimate (default: 5000, own: 1000)"
-    add("--test-num-particles", particles, type=positive, default=None)
+    add("--test-batch-size", "images per step of the estimate" + describe_default("test_batch_size"), type=positive)
+    particles = "particles per image in the estimate; mws: of each half" + describe_default("test_num_particles")
+    add("--test-num-particles", particles, type=positive)
+    add("--memory-size", "mws: programs remembered of each image", type=positive, default=200)
+    effort = "mws: how long to search, in units of 15 seconds on one core per image and half"
+    add("--effort", effort, type=util.in_range(float, 0.01, 1000), default=1.0)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--force", "repeat an evaluation that is complete, or replace one with other settings", action="store_true")
     parser.start_group("running")
@@ -511,7 +671,13 @@ def get_parser():
         "compile the renderer and the likelihood (default: if many latents are scored)",
         action=argparse.BooleanOptionalAction,
     )
+    parser.set_defaults(half=None)
     return parser
+
+
+def describe_default(name):
+    default, others = DEFAULTS[name]
+    return f" (default: {default}" + "".join(f", {algorithm}: {value}" for algorithm, value in others.items()) + ")"
 
 
 def parse_args(argv=None):
@@ -521,21 +687,20 @@ def parse_args(argv=None):
         raise UserError("give --checkpoint-path, the model to evaluate, or --report")
     if args.mode is None and not args.report:
         args.mode = "test"
-    own = args.algorithm == "own"
-    if args.every_checkpoint and not own:
-        raise UserError("--every-checkpoint is for --algorithm own; the others would take hours per checkpoint")
-    if own:
+    if args.every_checkpoint and args.algorithm != "own":
+        raise UserError("--every-checkpoint is for --algorithm own; the others would take hours")
+    for name, (default, others) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, others.get(args.algorithm, default))
+    if args.algorithm == "own":
         args.num_iterations = 0
-    if args.test_batch_size is None:
-        args.test_batch_size = 10 if own else 1
-    if args.test_num_particles is None:
-        args.test_num_particles = 1000 if own else 5000
     if args.algorithm == "vimco" and args.num_particles < 2:
         raise UserError("--algorithm vimco needs --num-particles of at least 2")
     if args.compile is None:
         trained = args.num_iterations * min(args.batch_size, args.num_data) * args.num_particles
         estimated = args.num_data * args.test_num_particles * (MANY_MILESTONES if args.every_checkpoint else 1)
-        args.compile = trained + estimated >= MANY_LATENTS
+        searched = args.num_data * args.effort * LATENTS_PER_SEARCH if args.algorithm == "mws" else 0
+        args.compile = trained + estimated + searched >= MANY_LATENTS
     return args
 
 

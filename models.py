@@ -110,6 +110,19 @@ class Decoder(nn.Module):
             x = context_input + look_up(table, pack(latent[:, arc_id]))
         return latent
 
+    @torch.no_grad()
+    def get_next_log_probs(self, beginning, context):
+        """The distribution of the stroke that follows the first k (k < A): beginning [N, k, 2], context [N, H] ->
+        log-probabilities of its primitive [N, K] and of the pen being up or down [N, 2]"""
+        table, x = self._get_inputs(context)
+        state, context_input = self._step(x, None), x
+        for code in pack(beginning).unbind(1):
+            state = self._step(context_input + look_up(table, code), state)
+        id_log_prob, on_log_prob = self._get_log_probs(state[0])
+        if beginning.shape[1] == 0:  # the first stroke leaves no ink
+            on_log_prob = torch.tensor([0.0, -math.inf]).to(on_log_prob).expand_as(on_log_prob)
+        return id_log_prob, on_log_prob
+
     def log_prob(self, latent, context):
         """latent [P, B, A, 2], context [B, H] -> [P, B]"""
         table, context_input = self._get_inputs(context)
@@ -208,6 +221,11 @@ class AffineMixture:
         """logits, obs [N, R, C] -> [N], nats"""
         return rendering.affine_log_prob(logits, obs, self.maps)
 
+    def restrict(self, map_id):
+        """The part of the mixture that some maps have: map_id [t] -> a likelihood whose log_prob is a lower bound of this one's
+        in a fraction t / T of the time"""
+        return PartOfMixture(self.maps[map_id], len(self.maps))
+
     def map_log_posterior(self, logits, obs):
         """log p(map | x, z): logits, obs [N, R, C] -> [N, T], nats"""
         return rendering.affine_log_prob_by_map(logits, obs, self.maps).log_softmax(1)
@@ -216,6 +234,20 @@ class AffineMixture:
         """logits [N, R, C] -> obs [N, R, C]"""
         map_id = torch.randint(len(self.maps), (len(logits),), device=logits.device)
         return _sample_pixels(rendering.apply_maps(logits.sigmoid(), self.maps[map_id]))
+
+
+class PartOfMixture(AffineMixture):
+    """Some of the terms of a mixture over T maps
+
+    Args: theta_affine [t, 2, 3]; num_maps (T)
+    """
+
+    def __init__(self, theta_affine, num_maps):
+        super().__init__(theta_affine)
+        self.log_share = math.log(len(theta_affine) / num_maps)
+
+    def log_prob(self, logits, obs):
+        return super().log_prob(logits, obs) + self.log_share
 
 
 def _sample_pixels(probs):
@@ -325,6 +357,18 @@ class GenerativeModel(nn.Module):
         )  # [N, R, C]
         return logits.view(*latent.shape[:-2], num_rows, num_cols)
 
+    @torch.no_grad()
+    def get_next_logits(self, beginning):
+        """Logits of the drawings in which each primitive, pen down, continues some beginnings: [N, k, 2], 0 < k < A ->
+        [N, K, R, C]"""
+        primitives = self.get_primitives()  # [K, 5]
+        end = 0.5 + look_up(primitives, beginning[..., 0])[..., :2].sum(1)  # [N, 2]
+        shape = len(beginning), len(primitives), -1
+        more = torch.cat([end.unsqueeze(1).expand(shape), primitives.expand(shape)], 2)  # [N, K, 7]
+        return rendering.get_logits_with_one_more(
+            self.get_arcs(beginning), beginning[..., 1], more, self.get_rendering_params(), self.num_rows, self.num_cols
+        )
+
     def log_prior(self, latent, alphabet=None):
         """log p(z): latent [P, B, A, 2], alphabet [B, L] one-hot -> [P, B]"""
         return self.prior.log_prob(latent, self._get_context(latent.shape[1], alphabet))
@@ -362,6 +406,11 @@ class GenerativeModel(nn.Module):
         if alphabet is None and self.num_alphabets:
             alphabet = self.sample_alphabet(num_samples)
         return self.prior.sample(1, self._get_context(num_samples, alphabet))[0]
+
+    def get_next_log_probs(self, beginning, alphabet=None):
+        """The prior of the stroke that follows the first k: beginning [N, k, 2], k < A; alphabet [N, L] one-hot ->
+        log-probabilities of its primitive [N, K], and of the pen being up or down [N, 2]"""
+        return self.prior.get_next_log_probs(beginning, self._get_context(len(beginning), alphabet))
 
     def resample(self, latent, chosen, temperature, alphabet=None):
         """Resamples the primitives of chosen strokes from the prior at a temperature: latent [N, A, 2], chosen [N, A]

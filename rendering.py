@@ -18,6 +18,7 @@ from util import warn
 
 BLOCK = 16  # images scored side by side: as many floats as fit a register
 MAPS_AT_ONCE = 40
+MOST_UNROLLED = 32  # arcs in a loop that the compiler unrolls
 MOST_SAMPLED = 2**15  # images seen through maps at a time: cuDNN takes at most 65 535
 
 # ------------------------------------------------------------------ how kernels are called
@@ -150,6 +151,22 @@ def _draw(constants, on, x, y, rendering_params):
     return _get_ink_logits(exponent, exponent != -math.inf, rendering_params), arc_id
 
 
+def _draw_ink(constants, on, x, y, rendering_params):
+    """As _draw, for callers who need no gradients, and so not to know the arcs: [B, R * C], to the same bits in less time"""
+    arcs = zip(constants.unbind(1), on.unbind(1), strict=True)  # unrolled, so that no pixel is written more than once
+    exponents = [get_exponent(x, y, c.unsqueeze(-1).unbind(1)).masked_fill(~o.unsqueeze(-1), -math.inf) for c, o in arcs]
+    strongest = functools.reduce(torch.maximum, exponents)  # [B, R * C]
+    return _get_ink_logits(strongest, strongest != -math.inf, rendering_params)
+
+
+def _draw_one_more(constants, strongest, x, y, rendering_params):
+    """Logits of drawings with each of K more arcs: constants [B, K, 10]; strongest [B, R * C], the exponents of what has been
+    drawn -> [B, K, R * C]"""
+    exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, K, R * C]
+    exponent = torch.maximum(exponent, strongest.unsqueeze(1))
+    return _get_ink_logits(exponent, exponent != -math.inf, rendering_params)
+
+
 def _get_ink_logits(exponent, on, rendering_params):
     scale, bias = rendering_params
     ink = torch.where(on, scale * exponent.clamp(max=0).exp() + bias, -math.inf)
@@ -177,6 +194,9 @@ class _DrawArcs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, constants, on, x, y, rendering_params):
         size = _get_chunk_size(constants.device)
+        needs_gradients = ctx.needs_input_grad[0] or ctx.needs_input_grad[4]
+        if not needs_gradients and constants.shape[1] <= MOST_UNROLLED:
+            return _run_in_chunks(_draw_ink, (constants, on), (x, y, rendering_params), size)
         logits, arc_id = _run_in_chunks(_draw, (constants, on), (x, y, rendering_params), size)  # [B, R * C]
         ctx.save_for_backward(constants, on, x, y, rendering_params, arc_id)
         return logits
@@ -224,6 +244,25 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     constants = get_arc_constants(arcs)  # [B, A, 10]
     logits = _DrawArcs.apply(constants, on_offs != 0, x, y, rendering_params)  # [B, R * C]
     return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
+
+
+@torch.no_grad()
+def get_logits_with_one_more(arcs, on_offs, more, rendering_params, num_rows, num_cols):
+    """As `get_logits`, without gradients, of drawings to which each of K arcs is added, all in the time of drawing that arc.
+
+    Args: arcs [B, A, 7], on_offs [B, A]: what has been drawn (A may be 0); more [B, K, 7]
+    Returns: logits [B, K, R, C]
+    """
+    if compiled and len(more) == 1:
+        arguments = (torch.cat([x, x]) for x in (arcs, on_offs, more))
+        return get_logits_with_one_more(*arguments, rendering_params, num_rows, num_cols)[:1]
+    x, y = get_pixel_centres(num_rows, num_cols, more)
+    exponent = get_exponent(x, y, get_arc_constants(arcs).unsqueeze(-1).unbind(-2))  # [B, A, R * C]
+    exponent = exponent.masked_fill((on_offs == 0).unsqueeze(-1), -math.inf)
+    strongest = F.pad(exponent, (0, 0, 0, 1), value=-math.inf).amax(1)  # [B, R * C]
+    batched, size = (get_arc_constants(more), strongest), max(_get_chunk_size(more.device) // more.shape[1], 2)
+    logits = _run_in_chunks(_draw_one_more, batched, (x, y, rendering_params), size)  # [B, K, R * C]
+    return logits.unflatten(-1, (num_rows, num_cols))
 
 
 # ------------------------------------------------------------------ affine maps
@@ -445,10 +484,13 @@ def _try_kernels():
     affine_log_prob(logits, torch.zeros_like(logits), maps).sum().backward()
 
 
+FULLY_FUSED = [_draw, _draw_ink, _draw_one_more, _log_prob_by_map, _differentiate_by_map]
+
+
 @functools.cache  # turned off and on again, nothing is compiled again
 def _compile_for_cpu():
     """The compiled form of each kernel"""
     # Force full fusion: inductor otherwise materialises whatever is read more than a few times.
     options = dict.fromkeys(["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000)
-    forms = {kernel: torch.compile(kernel, options=options) for kernel in [_draw, _log_prob_by_map, _differentiate_by_map]}
+    forms = {kernel: torch.compile(kernel, options=options) for kernel in FULLY_FUSED}
     return {**forms, _differentiate_draw: torch.compile(_differentiate_draw)}  # fully fused, it would take minutes to compile

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import images
 import rendering
@@ -73,39 +74,30 @@ def infer(generative_model, inference_network, obs, alphabet, num_particles):
 
 def find_programs(
     generative_model, inference_network, obs, num_particles=1000, num_best=200, num_rounds=400, num_mutants=200, alphabet=None,
-    is_stopped=lambda: False,
+    width=0, is_stopped=lambda: False,
 ):  # fmt: skip
     """Finds the best programs of images [N, R, C]: the network's proposals, improved by search. A conditional model
     that is given no alphabet [N, L] tries them all and keeps that of the best proposal.
 
-    Args: is_stopped: asked before each round whether to end the search early, with the best programs so far
+    Args: num_rounds: of an evolutionary search's mutation; width: of beams, with which a search begins (0: without)
+        is_stopped: asked now and then whether to end the search early, with the best programs so far
     Returns: Programs
     """
     num_scored = len(obs) * (num_particles + num_rounds * num_mutants)
     if num_scored >= COMPILING_PAYS and not gpu.is_gpu(obs.device):  # a GPU's kernels are on, or off for a reason
         rendering.set_compile(True)
-    networks, parts = (generative_model, inference_network), []
-    num_batches = math.ceil(len(obs) / BATCH_SIZE)
-    with show_progress(total=num_batches * max(num_rounds, 1), desc="searching", unit="round") as bar:
-        for ids in torch.arange(len(obs)).split(BATCH_SIZE):
-            given = None if alphabet is None else alphabet[ids]
-            if given is None and generative_model.num_alphabets:
-                given = guess_alphabets(*networks, obs[ids], num_particles)
-            latent, _ = infer(*networks, obs[ids], given, num_particles)
-
-            def count(rounds):
-                for round_id in rounds:
-                    if is_stopped():
-                        return
-                    yield round_id
-                    bar.update()
-
-            best = search.improve(
-                generative_model, latent, obs[ids], given, num_best, num_rounds, num_mutants, show_progress=count
-            )
-            parts.append((*best, None if given is None else given.argmax(1)))
-    latent, log_joint, alphabet_id = zip(*parts, strict=True)
-    return Programs(torch.cat(latent, 1), torch.cat(log_joint, 1), None if alphabet_id[0] is None else torch.cat(alphabet_id))
+    if alphabet is None and generative_model.num_alphabets:
+        alphabet = guess_alphabets(generative_model, inference_network, obs, num_particles)
+    effort, found = search.Effort(width, population=num_best, num_mutants=num_mutants, num_hot_rounds=num_rounds), []
+    for i in show_progress(range(len(obs)), desc="searching", unit="image"):
+        given = None if alphabet is None else alphabet[i : i + 1]
+        latent, _ = infer(generative_model, inference_network, obs[i : i + 1], given, num_particles)  # [P, 1, A, 2]
+        given = None if given is None else given[0]
+        found.append(search.find(generative_model, obs[i], given, latent.squeeze(1), num_best, effort, is_stopped))
+    most = max(len(log_joint) for _, log_joint in found)
+    log_joint = torch.stack([F.pad(x, (0, most - len(x)), value=-math.inf) for _, x in found], 1)  # [K, N]
+    latent = torch.stack([x[torch.arange(most).clamp(max=len(x) - 1)] for x, _ in found], 1)  # [K, N, A, 2]
+    return Programs(latent, log_joint, None if alphabet is None else alphabet.argmax(1))
 
 
 def find_different_programs(

@@ -1,100 +1,255 @@
-"""Search for programs: improves an inference network's proposals by mutation.
+"""Search for the programs of an image: grown stroke by stroke along its ink, then improved by mutation.
 
-A network that has memorised its training images proposes poor programs for other images, but good
-starting points. From these, an evolutionary search climbs log p(z, x): each round changes a stroke
-or two in programs of a population, scores all mutants at once, and resamples the population from
-old and new programs by their scores, at a temperature that falls to zero (simulated annealing; at
-temperature 0 the best are kept). It returns the best programs seen.
+Posteriors over programs have many modes, tens of nats apart: the same ink can be traced in other orders, with other
+primitives, through another affine map. `find` therefore begins with programs from a beam search under each of several groups
+of maps, each of whose steps scores every primitive as the next stroke; an evolutionary search mutates and crosses them, as a
+temperature falls; their beginnings are continued by beam search once more; and a second evolutionary search polishes the
+result. Most scores along the way are of a few maps alone, which is a lower bound in a fraction of the time.
 
-    latent, log_joint = search.improve(generative_model, latent, obs)
+    latent, log_joint = search.find(generative_model, obs)
 """
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import scoring
 from models import pack, unpack
 
-TEMPERATURE = 8.0  # nats, initially
+
+class Effort(NamedTuple):
+    """How long a search goes on. The default takes 15 seconds an image on one core."""
+
+    width: int = 100  # of a beam
+    num_groups: int = 10  # of maps, each with a beam of its own
+    population: int = 400
+    num_mutants: int = 800  # in a round
+    num_hot_rounds: int = 120  # of the first evolutionary search
+    num_cold_rounds: int = 80  # of the second
+
+    def scale(self, factor):
+        """Makes the beams wider and the evolutionary searches longer by a factor"""
+        names = "width", "num_hot_rounds", "num_cold_rounds"
+        return self._replace(**{name: math.ceil(factor * getattr(self, name)) for name in names})
+
+
+MAPS_PER_GROUP = 4  # seen by a beam search
+BEAM_TEMPERATURE = 2.0  # nats
+UP_SHARE = 0.25  # of a beam's programs that lift the pen, which is worth its price only one stroke later
+HOT, COLD = 12.0, 3.0  # nats: temperatures at which evolutionary searches begin
+NUM_MAPS = 8  # seen by an evolutionary search
+ROUNDS_PER_CHECK = 20  # after which the maps are chosen anew, and the population is scored under all of them
 
 
 @torch.no_grad()
-def improve(
-    generative_model, latent, obs, alphabet=None, num_best=10, num_rounds=100, num_mutants=200,
-    temperature=TEMPERATURE, show_progress=iter,
-):  # fmt: skip
-    """Searches for the most probable programs of each image.
+def find(generative_model, obs, alphabet=None, proposals=None, num_best=200, effort=None, is_stopped=lambda: False):
+    """Searches for the most probable programs of an image.
 
     Args:
-        latent [P, B, A, 2]: programs to start from; obs [B, R, C]; alphabet [B, L] one-hot or None
-        num_best (K): programs to return for each image, and the size of the population
-        num_rounds, num_mutants: mutants of each image in a round
-        temperature: of the first round's selection, in nats; it falls to 0 linearly
-        show_progress: wraps the iterable of rounds, as util.show_progress does
-    Returns: latent [K, B, A, 2], distinct programs, best first; log_joint [K, B], their log p(z, x) in nats, -inf
-        where there are fewer than K programs
+        obs [R, C]; alphabet [L] one-hot or None
+        proposals [P, A, 2]: programs to begin with, beside those of the beam search, or None
+        effort: Effort; is_stopped: asked every now and then whether to end early, with the best programs so far
+    Returns: latent [K, A, 2], at most num_best distinct programs, best first; log_joint [K], their log p(z, x) in nats
     """
-    offset = generative_model.get_primitives()[:, :2]  # [N, 2]
-    log_joint = scoring.score(generative_model, latent, obs, alphabet).t()  # [B, P]
-    population, log_joint = select(pack(latent).transpose(0, 1), log_joint, num_best)  # [B, K, A], [B, K]
-    best, best_log_joint = population, log_joint
-    for round_id in show_progress(range(num_rounds)):
-        mutants = mutate(population, log_joint, offset, num_mutants)  # [B, M, A]
-        scores = scoring.score(generative_model, unpack(mutants).transpose(0, 1), obs, alphabet).t()  # [B, M]
-        codes, scores = torch.cat([population, mutants], 1), torch.cat([log_joint, scores], 1)
-        best, best_log_joint = select(torch.cat([best, codes], 1), torch.cat([best_log_joint, scores], 1), num_best)
+    effort, image = effort or Effort(), Image(generative_model, obs, alphabet)
+    codes = [] if proposals is None else [pack(proposals)]
+    empty = torch.empty(1, 0, dtype=torch.long, device=obs.device)
+    for map_id in image.get_groups_of_maps(effort.num_groups):
+        if not is_stopped() and effort.width > 0:
+            codes.append(grow(image, empty, map_id, effort.width))
+    codes = anneal(image, torch.cat(codes), effort, effort.num_hot_rounds, HOT, num_best, is_stopped)
+    if effort.width > 0 and not is_stopped():
+        codes = anneal(image, regrow(image, codes, effort.width), effort, effort.num_cold_rounds, COLD, num_best, is_stopped)
+    codes, log_joint = select(codes, image.score(codes), num_best)
+    return unpack(codes), log_joint
+
+
+# ------------------------------------------------------------------ the image
+
+
+class Image:
+    """What programs are sought for, and what they are scored by, in nats
+
+    Args: obs [R, C]; alphabet [L] one-hot or None
+    """
+
+    def __init__(self, generative_model, obs, alphabet=None):
+        self.model, self.obs = generative_model, obs
+        self.alphabet = None if alphabet is None else alphabet.unsqueeze(0)  # [1, L]
+        self.library = get_library(generative_model.get_primitives())
+
+    def get_groups_of_maps(self, num_groups):
+        """Disjoint random groups of maps: a list of [t], or of None if the likelihood has no maps"""
+        maps = self.model.likelihood.maps
+        if maps is None:
+            return [None]
+        return list(torch.randperm(len(maps), device=self.obs.device).split(MAPS_PER_GROUP)[:num_groups])
+
+    def get_likelihood(self, map_id):
+        """The model's or, given some of its maps [t], a lower bound of it"""
+        return self.model.likelihood if map_id is None else self.model.likelihood.restrict(map_id)
+
+    def score(self, codes, map_id=None):
+        """log p(z, x), or given some maps [t] a lower bound: codes [N, A] -> [N]"""
+        scores, likelihood = [], self.get_likelihood(map_id)
+        for latent in unpack(codes).split(scoring.ROWS_AT_ONCE):
+            log_prior = self.model.log_prior(latent.unsqueeze(1), self.alphabet).squeeze(1)
+            scores.append(log_prior + self._log_likelihood(likelihood, self.model.get_logits(latent)))
+        return torch.cat(scores)
+
+    def choose_maps(self, codes, num_maps):
+        """The maps through which some of the programs codes [N, A] are seen best: [num_maps], or None if that is all of them"""
+        maps = self.model.likelihood.maps
+        if maps is None or len(maps) <= num_maps:
+            return None
+        latent = unpack(codes)
+        log_posterior = self.model.get_map_log_posterior(latent, self.obs.expand(len(latent), -1, -1))  # [N, T]
+        return log_posterior.amax(0).topk(num_maps).indices
+
+    def score_beginning(self, beginning, map_id):
+        """Log prior and log likelihood of the first k strokes alone: beginning [N, k] -> [N], [N]"""
+        log_prior = torch.zeros(len(beginning), device=beginning.device)
+        for length in range(beginning.shape[1]):
+            code = beginning[:, length : length + 1]
+            id_log_prob, on_log_prob = self._get_next_log_probs(beginning[:, :length])
+            log_prior = log_prior + (id_log_prob.gather(1, code // 2) + on_log_prob.gather(1, code % 2)).squeeze(1)
+        rest = self.model.num_arcs - beginning.shape[1]
+        logits = self.model.get_logits(unpack(F.pad(beginning, (0, rest))))  # 0 leaves no ink
+        return log_prior, self._log_likelihood(self.get_likelihood(map_id), logits)
+
+    def score_next(self, beginning, log_prior, log_likelihood, map_id):
+        """Log prior and log likelihood of all programs that continue beginnings by a stroke, the pen up or down: beginning
+        [N, k], its own log_prior [N] and log_likelihood [N] -> [N, K, 2], [N, K, 2]"""
+        id_log_prob, on_log_prob = self._get_next_log_probs(beginning)
+        log_prior = log_prior[:, None, None] + id_log_prob.unsqueeze(2) + on_log_prob.unsqueeze(1)
+        up = down = log_likelihood.unsqueeze(1).expand_as(id_log_prob)  # [N, K]
+        if beginning.shape[1] > 0:  # else the stroke leaves no ink
+            likelihood, scores = self.get_likelihood(map_id), []
+            for latent in unpack(beginning).split(max(scoring.ROWS_AT_ONCE // up.shape[1], 2)):
+                logits = self.model.get_next_logits(latent).flatten(0, 1)  # [n * K, R, C]
+                scores.append(self._log_likelihood(likelihood, logits))
+            down = torch.cat(scores).view_as(up)
+        return log_prior, torch.stack([up, down], 2)
+
+    def _get_next_log_probs(self, beginning):
+        alphabet = None if self.alphabet is None else self.alphabet.expand(len(beginning), -1)
+        return self.model.get_next_log_probs(unpack(beginning), alphabet)
+
+    def _log_likelihood(self, likelihood, logits):
+        return likelihood.log_prob(logits, self.obs.expand(len(logits), -1, -1))
+
+
+# ------------------------------------------------------------------ beam search
+
+
+def grow(image, beginning, map_id, width):
+    """Continues programs to their end by a stochastic beam search, under some maps [t]: beginning [N, k] -> [at most width, A]"""
+    log_prior, log_likelihood = image.score_beginning(beginning, map_id)
+    for _ in range(beginning.shape[1], image.model.num_arcs):
+        log_prior, log_likelihood = image.score_next(beginning, log_prior, log_likelihood, map_id)  # [N, K, 2]
+        noisy = add_gumbel_noise(log_prior + log_likelihood, BEAM_TEMPERATURE)
+        num_up = round(UP_SHARE * width) if beginning.shape[1] > 0 else width
+        up, down = (scores.flatten().topk(min(num, scores.numel())).indices
+                    for scores, num in zip(noisy.unbind(2), [num_up, width - num_up], strict=True))  # fmt: skip
+        chosen = torch.cat([2 * up, 2 * down + 1])  # among N * K * 2
+        log_prior, log_likelihood = log_prior.flatten()[chosen], log_likelihood.flatten()[chosen]
+        parent, code = chosen // noisy[0].numel(), chosen % noisy[0].numel()
+        beginning = torch.cat([beginning[parent], code.unsqueeze(1)], 1)
+    return beginning
+
+
+def regrow(image, codes, width):
+    """Continues the beginnings of programs codes [N, A], best first, of every length. Returns: the old and the new programs"""
+    map_id, grown = image.choose_maps(codes, MAPS_PER_GROUP), []
+    for length in range(1, image.model.num_arcs - 1):
+        beginning = codes[:, :length]
+        grown.append(grow(image, beginning[find_first(beginning)[:width]], map_id, width))
+    return torch.cat([codes, *grown])
+
+
+# ------------------------------------------------------------------ evolutionary search
+
+
+def anneal(image, codes, effort, num_rounds, temperature, num_best, is_stopped):
+    """Improves programs codes [N, A]: each round mutates a population, and selects the next one from old and new programs at
+    a temperature in nats that falls to 0. Returns: the best programs that were seen, [at most num_best, A], best first"""
+    population, log_joint = select(codes, image.score(codes), effort.population)
+    best, best_log_joint = population[:num_best], log_joint[:num_best]
+    for round_id in range(num_rounds):
+        if round_id % ROUNDS_PER_CHECK == 0:
+            if is_stopped():
+                break
+            map_id, log_joint = image.choose_maps(population, NUM_MAPS), image.score(population)
+        mutants = mutate(population, image.library, effort.num_mutants)  # [M, A]
+        scores = image.score(mutants, map_id)
+        best, best_log_joint = select(torch.cat([best, mutants]), torch.cat([best_log_joint, scores]), num_best)
         heat = temperature * (1 - (round_id + 1) / num_rounds)
-        population, log_joint = select(codes, scores, num_best, heat)
-    return unpack(best).transpose(0, 1), best_log_joint.t()
+        codes, scores = torch.cat([population, mutants]), torch.cat([log_joint, scores])
+        population, log_joint = select(codes, scores, effort.population, heat)
+    return best
 
 
-def select(codes, log_joint, num_best, temperature=0.0):
-    """Selects the best distinct programs of each image or, at a temperature, samples without replacement with
-    probabilities proportional to exp(log_joint / temperature).
-
-    Args: codes [B, N, A]; log_joint [B, N]
-    Returns: codes [B, K, A], log_joint [B, K], best first; where there are fewer, repeats at -inf
-    """
-    key = scoring.get_hash(codes.flatten(0, 1), torch.zeros_like(codes[..., 0]).flatten()).view(codes.shape[:2])
-    key, order = key.sort(dim=1, stable=True)
-    repeated = torch.zeros_like(key, dtype=torch.bool)
-    repeated[:, 1:] = key[:, 1:] == key[:, :-1]
-    codes, log_joint = (take(x, order) for x in (codes, log_joint))
-    log_joint = log_joint.masked_fill(repeated, -math.inf)
-    noise = -temperature * torch.empty_like(log_joint).exponential_().log() if temperature > 0 else 0
-    chosen = (log_joint + noise).topk(min(num_best, codes.shape[1]), 1).indices  # [B, K]
-    codes, log_joint = take(codes, chosen), take(log_joint, chosen)
-    order = log_joint.argsort(dim=1, descending=True, stable=True)
-    return take(codes, order), take(log_joint, order)
+def select(codes, log_joint, num, temperature=0.0):
+    """Selects the best distinct programs or, at a temperature, samples without replacement with probabilities proportional to
+    exp(log_joint / temperature): codes [N, A], log_joint [N] -> [at most num, A], [at most num], best first"""
+    first = find_first(codes)
+    codes, log_joint = codes[first], log_joint[first]
+    noisy = add_gumbel_noise(log_joint, temperature)
+    chosen = noisy.topk(min(num, len(noisy))).indices
+    chosen = chosen[log_joint[chosen].argsort(descending=True, stable=True)]
+    return codes[chosen], log_joint[chosen]
 
 
-def take(x, index):
-    """x [B, N, ...], index [B, K] -> [B, K, ...]"""
-    return x[torch.arange(len(x), device=x.device).unsqueeze(1), index]
+def add_gumbel_noise(scores, temperature):
+    """The highest k of the result are a sample without replacement, with probabilities proportional to
+    exp(scores / temperature) (Kool et al., 2019)"""
+    return scores - temperature * torch.empty_like(scores).exponential_().log() if temperature > 0 else scores
 
 
-def mutate(population, log_joint, offset, num_mutants):
-    """Changes programs in one or two strokes.
+def find_first(codes):
+    """Indices of the rows of codes [N, k] that equal no earlier one, in order"""
+    distinct, inverse = codes.unique(dim=0, return_inverse=True)
+    place = torch.arange(len(codes), device=codes.device)
+    first = torch.full_like(place[: len(distinct)], len(codes)).scatter_reduce(0, inverse, place, "amin")
+    return first.sort().values
 
-    Args: population [B, K, A], log_joint [B, K]; offset [N, 2], each primitive's displacement of the pen
-    Returns: [B, M, A]
-    """
-    batch_size, _, num_arcs = population.shape
-    usable = log_joint.isfinite().double() + 1e-30  # repeats do not become parents
-    parent = usable.multinomial(2 * num_mutants, replacement=True).view(batch_size, 2, num_mutants)
-    codes, other = (take(population, index).flatten(0, 1) for index in parent.unbind(1))  # [B * M, A]
-    probability = codes.new_tensor(list(MUTATIONS.values()), dtype=torch.double)
-    kind = probability.multinomial(len(codes), replacement=True)
+
+# ------------------------------------------------------------------ mutations
+
+
+class Library(NamedTuple):
+    """What mutations know of the primitives"""
+
+    offset: torch.Tensor  # [K, 2], by which each moves the pen
+    distance: torch.Tensor  # [K, K], squared, of their ends and middles; infinite to itself
+
+
+def get_library(primitives):
+    """primitives [K, 5] -> Library"""
+    dx, dy, theta = primitives[:, :3].unbind(1)
+    bulge = (theta / 2).tan() / 2  # height of the arc over its chord, in lengths of the chord
+    shape = torch.stack([dx, dy, dx / 2 + bulge * dy, dy / 2 - bulge * dx], 1)  # end and middle
+    distance = torch.cdist(shape, shape).square() + 1e-4
+    return Library(primitives[:, :2], distance.fill_diagonal_(math.inf) if len(shape) > 1 else distance)
+
+
+def mutate(population, library, num_mutants):
+    """Changes programs in a stroke or two: population [N, A] -> [num_mutants, A]"""
+    parents = torch.randint(len(population), (2, num_mutants), device=population.device)
+    codes, other = population[parents]  # each [M, A]
+    probability = library.offset.new_tensor(list(MUTATIONS.values()))
+    kind = probability.multinomial(num_mutants, replacement=True)
     result = codes.clone()
     for i, change in enumerate(MUTATIONS):
         rows = (kind == i).nonzero().squeeze(1)
-        result[rows] = change(codes[rows], other[rows], offset)
+        result[rows] = change(codes[rows], other[rows], library)
     result[:, 0] -= result[:, 0] % 2  # the first stroke leaves no ink
-    return result.view(batch_size, num_mutants, num_arcs)
+    return result
 
 
-# ------------------------------------------------------------------ kinds of mutation: codes [N, A] -> [N, A]
+# Kinds of mutation: codes [N, A], other [N, A], library -> [N, A]
 
 
 def _draw_places(codes, num=1):
@@ -102,75 +257,115 @@ def _draw_places(codes, num=1):
     return torch.rand(codes.shape, device=codes.device).argsort(1)[:, : min(num, codes.shape[1])].sort(1).values
 
 
-def _draw_codes(shape, offset):
-    return torch.randint(2 * len(offset), shape, device=offset.device)
+def _draw_codes(place, library):
+    return torch.randint(2 * len(library.offset), place.shape, device=place.device)
 
 
-def _put(codes, place, new):
-    return codes.scatter(1, place, new)
+def _find_near(distance):
+    """Mostly, but not always, the nearest: squared distances [..., K] -> [...]"""
+    return (distance * torch.empty_like(distance).exponential_()).argmin(-1)
 
 
-def _replace(codes, other, offset, num=1):
+def _find_offset(wanted, library):
+    """A primitive that moves the pen by about as much: wanted [..., 2] -> [...]"""
+    return _find_near((wanted.unsqueeze(-2) - library.offset).square().sum(-1) + 1e-6)
+
+
+def _replace(codes, other, library, num=1):
     """Replaces a primitive; mostly keeps the pen up or down"""
     place = _draw_places(codes, num)
-    new, old = _draw_codes(place.shape, offset), codes.gather(1, place)
+    new, old = _draw_codes(place, library), codes.gather(1, place)
     keep = torch.rand(place.shape, device=codes.device) < 0.8
-    return _put(codes, place, torch.where(keep, new - new % 2 + old % 2, new))
+    return codes.scatter(1, place, torch.where(keep, new - new % 2 + old % 2, new))
 
 
-def _replace_two(codes, other, offset):
-    return _replace(codes, other, offset, num=2)
+def _replace_two(codes, other, library):
+    return _replace(codes, other, library, num=2)
 
 
-def _balance(codes, other, offset):
-    """Replaces a primitive, and a second one by that which best compensates, so that the pen continues from about where
-    it was"""
+def _alter(codes, other, library, num=1):
+    """Replaces a primitive by a similar one"""
+    place = _draw_places(codes, num)
+    old = codes.gather(1, place)
+    return codes.scatter(1, place, 2 * _find_near(library.distance[old // 2] ** 1.5) + old % 2)
+
+
+def _alter_two(codes, other, library):
+    return _alter(codes, other, library, num=2)
+
+
+def _balance(codes, other, library):
+    """Replaces a primitive, and a second one by one that compensates, so that the pen continues from about where it was"""
     places = _draw_places(codes, 2)
     first, second = places[:, :1], places[:, -1:]
     old_first, old_second = codes.gather(1, first), codes.gather(1, second)
-    new = _draw_codes(first.shape, offset)
-    new = new - new % 2 + old_first % 2
-    wanted = offset[old_first // 2] + offset[old_second // 2] - offset[new // 2]  # [N, 1, 2]
-    distance = (wanted - offset).square().sum(-1)  # [N, K]
-    distance = distance * torch.empty_like(distance).exponential_()  # mostly, but not always, the nearest
-    nearest = distance.argmin(1, keepdim=True)
-    return _put(_put(codes, first, new), second, 2 * nearest + old_second % 2)
+    new = _draw_codes(first, library)
+    offset = library.offset[torch.cat([old_first, old_second, new], 1) // 2]  # [N, 3, 2]
+    compensating = _find_offset(offset[:, 0] + offset[:, 1] - offset[:, 2], library).unsqueeze(1)
+    codes = codes.scatter(1, first, new - new % 2 + old_first % 2)
+    return codes.scatter(1, second, 2 * compensating + old_second % 2)
 
 
-def _lift(codes, other, offset):
+def _lift(codes, other, library):
     """Lifts or lowers the pen"""
     place = _draw_places(codes)
-    return _put(codes, place, codes.gather(1, place) ^ 1)
+    return codes.scatter(1, place, codes.gather(1, place) ^ 1)
 
 
-def _insert(codes, other, offset):
-    """Inserts a stroke; later ones move back, and the last one is dropped"""
-    place, position = _draw_places(codes), torch.arange(codes.shape[1], device=codes.device)
-    moved = codes.gather(1, (position - (position > place).long()).clamp(min=0))
-    return _put(moved, place, _draw_codes(place.shape, offset))
+def _make_room(codes, place):
+    """Strokes after a place move back; the last one is dropped"""
+    position = torch.arange(codes.shape[1], device=codes.device)
+    return codes.gather(1, (position - (position > place).long()).clamp(min=0))
 
 
-def _remove(codes, other, offset):
-    """Removes a stroke; later ones move forward, and an invisible one fills the last place"""
-    place, position = _draw_places(codes), torch.arange(codes.shape[1], device=codes.device)
+def _close_gap(codes, place):
+    """The stroke at a place is dropped, later ones move forward, and an invisible one fills the last place"""
+    position = torch.arange(codes.shape[1], device=codes.device)
     moved = codes.gather(1, (position + (position >= place).long()).clamp(max=codes.shape[1] - 1))
     moved[:, -1] -= moved[:, -1] % 2
     return moved
 
 
-def _swap(codes, other, offset):
+def _insert(codes, other, library):
+    place = _draw_places(codes)
+    return _make_room(codes, place).scatter(1, place, _draw_codes(place, library))
+
+
+def _remove(codes, other, library):
+    return _close_gap(codes, _draw_places(codes))
+
+
+def _split(codes, other, library):
+    """Two strokes take the place of one, and lead to about the same point"""
+    place = torch.randint(max(codes.shape[1] - 1, 1), (len(codes), 1), device=codes.device)
+    old, first = codes.gather(1, place), _draw_codes(place, library) // 2
+    second = _find_offset((library.offset[old // 2] - library.offset[first]).squeeze(1), library).unsqueeze(1)
+    codes = _make_room(codes, place).scatter(1, place, 2 * first + old % 2)
+    return codes.scatter(1, (place + 1).clamp(max=codes.shape[1] - 1), 2 * second + old % 2)
+
+
+def _merge(codes, other, library):
+    """One stroke takes the place of two, and leads to about the same point"""
+    place = torch.randint(max(codes.shape[1] - 1, 1), (len(codes), 1), device=codes.device)
+    second = codes.gather(1, (place + 1).clamp(max=codes.shape[1] - 1))
+    wanted = library.offset[codes.gather(1, place) // 2] + library.offset[second // 2]
+    new = _find_offset(wanted.squeeze(1), library).unsqueeze(1)
+    return _close_gap(codes, place).scatter(1, place, 2 * new + second % 2)
+
+
+def _swap(codes, other, library):
     """Swaps two strokes"""
     places = _draw_places(codes, 2)
-    return _put(codes, places, codes.gather(1, places.flip(1)))
+    return codes.scatter(1, places, codes.gather(1, places.flip(1)))
 
 
-def _cross(codes, other, offset):
+def _cross(codes, other, library):
     """Joins the beginning of one program to the end of another"""
     return torch.where(torch.arange(codes.shape[1], device=codes.device) < _draw_places(codes), codes, other)
 
 
 # Mutations, and how often each is tried
 MUTATIONS = {
-    _replace: 0.25, _replace_two: 0.1, _balance: 0.25, _lift: 0.1, _insert: 0.1, _remove: 0.1, _swap: 0.05,
-    _cross: 0.05,
+    _replace: 0.15, _replace_two: 0.07, _alter: 0.16, _alter_two: 0.06, _balance: 0.2, _lift: 0.08, _insert: 0.08,
+    _remove: 0.08, _split: 0.05, _merge: 0.04, _swap: 0.04, _cross: 0.05,
 }  # fmt: skip
