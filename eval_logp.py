@@ -71,7 +71,7 @@ class Evaluation:
     """A trained generative model, the images, and everything a checkpoint of an evaluation holds."""
 
     def __init__(self, args, checkpoint, images, num_alphabets, device, memory=None):
-        util.set_seed(args.seed, device)
+        util.set_seed(args.seed if args.half is None else NUM_HALVES * args.seed + args.half, device)
         self.args, self.device = args, device
         self.obs = images.obs.to(device)
         self.alphabet = images.alphabet.to(device) if num_alphabets else None
@@ -322,7 +322,9 @@ def estimate_together(halves):
     Returns: log p by the mixture [N], by each half [2, N]; the scores of the samples join the first half's table
     """
     model, args, log_p, by_half = halves[0].generative_model, halves[0].args, [], []
-    for obs_id in util.show_progress(torch.arange(len(halves[0].obs), device=halves[0].device), desc="estimating", unit="image"):
+    for obs_id in util.show_progress(
+        torch.arange(len(halves[0].obs), device=halves[0].device), desc="estimating", unit="image"
+    ):
         inputs = halves[0].get_inputs(obs_id.unsqueeze(0))
         given = inputs["obs_id"], inputs["alphabet"]
         latent = [half.network.sample(given[0], args.test_num_particles, given[1]) for half in halves]  # each [P, 1, A, 2]
@@ -335,9 +337,9 @@ def estimate_together(halves):
 
 
 def get_half(args, half):
-    """The arguments of one half of a memoised evaluation: with a seed of its own"""
+    """The arguments of one half of a memoised evaluation"""
     args = copy.copy(args)
-    args.half, args.seed = half, NUM_HALVES * args.seed + half
+    args.half = half
     return args
 
 
@@ -418,7 +420,7 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load)
             return 128 + stop.received
         util.save_checkpoint(path, get_result(parts, settings, name, checkpoint))
         for part in parts:
-            get_state_path(path, part.args).unlink(missing_ok=True)
+            checkpoints.get_state_path(path, part.args.half).unlink(missing_ok=True)
     print(f"{report.describe(path)}: {path}")
     return 0
 
@@ -426,7 +428,11 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load)
 def run_one(args, checkpoint, images, memory, kind, path, stop):
     """Runs an evaluation, or a half of one, from where it was stopped. Args: images, memory, kind: of load_images; path: of the
     result. Returns: the Evaluation, or None if a signal stopped it"""
-    device, settings, state_path = util.get_device(args.cuda), get_settings(args, checkpoint, images, kind), get_state_path(path, args)
+    device, settings, state_path = (
+        util.get_device(args.cuda),
+        get_settings(args, checkpoint, images, kind),
+        checkpoints.get_state_path(path, args.half),
+    )
     with locks.lock(state_path.with_name(f".{state_path.stem}.lock"), f"{path} is being evaluated", stop):
         evaluation = Evaluation(args, checkpoint, images, checkpoint["num_alphabets"], device, memory)
         if state_path.exists() and load_state(state_path, evaluation, settings, checkpoint, args.force):
@@ -458,11 +464,6 @@ def run_halves(args, *what):
     return [*halves, None][:NUM_HALVES]
 
 
-def get_state_path(path, args):
-    """Where an evaluation that is not complete is saved. Args: path: of the result"""
-    return path.parent / "checkpoints" / (path.name if args.half is None else f"{path.stem}-{args.half}.pt")
-
-
 def load_images(args, checkpoint, load_data=data.load):
     """Loads the images to evaluate, and what the model remembers of them.
 
@@ -490,7 +491,7 @@ def get_choices(args):
     """What a result depends on besides the model and the images, as plain values"""
     choices = {name: getattr(args, name) for name in SETTINGS}
     if args.algorithm == "mws":
-        choices |= {name: getattr(args, name) for name in ("memory_size", "effort", "half")}
+        choices |= {name: getattr(args, name) for name in ("memory_size", "effort")}
     return choices | ({"num_dreams": get_num_dreams(args)} if args.algorithm == "sleep" else {})
 
 

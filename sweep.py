@@ -34,7 +34,7 @@ from util import UserError, warn
 
 NUM_LATENTS = [3, 5, 10, 20, 40]  # per image; for mws, memory plus proposals
 WAIT_SECONDS = 20  # between two looks at Slurm's queue
-TEST_RUN_EVALUATION = ["--num-data=5", "--num-iterations=10", "--num-particles=10", "--test-num-particles=100"]
+TEST_RUN_EVALUATION = ["--effort=0.02", "--num-data=5", "--num-iterations=10", "--num-particles=10", "--test-num-particles=100"]
 
 # ------------------------------------------------------------------ the models
 
@@ -122,7 +122,7 @@ def get_evaluation(args, model, run_args, algorithm):
     if not same or parsed.report or parsed.every_checkpoint or parsed.cuda:
         raise UserError("--eval-options: the sweep itself sets model, algorithm and device, and takes the latest checkpoint")
     kind = algorithm if parsed.mode == "test" else f"{parsed.mode}_{algorithm}"
-    chosen = {name: getattr(parsed, name) for name in ["search", *tasks.CHOICE_OF_IMAGES]}
+    chosen = {name: getattr(parsed, name) for name in tasks.CHOICE_OF_IMAGES}
     return Task(model, kind, flags, run_args.num_iterations, {**eval_logp.get_choices(parsed), **chosen})
 
 

@@ -18,7 +18,7 @@ from util import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CHOICE_OF_IMAGES = ["num_data", "images"]  # arguments of an evaluation; its settings hold the images themselves
-DEFAULTS = {"images": "first", "search": False}  # of what evaluations of older versions did not record
+DEFAULTS = {"images": "first"}  # of what evaluations of older versions did not record
 _libc = ctypes.CDLL(None)
 
 
@@ -39,9 +39,13 @@ class Task(NamedTuple):
         stem = "train" if self.kind == "train" else f"eval_{self.kind}"
         return util.SAVE / self.model / "logs" / f"{stem}.{suffix}"
 
-    def get_evaluation_path(self, *folders):
-        """Where the result of an evaluation lies or, given checkpoints, what is saved of it while it runs"""
-        return pathlib.Path(util.SAVE, self.model, "logp", *folders, f"{self.settings['mode']}_{self.settings['algorithm']}.pt")
+    def get_evaluation_path(self):
+        """Where the result of an evaluation lies"""
+        return pathlib.Path(util.SAVE, self.model, "logp", f"{self.settings['mode']}_{self.settings['algorithm']}.pt")
+
+    def get_state_path(self):
+        """Where an evaluation is saved while it runs; of mws, its first half"""
+        return checkpoints.get_state_path(self.get_evaluation_path(), 1 if self.settings["algorithm"] == "mws" else None)
 
     def get_command(self):
         script = "main.py" if self.kind == "train" else "eval_logp.py"
@@ -81,7 +85,7 @@ def get_training_progress(task):
 def get_evaluation_progress(task):
     """Done means: of the current model, with the settings in the task's flags. Others: different evaluations, finished or
     not, are in its place"""
-    asked, paths = task.settings, [task.get_evaluation_path(), task.get_evaluation_path("checkpoints")]
+    asked, paths = task.settings, [task.get_evaluation_path(), task.get_state_path()]
     progress, iteration = Progress(False, 0, asked["num_iterations"]), None
     try:
         checkpoint = checkpoints.load(checkpoints.get_path(task.model))
@@ -112,8 +116,8 @@ def get_position(task):
             return int(checkpoint["pretrain_iteration"]) + int(checkpoint["iteration"])
         if task.get_evaluation_path().exists() and get_evaluation_progress(task).done:
             return task.settings["num_iterations"]
-        state = util.load_checkpoint(task.get_evaluation_path("checkpoints"), keys={"iteration", "log_p"})
-        return int(state["iteration"]) + len(state["log_p"])
+        state = util.load_checkpoint(task.get_state_path(), keys={"iteration", "log_p"})
+        return int(state["iteration"]) + len(state["log_p"]) + state.get("num_searched", 0)
     except (UserError, OSError, TypeError, ValueError):
         return 0
 

@@ -30,9 +30,10 @@ class Effort(NamedTuple):
     num_cold_rounds: int = 80  # of the second
 
     def scale(self, factor):
-        """Makes the beams wider and the evolutionary searches longer by a factor"""
-        names = "width", "num_hot_rounds", "num_cold_rounds"
-        return self._replace(**{name: math.ceil(factor * getattr(self, name)) for name in names})
+        """Makes beams wider and evolutionary searches longer by a factor; one below 1 also makes populations smaller"""
+        factors = dict.fromkeys(["width", "num_hot_rounds", "num_cold_rounds"], factor)
+        factors |= dict.fromkeys(["population", "num_mutants"], min(factor, 1))
+        return self._replace(**{name: math.ceil(factor * getattr(self, name)) for name, factor in factors.items()})
 
 
 MAPS_PER_GROUP = 4  # seen by a beam search

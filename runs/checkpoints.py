@@ -157,6 +157,11 @@ def load_newest(path_base, device="cpu", resumable=False, num_images=None):
     return None
 
 
+def get_state_path(path, half=None):
+    """Where an evaluation, or one half of it, is saved while it runs. Args: path: of the result"""
+    return path.parent / "checkpoints" / (path.name if half is None else f"{path.stem}-{half}.pt")
+
+
 def load_result(path):
     """Loads a result of eval_logp.py, see `modernise`. Raises: UserError if it cannot be read or is invalid"""
     result = util.load_checkpoint(path, keys=RESULT_KEYS)

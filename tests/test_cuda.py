@@ -189,9 +189,9 @@ def test_number_of_launches(algorithm, limit):
 
 def test_a_search_leaves_kernels_that_were_turned_off_as_they_are(monkeypatch):
     model, network = models.GenerativeModel().to(META), models.InferenceNetwork().to(META)
-    latent, log_joint = torch.zeros(5, 2, 10, 2, dtype=torch.long, device=META), torch.zeros(5, 2, device=META)
-    for module, name in [(programs, "infer"), (programs.search, "improve")]:
-        monkeypatch.setattr(module, name, lambda *_, **__: (latent, log_joint))
+    latent, log_joint = torch.zeros(5, 10, 2, dtype=torch.long, device=META), torch.zeros(5, device=META)
+    monkeypatch.setattr(programs, "infer", lambda *_, **__: (latent.unsqueeze(1), log_joint.unsqueeze(1)))
+    monkeypatch.setattr(programs.search, "find", lambda *_, **__: (latent, log_joint))
     monkeypatch.setattr(gpu, "_kernels", {"scoring"})
     assert programs.find_programs(model, network, torch.zeros(2, 28, 28, device=META)).latent.shape == (5, 2, 10, 2)
     assert gpu.get_kernels() == ["scoring"] and not rendering.compiled
@@ -370,12 +370,12 @@ def test_a_run_goes_on_with_the_same_bits(tmp_path, monkeypatch, algorithm, flag
 
 
 @needs_gpu
-@pytest.mark.parametrize("algorithm", ["sleep", "rws", "vimco"])
+@pytest.mark.parametrize("algorithm", ["sleep", "rws", "vimco", "mws"])
 def test_evaluation(tmp_path, monkeypatch, capfd, algorithm):
     monkeypatch.chdir(tmp_path)
     assert main.main(["--test-run", "--cuda"]) == 0
     latest = next(tmp_path.glob("save/*/checkpoints/latest.pt"))
-    flags = "--num-data 4 --num-iterations 12 --num-particles 20 --test-num-particles 50 --compile --cuda --search".split()
+    flags = "--num-data 4 --num-iterations 12 --num-particles 20 --test-num-particles 50 --compile --cuda --effort 0.1".split()
     assert eval_logp.main(["--checkpoint-path", str(latest), "--algorithm", algorithm, *flags]) == 0
     captured = capfd.readouterr()
     assert "log p(x) = -" in captured.out and "warning" not in captured.err

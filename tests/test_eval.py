@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import functools
 import math
 import os
 import pathlib
@@ -262,20 +261,14 @@ OWN = "--algorithm own --num-data 4 --test-num-particles 20 --no-compile --check
 
 def test_the_images_are_the_first_of_the_test_part(small_model, monkeypatch):
     """With their alphabets, by default and whatever the model was trained on; with --mode train its own training images"""
-    find = functools.partial(eval_logp.programs.find_programs, num_rounds=20, num_mutants=20)  # of 8 programs in all
-    monkeypatch.setattr(eval_logp.programs, "find_programs", find)
     whole, small = data.load("data.mat"), data.load("data.mat", small_dataset=True)
     for flags, split, kind in [([], whole.test, "test"), (["--mode", "train"], small.train, "training")]:
-        assert eval_logp.main([*OWN, small_model, "--search", *flags]) == 0
-        result = load(small_model, "own", "train" if flags else "test")
+        result = evaluate(small_model, "mws", *MWS, *flags)
+        result = load(small_model, "mws", "train" if flags else "test")
         assert result["settings"]["images"] == f"{data.get_fingerprint(split.select(slice(4)))} (4)"
         assert result["settings"]["kind_of_images"] == kind
         exact = get_exact_log_p(small_model, *flags)
         torch.testing.assert_close(result["enumeration_bound_by_image"], exact, atol=1e-3, rtol=0)
-    lookup = ["--checkpoint-path", small_model, "--algorithm", "vimco", "--search", "--num-iterations", "2"]
-    assert eval_logp.main([*lookup, *EVALUATE]) == 0
-    bound = load(small_model, "vimco")["enumeration_bound_by_image"]
-    torch.testing.assert_close(bound, get_exact_log_p(small_model), atol=1e-3, rtol=0)
 
 
 def test_an_evaluation_is_repeatable_and_kept(model, capsys):
@@ -322,26 +315,71 @@ def test_an_evaluation_in_progress_is_not_replaced_by_another(model, monkeypatch
     assert_same(resumed["log_p_by_image"], load(model, "rws")["log_p_by_image"])
 
 
-def test_a_search_stops_and_begins_anew(model, monkeypatch):
-    """With the random numbers that it had"""
-    flags = ["--checkpoint-path", model, "--algorithm", "own", "--num-data", "4", "--search", "--no-compile"]
-    find = functools.partial(eval_logp.programs.find_programs, num_rounds=20, num_mutants=20)
-    monkeypatch.setattr(eval_logp.programs, "find_programs", find)
-    mutate, calls = eval_logp.programs.search.mutate, []
+# ------------------------------------------------------------------ memoised evaluation
+
+MWS = "--effort 0.04 --memory-size 8 --num-particles 4".split()
+
+
+@pytest.mark.parametrize("memory_size, num_threads", [(8, 2), (2, 1)])
+def test_memoised_evaluation_of_an_enumerable_model(model, memory_size, num_threads, monkeypatch):
+    """The bound is never above log p(x), and the halves' agree exactly with it once each has found every program; side by
+    side, in two processes, or one after the other"""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    flags = [*MWS, "--memory-size", str(memory_size), *["--test-num-particles", "1"] * (memory_size < 8)]
+    result = evaluate(model, "mws", *flags, num_iterations=60 if memory_size == 8 else 0)
+    exact, bound = get_exact_log_p(model), result["enumeration_bound_by_image"]
+    assert (bound < exact + 1e-4).all() and (result["bound_by_half"] < bound + 1e-4).all()
+    if memory_size < 8:
+        assert bound.mean() < exact.mean() - 0.01
+        return
+    torch.testing.assert_close(bound, exact, atol=1e-4, rtol=0)
+    assert result["search_error"] == 0 and torch.equal(*result["bound_by_half"])
+    assert result["log_p"] == pytest.approx(exact.mean().item(), abs=0.02)
+    torch.testing.assert_close(result["log_p_by_half"], exact.expand(2, -1), atol=0.3, rtol=0)
+    assert not list((util.SAVE / model / "logp/checkpoints").glob("*.pt"))
+
+
+def test_the_mixture_of_both_networks_estimates_what_neither_alone_can(monkeypatch):
+    """Each of two networks proposes but a half of the programs: together they propose all"""
+    model, network, obs = get_tiny()
+    halves, exact = [], get_exact(model, network, obs, torch.arange(NUM_IMAGES))[0].double().logsumexp(0)
+    for first in (0, 1):
+        half = argparse.Namespace(generative_model=model, network=get_tiny()[1], obs=obs, device=torch.device("cpu"))
+        half.args = argparse.Namespace(test_num_particles=4000)
+        half.table = scoring.ScoreTable(num_arcs=2)
+        half.get_inputs = lambda obs_id: dict(obs=obs[obs_id], obs_id=obs_id, alphabet=None)
+        with torch.no_grad():
+            half.network.decoder.linear.bias[first] += 20  # of the first primitive or the second, for both strokes
+        halves.append(half)
+    only = [get_latents()[:, :, 0].eq(first).all(1) for first in (0, 1)]
+    log_joint = get_exact(model, network, obs, torch.arange(NUM_IMAGES))[0].double()
+    want = torch.stack([log_joint[some].logsumexp(0) for some in only])
+    log_p, by_half = eval_logp.estimate_together(halves)
+    torch.testing.assert_close(by_half.double(), want.detach(), atol=0.05, rtol=0)
+    torch.testing.assert_close(log_p.double(), want.detach().logsumexp(0), atol=0.05, rtol=0)
+    assert (log_p.double() < exact).all()
+
+
+@pytest.mark.parametrize("during", ["search", "training"])
+def test_a_memoised_evaluation_resumes_to_the_same_bits(model, during, monkeypatch):
+    """Stopped within a search or in training, of either half"""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    whole = evaluate(model, "mws", *MWS)
+    name, module = {"search": ("mutate", eval_logp.search), "training": ("memoised_step", eval_logp)}[during]
+    function, calls = getattr(module, name), []
 
     def interrupt(*args):
-        calls.append(args)
-        if len(calls) == 3:
+        calls.append(1)
+        if len(calls) in (5, 12, 40):
             os.kill(os.getpid(), signal.SIGTERM)
-        return mutate(*args)
+        return function(*args)
 
-    monkeypatch.setattr(eval_logp.programs.search, "mutate", interrupt)
-    assert eval_logp.main(flags) == 128 + signal.SIGTERM and len(calls) == 3
-    assert not (util.SAVE / model / "logp/test_own.pt").exists()
-    assert eval_logp.main(flags) == 0
-    resumed = load(model, "own")
-    assert eval_logp.main([*flags, "--force"]) == 0
-    assert_same({**resumed, "args": None}, {**load(model, "own"), "args": None})
+    monkeypatch.setattr(module, name, interrupt)
+    for _ in range(3):
+        evaluate(model, "mws", *MWS, "--force", status=128 + signal.SIGTERM)
+    evaluate(model, "mws", *MWS, "--force")
+    assert len(calls) > 40
+    assert_same({**load(model, "mws"), "args": None}, {**whole, "args": None})
 
 
 # ------------------------------------------------------------------ the report
@@ -528,7 +566,7 @@ def test_bad_input(folder, run_script):  # noqa: F811
         (["--checkpoint-path", "broken.pt"], ["broken.pt", "damaged"]),
         (["--checkpoint-path", "other.pt"], ["other.pt", "not a checkpoint"]),
         (["--checkpoint-path", "other.pt", "--num-data", "0"], ["--num-data"]),
-        (["--checkpoint-path", "other.pt", "--algorithm", "mws"], ["--algorithm"]),
+        (["--checkpoint-path", "other.pt", "--algorithm", "tvo"], ["--algorithm"]),
     ]
     results = [run_script(eval_logp, *flags) for flags in [*(flags for flags, _ in cases), ["--report"]]]
     for (flags, words), (status, _, stderr) in zip(cases, results, strict=False):

@@ -12,36 +12,59 @@ from reading import programs, search
 from util import UserError
 
 
-@pytest.mark.parametrize("temperature, num_alphabets", [(0.0, 2), (4.0, 0)])
-def test_the_best_programs_where_all_can_be_listed(temperature, num_alphabets):
-    model = models.GenerativeModel(num_primitives=4, num_arcs=3, num_alphabets=num_alphabets)
+@pytest.mark.parametrize("likelihood, num_alphabets", [("bernoulli", 2), ("translation", 0)])
+def test_the_best_programs_where_all_can_be_listed(likelihood, num_alphabets):
+    model = models.GenerativeModel(num_primitives=4, num_arcs=3, likelihood=likelihood, num_alphabets=num_alphabets)
     codes = torch.cartesian_prod(torch.arange(0, 8, 2), torch.arange(8), torch.arange(8))  # all 256
     alphabet = model.sample_alphabet(3) if num_alphabets else None
     _, obs = model.sample(3, alphabet)
     every = losses.unpack(codes).unsqueeze(1).expand(-1, 3, -1, -1)
     want = losses.score(model, every, obs, alphabet).topk(5, 0)
-    latent, log_joint = search.improve(model, every[:2], obs, alphabet, 5, 40, 30, temperature)
-    torch.testing.assert_close(log_joint, want.values, atol=1e-3, rtol=0)
-    torch.testing.assert_close(losses.score(model, latent, obs, alphabet), log_joint)
-    assert torch.equal(latent[0], every[want.indices[0], torch.arange(3)])
+    effort = search.Effort(width=5, num_groups=2, population=10, num_mutants=40, num_hot_rounds=30, num_cold_rounds=30)
+    for i in range(3):
+        latent, log_joint = search.find(model, obs[i], alphabet[i] if num_alphabets else None, None, 5, effort)
+        torch.testing.assert_close(log_joint, want.values[:, i], atol=1e-3, rtol=0)
+        assert torch.equal(latent[0], every[want.indices[0, i], i])
+
+
+@pytest.mark.parametrize("likelihood, num_alphabets", [("learned-affine", 3), ("bernoulli", 0)])
+def test_beginnings_and_their_continuations_are_scored_as_programs_are(likelihood, num_alphabets):
+    """Programs of up to six strokes, from their beginnings of up to five; under some of the maps from below"""
+    options = dict(num_primitives=7, likelihood=likelihood, num_alphabets=num_alphabets)
+    model = models.GenerativeModel(num_arcs=6, **options)
+    alphabet = model.sample_alphabet(1) if num_alphabets else None
+    latent, obs = model.sample(20, None if alphabet is None else alphabet.expand(20, -1))
+    image = search.Image(model, obs[0], alphabet if alphabet is None else alphabet[0])
+    codes, scores = losses.pack(latent), {}
+    for map_id in [None] if likelihood == "bernoulli" else [None, torch.tensor([1, 5])]:
+        log_prior, log_likelihood = image.score_beginning(codes[:, :1], map_id)
+        for length in range(1, 6):
+            scores_of_next = image.score_next(codes[:, :length], log_prior, log_likelihood, map_id)  # each [20, 7, 2]
+            log_prior, log_likelihood = (x.flatten(1).gather(1, codes[:, length, None])[:, 0] for x in scores_of_next)
+        scores[map_id is None] = log_prior + log_likelihood
+        torch.testing.assert_close(scores[map_id is None], image.score(codes, map_id))
+    want = losses.score(model, latent.unsqueeze(1), obs[:1], alphabet)[:, 0]
+    torch.testing.assert_close(scores[True], want)
+    assert (scores.get(False, want - 1) < want).all()
 
 
 def test_selection_keeps_distinct_programs_and_prefers_probable_ones():
-    codes = torch.tensor([[[0, 1], [0, 1], [0, 2], [0, 3]]]).repeat(4000, 1, 1)
-    log_joint = torch.tensor([[0.0, 0.0, -1.0, -2.0]]).repeat(4000, 1)
-    best, score = search.select(codes[:1], log_joint[:1], 4)
-    assert best[0, :3, 1].tolist() == [1, 2, 3] and score[0].tolist() == [0, -1, -2, -torch.inf]
-    best, _ = search.select(codes, log_joint, 1, temperature=2.0)
-    share = best[:, 0, 1].bincount(minlength=4)[1:] / 4000
+    codes, log_joint = torch.tensor([[0, 1], [0, 1], [0, 2], [0, 3]]), torch.tensor([0.0, 0.0, -1.0, -2.0])
+    best, score = search.select(codes, log_joint, 4)
+    assert best[:, 1].tolist() == [1, 2, 3] and score.tolist() == [0, -1, -2]
+    drawn = torch.cat([search.select(codes, log_joint, 1, temperature=2.0)[0][:, 1] for _ in range(4000)])
+    share = drawn.bincount(minlength=4)[1:] / 4000
     torch.testing.assert_close(share, torch.tensor([0.0, -0.5, -1.0]).softmax(0), atol=0.03, rtol=0)
 
 
-def test_mutants_are_programs():
-    population = torch.randint(20, (2, 5, 6))
-    population[..., 0] -= population[..., 0] % 2
-    mutants = search.mutate(population, torch.zeros(2, 5), torch.randn(10, 2), 500)
-    assert mutants.shape == (2, 500, 6) and mutants.min() >= 0 and mutants.max() < 20
-    assert (mutants[..., 0] % 2 == 0).all() and len(mutants[0].unique(dim=0)) > 300
+@pytest.mark.parametrize("num_primitives, num_arcs", [(10, 6), (1, 1)])
+def test_mutants_are_programs(num_primitives, num_arcs):
+    population = torch.randint(2 * num_primitives, (5, num_arcs))
+    population[:, 0] -= population[:, 0] % 2
+    library = search.get_library(models.GenerativeModel(num_primitives=num_primitives).get_primitives())
+    mutants = search.mutate(population, library, 500)
+    assert mutants.shape == (500, num_arcs) and mutants.min() >= 0 and mutants.max() < 2 * num_primitives
+    assert (mutants[:, 0] % 2 == 0).all() and (num_arcs == 1 or len(mutants.unique(dim=0)) > 300)
 
 
 # ------------------------------------------------------------------ characters on a page

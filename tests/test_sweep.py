@@ -214,7 +214,7 @@ def test_sweep_here(make_sweep, monkeypatch):
     some_cells = get_cells(*evaluation)
     assert [(cells["state"], cells["iteration"], cells["log p"]) for cells in some_cells] == [("done", "5/5", value)]
     assert value in report()
-    for option in ["--search", "--images=spread", "--num-data=6"]:  # other evaluations, which are still to be done
+    for option in ["--seed=7", "--images=spread", "--num-data=6"]:  # other evaluations, which are still to be done
         (cells,) = get_cells(*evaluation, f"--eval-options={option}")
         assert (cells["state"], cells["iteration"]) == ("stopped", "0/5")
     with monkeypatch.context() as context:
