@@ -659,7 +659,7 @@ def get_parser():
     particles = "particles per image in the estimate; mws: of each half" + describe_default("test_num_particles")
     add("--test-num-particles", particles, type=positive)
     add("--memory-size", "mws: programs remembered of each image", type=positive, default=200)
-    effort = "mws: how long to search, in units of 15 seconds on one core per image and half"
+    effort = "mws: how long to search, in units of 10 to 15 seconds on one core per image and half"
     add("--effort", effort, type=util.in_range(float, 0.01, 1000), default=1.0)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--force", "repeat an evaluation that is complete, or replace one with other settings", action="store_true")

@@ -358,13 +358,12 @@ class GenerativeModel(nn.Module):
         return logits.view(*latent.shape[:-2], num_rows, num_cols)
 
     @torch.no_grad()
-    def get_next_logits(self, beginning):
-        """Logits of the drawings in which each primitive, pen down, continues some beginnings: [N, k, 2], 0 < k < A ->
-        [N, K, R, C]"""
+    def get_next_logits(self, beginning, primitive_id):
+        """Logits of drawings that continue by one stroke, pen down: beginning [N, k, 2], 0 < k < A; primitive_id [N, J], of
+        the J strokes that continue each -> [N, J, R, C]"""
         primitives = self.get_primitives()  # [K, 5]
-        end = 0.5 + look_up(primitives, beginning[..., 0])[..., :2].sum(1)  # [N, 2]
-        shape = len(beginning), len(primitives), -1
-        more = torch.cat([end.unsqueeze(1).expand(shape), primitives.expand(shape)], 2)  # [N, K, 7]
+        end = 0.5 + look_up(primitives, beginning[..., 0])[..., :2].sum(1, keepdim=True)  # [N, 1, 2]
+        more = torch.cat([end.expand(*primitive_id.shape, 2), look_up(primitives, primitive_id)], 2)  # [N, J, 7]
         return rendering.get_logits_with_one_more(
             self.get_arcs(beginning), beginning[..., 1], more, self.get_rendering_params(), self.num_rows, self.num_cols
         )

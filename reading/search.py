@@ -2,9 +2,9 @@
 
 Posteriors over programs have many modes, tens of nats apart: the same ink can be traced in other orders, with other
 primitives, through another affine map. `find` therefore begins with programs from a beam search under each of several groups
-of maps, each of whose steps scores every primitive as the next stroke; an evolutionary search mutates and crosses them, as a
-temperature falls; their beginnings are continued by beam search once more; and a second evolutionary search polishes the
-result. Most scores along the way are of a few maps alone, which is a lower bound in a fraction of the time.
+of maps, each of whose steps scores all primitives that the prior expects as the next stroke; an evolutionary search mutates
+and crosses them, as a temperature falls; their beginnings are continued by beam search once more; and a second evolutionary
+search polishes the result. Most scores along the way are of a few maps alone, which is a lower bound in a fraction of the time.
 
     latent, log_joint = search.find(generative_model, obs)
 """
@@ -20,9 +20,9 @@ from models import pack, unpack
 
 
 class Effort(NamedTuple):
-    """How long a search goes on. The default takes 15 seconds an image on one core."""
+    """How long a search goes on. The default takes 10 to 15 seconds an image on one core."""
 
-    width: int = 100  # of a beam
+    width: int = 150  # of a beam
     num_groups: int = 10  # of maps, each with a beam of its own
     population: int = 400
     num_mutants: int = 800  # in a round
@@ -36,6 +36,7 @@ class Effort(NamedTuple):
         return self._replace(**{name: math.ceil(factor * getattr(self, name)) for name, factor in factors.items()})
 
 
+NUM_EXPECTED = 24  # primitives that a beam search tries as the next stroke; the best programs seldom have another
 MAPS_PER_GROUP = 4  # seen by a beam search
 BEAM_TEMPERATURE = 2.0  # nats
 UP_SHARE = 0.25  # of a beam's programs that lift the pen, which is worth its price only one stroke later
@@ -121,18 +122,23 @@ class Image:
         return log_prior, self._log_likelihood(self.get_likelihood(map_id), logits)
 
     def score_next(self, beginning, log_prior, log_likelihood, map_id):
-        """Log prior and log likelihood of all programs that continue beginnings by a stroke, the pen up or down: beginning
-        [N, k], its own log_prior [N] and log_likelihood [N] -> [N, K, 2], [N, K, 2]"""
+        """Log prior and log likelihood of programs that continue beginnings by a stroke, the pen up or down.
+
+        Args: beginning [N, k]; log_prior, log_likelihood [N]: its own
+        Returns: codes [N, J, 2] of the strokes, of the J primitives that the prior expects most; their log prior and log
+            likelihood, the same shape
+        """
         id_log_prob, on_log_prob = self._get_next_log_probs(beginning)
+        id_log_prob, primitive_id = id_log_prob.topk(min(NUM_EXPECTED, id_log_prob.shape[1]))  # [N, J]
         log_prior = log_prior[:, None, None] + id_log_prob.unsqueeze(2) + on_log_prob.unsqueeze(1)
-        up = down = log_likelihood.unsqueeze(1).expand_as(id_log_prob)  # [N, K]
+        up = down = log_likelihood.unsqueeze(1).expand_as(id_log_prob)  # [N, J]
         if beginning.shape[1] > 0:  # else the stroke leaves no ink
-            likelihood, scores = self.get_likelihood(map_id), []
-            for latent in unpack(beginning).split(max(scoring.ROWS_AT_ONCE // up.shape[1], 2)):
-                logits = self.model.get_next_logits(latent).flatten(0, 1)  # [n * K, R, C]
-                scores.append(self._log_likelihood(likelihood, logits))
-            down = torch.cat(scores).view_as(up)
-        return log_prior, torch.stack([up, down], 2)
+            likelihood, size = self.get_likelihood(map_id), max(scoring.ROWS_AT_ONCE // up.shape[1], 2)
+            parts = zip(unpack(beginning).split(size), primitive_id.split(size), strict=True)
+            logits = (self.model.get_next_logits(*part).flatten(0, 1) for part in parts)  # each [n * J, R, C]
+            down = torch.cat([self._log_likelihood(likelihood, some) for some in logits]).view_as(up)
+        codes = torch.stack([2 * primitive_id, 2 * primitive_id + 1], 2)
+        return codes, log_prior, torch.stack([up, down], 2)
 
     def _get_next_log_probs(self, beginning):
         alphabet = None if self.alphabet is None else self.alphabet.expand(len(beginning), -1)
@@ -148,16 +154,14 @@ class Image:
 def grow(image, beginning, map_id, width):
     """Continues programs to their end by a stochastic beam search, under some maps [t]: beginning [N, k] -> [at most width, A]"""
     log_prior, log_likelihood = image.score_beginning(beginning, map_id)
-    for _ in range(beginning.shape[1], image.model.num_arcs):
-        log_prior, log_likelihood = image.score_next(beginning, log_prior, log_likelihood, map_id)  # [N, K, 2]
-        noisy = add_gumbel_noise(log_prior + log_likelihood, BEAM_TEMPERATURE)
-        num_up = round(UP_SHARE * width) if beginning.shape[1] > 0 else width
-        up, down = (scores.flatten().topk(min(num, scores.numel())).indices
-                    for scores, num in zip(noisy.unbind(2), [num_up, width - num_up], strict=True))  # fmt: skip
-        chosen = torch.cat([2 * up, 2 * down + 1])  # among N * K * 2
-        log_prior, log_likelihood = log_prior.flatten()[chosen], log_likelihood.flatten()[chosen]
-        parent, code = chosen // noisy[0].numel(), chosen % noisy[0].numel()
-        beginning = torch.cat([beginning[parent], code.unsqueeze(1)], 1)
+    for length in range(beginning.shape[1], image.model.num_arcs):
+        codes, *scores = image.score_next(beginning, log_prior, log_likelihood, map_id)  # each [N, J, 2]
+        up, down = add_gumbel_noise(sum(scores), BEAM_TEMPERATURE).unbind(2)
+        num_up = round(UP_SHARE * width) if length > 0 else width
+        up, down = (x.flatten().topk(min(num, x.numel())).indices for x, num in [(up, num_up), (down, width - num_up)])
+        chosen = torch.cat([2 * up, 2 * down + 1])  # among N * J * 2
+        codes, log_prior, log_likelihood = (x.flatten()[chosen] for x in (codes, *scores))
+        beginning = torch.cat([beginning[chosen // scores[0][0].numel()], codes.unsqueeze(1)], 1)
     return beginning
 
 

@@ -39,8 +39,10 @@ def test_beginnings_and_their_continuations_are_scored_as_programs_are(likelihoo
     for map_id in [None] if likelihood == "bernoulli" else [None, torch.tensor([1, 5])]:
         log_prior, log_likelihood = image.score_beginning(codes[:, :1], map_id)
         for length in range(1, 6):
-            scores_of_next = image.score_next(codes[:, :length], log_prior, log_likelihood, map_id)  # each [20, 7, 2]
-            log_prior, log_likelihood = (x.flatten(1).gather(1, codes[:, length, None])[:, 0] for x in scores_of_next)
+            next_codes, *next_scores = image.score_next(codes[:, :length], log_prior, log_likelihood, map_id)  # each [20, 7, 2]
+            is_next = next_codes == codes[:, length, None, None]
+            assert (is_next.flatten(1).sum(1) == 1).all()
+            log_prior, log_likelihood = (x[is_next] for x in next_scores)
         scores[map_id is None] = log_prior + log_likelihood
         torch.testing.assert_close(scores[map_id is None], image.score(codes, map_id))
     want = losses.score(model, latent.unsqueeze(1), obs[:1], alphabet)[:, 0]
