@@ -169,10 +169,14 @@ def may_hold_pages(location):
     return location not in (*SITES, "glyphs") and expand_user(location).suffix not in (".mat", ".npy", ".npz")
 
 
-def _find_site(name):
+def find_site(name):
+    """Where chardata.mat is, or would be"""
     path = expand_user(os.environ.get("OMNIGLOT_PATH") or SITES[name])
-    if path.is_dir():
-        path = path / "chardata.mat"
+    return path / "chardata.mat" if path.is_dir() else path
+
+
+def _find_site(name):
+    path = find_site(name)
     if not path.exists():
         if name != "local":
             raise UserError(f"--data-location {name}: there is no {path}; set $OMNIGLOT_PATH to where the file is")

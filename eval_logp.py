@@ -186,7 +186,8 @@ def enumerate_more(evaluation, stop):
         if evaluation.memory is not None:
             found.append(models.unpack(evaluation.memory[ids]).transpose(0, 1))  # [M, B, A, 2]
         if evaluation.args.search:
-            best = programs.find_programs(model, network, obs, alphabet=alphabet, is_stopped=lambda: stop.received is not None)
+            choice = dict(is_stopped=lambda: stop.received is not None, compile=evaluation.args.compile)
+            best = programs.find_programs(model, network, obs, alphabet=alphabet, **choice)
             if stop.received is not None:
                 return False
             found.append(best.latent)  # [K, B, A, 2]
@@ -488,7 +489,7 @@ def parse_args(argv=None):
     if args.compile is None:
         trained = args.num_iterations * min(args.batch_size, args.num_data) * args.num_particles
         estimated = args.num_data * args.test_num_particles * (MANY_MILESTONES if args.every_checkpoint else 1)
-        args.compile = trained + estimated >= MANY_LATENTS
+        args.compile = args.search or trained + estimated >= MANY_LATENTS
     return args
 
 

@@ -461,6 +461,7 @@ def set_apart(parts):
 
 def main(mode, name_missing=False):
     """Args: mode: test or train; name_missing: also list the paper's models that have no value"""
+    util.check_links(util.SAVE)
     runs = [read_run(path.parent, mode) for path in sorted(util.SAVE.glob("*/logp"))]
     rows = get_rows([run for run in runs if run is not None])
     if not rows:
