@@ -21,7 +21,7 @@ import scipy.io
 import torch
 
 from images import ALPHABETS, draw_glyphs, find_characters, fit, read_image, read_official
-from util import UserError, expand_user, show_progress, warn
+from util import UserError, expand_user, make_folder, show_progress, warn
 
 NUM_ROWS = NUM_COLS = 28
 SMALL_NUM_PER_ALPHABET = 10
@@ -191,7 +191,7 @@ def download(url, path, blob_id, timeout=30, num_tries=3):
     Raises: UserError if all attempts fail; there is then no file at path
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         for attempt in range(num_tries):

@@ -357,8 +357,8 @@ def check_memory(args, num_images, num_alphabets):
     total, available = models_bytes + step_bytes + memory_bytes, util.get_available_memory()
     if not args.cuda and total > available:
         raise UserError(
-            f"the run takes about {total / 1e9:.0f} GB of memory (models {models_bytes / 1e9:.1f}, a step {step_bytes / 1e9:.1f},"
-            f" remembered programs {memory_bytes / 1e9:.1f}) and {available / 1e9:.0f} GB are available; use smaller"
+            f"the run takes about {total / 1e9:.1f} GB of memory (models {models_bytes / 1e9:.1f}, a step {step_bytes / 1e9:.1f},"
+            f" remembered programs {memory_bytes / 1e9:.1f}) and {available / 1e9:.1f} GB are available; use smaller"
             " --obs-embedding-dim, --num-particles, --batch-size or --memory-size"
         )
     if total > 1e9:

@@ -74,6 +74,8 @@ class Stream:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             encoding = self.stream.encoding or "utf-8"  # names of files may hold bytes that are no text
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            if "\n" in text:  # a log shows what happened when it happened
+                self.stream.flush()
         return len(text)
 
     def flush(self):
