@@ -298,7 +298,7 @@ def run():
     assert diagnostics.main(["--num-reconstructions=2", "--num-prior-samples=2"]) == 0
     sweep.get_sweep_argss = lambda *_: [main.parse_args([*{flags!r}, "--name=swept"])]
     assert sweep.main(["--jobs=2"]) == 0 and sweep.main(["--status"]) == 0
-    assert benchmark._measure_memory("pretrain", (2, 2), "step", False) > 0
+    assert benchmark._measure_memory("pretrain", (2, 2), "step", False) >= 0
 util.run_script(run)
 """
     environment = {**os.environ, "PYTHONPATH": str(folder)}
