@@ -9,7 +9,7 @@ import statements, executed in modules of this package, find the package's modul
 """
 
 import builtins
-import importlib.abc
+import importlib.machinery
 import importlib.util
 import pathlib
 import sys
@@ -49,7 +49,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
             module.__getattr__ = lambda name: _import_part(self.name, name)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:  # has no caches to invalidate
     @staticmethod
     def find_spec(name, path=None, target=None):
         if not name.startswith(f"{__name__}."):

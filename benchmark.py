@@ -13,11 +13,13 @@ column is the forward and backward pass of PyTorch's convolutions alone.
 
 from fast import before_torch  # noqa: F401  # isort: skip
 import collections
+import contextlib
 import functools
 import gc
 import json
 import pathlib
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -175,15 +177,17 @@ def get_peak_memory(algorithm, setting, name):
     allocated there for a few steps, which needs no other process"""
     if setting.device.type == "cuda":
         return _measure_gpu_memory(algorithm, setting, name)
-    code = f"import benchmark; print(benchmark._measure_memory({algorithm!r}, {setting[:2]}, {name!r}))"
+    compiled = name == "step" and bool(rendering.compiled)
+    code = f"import benchmark; print(benchmark._measure_memory({algorithm!r}, {setting[:2]}, {name!r}, {compiled}))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return float(process.stdout.split()[-1])
 
 
-def _measure_memory(algorithm, sizes, name):
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+def _measure_memory(algorithm, sizes, name, compiled):
+    with contextlib.suppress(OSError):  # on Linux only
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, device = _get_peak_resident(), torch.device("cpu")
-    rendering.set_compile(name == "step", device)
+    rendering.set_compile(compiled, device)
     steps = Steps(algorithm, Setting(*sizes, device))
     for _ in range(3 if name == "step" else 1):
         getattr(steps, name)()
@@ -201,7 +205,10 @@ def _measure_gpu_memory(algorithm, setting, name):
 
 def _get_peak_resident():
     """Megabytes"""
-    return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 2**10
+    try:
+        return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 2**10
+    except OSError:  # not on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def profile(setting, num_runs):

@@ -21,7 +21,7 @@ import scipy.io
 import torch
 
 from images import ALPHABETS, draw_glyphs, find_characters, fit, read_image, read_official
-from util import UserError, expand_user, show_progress, warn
+from util import UserError, expand_user, make_folder, show_progress, warn
 
 NUM_ROWS = NUM_COLS = 28
 SMALL_NUM_PER_ALPHABET = 10
@@ -166,10 +166,14 @@ def may_hold_pages(location):
     return location not in (*SITES, "glyphs") and expand_user(location).suffix not in (".mat", ".npy", ".npz")
 
 
-def _find_site(name):
+def find_site(name):
+    """Where chardata.mat is, or would be"""
     path = expand_user(os.environ.get("OMNIGLOT_PATH") or SITES[name])
-    if path.is_dir():
-        path = path / "chardata.mat"
+    return path / "chardata.mat" if path.is_dir() else path
+
+
+def _find_site(name):
+    path = find_site(name)
     if not path.exists():
         if name != "local":
             raise UserError(f"--data-location {name}: there is no {path}; set $OMNIGLOT_PATH to where the file is")
@@ -184,7 +188,7 @@ def download(url, path, blob_id, timeout=30, num_tries=3):
     Raises: UserError if all attempts fail; there is then no file at path
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         for attempt in range(num_tries):

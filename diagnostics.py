@@ -245,7 +245,9 @@ def read_strokes(trained, obs, programs, args):
     alphabet = None
     if programs.alphabet_id is not None:
         alphabet = torch.eye(trained.num_alphabets)[programs.alphabet_id]
-    others = find_different_programs(model, trained.inference_network, obs, NUM_SEARCHES, alphabet=alphabet)
+    others = find_different_programs(
+        model, trained.inference_network, obs, NUM_SEARCHES, alphabet=alphabet, compile=args.compile
+    )
     chosen = programs.log_joint.isfinite().all(1).nonzero().squeeze(1)[:: max(args.num_best // NUM_REFITTED, 1)]
     strokes = matching.refit_programs(model, torch.cat([programs.latent[chosen], others]), obs)
     latent = strokes.latent[0]
@@ -258,7 +260,7 @@ def draw_images(trained, args):
     characters, folder = read_characters(args.images, args.as_is), trained.folder / "images"
     networks = trained.generative_model, trained.inference_network
     search = args.num_particles, args.num_best, args.num_rounds, args.num_mutants
-    programs = find_programs(*networks, characters.obs, *search)
+    programs = find_programs(*networks, characters.obs, *search, compile=args.compile)
     latent, drawing, map_id, scores = read_strokes(trained, characters.obs, programs, args)
     names = []
     for name in characters.names:  # one at a time, as they are written
@@ -331,11 +333,14 @@ def draw_run(name, path, checkpoint, args, load_data):
 
 def draw_all(args, load_data):
     """Draws every run in save/, and names what cannot be drawn"""
-    names = sorted(path.name for path in util.SAVE.glob("*") if path.is_dir() and not path.name.startswith("."))
+    util.check_links(util.SAVE)
+    folders = [path for path in util.SAVE.glob("[!.]*") if path.is_dir() or not path.exists()]
+    names = sorted(path.name for path in folders)
     if not names:
         print(f"there is no run in {util.SAVE}/ yet; train one with python main.py")
     for name in names:
         try:
+            util.check_links(checkpoints.get_path(name).parent)
             checkpoint = checkpoints.load_newest(name)
             if checkpoint is None:
                 print(f"{name}: no checkpoint yet, skipped")
@@ -401,6 +406,7 @@ def get_parser():
     add("--log-iterations", "logarithmic iteration axis", action="store_true")
     add("--svg", "also write each reconstruction as SVG, with its program as JSON", action="store_true")
     add("--search", "improve reconstructions by search (for models without a memory)", action="store_true")
+    add("--compile", "compile the hot path for a long search", action=argparse.BooleanOptionalAction, default=True)
     parser.start_group("reading your own characters")
     add("--images", "image files to infer programs from (needs --checkpoint-path)", nargs="+")
     add("--as-is", "take --images as they are: one character each, of Omniglot's size and stroke", action="store_true")

@@ -32,12 +32,13 @@ from util import SETTINGS, UserError
 
 
 class Run:
-    """Everything a checkpoint holds (models, optimisers, memory, statistics, progress), and the data, on the device"""
+    """Everything a checkpoint holds (models, optimisers, memory, statistics, progress), and the data, on the device. Lives
+    in save/<path_base>, by default where the arguments say"""
 
-    def __init__(self, args, dataset, device):
+    def __init__(self, args, dataset, device, path_base=None):
         util.set_seed(args.seed, device)
         self.args, self.device = args, device
-        self.path_base = util.get_path_base(args)
+        self.path_base = path_base or util.get_path_base(args)
         self.settings = {**util.get_settings(args), "data": data.get_fingerprint(dataset.train)}
         self.train_data, self.test_data = dataset.train.to(device), dataset.test.to(device)
         self.num_alphabets = dataset.num_alphabets if args.condition_on_alphabet else 0
@@ -312,9 +313,9 @@ def main(argv=None):
     device = util.get_device(args.cuda)
     dataset = load_data(args)
     check_memory(args, len(dataset.train.obs), dataset.num_alphabets if args.condition_on_alphabet else 0)
-    path_base = util.get_path_base(args)
+    path_base = checkpoints.find_run(args, lambda: data.get_fingerprint(dataset.train))
     with StopSignal() as stop, locks.lock_run(path_base, stop):
-        run = Run(args, dataset, device)
+        run = Run(args, dataset, device, path_base)
         num_images = {run.settings["data"]: len(dataset.train.obs)}
         checkpoint = checkpoints.load_newest(path_base, resumable=True, num_images=num_images)
         if checkpoint is not None:
@@ -356,8 +357,8 @@ def check_memory(args, num_images, num_alphabets):
     total, available = models_bytes + step_bytes + memory_bytes, util.get_available_memory()
     if not args.cuda and total > available:
         raise UserError(
-            f"the run takes about {total / 1e9:.0f} GB of memory (models {models_bytes / 1e9:.1f}, a step {step_bytes / 1e9:.1f},"
-            f" remembered programs {memory_bytes / 1e9:.1f}) and {available / 1e9:.0f} GB are available; use smaller"
+            f"the run takes about {total / 1e9:.1f} GB of memory (models {models_bytes / 1e9:.1f}, a step {step_bytes / 1e9:.1f},"
+            f" remembered programs {memory_bytes / 1e9:.1f}) and {available / 1e9:.1f} GB are available; use smaller"
             " --obs-embedding-dim, --num-particles, --batch-size or --memory-size"
         )
     if total > 1e9:

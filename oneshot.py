@@ -10,6 +10,7 @@ fit it. Complete runs are not repeated, so rerun the same command to resume.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
+import argparse
 import hashlib
 import io
 import math
@@ -181,7 +182,7 @@ def main(argv=None):
                 bar.set_description(run.name)
                 path = folder / f"{run.name}.pt"
                 if result is None:
-                    rendering.set_compile(True)
+                    rendering.set_compile(args.compile)
                     forward, backward, probs = classify(run, model, args, bar.update)
                     util.write(path.with_suffix(".pdf"), draw(run, name, forward, backward, probs))
                     result = dict(settings=own, forward=forward, backward=backward, answers=run.answers)
@@ -202,6 +203,7 @@ def get_parser():
     add("--num-traces", "traces of each image", type=positive, default=matching.NUM_TRACES)
     add("--num-steps", "gradient steps that vary strokes to fit another image", type=positive, default=matching.NUM_STEPS)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
+    add("--compile", "compile the hot path (default: yes)", action=argparse.BooleanOptionalAction, default=True)
     add("--force", "repeat runs that are complete, or replace those with other settings", action="store_true")
     return parser
 

@@ -8,6 +8,7 @@ float64, with and without gradients; on a GPU they become Triton kernels (fast/g
 
 import functools
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -470,8 +471,18 @@ def set_compile(enabled, device="cpu"):
             _try_kernels()
     except Exception as error:  # torch raises many types
         compiled.clear()
-        reason = str(error).strip().split("\n")[0][:100]
-        warn(f"not compiled, training is slower: {reason}")
+        warn(f"not compiled, training is slower: {_get_reason(error)}")
+
+
+def _get_reason(error):
+    """Why the compiler failed, in its own words, and where its files go, if they may be the reason"""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = next((line for line in lines if re.search(r"\berror: ", line)), lines[0])[:400]
+    if "Errno" in reason or "/" in reason:  # it is about a file
+        reason += f" (compiled code goes to {cache_dir()}; TORCHINDUCTOR_CACHE_DIR names another folder)"
+    return reason
 
 
 def _try_kernels():

@@ -13,7 +13,9 @@ Complete tasks are skipped, so rerun the same command to resume a sweep that was
 from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
 import collections
+import functools
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -22,6 +24,7 @@ import time
 
 import torch
 
+import data
 import eval_logp
 import main as training
 import util
@@ -71,9 +74,14 @@ def get_flags(args):
 
 
 def get_runs(args):
-    """main.py's arguments for each run: the sweep's models, or those of --models, with each seed and the settings given
-    after --. Raises: UserError if a model is not in the sweep, or two runs would share a folder"""
-    runs, known = {}, set()
+    """main.py's arguments for each run, by the name of its folder: the sweep's models, or those of --models, with each seed
+    and the settings given after --. Raises: UserError if a model is not in the sweep, or two runs would share a folder"""
+    return {path_base: run_args for path_base, (_, run_args) in get_models(args).items()}
+
+
+def get_models(args):
+    """As get_runs, but with the name of each run's model: {path base: (model, arguments)}"""
+    runs, known, load_data = {}, set(), functools.cache(data.load)
     models = [util.get_path_base(model_args) for model_args in get_sweep_argss(False, None, args.large_conditional)]
     for seed in args.seeds or [None]:
         argss = get_sweep_argss(args.test_run, args.data_location, args.large_conditional)
@@ -85,18 +93,30 @@ def get_runs(args):
             run_args = training.parse_args(flags)
             if run_args.cuda:
                 raise UserError("give --cuda before the --: it is no setting of a run")
-            path_base = util.get_path_base(run_args)
-            names = {model, util.get_path_base(model_args), path_base}
+            path_base = checkpoints.find_run(run_args, functools.partial(get_fingerprint, run_args, load_data))
+            names = {model, util.get_path_base(model_args), util.get_path_base(run_args), path_base}
             known |= names
             if args.models and not names & set(args.models):
                 continue
             if path_base in runs:
                 raise UserError(f"two of the sweep's runs would share {util.SAVE / path_base}; choose one with --models")
-            runs[path_base] = run_args
+            runs[path_base] = model, run_args
     unknown = [model for model in args.models or [] if model not in known]
     if unknown:
         raise UserError(f"--models: {', '.join(unknown)} is not in the sweep, which has {', '.join(models)}")
     return runs
+
+
+def get_fingerprint(run_args, load):
+    """The fingerprint of a run's data; "" if they are not there, since nothing is downloaded only to name a run"""
+    location = run_args.data_location
+    if location in data.SITES and not data.find_site(location).exists():
+        return ""
+    try:
+        dataset = load(location, run_args.small_dataset, run_args.dataset_size, run_args.find_characters)
+    except UserError:
+        return ""
+    return data.get_fingerprint(dataset.train)
 
 
 def get_tasks(args):
@@ -114,7 +134,8 @@ def get_tasks(args):
 def get_evaluation(args, model, run_args, algorithm):
     """The Task of evaluating a run, of main.py's run_args, with its seed. Raises: UserError if --eval-options are invalid"""
     flags = [f"--checkpoint-path={checkpoints.get_path(model)}", f"--algorithm={algorithm}"]
-    flags += [f"--data-location={args.data_location}"] * (args.data_location is not None)
+    if args.data_location is not None or any(word.split("=")[0] == "--data-location" for word in args.settings):
+        flags += [f"--data-location={run_args.data_location}"]
     flags += [f"--seed={run_args.seed}"] * (run_args.seed != util.SETTINGS["seed"])
     flags += TEST_RUN_EVALUATION * args.test_run + util.split_words("--eval-options", args.eval_options)
     parsed = eval_logp.parse_args(flags)
@@ -192,7 +213,7 @@ def submit(args):
         asks_for_gpu = "gpu" in (slurm.get_option(task_args, "gres") or "") or re.search(r"(^| )(-G|--gpus)", task_args.sbatch)
         if asks_for_gpu if args.cuda is None else args.cuda:  # so that a job without a working GPU fails at once
             group = [task._replace(flags=[*task.flags, "--cuda"]) for task in group]
-        slurm.submit_tasks(group, task_args, queue, args.dry_run)
+        slurm.submit_tasks([settle(task) for task in group], task_args, queue, get_environment(args), args.dry_run)
         for task in group if args.dry_run else []:
             print(f"would submit: {shlex.join(task.get_command())}")
     if args.wait and not args.dry_run:
@@ -200,12 +221,29 @@ def submit(args):
     return 0
 
 
+def get_environment(args):
+    """The variable that tells jobs where chardata.mat is, which a site's jobs may not inherit, if it is needed or set here"""
+    sites = [run_args.data_location for run_args in get_runs(args).values() if run_args.data_location in data.SITES]
+    sites += ["local"] if os.environ.get("OMNIGLOT_PATH") else []
+    return {"OMNIGLOT_PATH": str(data.find_site(sites[0]).absolute())} if sites else {}
+
+
+def settle(task):
+    """A task whose data do not depend on the job's home"""
+    prefix = "--data-location=~"
+    flags = [
+        f"--data-location={util.expand_user(flag[len(prefix) - 1 :])}" if flag.startswith(prefix) else flag
+        for flag in task.flags
+    ]
+    return task._replace(flags=flags)
+
+
 def group_by_options(some_tasks, args):
     """Groups tasks whose jobs get the same options, of the command line or of a profile: pairs of arguments and tasks. With
     --dry-run, prints where options come from"""
-    known, groups = profile.read(args.profile), {}
+    known, groups, models = profile.read(args.profile), {}, get_models(args)
     for task in some_tasks:
-        (model,) = {get_model_name(args, task.model)}
+        model, _ = models.get(task.model, (task.model, None))
         task_args, sources = profile.apply(args, known, model, task.kind)
         groups.setdefault(str(sorted(vars(task_args).items(), key=str)), (task_args, [], sources))[1].append(task)
     for task_args, group, sources in groups.values() if args.dry_run else []:
@@ -213,15 +251,6 @@ def group_by_options(some_tasks, args):
         if known and shown:
             print(f"{', '.join(map(str, group))}: {', '.join(shown)}")
     return [(task_args, group) for task_args, group, _ in groups.values()]
-
-
-def get_model_name(args, path_base):
-    """The name in the sweep of a run, which has the settings after -- and its seed in its name, too"""
-    for model_args in get_sweep_argss(args.test_run, args.data_location, args.large_conditional):
-        name = util.get_path_base(model_args)
-        if path_base == name or path_base.startswith(f"{name}_"):
-            return name.removeprefix("test_run_")
-    return path_base
 
 
 def wait(args):
@@ -359,6 +388,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.task is not None:
         return slurm.run_task(args.task)
+    util.check_links(util.SAVE)
     if args.status:
         return show_status(args)
     for wanted, action in [(args.rm, remove), (args.cancel, cancel), (args.plot, plot), (args.cluster, submit)]:

@@ -7,12 +7,14 @@ import errno
 import hashlib
 import inspect
 import io
+import itertools
 import os
 import pathlib
 import re
 import shlex
 import signal
 import sys
+import time
 import zipfile
 
 import torch
@@ -72,6 +74,8 @@ class Stream:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             encoding = self.stream.encoding or "utf-8"  # names of files may hold bytes that are no text
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            if "\n" in text:  # a log shows what happened when it happened
+                self.stream.flush()
         return len(text)
 
     def flush(self):
@@ -151,9 +155,33 @@ def to_location(text):
     return text
 
 
+LOG_INTERVAL = 20  # seconds between lines about progress
+LOG_FORMAT = "{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+
 def show_progress(*args, **kwargs):
-    """A tqdm bar on standard error; in a log file, a line every 20 seconds."""
-    return tqdm(*args, mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=sys.stderr.isatty(), **kwargs)
+    """A tqdm bar on standard error; where that is no terminal, lines of a log"""
+    if sys.stderr.isatty():
+        return tqdm(*args, mininterval=0.2, dynamic_ncols=True, **kwargs)
+    interval = dict(mininterval=LOG_INTERVAL, maxinterval=LOG_INTERVAL)
+    return tqdm(*args, file=Lines(sys.stderr), bar_format=LOG_FORMAT, **interval, **kwargs)
+
+
+class Lines:
+    """A stream on which each state of a tqdm bar becomes a line of its own, without carriage returns"""
+
+    def __init__(self, stream):
+        self.stream, self.last = stream, ""
+
+    def write(self, text):
+        line = text.strip()
+        if line != self.last and re.search(r"\w", line):
+            self.stream.write(f"{line}\n")
+            self.stream.flush()
+            self.last = line
+
+    def flush(self):
+        pass
 
 
 # ------------------------------------------------------------------ run folders
@@ -330,30 +358,81 @@ def save_checkpoint(path, checkpoint):
 
 
 def write(path, content):
-    """Writes a file atomically: at any moment the path holds either the old file or the new one.
+    """Writes a file atomically: at any moment the path holds either the old file or the new one, also if several processes
+    write it.
 
     Raises: UserError if it cannot be written; the old file stays
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{NODE}.{os.getpid()}.{next(NUMBERS)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        make_folder(path.parent)
+        remove_leftovers(path.parent)
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        sync(folder)
         os.close(folder)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "make room and run" if full else "fix that and run"
         raise UserError(
             f"cannot write {path} ({error.strerror}); what was saved before is intact: {advice} the same command again"
         ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+NODE, NUMBERS = os.uname().nodename.split(".")[0][:32], itertools.count()  # they tell temporary files apart
+LEFTOVER_SECONDS = 24 * 3600  # after which a temporary file of another machine was left by a crash
+
+
+def remove_leftovers(folder):
+    """Removes the temporary files in a folder whose processes were killed"""
+    for path in folder.glob(".*.tmp"):
+        match = re.fullmatch(r"\..*\.([^.]*)\.(\d+)\.\d+\.tmp", path.name)
+        with contextlib.suppress(OSError):
+            ended = match is not None and match[1] == NODE and not is_alive(int(match[2]))
+            if ended or time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                path.unlink()
+
+
+def is_alive(pid):
+    """Whether this machine has such a process"""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
+
+
+def sync(descriptor):
+    """Flushes a file or a folder to the disk, where the file system can"""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+
+
+def make_folder(path):
+    """Creates a folder and those above it, unless they exist. Raises: OSError; UserError if one is a link to nowhere"""
+    check_links(path)
+    pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def check_links(path):
+    """Raises: UserError if a file or folder, or one above it, is a link to something that does not exist"""
+    for part in [*reversed(pathlib.Path(path).parents), pathlib.Path(path)]:
+        if part.is_symlink() and not part.exists():
+            target = os.readlink(part)
+            raise UserError(f"{part} is a link to {target}, which does not exist; create that, or remove the link")
 
 
 def check_regular(path):
@@ -395,9 +474,9 @@ def load_checkpoint(path, device="cpu", keys=CHECKPOINT_KEYS):
 
 def describe_differences(theirs, ours):
     """Describes in words how two dicts of settings differ, those saved and those of this run; "" if they agree. A
-    setting that did not exist when they were saved had its default."""
+    setting that did not exist when they were saved had its default; where the data are does not matter, only what they are."""
     theirs = {**{name: default for name, default in SETTINGS.items() if name in ours}, **theirs}
-    names = [name for name, value in ours.items() if theirs.get(name) != value]
+    names = [name for name, value in ours.items() if theirs.get(name) != value and name != "data_location"]
     return ", ".join(f"{name.replace('_', '-')} is {theirs.get(name)} there and {ours[name]} here" for name in names)
 
 
@@ -430,11 +509,43 @@ def set_random_state(state, device):
 
 
 def get_available_memory():
-    """Bytes that processes can still take"""
-    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return sys.maxsize
+    """Bytes that processes can still take: of the machine's memory or, if that is less, of what the container or the job
+    around this process may have"""
+    try:
+        (available,) = re.findall(r"^MemAvailable: *(\d+) kB$", pathlib.Path("/proc/meminfo").read_text(), re.M)
+        machine = 1024 * int(available)
+    except (OSError, ValueError):  # not on Linux
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([machine, *get_memory_of_groups()])
+
+
+def get_memory_of_groups(table="/proc/self/cgroup", mount="/sys/fs/cgroup"):
+    """Bytes that this process's control groups, of either version, and those around them may still take; what they cache of
+    files does not count, since it makes room"""
+    try:
+        lines = [line.split(":", 2) for line in pathlib.Path(table).read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, controllers, group in lines:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, parts = pathlib.Path(mount, "memory" if controllers else ""), group.strip("/").split("/")
+        names = ["memory.limit_in_bytes", "memory.usage_in_bytes"] if controllers else ["memory.max", "memory.current"]
+        for depth in range(len(parts) + 1):  # in a container, its own group may be mounted as the root
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                folder = root.joinpath(*parts[:depth])
+                limit, usage = (int((folder / name).read_text()) for name in names)
+                cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                prefix = "total_" if "total_inactive_file" in cached else ""
+                usage -= sum(int(cached.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                found.append(max(limit - usage, 0))
+    return found
+
+
+def get_cores():
+    """The numbers of the cores that this process may use"""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def get_device(cuda):

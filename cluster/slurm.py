@@ -71,6 +71,7 @@ class Listing(NamedTuple):
     warning: int  # seconds before a job's time limit at which it should save and stop
     tasks: list
     max_requeues: int = attempts.MAX_REQUEUES  # without progress
+    environment: dict = {}  # of the tasks, besides that of the job: a site may pass none of it on
     packs: dict = {}  # first task's index, as a string -> the indices of all that share its job, if they are several
 
     def get_pack(self, index):
@@ -258,16 +259,17 @@ def get_repeated(listing, index, args):
     return command
 
 
-def submit_tasks(tasks, args, queue, dry_run=False):
+def submit_tasks(tasks, args, queue, environment, dry_run=False):
     """Submits tasks. Evaluations whose training is in the queue (a list of jobs) start after it.
 
+    Args: environment: variables that the tasks need, a dict
     Raises: UserError at the first job that Slurm refuses, or if something cannot be submitted
     """
     repeated = is_repeated(args)
     most = len(tasks) if repeated else get_max_array_size()
     if len(tasks) > most:
         for first in range(0, len(tasks), most):
-            submit_tasks(tasks[first : first + most], args, queue, dry_run)
+            submit_tasks(tasks[first : first + most], args, queue, environment, dry_run)
         return
     if repeated and args.tasks_per_job > 1:
         raise UserError("--tasks-per-job is for job arrays, which om-repeat does not submit; give --no-repeat")
@@ -275,7 +277,7 @@ def submit_tasks(tasks, args, queue, dry_run=False):
         raise UserError("--jobs with --cluster limits a job array, which om-repeat does not submit; give --no-repeat")
     name = hashlib.sha1(f"{time.time_ns()} {os.getpid()}".encode()).hexdigest()[:8]
     listing = Listing(
-        (FOLDER / f"{name}.json").resolve(), repeated, args.setup, get_warning(args), tasks, args.max_requeues, {}
+        (FOLDER / f"{name}.json").resolve(), repeated, args.setup, get_warning(args), tasks, args.max_requeues, environment, {}
     )
     trainings = collections.defaultdict(list)  # model -> the jobs that train it
     for job in queue:
@@ -295,7 +297,7 @@ def submit_tasks(tasks, args, queue, dry_run=False):
         return
     write_listing(listing)
     for task in tasks:
-        task.get_path("log").parent.mkdir(parents=True, exist_ok=True)
+        util.make_folder(task.get_path("log").parent)
     submit_commands(listing, submissions)
     put_after_training(listing, later)
     for task in [tasks[i] for i in later]:
@@ -510,6 +512,7 @@ def cancel(jobs):
 def run_task(where):
     """Args: where: FILE:INDEX, or FILE with the array's index. Returns: the exit status"""
     listing, pack = find_own_tasks(where)
+    os.environ.update(listing.environment)
     if len(pack) > 1:
         return run_pack(listing, pack)
     (task,), job = pack, get_job_number()

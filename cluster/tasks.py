@@ -3,6 +3,7 @@
 import ctypes
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from util import UserError
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CHOICE_OF_IMAGES = ["num_data", "images"]  # arguments of an evaluation; its settings hold the images themselves
 DEFAULTS = {"images": "first"}  # of what evaluations of older versions did not record
-_libc = ctypes.CDLL(None)
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)  # on Linux only
 
 
 class Task(NamedTuple):
@@ -165,7 +166,7 @@ def read_log(task):
     except OSError:
         return []
     lines = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
-    return [line for line in lines if line and "it/s" not in line and "?it" not in line and "s/it" not in line]
+    return [line for line in lines if line and not re.search(r"\d+/\d+ \[[\d:]+<", line)]
 
 
 def get_log_end(task, num_lines=4):
@@ -181,7 +182,7 @@ def get_device(task):
 def open_log(task):
     """Opens the task's log for appending, and writes the command"""
     path = task.get_path("log")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    util.make_folder(path.parent)
     task.get_path("status").unlink(missing_ok=True)
     log = open(path, "a")
     when, node = time.strftime("%Y-%m-%d %H:%M:%S"), os.uname().nodename
@@ -203,8 +204,11 @@ class Worker(NamedTuple):
     start: float  # by time.monotonic
 
 
-def _die_with_parent():
-    _libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: if the sweep is killed, its runs save and stop
+def _prepare_child():
+    """If the sweep is killed, its runs save and stop. Ctrl-C reaches them through the sweep alone, and so only once"""
+    os.setpgid(0, 0)
+    if _prctl is not None:
+        _prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def get_visible_gpus():
@@ -215,7 +219,7 @@ def get_visible_gpus():
 
 def start(task, slot, num_slots, num_gpus, get_command=lambda task: task.get_command()):
     """Starts a task on its slot's share of the cores, and on its GPU if there are several"""
-    cores = sorted(os.sched_getaffinity(0))
+    cores = util.get_cores()
     share = cores[slot % len(cores) :: num_slots]
     # Processes with as many threads as cores would slow each other down several times over.
     environment = {"OMP_NUM_THREADS": str(len(share)), **os.environ}
@@ -229,9 +233,10 @@ def start(task, slot, num_slots, num_gpus, get_command=lambda task: task.get_com
             stdout=log,
             stderr=log,
             env=environment,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_prepare_child,
         )
-    os.sched_setaffinity(process.pid, share)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process.pid, share)
     return Worker(task, process, slot, time.monotonic())
 
 

@@ -74,17 +74,18 @@ def infer(generative_model, inference_network, obs, alphabet, num_particles):
 
 def find_programs(
     generative_model, inference_network, obs, num_particles=1000, num_best=200, num_rounds=400, num_mutants=200, alphabet=None,
-    width=0, is_stopped=lambda: False,
+    width=0, is_stopped=lambda: False, compile=True,
 ):  # fmt: skip
     """Finds the best programs of images [N, R, C]: the network's proposals, improved by search. A conditional model
     that is given no alphabet [N, L] tries them all and keeps that of the best proposal.
 
-    Args: num_rounds: of an evolutionary search's mutation; width: of beams, with which a search begins (0: without)
-        is_stopped: asked now and then whether to end the search early, with the best programs so far
+    Args: num_rounds: of an evolutionary search's mutation; width: of beams, with which a search begins (0: without);
+        is_stopped: asked now and then whether to end the search early, with the best programs so far; compile: whether a
+        long search may compile the hot path first
     Returns: Programs
     """
     num_scored = len(obs) * (num_particles + num_rounds * num_mutants)
-    if num_scored >= COMPILING_PAYS and not gpu.is_gpu(obs.device):  # a GPU's kernels are on, or off for a reason
+    if compile and num_scored >= COMPILING_PAYS and not gpu.is_gpu(obs.device):  # a GPU's kernels are on, or off for a reason
         rendering.set_compile(True)
     if alphabet is None and generative_model.num_alphabets:
         alphabet = guess_alphabets(generative_model, inference_network, obs, num_particles)
@@ -102,7 +103,7 @@ def find_programs(
 
 def find_different_programs(
     generative_model, inference_network, obs, num_searches, num_particles=300, num_best=20, num_rounds=150, num_mutants=50,
-    alphabet=None,
+    alphabet=None, compile=True,
 ):  # fmt: skip
     """Finds different programs of each image [N, R, C]: the best of each of several small searches. Arguments as for
     `find_programs`.
@@ -112,7 +113,7 @@ def find_different_programs(
     copies = obs.repeat_interleave(num_searches, 0)  # [N * S, R, C]
     alphabet = None if alphabet is None else alphabet.repeat_interleave(num_searches, 0)
     effort = num_particles, num_best, num_rounds, num_mutants
-    best = find_programs(generative_model, inference_network, copies, *effort, alphabet).latent[0]
+    best = find_programs(generative_model, inference_network, copies, *effort, alphabet, compile=compile).latent[0]
     return best.unflatten(0, (len(obs), num_searches)).transpose(0, 1)
 
 

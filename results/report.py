@@ -536,6 +536,7 @@ def set_apart(parts):
 def main(mode=None, name_missing=False):
     """Args: mode: test or train, or None for all images; name_missing: also list the paper's models that have no value for
     the images shown first"""
+    util.check_links(util.SAVE)
     runs = [run for path in sorted(util.SAVE.glob("*/logp")) for run in read_runs(path.parent)]
     wanted = {"test": ["test"], "train": ["training"], None: checkpoints.KINDS_OF_IMAGES}[mode]
     rows = get_rows([run for run in runs if run.images.kind in wanted])

@@ -47,7 +47,7 @@ class TrainedModel:
         networks, (obs, alphabet) = (self.generative_model, self.inference_network), self.get_images(obs_id)
         if args is not None and args.search:
             limits = args.num_best, args.num_rounds, args.num_mutants
-            return programs.find_programs(*networks, obs, NUM_PROPOSALS, *limits, alphabet).latent[0]
+            return programs.find_programs(*networks, obs, NUM_PROPOSALS, *limits, alphabet, compile=args.compile).latent[0]
         best = []
         for ids in torch.arange(len(obs)).split(programs.BATCH_SIZE):
             latent, log_joint = programs.infer(*networks, obs[ids], None if alphabet is None else alphabet[ids], NUM_PROPOSALS)

@@ -8,6 +8,7 @@ lengths of curves. Nothing is changed before all of it has been checked. A check
 import argparse
 import filecmp
 import functools
+import glob
 import hashlib
 import math
 import pathlib
@@ -54,6 +55,8 @@ def find(path):
     candidates += [pretrained] * (pathlib.Path(path).parent == pathlib.Path("pretrained"))
     if found := next(filter(pathlib.Path.is_file, candidates), None):
         return found
+    for candidate in candidates:
+        util.check_links(candidate)
     runs = sorted(latest.parents[1].name for latest in util.SAVE.glob("*/checkpoints/latest.pt"))
     there = f"{util.SAVE}/ holds {', '.join(runs)}" if runs else f"{util.SAVE}/ holds no run: train one with python main.py"
     raise UserError(f"there is no checkpoint {path}; {there}")
@@ -86,6 +89,45 @@ def get_run_name(checkpoint_path, run_args):
     while folder.name in ("checkpoints", "save", name):
         folder = folder.parent
     return f"{name}-from-{folder.name or 'elsewhere'}"
+
+
+def find_run(args, get_fingerprint):
+    """The name of the folder in save/ in which a run with main.py's arguments, a namespace, lives: that of
+    util.get_path_base or, if it holds no such run, that of a run of the same data when they were elsewhere.
+
+    Args: get_fingerprint: a function without arguments that returns the fingerprint of the training data; it is called
+        only if there is a run that differs in nothing else
+    """
+    name = util.get_path_base(args)
+    if args.name:
+        return name
+    default = "glyphs" if args.test_run else SETTINGS["data_location"]
+    there, elsewhere = (util.get_path_base(argparse.Namespace(**{**vars(args), "data_location": x})) for x in (default, "/x"))
+    start = elsewhere.split("data-location=")[0]  # what follows it may be cut off
+    others = {there, *(path.name for path in util.SAVE.glob(f"{glob.escape(start)}data-location=*"))} - {name}
+    states = {other: state for other in others if (state := read_state(other))}
+    ours = util.get_settings(args)
+    if not any(util.describe_differences(settings, ours) == "" for settings, _ in states.values()):
+        return name
+    if own := read_state(name):
+        states[name] = own
+    ours["data"] = get_fingerprint()
+    same = {some: iteration for some, (settings, iteration) in states.items() if not util.describe_differences(settings, ours)}
+    return name if name in same or not same else max(same, key=same.get)
+
+
+def read_state(path_base):
+    """The settings and the iteration of a run's newest checkpoint that can be read, which need not be valid; None if there
+    is none"""
+    latest = get_path(path_base)
+    for path in [latest, *get_numbered(latest.parent)[::-1]]:
+        try:
+            util.check_regular(path)
+            checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            return dict(checkpoint["settings"]), int(checkpoint["iteration"])
+        except Exception:  # missing, or damaged in whatever way; the run itself says so
+            continue
+    return None
 
 
 def get_digest(checkpoint):

@@ -82,7 +82,12 @@ class Curves:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-            self.writer = SummaryWriter(folder / "tensorboard", purge_step=len(statistics.get("theta_loss", [])) + 1)
+            # TensorBoard hides what was logged before from this step on: the iterations of training that a killed run had
+            # not saved, but those of pretraining as well, which are logged again
+            start = get_num_recorded(statistics, "train") + 1
+            self.writer = SummaryWriter(folder / "tensorboard", purge_step=start)
+            rows = self._get_rows(statistics, dict.fromkeys(PHASES, 0))
+            self._log([row for row in rows if row[0] == "pretrain" and row[1] >= start])
 
     def update(self, statistics):
         """Writes what is new in the statistics; all of it if there are new columns"""

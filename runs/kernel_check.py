@@ -18,6 +18,7 @@ import torch
 import losses
 import models
 import rendering
+import util
 from fast import gpu
 from util import warn
 
@@ -87,7 +88,7 @@ def compile_side_by_side(functions, device):
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             launch(*args, **{**options, "warmup": True})
 
-    launch, num_threads = JITFunction.run, len(os.sched_getaffinity(0))
+    launch, num_threads = JITFunction.run, len(util.get_cores())
     with concurrent.futures.ThreadPoolExecutor(num_threads) as threads:
         JITFunction.run = lambda *args, **options: threads.submit(compile_kernel, *args, **options)
         try:

@@ -3,8 +3,8 @@ the process ends, however it ends."""
 
 import contextlib
 import fcntl
+import functools
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -12,57 +12,74 @@ import time
 import util
 
 PATIENCE = 300  # seconds a job waits for its predecessor, which may still be saving
+MOMENT = 0.3  # seconds that anybody waits, since is_locked holds a lock for an instant
 
 
 @contextlib.contextmanager
 def lock(path, what, stop=None):
-    """Holds a lock file. In a Slurm job, waits a while for another process to release it.
+    """Holds a lock file; where nothing can be locked, warns once and goes on. In a Slurm job, waits a while for another
+    process to release it.
 
     Args: what: what a process that holds it is doing, in words; stop: a StopSignal, which ends the waiting
     Raises: UserError if another process holds it
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    end, told = time.monotonic() + PATIENCE * ("SLURM_JOB_ID" in os.environ), False
+    util.make_folder(path.parent)
+    start, told = time.monotonic(), False
+    patience = PATIENCE if "SLURM_JOB_ID" in os.environ else MOMENT
     with open(path, "a+") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                what_it_does = f"{what} by {file.read().strip() or 'another process'}"
+        while not take(file):
+            file.seek(0)
+            what_it_does, waited = f"{what} by {file.read().strip() or 'another process'}", time.monotonic() - start
             if stop is not None and stop.received is not None:
                 print(f"stopped by {signal.Signals(stop.received).name} before it started")
                 sys.exit(128 + stop.received)
-            if time.monotonic() >= end:
+            if waited >= patience:
                 raise util.UserError(f"{what_it_does}; wait for it or stop it")
-            if not told:
+            if waited >= MOMENT and not told:
                 util.warn(f"{what_it_does}; waiting up to {PATIENCE} seconds for it to end")
                 told = True
-            time.sleep(0.2)
+            time.sleep(0.1)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
         yield
 
 
-def is_locked(path):
-    """Whether a process on this machine holds a lock file. Reads the kernel's list of locks, since taking the lock to
-    find out could keep a run from starting at that moment."""
+def take(file):
+    """Locks an open file, until it is closed, unless another process holds it. Returns: whether none does"""
     try:
-        status = os.stat(path)
-        table = pathlib.Path("/proc/locks").read_text()
-    except OSError:
+        return _take(file, fcntl.LOCK_EX)
+    except OSError as error:
+        _warn_of_no_locks(os.path.dirname(os.path.abspath(file.name)), error.strerror)
+        return True
+
+
+def _take(file, kind):
+    """Raises: OSError if the file system has no locks"""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter on some file systems
         return False
-    major, minor = os.major(status.st_dev), os.minor(status.st_dev)
-    return f" {major:02x}:{minor:02x}:{status.st_ino} " in table
+    return True
 
 
-@contextlib.contextmanager
+@functools.cache
+def _warn_of_no_locks(folder, reason):
+    util.warn(
+        f"nothing can be locked in {folder} ({reason}): see to it that only one process at a time trains or evaluates a run"
+    )
+
+
+def is_locked(path):
+    """Whether a process holds a lock file"""
+    try:
+        with open(path) as file:
+            return not _take(file, fcntl.LOCK_SH)  # released at once, and meanwhile no obstacle to others that ask
+    except OSError:  # there is none, or nothing can be locked
+        return False
+
+
 def lock_run(path_base, stop=None):
     """Locks a run's folder, as `lock` does. Raises: UserError if another process holds it"""
     folder = util.SAVE / path_base
-    with lock(folder / "lock", f"{folder} is being trained", stop):
-        for leftover in (folder / "checkpoints").glob(".*.tmp"):  # left by a run that was killed
-            leftover.unlink()
-        yield
+    return lock(folder / "lock", f"{folder} is being trained", stop)

@@ -55,8 +55,8 @@ def get_job_end():
 
 
 class StopSignal:
-    """A context in which SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) are recorded in `received`,
-    so that a loop can save and return."""
+    """A context in which SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) are recorded in `received`, so that a loop can save
+    and return. A second SIGINT (Ctrl-C) ends the program at once."""
 
     def __init__(self):
         self.received = None
@@ -72,3 +72,5 @@ class StopSignal:
 
     def _receive(self, number, frame):
         self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -54,6 +54,7 @@ strokes.rendering.set_compile(True)
 print(model.log_prob(latent.unsqueeze(0), obs)[1].shape, len(strokes.data.load("glyphs").train.obs))
 model.get_logits(latent).numpy()
 assert not any(name in sys.modules for name in ["models", "losses", "fast", "runs", "rendering"])
+importlib.invalidate_caches()
 import data, images, util
 assert data.mine and images.mine and util.mine
 """

@@ -192,11 +192,29 @@ def check_nan_reaches_the_likelihood():
             assert model.log_prob(latent.unsqueeze(0), obs)[1].isnan().all(), name
 
 
-def test_no_compiler_is_one_warning(monkeypatch, capsys):
-    def refuse(*args, **options):
-        raise RuntimeError("there is no compiler\nand much more")
+NOEXEC = (
+    "OSError: /tmp/torchinductor_me/sl/cslaldtxqqggzti6vmhx46xbfstgh4r3hl7ho2u3yaia2vcmzffl.main.so: failed to map segment"
+    " from shared object.  The most common reason this may occur is if the /tmp folder is mounted with noexec"
+)
 
-    monkeypatch.setattr(rendering, "_compile_for_cpu", lambda: {rendering._draw: refuse})
-    rendering.set_compile(True)
-    assert capsys.readouterr().err == "warning: not compiled, training is slower: there is no compiler\n"
-    assert not rendering.compiled
+
+def test_no_compiler_is_one_warning_with_its_own_reason(monkeypatch, capsys):
+    for message, expected, is_about_files in [
+        ("there is no compiler\nand much more", "there is no compiler", False),
+        (f"{NOEXEC}\n\nSet TORCHDYNAMO_VERBOSE=1", NOEXEC.replace("  ", " "), True),
+        ("OSError: [Errno 28] No space left on device\n\nSet", "OSError: [Errno 28] No space left on device", True),
+        (
+            "CppCompileError: C++ compile error\n\nCommand:\ng++ x.cpp\n\nOutput:\n/tmp/x.cpp:2:10: fatal error: omp.h: none\n",
+            "/tmp/x.cpp:2:10: fatal error: omp.h: none",
+            True,
+        ),
+    ]:
+
+        def refuse(*args, message=message, **options):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(rendering, "_compile_for_cpu", lambda refuse=refuse: {rendering._draw: refuse})
+        rendering.set_compile(True)
+        stderr = capsys.readouterr().err
+        assert stderr.startswith(f"warning: not compiled, training is slower: {expected}") and stderr.count("\n") == 1
+        assert ("TORCHINDUCTOR_CACHE_DIR" in stderr) == is_about_files and not rendering.compiled

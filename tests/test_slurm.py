@@ -174,6 +174,22 @@ def test_om_repeat(cluster, om_repeat):
 
 
 @pytest.mark.waits
+def test_data_are_found_where_jobs_inherit_nothing(cluster, monkeypatch):
+    """The site's copy of Omniglot, and a path that depends on the home"""
+    settings = ["--pretrain-iterations=0", "--num-iterations=2"]
+    monkeypatch.setenv("OMNIGLOT_PATH", "data.mat")
+    monkeypatch.setenv("HOME", os.getcwd())
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
+    names = []
+    for location, model in [("local", cluster[0]), ("~/data.mat", cluster[1])]:
+        words = ["--models", model, "--", *settings, f"--data-location={location}"]
+        run(*SUBMIT, *words)
+        names += sweep.get_runs(sweep.parse_args(words))
+    wait_for(lambda: not list_jobs())
+    assert [load(name)["iteration"] for name in names] == [2, 2] and "data-location" not in names[0]
+
+
+@pytest.mark.waits
 def test_a_task_without_progress_stops(cluster, monkeypatch):
     """Here it requeues itself before it has begun"""
     chosen = ["--models", cluster[0]]

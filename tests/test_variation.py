@@ -224,7 +224,8 @@ def test_runs_are_read_and_damage_is_one_line(tmp_path):
 def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_script, monkeypatch):  # noqa: F811
     write_runs(tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rendering, "set_compile", lambda *_: None)  # which takes longer than all the rest
+    asked = []
+    monkeypatch.setattr(rendering, "set_compile", asked.append)  # which takes longer than all the rest
     argv = ["--checkpoint-path", "pretrained/mws_20", "--runs", "runs", "--num-steps=10"]
     status, stdout, stderr = run_script(oneshot, *argv, "--run-ids", "2")
     assert status == 0 and "run02: error" in stdout + stderr, stderr
@@ -239,7 +240,8 @@ def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_scr
     assert float(rows[1]["error"]) == pytest.approx(wrong) and wrong < 0.5
     assert (results / "run02.pdf").stat().st_size > 10_000
     (results / "run02.pt").unlink()
-    assert run_script(oneshot, *argv, "--run-ids", "2")[0] == 0
+    assert run_script(oneshot, *argv, "--run-ids", "2", "--no-compile")[0] == 0
+    assert asked == [True, True, False]
     assert (results / "run02.pt").read_bytes() == before  # seeded, each run by itself
     for extra, message in [
         (["--num-steps=11"], "num-steps is 10 there and 11 here"),
