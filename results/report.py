@@ -8,6 +8,7 @@ import re
 import textwrap
 from typing import NamedTuple
 
+import scipy.special
 import torch
 
 import scoring
@@ -47,6 +48,7 @@ class Run(NamedTuple):
     work: str  # the evaluations' particles and iterations, in words
     images: Images
     images_in_words: str
+    bound_by_image: torch.Tensor | None = None  # [N], guaranteed, of the evaluation by mws
 
 
 def describe(path):
@@ -108,6 +110,7 @@ def make_run(folder, evaluations):
         describe_work(shown),
         get_images(newest),
         describe_images(newest),
+        bound if "mws" in shown else None,
     )
 
 
@@ -293,7 +296,6 @@ def print_table(rows):
     for work in dict.fromkeys(row["evaluated with"] for row in rows):
         names = [row["model"] for row in rows if row["evaluated with"] == work]
         print(f"evaluated with {work}: {'all' if len(names) == len(rows) else ', '.join(names)}")
-    print()
 
 
 def describe_table(rows):
@@ -301,6 +303,27 @@ def describe_table(rows):
     known = {"test": "unseen", "training": "on which the models were trained", "other": "of other data than the models'"}
     kind, fingerprint = rows[0]["images"], rows[0]["fingerprint"].split()[0]
     return f"{rows[0]['images in words']}, {known[kind]} (fingerprint {fingerprint}):"
+
+
+def describe_leads(runs):
+    """How far the best model is ahead of each other one, by the guaranteed bounds of memoised evaluations of the same images:
+    lines of text. Intervals are paired over images, whose choice moves all models together, and say nothing of other seeds."""
+    by_model = collections.defaultdict(list)
+    for run in runs:
+        if run.bound_by_image is not None:
+            by_model[get_name(run.name)].append(run.bound_by_image)
+    bounds = {name: torch.stack(some).mean(0) for name, some in by_model.items()}  # [N], means over seeds
+    names = sorted(bounds, key=lambda name: -bounds[name].mean())
+    lines = []
+    for name in names[1:]:
+        lead = bounds[names[0]] - bounds[name]
+        text = f"{names[0]} is {lead.mean():.1f} nats per image ahead of {name}"
+        if len(lead) > 1:
+            half = scipy.special.stdtrit(len(lead) - 1, 0.975) * get_standard_error(lead.tolist())
+            text += f"; 95 % interval over images {lead.mean() - half:.1f} to {lead.mean() + half:.1f}"
+        seeds = [len(by_model[some]) for some in (names[0], name)]
+        lines.append(f"{text}; {seeds[0]} and {seeds[1]} seeds")
+    return lines
 
 
 def format_value(row, name):
@@ -549,8 +572,9 @@ def main(mode=None, name_missing=False):
     tables = collections.defaultdict(list)
     for row in rows:
         tables[row["images"], row["fingerprint"]].append(row)
-    for table in tables.values():
+    for images, table in tables.items():
         print_table(table)
+        print("\n".join([*describe_leads([run for run in runs if run.images == images]), ""]))
     first = next(iter(tables.values()))
     missing = [name for name in PAPER_MODELS if name not in {row["model"] for row in first}]
     if name_missing and missing:

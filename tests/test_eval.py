@@ -315,6 +315,16 @@ def test_an_evaluation_in_progress_is_not_replaced_by_another(model, monkeypatch
     assert_same(resumed["log_p_by_image"], load(model, "rws")["log_p_by_image"])
 
 
+def test_leads_are_paired_over_images():
+    """The best model's, with the interval of Student's t: 2 ± 4.303 * 1 / sqrt(3) for differences of 1, 2 and 3"""
+    runs = []
+    for name, bounds in {"mws_5": [-3, -1, -5], "mws_5_seed=1": [-1, 1, -3], "rws_5": [-3, -2, -7], "own": None}.items():
+        bounds = None if bounds is None else torch.tensor(bounds, dtype=torch.double)
+        runs.append(get_fake_run(name, "cc", -140.0)._replace(bound_by_image=bounds))
+    lines = ["mws_5 is 2.0 nats per image ahead of rws_5; 95 % interval over images -0.5 to 4.5; 2 and 1 seeds"]
+    assert report.describe_leads(runs) == lines
+
+
 # ------------------------------------------------------------------ memoised evaluation
 
 MWS = "--effort 0.04 --memory-size 8 --num-particles 4".split()
