@@ -11,6 +11,7 @@ import unicodedata
 import imageio.v3 as imageio
 import numpy as np
 import scipy.ndimage
+import scipy.spatial
 
 from util import UserError, warn
 
@@ -18,6 +19,7 @@ SIDE = 28
 CHARACTER_SIDE = 19  # pixels, of a character's longer side in Omniglot (its median and a little)
 STROKE_RADIUS = 3  # on a grid four times as fine: strokes of Omniglot are 1.6 pixels wide
 MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the range from black to white
+SHEET_SIDE = 240  # pixels, of the photograph on which a sheet is found
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
 COLOURS = ["P", "PA", "CMYK", "YCbCr", "LAB", "HSV"]  # Pillow's names of what has to be converted to red, green and blue
 
@@ -74,21 +76,54 @@ def read_official(name, content):
 
 
 def read_image(name, content):
-    """Reads an image file of any size, dark on light or light on dark: ink [28, 28] in [0, 1].
-    The background is the brightness of most of the image's edge. Strokes much thinner than a
-    pixel of the result are darkened, so that they survive when ink becomes binary.
+    """Reads an image file of any size, dark on light or light on dark, on paper of whatever brightness: ink [28, 28] in
+    [0, 1]. Strokes much thinner than a pixel of the result are darkened, so that they survive when ink becomes binary.
 
     Raises: UserError if it cannot be decoded
     """
-    ink = fit(_get_darkness(decode(name, content)))
+    ink = fit(get_ink(decode(name, content)))
     darkest = np.quantile(ink[ink > 0.02], 0.9) if (ink > 0.02).any() else 1
     return (ink * 1.5 / darkest).clip(0, 1) if darkest < 0.6 else ink
 
 
-def _get_darkness(grey):
-    """0 on the background (the brightness of most of the image's edge), 1 where the image differs most from it"""
-    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    return 1 - grey if np.median(edge) > 0.5 else grey
+def get_ink(grey):
+    """Ink on paper [rows, columns] in [0, 1]: 0 where the image is as bright as its paper, 1 where it differs most from it.
+    Paper is what most of the image's edge shows; blank paper has no ink."""
+    paper = _get_paper(grey)
+    if ((grey - paper) ** 3).mean() > 0:  # what stands out is lighter
+        grey, paper = 1 - grey, 1 - paper
+    darkness = 1 - grey / np.maximum(paper, 1 / 255)  # a share of the light that falls there
+    contrast = darkness.max()
+    if contrast < MIN_CONTRAST:
+        return np.zeros_like(darkness)
+    noise = min(np.quantile(-darkness, 0.999), contrast / 3)  # what is lighter than paper is noise; so is as much darkness
+    darkness = np.where(darkness > max(noise, 0), darkness, 0)
+    ink = np.quantile(darkness[darkness > contrast / 2], 0.9)
+    return (darkness / ink).clip(0, 1) if ink < 0.9 else darkness
+
+
+def _get_paper(grey):
+    """The brightness of the paper, a number, or under uneven light [rows, columns]: fitted to the image's edge"""
+    row, col = (np.linspace(-1, 1, n, dtype=np.float32) for n in grey.shape)
+    edge = _get_edge(grey)
+    paper = np.median(edge)
+    distance = np.abs(edge - paper)
+    if np.mean(distance < 1.5 / 255) > 0.5:
+        return paper
+    rows, cols = (_get_edge(np.broadcast_to(x, grey.shape)) for x in (row[:, None], col))
+    terms = np.stack([np.ones_like(rows), rows, cols, rows * cols, rows**2, cols**2], 1)
+    for _ in range(5):  # without the strokes that reach the edge
+        near = distance <= 3 * np.median(distance)
+        weights = np.linalg.lstsq(terms[near], edge[near], rcond=None)[0]
+        distance = np.abs(edge - terms @ weights)
+    constant, by_row, by_col, by_both, by_row2, by_col2 = weights.astype(np.float32)
+    row = row[:, None]
+    paper = constant + by_row * row + by_col * col + by_both * row * col + by_row2 * row**2 + by_col2 * col**2
+    return paper.clip(edge.min(), edge.max())
+
+
+def _get_edge(grey):
+    return np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
 
 
 def fit(image, side=SIDE):
@@ -126,19 +161,93 @@ def find_characters(name, content):
     Returns: a list of bool arrays [28, 28], ink True; empty, with a warning, for a blank page
     Raises: UserError if the file cannot be decoded
     """
-    ink = find_ink(decode(name, content))
+    ink = find_ink(find_sheet(decode(name, content)))
     characters, hopeless = [], 0
     for part in split_page(ink):
         character = normalise(part)
-        if 4 <= character.sum() <= SIDE**2 / 2:
+        if 4 <= character.sum() <= SIDE**2 / 2 and not _is_patch(part, ink):
             characters.append(character)
         else:
             hopeless += 1
     if not ink.any():
         warn(f"{name} is blank; skipped")
     elif hopeless:
-        warn(f"{name}: {hopeless} parts have no legible strokes; skipped")
+        warn(f"{name}: {hopeless} parts have no legible strokes (a table, a shadow?); skipped")
     return characters
+
+
+def _is_patch(part, page):
+    """Whether a part of the ink on a page, [rows, columns] each, is no stroke but a blank sheet, or what a sheet lies on"""
+    return part.size > 0.05 * page.size and part.mean() > 0.8 and max(part.shape) < 3 * min(part.shape)
+
+
+def find_sheet(grey):
+    """Cuts out the sheet of paper on a photograph that also shows what it lies on: grey values [rows, columns] -> the same,
+    or the part around the sheet, with paper instead of the table in its corners. A sheet is convex, clearly brighter or
+    darker than its surroundings all around, mostly empty, and reaches at most one corner of the photograph."""
+    from skimage.transform import resize
+
+    shape = [max(round(n * min(SHEET_SIDE / max(grey.shape), 1)), 1) for n in grey.shape]
+    small = resize(grey, shape, order=1, anti_aliasing=True)
+    best, chosen = 0, None
+    for light in (small, 1 - small):
+        blank = scipy.ndimage.grey_closing(np.pad(light, 9, "edge"), (9, 9))[9:-9, 9:-9]  # without what is written on it
+        for threshold in np.linspace(blank.min(), blank.max(), 18)[1:-1]:
+            corners, quality = _find_convex(blank > threshold)
+            step = 0 if corners is None else _get_step(blank, corners)
+            if step > MIN_CONTRAST and quality * min(step, 0.3) > best:
+                best, chosen = quality * min(step, 0.3), (corners, blank if light is small else 1 - blank)
+    if chosen is None:
+        return grey
+    sheet = _cut_out(grey, *chosen)
+    # A small blank one may be a character: a bold stroke, or the inside of a box.
+    return sheet if sheet.size > 0.3 * grey.size or find_ink(sheet).any() else grey
+
+
+def _find_convex(region):
+    """Of the largest piece of a region, if it may be a sheet: its corners [K, 2], in order, and its size, less if it is not
+    quite convex; else None, 0"""
+    pieces, _ = scipy.ndimage.label(region)
+    sizes = np.bincount(pieces.flat)
+    sizes[0] = 0
+    piece = pieces == sizes.argmax()
+    if not 0.05 < piece.mean() < 0.97 or piece[:: len(piece) - 1, :: piece.shape[1] - 1].sum() > 1:
+        return None, 0
+    points = np.argwhere(piece & ~scipy.ndimage.binary_erosion(piece))
+    hull = scipy.spatial.ConvexHull(points)
+    convexity = piece.sum() / (hull.volume + hull.area / 2 + 1)  # in pixels, not in the polygon through their centres
+    return (points[hull.vertices].astype(float), piece.mean() * convexity**20) if convexity > 0.93 else (None, 0)
+
+
+def _get_step(blank, corners):
+    """By what share of its brightness a sheet is brighter than its surroundings, where this is least certain"""
+    start = corners @ [1, 1j]  # complex numbers, row + i * column
+    side = np.roll(start, -1) - start
+    number = np.repeat(np.arange(len(side)), np.abs(side).round().astype(int))
+    border = start[number] + side[number] * np.random.RandomState(0).rand(len(number))
+    away = -1j * side[number] / np.abs(side[number])  # ConvexHull goes round anticlockwise
+    outside = border + 4 * away
+    seen = (np.minimum(outside.real, outside.imag) >= 0) & (outside.real < len(blank)) & (outside.imag < blank.shape[1])
+    if seen.mean() < 0.2:
+        return 0
+    inside, outside = (
+        scipy.ndimage.map_coordinates(blank, [z.real, z.imag], order=1, mode="nearest")
+        for z in (border[seen] - 3 * away[seen], outside[seen])
+    )
+    return np.quantile((inside - outside) / np.maximum(inside, 0.05), 0.1)
+
+
+def _cut_out(grey, corners, blank):
+    """The part of an image around a sheet, whose corners [K, 2] are those on a smaller, blank one"""
+    from skimage.draw import polygon2mask
+    from skimage.transform import resize
+
+    mask = scipy.ndimage.binary_erosion(polygon2mask(blank.shape, corners), iterations=3)
+    nearest = scipy.ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
+    paper = resize(blank[tuple(nearest)], grey.shape, order=1)
+    mask = resize(mask.astype(np.float32), grey.shape, order=1) > 0.5
+    (box,) = scipy.ndimage.find_objects(mask.astype(int))
+    return np.where(mask, grey, paper)[box].astype(np.float32)
 
 
 def find_ink(grey):
