@@ -248,7 +248,7 @@ def evaluate_every_checkpoint(args):
     """Evaluates all checkpoints of a run's training; those that are damaged are left out, with a warning. Writes a CSV and a
     figure. Returns: the exit status. Raises: UserError if there are none"""
     given, name = checkpoints.find(args.checkpoint_path), None
-    device, load_data = util.get_device(args.cuda), functools.cache(data.load)
+    device, load_data = util.get_device(args.cuda), functools.cache(data.load_and_tell)
     with StopSignal() as stop:
         for path in checkpoints.get_all(given):
             try:
@@ -269,7 +269,7 @@ def evaluate_every_checkpoint(args):
     return 0
 
 
-def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load):
+def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_and_tell):
     """Runs one evaluation, from where it was stopped, and writes its result. Returns: the exit status"""
     device = util.get_device(args.cuda)
     images, memory, is_own = load_images(args, checkpoint, load_data)
@@ -298,10 +298,10 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load)
     return 0
 
 
-def load_images(args, checkpoint, load_data=data.load):
+def load_images(args, checkpoint, load_data=data.load_and_tell):
     """Loads the images to evaluate, and what the model remembers of them.
 
-    Args: load_data: data.load, or a cached version of it
+    Args: load_data: data.load_and_tell, or a cached version of it
     Returns: data.Split; the memory's rows of these images, [N, M, A], or None if they are not its training images;
         whether they are from the data that the model was trained on
     Raises: UserError if they do not fit the model

@@ -5,11 +5,16 @@ finds the ink under uneven light, separates characters, and gives each the size 
 Omniglot's. `draw_glyphs` draws each letter by twenty "hands".
 """
 
+import contextlib
+import functools
+import importlib
 import math
 import unicodedata
+import warnings
 
 import imageio.v3 as imageio
 import numpy as np
+import PIL.Image
 import scipy.ndimage
 import scipy.spatial
 
@@ -22,6 +27,8 @@ MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the 
 SHEET_SIDE = 240  # pixels, of the photograph on which a sheet is found
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
 COLOURS = ["P", "PA", "CMYK", "YCbCr", "LAB", "HSV"]  # Pillow's names of what has to be converted to red, green and blue
+ONLY_RECOGNISED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow needs other programs to read
+HEIC_ADVICE = "convert it to JPEG or PNG, or pip install pillow-heif, which is then used"
 
 NUM_HANDS = 20
 MAX_NUM_CHARACTERS = 40  # per alphabet
@@ -38,22 +45,39 @@ ALPHABETS = {
 # ------------------------------------------------------------------ decoding
 
 
+@functools.cache
+def get_suffixes():
+    """The suffixes of all files that Pillow reads, ".png" and so on; HEIC among them where pillow-heif is installed"""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    suffixes = PIL.Image.registered_extensions().items()
+    return {suffix for suffix, kind in suffixes if kind in PIL.Image.OPEN and kind not in ONLY_RECOGNISED}
+
+
 def decode(name, content):
     """Decodes an image to grey values [rows, columns] in [0, 1], black 0, upright, as its camera held it; transparent pixels
     become white. Of several pictures in a file, an animation say, the first is read, with a warning.
 
     Raises: UserError if it cannot be decoded, or has an unexpected shape or type
     """
+    get_suffixes()  # prepares Pillow
     try:
-        with imageio.imopen(content, "r", plugin="pillow") as file:
+        with ignore_warnings(), imageio.imopen(content, "r", plugin="pillow") as file:
             num_frames = file.properties(index=...).n_images
             mode = "RGBA" if file.metadata(index=0)["mode"] in COLOURS else None
             image = file.read(index=0, mode=mode, rotate=True)  # [rows, columns(, channels)]
     except Exception as error:  # decoders raise anything
+        if isinstance(error.__cause__ or error, PIL.Image.DecompressionBombError):
+            most = 2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6
+            raise UserError(f"{name} is too large: it has more than {most} million pixels; scale it down") from None
+        if is_heic(content):
+            raise UserError(f"{name} is a HEIC picture; {HEIC_ADVICE}") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise UserError(f"{name} is damaged or not an image ({reason})") from None
     if num_frames > 1:
         warn(f"{name} holds {num_frames} pictures; the first is read")
+    if image.dtype == np.int32 and image.size and 0 <= image.min() and image.max() < 2**16:  # how older Pillows read 16 bits
+        image = image.astype(np.uint16)
     if image.dtype not in (bool, np.uint8, np.uint16) or not _is_image(image.shape):
         raise UserError(
             f"{name} has pixels of type {image.dtype} in the shape {list(image.shape)}; save it as 8-bit grey or RGB"
@@ -64,6 +88,19 @@ def decode(name, content):
     alpha = image[..., -1] if image.shape[-1] in (2, 4) else np.ones(image.shape[:2], np.float32)
     grey = image[..., 0] if image.shape[-1] <= 2 else image[..., :3] @ np.float32([0.299, 0.587, 0.114])
     return grey * alpha + 1 - alpha
+
+
+@contextlib.contextmanager
+def ignore_warnings():
+    """Without Python's warnings, of Pillow about large images, say"""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def is_heic(content):
+    """Whether a file begins as HEIC pictures do, the format of most telephones"""
+    return content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
 def _is_image(shape):
@@ -77,11 +114,16 @@ def read_official(name, content):
 
 def read_image(name, content):
     """Reads an image file of any size, dark on light or light on dark, on paper of whatever brightness: ink [28, 28] in
-    [0, 1]. Strokes much thinner than a pixel of the result are darkened, so that they survive when ink becomes binary.
+    [0, 1]. Strokes much thinner than a pixel of it are darkened (see `shrink`), so that they survive when ink becomes binary.
 
     Raises: UserError if it cannot be decoded
     """
-    ink = fit(get_ink(decode(name, content)))
+    return shrink(get_ink(decode(name, content)))
+
+
+def shrink(ink):
+    """Scales ink [rows, columns] in [0, 1] down to [28, 28], and darkens it where strokes are much thinner than a pixel"""
+    ink = fit(ink)
     darkest = np.quantile(ink[ink > 0.02], 0.9) if (ink > 0.02).any() else 1
     return (ink * 1.5 / darkest).clip(0, 1) if darkest < 0.6 else ink
 
@@ -94,10 +136,10 @@ def get_ink(grey):
         grey, paper = 1 - grey, 1 - paper
     darkness = 1 - grey / np.maximum(paper, 1 / 255)  # a share of the light that falls there
     contrast = darkness.max()
-    if contrast < MIN_CONTRAST:
+    noise = max(np.quantile(-darkness, 0.999), 0)  # what is lighter than paper is noise; so is as much darkness
+    if contrast < max(MIN_CONTRAST, 1.6 * noise):
         return np.zeros_like(darkness)
-    noise = min(np.quantile(-darkness, 0.999), contrast / 3)  # what is lighter than paper is noise; so is as much darkness
-    darkness = np.where(darkness > max(noise, 0), darkness, 0)
+    darkness = np.where(darkness > min(noise, contrast / 3), darkness, 0)
     ink = np.quantile(darkness[darkness > contrast / 2], 0.9)
     return (darkness / ink).clip(0, 1) if ink < 0.9 else darkness
 
