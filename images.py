@@ -1,15 +1,15 @@
-"""Characters without a data set's help: image files, and letters of the font that ships with matplotlib.
+"""Characters without a data set's help: image files, and letters of a font.
 
 `read_image` scales a whole image down by averaging. `find_characters` is for photographs and scans: it
-finds the ink under uneven light, separates characters, and gives each the size and stroke width of
-Omniglot's. `draw_glyphs` draws each letter by twenty "hands".
+finds the sheet, and the ink on it under uneven light, separates characters, and gives each the size and stroke width of
+Omniglot's. `draw_glyphs` returns letters as drawn by twenty "hands".
 """
 
 import contextlib
 import functools
 import importlib
 import math
-import unicodedata
+import pathlib
 import warnings
 
 import imageio.v3 as imageio
@@ -30,17 +30,10 @@ COLOURS = ["P", "PA", "CMYK", "YCbCr", "LAB", "HSV"]  # Pillow's names of what h
 ONLY_RECOGNISED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow needs other programs to read
 HEIC_ADVICE = "convert it to JPEG or PNG, or pip install pillow-heif, which is then used"
 
-NUM_HANDS = 20
-MAX_NUM_CHARACTERS = 40  # per alphabet
-
-# The alphabets of DejaVu Sans: first and last code point of a stretch of letters.
-ALPHABETS = {
-    "Latin": (0x0041, 0x007A), "Greek": (0x0391, 0x03C9), "Cyrillic": (0x0410, 0x044F),
-    "Armenian": (0x0531, 0x0586), "Georgian": (0x10D0, 0x10FA), "Hebrew": (0x05D0, 0x05EA),
-    "Arabic": (0x0621, 0x064A), "Lao": (0x0E81, 0x0EAE), "Tifinagh": (0x2D30, 0x2D65),
-    "N'Ko": (0x07CA, 0x07EA), "Lisu": (0xA4D0, 0xA4F7), "Ogham": (0x1681, 0x169A),
-    "Old Italic": (0x10300, 0x1031E), "Canadian syllabics": (0x1401, 0x1676),
-}  # fmt: skip
+ALPHABETS = [  # of glyphs.npz
+    "Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Lao", "Tifinagh", "N'Ko", "Lisu", "Ogham",
+    "Old Italic", "Canadian syllabics",
+]  # fmt: skip
 
 # ------------------------------------------------------------------ decoding
 
@@ -431,50 +424,15 @@ def normalise(part):
 
 
 def draw_glyphs():
-    """Draws every letter with every hand, in the size and stroke width of handwriting; deterministic, takes seconds.
+    """Letters as drawn by every hand, in the size and stroke width of handwriting: from glyphs.npz, since what matplotlib and
+    FreeType draw depends on their versions.
 
     Returns: obs [N, 28, 28], bool, ink True, upright; alphabet ids [N]; characters
         [N], numbered from 1 within their alphabet
     """
-    import matplotlib  # which training on other data does not need
-    from matplotlib.backends.backend_agg import RendererAgg
-    from matplotlib.font_manager import get_font
-    from matplotlib.textpath import TextPath
-
-    random_state = np.random.RandomState(123)
-    renderer = RendererAgg(28, 28, 72)
-    context = renderer.new_gc()
-    context.set_linewidth(0)
-    context.set_antialiased(True)
-    covered = get_font(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf").get_charmap()
-    obs, alphabet_ids, characters = [], [], []
-    for alphabet_id, (first, last) in enumerate(ALPHABETS.values()):
-        letters = [c for c in range(first, last + 1) if c in covered and unicodedata.category(chr(c))[0] == "L"]
-        chosen = np.linspace(0, len(letters) - 1, min(len(letters), MAX_NUM_CHARACTERS)).round().astype(int)
-        for number, i in enumerate(chosen, start=1):
-            outline = TextPath((0, 0), chr(letters[i]), size=1, prop={"family": "DejaVu Sans"})
-            box = outline.get_extents()
-            for _ in range(NUM_HANDS):
-                obs.append(_draw_glyph(outline, box, renderer, context, random_state))
-                alphabet_ids.append(alphabet_id)
-                characters.append(number)
-    return np.stack(obs), np.array(alphabet_ids), np.array(characters)
-
-
-def _draw_glyph(outline, box, renderer, context, random_state):
-    """An outline, slightly rotated, sheared, stretched and shifted, as a bool image."""
-    from matplotlib.transforms import Affine2D
-
-    size = 19 / max(box.width, box.height) * random_state.uniform(0.85, 1.1)
-    stretch = random_state.uniform(0.85, 1.15)
-    jitter = (
-        Affine2D()
-        .translate(-(box.x0 + box.x1) / 2, -(box.y0 + box.y1) / 2)
-        .scale(size * stretch, size / stretch)
-        .skew(random_state.normal(0, 0.1), random_state.normal(0, 0.05))
-        .rotate(random_state.normal(0, 0.1))
-        .translate(*(renderer.width / 2 + random_state.normal(0, 0.8, 2)))
-    )
-    renderer.clear()
-    renderer.draw_path(context, outline, jitter, (0, 0, 0))
-    return np.asarray(renderer.buffer_rgba())[..., 3] >= 128
+    with np.load(pathlib.Path(__file__).resolve().parent / "glyphs.npz") as stored:
+        obs = np.unpackbits(stored["obs"], axis=1).astype(bool).reshape(-1, SIDE, SIDE)
+        sizes = stored["num_characters"]  # of each alphabet
+    num_hands = len(obs) // sizes.sum()
+    characters = np.concatenate([np.arange(1, size + 1) for size in sizes]).repeat(num_hands)
+    return obs, np.arange(len(sizes)).repeat(sizes * num_hands), characters

@@ -224,20 +224,17 @@ def test_arrays(tmp_path):
 
 
 def test_glyphs():
-    start = time.perf_counter()
     dataset = data.load("glyphs")
-    assert time.perf_counter() - start < 20
-    assert dataset.num_alphabets == 14
-    ink = dataset.train.obs.mean().item()
-    assert 0.05 < ink < 0.2  # Omniglot's is 0.08
+    assert dataset.summary == "9960 images, 14 alphabets, mean ink 0.12"
+    # The same whatever is installed: published numbers and older runs depend on it
+    assert [data.get_fingerprint(split) for split in dataset[:3]] == ["f7c5429f34fe", "88a599335956", "c06b791d5d45"]
     rows = dataset.train.obs.any(2).float().sum(1)
     cols = dataset.train.obs.any(1).float().sum(1)
     extent = torch.maximum(rows, cols)  # a gap inside a character counts as nothing
     assert 12 < extent.mean() < 24
     assert (dataset.train.obs.flatten(1).sum(1) > 5).all()
-    again = data.load("glyphs")
-    assert data.get_fingerprint(again.train) == data.get_fingerprint(dataset.train)
     assert (dataset.train.alphabet.sum(0) >= 10).all()
+    assert set(dataset.train.character[dataset.train.alphabet[:, 0] == 1].tolist()) == set(range(1, 41))
 
 
 def test_omniglot(omniglot, monkeypatch):
