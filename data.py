@@ -1,12 +1,17 @@
 """Images of handwritten characters: where to find them, how to read and split them.
 
-Every source becomes binary 28 x 28 images, upright, ink 1, in three parts. Where they
+Every source becomes binary 28 x 28 images, upright, ink 1, in three parts, summed up in one line. Where they
 are known, each character comes with its alphabet and its number within it.
 """
 
+import collections
 import contextlib
 import functools
+import gzip
 import hashlib
+import io
+import math
+import mimetypes
 import os
 import pathlib
 import re
@@ -20,7 +25,7 @@ import numpy as np
 import scipy.io
 import torch
 
-from images import ALPHABETS, draw_glyphs, find_characters, fit, read_image, read_official
+from images import ALPHABETS, HEIC_ADVICE, draw_glyphs, find_characters, get_suffixes, read_image, read_official, shrink
 from util import UserError, expand_user, make_folder, show_progress, warn
 
 NUM_ROWS = NUM_COLS = 28
@@ -59,6 +64,18 @@ class Dataset(typing.NamedTuple):
     test: Split
     num_alphabets: int  # L; 0 if the source has none
     alphabet_names: tuple = ()  # L strings
+    summary: str = ""  # what was read, in one line
+
+
+class Source(typing.NamedTuple):
+    """All images of a location, before they are split"""
+
+    obs: np.ndarray  # [N, 28, 28], bool, ink True
+    alphabet_ids: np.ndarray | None = None  # [N]
+    characters: np.ndarray | None = None  # [N], from 1 within an alphabet
+    alphabet_names: list = []  # L strings
+    parts: np.ndarray | None = None  # [N], "train", "valid" or "test", where the location has them
+    notes: tuple = ()  # what to say about it besides numbers
 
 
 class SizeError(UserError):
@@ -75,11 +92,11 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
             characters on each
     Raises: SizeError if the data has no such part; UserError if anything else is wrong with the location or the data
     """
-    train, test, alphabet_names = _load_parts(location, find_characters)
+    source = _load_source(location, find_characters)
+    _check_ink(location, source.obs)
+    train, valid, test = _split(source)
+    alphabet_names = source.alphabet_names
     num_alphabets = len(alphabet_names)
-    permutation = np.random.RandomState(123).permutation(len(train.obs))
-    num_valid = round(len(train.obs) * CHARDATA_SIZES["valid"] / CHARDATA_SIZES["train"])
-    train, valid = (train.select(torch.from_numpy(ids)) for ids in np.split(permutation, [len(permutation) - num_valid]))
     if small_dataset and dataset_size is not None:
         raise UserError("--small-dataset and --dataset-size exclude each other; give one")
     if small_dataset:
@@ -91,14 +108,24 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
         train = _take_per_alphabet(train, num_per_alphabet, num_alphabets, f"--dataset-size {dataset_size}")
     if len(train.obs) == 0 or len(test.obs) == 0:
         raise UserError(f"{location} holds too few images to split into training and test images")
-    return Dataset(train, valid, test, num_alphabets, tuple(alphabet_names))
+    notes = [*source.notes, f"{len(train.obs)} to train on"] if small_dataset or dataset_size else source.notes
+    groups = _count(num_alphabets, "alphabet") if num_alphabets else "no alphabets"
+    summary = summarise(source.obs, groups, notes)
+    return Dataset(train, valid, test, num_alphabets, tuple(alphabet_names), summary)
 
 
-def load_for_model(checkpoint, location=None, load=load):
+def load_and_tell(location, *options):
+    """As `load`, and prints what was read"""
+    dataset = load(location, *options)
+    print(f"{location}: {dataset.summary}", flush=True)
+    return dataset
+
+
+def load_for_model(checkpoint, location=None, load=load_and_tell):
     """Loads the data set that a model was trained on, or a corresponding one from another location: of the same size if
     that can be, else all of it.
 
-    Args: checkpoint: of main.py; location: None for that of the training; load: `load`, or a cached version of it
+    Args: checkpoint: of main.py; location: None for that of the training; load: `load_and_tell`, or a cached version of it
     Raises: UserError as `load` does, and if a conditional model has a different number of alphabets
     """
     args, num_known = checkpoint["args"], checkpoint["num_alphabets"]
@@ -117,7 +144,10 @@ def load_for_model(checkpoint, location=None, load=load):
 
 def get_fingerprint(split):
     """A short hash of images and alphabets, which tells whether a run resumes with the data it started with."""
-    digest = hashlib.sha1(np.packbits(split.obs.bool().numpy()).tobytes())
+    obs = split.obs.numpy()
+    digest = hashlib.sha1(np.packbits(obs.astype(bool)).tobytes())
+    if (obs != obs.astype(bool)).any():  # grey
+        digest.update(np.ascontiguousarray(obs).tobytes())
     if split.alphabet is not None:
         digest.update(split.alphabet.argmax(1).numpy().tobytes())
     return digest.hexdigest()[:12]
@@ -136,15 +166,63 @@ def _take_per_alphabet(split, num, num_alphabets, flag):
     return split.select(torch.cat([i[:num] for i in ids]))
 
 
+# ------------------------------------------------------------------ in one line
+
+
+def summarise(obs, groups, notes=()):
+    """Sums up images [N, 28, 28] in one line. Args: groups: how many alphabets, say; notes: what else there is to say"""
+    return "; ".join([f"{_count(len(obs), 'image')}, {groups}, mean ink {obs.mean():.2f}", *notes, *_describe_faults(obs)])
+
+
+def _count(number, noun):
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _get_faults(obs):
+    """The numbers of images that cannot be characters, by what is wrong with them"""
+    ink = obs.reshape(len(obs), -1).mean(1)
+    solid = int((ink > 0.95).sum())
+    return {"blank": int((ink == 0).sum()), "solid": solid, "more than half ink": int((ink > 0.5).sum()) - solid}
+
+
+def _describe_faults(obs):
+    faults = ", ".join(f"{number} {fault}" for fault, number in _get_faults(obs).items() if number)
+    return [faults] if faults else []
+
+
+def _check_ink(location, obs):
+    """Raises: UserError if most images show no character"""
+    if 2 * sum(_get_faults(obs).values()) > len(obs):
+        raise UserError(
+            f"{location}: of {_count(len(obs), 'image')}, {_describe_faults(obs)[0]}: ink must be clearly darker than paper, or"
+            " lighter, and cover less of it (transparent pixels count as white paper)"
+        )
+
+
+def _describe_skipped(path, skipped):
+    """Warns, by name, of files that were left out. Args: skipped: (name, kind) of each
+    Returns: a list with what the summary says of them, if any"""
+    if not skipped:
+        return []
+    names = collections.defaultdict(list)
+    for kind, name in sorted((kind, name) for name, kind in skipped):
+        names[kind].append(name)
+    some = {kind: ", ".join(group[:3]) + ", ..." * (len(group) > 3) for kind, group in names.items()}
+    details = [f"{len(group)} {kind} ({some[kind]}{f': {HEIC_ADVICE}' * (kind == 'HEIC')})" for kind, group in names.items()]
+    warn(f"{path}: skipped {', '.join(details)}")
+    kinds = ", ".join(f"{len(group)} {kind}" for kind, group in names.items())
+    return [f"skipped: {_count(len(skipped), 'file')} ({kinds})"]
+
+
 # ------------------------------------------------------------------ locations
 
 
-def _load_parts(location, prepare=False):
-    """train, test (Split), names of the alphabets"""
+def _load_source(location, prepare=False):
+    """Reads all images of a location. Returns: Source"""
     if prepare and not may_hold_pages(location):
         raise UserError(f"--find-characters is for a folder of your own images, not for {location}; leave it out")
     if location == "glyphs":
-        return _split(*draw_glyphs(), list(ALPHABETS))
+        return Source(*draw_glyphs(), list(ALPHABETS))
     if location in SITES:
         return _load_mat(_find_site(location))
     path = expand_user(location)
@@ -153,17 +231,19 @@ def _load_parts(location, prepare=False):
         raise UserError(f"--data-location {location}: no such file, folder or name ({names})")
     if path.suffix == ".mat":
         return _load_mat(path)
-    if path.suffix in (".npy", ".npz"):
-        return _split(_load_array(path), None, None, [])
+    if path.suffix == ".npz":
+        return _load_npz(path)
+    if array_files := _list_array_files(path):
+        return _load_array_files(path, array_files)
     if path.is_dir() or zipfile.is_zipfile(path):
-        return _split(*_load_image_files(path, prepare))
-    raise UserError(f"--data-location {location} is not a .mat, .npy, .npz or .zip file or a folder of images")
+        return _load_image_files(path, prepare)
+    raise UserError(f"--data-location {location} is not a .mat, .npy, .npz, idx or .zip file or a folder of images")
 
 
 def may_hold_pages(location):
     """Whether a location may hold photographs and scans, on which to find characters. Raises: UserError if it begins with
     the home of an unknown user"""
-    return location not in (*SITES, "glyphs") and expand_user(location).suffix not in (".mat", ".npy", ".npz")
+    return location not in (*SITES, "glyphs") and expand_user(location).suffix not in (".mat", ".npy", ".npz", ".gz")
 
 
 def find_site(name):
@@ -250,10 +330,14 @@ def _load_mat(path):
     missing = [key for key in keys if key not in mat]
     if missing:
         raise UserError(f"{path} has no {', '.join(missing)}: it is not in chardata.mat's format")
-    train, test = (_read_mat_part(path, mat, prefix) for prefix in ["", "test"])
-    if train.alphabet.shape[1] != test.alphabet.shape[1]:
+    parts = [_read_mat_part(path, mat, prefix) for prefix in ["", "test"]]
+    if len(parts[0][1]) != len(parts[1][1]):
         raise UserError(f"{path}: target and testtarget have different numbers of alphabets")
-    return train, test, [f"alphabet {i + 1}" for i in range(train.alphabet.shape[1])]  # Omniglot's own numbers
+    images, alphabets, characters = (np.concatenate([part[i] for part in parts], axis) for i, axis in enumerate([0, 1, 0]))
+    obs, notes = _to_ink(path, images)
+    names = [f"alphabet {i + 1}" for i in range(len(alphabets))]  # Omniglot's own numbers
+    sizes = [len(images) for images, *_ in parts]
+    return Source(obs, alphabets.argmax(0), characters, names, np.repeat(["train", "test"], sizes), notes)
 
 
 def _read_mat_part(path, mat, prefix):
@@ -272,62 +356,218 @@ def _read_mat_part(path, mat, prefix):
     if ((alphabet != 0).sum(0) != 1).any() or alphabet.max() != 1:
         raise UserError(f"{path}: {prefix}target is not one-hot")
     images = obs.T.reshape(-1, NUM_COLS, NUM_ROWS).transpose(0, 2, 1)  # stored column by column
-    return _make_split(_binarise(path, images), alphabet.argmax(0), character[0], len(alphabet))
+    return images, alphabet, character[0]
 
 
-def _load_array(path):
+# Words in the names of arrays and folders
+PARTS = {
+    "train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test",
+    "testing": "test", "t10k": "test",
+}  # fmt: skip
+LABELS = {"y", "label", "labels", "target", "targets", "alphabet", "alphabets"}
+IDX = re.compile(r"idx[13](-ubyte)?(\.gz)?$")
+
+
+def _list_array_files(path):
+    """The files of arrays that a location consists of: a .npy file, an idx file (MNIST's format) and that of its labels, or
+    those in a folder of such files"""
+    if path.is_file():
+        labels = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+        return [path] if path.suffix == ".npy" else [path, labels][: 1 + labels.exists()] if IDX.search(path.name) else []
+    names = sorted(name for name in os.listdir(path) if not is_hidden(name))
+    files = [path / name for name in names if name.endswith(".npy") or IDX.search(name)]
+    return files if 2 * len(files) > len(names) else []
+
+
+def _load_array_files(path, files):
+    """Loads arrays, one a file. Where their names tell neither parts nor labels, each file is an alphabet of its own."""
+    if len(files) == 1:
+        return _load_arrays(path, {"images": functools.partial(_read_array, files[0])})
+    files = {file.name.removesuffix(".gz").removesuffix(".npy"): file for file in reversed(files)}
+    readers = {name: functools.partial(_read_array, file) for name, file in sorted(files.items())}
+    if any(_get_role(name) != (None, "images") for name in files):
+        return _load_arrays(path, readers)
+    obs, notes = zip(*(_to_ink(files[name], read()) for name, read in readers.items()), strict=True)
+    alphabet_ids = np.repeat(np.arange(len(obs)), [len(some) for some in obs])
+    return Source(np.concatenate(obs), alphabet_ids, None, list(readers), None, notes[0])
+
+
+def _load_npz(path):
+    with decoding(path), np.load(path, allow_pickle=False) as archive:
+        names = ["images"] if "images" in archive.files and len(archive.files) > 1 else archive.files
+        names = names + [name for name in archive.files if name not in names and _get_role(name) == (None, "labels")]
+        return _load_arrays(path, {name: functools.partial(archive.__getitem__, name) for name in names})
+
+
+def _get_role(name):
+    """Which part (None: all) an array has, by the words of its name, and whether it is one of images or labels"""
+    words = re.split(r"[\W_]+", name.lower())
+    part = next((PARTS[word] for word in words if word in PARTS), None)
+    return part, "labels" if LABELS.intersection(words) else "images"
+
+
+def _load_arrays(path, readers):
+    """Makes a Source of arrays: of images and perhaps labels, which become alphabets, of the whole or of each part.
+
+    Args: readers: name -> a function that returns the array
+    """
+    names = collections.defaultdict(list)
+    for name in readers:
+        names[_get_role(name)].append(name)
+    parts = [part for part in [None, "train", "valid", "test"] if (part, "images") in names]
+    if not parts or None in parts[1:] or any(len(some) > 1 for some in names.values()) or (None in parts and len(parts) > 1):
+        listed = ", ".join(readers)[:200]
+        raise UserError(f"{path} holds {listed}; one array of images is needed, or one named images, or one a part (x_train)")
+    obs, notes = zip(*(_to_ink(path, readers[names[part, "images"][0]]()) for part in parts), strict=True)
+    sizes = [len(some) for some in obs]
+    labels = [name for part in parts for name in names.get((part, "labels"), [])]
+    alphabet_ids, alphabet_names = None, []
+    if len(labels) == len(parts):
+        each = [_to_labels(path, readers[name](), size) for name, size in zip(labels, sizes, strict=True)]
+        alphabet_names, alphabet_ids = np.unique(np.concatenate(each), return_inverse=True)
+    own = _complete(np.repeat([str(part) for part in parts], sizes)) if len(parts) > 1 else None
+    return Source(np.concatenate(obs), alphabet_ids, None, [str(name) for name in alphabet_names], own, notes[0])
+
+
+def _complete(parts):
+    """Where there are no test images, those to validate on are"""
+    return parts if "test" in parts else np.where(parts == "valid", "test", parts)
+
+
+def _read_array(path):
+    """Reads a .npy or an idx file"""
     with decoding(path):
-        array = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            with array as archive:
-                if len(archive.files) != 1 and "images" not in archive.files:
-                    raise UserError(f"{path} holds {', '.join(archive.files)[:200]}; one array is needed, or one named images")
-                array = archive["images" if "images" in archive.files else archive.files[0]]
-        if not isinstance(array, np.ndarray):
-            raise UserError(f"{path} holds no array; expected numbers [N, rows, columns]")
-    if array.ndim != 3 or array.dtype.kind not in "uifb" or 0 in array.shape:
-        raise UserError(f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]")
-    _check_range(path, array)
-    return _binarise(path, np.stack([fit(image) for image in array.astype(np.float32)]))
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        types = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
+        shape = np.frombuffer(content, ">i4", content[3], offset=4)
+        array = np.frombuffer(content, types[content[2]], offset=4 + 4 * len(shape)).reshape(shape)
+        # EMNIST's images, but not MNIST's, are stored column by column
+        return array.swapaxes(1, 2) if "emnist" in path.name.lower() and array.ndim == 3 else array
 
 
-def _check_range(path, images):
-    rounding = 1e-5  # images that were scaled down elsewhere may be that far outside
-    if not (np.isfinite(images).all() and images.min() >= -rounding and images.max() <= 1 + rounding):
-        raise UserError(f"{path} has values outside [0, 1]; scale it so that paper is 0 and ink is 1")
+def _to_ink(path, array):
+    """Images as numbers [N, R, C], [N, R, C, 1], [N, 1, R, C] or, square ones, [N, R * C], from 0 to 1, to 255 or to 65535.
+
+    Returns: ink, bool [N, 28, 28], and what to say about it. Paper is what most images' edges show.
+    Raises: UserError if the array holds no images, or values that cannot be ink
+    """
+    right = isinstance(array, np.ndarray) and array.dtype.kind in "uifb" and 0 not in array.shape
+    if right and array.ndim == 4 and 1 in (array.shape[1], array.shape[3]):
+        array = array.squeeze(1 if array.shape[1] == 1 else 3)
+    if right and array.ndim == 2 and math.isqrt(array.shape[1]) ** 2 == array.shape[1]:
+        array = array.reshape(len(array), math.isqrt(array.shape[1]), -1)
+    if not right or array.ndim != 3:
+        shape = f"the shape {list(array.shape)}, type {array.dtype}" if isinstance(array, np.ndarray) else "no array"
+        raise UserError(f"{path} has {shape}; expected numbers [N, rows, columns]")
+    largest = _get_largest(path, array)
+    edges = np.concatenate([array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1]], 1) > 0.5 * largest
+    inverted = np.mean(edges.mean(1) > 0.5) > 0.5
+    if array.shape[1:] == (NUM_ROWS, NUM_COLS):
+        ink = (array >= 0.5 * largest) ^ inverted
+    else:
+        ink = np.stack([shrink(abs(image.astype(np.float32) / largest - inverted)) >= 0.5 for image in array])
+    return ink, ["dark on light"] if inverted else []
 
 
-def _binarise(path, images):
-    _check_range(path, images)
-    return images >= 0.5
+def _get_largest(path, array):
+    """The value of full ink, or of white paper: 1, 255 or 65535"""
+    low, high, rounding = float(array.min()), float(array.max()), 1e-5  # images scaled down elsewhere may be that far outside
+    if low >= -rounding and high <= 65535 + rounding and not 1 + rounding < high < 64 and not 255 + rounding < high < 4096:
+        return 1 if high <= 1 + rounding else 255 if high < 4096 else 65535
+    raise UserError(f"{path} has values outside [0, 1], {low:g} to {high:g}; scale it so that paper is 0 and ink is 1, or 255")
+
+
+def _to_labels(path, array, size):
+    """Labels [N], [N, 1] or one-hot [N, L] -> [N]"""
+    array = array.argmax(1) if array.ndim == 2 and array.shape[1] > 1 else array.reshape(-1)
+    if array.shape != (size,) or array.dtype.kind not in "uifbUS":
+        raise UserError(f"{path} has {_count(size, 'image')}, but labels of the shape {list(array.shape)}, type {array.dtype}")
+    whole = array.dtype.kind == "f" and (array == np.round(array)).all()
+    return array.astype(int) if whole else np.char.decode(array, errors="replace") if array.dtype.kind == "S" else array
 
 
 def _load_image_files(path, prepare):
     """Loads a folder or zip of images: the official release of Omniglot, or the user's own,
-    whose subfolders, if any, are alphabets. Returns: obs, alphabet ids or None, characters or None, alphabets' names"""
-    files = list(list_images(path))
+    whose subfolders, if any, are alphabets"""
+    skipped = []
+    files = list(list_images(path, skipped))
     if not files:
-        raise UserError(f"{path} holds no images (.png, .jpg) and none of Omniglot's zips")
-    folders = [name.split("/")[:-1] for name, _ in files]
-    official = [bool(f) and re.fullmatch(r"character\d{1,6}", f[-1], re.ASCII) is not None and len(f) > 1 for f in folders]
-    if all(official):
+        about = "".join(f" ({note})" for note in _describe_skipped(path, skipped))
+        raise UserError(f"{path} holds no images that can be read{about} and none of Omniglot's zips")
+    official = [(name, content) for name, content in files if re.search(OFFICIAL, name, re.ASCII)]
+    if 2 * len(official) > len(files):
+        skipped += [(name, "beside Omniglot's") for name, _ in files if not re.search(OFFICIAL, name, re.ASCII)]
+        files, read = _drop_copies(official, skipped), read_official
+        folders = [name.split("/")[:-1] for name, _ in files]
         # images_background and images_evaluation have no alphabet in common
         alphabets, characters = [f[-2] for f in folders], [int(f[-1][len("character") :]) for f in folders]
-        read = read_official
+        parts = None
     else:
-        depth = len(os.path.commonprefix(folders))  # if all images are in subfolders, these are alphabets
-        alphabets = [f[depth] for f in folders] if min(len(f) for f in folders) > depth else None
+        files, alphabets, parts = _arrange(files, skipped)
         characters, read = None, read_image
+    notes = _describe_skipped(path, skipped)
     files = show_progress(files, desc="reading images", unit="", leave=False)
     found = [_find_or_warn(name, content()) if prepare else [read(name, content()) >= 0.5] for name, content in files]
     source = np.repeat(np.arange(len(found)), [len(some) for some in found])  # the file of each character
     if len(source) == 0:
-        raise UserError(f"no characters were found on the images in {path}; train without --find-characters")
+        raise UserError(f"no characters were found on the images in {path}: see the warnings")
     names = []
     if alphabets is not None:
         names, alphabets = np.unique(np.array(alphabets)[source], return_inverse=True)
     obs = np.stack([character for some in found for character in some])
-    return obs, alphabets, characters and np.array(characters)[source], [str(name) for name in names]
+    characters, parts = (None if some is None else np.array(some)[source] for some in (characters, parts))
+    return Source(obs, alphabets, characters, [str(name) for name in names], parts, notes)
+
+
+OFFICIAL = r"(^|/)[^/]+/character\d{1,6}/[^/]+$"  # the alphabet's and the character's folder, and the file
+
+
+def _drop_copies(files, skipped):
+    """Leaves out drawings of the official release that are there twice: images_background_small1 repeats some, say"""
+    known, kept = {}, []
+    for name, content in files:
+        key = tuple(name.split("/")[-3:])
+        if key in known and known[key]() == content():
+            skipped.append((name, "copies"))
+        else:
+            known[key] = content
+            kept.append((name, content))
+    return kept
+
+
+def _arrange(files, skipped):
+    """Tells alphabets and parts from folders. If most files are in folders, those beside them are left out.
+
+    Returns: files, their alphabets or None, and their parts ("train", "valid", "test") or None
+    """
+    files, level = _leave_out(files, 0, skipped)
+    folders = [name.split("/")[:-1] for name, _ in files]
+    if min(len(f) for f in folders) <= level:
+        return files, None, None
+    parts = [PARTS.get(f[level].lower()) for f in folders]
+    if not {"train", "test"} <= set(_complete(np.array([str(part) for part in parts]))) or 2 * parts.count(None) >= len(parts):
+        return files, [f[level] for f in folders], None
+    skipped += [(name, "beside the parts") for (name, _), part in zip(files, parts, strict=True) if part is None]
+    files = [file for file, part in zip(files, parts, strict=True) if part is not None]
+    files, _ = _leave_out(files, level + 1, skipped)
+    folders = [name.split("/")[:-1] for name, _ in files]
+    parts = _complete(np.array([PARTS[f[level].lower()] for f in folders]))
+    return files, [f[level + 1] for f in folders] if min(len(f) for f in folders) > level + 1 else None, parts
+
+
+def _leave_out(files, level, skipped):
+    """Leaves out files beside the folders that hold most of them. Args: level: of the folders; 0: at which they first differ
+    Returns: the files that remain, and the level"""
+    while True:
+        folders = [name.split("/")[:-1] for name, _ in files]
+        depth = level or len(os.path.commonprefix(folders))
+        inside = [file for file, f in zip(files, folders, strict=True) if len(f) > depth]
+        if len(inside) == len(files) or 2 * len(inside) <= len(files):
+            return files, depth
+        skipped += [(name, "beside the folders") for (name, _), f in zip(files, folders, strict=True) if len(f) <= depth]
+        files = inside
 
 
 def _find_or_warn(name, content):
@@ -339,73 +579,119 @@ def _find_or_warn(name, content):
         return []
 
 
-def list_images(path):
-    """(name relative to path, function that reads its bytes) of every image, in order
-    of name; includes those inside the official release's zips."""
+def list_images(path, skipped=None):
+    """(name relative to path, function that reads its bytes) of every image, in order of name; includes those inside the
+    official release's zips. Appends (name, kind) of other files to the list `skipped`."""
+    skipped = [] if skipped is None else skipped
     if path.is_file():
-        yield from _list_zip(path)
+        yield from _list_zip(path, path, skipped)
         return
-    for file in sorted(_walk(path)):
+    for file in sorted(_walk(path, skipped)):
         name = file.relative_to(path).as_posix()
-        if is_hidden(name):
-            continue
-        if file.suffix.lower() in (".png", ".jpg", ".jpeg"):
+        if re.fullmatch(OFFICIAL_ZIP, file.name):
+            if not file.with_suffix("").exists():
+                yield from _list_zip(file, file, skipped)
+        elif _is_image(name, skipped):
             yield name, file.read_bytes
-        elif re.fullmatch(r"images_(background|evaluation)\.zip", file.name) and not file.with_suffix("").exists():
-            yield from _list_zip(file)
+
+
+OFFICIAL_ZIP = r"images_(background|evaluation)(_small\d)?\.zip"
+
+
+def _is_image(name, skipped):
+    suffix = pathlib.PurePosixPath(name).suffix.lower()
+    if suffix in get_suffixes():
+        return True
+    text = (mimetypes.guess_type(name)[0] or "").startswith("text/")
+    known = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC"}
+    skipped.append((name, known.get(suffix) or ("text" if text else suffix[1:].upper() if suffix[1:].isalnum() else "other")))
+    return False
+
+
+# What systems, network disks and programs put beside the user's own files: hidden files and these
+HIDDEN = re.compile(
+    r"\..+|__MACOSX.*|lost\+found|\$RECYCLE\.BIN|RECYCLER|System Volume Information|FOUND\.\d{3}|Thumbs\.db|ehthumbs.*\.db"
+    r"|desktop\.ini|@eaDir|@tmp|@Recycle|@Recently-Snapshot|#recycle|#snapshot|~snapshot|Network Trash Folder|Temporary Items",
+    re.IGNORECASE,
+)
 
 
 def is_hidden(name):
     """Whether a file, named relative to a folder or in a zip, is one that systems put beside the user's own"""
-    return any(part.startswith((".", "__MACOSX")) for part in pathlib.PurePosixPath(name).parts if part != "..")
+    return any(HIDDEN.fullmatch(part) for part in pathlib.PurePosixPath(name).parts if part != "..")
 
 
-def _walk(path):
-    """Yields every regular file below a folder. Raises: UserError if a folder cannot be read"""
+def _walk(path, skipped):
+    """Yields every regular file below a folder that is not hidden. Folders to which several links lead are visited once, by
+    their own name if possible; those that may not be read are skipped."""
 
-    def refuse(error):
-        raise UserError(f"cannot read {error.filename} ({error.strerror}); make it readable, or move it elsewhere")
+    def skip(error):
+        skipped.append((os.path.relpath(error.filename, path), "unreadable folder"))
 
-    for parent, _, names in os.walk(path, onerror=refuse, followlinks=True):
-        for name in names:
-            file = pathlib.Path(parent, name)
-            if file.is_file():
-                yield file
-            elif not file.is_symlink():
-                raise UserError(f"{file} is not a file but a pipe or a device; move it elsewhere")
+    visited, links = set(), [str(path)]
+    while links:
+        for parent, folders, names in os.walk(links.pop(0), onerror=skip):
+            status = os.stat(parent)
+            if (status.st_dev, status.st_ino) in visited:
+                folders.clear()
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            links += [linked for name in folders if os.path.islink(linked := os.path.join(parent, name))]
+            for file in (pathlib.Path(parent, name) for name in names if not is_hidden(name)):
+                if file.is_file():
+                    yield file
+                elif not file.is_symlink():
+                    raise UserError(f"{file} is not a file but a pipe or a device; move it elsewhere")
 
 
-def _list_zip(path):
+def get_names(archive):
+    """The files in a zip: name -> how the zip calls it, with backslashes if some Windows programs made it"""
+    names = {name.replace("\\", "/").lstrip("/"): name for name in archive.namelist()}
+    return {name: stored for name, stored in names.items() if not name.endswith("/")}
+
+
+def _list_zip(path, file, skipped):
+    """The images of a zip, and those of the official release's zips in it. Args: file: its path, or an open file"""
     with decoding(path):
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(file)
 
     def read(name):
         with decoding(f"{path}: {name}"):  # encrypted, broken, or compressed by an unknown method
             return archive.read(name)
 
-    for name in sorted(archive.namelist()):
-        if name.lower().endswith((".png", ".jpg", ".jpeg")) and not is_hidden(name):
-            yield name, functools.partial(read, name)
+    for name, stored in sorted(get_names(archive).items()):
+        if is_hidden(name):
+            continue
+        if re.fullmatch(OFFICIAL_ZIP, name.split("/")[-1]):
+            yield from _list_zip(f"{path}: {name}", io.BytesIO(read(stored)), skipped)
+        elif _is_image(name, skipped):
+            yield name, functools.partial(read, stored)
 
 
 # ------------------------------------------------------------------ splits
 
 
-def _split(obs, alphabet_ids, characters, alphabet_names):
-    """Splits into training and test parts with a fixed seed, in chardata.mat's proportions."""
-    num_train, num_test = CHARDATA_SIZES["train"], CHARDATA_SIZES["test"]
-    permutation = np.random.RandomState(123).permutation(len(obs))
-    cut = round(len(obs) * num_train / (num_train + num_test))
-    train, test = (
-        _make_split(obs[ids], *(None if a is None else a[ids] for a in (alphabet_ids, characters)), len(alphabet_names))
-        for ids in np.split(permutation, [cut])
-    )
-    return train, test, alphabet_names
+def _split(source):
+    """Splits a Source into its own parts or, with a fixed seed, in chardata.mat's proportions: train, valid, test (Split)"""
+    if source.parts is None:
+        permutation = np.random.RandomState(123).permutation(len(source.obs))
+        cut = round(len(source.obs) * CHARDATA_SIZES["train"] / (CHARDATA_SIZES["train"] + CHARDATA_SIZES["test"]))
+        train, valid, test = permutation[:cut], permutation[:0], permutation[cut:]
+    else:
+        train, valid, test = (np.flatnonzero(source.parts == part) for part in ["train", "valid", "test"])
+    train = train[np.random.RandomState(123).permutation(len(train))]
+    if len(valid) == 0:
+        num_valid = round(len(train) * CHARDATA_SIZES["valid"] / CHARDATA_SIZES["train"])
+        train, valid = np.split(train, [len(train) - num_valid])
+    return [_make_split(source, ids) for ids in (train, valid, test)]
 
 
-def _make_split(obs, alphabet_ids, characters, num_alphabets):
-    alphabet = None
-    if alphabet_ids is not None:
-        alphabet = torch.eye(num_alphabets)[torch.from_numpy(alphabet_ids.astype(np.int64))]
-    character = None if characters is None else torch.from_numpy(characters.astype(np.int64))
-    return Split(torch.from_numpy(np.ascontiguousarray(obs, dtype=np.float32)), alphabet, character)
+def _make_split(source, ids):
+    alphabet = character = None
+    if source.alphabet_ids is not None:
+        alphabet_ids = torch.from_numpy(source.alphabet_ids[ids].astype(np.int64))
+        alphabet = torch.eye(len(source.alphabet_names))[alphabet_ids]
+    if source.characters is not None:
+        character = torch.from_numpy(source.characters[ids].astype(np.int64))
+    return Split(torch.from_numpy(np.ascontiguousarray(source.obs[ids], dtype=np.float32)), alphabet, character)

@@ -351,13 +351,13 @@ def draw_all(args, load_data):
 
 
 def get_loader():
-    """data.load, cached: it loads (or fails to) only once for the same arguments"""
+    """data.load_and_tell, cached: it loads (or fails to) only once for the same arguments"""
     known = {}
 
     def load(*given):
         if given not in known:
             try:
-                known[given] = data.load(*given)
+                known[given] = data.load_and_tell(*given)
             except UserError as error:
                 known[given] = error
         if isinstance(known[given], UserError):

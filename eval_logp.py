@@ -374,7 +374,7 @@ def evaluate(args, half=None):
     path = util.SAVE / name / "logp" / f"{args.mode}_{args.algorithm}.pt"
     with StopSignal() as stop:
         if half is not None:
-            images, memory, kind = load_images(args, checkpoint)
+            images, memory, kind = load_images(args, checkpoint, data.load)  # of which the other half has told
             return 0 if run_one(get_half(args, half), checkpoint, images, memory, kind, path, stop) else 128 + stop.received
         status = evaluate_checkpoint(args, checkpoint, name, path, stop)
     if status == 0:
@@ -386,7 +386,7 @@ def evaluate_every_checkpoint(args):
     """Evaluates all checkpoints of a run's training; those that are damaged are left out, with a warning. Writes a CSV and a
     figure. Returns: the exit status. Raises: UserError if there are none"""
     given, name = checkpoints.find(args.checkpoint_path), None
-    device, load_data = util.get_device(args.cuda), functools.cache(data.load)
+    device, load_data = util.get_device(args.cuda), functools.cache(data.load_and_tell)
     with StopSignal() as stop:
         for path in checkpoints.get_all(given):
             try:
@@ -407,7 +407,7 @@ def evaluate_every_checkpoint(args):
     return 0
 
 
-def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load):
+def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_and_tell):
     """Runs one evaluation, from where it was stopped, and writes its result. Returns: the exit status"""
     images, memory, kind = load_images(args, checkpoint, load_data)
     settings = get_settings(args, checkpoint, images, kind)
@@ -467,10 +467,10 @@ def run_halves(args, *what):
     return [*halves, None][:NUM_HALVES]
 
 
-def load_images(args, checkpoint, load_data=data.load):
+def load_images(args, checkpoint, load_data=data.load_and_tell):
     """Loads the images to evaluate, and what the model remembers of them.
 
-    Args: load_data: data.load, or a cached version of it
+    Args: load_data: data.load_and_tell, or a cached version of it
     Returns: data.Split; the memory's rows of these images, [N, M, A], or None if they are not its training images;
         one of checkpoints.KINDS_OF_IMAGES
     Raises: UserError if they do not fit the model

@@ -1,16 +1,22 @@
-"""Characters without a data set's help: image files, and letters of the font that ships with matplotlib.
+"""Characters without a data set's help: image files, and letters of a font.
 
 `read_image` scales a whole image down by averaging. `find_characters` is for photographs and scans: it
-finds the ink under uneven light, separates characters, and gives each the size and stroke width of
-Omniglot's. `draw_glyphs` draws each letter by twenty "hands".
+finds the sheet, and the ink on it under uneven light, separates characters, and gives each the size and stroke width of
+Omniglot's. `draw_glyphs` returns letters as drawn by twenty "hands".
 """
 
+import contextlib
+import functools
+import importlib
 import math
-import unicodedata
+import pathlib
+import warnings
 
 import imageio.v3 as imageio
 import numpy as np
+import PIL.Image
 import scipy.ndimage
+import scipy.spatial
 
 from util import UserError, warn
 
@@ -18,22 +24,27 @@ SIDE = 28
 CHARACTER_SIDE = 19  # pixels, of a character's longer side in Omniglot (its median and a little)
 STROKE_RADIUS = 3  # on a grid four times as fine: strokes of Omniglot are 1.6 pixels wide
 MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the range from black to white
+SHEET_SIDE = 240  # pixels, of the photograph on which a sheet is found
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
 COLOURS = ["P", "PA", "CMYK", "YCbCr", "LAB", "HSV"]  # Pillow's names of what has to be converted to red, green and blue
+ONLY_RECOGNISED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow needs other programs to read
+HEIC_ADVICE = "convert it to JPEG or PNG, or pip install pillow-heif, which is then used"
 
-NUM_HANDS = 20
-MAX_NUM_CHARACTERS = 40  # per alphabet
-
-# The alphabets of DejaVu Sans: first and last code point of a stretch of letters.
-ALPHABETS = {
-    "Latin": (0x0041, 0x007A), "Greek": (0x0391, 0x03C9), "Cyrillic": (0x0410, 0x044F),
-    "Armenian": (0x0531, 0x0586), "Georgian": (0x10D0, 0x10FA), "Hebrew": (0x05D0, 0x05EA),
-    "Arabic": (0x0621, 0x064A), "Lao": (0x0E81, 0x0EAE), "Tifinagh": (0x2D30, 0x2D65),
-    "N'Ko": (0x07CA, 0x07EA), "Lisu": (0xA4D0, 0xA4F7), "Ogham": (0x1681, 0x169A),
-    "Old Italic": (0x10300, 0x1031E), "Canadian syllabics": (0x1401, 0x1676),
-}  # fmt: skip
+ALPHABETS = [  # of glyphs.npz
+    "Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Lao", "Tifinagh", "N'Ko", "Lisu", "Ogham",
+    "Old Italic", "Canadian syllabics",
+]  # fmt: skip
 
 # ------------------------------------------------------------------ decoding
+
+
+@functools.cache
+def get_suffixes():
+    """The suffixes of all files that Pillow reads, ".png" and so on; HEIC among them where pillow-heif is installed"""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    suffixes = PIL.Image.registered_extensions().items()
+    return {suffix for suffix, kind in suffixes if kind in PIL.Image.OPEN and kind not in ONLY_RECOGNISED}
 
 
 def decode(name, content):
@@ -42,16 +53,24 @@ def decode(name, content):
 
     Raises: UserError if it cannot be decoded, or has an unexpected shape or type
     """
+    get_suffixes()  # prepares Pillow
     try:
-        with imageio.imopen(content, "r", plugin="pillow") as file:
+        with ignore_warnings(), imageio.imopen(content, "r", plugin="pillow") as file:
             num_frames = file.properties(index=...).n_images
             mode = "RGBA" if file.metadata(index=0)["mode"] in COLOURS else None
             image = file.read(index=0, mode=mode, rotate=True)  # [rows, columns(, channels)]
     except Exception as error:  # decoders raise anything
+        if isinstance(error.__cause__ or error, PIL.Image.DecompressionBombError):
+            most = 2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6
+            raise UserError(f"{name} is too large: it has more than {most} million pixels; scale it down") from None
+        if is_heic(content):
+            raise UserError(f"{name} is a HEIC picture; {HEIC_ADVICE}") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise UserError(f"{name} is damaged or not an image ({reason})") from None
     if num_frames > 1:
         warn(f"{name} holds {num_frames} pictures; the first is read")
+    if image.dtype == np.int32 and image.size and 0 <= image.min() and image.max() < 2**16:  # how older Pillows read 16 bits
+        image = image.astype(np.uint16)
     if image.dtype not in (bool, np.uint8, np.uint16) or not _is_image(image.shape):
         raise UserError(
             f"{name} has pixels of type {image.dtype} in the shape {list(image.shape)}; save it as 8-bit grey or RGB"
@@ -64,6 +83,19 @@ def decode(name, content):
     return grey * alpha + 1 - alpha
 
 
+@contextlib.contextmanager
+def ignore_warnings():
+    """Without Python's warnings, of Pillow about large images, say"""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def is_heic(content):
+    """Whether a file begins as HEIC pictures do, the format of most telephones"""
+    return content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+
+
 def _is_image(shape):
     return 0 not in shape and (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 2, 3, 4)))
 
@@ -74,21 +106,59 @@ def read_official(name, content):
 
 
 def read_image(name, content):
-    """Reads an image file of any size, dark on light or light on dark: ink [28, 28] in [0, 1].
-    The background is the brightness of most of the image's edge. Strokes much thinner than a
-    pixel of the result are darkened, so that they survive when ink becomes binary.
+    """Reads an image file of any size, dark on light or light on dark, on paper of whatever brightness: ink [28, 28] in
+    [0, 1]. Strokes much thinner than a pixel of it are darkened (see `shrink`), so that they survive when ink becomes binary.
 
     Raises: UserError if it cannot be decoded
     """
-    ink = fit(_get_darkness(decode(name, content)))
+    return shrink(get_ink(decode(name, content)))
+
+
+def shrink(ink):
+    """Scales ink [rows, columns] in [0, 1] down to [28, 28], and darkens it where strokes are much thinner than a pixel"""
+    ink = fit(ink)
     darkest = np.quantile(ink[ink > 0.02], 0.9) if (ink > 0.02).any() else 1
     return (ink * 1.5 / darkest).clip(0, 1) if darkest < 0.6 else ink
 
 
-def _get_darkness(grey):
-    """0 on the background (the brightness of most of the image's edge), 1 where the image differs most from it"""
-    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    return 1 - grey if np.median(edge) > 0.5 else grey
+def get_ink(grey):
+    """Ink on paper [rows, columns] in [0, 1]: 0 where the image is as bright as its paper, 1 where it differs most from it.
+    Paper is what most of the image's edge shows; blank paper has no ink."""
+    paper = _get_paper(grey)
+    if ((grey - paper) ** 3).mean() > 0:  # what stands out is lighter
+        grey, paper = 1 - grey, 1 - paper
+    darkness = 1 - grey / np.maximum(paper, 1 / 255)  # a share of the light that falls there
+    contrast = darkness.max()
+    noise = max(np.quantile(-darkness, 0.999), 0)  # what is lighter than paper is noise; so is as much darkness
+    if contrast < max(MIN_CONTRAST, 1.6 * noise):
+        return np.zeros_like(darkness)
+    darkness = np.where(darkness > min(noise, contrast / 3), darkness, 0)
+    ink = np.quantile(darkness[darkness > contrast / 2], 0.9)
+    return (darkness / ink).clip(0, 1) if ink < 0.9 else darkness
+
+
+def _get_paper(grey):
+    """The brightness of the paper, a number, or under uneven light [rows, columns]: fitted to the image's edge"""
+    row, col = (np.linspace(-1, 1, n, dtype=np.float32) for n in grey.shape)
+    edge = _get_edge(grey)
+    paper = np.median(edge)
+    distance = np.abs(edge - paper)
+    if np.mean(distance < 1.5 / 255) > 0.5:
+        return paper
+    rows, cols = (_get_edge(np.broadcast_to(x, grey.shape)) for x in (row[:, None], col))
+    terms = np.stack([np.ones_like(rows), rows, cols, rows * cols, rows**2, cols**2], 1)
+    for _ in range(5):  # without the strokes that reach the edge
+        near = distance <= 3 * np.median(distance)
+        weights = np.linalg.lstsq(terms[near], edge[near], rcond=None)[0]
+        distance = np.abs(edge - terms @ weights)
+    constant, by_row, by_col, by_both, by_row2, by_col2 = weights.astype(np.float32)
+    row = row[:, None]
+    paper = constant + by_row * row + by_col * col + by_both * row * col + by_row2 * row**2 + by_col2 * col**2
+    return paper.clip(edge.min(), edge.max())
+
+
+def _get_edge(grey):
+    return np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
 
 
 def fit(image, side=SIDE):
@@ -126,19 +196,93 @@ def find_characters(name, content):
     Returns: a list of bool arrays [28, 28], ink True; empty, with a warning, for a blank page
     Raises: UserError if the file cannot be decoded
     """
-    ink = find_ink(decode(name, content))
+    ink = find_ink(find_sheet(decode(name, content)))
     characters, hopeless = [], 0
     for part in split_page(ink):
         character = normalise(part)
-        if 4 <= character.sum() <= SIDE**2 / 2:
+        if 4 <= character.sum() <= SIDE**2 / 2 and not _is_patch(part, ink):
             characters.append(character)
         else:
             hopeless += 1
     if not ink.any():
         warn(f"{name} is blank; skipped")
     elif hopeless:
-        warn(f"{name}: {hopeless} parts have no legible strokes; skipped")
+        warn(f"{name}: {hopeless} parts have no legible strokes (a table, a shadow?); skipped")
     return characters
+
+
+def _is_patch(part, page):
+    """Whether a part of the ink on a page, [rows, columns] each, is no stroke but a blank sheet, or what a sheet lies on"""
+    return part.size > 0.05 * page.size and part.mean() > 0.8 and max(part.shape) < 3 * min(part.shape)
+
+
+def find_sheet(grey):
+    """Cuts out the sheet of paper on a photograph that also shows what it lies on: grey values [rows, columns] -> the same,
+    or the part around the sheet, with paper instead of the table in its corners. A sheet is convex, clearly brighter or
+    darker than its surroundings all around, mostly empty, and reaches at most one corner of the photograph."""
+    from skimage.transform import resize
+
+    shape = [max(round(n * min(SHEET_SIDE / max(grey.shape), 1)), 1) for n in grey.shape]
+    small = resize(grey, shape, order=1, anti_aliasing=True)
+    best, chosen = 0, None
+    for light in (small, 1 - small):
+        blank = scipy.ndimage.grey_closing(np.pad(light, 9, "edge"), (9, 9))[9:-9, 9:-9]  # without what is written on it
+        for threshold in np.linspace(blank.min(), blank.max(), 18)[1:-1]:
+            corners, quality = _find_convex(blank > threshold)
+            step = 0 if corners is None else _get_step(blank, corners)
+            if step > MIN_CONTRAST and quality * min(step, 0.3) > best:
+                best, chosen = quality * min(step, 0.3), (corners, blank if light is small else 1 - blank)
+    if chosen is None:
+        return grey
+    sheet = _cut_out(grey, *chosen)
+    # A small blank one may be a character: a bold stroke, or the inside of a box.
+    return sheet if sheet.size > 0.3 * grey.size or find_ink(sheet).any() else grey
+
+
+def _find_convex(region):
+    """Of the largest piece of a region, if it may be a sheet: its corners [K, 2], in order, and its size, less if it is not
+    quite convex; else None, 0"""
+    pieces, _ = scipy.ndimage.label(region)
+    sizes = np.bincount(pieces.flat)
+    sizes[0] = 0
+    piece = pieces == sizes.argmax()
+    if not 0.05 < piece.mean() < 0.97 or piece[:: len(piece) - 1, :: piece.shape[1] - 1].sum() > 1:
+        return None, 0
+    points = np.argwhere(piece & ~scipy.ndimage.binary_erosion(piece))
+    hull = scipy.spatial.ConvexHull(points)
+    convexity = piece.sum() / (hull.volume + hull.area / 2 + 1)  # in pixels, not in the polygon through their centres
+    return (points[hull.vertices].astype(float), piece.mean() * convexity**20) if convexity > 0.93 else (None, 0)
+
+
+def _get_step(blank, corners):
+    """By what share of its brightness a sheet is brighter than its surroundings, where this is least certain"""
+    start = corners @ [1, 1j]  # complex numbers, row + i * column
+    side = np.roll(start, -1) - start
+    number = np.repeat(np.arange(len(side)), np.abs(side).round().astype(int))
+    border = start[number] + side[number] * np.random.RandomState(0).rand(len(number))
+    away = -1j * side[number] / np.abs(side[number])  # ConvexHull goes round anticlockwise
+    outside = border + 4 * away
+    seen = (np.minimum(outside.real, outside.imag) >= 0) & (outside.real < len(blank)) & (outside.imag < blank.shape[1])
+    if seen.mean() < 0.2:
+        return 0
+    inside, outside = (
+        scipy.ndimage.map_coordinates(blank, [z.real, z.imag], order=1, mode="nearest")
+        for z in (border[seen] - 3 * away[seen], outside[seen])
+    )
+    return np.quantile((inside - outside) / np.maximum(inside, 0.05), 0.1)
+
+
+def _cut_out(grey, corners, blank):
+    """The part of an image around a sheet, whose corners [K, 2] are those on a smaller, blank one"""
+    from skimage.draw import polygon2mask
+    from skimage.transform import resize
+
+    mask = scipy.ndimage.binary_erosion(polygon2mask(blank.shape, corners), iterations=3)
+    nearest = scipy.ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
+    paper = resize(blank[tuple(nearest)], grey.shape, order=1)
+    mask = resize(mask.astype(np.float32), grey.shape, order=1) > 0.5
+    (box,) = scipy.ndimage.find_objects(mask.astype(int))
+    return np.where(mask, grey, paper)[box].astype(np.float32)
 
 
 def find_ink(grey):
@@ -280,50 +424,15 @@ def normalise(part):
 
 
 def draw_glyphs():
-    """Draws every letter with every hand, in the size and stroke width of handwriting; deterministic, takes seconds.
+    """Letters as drawn by every hand, in the size and stroke width of handwriting: from glyphs.npz, since what matplotlib and
+    FreeType draw depends on their versions.
 
     Returns: obs [N, 28, 28], bool, ink True, upright; alphabet ids [N]; characters
         [N], numbered from 1 within their alphabet
     """
-    import matplotlib  # which training on other data does not need
-    from matplotlib.backends.backend_agg import RendererAgg
-    from matplotlib.font_manager import get_font
-    from matplotlib.textpath import TextPath
-
-    random_state = np.random.RandomState(123)
-    renderer = RendererAgg(28, 28, 72)
-    context = renderer.new_gc()
-    context.set_linewidth(0)
-    context.set_antialiased(True)
-    covered = get_font(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf").get_charmap()
-    obs, alphabet_ids, characters = [], [], []
-    for alphabet_id, (first, last) in enumerate(ALPHABETS.values()):
-        letters = [c for c in range(first, last + 1) if c in covered and unicodedata.category(chr(c))[0] == "L"]
-        chosen = np.linspace(0, len(letters) - 1, min(len(letters), MAX_NUM_CHARACTERS)).round().astype(int)
-        for number, i in enumerate(chosen, start=1):
-            outline = TextPath((0, 0), chr(letters[i]), size=1, prop={"family": "DejaVu Sans"})
-            box = outline.get_extents()
-            for _ in range(NUM_HANDS):
-                obs.append(_draw_glyph(outline, box, renderer, context, random_state))
-                alphabet_ids.append(alphabet_id)
-                characters.append(number)
-    return np.stack(obs), np.array(alphabet_ids), np.array(characters)
-
-
-def _draw_glyph(outline, box, renderer, context, random_state):
-    """An outline, slightly rotated, sheared, stretched and shifted, as a bool image."""
-    from matplotlib.transforms import Affine2D
-
-    size = 19 / max(box.width, box.height) * random_state.uniform(0.85, 1.1)
-    stretch = random_state.uniform(0.85, 1.15)
-    jitter = (
-        Affine2D()
-        .translate(-(box.x0 + box.x1) / 2, -(box.y0 + box.y1) / 2)
-        .scale(size * stretch, size / stretch)
-        .skew(random_state.normal(0, 0.1), random_state.normal(0, 0.05))
-        .rotate(random_state.normal(0, 0.1))
-        .translate(*(renderer.width / 2 + random_state.normal(0, 0.8, 2)))
-    )
-    renderer.clear()
-    renderer.draw_path(context, outline, jitter, (0, 0, 0))
-    return np.asarray(renderer.buffer_rgba())[..., 3] >= 128
+    with np.load(pathlib.Path(__file__).resolve().parent / "glyphs.npz") as stored:
+        obs = np.unpackbits(stored["obs"], axis=1).astype(bool).reshape(-1, SIDE, SIDE)
+        sizes = stored["num_characters"]  # of each alphabet
+    num_hands = len(obs) // sizes.sum()
+    characters = np.concatenate([np.arange(1, size + 1) for size in sizes]).repeat(num_hands)
+    return obs, np.arange(len(sizes)).repeat(sizes * num_hands), characters

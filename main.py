@@ -368,7 +368,8 @@ def check_memory(args, num_images, num_alphabets):
 def load_data(args):
     """Loads the data set; a small one is tested on its training images, as in the authors' code. Raises: UserError if it does
     not fit the arguments"""
-    dataset = data.load(args.data_location, args.small_dataset, args.dataset_size, args.find_characters)
+    dataset = data.load_and_tell(args.data_location, args.small_dataset, args.dataset_size, args.find_characters)
+    args.data_summary = dataset.summary  # in checkpoints, for looking it up
     if args.condition_on_alphabet and dataset.num_alphabets < 2:
         raise UserError(f"--condition-on-alphabet: {args.data_location} has fewer than two alphabets")
     if args.small_dataset:

@@ -41,6 +41,16 @@ def unpack(codes):
     return torch.stack([codes // 2, codes % 2], -1)
 
 
+def match_images(obs, latent):
+    """Images, or what is known of them, for latents [P, B, A, 2]: [B, ...] as they are, [1, ...] repeated, without copying.
+    Raises: ValueError if they are as many as neither"""
+    if latent.dim() != 4 or latent.shape[-1] != 2:
+        raise ValueError(f"latents have the shape {list(latent.shape)}; expected [particles, images, arcs, 2]")
+    if len(obs) not in (1, latent.shape[1]):
+        raise ValueError(f"there are {len(obs)} images, but latents, of the shape {list(latent.shape)}, of {latent.shape[1]}")
+    return obs.expand(latent.shape[1], *obs.shape[1:])
+
+
 # ------------------------------------------------------------------ decoder
 
 
@@ -124,7 +134,8 @@ class Decoder(nn.Module):
         return id_log_prob, on_log_prob
 
     def log_prob(self, latent, context):
-        """latent [P, B, A, 2], context [B, H] -> [P, B]"""
+        """latent [P, B, A, 2], context [B, H] or [1, H] -> [P, B]"""
+        context = match_images(context, latent)
         table, context_input = self._get_inputs(context)
         if gpu.uses_kernels(context, "decoder") and gpu.can_decode(self):
             inputs = table, context_input, *self._get_weights()
@@ -191,7 +202,7 @@ def sample_categorical(log_probs):
 
 
 class Bernoulli:
-    """Independent pixels"""
+    """Independent pixels; of a grey image, as the mean over images whose pixels are 1 with that probability"""
 
     maps = None
 
@@ -200,7 +211,8 @@ class Bernoulli:
         return {}
 
     def log_prob(self, logits, obs):
-        """logits, obs [N, R, C] -> [N], nats"""
+        """logits, obs [N, R, C] in [0, 1] -> [N], nats"""
+        _check_values(obs, lambda x: (x >= 0) & (x <= 1), "outside [0, 1]")
         return -F.binary_cross_entropy_with_logits(logits, obs, reduction="none").flatten(1).sum(1)
 
     def sample(self, logits):
@@ -218,7 +230,8 @@ class AffineMixture:
         self.maps = theta_affine
 
     def log_prob(self, logits, obs):
-        """logits, obs [N, R, C] -> [N], nats"""
+        """logits, obs [N, R, C] in {0, 1} -> [N], nats"""
+        _check_values(obs, lambda x: (x == 0) | (x == 1), "other than 0 and 1, which this likelihood is not for")
         return rendering.affine_log_prob(logits, obs, self.maps)
 
     def restrict(self, map_id):
@@ -227,7 +240,8 @@ class AffineMixture:
         return PartOfMixture(self.maps[map_id], len(self.maps))
 
     def map_log_posterior(self, logits, obs):
-        """log p(map | x, z): logits, obs [N, R, C] -> [N, T], nats"""
+        """log p(map | x, z): logits, obs [N, R, C] in {0, 1} -> [N, T], nats"""
+        _check_values(obs, lambda x: (x == 0) | (x == 1), "other than 0 and 1, which this likelihood is not for")
         return rendering.affine_log_prob_by_map(logits, obs, self.maps).log_softmax(1)
 
     def sample(self, logits):
@@ -248,6 +262,13 @@ class PartOfMixture(AffineMixture):
 
     def log_prob(self, logits, obs):
         return super().log_prob(logits, obs) + self.log_share
+
+
+def _check_values(obs, is_right, what):
+    """Raises: ValueError unless all values of images are right, but not while a CUDA graph is recorded, which cannot wait"""
+    obs = obs[:1] if obs.stride(0) == 0 else obs  # of many views of one image
+    if not (obs.is_cuda and torch.cuda.is_current_stream_capturing()) and not is_right(obs).all():
+        raise ValueError(f"images have values {what}; binarise them")
 
 
 def _sample_pixels(probs):
@@ -373,7 +394,13 @@ class GenerativeModel(nn.Module):
         return self.prior.log_prob(latent, self._get_context(latent.shape[1], alphabet))
 
     def log_likelihood(self, latent, obs):
-        """log p(x|z): latent [P, B, A, 2], obs [B, R, C] -> [P, B]"""
+        """log p(x|z): latent [P, B, A, 2], obs [B, R, C], or [1, R, C] for all B -> [P, B]
+
+        Raises: ValueError if their shapes do not fit, or the likelihood is not for such images
+        """
+        obs = match_images(obs, latent)
+        if obs.shape[1:] != (self.num_rows, self.num_cols):
+            raise ValueError(f"images have the shape {list(obs.shape)}; the model draws {self.num_rows} x {self.num_cols}")
         logits = self.get_logits(latent.flatten(0, 1))  # [P * B, R, C]
         images = obs.expand(len(latent), *obs.shape).flatten(0, 1)  # [P * B, R, C]
         return self.likelihood.log_prob(logits, images).view(latent.shape[:2])
@@ -386,9 +413,9 @@ class GenerativeModel(nn.Module):
     def log_prob(self, latent, obs, alphabet=None):
         """log p(z) and log p(x|z), in nats.
 
-        Args: latent [P, B, A, 2]; obs [B, R, C]; alphabet [B, L] one-hot (conditional models only)
+        Args: latent [P, B, A, 2]; obs [B, R, C] or [1, R, C]; alphabet [B, L] one-hot (conditional models only)
         Returns: log_prior [P, B], log_likelihood [P, B]
-        Raises: ValueError if a conditional model gets no alphabet, or an unconditional one does
+        Raises: ValueError if a conditional model gets no alphabet, or an unconditional one does; and as log_likelihood does
         """
         return self.log_prior(latent, alphabet), self.log_likelihood(latent, obs)
 

@@ -145,6 +145,7 @@ def write_table(path, rows):
 def choose_runs(args):
     """The runs that --run-ids names. Raises: UserError if there is none of that number"""
     runs = oneshot_runs.load(args.runs)
+    print(f"{args.runs}: {oneshot_runs.summarise(runs)}", flush=True)
     wrong = [number for number in args.run_ids or [] if number > len(runs)]
     if wrong:
         raise UserError(f"--run-ids {wrong[0]}: {args.runs} has {len(runs)} runs, counted from 1")

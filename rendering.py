@@ -437,14 +437,22 @@ def affine_log_prob(logits, obs, maps):
 
     Args: logits [N, R, C]; obs [N, R, C] in {0, 1}; maps [T, 2, 3]
     Returns: [N]
+    Raises: ValueError if the shapes of logits and obs differ
     """
+    _check_shapes(logits, obs)
     if gpu.uses_kernels(logits, "scoring"):
         return gpu.ScoreMaps.apply(logits, obs, maps)
     return affine_log_prob_by_map(logits, obs, maps).logsumexp(1) - math.log(len(maps))
 
 
+def _check_shapes(logits, obs):
+    if logits.shape != obs.shape:
+        raise ValueError(f"drawings have the shape {list(logits.shape)}, images {list(obs.shape)}")
+
+
 def affine_log_prob_by_map(logits, obs, maps):
     """log p(x | z, map) for each map, [N, T]; arguments as for `affine_log_prob`"""
+    _check_shapes(logits, obs)
     if compiled and len(logits) == 1:
         return affine_log_prob_by_map(*(torch.cat([x, x]) for x in (logits, obs)), maps)[:1]
     index, weight = get_taps(maps, *obs.shape[1:])

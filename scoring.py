@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from fast import gpu
-from models import pack, unpack
+from models import match_images, pack, unpack
 from util import UserError
 
 ROWS_AT_ONCE = 1024  # latents scored without gradients on a CPU: their images stay in the cache
@@ -26,9 +26,11 @@ _scored_at_once = 8192  # latents scored at a time on a GPU; fewer once its memo
 def score(generative_model, latent, obs, alphabet=None):
     """log p(z, x) without gradients; on a CPU, each distinct latent of an image is scored once.
 
-    Args: latent [P, B, A, 2]; obs [B, R, C]; alphabet [B, L] one-hot
+    Args: latent [P, B, A, 2]; obs [B, R, C], or [1, R, C] for all B; alphabet [B, L] one-hot
     Returns: [P, B]
+    Raises: ValueError if their shapes do not fit
     """
+    obs = match_images(obs, latent)
     num_particles, batch_size = latent.shape[:2]
     if not can_select(latent):
 
@@ -217,6 +219,7 @@ class ScoreTable:
 
         Args: image_id [B]: the images' indices in the table; the others as for `score`
         """
+        obs = match_images(obs, latent)
         num_particles, batch_size = latent.shape[:2]
         obs_id = torch.arange(batch_size, device=obs.device).repeat(num_particles)  # [P * B]
         codes = pack(latent.flatten(0, 1), torch.int16)  # [P * B, A]

@@ -2,13 +2,15 @@
 of the same characters by another person, whose characters are to be told.
 
 The format is that of Omniglot's all_runs.zip, a zip or a folder with runNN/training/classNN.png, runNN/test/itemNN.png, and
-runNN/class_labels.txt, whose lines name a test image and the training image of the same character.
+runNN/class_labels.txt, whose lines name a test image and the training image of the same character. Images of one's own may
+have other names and formats, and show scanned or photographed paper.
 
     python -m reading.oneshot_runs images_background.zip background_runs.zip --num-runs 20
 
 makes runs of the same kind from the official release's images, to choose settings on.
 """
 
+import codecs
 import collections
 import pathlib
 import random
@@ -21,8 +23,8 @@ import torch
 
 import data
 import util
-from images import decode, fit
-from util import UserError
+from images import decode, get_ink, get_suffixes, shrink
+from util import UserError, warn
 
 NUM_CHARACTERS = 20
 LABELS = "class_labels.txt"
@@ -42,34 +44,97 @@ def load(path):
     """Loads all runs, in order of their names: a list of Run. Raises: UserError if a run is incomplete or damaged"""
     read, names = _open(path)
     names = {name for name in names if not data.is_hidden(name)}
-    folders = sorted(pathlib.PurePosixPath(name).parent for name in names if pathlib.PurePosixPath(name).name == LABELS)
-    if not folders:
+    labels = sorted(pathlib.PurePosixPath(name) for name in names if pathlib.PurePosixPath(name).name.lower() == LABELS)
+    folders = [file.parent for file in labels]
+    if not labels:
         raise UserError(f"{path} holds no runs: give Omniglot's all_runs.zip, or the folder that it unpacks to")
     (name, number), *_ = collections.Counter(folder.name for folder in folders).most_common()
     if number > 1:
         raise UserError(f"{path} holds {number} runs called {name}; give the folder of one of them")
-    return [_load_run(path, folder, read, names) for folder in folders]
+    return [_load_run(path, file, read, names) for file in labels]
 
 
-def _load_run(path, folder, read, names):
-    lines = [line.split() for line in read(str(folder / LABELS)).decode(errors="replace").splitlines() if line.strip()]
-    if not lines or any(len(line) != 2 for line in lines):
-        raise UserError(f"{path}: {folder / LABELS} does not name a test and a training image in each line")
-    tests, answers = zip(*([str(folder.parent / name) for name in line] for line in lines), strict=True)
-    characters = sorted(name for name in names if name.startswith(f"{folder}/training/") and name.endswith(".png"))
-    for name in [*tests, *answers]:
-        if name not in names:
-            raise UserError(f"{path}: {name}, which {folder / LABELS} names, is missing")
-    wrong = [name for name in answers if name not in characters]
-    if wrong:
-        raise UserError(f"{path}: {folder / LABELS}: {wrong[0]} is no training image of this run")
-    inks = [1 - decode(name, read(name)) >= 0.5 for name in [*characters, *tests]]
-    images = torch.from_numpy(np.stack([fit(ink.astype(np.float64)) for ink in inks])).float()
+def summarise(runs):
+    """Sums up a list of Run in one line"""
+    obs = torch.cat([torch.cat([run.characters, run.tests]) for run in runs])
+    return data.summarise(obs.numpy() >= 0.5, f"{len(runs)} run{'s' * (len(runs) != 1)}")
+
+
+def _load_run(path, labels, read, names):
+    folder = labels.parent
+    known = {name.lower(): name for name in names if name.startswith(f"{folder}/") and _is_picture(name)}
+    known |= {name.rsplit(".", 1)[0]: known[name] for name in known}  # labels may leave out the suffix
+    try:
+        pairs = _read_labels(read(str(labels)), str(folder).lower(), known)
+    except UserError as error:
+        raise UserError(f"{path}: {labels} {error}") from None
+    characters = sorted({name for name in known.values() if _is_training(name)})
+    tests, answers = list(pairs), list(pairs.values())
+    others = sorted(set(known.values()) - {*characters, *tests})
+    if others:
+        warn(f"{path}: {labels} does not name {', '.join(others[:3])}{', ...' * (len(others) > 3)}; left out")
+    inks = [get_ink(decode(name, read(name))) >= 0.5 for name in [*characters, *tests]]
+    images = torch.from_numpy(np.stack([shrink(ink.astype(np.float64)) for ink in inks])).float()
     for name, ink in zip([*characters, *tests], inks, strict=True):
         if not ink.any():
             raise UserError(f"{path}: {name} is blank")
+        if ink.mean() > 0.5:
+            raise UserError(f"{path}: {name} is more than half ink")
     answers = torch.tensor([characters.index(name) for name in answers])
     return Run(folder.name, *images.tensor_split([len(characters)]), answers, inks)
+
+
+def _is_picture(name):
+    return pathlib.PurePosixPath(name).suffix.lower() in get_suffixes()
+
+
+def _is_training(name):
+    return pathlib.PurePosixPath(name).parent.name.lower() in ("training", "train")
+
+
+def _read_labels(content, folder, known):
+    """Reads the lines of class_labels.txt, as Omniglot's or as people write them: with names relative to whatever folder, in
+    either order, with spaces, commas or tabs, in any of Windows' encodings, below a heading.
+
+    Args: known: lower-case name -> name of each picture of the run. Returns: test image -> training image
+    Raises: UserError
+    """
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    lines = content.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").splitlines()
+    lines = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    pairs = {}
+    for number, line in enumerate(lines):
+        split = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"[\s,;]+", line)]
+        found = [[_find(name, folder, known) for name in names] for names in split]
+        pair = next(filter(all, found), None)
+        if pair is None and number == 0 and len(lines) > 1 and "." not in line:
+            continue  # a heading
+        if pair is None and len(split) == 1:
+            missing = split[0][found[0].index(None)]
+            raise UserError(f"names {missing}, which is missing")
+        if pair is None:
+            raise UserError(f"does not name a test and a training image in each line, as in {line[:80]!r}")
+        test, answer = sorted(pair, key=_is_training)
+        if not _is_training(answer):
+            raise UserError(f"names {answer}, which is no training image of this run")
+        if _is_training(test):
+            raise UserError(f"names two training images, {test} and {answer}, in a line")
+        if pairs.setdefault(test, answer) != answer:
+            raise UserError(f"names {test} twice, with different answers")
+    if not pairs:
+        raise UserError("does not name a test and a training image in each line")
+    return pairs
+
+
+def _find(name, folder, known):
+    """The picture that a label means, or None"""
+    parts = [part for part in re.split(r"[\\/]+", name.strip("\"' ").lower()) if part not in ("", ".")]
+    own = folder.rsplit("/", 1)[-1]
+    if own in parts[:-1]:  # relative to a folder above
+        parts = parts[parts.index(own) + 1 :]
+    tail = "/".join(parts)
+    places = [f"{folder}/{place}{tail}" for place in ("", "test/", "training/", "train/")]
+    return next((known[place] for place in places if place in known), None)
 
 
 def _open(path):
@@ -83,12 +148,13 @@ def _open(path):
         raise UserError(f"there is no {path}; get all_runs.zip from https://github.com/brendenlake/omniglot")
     with data.decoding(path):
         archive = zipfile.ZipFile(path)
+    names = data.get_names(archive)
 
     def read(name):
         with data.decoding(f"{path}: {name}"):
-            return archive.read(name)
+            return archive.read(names[name])
 
-    return read, {name for name in archive.namelist() if not name.endswith("/")}
+    return read, set(names)
 
 
 # ------------------------------------------------------------------ making runs

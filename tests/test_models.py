@@ -1,5 +1,6 @@
 """Draws agree with densities, shapes and errors."""
 
+import functools
 import math
 
 import pytest
@@ -313,3 +314,35 @@ def test_an_image_is_drawn_where_its_strokes_are():
 def test_errors(make):
     with pytest.raises(ValueError):
         make()
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "learned-affine", "translation"])
+def test_shapes_and_values_that_do_not_fit_are_refused(likelihood):
+    model, network = models.GenerativeModel(likelihood=likelihood), models.InferenceNetwork()
+    latent, obs = model.sample_latent(8).unsqueeze(0), (torch.rand(8, 28, 28) < 0.1).float()
+    right = model.log_likelihood(latent, obs[:1].repeat(8, 1, 1))
+    torch.testing.assert_close(model.log_likelihood(latent, obs[:1]), right)  # one image of eight programs
+    torch.testing.assert_close(model.log_prob(latent, obs[:1])[1], right)
+    torch.testing.assert_close(scoring.score(model, latent, obs[:1]), model.log_prior(latent) + right)
+    torch.testing.assert_close(
+        network.log_prob(latent, obs[:1]), network.log_prob(latent, obs[:1].repeat(8, 1, 1)), atol=1e-4, rtol=0
+    )
+    many, few = model.sample_latent(5).view(5, 1, 10, 2), latent[:, :2]
+    for wrong in [(latent, obs[:3]), (many, obs), (few, obs), (latent, obs[:, :14]), (latent, obs[0]), (latent[0], obs)]:
+        for score in (model.log_likelihood, model.log_prob, functools.partial(scoring.score, model)):
+            with pytest.raises(ValueError):
+                score(*wrong)
+    for wrong in [(latent, obs[:3]), (many, obs), (few, obs)]:
+        with pytest.raises(ValueError):
+            network.log_prob(*wrong)
+    for values in (obs * 255, obs - 0.5, obs * math.nan):
+        with pytest.raises(ValueError, match="values"):
+            model.log_likelihood(latent, values)
+    grey = obs * 0.7
+    if likelihood == "bernoulli":
+        ink, paper = (model.log_likelihood(latent, x) for x in (obs, torch.zeros_like(obs)))
+        torch.testing.assert_close(model.log_likelihood(latent, grey), 0.7 * ink + 0.3 * paper, atol=1e-2, rtol=0)
+    else:
+        for score in (model.log_likelihood, lambda z, x: model.get_map_log_posterior(z[0], x)):
+            with pytest.raises(ValueError, match="other than 0 and 1"):
+                score(latent, grey)

@@ -1,7 +1,11 @@
 """Search for programs, and the characters of one's own that it is for."""
 
+import io
+
 import imageio.v3 as imageio
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
 import pytest
 import torch
 
@@ -171,3 +175,57 @@ def test_files_that_cannot_be_read_are_named_and_the_others_are_read(tmp_path, c
     assert len(capsys.readouterr().err.splitlines()) == 3
     with pytest.raises(UserError, match="no character to read"):
         programs.read_characters(paths[:1])
+
+
+LETTERS = {"T": [(1, 1, 3, 1), (2, 1, 2, 3)], "L": [(1, 1, 1, 3), (1, 3, 3, 3)], "X": [(1, 1, 3, 3), (3, 1, 1, 3)]}
+
+
+def draw_sheet(paper=235, ink=40):
+    """Twelve letters on a sheet of 480 x 360"""
+    sheet = PIL.Image.new("L", (480, 360), paper)
+    for i in range(12):
+        row, col = divmod(i, 4)
+        for x0, y0, x1, y1 in LETTERS["TLX"[i % 3]]:
+            at = [120 * col + 30 * x0, 120 * row + 30 * y0, 120 * col + 30 * x1, 120 * row + 30 * y1]
+            PIL.ImageDraw.Draw(sheet).line(at, ink, width=6)
+    return sheet
+
+
+def lay_on_desk(sheet, desk, share, angle=0, place=(0.5, 0.5)):
+    """A photograph of 500 x 400 on which a sheet takes some share: JPEG bytes"""
+    rows, cols = np.mgrid[:400, :500]
+    if desk == "wood":
+        desk = 110 + 30 * np.sin(rows / 6 + np.sin(cols / 60)) + 15 * np.sin(cols * rows / 5000)
+    photo = PIL.Image.fromarray(np.broadcast_to(desk, rows.shape).astype(np.uint8))
+    scale = (share * photo.width * photo.height / (sheet.width * sheet.height)) ** 0.5
+    sheet = sheet.resize((round(sheet.width * scale), round(sheet.height * scale)), PIL.Image.LANCZOS)
+    mask = PIL.Image.new("L", sheet.size, 255)
+    sheet, mask = (image.rotate(angle, PIL.Image.BICUBIC, expand=True) for image in (sheet, mask))
+    photo.paste(sheet, [round((a - b) * where) for a, b, where in zip(photo.size, sheet.size, place, strict=True)], mask)
+    noisy = np.asarray(photo) + 3 * np.random.RandomState(0).randn(400, 500)
+    PIL.Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file := io.BytesIO(), "JPEG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("desk", "share", "options"),
+    [
+        (20, 0.3, {}), (80, 0.6, dict(angle=8)), (80, 0.2, dict(place=(0, 0))), ("wood", 0.4, dict(angle=-20)),
+        ("wood", 0.6, dict(place=(1, 0.8), angle=4)), (150, 0.8, dict(angle=4)), (250, 0.3, dict(angle=-8)),
+    ],
+)  # fmt: skip
+def test_a_sheet_on_a_desk(desk, share, options):
+    photo = lay_on_desk(draw_sheet(), desk, share, **options)
+    assert len(images.find_characters("desk.jpg", photo)) == 12
+
+
+def test_sheets_of_other_kinds(capsys):
+    dark = lay_on_desk(draw_sheet(paper=40, ink=220), 180, 0.5, angle=5)
+    assert len(images.find_characters("chalk.jpg", dark)) == 12
+    for share, words in [(0.15, "1 parts have no legible strokes"), (0.5, "is blank")]:
+        assert images.find_characters("empty.jpg", lay_on_desk(PIL.Image.new("L", (480, 360), 235), 60, share)) == []
+        assert words in capsys.readouterr().err
+    bold = PIL.Image.new("L", (100, 100), 255)  # a letter that looks like a sheet stays one
+    PIL.ImageDraw.Draw(bold).rectangle((25, 20, 75, 80), outline=0, width=12)
+    (found,) = images.find_characters("box.png", encode(np.asarray(bold) / 255))
+    assert found.sum() > 50 and not found[12:16, 12:16].any()
