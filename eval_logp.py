@@ -15,6 +15,7 @@ save/<path_base>/logp/<mode>_<algorithm>.pt. If stopped, rerun the same command 
 
 from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
+import contextlib
 import copy
 import functools
 import math
@@ -50,7 +51,7 @@ SETTINGS += ["test_num_particles", "seed"]  # what a result depends on besides t
 ALGORITHMS = report.ALGORITHMS
 LEARNING_RATE = 1e-3
 DEFAULTS = {  # by algorithm, where they differ; the first are the paper's
-    "num_particles": (100, {"mws": 20}),
+    "num_particles": (100, {"mws": 10}),
     "num_iterations": (20000, {"mws": 500, "own": 0}),
     "test_batch_size": (1, {"own": 10}),
     "test_num_particles": (5000, {"own": 1000}),
@@ -324,13 +325,14 @@ def estimate_together(halves):
 
     Returns: log p by the mixture [N], by each half [2, N]; the scores of the samples join the first half's table
     """
-    model, args, log_p, by_half = halves[0].generative_model, halves[0].args, [], []
+    model, log_p, by_half = halves[0].generative_model, [], []
+    num_particles = math.ceil(halves[0].args.test_num_particles / len(halves))
     for obs_id in util.show_progress(
         torch.arange(len(halves[0].obs), device=halves[0].device), desc="estimating", unit="image"
     ):
         inputs = halves[0].get_inputs(obs_id.unsqueeze(0))
         given = inputs["obs_id"], inputs["alphabet"]
-        latent = [half.network.sample(given[0], args.test_num_particles, given[1]) for half in halves]  # each [P, 1, A, 2]
+        latent = [half.network.sample(given[0], num_particles, given[1]) for half in halves]  # each [P, 1, A, 2]
         log_q = torch.stack([half.network.log_prob(torch.cat(latent), *given) for half in halves])  # [2, 2P, 1]
         log_joint = halves[0].table.score(given[0], model, torch.cat(latent), inputs["obs"], given[1])  # [2P, 1]
         own = (log_joint - log_q).unflatten(1, (len(halves), -1))  # [2, 2, P, 1]
@@ -436,7 +438,10 @@ def run_one(args, checkpoint, images, memory, kind, path, stop):
         get_settings(args, checkpoint, images, kind),
         checkpoints.get_state_path(path, args.half),
     )
-    with locks.lock(state_path.with_name(f".{state_path.stem}.lock"), f"{path} is being evaluated", stop):
+    held = contextlib.nullcontext()  # unless it is a half, which may be left from an evaluation that was killed
+    if args.half is not None:
+        held = locks.lock(path.with_name(f".{state_path.stem}.lock"), f"half {args.half} of {path} is being evaluated", stop)
+    with held:
         evaluation = Evaluation(args, checkpoint, images, checkpoint["num_alphabets"], device, memory)
         if state_path.exists() and load_state(state_path, evaluation, settings, checkpoint, args.force):
             print(f"resuming at iteration {evaluation.iteration} of {state_path}")
@@ -653,13 +658,13 @@ def get_parser():
     add("--data-location", "as for main.py (default: where the model was trained)", default=None)
     add("--num-data", "number of images", type=positive, default=50)
     particles = "particles per image in training; mws: proposals, and programs drawn from the memory"
-    add("--num-particles", particles + describe_default("num_particles"), type=positive)
+    add("--num-particles", particles + describe_default("num_particles"), type=positive, default=None)
     iterations = "iterations of training" + describe_default("num_iterations")
     add("--num-iterations", iterations, type=util.in_range(int, 0))
     add("--batch-size", "images per step of training", type=positive, default=50)
     add("--lstm-hidden-size", "hidden units of the new network's LSTM", type=positive, default=128)
     add("--test-batch-size", "images per step of the estimate" + describe_default("test_batch_size"), type=positive)
-    particles = "particles per image in the estimate; mws: of each half" + describe_default("test_num_particles")
+    particles = "particles per image in the estimate" + describe_default("test_num_particles")
     add("--test-num-particles", particles, type=positive)
     add("--memory-size", "mws: programs remembered of each image", type=positive, default=200)
     effort = "mws: how long to search, in units of 10 to 15 seconds on one core per image and half"

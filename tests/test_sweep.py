@@ -153,7 +153,7 @@ def test_evaluations_of_a_sweep():
     assert [task.kind for task in some] == ["sleep", "rws", "vimco"] * 2
     assert [(task.settings["seed"], task.settings["mode"]) for task in some] == [(0, "test")] * 3 + [(2, "test")] * 3
     assert [task.settings.get("num_dreams") for task in some] == [5000, None, None] * 2 and "--seed=2" in some[3].flags
-    assert str(some[4].get_evaluation_path("checkpoints")) == "save/rws_3_seed=2/logp/checkpoints/test_rws.pt"
+    assert str(some[4].get_state_path()) == "save/rws_3_seed=2/logp/checkpoints/test_rws.pt"
     chosen = ["--eval-logp", "--models", "rws_3", "--eval-algorithms", "own"]
     (task,) = sweep.get_tasks(sweep.parse_args([*chosen, "--eval-options=--mode train --seed 5"]))
     assert (task.kind, task.settings["mode"], task.settings["seed"]) == ("train_own", "train", 5)
