@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from test_data import make_mat
+from test_data import fill, make_mat
 from test_util import cut, put_code, small_disk
 
 import diagnostics
+import eval_logp
 import losses
 import main
 import rendering
 import util
+from results import overview
 from runs import checkpoints
 from util import UserError
 
@@ -369,3 +371,18 @@ def test_conditional_on_real_alphabets(omniglot, folder):
     checkpoint = load_latest()
     assert checkpoint["num_alphabets"] == 50
     assert checkpoint["generative_model"]["prior.lstm.weight_ih"].shape[1] == 5 + 2 + 50
+
+
+def test_the_line_about_the_data_is_printed_and_kept(tmp_path, run_script, monkeypatch):
+    fill(tmp_path / "letters", 16, ["a", "b"])
+    (tmp_path / "letters/notes.txt").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    line = "16 images, 2 alphabets, mean ink 0.13; skipped: 1 file (1 text)"
+    argv = [*TINY, *"--data-location letters --pretrain-iterations 1 --num-iterations 1".split()]
+    assert f"letters: {line}\n" in run_script(main, *argv, "--name", "lines")[1]
+    checkpoint = checkpoints.load(checkpoints.find("lines"))
+    assert checkpoint["args"]["data_summary"] == line
+    (tmp_path / "save/index.html").unlink(missing_ok=True)
+    assert f"letters: {line}" in overview.write_overview().read_text()
+    size = ["--algorithm", "own", "--num-data", "2", "--test-num-particles", "2"]
+    assert f"letters: {line}\n" in run_script(eval_logp, "--checkpoint-path", "lines", *size)[1]
