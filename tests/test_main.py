@@ -307,7 +307,7 @@ BAD_INPUT = [
 
 def test_bad_input(folder, run_script):
     pathlib.Path("cut.mat").write_bytes(pathlib.Path("data.mat").read_bytes()[:3000])
-    np.save("plain.npy", np.zeros((20, 28, 28)))
+    np.save("plain.npy", np.pad(np.ones((20, 8, 8)), [(0, 0), (10, 10), (10, 10)]))
     cases = [case for case in BAD_INPUT if case[0] != "--cuda" or not torch.cuda.is_available()]
     results = [run_script(main, *flags.split()) for flags, _ in cases]
     assert not pathlib.Path("save").exists()
@@ -381,7 +381,7 @@ def test_the_line_about_the_data_is_printed_and_kept(tmp_path, run_script, monke
     argv = [*TINY, *"--data-location letters --pretrain-iterations 1 --num-iterations 1".split()]
     assert f"letters: {line}\n" in run_script(main, *argv, "--name", "lines")[1]
     checkpoint = checkpoints.load(checkpoints.find("lines"))
-    assert checkpoint["args"]["data_summary"] == line
+    assert checkpoint["data_summary"] == line
     (tmp_path / "save/index.html").unlink(missing_ok=True)
     assert f"letters: {line}" in overview.write_overview().read_text()
     size = ["--algorithm", "own", "--num-data", "2", "--test-num-particles", "2"]
