@@ -222,6 +222,8 @@ def find_sheet(grey):
     darker than its surroundings all around, mostly empty, and reaches at most one corner of the photograph."""
     from skimage.transform import resize
 
+    if min(grey.shape) < SHEET_SIDE / 2:  # no photograph
+        return grey
     shape = [max(round(n * min(SHEET_SIDE / max(grey.shape), 1)), 1) for n in grey.shape]
     small = resize(grey, shape, order=1, anti_aliasing=True)
     best, chosen = 0, None
@@ -246,7 +248,11 @@ def _find_convex(region):
     sizes = np.bincount(pieces.flat)
     sizes[0] = 0
     piece = pieces == sizes.argmax()
-    if not 0.05 < piece.mean() < 0.97 or piece[:: len(piece) - 1, :: piece.shape[1] - 1].sum() > 1:
+    if (
+        sizes.max() < 0.8 * sizes.sum()
+        or not 0.05 < piece.mean() < 0.97
+        or piece[:: len(piece) - 1, :: piece.shape[1] - 1].sum() > 1
+    ):
         return None, 0
     points = np.argwhere(piece & ~scipy.ndimage.binary_erosion(piece))
     hull = scipy.spatial.ConvexHull(points)
@@ -278,6 +284,8 @@ def _cut_out(grey, corners, blank):
     from skimage.transform import resize
 
     mask = scipy.ndimage.binary_erosion(polygon2mask(blank.shape, corners), iterations=3)
+    if not mask.any():
+        return grey
     nearest = scipy.ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
     paper = resize(blank[tuple(nearest)], grey.shape, order=1)
     mask = resize(mask.astype(np.float32), grey.shape, order=1) > 0.5

@@ -41,6 +41,7 @@ class Run:
         self.path_base = path_base or util.get_path_base(args)
         self.settings = {**util.get_settings(args), "data": data.get_fingerprint(dataset.train)}
         self.train_data, self.test_data = dataset.train.to(device), dataset.test.to(device)
+        self.data_summary = dataset.summary
         self.num_alphabets = dataset.num_alphabets if args.condition_on_alphabet else 0
         self.generative_model, self.inference_network = models.build(args, self.num_alphabets, device)
         self.optimizer = get_optimizer(self.generative_model, self.inference_network, args.prior_lr_factor)
@@ -64,6 +65,7 @@ class Run:
         return dict(
             args=vars(self.args),
             settings=self.settings,
+            data_summary=self.data_summary,
             num_alphabets=self.num_alphabets,
             generative_model=self.generative_model.state_dict(),
             inference_network=self.inference_network.state_dict(),
@@ -369,7 +371,6 @@ def load_data(args):
     """Loads the data set; a small one is tested on its training images, as in the authors' code. Raises: UserError if it does
     not fit the arguments"""
     dataset = data.load_and_tell(args.data_location, args.small_dataset, args.dataset_size, args.find_characters)
-    args.data_summary = dataset.summary  # in checkpoints, for looking it up
     if args.condition_on_alphabet and dataset.num_alphabets < 2:
         raise UserError(f"--condition-on-alphabet: {args.data_location} has fewer than two alphabets")
     if args.small_dataset:

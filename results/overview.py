@@ -86,8 +86,8 @@ def describe(name):
     losses = [f"{key} {values[-1]:.4g}" for key, values in checkpoint["statistics"].items() if len(values)]
     saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(latest.stat().st_mtime))
     dataset = args["data_location"] + ", small" * args["small_dataset"]
-    if args.get("data_summary"):  # which older checkpoints lack
-        dataset += f": {args['data_summary']}"
+    if checkpoint.get("data_summary"):  # which older checkpoints lack
+        dataset += f": {checkpoint['data_summary']}"
     columns = {
         "run": (name, name),
         "saved": (saved, saved),

@@ -293,6 +293,7 @@ def _check(checkpoint, resumable):
     for name, high in [("num_alphabets", 10**6), ("pretrain_iteration", 2**53), ("iteration", 2**53)]:
         expect(is_integer(checkpoint[name]) and 0 <= checkpoint[name] <= high, f"{name} is {show(checkpoint[name])}")
     check_settings(checkpoint["settings"], args)
+    expect(isinstance(checkpoint.get("data_summary", ""), str), "its summary of the data is no text")  # older ones have none
     conditional = bool(checkpoint["num_alphabets"])
     expect(conditional == args.condition_on_alphabet, f"num_alphabets is {checkpoint['num_alphabets']}")
     inputs = args.num_primitives + checkpoint["num_alphabets"] + args.obs_embedding_dim

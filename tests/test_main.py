@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from test_data import make_mat
+from test_data import fill, make_mat
 from test_util import cut, put_code, small_disk
 
 import diagnostics
+import eval_logp
 import losses
 import main
 import rendering
 import util
+from results import overview
 from runs import checkpoints
 from util import UserError
 
@@ -305,7 +307,7 @@ BAD_INPUT = [
 
 def test_bad_input(folder, run_script):
     pathlib.Path("cut.mat").write_bytes(pathlib.Path("data.mat").read_bytes()[:3000])
-    np.save("plain.npy", np.zeros((20, 28, 28)))
+    np.save("plain.npy", np.pad(np.ones((20, 8, 8)), [(0, 0), (10, 10), (10, 10)]))
     cases = [case for case in BAD_INPUT if case[0] != "--cuda" or not torch.cuda.is_available()]
     results = [run_script(main, *flags.split()) for flags, _ in cases]
     assert not pathlib.Path("save").exists()
@@ -369,3 +371,18 @@ def test_conditional_on_real_alphabets(omniglot, folder):
     checkpoint = load_latest()
     assert checkpoint["num_alphabets"] == 50
     assert checkpoint["generative_model"]["prior.lstm.weight_ih"].shape[1] == 5 + 2 + 50
+
+
+def test_the_line_about_the_data_is_printed_and_kept(tmp_path, run_script, monkeypatch):
+    fill(tmp_path / "letters", 16, ["a", "b"])
+    (tmp_path / "letters/notes.txt").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    line = "16 images, 2 alphabets, mean ink 0.13; skipped: 1 file (1 text)"
+    argv = [*TINY, *"--data-location letters --pretrain-iterations 1 --num-iterations 1".split()]
+    assert f"letters: {line}\n" in run_script(main, *argv, "--name", "lines")[1]
+    checkpoint = checkpoints.load(checkpoints.find("lines"))
+    assert checkpoint["data_summary"] == line
+    (tmp_path / "save/index.html").unlink(missing_ok=True)
+    assert f"letters: {line}" in overview.write_overview().read_text()
+    size = ["--algorithm", "own", "--num-data", "2", "--test-num-particles", "2"]
+    assert f"letters: {line}\n" in run_script(eval_logp, "--checkpoint-path", "lines", *size)[1]

@@ -4,6 +4,7 @@ import csv
 import itertools
 import math
 import pathlib
+import re
 import zipfile
 
 import imageio.v3 as imageio
@@ -251,3 +252,32 @@ def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_scr
     ]:
         status, _, stderr = run_script(oneshot, *argv, *extra)
         assert status == 2 and message in stderr and stderr.strip().count("\n") == 0, stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "encoding", "heading"),
+    [
+        ("Run 1/test/item{}.jpg Run 1/training/class {}.JPG", "utf-8", ""),
+        ("Run 1\\test\\item{}.jpg\tRun 1\\training\\class {}.JPG", "utf-16", ""),
+        ("item{},class {}", "utf-8-sig", "test,training\r\n"),
+        ('"C:\\my data\\Run 1\\test\\item{}.jpg"; "C:\\my data\\Run 1\\training\\class {}.JPG"', "latin-1", "# mine\n\n"),
+        ("training/class {1}.jpg ./test/ITEM{0}.JPG", "utf-8", ""),
+    ],
+)
+def test_labels_and_images_as_people_make_them(tmp_path, line, encoding, heading, capsys):
+    folder = tmp_path / "Run 1"
+    for i in range(3):
+        letter = np.full((200, 200), 190, np.uint8)  # on grey paper, with thin strokes
+        letter[40:160, 50 + 40 * i : 53 + 40 * i] = letter[157:160, 40:160] = 70
+        for name in (f"training/class {i}.JPG", f"test/item{2 - i}.jpg"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(imageio.imwrite("<bytes>", letter, extension=".jpg"))
+    lines = heading + "\r\n".join(line.format(i, 2 - i) for i in range(3))
+    (folder / "class_labels.txt").write_bytes(lines.encode(encoding))
+    runs = oneshot_runs.load(tmp_path)
+    assert runs[0].answers.tolist() == [2, 1, 0] and capsys.readouterr().err == ""
+    assert re.fullmatch(r"6 images, 1 run, mean ink 0.0[3-9]", oneshot_runs.summarise(runs))
+    for wrong, message in [("item0 item1", "no training image"), ("item0 class 0\nitem0 class 1", "twice"), ("a b c", "as in")]:
+        (folder / "class_labels.txt").write_text(wrong)
+        with pytest.raises(util.UserError, match=message):
+            oneshot_runs.load(tmp_path)
