@@ -313,6 +313,7 @@ def train(run, stop, curves):
 def main(argv=None):
     args = parse_args(argv)
     device = util.get_device(args.cuda)
+    print(f"{args.algorithm} on {device.type}, seed {args.seed}, torch {torch.__version__}", flush=True)
     dataset = load_data(args)
     check_memory(args, len(dataset.train.obs), dataset.num_alphabets if args.condition_on_alphabet else 0)
     path_base = checkpoints.find_run(args, lambda: data.get_fingerprint(dataset.train))
@@ -340,7 +341,7 @@ def main(argv=None):
         return 128 + stop.received
     print(
         f"trained {run.iteration} iterations: {path}; next, to see what it learned: python diagnostics.py --checkpoint-path"
-        f" {path}, and for log p: python eval_logp.py --checkpoint-path {path} --algorithm rws"
+        f" {path}, and for log p: python eval_logp.py --checkpoint-path {path} --algorithm mws"
     )
     return 0
 

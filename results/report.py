@@ -566,7 +566,7 @@ def main(mode=None, name_missing=False):
     if not rows:
         print(
             f"nothing in {util.SAVE}/ has been evaluated{f' on {wanted[0]} images' if mode else ''} yet; evaluate a model with"
-            " python eval_logp.py --checkpoint-path CHECKPOINT --algorithm rws"
+            " python eval_logp.py --checkpoint-path CHECKPOINT --algorithm mws"
         )
         return 0
     tables = collections.defaultdict(list)
