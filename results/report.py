@@ -19,6 +19,7 @@ from util import UserError, warn
 TRAINED = ["sleep", "rws", "vimco"]  # the paper's, which train a network for the evaluation
 ALGORITHMS = [*TRAINED, "own", "mws"]
 ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
+SEARCH_ERRORS = ["search error", "gain of two"]  # see get_search_error
 # Names of the runs of section 4.2
 PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)]
 PAPER_MODELS += ["a_mws_40"]
@@ -44,7 +45,7 @@ class Run(NamedTuple):
     settings: dict  # of its training
     iteration: int
     estimates: dict  # for each available one of ESTIMATES: (mean over images, its standard error), nats
-    search_error: float | None  # of the evaluation by mws, nats
+    search_error: tuple | None  # of the evaluation by mws, see get_search_error
     work: str  # the evaluations' particles and iterations, in words
     images: Images
     images_in_words: str
@@ -54,12 +55,22 @@ class Run(NamedTuple):
 def describe(path):
     """Describes a result of eval_logp.py in a sentence"""
     result = checkpoints.load_result(path)
-    search_error = f", search error {result['search_error']:.2f}" if "search_error" in result else ""
+    error, search_error = get_search_error(result), ""
+    if error is not None:
+        search_error = f", search error {error[0]:.2f} (both halves together gain {error[1]:.2f} over one)"
     return (
         f"log p(x) = {result['log_p']:.2f} nats per image (standard error over images {result['standard_error']:.2f}),"
         f" enumeration bound {result['enumeration_bound']:.2f}{search_error}, {describe_images(result)},"
         f" {result['run']} at iteration {result['model_iteration']} by {result['settings']['algorithm']}"
     )
+
+
+def get_search_error(result):
+    """How much the searches of an evaluation by mws may have missed, in nats per image: the difference of its halves' mean
+    bounds, and what the programs of both together gain over those of one; None for other evaluations"""
+    if "search_error" not in result:
+        return None
+    return result["search_error"], result["enumeration_bound"] - result["bound_by_half"].mean().item()
 
 
 def read_runs(folder):
@@ -106,7 +117,7 @@ def make_run(folder, evaluations):
         newest["model_settings"],
         newest["model_iteration"],
         estimates,
-        shown.get("mws", {}).get("search_error"),
+        get_search_error(shown.get("mws", {})),
         describe_work(shown),
         get_images(newest),
         describe_images(newest),
@@ -277,7 +288,8 @@ def get_row(name, runs):
         row[f"{estimate} s.e. over seeds"] = get_standard_error(values) if len(values) > 1 else None
         row[f"{estimate} s.e. over images"] = found[0][1] if len(found) == 1 else None
     errors = [run.search_error for run in runs if run.search_error is not None]
-    row["search error"] = sum(errors) / len(errors) if errors else None
+    for i, name in enumerate(SEARCH_ERRORS):
+        row[name] = sum(error[i] for error in errors) / len(errors) if errors else None
     return row
 
 
@@ -288,7 +300,7 @@ def print_table(rows):
     """Prints the rows of some images"""
     print(describe_table(rows))
     width, names = max(len(row["model"]) for row in rows), ESTIMATES
-    names = [*names, "search error"] if any(row["search error"] is not None for row in rows) else names
+    names = [*names, *SEARCH_ERRORS] if any(row["search error"] is not None for row in rows) else names
     print(f"{'model':{width}} particles     iteration seeds" + "".join(f"{name:>18}" for name in names))
     for row in rows:
         values = "".join(f"{format_value(row, name):>18}" for name in names)

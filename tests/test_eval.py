@@ -500,13 +500,13 @@ def get_fake_run(name, fingerprint, log_p, kind="test", search_error=None):
 def test_different_images_share_no_row_and_no_table(monkeypatch, capsys, folder):  # noqa: F811
     """Not even of two seeds; test images and then those of most models come first, and only they are drawn"""
     runs = [get_fake_run("mws_5", "aa", -100.0, "training"), get_fake_run("mws_5_seed=1", "bb", -130.0)]
-    runs += [get_fake_run("mws_5_seed=2", "cc", -140.0, search_error=0.25), get_fake_run("rws_5", "cc", -150.0)]
-    runs += [get_fake_run("mws_5_seed=3", "cc", -142.0, search_error=0.75)]
+    runs += [get_fake_run("mws_5_seed=2", "cc", -140.0, search_error=(0.25, 1.0)), get_fake_run("rws_5", "cc", -150.0)]
+    runs += [get_fake_run("mws_5_seed=3", "cc", -142.0, search_error=(0.75, 2.0))]
     rows = report.get_rows(runs)
     assert [(row["model"], row["fingerprint"][:2], row["mws"], row["seeds"]) for row in rows] == [
         ("mws_5", "cc", -141.0, 2), ("rws_5", "cc", -150.0, 1), ("mws_5", "bb", -130.0, 1), ("mws_5", "aa", -100.0, 1),
     ]  # fmt: skip
-    assert [row["search error"] for row in rows] == [0.5, None, None, None]
+    assert [(row["search error"], row["gain of two"]) for row in rows] == [(0.5, 1.5)] + [(None, None)] * 3
     drawn = []
     monkeypatch.setattr(report, "read_runs", lambda path: runs)
     monkeypatch.setattr(report, "write_figure", lambda path, rows: drawn.extend(rows))
