@@ -257,7 +257,8 @@ def run(evaluation, settings, path, stop):
                 util.save_checkpoint(path, evaluation.get_checkpoint(settings))
                 clock.restart()
             show(evaluation, bar, done)
-    util.save_checkpoint(path, evaluation.get_checkpoint(settings))
+    if stop.received is not None or args.half is not None:  # a half is done; both are read to make the result
+        util.save_checkpoint(path, evaluation.get_checkpoint(settings))
     return stop.received is None
 
 

@@ -494,13 +494,14 @@ def _get_reason(error):
 
 
 def _try_kernels():
-    """Draws and scores something, with gradients"""
+    """Draws and scores something, with gradients and without"""
     # Arbitrary numbers, but not random ones: the run's random state has been restored already.
     numbers = torch.linspace(0.1, 0.9, MAPS_AT_ONCE * 6)
     arcs, maps = numbers[:210].clone().view(3, 10, 7), numbers.view(MAPS_AT_ONCE, 2, 3)
     arcs.requires_grad_()
     logits = get_logits(arcs, torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)
     affine_log_prob(logits, torch.zeros_like(logits), maps).sum().backward()
+    get_logits(arcs.detach(), torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)
 
 
 FULLY_FUSED = [_draw, _draw_ink, _draw_one_more, _log_prob_by_map, _differentiate_by_map]
