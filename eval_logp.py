@@ -606,7 +606,7 @@ def get_result(parts, settings, name, checkpoint):
         evaluation.log_p, log_p_by_half = estimate_together(parts)
         of_halves["log_p_by_half"] = log_p_by_half.double().cpu()
         of_halves["search_error"] = of_halves["bound_by_half"].mean(1).diff().abs().item()
-    log_p = evaluation.log_p.double().cpu()
+    log_p, state = evaluation.log_p.double().cpu(), evaluation.get_checkpoint(settings)
     rows = scoring.keep_best(scoring.merge([part.table.settle() for part in parts]))
     bound = get_enumeration_bound(rows, len(log_p)).cpu()  # [N]
     return dict(
@@ -620,7 +620,7 @@ def get_result(parts, settings, name, checkpoint):
         enumeration_bound_by_image=bound,
         latents=dict(obs_id=rows.obs_id.int().cpu(), codes=rows.codes.cpu(), log_joint=rows.log_joint.cpu()),
         num_scored=sum(part.table.num_scored for part in parts),
-        statistics=evaluation.statistics,
+        statistics=state["statistics"],
         run=name,
         model_settings=checkpoint["settings"],
         model_iteration=checkpoint["iteration"],

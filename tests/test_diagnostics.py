@@ -122,7 +122,7 @@ def test_every_kind_of_run(folder, capsys):  # noqa: F811
 
 
 def test_vectors_and_own_images(folder, capsys, monkeypatch):  # noqa: F811
-    few = functools.partial(diagnostics.find_different_programs, num_rounds=5)  # to be quick
+    few = functools.partial(diagnostics.find_different_programs, num_rounds=5, num_particles=30)  # to be quick
     monkeypatch.setattr(diagnostics, "find_different_programs", few)
     model = train("--condition-on-alphabet")
     row, col = np.mgrid[:200, :150]
