@@ -1,13 +1,15 @@
 """Estimates log p of images under a trained generative model, and reports all estimates.
 
+    python eval_logp.py --checkpoint-path mws_20 --algorithm mws                    # a quarter of an hour: the one to report
     python eval_logp.py --checkpoint-path mws_20 --algorithm own                    # a minute
     python eval_logp.py --checkpoint-path mws_20 --algorithm rws                    # hours: the paper's procedure
     python eval_logp.py --checkpoint-path mws_20 --algorithm own --every-checkpoint # in the course of training
     python eval_logp.py --report
 
 The images are the first 50 of the data's own test part, which no model has seen, or with --mode train those that the
-model was trained on. The generative model stays fixed. The model's own inference network (own), or a new one that is trained for the
-evaluated images (sleep, rws, vimco), proposes the particles of the importance-weighted bound
+model was trained on. The generative model stays fixed. The model's own inference network (own), a new one that is trained for
+the evaluated images (sleep, rws, vimco), or two that are trained on programs found by search (mws), proposes the particles of
+the importance-weighted bound
 log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016). The sum of p(z, x) over the distinct programs
 that were seen, which include the memory of MWS, is a guaranteed lower bound. Results go to
 save/<path_base>/logp/<mode>_<algorithm>.pt. If stopped, rerun the same command to resume.
@@ -43,9 +45,7 @@ from runs.saving import SaveClock, StopSignal
 from scoring import ScoreTable, check_rows, get_enumeration_bound
 from util import UserError, warn
 
-STATE_KEYS = {
-    "settings", "network", "optimizer", "table", "programs", "num_searched", "iteration", "statistics", "log_p", "random_state",
-}  # fmt: skip
+STATE_KEYS = {"settings", "network", "optimizer", "table", "iteration", "statistics", "log_p", "random_state"}
 SETTINGS = "mode algorithm num_particles num_iterations batch_size lstm_hidden_size test_batch_size".split()
 SETTINGS += ["test_num_particles", "seed"]  # what a result depends on besides the model and the images
 ALGORITHMS = report.ALGORITHMS
@@ -115,8 +115,8 @@ class Evaluation:
         for name in ["network", "table"]:
             getattr(self, name).load_state_dict(state[name])
         load_optimizer(self.optimizer, state["optimizer"])
-        for name in ["programs", "num_searched", "iteration", "log_p"]:
-            setattr(self, name, state[name])
+        self.iteration, self.log_p = state["iteration"], state["log_p"]
+        self.programs, self.num_searched = state.get("programs"), state.get("num_searched", 0)  # older versions had none
         self.statistics = {name: values.cpu() for name, values in state["statistics"].items()}
         util.set_random_state(state["random_state"], self.device)
 
@@ -190,10 +190,9 @@ def train_step(evaluation, obs_id):
 def get_step(evaluation):
     """The step, called with obs_id; on a GPU replayed as a CUDA graph"""
     step = functools.partial(train_step, evaluation)
-    replayed = (
-        evaluation.device.type == "cuda" and evaluation.args.compile and evaluation.args.algorithm != "mws"
-    )  # looks scores up
-    return ReplayedStep(step) if replayed else step
+    looks_scores_up = evaluation.args.algorithm == "mws"  # which cannot be recorded
+    is_replayed = evaluation.device.type == "cuda" and evaluation.args.compile and not looks_scores_up
+    return ReplayedStep(step) if is_replayed else step
 
 
 @torch.no_grad()
@@ -351,7 +350,7 @@ def get_half(args, half):
 
 def run_in_background(args, half, num_threads):
     """Runs a half in a process of its own, which ends with this one. Returns: the process"""
-    process = multiprocessing.get_context("spawn").Process(target=_run_half, args=(args, half, num_threads))
+    process = multiprocessing.get_context("spawn").Process(target=_run_half, args=(args, half, num_threads), daemon=True)
     process.start()
     return process
 

@@ -15,7 +15,7 @@ from fast import gpu
 from reading import search
 from util import UserError, read_file, show_progress, warn
 
-BATCH_SIZE = 50  # images searched together
+BATCH_SIZE = 50  # images read together
 COMPILING_PAYS = 20_000  # latents scored at a time
 LONGEST_NAME = 50  # letters of an image's name that go into those of the files written for it
 
