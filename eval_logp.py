@@ -36,18 +36,18 @@ import scoring
 import util
 from fast import gpu
 from fast.cuda_graph import ReplayedStep
-from main import get_adam, load_optimizer, update
+from main import get_adam, update
 from reading import search
 from results import report
 from runs import checkpoints, kernel_check, locks
 from runs.curves import append_statistics, check_finite
 from runs.saving import SaveClock, StopSignal
-from scoring import ScoreTable, check_rows, get_enumeration_bound
+from scoring import ScoreTable, get_enumeration_bound
 from util import UserError, warn
 
-STATE_KEYS = {"settings", "network", "optimizer", "table", "iteration", "statistics", "log_p", "random_state"}
-SETTINGS = "mode algorithm num_particles num_iterations batch_size lstm_hidden_size test_batch_size".split()
-SETTINGS += ["test_num_particles", "seed"]  # what a result depends on besides the model and the images
+STATE_KEYS = {"settings", "network", "table", "iteration", "log_p"}
+CHOICES = "mode algorithm num_particles num_iterations batch_size lstm_hidden_size test_batch_size".split()
+CHOICES += ["test_num_particles", "seed"]  # what a result depends on besides the model and the images
 ALGORITHMS = report.ALGORITHMS
 LEARNING_RATE = 1e-3
 DEFAULTS = {  # by algorithm, where they differ; the first are the paper's
@@ -88,6 +88,10 @@ class Evaluation:
         if args.algorithm == "mws":
             shape = len(self.obs), args.memory_size, self.generative_model.num_arcs
             self.programs = torch.zeros(shape, dtype=torch.int16, device=device)
+        self.parts = dict(network=self.network, optimizer=self.optimizer, table=self.table)
+        if self.programs is not None:
+            self.parts["programs"] = self.programs
+        self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
         self.num_searched = 0  # images whose programs have been sought
         self.iteration = 0
         self.statistics, self.pending = {}, []
@@ -100,25 +104,21 @@ class Evaluation:
         return dict(
             settings=settings,
             args=vars(self.args),
-            network=self.network.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            table=self.table.state_dict(),
-            programs=self.programs,
             num_searched=self.num_searched,
             iteration=self.iteration,
             statistics=self.statistics,
             log_p=self.log_p,
             random_state=util.get_random_state(self.device),
+            hyperparameters=self.hyperparameters,
+            **checkpoints.get_states(self.parts),
         )
 
     def restore(self, state):
-        for name in ["network", "table"]:
-            getattr(self, name).load_state_dict(state[name])
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.iteration, self.log_p = state["iteration"], state["log_p"]
-        self.programs, self.num_searched = state.get("programs"), state.get("num_searched", 0)  # older versions had none
-        self.statistics = {name: values.cpu() for name, values in state["statistics"].items()}
-        util.set_random_state(state["random_state"], self.device)
+        with checkpoints.using(state):
+            checkpoints.restore_parts(self.parts, state, self.hyperparameters)
+            for name in ["num_searched", "iteration", "statistics", "log_p"]:
+                setattr(self, name, state[name])
+            util.set_random_state(state["random_state"], self.device)
 
     def get_inputs(self, obs_id):
         """For images obs_id [B]: obs, alphabet, and the indices by which a lookup network knows them"""
@@ -243,8 +243,9 @@ def run(evaluation, settings, path, stop):
             if evaluation.num_searched < num_searches:
                 search_step(evaluation, stop)
             elif evaluation.iteration < args.num_iterations:
-                evaluation.pending.append(step(get_obs_id(evaluation)))
+                statistics = step(get_obs_id(evaluation))
                 evaluation.iteration += 1
+                evaluation.pending.append(("train", evaluation.iteration, statistics))
                 if adds_proposals and evaluation.iteration % PROPOSAL_INTERVAL == 0:
                     add_proposals(evaluation)
             elif len(evaluation.log_p) < num_estimates:
@@ -267,7 +268,7 @@ def show(evaluation, bar, done):
         bar.set_description("searching", refresh=False)
     if done % 10 == 0 and evaluation.pending:
         bar.set_description("training" if len(evaluation.log_p) == 0 else "estimating", refresh=False)
-        loss = evaluation.pending[-1]["phi_loss"].item()
+        loss = evaluation.pending[-1][2]["phi_loss"].item()
         bar.set_postfix({"phi_loss": f"{loss:.4g}", "latents scored": evaluation.table.num_scored}, refresh=False)
 
 
@@ -414,7 +415,6 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_
     images, memory, kind = load_images(args, checkpoint, load_data)
     settings = get_settings(args, checkpoint, images, kind)
     with locks.lock(path.parent / f".{path.stem}.lock", f"{name} is being evaluated by {args.algorithm}", stop):
-        keep_older(path, settings, util.SAVE / name / "logp")
         if not args.force and is_complete(path, settings):
             print(f"{path} is complete: {report.describe(path)}; --force repeats it")
             return 0
@@ -443,7 +443,7 @@ def run_one(args, checkpoint, images, memory, kind, path, stop):
         held = locks.lock(path.with_name(f".{state_path.stem}.lock"), f"half {args.half} of {path} is being evaluated", stop)
     with held:
         evaluation = Evaluation(args, checkpoint, images, checkpoint["num_alphabets"], device, memory)
-        if state_path.exists() and load_state(state_path, evaluation, settings, checkpoint, args.force):
+        if state_path.exists() and load_state(state_path, evaluation, settings, args.force):
             print(f"resuming at iteration {evaluation.iteration} of {state_path}")
         rendering.set_compile(args.compile, device)
         build = functools.partial(build_models, args, checkpoint, len(evaluation.obs), device)
@@ -497,7 +497,7 @@ def load_images(args, checkpoint, load_data=data.load_and_tell):
 
 def get_choices(args):
     """What a result depends on besides the model and the images, as plain values"""
-    choices = {name: getattr(args, name) for name in SETTINGS}
+    choices = {name: getattr(args, name) for name in CHOICES}
     if args.algorithm == "mws":
         choices |= {name: getattr(args, name) for name in ("memory_size", "effort")}
     return choices | ({"num_dreams": get_num_dreams(args)} if args.algorithm == "sleep" else {})
@@ -512,20 +512,6 @@ def get_settings(args, checkpoint, images, kind):
         "images": fingerprint,
         "kind_of_images": kind,
     }
-
-
-def keep_older(path, settings, folder):
-    """Moves a result of an older version that another evaluation's would replace to older/ in the folder, where the report
-    finds it, too"""
-    kept = folder / "older" / path.relative_to(folder)
-    try:
-        older = checkpoints.load_result(path) if path.exists() and not kept.exists() else {}
-    except UserError:  # of which is_complete warns
-        return
-    if checkpoints.OLDER in older and describe_differences(older, settings):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(kept)
-        print(f"{path} held {report.describe_images(older)}, evaluated by an older version; it is now {kept}")
 
 
 def is_complete(path, settings):
@@ -544,23 +530,16 @@ def is_complete(path, settings):
 
 def check_settings(path, saved, settings):
     """Raises: UserError if what is saved is a different evaluation; the message names the differences"""
-    differences = describe_differences(saved, settings)
+    differences = util.describe_differences(saved["settings"], settings)
     if differences:
         raise UserError(f"{path} holds a different evaluation: {differences}; --force replaces it")
 
 
-def describe_differences(saved, settings):
-    """Describes in words how what is saved differs from the evaluation that is asked for; "" if it does not"""
-    return util.describe_differences(*({"search": False, **some} for some in (saved["settings"], settings)))
-
-
-def load_state(path, evaluation, settings, checkpoint, force):
+def load_state(path, evaluation, settings, force):
     """Restores the evaluation from the file. A damaged file is ignored, and with --force one of a different
     evaluation. Returns: whether it was restored"""
     try:
         state = util.load_checkpoint(path, evaluation.device, STATE_KEYS)
-        state = checkpoints.modernise(state, checkpoint["args"]["small_dataset"])
-        check_state(state, evaluation, settings)
     except UserError as error:
         warn(f"{error}; the evaluation starts over")
         return False
@@ -569,32 +548,6 @@ def load_state(path, evaluation, settings, checkpoint, force):
     check_settings(path, state, settings)
     evaluation.restore(state)
     return True
-
-
-def check_state(state, evaluation, settings):
-    """Raises: UserError if a checkpoint is invalid; those of different evaluations are recognised by their settings"""
-    expect, num_images = checkpoints.expect, len(evaluation.obs)
-    expect(isinstance(state["settings"], dict), "its settings are not a dict")
-    if state["settings"] != settings:
-        return
-    try:
-        checkpoints.check_tensors(state["network"], evaluation.network.state_dict(), "network")
-        right = checkpoints.is_integer(state["iteration"]) and 0 <= state["iteration"] < 2**53
-        expect(right, f"iteration is {checkpoints.show(state['iteration'])}")
-        groups = [list(evaluation.network.parameters())]
-        checkpoints.check_optimizer(state["optimizer"], "optimizer", groups, state["iteration"] > 0)
-        checkpoints.check_random_state(state["random_state"])
-        log_p, statistics = state["log_p"], state["statistics"]
-        right = isinstance(log_p, torch.Tensor) and log_p.dim() == 1 and len(log_p) <= num_images
-        expect(right and bool(log_p.isfinite().all()), "log_p is not a list of numbers")
-        expect(isinstance(statistics, dict), "its statistics are not a dict")
-        for name, values in statistics.items():
-            right = isinstance(values, torch.Tensor) and values.shape == (state["iteration"],)
-            expect(right and bool(values.isfinite().all()), f"its statistics of {name} are not a curve of finite numbers")
-        check_rows(state["table"], evaluation.generative_model.num_arcs, num_images)
-    except Exception as error:  # of ours, or whatever foreign contents make the checks raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"the evaluation's checkpoint is invalid: {reason}") from None
 
 
 def get_result(parts, settings, name, checkpoint):

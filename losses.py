@@ -5,11 +5,15 @@ and a dict of statistics (detached scalars, in nats unless stated otherwise), al
 
 RWS, VIMCO and TVO are written as their papers write them: losses of two matrices [P, B], log p(z, x) and log q(z|x) of
 the particles. What they share, drawing particles and sending gradients through the models, is `particle_objective`.
-To add one, write such a function and enter it in OBJECTIVES; util.add_hyperparameters declares settings of its own.
+
+To add one, write such a function, or one whose arguments name whatever else it needs of a Step, and enter it in OBJECTIVES.
+Arguments annotated with a Setting are settings of its own; `keeps` gives it a state that a run saves.
 """
 
 import functools
+import inspect
 import math
+from typing import Annotated, NamedTuple
 
 import torch
 
@@ -17,6 +21,7 @@ import util
 from fast import gpu
 from models import pack, sample_categorical, unpack
 from scoring import can_select, find_distinct, get_log_weight, log_mean_weight, needs_gradients, propose, score  # noqa: F401
+from util import Setting
 
 MEMORY_AT_ONCE = 2**26  # bytes, for comparing latents
 
@@ -59,24 +64,27 @@ def get_num_dreams(batch_size, num_particles):
 
 
 def particle_objective(function):
-    """Makes an objective of the models from a loss of the particles' scores: function(log_p, log_q, **hyperparameters)
-    -> loss, statistics, given log p(z, x) and log q(z|x), each [P, B], with gradients."""
+    """Makes an objective of the models from a loss of the particles' scores: function(log_p, log_q, ...) -> loss, statistics,
+    given log p(z, x) and log q(z|x), each [P, B], with gradients, and whatever else it names of a Step."""
 
     @functools.wraps(function)
     def objective(
-        generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None, scorer=score,
-        **hyperparameters,
-    ):  # fmt: skip
+        generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None, scorer=score, **others
+    ):
         """Args: obs [B, R, C]; alphabet [B, L] one-hot; obs_id [B] if q is a LookupInferenceNetwork;
             scorer: `score`, or a faster equivalent
         Returns: loss; statistics"""
         particles = propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer)
         scores = [x.detach().requires_grad_() for x in (particles.log_p, particles.log_q)]
-        loss, statistics = function(*scores, **hyperparameters)
+        loss, statistics = function(*scores, **others)
         gradients = torch.autograd.grad(loss, scores, materialize_grads=True)  # each [P, B]
         zero = differentiate(generative_model, inference_network, particles, obs, alphabet, *gradients)
         return loss.detach() + zero, {name: value.detach() for name, value in statistics.items()}
 
+    own = list(inspect.signature(function).parameters.values())[2:]
+    shared = ["generative_model", "inference_network", "obs", "num_particles", "alphabet"]
+    shared = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in shared]
+    objective.__signature__ = inspect.Signature([*shared, *[p.replace(kind=p.KEYWORD_ONLY) for p in own]])
     return objective
 
 
@@ -120,7 +128,12 @@ def vimco(log_p, log_q):
 
 
 @particle_objective
-def tvo(log_p, log_q, num_partitions=5, log_beta_min=-1.09):
+def tvo(
+    log_p,
+    log_q,
+    num_partitions: Annotated[int, Setting("partitions of the path from q to p", 1, 1000)] = 5,
+    log_beta_min: Annotated[float, Setting("log10 of the first partition's end", -10, 0)] = -1.09,
+):
     """The thermodynamic variational objective (Masrani, Le and Wood, 2019): log p(x) is the integral over beta in [0, 1]
     of E[log w] under p^beta q^(1 - beta), bounded from below by its left Riemann sum; gradients by the covariance
     estimator (their equation 10). Statistics: theta_loss, phi_loss (the same), effective_sample_size.
@@ -138,14 +151,6 @@ def tvo(log_p, log_q, num_partitions=5, log_beta_min=-1.09):
     theta_loss, size = -(widths * expectation).sum(0).mean(), get_effective_sample_size(log_weight)
     loss = theta_loss - (widths * (covariance - covariance.detach())).sum(0).mean()
     return loss, {"theta_loss": theta_loss, "phi_loss": theta_loss, "effective_sample_size": size}
-
-
-util.add_hyperparameters(
-    "tvo",
-    tvo,
-    num_partitions=(1, 1000, "partitions of the path from q to p"),
-    log_beta_min=(-10.0, 0.0, "log10 of the first partition's end"),
-)
 
 
 def get_effective_sample_size(log_weight):
@@ -303,9 +308,6 @@ def init_memory(num_data, memory_size=10, num_arcs=10, num_primitives=64):
         memory[repeated] = _random_codes((int(repeated.sum()), num_arcs), num_primitives, dtype)
 
 
-util.add_hyperparameters("mws", init_memory, memory_size=(1, 10**5, "latents remembered per image"))
-
-
 def find_repeated(codes):
     """Which latents of an image equal an earlier one: [N, M, A] -> [N, M]"""
     return (codes.unsqueeze(1) == codes.unsqueeze(2)).all(-1).tril(-1).any(-1)
@@ -317,6 +319,66 @@ def _random_codes(shape, num_primitives, dtype):
     return codes
 
 
-# ------------------------------------------------------------------ the choices of main.py's --algorithm
+# ------------------------------------------------------------------ what a run does with an objective
 
-OBJECTIVES = {"mws": mws, "rws": rws, "vimco": vimco, "tvo": tvo, "sleep": wake_sleep}
+
+class Step(NamedTuple):
+    """What an objective can be given of a training step, by these names; and its state, by the names that `keeps` declares"""
+
+    generative_model: torch.nn.Module
+    inference_network: torch.nn.Module
+    obs: torch.Tensor  # [B, R, C]
+    obs_id: torch.Tensor  # indices of the images among the training data: [B]
+    alphabet: torch.Tensor | None  # of a conditional model, one-hot: [B, L]
+    num_particles: int  # P
+    num_dreams: int  # samples of the model for an update by sleep
+    iteration: torch.Tensor  # done before, a scalar on the device, so that a CUDA graph reads it anew in each step
+
+
+def keeps(init_state):
+    """Declares the state of an objective: parts that a run keeps for it, saves, restores, and passes to it by name.
+
+    Args: init_state(num_data, num_arcs, num_primitives, settings of its own ...) -> {name: tensor, or anything with a
+        state_dict}
+    """
+
+    def declare(objective):
+        objective.init_state = init_state
+        return objective
+
+    return declare
+
+
+def init_state(args, num_data, device):
+    """The initial state of the objective that a run's arguments choose: {name: part}, on the device"""
+    init = getattr(OBJECTIVES[args.algorithm], "init_state", None)
+    available = {**vars(args), "num_data": num_data}
+    parts = {} if init is None else init(**{name: available[name] for name in inspect.signature(init).parameters})
+    return {name: part.to(device) if hasattr(part, "to") else part for name, part in parts.items()}
+
+
+def get_loss(args, step, state):
+    """The scalar to differentiate and the statistics to record, by the objective that a run's arguments choose.
+    Args: step: a Step; state: of `init_state`"""
+    objective = OBJECTIVES[args.algorithm]
+    available = {**util.get_own_settings(args, "algorithm"), **step._asdict(), **state}
+    return objective(**{name: available[name] for name in _get_names(objective) if name in available})
+
+
+@functools.cache
+def _get_names(objective):
+    return list(inspect.signature(objective).parameters)
+
+
+def _init_run_memory(
+    num_data,
+    num_arcs,
+    num_primitives,
+    memory_size: Annotated[int, Setting("latents remembered per image", 1, 10**5, limit=40)] = 10,
+):
+    return {"memory": init_memory(num_data, memory_size, num_arcs, num_primitives)}
+
+
+mws = keeps(_init_run_memory)(mws)
+OBJECTIVES = {"mws": mws, "rws": rws, "vimco": vimco, "tvo": tvo, "sleep": wake_sleep}  # the choices of --algorithm
+util.CHOICES["algorithm"] = OBJECTIVES

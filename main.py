@@ -9,7 +9,6 @@ its latest checkpoint.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
-import argparse
 import functools
 import math
 import signal
@@ -23,17 +22,17 @@ import rendering
 import scoring
 import util
 from fast.cuda_graph import ReplayedStep
-from runs import checkpoints, kernel_check, locks
-from runs.curves import Curves, append_statistics, check_finite
+from runs import checkpoints, curves, kernel_check, locks
+from runs.curves import append_statistics, check_finite
 from runs.saving import SaveClock, StopSignal
-from util import SETTINGS, UserError
+from util import UserError
 
 # ------------------------------------------------------------------ the state of a run
 
 
 class Run:
-    """Everything a checkpoint holds (models, optimisers, memory, statistics, progress), and the data, on the device. Lives
-    in save/<path_base>, by default where the arguments say"""
+    """A run's data and everything that a checkpoint holds, on the device. Lives in save/<path_base>, by default where the
+    arguments say"""
 
     def __init__(self, args, dataset, device, path_base=None):
         util.set_seed(args.seed, device)
@@ -46,14 +45,32 @@ class Run:
         self.generative_model, self.inference_network = models.build(args, self.num_alphabets, device)
         self.optimizer = get_optimizer(self.generative_model, self.inference_network, args.prior_lr_factor)
         self.pretrain_optimizer = get_adam(self.inference_network.parameters(), device)
-        self.memory = None
-        if args.algorithm == "mws":
-            sizes = len(dataset.train.obs), args.memory_size, args.num_arcs, args.num_primitives
-            self.memory = losses.init_memory(*sizes).to(device)
+        self.state = losses.init_state(args, len(dataset.train.obs), device)  # of the objective: the memory of mws
+        # All that is saved and restored: tensors, and whatever has a state_dict. Learning-rate schedulers among them are
+        # stepped after each iteration of training
+        self.parts = dict(
+            generative_model=self.generative_model,
+            inference_network=self.inference_network,
+            optimizer=self.optimizer,
+            pretrain_optimizer=self.pretrain_optimizer,
+            **self.state,
+        )
+        self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
+        self.callbacks = [(args.test_interval, test)] if args.test_interval else []  # (iterations between calls, function)
+        self.num_called = 0  # of the callbacks that are due at this iteration
+        self.reason = ""  # to stop early; a callback that gives one completes the run
+        self.stop = None  # a StopSignal
+        self.curves = None
         self.pretrain_iteration = self.iteration = 0
+        self.clock = torch.zeros((), dtype=torch.long, device=device)  # the iteration, as a CUDA graph sees it
         self.epoch = self.order = None  # of the data; they follow from the iteration
-        self.statistics = {}  # name -> [iterations done], float32
+        self.statistics = {}  # see runs/curves.py
         self.pending = []  # statistics not yet moved off the device
+
+    def record(self, phase, statistics):
+        """Records statistics, a dict of scalars, of this iteration"""
+        iteration = self.pretrain_iteration if phase == "pretrain" else self.iteration
+        self.pending.append((phase, iteration, statistics))
 
     def flush_statistics(self):
         append_statistics(self.statistics, self.pending)
@@ -64,39 +81,42 @@ class Run:
         check_finite([*self.generative_model.parameters(), *self.inference_network.parameters()])
         return dict(
             args=vars(self.args),
-            settings=self.settings,
+            data=self.settings["data"],
             data_summary=self.data_summary,
             num_alphabets=self.num_alphabets,
-            generative_model=self.generative_model.state_dict(),
-            inference_network=self.inference_network.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            pretrain_optimizer=self.pretrain_optimizer.state_dict(),
-            memory=self.memory,
-            statistics=self.statistics,
             pretrain_iteration=self.pretrain_iteration,
             iteration=self.iteration,
+            num_due=len(self.get_due()),
+            num_called=self.num_called,
+            reason=self.reason,
+            statistics=self.statistics,
             random_state=util.get_random_state(self.device),
+            hyperparameters=self.hyperparameters,
+            **checkpoints.get_states(self.parts),
         )
 
     def restore(self, checkpoint):
-        """Restores a checkpoint that runs/checkpoints.py has verified. Raises: UserError if its run had other settings"""
+        """Restores a checkpoint. Raises: UserError if its run had other settings, or its parts do not fit"""
         differences = util.describe_differences(checkpoint["settings"], self.settings)
         if differences:
             folder = util.SAVE / self.path_base
             raise UserError(
                 f"{folder} holds a run with other settings: {differences}; use its settings, or move that folder away"
             )
-        for name in ["generative_model", "inference_network"]:
-            getattr(self, name).load_state_dict(checkpoint[name])
-        for name in ["optimizer", "pretrain_optimizer"]:
-            load_optimizer(getattr(self, name), checkpoint[name])
-        for name in ["statistics", "pretrain_iteration", "iteration"]:
-            setattr(self, name, checkpoint[name])
-        for name in checkpoints.get_statistics(self.args) if self.iteration else []:  # that an older version lacked
-            self.statistics.setdefault(name, torch.full([self.iteration], math.nan))
-        if self.memory is not None:
-            self.memory.copy_(checkpoint["memory"])
-        util.set_random_state(checkpoint["random_state"], self.device)
+        with checkpoints.using(checkpoint):
+            checkpoints.restore_parts(self.parts, checkpoint, self.hyperparameters)
+            for name in ["statistics", "pretrain_iteration", "iteration", "num_called", "reason"]:
+                setattr(self, name, checkpoint[name])
+            self.clock.fill_(self.iteration)
+            util.set_random_state(checkpoint["random_state"], self.device)
+
+    def get_schedulers(self):
+        return [part for part in self.parts.values() if isinstance(part, torch.optim.lr_scheduler.LRScheduler)]
+
+    def get_due(self):
+        """The callbacks of this iteration that are still to be called"""
+        due = [function for interval, function in self.callbacks if self.iteration > 0 and self.iteration % interval == 0]
+        return due[self.num_called :]
 
 
 # ------------------------------------------------------------------ optimisers
@@ -115,25 +135,9 @@ def get_adam(groups, device, lr=1e-3):
     return torch.optim.Adam(groups, lr=lr, fused=on_gpu, capturable=on_gpu)
 
 
-def get_initial_state(parameter):
-    """Adam's state before its first step"""
-    zero = torch.zeros((), device=parameter.device if parameter.is_cuda else "cpu")
-    return {"step": zero, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-
-
-def load_optimizer(optimizer, state):
-    """Restores an optimiser's state, which may come from another device"""
-    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        saved.update(fused=group["fused"], capturable=group["capturable"])
-    optimizer.load_state_dict(state)
-    for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
-        if optimizer.state and parameter not in optimizer.state:  # an older version kept none without a gradient
-            optimizer.state[parameter] = get_initial_state(parameter)
-
-
 def update(optimizer, loss):
     """Takes one optimiser step on the loss. A parameter that the loss does not depend on (of strokes that leave no ink,
-    say) stays as it is, but gets a state like all others, so that all checkpoints look alike."""
+    say) has a gradient of zero, so that all parameters have the same history."""
     optimizer.zero_grad()
     loss.backward()
     for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
@@ -159,73 +163,72 @@ def get_obs_id(run):
     return run.order[batch_id * batch_size : (batch_id + 1) * batch_size]
 
 
-def get_loss(run, obs_id):
-    """The scalar to differentiate and the statistics to record"""
-    args, alphabet = run.args, run.train_data.alphabet[obs_id] if run.num_alphabets else None
-    if args.algorithm == "mws":
-        more = dict(memory=run.memory, obs_id=obs_id)
-    elif args.algorithm == "sleep":
-        more = dict(num_dreams=losses.get_num_dreams(args.batch_size, args.num_particles))
-    else:
-        more = {name: getattr(args, name) for name in util.HYPERPARAMETERS.get(args.algorithm, {})}
-    return losses.OBJECTIVES[args.algorithm](
-        run.generative_model,
-        run.inference_network,
-        obs=run.train_data.obs[obs_id],
-        num_particles=args.num_particles,
-        alphabet=alphabet,
-        **more,
-    )
-
-
 def pretrain_step(run):
     """A step of sleep. Returns: the statistics to record"""
     num_samples = losses.get_num_dreams(run.args.batch_size, run.args.num_particles)
     loss, statistics = losses.sleep(run.generative_model, run.inference_network, num_samples)
     update(run.pretrain_optimizer, loss)
-    return {"pretrain_loss": statistics["phi_loss"]}
+    return statistics
 
 
 def train_step(run, obs_id):
     """A step of the algorithm on the images obs_id [B]. Returns: the statistics to record"""
-    loss, statistics = get_loss(run, obs_id)
+    args = run.args
+    step = losses.Step(
+        generative_model=run.generative_model,
+        inference_network=run.inference_network,
+        obs=run.train_data.obs[obs_id],
+        obs_id=obs_id,
+        alphabet=run.train_data.alphabet[obs_id] if run.num_alphabets else None,
+        num_particles=args.num_particles,
+        num_dreams=losses.get_num_dreams(args.batch_size, args.num_particles),
+        iteration=run.clock,
+    )
+    loss, statistics = losses.get_loss(args, step, run.state)
     update(run.optimizer, loss)
+    run.clock += 1
     return statistics
 
 
 def get_steps(run):
     """The pretraining step, called without arguments, and the training step, called with obs_id; CUDA graphs on a GPU"""
     steps = functools.partial(pretrain_step, run), functools.partial(train_step, run)
-    if run.device.type == "cuda" and run.args.compile:
-        return [ReplayedStep(step) for step in steps]
-    return steps
+    if run.device.type != "cuda" or not run.args.compile:
+        return steps
+    for group in run.optimizer.param_groups if run.get_schedulers() else []:
+        group["lr"] = torch.tensor(group["lr"], device=run.device)  # which a graph reads anew in each step
+    return [ReplayedStep(step) for step in steps]
 
 
 # ------------------------------------------------------------------ beside the steps
 
 
 @torch.no_grad()
-def test(run, stop):
-    """Estimates log p and KL(q || p) of the test images by importance sampling, in nats.
-    It leaves training unchanged, and records nothing if a signal to stop arrives."""
-    args, device, split = run.args, run.device, run.test_data
-    log_p, kl = [], []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for obs_id in torch.arange(len(split.obs), device=device).split(args.test_batch_size):
-            if stop.received is not None:
-                return
-            log_weight = scoring.get_log_weight(
-                run.generative_model,
-                run.inference_network,
-                split.obs[obs_id],
-                args.test_num_particles,
-                split.alphabet[obs_id] if run.num_alphabets else None,
-            )
-            log_p.append(scoring.log_mean_weight(log_weight))
-            kl.append(log_p[-1] - log_weight.mean(0))
-    values = {"test_log_p": torch.cat(log_p).mean(), "test_kl": torch.cat(kl).mean()}
-    run.pending.append({"test_iteration": run.iteration, **values})
-    run.flush_statistics()
+def test(run):
+    """Estimates log p and KL(q || p) of the test images by importance sampling, in nats. Returns: False if a signal to stop
+    arrives first"""
+    args, split, log_p, kl = run.args, run.test_data, [], []
+    for obs_id in torch.arange(len(split.obs), device=run.device).split(args.test_batch_size):
+        if run.stop.received is not None:
+            return False
+        log_weight = scoring.get_log_weight(
+            run.generative_model,
+            run.inference_network,
+            split.obs[obs_id],
+            args.test_num_particles,
+            split.alphabet[obs_id] if run.num_alphabets else None,
+        )  # [P, B]
+        log_p.append(scoring.log_mean_weight(log_weight))
+        kl.append(log_p[-1] - log_weight.mean(0))
+    run.record("test", {"test_log_p": torch.cat(log_p).mean(), "test_kl": torch.cat(kl).mean()})
+
+
+def call_back(run):
+    """Calls the first callback that is due, with the run. What it draws leaves the run's random numbers as they are; one that
+    returns False is called again when the run resumes"""
+    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+        if run.get_due()[0](run) is not False:
+            run.num_called += 1
 
 
 def is_milestone(iteration):
@@ -250,63 +253,52 @@ def save_if_due(run, clock):
         clock.restart()
 
 
-def save_missing_milestone(run):
-    """Writes the milestone of the iteration at which a run resumes, if an older version was killed before it could"""
-    iteration = run.iteration
-    if iteration > 0 and is_milestone(iteration) and not checkpoints.get_path(run.path_base, iteration).exists():
-        save(run, iteration)
-
-
-def is_complete(run):
-    """Whether nothing is left to do; a run may have been killed between its last step and its last test or save"""
-    if run.iteration != run.args.num_iterations:
-        return run.iteration > run.args.num_iterations
-    try:
-        latest = checkpoints.load(checkpoints.get_path(run.path_base), resumable=True)
-    except (UserError, OSError):
-        return False
-    return latest["iteration"] == run.iteration and not checkpoints.is_test_due(vars(run.args), run.iteration, run.statistics)
-
-
-def show(run, bar, curves):
+def show(run, bar):
     """Moves the progress bar and, at the log interval, shows the newest statistics and writes the curves"""
     bar.update(run.pretrain_iteration + run.iteration - bar.n)
     if (run.iteration or run.pretrain_iteration) % run.args.log_interval == 0:
         run.flush_statistics()
-        curves.update(run.statistics)
+        run.curves.update(run.statistics)
         bar.set_description("training" if run.iteration else "pretraining", refresh=False)
-        hidden = {"test_iteration", "pretrain_loss"} if run.iteration else {}
-        names = [name for name in run.statistics if name not in hidden]
-        bar.set_postfix({name: f"{run.statistics[name][-1]:.4g}" for name in names}, refresh=False)
+        shown = curves.get_last(run.statistics, "train" if run.iteration else "pretrain")
+        shown |= curves.get_last(run.statistics, "test")
+        if not all(map(math.isfinite, shown.values())):
+            check_finite([*run.generative_model.parameters(), *run.inference_network.parameters()])
+        bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
 
 # ------------------------------------------------------------------ a run
 
 
-def train(run, stop, curves):
+def train(run):
     """Takes steps until the run is complete or a signal arrives. A run can resume from the
     state between any two steps."""
     args, clock = run.args, SaveClock(run.args.save_minutes)
     pretrain, step = get_steps(run)
     total, done = args.pretrain_iterations + args.num_iterations, run.pretrain_iteration + run.iteration
     with util.show_progress(total=total, initial=done, unit="it") as bar:
-        while stop.received is None:
-            if checkpoints.is_test_due(vars(args), run.iteration, run.statistics):
-                test(run, stop)
+        while run.stop.received is None and not run.reason:
+            if run.get_due():
+                call_back(run)
                 continue
             if run.pretrain_iteration < args.pretrain_iterations:
-                run.pending.append(pretrain())
+                statistics = pretrain()
                 run.pretrain_iteration += 1
+                run.record("pretrain", statistics)
             elif run.iteration < args.num_iterations:
                 pretrain = None  # a CUDA graph's memory is released
-                run.pending.append(step(get_obs_id(run)))
+                statistics = step(get_obs_id(run))
                 run.iteration += 1
+                run.num_called = 0
+                run.record("train", statistics)
+                for scheduler in run.get_schedulers():
+                    scheduler.step()
             else:
                 break
-            show(run, bar, curves)
+            show(run, bar)
             save_if_due(run, clock)
     path = save(run)
-    curves.update(run.statistics)
+    run.curves.update(run.statistics)
     return path
 
 
@@ -319,29 +311,32 @@ def main(argv=None):
     path_base = checkpoints.find_run(args, lambda: data.get_fingerprint(dataset.train))
     with StopSignal() as stop, locks.lock_run(path_base, stop):
         run = Run(args, dataset, device, path_base)
-        num_images = {run.settings["data"]: len(dataset.train.obs)}
-        checkpoint = checkpoints.load_newest(path_base, resumable=True, num_images=num_images)
+        run.stop, checkpoint = stop, checkpoints.load_newest(path_base)
         if checkpoint is not None:
             run.restore(checkpoint)
-            save_missing_milestone(run)
-        curves = Curves(util.SAVE / path_base, run.statistics, args.tensorboard)
+        # What cannot be saved, or resumed from, is found out before the first step
+        run.restore(checkpoints.complete(util.decode(util.encode(run.get_checkpoint()))))
+        run.curves = curves.Curves(util.SAVE / path_base, run.statistics, args.tensorboard)
         if checkpoint is not None:
-            if is_complete(run):
-                print(f"{util.SAVE / path_base} is complete: {run.iteration} iterations; more with --num-iterations")
+            is_latest = checkpoint["path"] == str(checkpoints.get_path(path_base))
+            if is_latest and checkpoints.is_complete(checkpoint, args.num_iterations):
+                why = f", stopped because {run.reason}" if run.reason else "; more with --num-iterations"
+                print(f"{util.SAVE / path_base} is complete: {run.iteration} iterations{why}")
                 return 0
             print(f"resuming at iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")
         rendering.set_compile(args.compile, device)
-        batch_size, memory_size = min(args.batch_size, len(dataset.train.obs)), run.settings["memory_size"]
+        memory_size = run.settings.get("memory_size", 0)
         build = functools.partial(models.build, args, dataset.num_alphabets, device)
-        kernel_check.check(build, device, args.num_particles, batch_size, memory_size)
-        path = train(run, stop, curves)
+        kernel_check.check(build, device, args.num_particles, min(args.batch_size, len(dataset.train.obs)), memory_size)
+        path = train(run)
     if stop.received is not None:
         name, progress = signal.Signals(stop.received).name, f"{run.iteration} ({run.pretrain_iteration} of pretraining)"
         print(f"stopped by {name} at iteration {progress}, saved {path}; rerun the same command to resume")
         return 128 + stop.received
     print(
-        f"trained {run.iteration} iterations: {path}; next, to see what it learned: python diagnostics.py --checkpoint-path"
-        f" {path}, and for log p: python eval_logp.py --checkpoint-path {path} --algorithm mws"
+        f"trained {run.iteration} iterations{f', stopped because {run.reason}' if run.reason else ''}: {path}; next, to see"
+        f" what it learned: python diagnostics.py --checkpoint-path {path}, and for log p: python eval_logp.py"
+        f" --checkpoint-path {path} --algorithm mws"
     )
     return 0
 
@@ -386,80 +381,36 @@ def load_data(args):
 
 def get_parser():
     parser = util.ArgumentParser(description=__doc__)
-    add, positive = parser.add, util.in_range(int, 1)
-    parser.start_group("run")
-    add("--test-run", "shrink everything, to try out a whole run in under two minutes", action="store_true")
-    add("--cuda", "use a GPU", action="store_true")
-    add("--name", "name of the run's folder in save/ (default: derived from the settings)")
-    add("--seed", "seed of all random numbers")
-    add(
-        "--compile",
-        "compile the hot path, and on a GPU replay steps as CUDA graphs (default: yes, except in test runs)",
-        action=argparse.BooleanOptionalAction,
-    )
-    parser.start_group("data")
-    location = "local, om, glyphs, or a path: .mat, .npy, .npz, .zip, folder of images"
-    add("--data-location", f"{location} (default: local; in a test run glyphs)", default=None)
-    add("--small-dataset", "train on 10 images per alphabet", action="store_true")
-    add("--dataset-size", "number of training images, the same for each alphabet (default: all)")
-    found = "find the characters on photographs and scans, in a folder of your own images"
-    add("--find-characters", f"{found}, and give them Omniglot's size and stroke", action="store_true")
-    add_model_arguments(parser)
-    parser.start_group("training")
-    algorithm = f"{', '.join(losses.OBJECTIVES)} (RWS with the sleep update of phi)"
-    add("--algorithm", algorithm, choices=list(losses.OBJECTIVES))
-    add("--batch-size", "images per step")
-    add("--num-particles", "proposals per image (vimco: at least 2)")
-    for algorithm, own in util.HYPERPARAMETERS.items():
-        for name, (*_, help) in own.items():
-            add(f"--{name.replace('_', '-')}", f"{algorithm}: {help}")
-    add("--prior-lr-factor", "learning rate of the prior, relative to the others' 1e-3")
-    add("--pretrain-iterations", "sleep steps that train the inference network first")
-    add("--num-iterations", "steps of the algorithm", default=util.NUM_ITERATIONS)
-    parser.start_group("saving and logging")
-    add("--save-interval", "iterations between checkpoints", type=positive, default=1000)
-    add("--save-minutes", "minutes between checkpoints, if that is sooner", type=util.in_range(float, 0.01), default=5)
-    add("--log-interval", "iterations between updates of the progress bar and losses.csv", type=positive, default=10)
-    add("--tensorboard", "also log for TensorBoard", action="store_true")
-    tested = "test images, with --small-dataset of its training images"
-    add("--test-interval", f"iterations between estimates of log p and KL of the {tested} (default: never)", type=positive)
-    add("--test-batch-size", "images per step of a test", type=positive, default=5)
-    add("--test-num-particles", "samples per image in a test", type=positive, default=1000)
+    parser.add_fields(["run", "data", "model", "training", "saving and logging"])
+    parser.set_defaults(data_location=None)
     return parser
-
-
-def add_model_arguments(parser):
-    parser.start_group("model")
-    add = parser.add
-    add("--likelihood", "of an image given a drawing: " + ", ".join(models.LIKELIHOODS), choices=list(models.LIKELIHOODS))
-    add("--condition-on-alphabet", "condition the prior and the inference network on the alphabet", action="store_true")
-    add("--num-arcs", "strokes per character, including the invisible first one")
-    add("--num-primitives", "strokes in the library")
-    add(
-        "--initial-max-curve",
-        "initial curvature of strokes, in units of a circle's half angle / pi; at most 0.5 without --big-arcs",
-    )
-    add("--big-arcs", "allow strokes of more than half a circle", action="store_true")
-    add("--p-lstm-hidden-size", "hidden units of the prior's LSTM")
-    add("--p-uniform-mixture", "weight of a uniform distribution in each of the prior's choices")
-    add("--q-lstm-hidden-size", "hidden units of the inference network's LSTM")
-    add("--q-uniform-mixture", "weight of a uniform distribution in each of the inference network's choices")
-    add("--obs-embedding-dim", "dimension of an image's embedding")
 
 
 def parse_args(argv=None):
     """Raises: UserError if arguments are out of range or exclude each other"""
     args = get_parser().parse_args(argv)
     if args.data_location is None:
-        args.data_location = "glyphs" if args.test_run else SETTINGS["data_location"]
+        args.data_location = "glyphs" if args.test_run else util.Config.data_location
     if args.test_run:
-        for name, limit in util.get_test_run_limits(args.likelihood).items():
+        for name, limit in util.get_test_run_limits(args).items():
             value = getattr(args, name)
             setattr(args, name, limit if value is None else min(value, limit))
     if args.compile is None:  # regardless of the number of iterations, which changes no bits
         args.compile = not args.test_run
-    util.check_arguments(args)
+    check_args(args)
     return args
+
+
+def check_args(args):
+    """Raises: UserError if arguments exclude each other"""
+    if args.algorithm == "vimco" and args.num_particles < 2:
+        raise UserError("--algorithm vimco needs --num-particles of at least 2")
+    if args.q_uniform_mixture == 1:
+        raise UserError("--q-uniform-mixture 1 leaves the inference network nothing to learn; give less")
+    if args.initial_max_curve > 0.5 and not args.big_arcs:
+        raise UserError(f"--initial-max-curve {args.initial_max_curve} is too large without --big-arcs; give at most 0.5")
+    if args.small_dataset and args.dataset_size is not None:
+        raise UserError("--small-dataset and --dataset-size exclude each other; give one")
 
 
 if __name__ == "__main__":

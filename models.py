@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import rendering
+import util
 from fast import gpu, patches
 from util import UserError
 
@@ -287,6 +288,8 @@ class LearnedAffine(AffineMixture):
 class FixedAffine(AffineMixture):
     """2187 maps: all combinations of three shears, rotations, scales and translations each"""
 
+    test_run_limits = dict(batch_size=2, num_particles=10, memory_size=10)  # with so many maps, a step takes long
+
     @staticmethod
     def init():
         return {"theta_affine": rendering.get_fixed_maps()}
@@ -302,6 +305,7 @@ class Translation(AffineMixture):
 
 # The choices of main.py's --likelihood
 LIKELIHOODS = {"learned-affine": LearnedAffine, "affine": FixedAffine, "translation": Translation, "bernoulli": Bernoulli}
+util.CHOICES["likelihood"] = LIKELIHOODS
 
 # ------------------------------------------------------------------ generative model
 

@@ -59,20 +59,6 @@ def get_sweep_argss(test_run=False, data_location=None, large_conditional=False)
     yield training.parse_args([*common, *size, *"--condition-on-alphabet --num-particles 20 --memory-size 20".split()])
 
 
-def get_flags(args):
-    """Converts a namespace of main.py's arguments to flags, each one word"""
-    flags, defaults = [], vars(training.parse_args([]))
-    for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')}"
-        if value == defaults.get(name) or value is None or name == "cuda":
-            continue
-        if name == "compile":
-            flags.append(flag if value else "--no-compile")
-        else:
-            flags.append(flag if value is True else f"{flag}={value}")
-    return flags
-
-
 def get_runs(args):
     """main.py's arguments for each run, by the name of its folder: the sweep's models, or those of --models, with each seed
     and the settings given after --. Raises: UserError if a model is not in the sweep, or two runs would share a folder"""
@@ -86,7 +72,7 @@ def get_models(args):
     for seed in args.seeds or [None]:
         argss = get_sweep_argss(args.test_run, args.data_location, args.large_conditional)
         for model, model_args in zip(models, argss, strict=True):
-            flags = get_flags(model_args)
+            flags = util.get_flags(model_args)
             if any(word.split("=")[0] == "--dataset-size" for word in args.settings):  # in place of the small data set
                 flags = [flag for flag in flags if flag != "--small-dataset"]
             flags += [*args.settings, *[f"--seed={seed}"] * (seed is not None)]
@@ -125,7 +111,7 @@ def get_tasks(args):
     for model, run_args in get_runs(args).items():
         for kind in args.eval_algorithms if args.eval_logp else ["train"]:
             if kind == "train":
-                some_tasks.append(Task(model, kind, get_flags(run_args), run_args.num_iterations))
+                some_tasks.append(Task(model, kind, util.get_flags(run_args), run_args.num_iterations))
             else:
                 some_tasks.append(get_evaluation(args, model, run_args, kind))
     return some_tasks
@@ -136,7 +122,7 @@ def get_evaluation(args, model, run_args, algorithm):
     flags = [f"--checkpoint-path={checkpoints.get_path(model)}", f"--algorithm={algorithm}"]
     if args.data_location is not None or any(word.split("=")[0] == "--data-location" for word in args.settings):
         flags += [f"--data-location={run_args.data_location}"]
-    flags += [f"--seed={run_args.seed}"] * (run_args.seed != util.SETTINGS["seed"])
+    flags += [f"--seed={run_args.seed}"] * (run_args.seed != util.Config.seed)
     flags += TEST_RUN_EVALUATION * args.test_run + util.split_words("--eval-options", args.eval_options)
     parsed = eval_logp.parse_args(flags)
     same = parsed.algorithm == algorithm and parsed.checkpoint_path == str(checkpoints.get_path(model))

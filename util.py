@@ -1,9 +1,11 @@
-"""What every script needs: errors of one line, command lines, names of runs, files, randomness and devices."""
+"""What every script needs: errors of one line, settings, command lines, files, randomness and devices."""
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import errno
+import functools
 import hashlib
 import inspect
 import io
@@ -15,7 +17,10 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 import zipfile
+from collections.abc import Callable
+from typing import Annotated, NamedTuple, get_origin
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -34,7 +39,7 @@ class UserError(ValueError):
 
 def run_script(main):
     """Calls main() and exits. Errors that the user can fix become one line on standard error
-    and exit status 2."""
+    and exit status 2; --debug shows where they come from."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see fast/before_torch.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,6 +47,9 @@ def run_script(main):
         sys.exit(main())
     except UserError as error:
         message = str(error)
+        if "--debug" in sys.argv:
+            error.__suppress_context__ = False
+            traceback.print_exception(error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError:
@@ -94,6 +102,285 @@ def warn(message):
     print(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 
+# ------------------------------------------------------------------ settings
+
+# A setting is declared once: as a field of Config or, if it belongs to one algorithm or likelihood, as a keyword argument
+# of it, annotated with a type and a Setting. The command line, names of runs, checkpoints, comparisons of runs, the limits
+# of test runs and the sweep follow from that.
+
+CHOICES = {}  # field of Config -> {choice: function or class, whose own settings its annotated arguments are}
+
+
+class Setting(NamedTuple):
+    """What there is to say about a setting, besides its name, type and default"""
+
+    help: str
+    low: float | None = None  # of a number
+    high: float | None = None  # by default, the largest 32-bit integer, or a million
+    parse: Callable | None = None  # from the command line's text; raises argparse.ArgumentTypeError
+    group: str = "training"  # in the help
+    limit: float | None = None  # the most that --test-run leaves of it
+    changes_result: bool = True  # what a run computes, so that its name tells
+    formerly: str | None = None  # its name before it was renamed: older checkpoints and names of runs have this one
+
+
+class Field(NamedTuple):
+    """A setting as it was declared"""
+
+    name: str
+    type: type
+    default: object
+    setting: Setting
+    owners: tuple  # (field of Config, choice) pairs to which alone it belongs; () if to all runs
+
+    def get_parser(self):
+        """What turns a text into the value; it raises ValueError or argparse.ArgumentTypeError"""
+        is_number = self.type in (int, float)
+        return self.setting.parse or (in_range(self.type, self.setting.low, self.setting.high) if is_number else self.type)
+
+
+def in_range(number, low=None, high=None):
+    """The type of an argument: an int or float between low and high (by default zero, and the largest 32-bit integer or a
+    million)"""
+    low, high = 0 if low is None else low, (2**31 - 1 if number is int else 1e6) if high is None else high
+
+    def parse(text):
+        value = number(text)
+        if not low <= value <= high:  # nan is in no range
+            raise argparse.ArgumentTypeError(f"{text[:40]} is out of range ({low} to {high})")
+        return value
+
+    parse.__name__ = number.__name__  # argparse says "invalid int value"
+    return parse
+
+
+def to_run_name(text):
+    """The type of --name: the name of a folder"""
+    if not isinstance(text, str) or not re.fullmatch(r"[\w][\w.=+-]{0,254}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{str(text)[:40]!r} is no name for a folder: use letters, digits, . _ = + -")
+    return text
+
+
+def to_location(text):
+    """The type of --data-location: a name or a path"""
+    if not text or "\0" in text or len(os.fsencode(text)) > 4096:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither a name nor a path")
+    return text
+
+
+_size, _share = functools.partial(Setting, low=1, high=10**5, group="model"), functools.partial(Setting, low=0, high=1)
+_data, _run = functools.partial(Setting, group="data"), functools.partial(Setting, group="run", changes_result=False)
+_saving = functools.partial(Setting, group="saving and logging", changes_result=False)
+
+
+@dataclasses.dataclass
+class Config:
+    """The configuration of a run. The order of the fields is that in names of runs."""
+
+    test_run: Annotated[bool, _run("shrink everything, to try out a whole run in under two minutes")] = False
+    cuda: Annotated[bool, _run("use a GPU")] = False
+    name: Annotated[str, _run("name of the run's folder in save/ (default: derived from the settings)", parse=to_run_name)] = (
+        None
+    )
+    seed: Annotated[int, Setting("seed of all random numbers", 0, 2**63 - 1, group="run")] = 0
+    compile: Annotated[
+        bool, _run("compile the hot path, and on a GPU replay steps as CUDA graphs (default: yes, except in test runs)")
+    ] = None
+    data_location: Annotated[
+        str, _data("local, om, glyphs, or a path: .mat, .npy, .npz, .zip, folder of images", parse=to_location)
+    ] = "local"
+    small_dataset: Annotated[bool, _data("train on 10 images per alphabet")] = False
+    dataset_size: Annotated[int, _data("number of training images, the same for each alphabet (default: all)", 1)] = None
+    find_characters: Annotated[
+        bool,
+        _data(
+            "find the characters on photographs and scans, in a folder of your own images, and give them Omniglot's size and"
+            " stroke"
+        ),
+    ] = False
+    batch_size: Annotated[int, Setting("images per step", 1, 10**6, limit=10)] = 250
+    condition_on_alphabet: Annotated[
+        bool, Setting("condition the prior and the inference network on the alphabet", group="model")
+    ] = False
+    likelihood: Annotated[str, Setting("of an image given a drawing: {choices}", group="model")] = "learned-affine"
+    num_arcs: Annotated[int, Setting("strokes per character, including the invisible first one", 1, 1000, group="model")] = 10
+    num_primitives: Annotated[int, Setting("strokes in the library", 1, 16383, group="model")] = 64
+    initial_max_curve: Annotated[
+        float,
+        Setting(
+            "initial curvature of strokes, in units of a circle's half angle / pi; at most 0.5 without --big-arcs",
+            group="model",
+        ),
+    ] = 0.3
+    big_arcs: Annotated[bool, Setting("allow strokes of more than half a circle", group="model")] = False
+    p_lstm_hidden_size: Annotated[int, _size("hidden units of the prior's LSTM")] = 4
+    p_uniform_mixture: Annotated[
+        float, _share("weight of a uniform distribution in each of the prior's choices", group="model")
+    ] = 0.0
+    q_lstm_hidden_size: Annotated[int, _size("hidden units of the inference network's LSTM")] = 64
+    q_uniform_mixture: Annotated[
+        float, _share("weight of a uniform distribution in each of the inference network's choices", group="model")
+    ] = 0.0
+    obs_embedding_dim: Annotated[int, _size("dimension of an image's embedding")] = 64
+    algorithm: Annotated[str, Setting("{choices} (RWS with the sleep update of phi)")] = "mws"
+    num_particles: Annotated[int, Setting("proposals per image (vimco: at least 2)", 1, 10**6, limit=40)] = 10
+    prior_lr_factor: Annotated[float, Setting("learning rate of the prior, relative to the others' 1e-3")] = 1.0
+    pretrain_iterations: Annotated[int, Setting("sleep steps that train the inference network first", limit=20)] = 10000
+    num_iterations: Annotated[  # a run can be continued to more
+        int, Setting("steps of the algorithm", 1, limit=40, changes_result=False)
+    ] = 200000
+    save_interval: Annotated[int, _saving("iterations between checkpoints", 1, limit=20)] = 1000
+    save_minutes: Annotated[float, _saving("minutes between checkpoints, if that is sooner", 0.01)] = 5.0
+    log_interval: Annotated[int, _saving("iterations between updates of the progress bar and losses.csv", 1, limit=5)] = 10
+    tensorboard: Annotated[bool, _saving("also log for TensorBoard")] = False
+    test_interval: Annotated[
+        int,
+        _saving(
+            "iterations between estimates of log p and KL of the test images, with --small-dataset of its training images"
+            " (default: never)",
+            1,
+            limit=20,
+        ),
+    ] = None
+    test_batch_size: Annotated[int, _saving("images per step of a test", 1, limit=5)] = 5
+    test_num_particles: Annotated[int, _saving("samples per image in a test", 1, limit=10)] = 1000
+
+
+def get_fields():
+    """All settings by name: a dict of Fields, those of algorithms and likelihoods at the end"""
+    fields = {
+        field.name: Field(field.name, field.type.__origin__, field.default, field.type.__metadata__[0], ())
+        for field in dataclasses.fields(Config)
+    }
+    for name, choices in CHOICES.items():
+        for choice, function in choices.items():
+            for own in get_own_fields(function):
+                known = fields.setdefault(own.name, own)
+                if known[1:4] != own[1:4]:
+                    raise ValueError(f"{own.name} of {choice} is declared elsewhere with another type, default or range")
+                fields[own.name] = known._replace(owners=(*known.owners, (name, choice)))
+    return fields
+
+
+@functools.cache
+def get_own_fields(function):
+    """The settings that an algorithm or a likelihood declares: a list of Fields"""
+    declared = [
+        (parameter.name, parameter.annotation, parameter.default)
+        for part in [function, getattr(function, "init_state", None)]
+        if part is not None
+        for parameter in inspect.signature(part).parameters.values()
+    ]
+    return [
+        Field(name, kind.__origin__, default, setting, ())
+        for name, kind, default in declared
+        if get_origin(kind) is Annotated and isinstance(setting := kind.__metadata__[0], Setting)
+    ]
+
+
+def get_own_settings(args, name):
+    """The values of the settings that the chosen algorithm or likelihood alone has, by name. Args: name: algorithm or
+    likelihood"""
+    return {own.name: getattr(args, own.name) for own in get_own_fields(CHOICES[name][getattr(args, name)])}
+
+
+def make_args(saved):
+    """Makes arguments, a namespace, of those in a checkpoint, a dict: settings that it lacks have their defaults, those that
+    were renamed their values, and those that no longer exist stay as they are"""
+    args = dict(saved)
+    for name, field in get_fields().items():
+        if name not in args:
+            args[name] = args.pop(field.setting.formerly, field.default)
+    return argparse.Namespace(**args)
+
+
+def get_settings(args):
+    """The settings that change what a run with these arguments, a namespace, learns, as a dict of plain values"""
+    settings = {}
+    for name, field in get_fields().items():
+        if field.setting.changes_result and (not field.owners or is_owner(args, field)):
+            value = getattr(args, name, field.default)
+            settings[name] = float(value) if field.type is float and type(value) is int else value
+    settings["data_location"] = get_location_name(settings["data_location"])
+    return {**settings, "test_run": args.test_run}
+
+
+def is_owner(args, field):
+    """Whether a setting belongs to the algorithm or the likelihood that the arguments choose"""
+    return any(getattr(args, name) == choice for name, choice in field.owners)
+
+
+def describe_differences(theirs, ours):
+    """Describes in words how two dicts of settings differ, those saved and those of this run; "" if they agree. Where the
+    data are does not matter, only what they are."""
+    names = [name for name, value in ours.items() if theirs.get(name) != value and name != "data_location"]
+    return ", ".join(f"{name.replace('_', '-')} is {theirs.get(name)} there and {ours[name]} here" for name in names)
+
+
+def get_path_base(args):
+    """The name of a run's folder in save/. Runs that differ in any argument that changes
+    the result never share one.
+
+    a_ if conditional, the algorithm, its number of latents per image (particles and, if it has a memory, those
+    remembered), _large unless small_dataset; then _<flag>=<value> for each other argument that is not at its default; or
+    what --name says.
+
+    Raises: UserError if that is no name for a folder, as it may be if the arguments are those of a foreign file
+    """
+    settings, fields = get_settings(args), get_fields()
+    test_run = "test_run_" * bool(settings.pop("test_run"))
+    if getattr(args, "name", None):
+        return check_name(test_run + args.name)
+    defaults = {name: field.default for name, field in fields.items()}
+    if test_run:
+        limits = get_test_run_limits(args)
+        defaults |= {name: min(limits[name], defaults[name]) for name in limits if defaults[name] is not None}
+        defaults["data_location"] = "glyphs"
+    conditional, small = settings.pop("condition_on_alphabet"), settings.pop("small_dataset")
+    algorithm, num_particles = settings.pop("algorithm"), settings.pop("num_particles")
+    total = num_particles + settings.get("memory_size", 0)
+    if settings.get("memory_size") == (total + 1) // 2:  # the paper's choice
+        settings.pop("memory_size")
+    else:
+        defaults["memory_size"] = None
+    parts = [f"{'a_' * bool(conditional)}{algorithm}_{total}{'' if small else '_large'}"]
+    for name in [name for name, value in settings.items() if value != defaults[name]]:
+        parts.append(f"{(fields[name].setting.formerly or name).replace('_', '-')}={settings[name]}")
+    name = test_run + "_".join(parts)
+    if len(os.fsencode(name)) > 200:  # file systems allow 255 bytes
+        short = os.fsencode(name)[:180].decode(errors="ignore")
+        name = f"{short}_{hashlib.sha1(os.fsencode(name)).hexdigest()[:12]}"
+    return check_name(name)
+
+
+def check_name(name):
+    """Returns: the name of a folder. Raises: UserError if it is none"""
+    try:
+        return to_run_name(name)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(str(error)) from None
+
+
+def get_location_name(location):
+    """A name for a data location that can be part of a folder's name. The named copies of
+    chardata.mat are the same data; paths that lead to the same place get the same name."""
+    if location in ("local", "om"):
+        return "local"
+    if location == "glyphs":
+        return location
+    path = expand_user(location).resolve()
+    stem = "".join(c if c.isalnum() or c in ".-" else "-" for c in path.name)[:40]
+    return f"{stem}-{hashlib.sha1(os.fsencode(path)).hexdigest()[:8]}"
+
+
+def expand_user(path):
+    """Raises: UserError if it begins with the home of an unknown user"""
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such user") from None
+
+
 # ------------------------------------------------------------------ command lines
 
 
@@ -103,20 +390,37 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
         self.group = self
+        self.add_argument("--debug", help="show the traceback of an error", action="store_true", default=argparse.SUPPRESS)
 
     def start_group(self, title):
         """Shows the arguments added from now on under this title"""
         self.group = self.add_argument_group(title)
 
     def add(self, flag, help, **options):
-        """As add_argument, but defaults and types come from SETTINGS and TYPES, and defaults are shown in the help"""
-        name = flag.strip("-").replace("-", "_")
+        """As add_argument, but the default is shown in the help"""
         if options.get("action") not in ("store_true", argparse.BooleanOptionalAction):
-            options.setdefault("default", SETTINGS.get(name))
-            if "choices" not in options and name in TYPES:
-                options.setdefault("type", TYPES[name])
-            help += "" if options["default"] in (None, "") else " (default: %(default)s)"
+            help += "" if options.get("default") in (None, "") else " (default: %(default)s)"
         self.group.add_argument(flag, help=help, **options)
+
+    def add_fields(self, groups):
+        """Adds the settings of some groups, in this order"""
+        for group in groups:
+            self.start_group(group)
+            for field in [field for field in get_fields().values() if field.setting.group == group]:
+                self._add_field(field)
+
+    def _add_field(self, field):
+        flag, choices = f"--{field.name.replace('_', '-')}", CHOICES.get(field.name)
+        help = field.setting.help.format(choices=", ".join(choices or []))
+        if field.owners:
+            help = f"{', '.join(choice for _, choice in field.owners)}: {help}"
+        if field.type is bool:
+            action = "store_true" if field.default is False else argparse.BooleanOptionalAction
+            self.add(flag, help, action=action, default=field.default)
+        elif choices is not None:
+            self.add(flag, help, choices=list(choices), default=field.default)
+        else:
+            self.add(flag, help, type=field.get_parser(), default=field.default)
 
     def error(self, message):
         words = [word.split("=")[0] for word in message.split() if word.startswith("--")]
@@ -126,33 +430,32 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}{suggestion or '; see --help'}")
 
 
-def in_range(number, low, high=None):
-    """The type of an argument: an int or float between low and high (by default the largest 32-bit integer, or a million)"""
-    high = (2**31 - 1 if number is int else 1e6) if high is None else high
-
-    def parse(text):
-        value = number(text)
-        if not low <= value <= high:  # nan is in no range
-            raise argparse.ArgumentTypeError(f"{text[:40]} is out of range ({low} to {high})")
-        return value
-
-    parse.__name__ = number.__name__  # argparse says "invalid int value"
-    parse.range = low, high
-    return parse
+def get_test_run_limits(args):
+    """The upper limits that --test-run puts on settings, by name; a likelihood may lower them, to stay under two minutes"""
+    limits = {name: field.setting.limit for name, field in get_fields().items() if field.setting.limit is not None}
+    return limits | getattr(CHOICES["likelihood"][args.likelihood], "test_run_limits", {})
 
 
-def to_run_name(text):
-    """The type of --name: the name of a folder"""
-    if not re.fullmatch(r"[\w][\w.=+-]{0,99}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no name for a folder: use up to 100 letters, digits, . _ = + -")
-    return text
+def get_flags(args):
+    """The flags of main.py, a list of words, that give these arguments, a namespace"""
+    flags = []
+    for name, field in get_fields().items():
+        value, flag = getattr(args, name, field.default), f"--{name.replace('_', '-')}"
+        if value is None or value == field.default or name == "cuda" or (name == "compile" and value):  # which is the default
+            continue
+        if field.type is bool:
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            flags.append(f"{flag}={value}")
+    return flags
 
 
-def to_location(text):
-    """The type of --data-location: a name or a path"""
-    if not text or "\0" in text or len(os.fsencode(text)) > 4096:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither a name nor a path")
-    return text
+def split_words(flag, text):
+    """Splits an option's value into words as a shell would. Raises: UserError if a quote is left open"""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{flag} {text!r}: {error}") from None
 
 
 LOG_INTERVAL = 20  # seconds between lines about progress
@@ -184,177 +487,34 @@ class Lines:
         pass
 
 
-# ------------------------------------------------------------------ run folders
-
-# Every argument that changes what a run learns, with its default. The command line takes
-# its defaults from here; a run's folder is named after the arguments that differ from them.
-SETTINGS = dict(
-    seed=0,
-    data_location="local",
-    small_dataset=False,
-    dataset_size=None,
-    find_characters=False,
-    batch_size=250,
-    condition_on_alphabet=False,
-    likelihood="learned-affine",
-    num_arcs=10,
-    num_primitives=64,
-    initial_max_curve=0.3,
-    big_arcs=False,
-    p_lstm_hidden_size=4,
-    p_uniform_mixture=0.0,
-    q_lstm_hidden_size=64,
-    q_uniform_mixture=0.0,
-    obs_embedding_dim=64,
-    algorithm="mws",
-    num_particles=10,
-    prior_lr_factor=1.0,
-    pretrain_iterations=10000,
-)
-NUM_ITERATIONS = 200000  # by default; not a setting, since a run can be continued for longer
-_size, _share = in_range(int, 1, 10**5), in_range(float, 0, 1)
-# What they may be: for the command line, and for the arguments in a checkpoint
-TYPES = dict(
-    seed=in_range(int, 0, 2**63 - 1),
-    data_location=to_location,
-    dataset_size=in_range(int, 1),
-    batch_size=in_range(int, 1, 10**6),
-    num_arcs=in_range(int, 1, 1000),
-    num_primitives=in_range(int, 1, 16383),
-    initial_max_curve=in_range(float, 0),
-    p_lstm_hidden_size=_size,
-    p_uniform_mixture=_share,
-    q_lstm_hidden_size=_size,
-    q_uniform_mixture=_share,
-    obs_embedding_dim=_size,
-    num_particles=in_range(int, 1, 10**6),
-    prior_lr_factor=in_range(float, 0),
-    pretrain_iterations=in_range(int, 0),
-    num_iterations=in_range(int, 1),
-    name=to_run_name,
-)
-HYPERPARAMETERS = {}  # algorithm -> {name: (default, lowest, highest, help)}, from add_hyperparameters
-
-
-def add_hyperparameters(algorithm, function, **limits):
-    """Declares an algorithm's own settings, which from here reach the command line, the run's name and its checkpoints.
-
-    Args: function: has them as keyword arguments, with their defaults; limits: name=(lowest, highest, help)
-    """
-    parameters = inspect.signature(function).parameters
-    own = {name: (parameters[name].default, *rest) for name, rest in limits.items()}
-    HYPERPARAMETERS[algorithm] = own
-    TYPES.update({name: in_range(type(default), low, high) for name, (default, low, high, _) in own.items()})
-    SETTINGS.update({name: default for name, (default, *_) in own.items()})
-
-
-def check_arguments(args):
-    """What the values of main.py's arguments, a namespace, must be together. Raises: UserError"""
-    if args.algorithm == "vimco" and args.num_particles < 2:
-        raise UserError("--algorithm vimco needs --num-particles of at least 2")
-    if args.q_uniform_mixture == 1:
-        raise UserError("--q-uniform-mixture 1 leaves the inference network nothing to learn; give less")
-    if args.initial_max_curve > 0.5 and not args.big_arcs:
-        raise UserError(f"--initial-max-curve {args.initial_max_curve} is too large without --big-arcs; give at most 0.5")
-    if args.small_dataset and args.dataset_size is not None:
-        raise UserError("--small-dataset and --dataset-size exclude each other; give one")
-
-
-def get_test_run_limits(likelihood):
-    """The upper limits that --test-run puts on its arguments. `affine`, with its 2187 maps, gets fewer latents to stay
-    under two minutes."""
-    limits = dict(pretrain_iterations=20, num_iterations=40, save_interval=20, log_interval=5)
-    limits.update(test_interval=20, test_batch_size=5, test_num_particles=10)
-    size = dict(batch_size=2, num_particles=10, memory_size=10) if likelihood == "affine" else {}
-    return {**limits, "batch_size": 10, "num_particles": 40, "memory_size": 40, **size}
-
-
-def get_settings(args):
-    """The arguments that change what a run learns, as a dict of plain values."""
-    settings = {name: getattr(args, name, default) for name, default in SETTINGS.items()}
-    settings.update({name: float(settings[name]) for name, default in SETTINGS.items() if type(default) is float})
-    for algorithm, own in HYPERPARAMETERS.items():
-        for name in own if algorithm != settings["algorithm"] else []:
-            settings.pop(name)
-    settings.setdefault("memory_size", 0)
-    settings["data_location"] = get_location_name(settings["data_location"])
-    settings["test_run"] = getattr(args, "test_run", False)
-    return settings
-
-
-def get_path_base(args):
-    """The name of a run's folder in save/. Runs that differ in any argument that changes
-    the result never share one.
-
-    a_ if conditional, the algorithm, its number of latents per image (for mws
-    particles + memory), _large unless small_dataset; then _<flag>=<value> for each
-    other argument that is not at its default; or what --name says.
-    """
-    settings, defaults = get_settings(args), dict(SETTINGS)
-    test_run = settings.pop("test_run")
-    if getattr(args, "name", None):
-        return "test_run_" * test_run + args.name
-    if test_run:
-        limits = get_test_run_limits(settings["likelihood"])
-        defaults.update({name: min(limits[name], defaults[name]) for name in limits.keys() & defaults})
-        defaults["data_location"] = "glyphs"
-    conditional, small = settings.pop("condition_on_alphabet"), settings.pop("small_dataset")
-    algorithm, num_particles = settings.pop("algorithm"), settings.pop("num_particles")
-    memory_size = settings.pop("memory_size")
-    defaults.pop("memory_size", None)
-    total = num_particles + memory_size
-    if algorithm == "mws" and memory_size != (total + 1) // 2:
-        settings["memory_size"], defaults["memory_size"] = memory_size, None
-    parts = [f"{'a_' if conditional else ''}{algorithm}_{total}{'' if small else '_large'}"]
-    parts += [f"{name.replace('_', '-')}={value}" for name, value in settings.items() if value != defaults[name]]
-    name = ("test_run_" if test_run else "") + "_".join(parts)
-    if len(os.fsencode(name)) > 200:  # file systems allow 255 bytes
-        short = os.fsencode(name)[:180].decode(errors="ignore")
-        name = f"{short}_{hashlib.sha1(os.fsencode(name)).hexdigest()[:12]}"
-    return name
-
-
-def split_words(flag, text):
-    """Splits an option's value into words as a shell would. Raises: UserError if a quote is left open"""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"{flag} {text!r}: {error}") from None
-
-
-def get_location_name(location):
-    """A name for a data location that can be part of a folder's name. The named copies of
-    chardata.mat are the same data; paths that lead to the same place get the same name."""
-    if location in ("local", "om"):
-        return "local"
-    if location == "glyphs":
-        return location
-    path = expand_user(location).resolve()
-    stem = "".join(c if c.isalnum() or c in ".-" else "-" for c in path.name)[:40]
-    return f"{stem}-{hashlib.sha1(os.fsencode(path)).hexdigest()[:8]}"
-
-
-def expand_user(path):
-    """Raises: UserError if it begins with the home of an unknown user"""
-    try:
-        return pathlib.Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{path}: there is no such user") from None
-
-
 # ------------------------------------------------------------------ files
 
-CHECKPOINT_KEYS = {
-    "args", "settings", "num_alphabets", "generative_model", "inference_network", "optimizer",
-    "pretrain_optimizer", "memory", "statistics", "pretrain_iteration", "iteration", "random_state",
-}  # fmt: skip
+FORMAT = 1  # of files that save_checkpoint writes; versions 1.x of the program read it
+DIGEST = b"sha256 "  # begins the comment at the end of a file, which the digest of all before it completes
 
 
 def save_checkpoint(path, checkpoint):
     """Writes a dict of tensors and plain values, as `write` does; the tensors move to the CPU, so that it loads anywhere"""
+    write(path, encode(checkpoint))
+
+
+def encode(checkpoint):
+    """The bytes of a file: torch.save's zip archive, whose comment is a digest of all that comes before it"""
     buffer = io.BytesIO()
-    torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, checkpoint), buffer)
-    write(path, buffer.getbuffer())
+    torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, {"format": FORMAT, **checkpoint}), buffer)
+    content = buffer.getvalue()[:-2]  # without the length of its comment, which is empty
+    length = len(DIGEST) + 2 * hashlib.sha256().digest_size
+    content += length.to_bytes(2, "little") + DIGEST
+    return content + hashlib.sha256(content).hexdigest().encode()
+
+
+def decode(content, device="cpu"):
+    """What encode was given. Nothing in it is executed. Raises: ValueError if the digest is missing or wrong"""
+    digest = content[-2 * hashlib.sha256().digest_size :]
+    content_before = memoryview(content)[: -len(digest)]
+    if bytes(content_before[-len(DIGEST) :]) != DIGEST or hashlib.sha256(content_before).hexdigest().encode() != digest:
+        raise ValueError("its digest is missing or wrong")
+    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
 
 
 def write(path, content):
@@ -447,37 +607,34 @@ def read_file(path):
     return pathlib.Path(path).read_bytes()
 
 
-def load_checkpoint(path, device="cpu", keys=CHECKPOINT_KEYS):
+def load_checkpoint(path, device="cpu", keys=frozenset({"args", "generative_model", "iteration"})):
     """Reads a dict that save_checkpoint wrote. Nothing in the file is executed.
 
-    Raises: UserError if the file is missing, damaged, not a checkpoint (its keys
-        must include `keys`), or holds anything but tensors and plain values
+    Raises: UserError if the file is missing, damaged, from elsewhere, or of another kind, without `keys`
     """
-    check_regular(path)
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"{path} is damaged ({damaged} in it fails its checksum)")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        content = read_file(path)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
-    except UserError:
-        raise
+    try:
+        checkpoint = decode(content, device)
     except Exception as error:  # a broken file can make the readers raise anything
         reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
+        older = "; if an older version wrote it, rewrite it: python -m runs.convert FILES" * is_archive(content)
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason}{older})") from None
     if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
-        raise UserError(f"{path} is not a checkpoint of this program")
+        raise UserError(f"{path} is not a checkpoint of this program, or one of another kind")
+    if checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path} is from another version (format {checkpoint.get('format')}, not {FORMAT})")
     return checkpoint
 
 
-def describe_differences(theirs, ours):
-    """Describes in words how two dicts of settings differ, those saved and those of this run; "" if they agree. A
-    setting that did not exist when they were saved had its default; where the data are does not matter, only what they are."""
-    theirs = {**{name: default for name, default in SETTINGS.items() if name in ours}, **theirs}
-    names = [name for name, value in ours.items() if theirs.get(name) != value and name != "data_location"]
-    return ", ".join(f"{name.replace('_', '-')} is {theirs.get(name)} there and {ours[name]} here" for name in names)
+def is_archive(content):
+    """Whether the bytes are an intact zip archive"""
+    try:
+        return zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+    except Exception:  # a broken one can make the reader raise anything
+        return False
 
 
 # ------------------------------------------------------------------ randomness

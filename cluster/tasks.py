@@ -14,12 +14,11 @@ from typing import NamedTuple
 import torch
 
 import util
-from runs import checkpoints, locks
+from runs import checkpoints, curves, locks
 from util import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CHOICE_OF_IMAGES = ["num_data", "images"]  # arguments of an evaluation; its settings hold the images themselves
-DEFAULTS = {"images": "first"}  # of what evaluations of older versions did not record
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # on Linux only
 
 
@@ -76,9 +75,10 @@ def get_training_progress(task):
     path = checkpoints.get_path(task.model)
     try:
         checkpoint = checkpoints.load(path)
-        iteration, losses = checkpoint["iteration"], checkpoint["statistics"].get("theta_loss", [])
-        value = f"{losses[-1]:.2f}" if len(losses) else ""
-        return Progress(checkpoints.is_complete(checkpoint, task.total), iteration, task.total, value, path.stat().st_mtime)
+        losses = curves.get_last(checkpoint["statistics"], "train")
+        value = f"{losses['theta_loss']:.2f}" if "theta_loss" in losses else ""
+        done, saved = checkpoints.is_complete(checkpoint, task.total), path.stat().st_mtime
+        return Progress(done, checkpoint["iteration"], task.total, value, saved)
     except (UserError, OSError):
         return Progress(False, 0, task.total)
 
@@ -86,26 +86,20 @@ def get_training_progress(task):
 def get_evaluation_progress(task):
     """Done means: of the current model, with the settings in the task's flags. Others: different evaluations, finished or
     not, are in its place"""
-    asked, paths = task.settings, [task.get_evaluation_path(), task.get_state_path()]
-    progress, iteration = Progress(False, 0, asked["num_iterations"]), None
-    try:
-        checkpoint = checkpoints.load(checkpoints.get_path(task.model))
-        iteration = checkpoint["iteration"]
-        result = checkpoints.load_result(paths[0])
-        done = result["model_iteration"] == iteration and is_as_asked(result, asked)
-        value, saved = f"{result['log_p']:.2f}", paths[0].stat().st_mtime
-        progress = Progress(done, asked["num_iterations"] * done, asked["num_iterations"], value, saved, others=not done)
-    except (UserError, OSError):
-        pass
-    try:
-        if not progress.done:
-            state, saved = util.load_checkpoint(paths[1], keys={"iteration", "settings"}), paths[1].stat().st_mtime
-            state = checkpoints.modernise(state, checkpoint["args"]["small_dataset"])
-            if is_as_asked(state, asked) and state["settings"]["model"].endswith(f" {iteration}"):
-                return progress._replace(iteration=int(state["iteration"]), saved=saved)
-            return progress._replace(others=True)
-    except (UserError, OSError, TypeError, ValueError, KeyError, AttributeError):
-        pass  # missing or damaged
+    asked, total = task.settings, task.settings["num_iterations"]
+    iteration = get_training_progress(task).iteration
+    progress = Progress(False, 0, total)
+    for path, keys in [(task.get_evaluation_path(), checkpoints.RESULT_KEYS), (task.get_state_path(), {"settings", "log_p"})]:
+        try:
+            saved, when = util.load_checkpoint(path, keys=keys), path.stat().st_mtime
+        except (UserError, OSError):  # missing or damaged
+            continue
+        is_ours = is_as_asked(saved, asked) and saved["settings"]["model"].endswith(f" {iteration}")
+        if "model_iteration" not in saved:
+            return Progress(False, saved["iteration"] * is_ours, total, "", when, others=not is_ours)
+        if is_ours:
+            return Progress(True, total, total, f"{saved['log_p']:.2f}", when)
+        progress = Progress(False, 0, total, f"{saved['log_p']:.2f}", when, others=True)
     return progress
 
 
@@ -114,12 +108,12 @@ def get_position(task):
     try:
         if task.kind == "train":
             checkpoint = util.load_checkpoint(checkpoints.get_path(task.model))
-            return int(checkpoint["pretrain_iteration"]) + int(checkpoint["iteration"])
+            return checkpoint["pretrain_iteration"] + checkpoint["iteration"]
         if task.get_evaluation_path().exists() and get_evaluation_progress(task).done:
             return task.settings["num_iterations"]
         state = util.load_checkpoint(task.get_state_path(), keys={"iteration", "log_p"})
-        return int(state["iteration"]) + len(state["log_p"]) + state.get("num_searched", 0)
-    except (UserError, OSError, TypeError, ValueError):
+        return state["iteration"] + len(state["log_p"]) + state["num_searched"]
+    except (UserError, OSError):
         return 0
 
 
@@ -130,9 +124,7 @@ def is_trained(task):
 
 def is_as_asked(saved, asked):
     """Whether what is saved of an evaluation, finished or not, has the settings that a task asks for"""
-    args = {**DEFAULTS, **saved.get("args", {})}  # which older versions kept of finished ones only
-    chosen = {name: args.get(name, asked.get(name)) for name in CHOICE_OF_IMAGES}
-    settings = {**DEFAULTS, **saved["settings"], **chosen}
+    settings = {**saved["settings"], **{name: saved["args"].get(name) for name in CHOICE_OF_IMAGES}}
     return all(settings.get(name) == value for name, value in asked.items())
 
 

@@ -5,6 +5,7 @@ Figures are made without pyplot, so that they are freed once nothing refers to t
 """
 
 import math
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.backends.backend_agg
@@ -17,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from results.drawings import draw_primitives
-from runs.curves import get_phase
 
 MAX_POINTS = 300  # in a curve; longer ones are thinned
 EMPTY, NEWEST, PEN_UP, START = "#e8eef4", "#d1410c", "#3b7dd8", "#3b7dd8"
@@ -240,13 +240,30 @@ def draw_pen(axes, moves, left, top, size):
 # ------------------------------------------------------------------ curves
 
 
-def thin(values):
-    """Thins a curve [N] to at most MAX_POINTS bins: their centres (from 1), means, 5th and 95th percentiles"""
-    values = np.asarray(values, dtype=np.float64)
-    late = int(np.isnan(values).sum())  # recorded from a later iteration on
-    bins = np.array_split(values[late:], min(len(values) - late, MAX_POINTS))
-    ends = late + np.cumsum([len(b) for b in bins])
-    middles = ends - np.array([(len(b) - 1) / 2 for b in bins])
+class Curve(NamedTuple):
+    """What was recorded of a statistic: iterations [N] and values [N], float64"""
+
+    iteration: np.ndarray
+    value: np.ndarray
+
+
+def get_curves(statistics):
+    """The curves of a run, (phase, name) -> Curve; those of which nothing finite was recorded are left out"""
+    curves = {}
+    for phase, table in statistics.items():
+        for name in [name for name in table if name != "iteration"]:
+            value = table[name].double().numpy()
+            recorded = np.isfinite(value)
+            if recorded.any():
+                curves[phase, name] = Curve(table["iteration"].double().numpy()[recorded], value[recorded])
+    return curves
+
+
+def thin(curve):
+    """Thins a Curve to at most MAX_POINTS bins: their centres, means, 5th and 95th percentiles"""
+    num_bins = min(len(curve.value), MAX_POINTS)
+    middles = np.array([x.mean() for x in np.array_split(curve.iteration, num_bins)])
+    bins = np.array_split(curve.value, num_bins)
     low, high = (np.array([np.percentile(b, q) for b in bins]) for q in (5, 95))
     return middles, np.array([b.mean() for b in bins]), low, high
 
@@ -257,13 +274,13 @@ def smooth(values):
     return np.array([values[max(i - reach, 0) : i + reach + 1].mean() for i in range(len(values))])
 
 
-def plot_curve(axes, values, label="moving average"):
-    """Plots a curve [N], smoothed, in front of the band of its raw values or, if it is short, the values themselves.
+def plot_curve(axes, curve, label="moving average"):
+    """Plots a Curve, smoothed, in front of the band of its raw values or, if it is short, the values themselves.
     Returns: the range of the raw values, without the beginning"""
-    x, mean, low, high = thin(values)
+    x, mean, low, high = thin(curve)
     line = axes.plot(x, smooth(mean), lw=1.3, label=label)[0]
     settled = int(SETTLED * len(x))
-    if len(values) > MAX_POINTS:
+    if len(curve.value) > MAX_POINTS:
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0, label="5th to 95th percentile")
         return low[settled:].min(), high[settled:].max()
     axes.plot(x, mean, lw=0.6, alpha=0.4, color=line.get_color(), label="each iteration")
@@ -276,60 +293,57 @@ def losses_figure(statistics, log_num_images, title, log_iterations=False):
     Args: statistics: as in a checkpoint; log_num_images: the dashed line of the prior loss, log of the number
         of images (per alphabet, if conditional), or None; log_iterations: whether the axis is logarithmic
     """
-    panels = get_panels(statistics)
+    panels = get_panels(get_curves(statistics))
     num_rows = math.ceil(len(panels) / 4)
     in_rows = np.array_split(list(panels), num_rows)  # lengths of rows differ by one, so that no panel is empty
     figure = make_figure(3.6 * len(in_rows[0]), 2.8 * num_rows, title)
     rows = np.atleast_1d(figure.subfigures(num_rows, 1))
-    for row, names in zip(rows, in_rows, strict=True):
-        for axes, name in zip(np.atleast_1d(row.subplots(1, len(names))), names, strict=True):
-            plot_panel(axes, str(name), {key: statistics[key] for key in panels[name]}, statistics, log_num_images)
+    for row, titles in zip(rows, in_rows, strict=True):
+        for axes, title in zip(np.atleast_1d(row.subplots(1, len(titles))), map(str, titles), strict=True):
+            plot_panel(axes, title, panels[title], log_num_images)
             if log_iterations:
                 axes.set_xscale("log")
     return figure
 
 
-def get_panels(statistics):
-    """The panels of the learning curves, title -> names of statistics: shares (of proposals, of images) together, every
+def get_panels(curves):
+    """The panels of the learning curves, title -> curves by phase and name: shares (of proposals, of images) together, every
     other statistic by itself"""
-    recorded = [name for name in statistics if len(statistics[name]) and name != "test_iteration"]
-    shares = [
-        name for name in recorded if not name.endswith("_loss") and get_phase(name) == "train" and is_share(statistics[name])
-    ]
-    panels = {get_words(name): [name] for name in recorded if name not in shares and get_phase(name) == "train"}
-    panels.update({"shares": shares} if shares else {})
-    return panels | {get_words(name): [name] for name in recorded if get_phase(name) != "train"}
+    shares = {
+        (phase, name): curve
+        for (phase, name), curve in curves.items()
+        if phase == "train" and not name.endswith("_loss") and ((0 <= curve.value) & (curve.value <= 1)).all()
+    }
+    panels = {get_words(*key): {key: curves[key]} for key in curves if key[0] == "train" and key not in shares}
+    panels |= {"shares": shares} if shares else {}
+    return panels | {get_words(*key): {key: curves[key]} for key in curves if key[0] != "train"}
 
 
-def is_share(values):
-    values = values[values.isfinite()]
-    return bool(((values >= 0) & (values <= 1)).all())
-
-
-def get_words(name):
+def get_words(phase, name):
     """The name of a statistic in words"""
     greek = {"theta": "θ", "phi": "φ", "p": "p(x)", "map": "best program"}
-    return " ".join(greek.get(word, word) for word in name.split("_"))
+    words = " ".join(greek.get(word, word) for word in name.split("_"))
+    return words if phase == "train" or name.startswith(phase) else f"{phase} {words}"
 
 
-def plot_panel(axes, title, curves, statistics, log_num_images):
-    """Plots curves, name -> [times recorded], into a panel; the other arguments are those of `losses_figure`"""
-    name = next(iter(curves))
-    axes.set_xlabel("iteration of pretraining" if get_phase(name) == "pretrain" else "iteration")
-    in_nats = name.endswith("_loss") or get_phase(name) == "test"
+def plot_panel(axes, title, curves, log_num_images):
+    """Plots curves, by phase and name, into a panel; the other arguments are those of `losses_figure`"""
+    (phase, name), curve = next(iter(curves.items()))
+    axes.set_xlabel("iteration of pretraining" if phase == "pretrain" else "iteration")
+    in_nats = name.endswith("_loss") or phase == "test"
     axes.set_ylabel("share" if title == "shares" else "nats per image" if in_nats else title)
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.25)
     if title == "shares":
-        for name, values in curves.items():
-            x, mean, *_ = thin(values)
-            axes.plot(x, smooth(mean), lw=1.3, label=get_words(name))
+        for key, share in curves.items():
+            x, mean, *_ = thin(share)
+            axes.plot(x, smooth(mean), lw=1.3, label=get_words(*key))
         axes.set_ylim(max(get_lowest(curves.values()) / 2, 1e-5), 1.2)  # set first, since zeros alone imply none
         axes.set_yscale("log", nonpositive="clip")
-    elif get_phase(name) == "test":
-        axes.plot(statistics["test_iteration"], statistics[name], marker=".", label="estimate")
+    elif phase == "test":
+        axes.plot(*curve, marker=".", label="estimate")
     else:
-        low, high = plot_curve(axes, statistics[name])
+        low, high = plot_curve(axes, curve)
         if name == "prior_loss" and log_num_images is not None:
             axes.axhline(log_num_images, ls="--", color="black", lw=1, label="log number of images")
             low, high = min(low, log_num_images), max(high, log_num_images)
@@ -340,5 +354,5 @@ def plot_panel(axes, title, curves, statistics, log_num_images):
 
 def get_lowest(some_curves):
     """The lowest positive value of the thinned curves; 1 if there is none"""
-    means = np.concatenate([smooth(thin(values)[1]) for values in some_curves])
+    means = np.concatenate([smooth(thin(curve)[1]) for curve in some_curves])
     return means[means > 0].min(initial=1)

@@ -1,6 +1,7 @@
 """save/index.html: a row for each run, with its progress, log p, and thumbnails that link to the PDFs. The page needs no
 library and contains everything but the animations, which it links."""
 
+import argparse
 import base64
 import html
 import shlex
@@ -10,6 +11,7 @@ import urllib.parse
 import util
 from results import report
 from runs import checkpoints
+from runs.curves import get_last
 from util import UserError
 
 KINDS = ["losses", "primitives", "prior", "reconstructions", "alphabets", "images"]
@@ -83,11 +85,14 @@ def describe(name):
     except UserError as error:
         return {"run": (name, name), "progress": (str(error), "")}
     args, iteration = checkpoint["args"], checkpoint["iteration"]
-    losses = [f"{key} {values[-1]:.4g}" for key, values in checkpoint["statistics"].items() if len(values)]
+    losses = [
+        f"{key} {value:.4g}"
+        for phase in checkpoint["statistics"]
+        for key, value in get_last(checkpoint["statistics"], phase).items()
+    ]
     saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(latest.stat().st_mtime))
     dataset = args["data_location"] + ", small" * args["small_dataset"]
-    if checkpoint.get("data_summary"):  # which older checkpoints lack
-        dataset += f": {checkpoint['data_summary']}"
+    dataset += f": {checkpoint['data_summary']}" * bool(checkpoint["data_summary"])
     columns = {
         "run": (name, name),
         "saved": (saved, saved),
@@ -107,11 +112,7 @@ def get_command(name):
         args = checkpoints.load(checkpoints.get_path(name))["args"]
     except UserError:
         return ""
-    defaults, flags = {**util.SETTINGS, "test_run": False}, []
-    for key in [key for key in defaults if args.get(key, defaults[key]) != defaults[key]]:
-        flag = f"--{key.replace('_', '-')}"
-        flags += [flag] if args[key] is True else [f"{flag}={args[key]}"]
-    return shlex.join(["python", "main.py", *flags])
+    return shlex.join(["python", "main.py", *util.get_flags(argparse.Namespace(**args))])
 
 
 def get_picture(name, kind):

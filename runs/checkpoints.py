@@ -1,40 +1,33 @@
-"""Validates checkpoints: the one place that decides which files runs, evaluations, figures and tables may use.
+"""Checkpoints: where they are, what is in them, and how a run's parts are saved and restored.
 
-A readable file may still hold the wrong things: it may be damaged, edited, or from another program. Everything
-in a checkpoint is compared with what its own arguments imply: names, types, shapes, ranges, finiteness,
-lengths of curves. Nothing is changed before all of it has been checked. A checkpoint that passes is valid.
+A checkpoint is a dict of main.py's arguments, the data's fingerprint, the position in training, statistics, random states
+and the state of each part of the run, under the part's name. It is as good as its digest (util.load_checkpoint): what
+a run wrote is not judged. Whatever does not fit together is found where it is put together: by load_state_dict, or
+by the comparison of settings.
 """
 
 import argparse
+import contextlib
 import filecmp
-import functools
 import glob
 import hashlib
+import io
 import math
 import pathlib
 
 import torch
 
-import losses
-import models
+import losses  # noqa: F401  # it and models declare settings
 import util
-from runs.curves import get_phase
-from util import SETTINGS, UserError, warn
+from util import UserError, warn
 
-OLDER = "written by an older version"  # marks arguments that lacked those added later, and evaluations
 KINDS_OF_IMAGES = ["test", "training", "other"]  # of the model's data: unseen, or those it was trained on; of other data
-TYPES_OF_NONE = {"dataset_size": 1, "name": ""}  # of arguments that may be None
-RECORDED_BY_ALL_VERSIONS = ["theta_loss", "phi_loss", "prior_loss", "novel_proportion", "new_map"]
-LARGEST = 1e6  # absolute value of a parameter; far beyond any seen in training
-MAX_PARAMETERS = 2**30
 RESULT_KEYS = {
     "args", "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
     "latents", "statistics", "run", "model_settings", "model_iteration",
 }  # fmt: skip
-RESULT_NUMBERS = ["num_particles", "num_iterations", "batch_size", "test_num_particles"]  # among the settings
-RESULT_SETTINGS = {
-    "mode", "algorithm", "num_particles", "num_iterations", "batch_size", "test_num_particles", "model", "images",
-}  # fmt: skip
+TYPES = dict(args=dict, data=str, num_alphabets=int, pretrain_iteration=int, iteration=int, reason=str, statistics=dict)
+OF_DEVICES = {"fused", "capturable", "foreach", "differentiable"}  # options of optimisers that do not change what they are
 
 # ------------------------------------------------------------------ finding
 
@@ -101,7 +94,7 @@ def find_run(args, get_fingerprint):
     name = util.get_path_base(args)
     if args.name:
         return name
-    default = "glyphs" if args.test_run else SETTINGS["data_location"]
+    default = "glyphs" if args.test_run else util.Config.data_location
     there, elsewhere = (util.get_path_base(argparse.Namespace(**{**vars(args), "data_location": x})) for x in (default, "/x"))
     start = elsewhere.split("data-location=")[0]  # what follows it may be cut off
     others = {there, *(path.name for path in util.SAVE.glob(f"{glob.escape(start)}data-location=*"))} - {name}
@@ -117,17 +110,10 @@ def find_run(args, get_fingerprint):
 
 
 def read_state(path_base):
-    """The settings and the iteration of a run's newest checkpoint that can be read, which need not be valid; None if there
-    is none"""
-    latest = get_path(path_base)
-    for path in [latest, *get_numbered(latest.parent)[::-1]]:
-        try:
-            util.check_regular(path)
-            checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-            return dict(checkpoint["settings"]), int(checkpoint["iteration"])
-        except Exception:  # missing, or damaged in whatever way; the run itself says so
-            continue
-    return None
+    """The settings and the iteration of a run's newest checkpoint; None if there is none"""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError):  # the run itself says what is damaged
+        checkpoint = load_newest(path_base)
+        return checkpoint and (checkpoint["settings"], checkpoint["iteration"])
 
 
 def get_digest(checkpoint):
@@ -141,51 +127,44 @@ def get_digest(checkpoint):
 # ------------------------------------------------------------------ loading
 
 
-def load(path, device="cpu", resumable=False, num_images=None):
-    """Loads a checkpoint of main.py.
-
-    Args: resumable: whether a run must be able to resume from it; if not, optimisers and statistics may be empty;
-        num_images: how many a memory must hold, by the data's fingerprint
-    Raises: UserError if it cannot be read or is invalid
-    """
+def load(path, device="cpu"):
+    """Loads a checkpoint of main.py, see `complete`; its path is in it. Raises: UserError if it cannot be read or used"""
     checkpoint = util.load_checkpoint(path, device)
-    if isinstance(checkpoint["args"], dict):
-        later = get_later_arguments()
-        older = not later.keys() <= checkpoint["args"].keys()
-        checkpoint["args"] = {**later, **checkpoint["args"], **({OLDER: True} if older else {})}
     try:
-        check(checkpoint, resumable)
-        check_num_images(checkpoint, (num_images or {}).get(checkpoint["settings"]["data"]))
+        return {**complete(checkpoint), "path": str(path)}
     except UserError as error:
-        raise UserError(f"{path} is not a valid checkpoint: {error}") from None
-    return checkpoint
+        raise UserError(f"{path} is not a checkpoint of main.py: {error}") from None
 
 
-def is_test_due(args, iteration, statistics):
-    """Whether the test that a run makes at this iteration is still to come. Args: args, a dict; statistics, curves by name"""
-    interval, tested = args["test_interval"], statistics.get("test_iteration", [0])[-1]
-    return bool(interval) and iteration % interval == 0 and iteration > tested
+def complete(checkpoint):
+    """A checkpoint as other modules expect it: with all arguments (those that did not exist when it was saved have their
+    defaults), the settings that they imply, and a memory, if only None. Raises: UserError if a foreign file's contents
+    make that impossible"""
+    wrong = [name for name, kind in TYPES.items() if type(checkpoint.get(name)) is not kind]
+    if wrong:
+        raise UserError(f"it has no {wrong[0]}, or of another type")
+    try:
+        args = util.make_args(checkpoint["args"])
+        util.get_path_base(args)
+        settings = {**util.get_settings(args), "data": checkpoint["data"]}
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"its arguments are not main.py's ({type(error).__name__}: {error})") from None
+    return {"memory": None, **checkpoint, "args": vars(args), "settings": settings}
 
 
-def is_complete(checkpoint, num_iterations):
-    """Whether nothing is left to do for a run of that many iterations; it may have stopped between its last step and its
-    last test"""
-    iteration, statistics = checkpoint["iteration"], checkpoint["statistics"]
-    left = bool(statistics) and iteration == num_iterations and is_test_due(checkpoint["args"], iteration, statistics)
-    return iteration >= num_iterations and not left
-
-
-def load_newest(path_base, device="cpu", resumable=False, num_images=None):
-    """Loads a run's latest.pt or, if that is not valid, the newest checkpoint that is, with a warning.
+def load_newest(path_base, device="cpu"):
+    """Loads a run's latest.pt or, if that is damaged, the newest checkpoint that is not, with a warning.
 
     Returns: the checkpoint, or None if there are none
-    Raises: UserError if there are checkpoints but none is valid
+    Raises: UserError if there are checkpoints but all are damaged
     """
     latest = get_path(path_base)
     paths = [latest] * latest.exists() + get_numbered(latest.parent)[::-1]
     for path in paths:
         try:
-            checkpoint = load(path, device, resumable, num_images)
+            checkpoint = load(path, device)
         except UserError as error:
             warn(str(error))
             continue
@@ -194,9 +173,22 @@ def load_newest(path_base, device="cpu", resumable=False, num_images=None):
         return checkpoint
     if paths:
         raise UserError(
-            f"no checkpoint in {latest.parent} is valid; move the folder {util.SAVE / path_base} away to start over"
+            f"no checkpoint in {latest.parent} is intact; move the folder {util.SAVE / path_base} away to start over"
         )
     return None
+
+
+def is_complete(checkpoint, num_iterations):
+    """Whether nothing is left to do for a run of that many iterations: it may have stopped early, with a reason, or between
+    its last step and its last test"""
+    return bool(checkpoint["reason"]) or (checkpoint["iteration"] >= num_iterations and not checkpoint["num_due"])
+
+
+def check_num_images(checkpoint, num_images):
+    """Raises: UserError if what is remembered is not of num_images images"""
+    memory = checkpoint["memory"]
+    if memory is not None and len(memory) != num_images:
+        raise UserError(f"the model remembers programs of {len(memory)} images, but the data has {num_images}")
 
 
 def get_state_path(path, half=None):
@@ -205,313 +197,85 @@ def get_state_path(path, half=None):
 
 
 def load_result(path):
-    """Loads a result of eval_logp.py, see `modernise`. Raises: UserError if it cannot be read or is invalid"""
-    result = util.load_checkpoint(path, keys=RESULT_KEYS)
+    """Loads a result of eval_logp.py. Raises: UserError if it cannot be read"""
+    return util.load_checkpoint(path, keys=RESULT_KEYS)
+
+
+@contextlib.contextmanager
+def using(checkpoint):
+    """A context in which a checkpoint's contents are put to use. Raises: UserError, which names its file, for any error"""
     try:
-        right = is_result(result)
-    except Exception:  # whatever foreign contents make the checks raise
-        right = False
-    if not right:
-        raise UserError(f"{path} is not a valid evaluation; eval_logp.py --force repeats it")
-    return modernise(result, result["model_settings"].get("small_dataset", False))
+        yield
+    except Exception as error:  # a foreign file's contents, or a researcher's own parts, may raise anything
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{checkpoint.get('path', 'a checkpoint')} cannot be used here: {what}") from error
 
 
-def modernise(saved, small_dataset):
-    """What any version saved of an evaluation, finished or not, with settings in this one's words; marks it as OLDER if these
-    differ. Older versions did not record the kind of the images, called the training images of a small data set test images,
-    and the data's test part unseen; their sleep networks trained on at most 500 samples a step.
+# ------------------------------------------------------------------ the parts of a run
 
-    Args: small_dataset: whether the model was trained on one
+
+def get_states(parts):
+    """What is saved of parts, a dict of tensors and of things with a state_dict; optimisers with the hyperparameters that
+    they were made with"""
+    return {name: part if torch.is_tensor(part) else part.state_dict() for name, part in parts.items()}
+
+
+def get_hyperparameters(parts):
+    """The hyperparameters of the optimisers among parts, by name: a list of dicts, one for each group of parameters"""
+    return {
+        name: [
+            {key: _to_plain(value) for key, value in group.items() if key not in {"params", *OF_DEVICES}}
+            for group in part.param_groups
+        ]
+        for name, part in parts.items()
+        if isinstance(part, torch.optim.Optimizer)
+    }
+
+
+def restore_parts(parts, checkpoint, hyperparameters):
+    """Restores parts from a checkpoint, which may come from another device. One that the checkpoint lacks stays as it is, with
+    a warning.
+
+    Args: hyperparameters: of `get_hyperparameters`, as the code has made them; where those of the checkpoint were
+        made otherwise, the code's stay, with a warning
+    Raises: UserError, or whatever else load_state_dict raises, if a state does not fit its part
     """
-    settings = saved["settings"]
-    if not isinstance(settings, dict) or "kind_of_images" in settings:
-        return saved
-    mode = {"test": "train" if small_dataset else "test", "unseen": "test"}.get(settings.get("mode"), settings.get("mode"))
-    kind = "other" if not saved.get("is_own_data", True) else "training" if mode == "train" else "test"
-    settings = {**settings, "mode": mode, "kind_of_images": kind}
-    if settings.get("algorithm") == "sleep":
-        num_images = min(settings["batch_size"], saved.get("args", {}).get("num_data", settings["batch_size"]))
-        settings["num_dreams"] = min(500, num_images * settings["num_particles"])
-    return {**saved, "settings": settings, OLDER: True}
+    for name, part in parts.items():
+        if name not in checkpoint:
+            warn(f"the checkpoint has no {name.replace('_', ' ')}, which begins anew")
+            continue
+        if torch.is_tensor(part):
+            if (part.shape, part.dtype) != (checkpoint[name].shape, checkpoint[name].dtype):
+                raise UserError(f"its {name} has the shape {list(checkpoint[name].shape)}, this run's {list(part.shape)}")
+            part.copy_(checkpoint[name])
+        elif name in hyperparameters:
+            made_with = checkpoint["hyperparameters"].get(name, hyperparameters[name])
+            restore_optimizer(name, part, checkpoint[name], hyperparameters[name], made_with)
+        else:
+            part.load_state_dict(checkpoint[name])
 
 
-def is_result(result):
-    """Whether a dict with RESULT_KEYS is a result of eval_logp.py"""
-    values, bound, latents = (result[key] for key in ("log_p_by_image", "enumeration_bound_by_image", "latents"))
-    right = all(isinstance(x, torch.Tensor) and x.dtype == torch.double and x.layout == torch.strided for x in (values, bound))
-    right = right and values.dim() == bound.dim() == 1 and len(values) > 0
-    right = right and len(values) == len(bound) and bool(values.isfinite().all())
-    right = right and isinstance(result["log_p"], float) and math.isclose(result["log_p"], values.mean(), abs_tol=1e-3)
-    right = right and isinstance(result["standard_error"], float) and isinstance(result["model_iteration"], int)
-    right = right and all(isinstance(result[key], dict) for key in ("args", "settings", "model_settings", "latents"))
-    right = right and "num_data" in result["args"] and isinstance(result.get("is_own_data", True), bool)
-    right = right and RESULT_SETTINGS <= result["settings"].keys() and isinstance(result["run"], str)
-    right = right and {"num_particles", "memory_size", "algorithm"} <= result["model_settings"].keys()
-    right = right and latents.keys() == {"obs_id", "codes", "log_joint"} and len({len(x) for x in latents.values()}) == 1
-    if right:
-        obs_id, codes, log_joint = latents["obs_id"], latents["codes"], latents["log_joint"]
-        right = all(x.layout == torch.strided for x in latents.values())
-        right = right and (obs_id.dtype, codes.dtype, log_joint.dtype) == (torch.int32, torch.int16, torch.float32)
-        right = right and (obs_id.dim(), codes.dim(), log_joint.dim()) == (1, 2, 1)
-        right = right and bool(((obs_id >= 0) & (obs_id < len(values))).all() and log_joint.isfinite().all())
-    if right and len(values) > 1:
-        right = math.isclose(result["standard_error"], values.std() / math.sqrt(len(values)), abs_tol=1e-3)
-    right = right and isinstance(result["enumeration_bound"], float)
-    right = right and math.isclose(result["enumeration_bound"], bound.mean(), abs_tol=1e-3)
-    settings = result["settings"]
-    right = right and all(is_integer(settings[name]) and settings[name] >= 0 for name in RESULT_NUMBERS)
-    right = right and all(isinstance(settings[name], str) for name in ("mode", "algorithm", "model", "images"))
-    right = right and settings.get("kind_of_images", "test") in KINDS_OF_IMAGES
-    right = right and math.isfinite(result.get("search_error", 0.0)) and result.get("search_error", 0.0) >= 0
-    halves = [result[key] for key in ("log_p_by_half", "bound_by_half") if key in result]  # of mws
-    right = right and all(half.shape == (2, len(values)) and bool(half.isfinite().all()) for half in halves)
-    right = right and all(is_integer(result["model_settings"][name]) for name in ("num_particles", "memory_size"))
-    right = right and is_integer(result["args"]["num_data"]) and result["model_iteration"] >= 0
-    return right and isinstance(result["model_settings"]["algorithm"], str)
+def restore_optimizer(name, optimizer, state, ours, theirs):
+    """Restores an optimiser's state. Hyperparameters are those of the code, unless a schedule has moved them since they were
+    made; if the code has changed, with a warning"""
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, option, our, their in zip(optimizer.param_groups, options, ours, theirs, strict=True):
+        saved = {key: _to_plain(group.get(key)) for key in our}
+        group.update(option)
+        for key in our:
+            if not _is_same(our[key], their.get(key)):
+                warn(f"{name.replace('_', ' ')}: {key} was {their.get(key)}, and is {our[key]} in the code, which holds")
+            elif not _is_same(saved[key], their[key]):
+                group[key] = saved[key]
 
 
-# ------------------------------------------------------------------ validating
+def _is_same(one, other):
+    """Whether hyperparameters are the same, up to the rounding of float32, in which a GPU keeps learning rates"""
+    numbers = all(isinstance(x, int | float) for x in (one, other))
+    return math.isclose(one, other, rel_tol=1e-6) if numbers else one == other
 
 
-def expect(condition, what):
-    if not condition:
-        raise UserError(what)
-
-
-def check(checkpoint, resumable=False):
-    """Checks a dict with util.CHECKPOINT_KEYS. Raises: UserError, saying what is wrong, if it is not valid"""
-    try:
-        _check(checkpoint, resumable)
-    except UserError:
-        raise
-    except Exception as error:  # whatever foreign contents make the checks raise
-        raise UserError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}") from None
-
-
-def _check(checkpoint, resumable):
-    args = check_args(checkpoint["args"])
-    for name, high in [("num_alphabets", 10**6), ("pretrain_iteration", 2**53), ("iteration", 2**53)]:
-        expect(is_integer(checkpoint[name]) and 0 <= checkpoint[name] <= high, f"{name} is {show(checkpoint[name])}")
-    check_settings(checkpoint["settings"], args)
-    expect(isinstance(checkpoint.get("data_summary", ""), str), "its summary of the data is no text")  # older ones have none
-    conditional = bool(checkpoint["num_alphabets"])
-    expect(conditional == args.condition_on_alphabet, f"num_alphabets is {checkpoint['num_alphabets']}")
-    inputs = args.num_primitives + checkpoint["num_alphabets"] + args.obs_embedding_dim
-    units = args.p_lstm_hidden_size + args.q_lstm_hidden_size
-    expect(5 * units * (units + inputs) < MAX_PARAMETERS, "its arguments imply an impossibly large model")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            built = models.build(args, checkpoint["num_alphabets"])
-    except Exception as error:  # mutually exclusive arguments
-        raise UserError(f"its arguments do not make a model ({str(error).splitlines()[0][:80]})") from None
-    for name, model in zip(["generative_model", "inference_network"], built, strict=True):
-        check_tensors(checkpoint[name], model.state_dict(), name)
-    check_memory(checkpoint["memory"], args)
-    check_statistics(checkpoint, args, resumable)
-    check_random_state(checkpoint["random_state"])
-    pretrained = [list(built[1].parameters())]
-    groups = {"optimizer": models.get_parameter_groups(*built), "pretrain_optimizer": pretrained}
-    for name in groups:
-        expect(isinstance(checkpoint[name], dict), f"{name} is not a dict")
-        if checkpoint[name] or resumable:
-            number = "pretrain_iteration" if name == "pretrain_optimizer" else "iteration"
-            has_begun = checkpoint[number] > 0
-            check_optimizer(checkpoint[name], name, groups[name], has_begun, is_older(checkpoint["args"]))
-
-
-def is_integer(value):
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def show(value):
-    return repr(value)[:40]
-
-
-def get_later_arguments():
-    """Arguments that checkpoints of older versions may lack, with their defaults, which they then had"""
-    own = {name for settings in util.HYPERPARAMETERS.values() for name in settings} - {"memory_size"}
-    return {name: SETTINGS[name] for name in ["find_characters", *own]}
-
-
-def is_older(args):
-    """Whether arguments are those of a version whose checkpoints may lack statistics and states of parameters without
-    gradients"""
-    return args.get(OLDER, False)
-
-
-def check_args(args):
-    """Whether the command line would accept a dict of arguments. Returns: a namespace"""
-    expect(isinstance(args, dict) and all(isinstance(key, str) for key in args), "its arguments are not a dict")
-    for name in SETTINGS:
-        expect(name in args, f"the argument {name} is missing")
-    optional = {"dataset_size": None, "name": None, "test_run": False, "num_iterations": util.NUM_ITERATIONS}
-    for name, default in {**SETTINGS, **optional}.items():
-        check_value(name, args.get(name, default), default)
-    expect(args["likelihood"] in models.LIKELIHOODS, f"the argument likelihood is {show(args['likelihood'])}")
-    expect(args["algorithm"] in losses.OBJECTIVES, f"the argument algorithm is {show(args['algorithm'])}")
-    args = argparse.Namespace(**args)
-    util.check_arguments(args)
-    return args
-
-
-def check_value(name, value, default):
-    wanted = type(TYPES_OF_NONE.get(name, default))
-    right = type(value) is wanted or (wanted is float and type(value) is int) or (value is None and default is None)
-    expect(right, f"the argument {name} is {show(value)}")
-    if value is not None and name in util.TYPES:
-        try:
-            right = util.TYPES[name](value if wanted is str else repr(value)) == value
-        except (argparse.ArgumentTypeError, ValueError):
-            right = False
-        expect(right, f"the argument {name} is {show(value)}")
-
-
-def check_settings(settings, args):
-    """The settings follow from the arguments, but for the name of the data's location, which depends on the machine"""
-    expect(isinstance(settings, dict) and all(isinstance(key, str) for key in settings), "its settings are not a dict")
-    expect(isinstance(settings.get("data"), str), "its settings do not name the data")
-    expect(isinstance(settings.get("data_location"), str), "its settings do not name the location of the data")
-    ours = {**util.get_settings(args), "data": settings["data"], "data_location": settings["data_location"]}
-    differences = util.describe_differences(settings, ours)
-    expect(not differences, f"its settings contradict its arguments: {differences[:200]}")
-
-
-def check_tensors(tensors, template, what):
-    """Checks a dict of parameters against a model: names, shapes, types, finite values"""
-    expect(isinstance(tensors, dict), f"{what} is not a dict")
-    different = sorted(tensors.keys() ^ template.keys(), key=str)
-    expect(not different, f"{what} has different parameters: {show(different)}")
-    for name, like in template.items():
-        check_tensor(tensors[name], like, f"{what}.{name}")
-
-
-def check_tensor(value, like, what):
-    expect(isinstance(value, torch.Tensor), f"{what} is not a tensor")
-    expect(value.layout == torch.strided, f"{what} is a sparse tensor")
-    expect(value.shape == like.shape, f"{what} has the shape {list(value.shape)}, not {list(like.shape)}")
-    expect(value.dtype == like.dtype, f"{what} is of type {value.dtype}, not {like.dtype}")
-    expect(bool((value.abs() <= LARGEST).all()), f"{what} has values that are not finite, or huge")
-
-
-def check_num_images(checkpoint, num_images):
-    """Raises: UserError if the memory is not one of num_images images (None: unknown)"""
-    memory = checkpoint["memory"]
-    if memory is not None and num_images is not None:
-        expect(len(memory) == num_images, f"its memory holds {len(memory)} images, the data {num_images}")
-
-
-def check_memory(memory, args):
-    if args.algorithm != "mws":
-        expect(memory is None, "it has a memory, but its algorithm uses none")
-        return
-    dtype = torch.uint8 if args.num_primitives <= 128 else torch.int16
-    right = isinstance(memory, torch.Tensor) and memory.layout == torch.strided
-    expect(right and memory.dtype == dtype and memory.dim() == 3, "its memory is not a tensor of codes")
-    num_latents = args.num_primitives**args.num_arcs * 2 ** (args.num_arcs - 1)
-    shape = [min(args.memory_size, num_latents), args.num_arcs]
-    expect(len(memory) > 0 and list(memory.shape[1:]) == shape, f"its memory has the shape {list(memory.shape)}")
-    codes = memory.int()
-    right = (codes >= 0) & (codes < 2 * args.num_primitives)
-    expect(bool(right.all()) and bool((codes[..., 0] % 2 == 0).all()), "its memory holds invalid stroke codes")
-
-
-def check_statistics(checkpoint, args, resumable):
-    statistics = checkpoint["statistics"]
-    expect(isinstance(statistics, dict) and all(isinstance(name, str) for name in statistics), "its statistics are not a dict")
-    if not resumable and not any(len(values) for values in statistics.values()):
-        return
-    lengths = {"pretrain": checkpoint["pretrain_iteration"], "train": checkpoint["iteration"]}
-    lengths["test"] = len(statistics.get("test_iteration", []))
-    for name, values in statistics.items():
-        right = isinstance(values, torch.Tensor) and values.layout == torch.strided
-        right = right and values.dim() == 1 and values.dtype == torch.float32
-        expect(right and is_curve(values, name), f"the statistics of {show(name)} are not a curve of finite numbers")
-        length = lengths[get_phase(name)]
-        expect(len(values) == length, f"{name} has {len(values)} values, not {length}")
-    wanted = ["pretrain_loss"] * (lengths["pretrain"] > 0) + ["test_log_p", "test_kl"] * (lengths["test"] > 0)
-    if lengths["train"] > 0:
-        wanted += (
-            ["theta_loss", "phi_loss"] if is_older(checkpoint["args"]) and args.algorithm != "mws" else get_statistics(args)
-        )
-    missing = [name for name in wanted if name not in statistics]
-    expect(not missing, f"it has no statistics of {', '.join(missing)}")
-    tested = statistics.get("test_iteration", torch.zeros(0))
-    expect(bool((tested.diff() > 0).all()), "the iterations of its tests are not in order")
-    expect(bool(((tested > 0) & (tested <= lengths["train"])).all()), "the iterations of its tests are not those of the run")
-
-
-@functools.cache
-def _get_statistics(algorithm, **hyperparameters):
-    """The names of the statistics that an objective returns, found by calling it on a tiny model"""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        generative_model = models.GenerativeModel(num_primitives=2, num_arcs=2, likelihood="bernoulli")
-        inference_network = models.InferenceNetwork(num_primitives=2, num_arcs=2, lstm_hidden_size=1, obs_embedding_dim=1)
-        obs = torch.zeros(1, 28, 28)
-        if algorithm == "mws":
-            hyperparameters = dict(memory=losses.init_memory(1, 1, 2, 2), obs_id=torch.zeros(1, dtype=torch.long))
-        elif algorithm == "sleep":
-            hyperparameters = dict(num_dreams=1)
-        objective = losses.OBJECTIVES[algorithm]
-        return list(objective(generative_model, inference_network, obs=obs, num_particles=2, **hyperparameters)[1])
-
-
-def get_statistics(args):
-    """The names of the statistics that a run records at each iteration"""
-    own = {name: getattr(args, name) for name in util.HYPERPARAMETERS.get(args.algorithm, {}) if name != "memory_size"}
-    return _get_statistics(args.algorithm, **own)
-
-
-def is_curve(values, name):
-    """Whether a curve is finite; statistics that an older version did not record may begin late, after NaN, or not yet"""
-    begins = int(values.isnan().sum())
-    late = get_phase(name) == "train" and name not in RECORDED_BY_ALL_VERSIONS
-    return (begins == 0 or late) and bool(values[:begins].isnan().all()) and bool(values[begins:].isfinite().all())
-
-
-def check_random_state(state):
-    expect(isinstance(state, dict) and "cpu" in state and state.keys() <= {"cpu", "cuda"}, "it has no random state")
-    for name, value in state.items():
-        right = isinstance(value, torch.Tensor) and value.dtype == torch.uint8
-        expect(right, f"its random state ({name}) is not a tensor of bytes")
-    expect(state["cpu"].shape == torch.get_rng_state().shape, f"its random state has the shape {list(state['cpu'].shape)}")
-    expect("cuda" not in state or state["cuda"].shape == (16,), "its GPU random state has the wrong shape")
-    try:
-        torch.Generator().set_state(state["cpu"].cpu())
-    except RuntimeError:
-        raise UserError("its random state is not one of torch's") from None
-
-
-def check_optimizer(state, what, groups, has_begun, may_lack=False):
-    """Checks that a dict is the state of Adam for these groups of parameters, before or after its first step; may_lack:
-    whether parameters may have none, as those without gradients had in an older version"""
-    expect(isinstance(state, dict), f"{what} is not a dict")
-    expect(state.keys() == {"state", "param_groups"}, f"{what} is not Adam's")
-    expect(isinstance(state["state"], dict) and isinstance(state["param_groups"], list), f"{what} is not Adam's")
-    expect(len(state["param_groups"]) == len(groups), f"{what} has {len(state['param_groups'])} groups of parameters")
-    wanted = torch.optim.Adam([torch.zeros(1)]).state_dict()["param_groups"][0].keys() - {"decoupled_weight_decay"}
-    first = 0
-    for group, parameters in zip(state["param_groups"], groups, strict=True):
-        expect(isinstance(group, dict) and wanted <= group.keys(), f"{what} has a group that is not Adam's")
-        numbers = str(list(range(first, first + len(parameters))))  # as text, in which True is not 1
-        expect(str(group["params"]) == numbers, f"{what} has different parameters")
-        expect(isinstance(group["lr"], float) and 0 <= group["lr"] <= LARGEST, f"{what} has an invalid learning rate")
-        rates = [group["weight_decay"], group["eps"], group["betas"]]
-        expect(str(rates) in ("[0, 1e-08, (0.9, 0.999)]", "[0, 1e-08, [0.9, 0.999]]"), f"{what} is not Adam's")
-        first += len(parameters)
-    every = [parameter for parameters in groups for parameter in parameters]
-    numbers = set(range(len(every) if has_begun else 0))
-    right = set(state["state"]) <= numbers if may_lack else set(state["state"]) == numbers
-    expect(right, f"{what} has the state of different parameters")
-    for number, values in state["state"].items():
-        expect(isinstance(values, dict) and values.keys() == {"step", "exp_avg", "exp_avg_sq"}, f"{what} is not Adam's")
-        step = values["step"]
-        right = isinstance(step, torch.Tensor) and step.shape == () and step.dtype == torch.float32
-        right = right and 0 <= step.item() < 2**53
-        expect(right and step.item() == int(step.item()), f"{what} has an invalid step count")
-        for name in ["exp_avg", "exp_avg_sq"]:
-            like = every[number]
-            value = values[name]
-            right = isinstance(value, torch.Tensor) and value.shape == like.shape and value.dtype == like.dtype
-            right = right and bool((value.abs() <= LARGEST**2).all())
-            expect(right, f"{what} has a moment of the wrong shape, not finite, or huge")
-        expect(bool((values["exp_avg_sq"] >= 0).all()), f"{what} has a negative second moment")
+def _to_plain(value):
+    """Numbers in place of tensors, and lists in place of tuples"""
+    return value.item() if torch.is_tensor(value) else list(value) if isinstance(value, tuple) else value

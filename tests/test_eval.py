@@ -150,7 +150,7 @@ def test_the_table_is_bounded(monkeypatch):
 
 def get_exact_log_p(model, *flags):
     """log p(x) of the images that are evaluated: [N], by listing all latents"""
-    checkpoint = util.load_checkpoint(checkpoints.find(model))
+    checkpoint = checkpoints.load(checkpoints.find(model))
     args = eval_logp.parse_args([*EVALUATE, "--checkpoint-path", model, *flags])
     images, num_alphabets = eval_logp.load_images(args, checkpoint)[0], checkpoint["num_alphabets"]
     generative_model, _ = models.from_checkpoint(checkpoint)

@@ -16,7 +16,6 @@ import torch
 from test_data import fill, make_mat
 from test_util import cut, put_code, small_disk
 
-import diagnostics
 import eval_logp
 import losses
 import main
@@ -111,17 +110,18 @@ def test_training(folder, capfd, algorithm, conditional):
     statistics = checkpoint["statistics"]
     names = {"mws": ["prior_loss", "novel_proportion", "new_map"]}.get(algorithm, [])
     for name in ["theta_loss", "phi_loss", *names]:
-        assert len(statistics[name]) == 12 and statistics[name].isfinite().all()
-    assert len(statistics["pretrain_loss"]) == 6
-    assert statistics["test_iteration"].tolist() == [6, 12]
-    assert (statistics["test_log_p"] < 0).all() and (statistics["test_kl"] >= 0).all()
+        assert len(statistics["train"][name]) == 12 and statistics["train"][name].isfinite().all()
+    assert len(statistics["pretrain"]["phi_loss"]) == 6
+    tested = statistics["test"]
+    assert tested["iteration"].tolist() == [6, 12] and (tested["test_log_p"] < 0).all() and (tested["test_kl"] >= 0).all()
     assert checkpoint["num_alphabets"] == (5 if conditional else 0)
     with open(get_run_folder() / "losses.csv") as file:
         rows = list(csv.DictReader(file))
     phases = ["pretrain"] * 6 + ["train"] * 6 + ["test"] + ["train"] * 6 + ["test"]
     assert [row["phase"] for row in rows] == phases and rows[13]["iteration"] == "7"
     got = torch.tensor([float(row["theta_loss"]) for row in rows if row["phase"] == "train"])
-    assert torch.equal(got, statistics["theta_loss"]) and float(rows[-1]["test_kl"]) == pytest.approx(statistics["test_kl"][-1])
+    assert torch.equal(got, statistics["train"]["theta_loss"])
+    assert float(rows[-1]["test_kl"]) == pytest.approx(tested["test_kl"][-1])
     assert torch.load(path / "latest.pt", weights_only=True)["iteration"] == 12
     assert "novel_proportion" in stderr or algorithm != "mws"
 
@@ -202,48 +202,6 @@ def test_a_compiled_run_goes_on_with_the_same_bits(folder, monkeypatch):
     assert_same(load_latest(), expected)
 
 
-def test_an_algorithm_is_added_by_a_function_and_an_entry(folder, monkeypatch, capfd):
-    """Its hyperparameter reaches the command line, the run's name and its checkpoint, and its statistics are recorded"""
-
-    @losses.particle_objective
-    def elbo(log_p, log_q, weight=1.0):
-        loss = -(log_p - log_q).mean() * weight
-        return loss, {"theta_loss": loss, "phi_loss": loss, "spread": (log_p - log_q).std()}
-
-    monkeypatch.setitem(losses.OBJECTIVES, "elbo", elbo)
-    util.add_hyperparameters("elbo", elbo, weight=(0.0, 9.0, "of the bound"))
-    try:
-        run(*SHORT, "--data-location", "data.mat", "--algorithm", "elbo", "--weight", "2.5")
-        path = get_run_folder()
-        assert "elbo" in path.name and "weight=2.5" in path.name
-        latest = load_latest()
-        assert latest["args"]["weight"] == latest["settings"]["weight"] == 2.5
-        assert len(latest["statistics"]["spread"]) == latest["iteration"]
-        with open(path / "losses.csv") as file:
-            rows = list(csv.DictReader(file))
-        assert all(row["spread"] for row in rows if row["phase"] == "train")
-        assert "spread=" in capfd.readouterr().err
-        assert diagnostics.main(["--checkpoint-path", str(path), "--loss-only"]) == 0 and (path / "losses.pdf").exists()
-    finally:
-        del util.HYPERPARAMETERS["elbo"], util.SETTINGS["weight"]
-
-
-def test_statistics_that_an_older_version_did_not_record(folder):
-    """A run of it resumes; its new curve begins late"""
-    run(*SHORT, "--data-location", "data.mat", "--algorithm", "rws", "--num-iterations", "4")
-    path = get_run_folder() / "checkpoints/latest.pt"
-    older = torch.load(path)
-    del older["statistics"]["effective_sample_size"], older["args"]["find_characters"], older["settings"]["find_characters"]
-    older["settings"]["num_iterations"] = older["args"]["num_iterations"]  # a setting once
-    torch.save(older, path)
-    run(*SHORT, "--data-location", "data.mat", "--algorithm", "rws", "--num-iterations", "6")
-    size = checkpoints.load(path, resumable=True)["statistics"]["effective_sample_size"]
-    assert size[:4].isnan().all() and size[4:].isfinite().all() and len(size) == 6
-    lines = (get_run_folder() / "losses.csv").read_text().splitlines()
-    assert lines[0] == "phase,iteration,theta_loss,phi_loss,effective_sample_size"
-    assert lines[-3].endswith(",") and not lines[-1].endswith(",")
-
-
 def test_a_complete_run_is_not_repeated(folder):
     flags = [*SHORT, "--data-location", "data.mat"]
     run(*flags)
@@ -267,7 +225,7 @@ def test_damaged_latest_goes_on_from_the_newest_intact_one(folder, capfd):
     assert (get_run_folder() / "losses.csv").read_text() == curves  # cut back to iteration 6, and appended to
     for path in checkpoints.iterdir():
         cut(path)
-    with pytest.raises(UserError, match="no checkpoint in .* is valid"):
+    with pytest.raises(UserError, match="no checkpoint in .* is intact"):
         run(*flags)
 
 
@@ -342,14 +300,14 @@ def test_full_disk(folder):
 
 
 def test_divergence_is_reported(folder, monkeypatch):
-    get_loss = main.get_loss
+    get_loss = losses.get_loss
 
-    def diverge(run, *batch):
-        loss, statistics = get_loss(run, *batch)
-        return loss, {**statistics, "theta_loss": statistics["theta_loss"] / (run.iteration != 7)}
+    def diverge(args, step, state):
+        loss, statistics = get_loss(args, step, state)
+        return loss / (step.iteration != 7), statistics
 
-    monkeypatch.setattr(main, "get_loss", diverge)
-    with pytest.raises(UserError, match="theta_loss is no longer finite"):
+    monkeypatch.setattr(losses, "get_loss", diverge)
+    with pytest.raises(UserError, match="a parameter is no longer finite"):
         run(*SHORT, "--data-location", "data.mat")
     assert load_latest()["iteration"] == 5
 

@@ -1,0 +1,125 @@
+"""Rewrites files of versions before 1.0, which nothing else knows about: checkpoints of runs, and results of evaluations.
+
+    python -m runs.convert pretrained/mws_20.pt save/*/checkpoints/*.pt save/*/logp/*.pt save/*/logp/*/*.pt
+
+Each file is replaced, atomically; those of this version stay as they are. Runs resume from what is rewritten with the same
+bits; evaluations that were stopped half-way start over.
+"""
+
+import pathlib
+import sys
+
+import torch
+
+import losses  # noqa: F401  # it and models declare settings
+import util
+from util import UserError
+
+RUN = {"args", "settings", "generative_model", "statistics", "optimizer"}
+RESULT = {"settings", "enumeration_bound", "model_settings"}
+
+
+def convert(path):
+    """Returns: what became of a file, in words. Raises: UserError if it cannot be read"""
+    try:
+        util.load_checkpoint(path, keys=set())
+        return "is of this version already"
+    except UserError:
+        pass
+    try:
+        old = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file can make the reader raise anything
+        raise UserError(f"{path} cannot be read ({type(error).__name__})") from None
+    if isinstance(old, dict) and RUN <= old.keys():
+        new = convert_run(old)
+    elif isinstance(old, dict) and RESULT <= old.keys():
+        new = convert_result(old)
+    else:
+        return "is neither a checkpoint of a run nor a result, and stays as it is"
+    util.save_checkpoint(path, new)
+    return "is rewritten"
+
+
+def convert_run(old):
+    """Statistics become tables by phase; optimisers that had not begun, as those of pretrained models, are left out"""
+    new = {name: value for name, value in old.items() if name not in ("settings", "statistics", "memory")}
+    new["args"] = {name: value for name, value in vars(util.make_args(old["args"])).items() if not name.startswith("written")}
+    optimizers = ["optimizer", "pretrain_optimizer"]
+    for name in optimizers:
+        if not old[name]:
+            del new[name]
+        elif old[name]["state"]:
+            add_missing_states(old, name)
+    made = {name: get_hyperparameters(old[name]) for name in optimizers if name in new}
+    if old["memory"] is not None:
+        new["memory"] = old["memory"]
+    tested = old["statistics"].get("test_iteration", torch.zeros(0))
+    interval, iteration = old["args"].get("test_interval"), old["iteration"]
+    due = bool(interval) and iteration > 0 and iteration % interval == 0
+    done = due and bool((tested == iteration).any())
+    return dict(
+        new,
+        data=old["settings"]["data"],
+        data_summary=old.get("data_summary", ""),
+        num_due=int(due and not done),
+        num_called=int(done),
+        reason="",
+        statistics=convert_statistics(old["statistics"]),
+        hyperparameters=made,
+    )
+
+
+def add_missing_states(old, name):
+    """The first versions kept none for parameters that had never had a gradient"""
+    model, network = old["generative_model"], list(old["inference_network"].values())
+    prior = [value for key, value in model.items() if key.startswith("prior.")]
+    others = [value for key, value in model.items() if not key.startswith("prior.")]
+    parameters = network if name == "pretrain_optimizer" else [*others, *network, *prior]
+    for number, value in enumerate(parameters):
+        zeros = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
+        old[name]["state"].setdefault(number, zeros)
+
+
+def get_hyperparameters(state):
+    return [
+        {key: list(value) if isinstance(value, tuple) else value for key, value in group.items() if key != "params"}
+        for group in state["param_groups"]
+    ]
+
+
+def convert_statistics(old):
+    new = {}
+    for name, values in old.items():
+        phase = name.split("_")[0] if name.split("_")[0] in ("pretrain", "test") else "train"
+        if len(values) and name != "test_iteration":
+            iteration = old["test_iteration"].int() if phase == "test" else torch.arange(1, len(values) + 1, dtype=torch.int32)
+            table = new.setdefault(phase, {"iteration": iteration})
+            table["phi_loss" if name == "pretrain_loss" else name] = values
+    return new
+
+
+def convert_result(old):
+    """Older versions did not record the kind of the images, called the training images of a small data set test images, and the
+    data's test part unseen; their sleep networks trained on at most 500 samples a step"""
+    settings = dict(old["settings"])
+    if "kind_of_images" not in settings:
+        small = old["model_settings"].get("small_dataset", False)
+        mode = {"test": "train" if small else "test", "unseen": "test"}.get(settings["mode"], settings["mode"])
+        settings["mode"] = mode
+        settings["kind_of_images"] = "other" if not old.get("is_own_data", True) else "training" if mode == "train" else "test"
+        if settings["algorithm"] == "sleep":
+            num_images = min(settings["batch_size"], old["args"].get("num_data", settings["batch_size"]))
+            settings["num_dreams"] = min(500, num_images * settings["num_particles"])
+    return {**old, "settings": settings}
+
+
+def main():
+    for path in map(pathlib.Path, sys.argv[1:]):
+        print(f"{path} {convert(path)}", flush=True)
+    if not sys.argv[1:]:
+        raise UserError("name the files to rewrite, see the docstring of runs/convert.py")
+    return 0
+
+
+if __name__ == "__main__":
+    util.run_script(main)
