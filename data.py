@@ -458,6 +458,15 @@ def _to_labels(path, array, size):
     return array.astype(int) if whole else np.char.decode(array, errors="replace") if array.dtype.kind == "S" else array
 
 
+class ImageFile(typing.NamedTuple):
+    name: str  # relative to the location, with slashes
+    read: typing.Callable  # returns its bytes
+
+    @property
+    def folders(self):
+        return self.name.split("/")[:-1]
+
+
 def _load_image_files(path, prepare):
     """Loads a folder or zip of images: Omniglot's official release, or the user's own, whose subfolders, if any, are
     alphabets"""
@@ -466,20 +475,18 @@ def _load_image_files(path, prepare):
     if not files:
         about = "".join(f" ({note})" for note in _describe_skipped(path, skipped))
         raise UserError(f"{path} holds no images that can be read{about} and none of Omniglot's zips")
-    official = [(name, content) for name, content in files if re.search(OFFICIAL, name, re.ASCII)]
-    if 2 * len(official) > len(files):
-        skipped += [(name, "beside Omniglot's") for name, _ in files if not re.search(OFFICIAL, name, re.ASCII)]
-        files, read = _drop_copies(official, skipped), read_official
-        folders = [name.split("/")[:-1] for name, _ in files]
+    if 2 * sum(map(_is_official, files)) > len(files):
+        files = _drop_copies(_keep(files, _is_official, "beside Omniglot's", skipped), skipped)
         # images_background and images_evaluation have no alphabet in common
-        alphabets, characters = [f[-2] for f in folders], [int(f[-1][len("character") :]) for f in folders]
-        parts = None
+        alphabets, characters = zip(*(file.folders[-2:] for file in files), strict=True)
+        characters = [int(folder.removeprefix("character")) for folder in characters]
+        parts, decode = None, read_official
     else:
         files, alphabets, parts = _arrange(files, skipped)
-        characters, read = None, read_image
+        characters, decode = None, read_image
     notes = _describe_skipped(path, skipped)
     files = show_progress(files, desc="reading images", unit="", leave=False)
-    found = [_find_or_warn(name, content()) if prepare else [read(name, content()) >= 0.5] for name, content in files]
+    found = [_find_or_warn(name, read()) if prepare else [decode(name, read()) >= 0.5] for name, read in files]
     file_ids = np.repeat(np.arange(len(found)), [len(some) for some in found])  # the file of each character
     if len(file_ids) == 0:
         raise UserError(f"no characters were found on the images in {path}: see the warnings")
@@ -491,19 +498,26 @@ def _load_image_files(path, prepare):
     return Source(obs, alphabets, characters, [str(name) for name in names], parts, notes)
 
 
-OFFICIAL = r"(^|/)[^/]+/character\d{1,6}/[^/]+$"  # the alphabet's and the character's folder, and the file
+def _is_official(file):
+    """Whether it lies in folders of an alphabet and a character, as in the official release"""
+    return re.search(r"(^|/)[^/]+/character\d{1,6}/[^/]+$", file.name, re.ASCII) is not None
+
+
+def _keep(files, is_kept, reason, skipped):
+    """The files to keep; appends the others to the list `skipped`, for that reason"""
+    skipped += [(file.name, reason) for file in files if not is_kept(file)]
+    return [file for file in files if is_kept(file)]
 
 
 def _drop_copies(files, skipped):
     """Leaves out drawings of the official release that are there twice; images_background_small1, for one, repeats some"""
     known, kept = {}, []
-    for name, content in files:
-        key = tuple(name.split("/")[-3:])
-        if key in known and known[key]() == content():
-            skipped.append((name, "copies"))
+    for file in files:
+        first = known.setdefault(tuple(file.name.split("/")[-3:]), file)
+        if first is not file and first.read() == file.read():
+            skipped.append((file.name, "copies"))
         else:
-            known[key] = content
-            kept.append((name, content))
+            kept.append(file)
     return kept
 
 
@@ -512,32 +526,32 @@ def _arrange(files, skipped):
 
     Returns: files, their alphabets or None, and their parts ("train", "valid", "test") or None
     """
+
+    def get_part(file):
+        return PARTS.get(file.folders[level].lower())
+
     files, level = _leave_out(files, 0, skipped)
-    folders = [name.split("/")[:-1] for name, _ in files]
-    if min(len(f) for f in folders) <= level:
+    if min(len(file.folders) for file in files) <= level:
         return files, None, None
-    parts = [PARTS.get(f[level].lower()) for f in folders]
-    if not {"train", "test"} <= set(_complete(np.array([str(part) for part in parts]))) or 2 * parts.count(None) >= len(parts):
-        return files, [f[level] for f in folders], None
-    skipped += [(name, "beside the parts") for (name, _), part in zip(files, parts, strict=True) if part is None]
-    files = [file for file, part in zip(files, parts, strict=True) if part is not None]
-    files, _ = _leave_out(files, level + 1, skipped)
-    folders = [name.split("/")[:-1] for name, _ in files]
-    parts = _complete(np.array([PARTS[f[level].lower()] for f in folders]))
-    return files, [f[level + 1] for f in folders] if min(len(f) for f in folders) > level + 1 else None, parts
+    parts = [part for file in files if (part := get_part(file))]
+    if not {"train", "test"} <= set(_complete(np.array(parts))) or 2 * len(parts) <= len(files):
+        return files, [file.folders[level] for file in files], None
+    files = _keep(files, get_part, "beside the parts", skipped)
+    files, below = _leave_out(files, level + 1, skipped)
+    parts = _complete(np.array([get_part(file) for file in files]))
+    have_alphabets = min(len(file.folders) for file in files) > below
+    return files, [file.folders[below] for file in files] if have_alphabets else None, parts
 
 
 def _leave_out(files, level, skipped):
     """Leaves out files beside the folders that hold most of them. Args: level: of the folders; 0: at which they first differ
     Returns: the files that remain, and the level"""
     while True:
-        folders = [name.split("/")[:-1] for name, _ in files]
-        depth = level or len(os.path.commonprefix(folders))
-        inside = [file for file, f in zip(files, folders, strict=True) if len(f) > depth]
-        if len(inside) == len(files) or 2 * len(inside) <= len(files):
+        depth = level or len(os.path.commonprefix([file.folders for file in files]))
+        num_inside = sum(len(file.folders) > depth for file in files)
+        if num_inside == len(files) or 2 * num_inside <= len(files):
             return files, depth
-        skipped += [(name, "beside the folders") for (name, _), f in zip(files, folders, strict=True) if len(f) <= depth]
-        files = inside
+        files = _keep(files, lambda file, depth=depth: len(file.folders) > depth, "beside the folders", skipped)
 
 
 def _find_or_warn(name, content):
@@ -550,8 +564,8 @@ def _find_or_warn(name, content):
 
 
 def list_images(path, skipped=None):
-    """(name relative to path, function that reads its bytes) of every image, in order of name; includes those inside the
-    official release's zips. Appends (name, kind) of other files to the list `skipped`."""
+    """Yields every image in a folder or zip, an ImageFile, in order of name; includes those inside the official release's zips.
+    Appends (name, kind) of other files to the list `skipped`"""
     skipped = [] if skipped is None else skipped
     if path.is_file():
         yield from _list_zip(path, path, skipped)
@@ -562,7 +576,7 @@ def list_images(path, skipped=None):
             if not file.with_suffix("").exists():
                 yield from _list_zip(file, file, skipped)
         elif _is_image(name, skipped):
-            yield name, file.read_bytes
+            yield ImageFile(name, file.read_bytes)
 
 
 OFFICIAL_ZIP = r"images_(background|evaluation)(_small\d)?\.zip"
@@ -636,7 +650,7 @@ def _list_zip(path, file, skipped):
         if re.fullmatch(OFFICIAL_ZIP, name.split("/")[-1]):
             yield from _list_zip(f"{path}: {name}", io.BytesIO(read(stored)), skipped)
         elif _is_image(name, skipped):
-            yield name, functools.partial(read, stored)
+            yield ImageFile(name, functools.partial(read, stored))
 
 
 # ------------------------------------------------------------------ splits
