@@ -23,7 +23,7 @@ ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
 SEARCH_ERRORS = ["search error", "gain of two"]  # see get_search_error
 # Kinds of images, those to show first at the front, and what the models know of them
 KINDS = {"test": "unseen", "training": "on which the models were trained", "other": "of other data than the models'"}
-EFFORT = ["num_particles", "num_iterations", "batch_size", "test_num_particles"]  # the same in a row for all of TRAINED
+EFFORT = ["num_particles", "num_iterations", "batch_size", "test_num_particles"]  # equal for all of TRAINED in a row
 WORK = "{num_iterations} iterations, {num_particles} and {test_num_particles} particles"
 WORK_BY_ALGORITHM = {
     "sleep": [WORK, "{num_dreams} samples a step of sleep"],
@@ -44,21 +44,21 @@ class Images(NamedTuple):
     """A set of images; different sets never share a row, a table or a figure"""
 
     kind: str  # one of KINDS
-    fingerprint: str  # and their number in brackets
+    fingerprint: str  # a hash, and their number in brackets
 
 
 class Run(NamedTuple):
     """What is known about log p of some images under one trained model, from comparable evaluations"""
 
     name: str  # name of its folder in save/
-    settings: dict  # of its training
+    settings: dict  # those of its training
     iteration: int
-    estimates: dict  # for each available one of ESTIMATES: (mean over images, its standard error), nats
-    search_error: tuple | None  # of the evaluation by mws, see get_search_error
+    estimates: dict  # ESTIMATES, as far as available: (mean over images, its standard error), nats
+    search_error: tuple | None  # see get_search_error
     work: str  # the evaluations' particles and iterations, in words
     images: Images
     images_in_words: str
-    bound_by_image: torch.Tensor | None = None  # [N], guaranteed, of the evaluation by mws
+    bound_by_image: torch.Tensor | None = None  # [N], the guaranteed bound, if there is a memoised evaluation
 
 
 def load_results(paths):
@@ -201,7 +201,7 @@ def describe_leads(runs):
     for run in runs:
         if run.bound_by_image is not None:
             by_model[get_name(run.name)].append(run.bound_by_image)
-    bounds = {name: torch.stack(some).mean(0) for name, some in by_model.items()}  # [N], means over seeds
+    bounds = {name: torch.stack(seeds).mean(0) for name, seeds in by_model.items()}  # [N] each
     names = sorted(bounds, key=lambda name: -bounds[name].mean())
     lines = []
     for name in names[1:]:
@@ -353,7 +353,7 @@ def save_figure(path, figure):
 
 
 def get_labels(names):
-    """What tells models apart. Returns: labels, {name: the parts of it that the others lack}; what all have in common, in words"""
+    """Splits the names of models. Returns: labels, {name: the parts that others lack}; what all have in common, in words"""
     parts = {name: name.split("_") for name in names}
     common = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
     labels = {name: "_".join(part for part in own if part not in common) or name for name, own in parts.items()}
