@@ -12,7 +12,6 @@ import hashlib
 import http.client
 import io
 import math
-import mimetypes
 import os
 import pathlib
 import re
@@ -476,7 +475,9 @@ def _load_image_files(path, prepare):
         about = "".join(f" ({note})" for note in _describe_skipped(path, skipped))
         raise UserError(f"{path} holds no images that can be read{about} and none of Omniglot's zips")
     if 2 * sum(map(_is_official, files)) > len(files):
-        files = _drop_copies(_keep(files, _is_official, "beside Omniglot's", skipped), skipped)
+        files = _keep(files, _is_official, "beside Omniglot's", skipped)
+        if any("images_background" in file.folders for file in files):  # parts of it are there a second time
+            files = _keep(files, lambda file: not re.search("images_background_small", file.name), "copies", skipped)
         # images_background and images_evaluation have no alphabet in common
         alphabets, characters = zip(*(file.folders[-2:] for file in files), strict=True)
         characters = [int(folder.removeprefix("character")) for folder in characters]
@@ -507,18 +508,6 @@ def _keep(files, is_kept, reason, skipped):
     """The files to keep; appends the others to the list `skipped`, for that reason"""
     skipped += [(file.name, reason) for file in files if not is_kept(file)]
     return [file for file in files if is_kept(file)]
-
-
-def _drop_copies(files, skipped):
-    """Leaves out drawings of the official release that are there twice; images_background_small1, for one, repeats some"""
-    known, kept = {}, []
-    for file in files:
-        first = known.setdefault(tuple(file.name.split("/")[-3:]), file)
-        if first is not file and first.read() == file.read():
-            skipped.append((file.name, "copies"))
-        else:
-            kept.append(file)
-    return kept
 
 
 def _arrange(files, skipped):
@@ -586,9 +575,7 @@ def _is_image(name, skipped):
     suffix = pathlib.PurePosixPath(name).suffix.lower()
     if suffix in get_suffixes():
         return True
-    text = (mimetypes.guess_type(name)[0] or "").startswith("text/")
-    known = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC"}
-    skipped.append((name, known.get(suffix) or ("text" if text else suffix[1:].upper() if suffix[1:].isalnum() else "other")))
+    skipped.append((name, "HEIC" if suffix in (".heic", ".heif", ".hif") else suffix[1:].upper() or "other"))
     return False
 
 

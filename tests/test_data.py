@@ -475,7 +475,7 @@ def test_stray_pictures_are_left_out_by_name(tmp_path, capsys):
     dataset = data.load(str(folder), small_dataset=False)
     assert (
         dataset.summary
-        == "12 images, 3 alphabets, mean ink 0.13; skipped: 4 files (1 HEIC, 1 PDF, 1 beside the folders, 1 text)"
+        == "12 images, 3 alphabets, mean ink 0.13; skipped: 4 files (1 HEIC, 1 PDF, 1 TXT, 1 beside the folders)"
     )
     assert dataset.alphabet_names == ("a", "b", "c")
     warning = capsys.readouterr().err.splitlines()[0]
