@@ -1,7 +1,7 @@
 """Images of handwritten characters: where to find them, how to read and split them.
 
-Every source becomes binary 28 x 28 images, upright, ink 1, in three parts, summed up in one line. Where they
-are known, each character comes with its alphabet and its number within it.
+Every source becomes binary 28 x 28 images, upright, ink 1, split into training, validation and test images, and summed up in
+one line. Where they are known, each character comes with its alphabet and its number within it.
 """
 
 import collections
@@ -9,16 +9,13 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import http.client
 import io
 import math
-import mimetypes
 import os
 import pathlib
 import re
-import time
 import typing
-import urllib.error
-import urllib.request
 import zipfile
 
 import numpy as np
@@ -32,7 +29,7 @@ NUM_ROWS = NUM_COLS = 28
 SMALL_NUM_PER_ALPHABET = 10
 
 CHARDATA_URL = "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/chardata.mat"
-CHARDATA_BLOB_ID = "016a3536ffe5e1d38e42563a18d7a78bfaf643ec"
+CHARDATA_BLOB_ID = "016a3536ffe5e1d38e42563a18d7a78bfaf643ec"  # by which git names this content
 CHARDATA_SIZES = dict(train=24345, valid=1345, test=8115)  # valid is split off the end of train
 
 # Where sites keep chardata.mat; $OMNIGLOT_PATH takes precedence. To add a site, add a line.
@@ -64,7 +61,7 @@ class Dataset(typing.NamedTuple):
     test: Split
     num_alphabets: int  # L; 0 if the source has none
     alphabet_names: tuple = ()  # L strings
-    summary: str = ""  # what was read, in one line
+    summary: str = ""  # one line about what was read
 
 
 class Source(typing.NamedTuple):
@@ -75,7 +72,7 @@ class Source(typing.NamedTuple):
     characters: np.ndarray | None = None  # [N], from 1 within an alphabet
     alphabet_names: list = []  # L strings
     parts: np.ndarray | None = None  # [N], "train", "valid" or "test", where the location has them
-    notes: tuple = ()  # what to say about it besides numbers
+    notes: tuple = ()  # remarks for the summary
 
 
 class SizeError(UserError):
@@ -115,15 +112,15 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
 
 
 def load_and_tell(location, *options):
-    """As `load`, and prints what was read"""
+    """As `load`, and prints the summary"""
     dataset = load(location, *options)
     print(f"{location}: {dataset.summary}", flush=True)
     return dataset
 
 
 def load_for_model(checkpoint, location=None, load=load_and_tell):
-    """Loads the data set that a model was trained on, or a corresponding one from another location: of the same size if
-    that can be, else all of it.
+    """Loads the data set that a model was trained on, or a corresponding one from another location: one of the same size if
+    possible, else all of it.
 
     Args: checkpoint: of main.py; location: None for that of the training; load: `load_and_tell`, or a cached version of it
     Raises: UserError as `load` does, and if a conditional model has a different number of alphabets
@@ -143,7 +140,7 @@ def load_for_model(checkpoint, location=None, load=load_and_tell):
 
 
 def get_fingerprint(split):
-    """A short hash of images and alphabets, which tells whether a run resumes with the data it started with."""
+    """A short hash of images and alphabets, by which a run recognises the data it started with"""
     obs = split.obs.numpy()
     digest = hashlib.sha1(np.packbits(obs.astype(bool)).tobytes())
     if (obs != obs.astype(bool)).any():  # grey
@@ -154,7 +151,7 @@ def get_fingerprint(split):
 
 
 def _take_per_alphabet(split, num, num_alphabets, flag):
-    """Selects the first images of each alphabet (of all images, if there are no alphabets)."""
+    """Selects the first images of each alphabet or, if there are no alphabets, of all images"""
     ids = [torch.arange(len(split.obs))]
     if num_alphabets:
         ids = [split.alphabet[:, i].nonzero().squeeze(1) for i in range(num_alphabets)]
@@ -166,11 +163,11 @@ def _take_per_alphabet(split, num, num_alphabets, flag):
     return split.select(torch.cat([i[:num] for i in ids]))
 
 
-# ------------------------------------------------------------------ in one line
+# ------------------------------------------------------------------ the summary
 
 
 def summarise(obs, groups, notes=()):
-    """Sums up images [N, 28, 28] in one line. Args: groups: how many alphabets, say; notes: what else there is to say"""
+    """Sums up images [N, 28, 28] in one line. Args: groups: words, such as the number of alphabets; notes: further remarks"""
     return "; ".join([f"{_count(len(obs), 'image')}, {groups}, mean ink {obs.mean():.2f}", *notes, *_describe_faults(obs)])
 
 
@@ -179,7 +176,7 @@ def _count(number, noun):
 
 
 def _get_faults(obs):
-    """The numbers of images that cannot be characters, by what is wrong with them"""
+    """How many images cannot be characters, by what is wrong with them"""
     ink = obs.reshape(len(obs), -1).mean(1)
     solid = int((ink > 0.95).sum())
     return {"blank": int((ink == 0).sum()), "solid": solid, "more than half ink": int((ink > 0.5).sum()) - solid}
@@ -201,7 +198,7 @@ def _check_ink(location, obs):
 
 def _describe_skipped(path, skipped):
     """Warns, by name, of files that were left out. Args: skipped: (name, kind) of each
-    Returns: a list with what the summary says of them, if any"""
+    Returns: a list with a remark for the summary, if there are any"""
     if not skipped:
         return []
     names = collections.defaultdict(list)
@@ -261,47 +258,26 @@ def _find_site(name):
     return path
 
 
-def download(url, path, blob_id, timeout=30, num_tries=3):
+def download(url, path, blob_id):
     """Downloads a file, verifies its git blob id, and only then moves it to its path.
 
-    Args: timeout: seconds without receiving a byte; num_tries: number of attempts
-    Raises: UserError if all attempts fail; there is then no file at path
+    Raises: UserError if that fails; there is then no file at path
     """
-    path = pathlib.Path(path)
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        for attempt in range(num_tries):
-            try:
-                _fetch(url, temporary, timeout)
-                break
-            except (OSError, EOFError, urllib.error.URLError) as error:
-                permanent = isinstance(error, urllib.error.HTTPError) and error.code < 500
-                no_room = isinstance(error, OSError) and error.errno == 28
-                if attempt == num_tries - 1 or permanent or no_room:
-                    reason = getattr(error, "reason", None) or error
-                    raise UserError(
-                        f"cannot download {url} ({reason}); get the file by other means and put it at {path},"
-                        " or train on --data-location glyphs, which needs no download"
-                    ) from None
-                time.sleep(attempt + 1)
+        torch.hub.download_url_to_file(url, temporary)  # with a progress bar; its own verification takes other hashes
         content = temporary.read_bytes()
         if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
             raise UserError(f"what {url} sent is not the expected file (its git blob id is not {blob_id}); try again later")
         os.replace(temporary, path)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(
+            f"cannot download {url} ({getattr(error, 'reason', error)}); get the file by other means and put it at {path},"
+            " or train on --data-location glyphs, which needs no download"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _fetch(url, path, timeout):
-    with urllib.request.urlopen(url, timeout=timeout) as response, open(path, "wb") as file:
-        total = int(response.headers.get("Content-Length") or 0)
-        with show_progress(total=total or None, unit="B", unit_scale=True, desc="downloading chardata.mat") as bar:
-            while chunk := response.read(1 << 16):
-                file.write(chunk)
-                bar.update(len(chunk))
-            if bar.n < total:
-                raise EOFError(f"the connection broke off after {bar.n} of {total} bytes")
 
 
 # ------------------------------------------------------------------ formats
@@ -320,12 +296,8 @@ def decoding(path):
 
 
 def _load_mat(path):
-    try:
-        with decoding(path):
-            mat = scipy.io.loadmat(path)
-    except UserError as error:
-        fetched = path.resolve() == SITES["local"].resolve()
-        raise UserError(f"{error}" + "; delete it to have it downloaded again" * fetched) from None
+    with decoding(path):
+        mat = scipy.io.loadmat(path)
     keys = ["data", "target", "targetchar", "testdata", "testtarget", "testtargetchar"]
     missing = [key for key in keys if key not in mat]
     if missing:
@@ -342,24 +314,21 @@ def _load_mat(path):
 
 def _read_mat_part(path, mat, prefix):
     obs, alphabet, character = (mat[prefix + key] for key in ["data", "target", "targetchar"])
-    for name, array in [("data", obs), ("target", alphabet), ("targetchar", character)]:
+    num_rows = {"data": NUM_ROWS * NUM_COLS, "target": "L", "targetchar": 1}
+    for (name, rows), array in zip(num_rows.items(), (obs, alphabet, character), strict=True):
         if not isinstance(array, np.ndarray):
             raise UserError(f"{path}: {prefix}{name} is a {type(array).__name__}, not a plain matrix")
-        if array.ndim != 2 or array.dtype.kind not in "uifb" or array.shape[1] != obs.shape[1]:
-            raise UserError(
-                f"{path}: {prefix}{name} has the shape {list(array.shape)}, type {array.dtype}; {prefix}data has {list(obs.shape)}"
-            )
-    if obs.shape[0] != NUM_ROWS * NUM_COLS or character.shape[0] != 1 or obs.shape[1] == 0:
-        raise UserError(
-            f"{path}: {prefix}data has the shape {list(obs.shape)}, {prefix}targetchar {list(character.shape)}; expected [784, N] and [1, N]"
-        )
+        right = array.ndim == 2 and array.dtype.kind in "uifb" and array.shape[0] > 0 and array.shape[1] == obs.shape[1] > 0
+        if not right or rows not in ("L", array.shape[0]):
+            shape = f"the shape {list(array.shape)}, type {array.dtype}"
+            raise UserError(f"{path}: {prefix}{name} has {shape}; expected numbers [{rows}, N], with the N of {prefix}data")
     if ((alphabet != 0).sum(0) != 1).any() or alphabet.max() != 1:
         raise UserError(f"{path}: {prefix}target is not one-hot")
     images = obs.T.reshape(-1, NUM_COLS, NUM_ROWS).transpose(0, 2, 1)  # stored column by column
     return images, alphabet, character[0]
 
 
-# Words in the names of arrays and folders
+# Words in the names of arrays and folders that stand for parts, and those that stand for labels
 PARTS = {
     "train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test",
     "testing": "test", "t10k": "test",
@@ -380,7 +349,7 @@ def _list_array_files(path):
 
 
 def _load_array_files(path, files):
-    """Loads arrays, one a file. Where their names tell neither parts nor labels, each file is an alphabet of its own."""
+    """Loads arrays, one per file. Where their names speak of neither parts nor labels, each file is an alphabet of its own."""
     if len(files) == 1:
         return _load_arrays(path, {"images": functools.partial(_read_array, files[0])})
     files = {file.name.removesuffix(".gz").removesuffix(".npy"): file for file in reversed(files)}
@@ -400,14 +369,14 @@ def _load_npz(path):
 
 
 def _get_role(name):
-    """Which part (None: all) an array has, by the words of its name, and whether it is one of images or labels"""
+    """What an array's name says about it: its part (None: the whole), and whether it holds images or labels"""
     words = re.split(r"[\W_]+", name.lower())
     part = next((PARTS[word] for word in words if word in PARTS), None)
     return part, "labels" if LABELS.intersection(words) else "images"
 
 
 def _load_arrays(path, readers):
-    """Makes a Source of arrays: of images and perhaps labels, which become alphabets, of the whole or of each part.
+    """Makes a Source of arrays of images, one or one per part, and perhaps of their labels, which become alphabets.
 
     Args: readers: name -> a function that returns the array
     """
@@ -417,7 +386,7 @@ def _load_arrays(path, readers):
     parts = [part for part in [None, "train", "valid", "test"] if (part, "images") in names]
     if not parts or None in parts[1:] or any(len(some) > 1 for some in names.values()) or (None in parts and len(parts) > 1):
         listed = ", ".join(readers)[:200]
-        raise UserError(f"{path} holds {listed}; one array of images is needed, or one named images, or one a part (x_train)")
+        raise UserError(f"{path} holds {listed}; give one array of images, or one named images, or one per part (x_train)")
     obs, notes = zip(*(_to_ink(path, readers[names[part, "images"][0]]()) for part in parts), strict=True)
     sizes = [len(some) for some in obs]
     labels = [name for part in parts for name in names.get((part, "labels"), [])]
@@ -430,7 +399,7 @@ def _load_arrays(path, readers):
 
 
 def _complete(parts):
-    """Where there are no test images, those to validate on are"""
+    """Without test images, those of validation take their place"""
     return parts if "test" in parts else np.where(parts == "valid", "test", parts)
 
 
@@ -450,8 +419,8 @@ def _read_array(path):
 def _to_ink(path, array):
     """Images as numbers [N, R, C], [N, R, C, 1], [N, 1, R, C] or, square ones, [N, R * C], from 0 to 1, to 255 or to 65535.
 
-    Returns: ink, bool [N, 28, 28], and what to say about it. Paper is what most images' edges show.
-    Raises: UserError if the array holds no images, or values that cannot be ink
+    Returns: ink, bool [N, 28, 28], and remarks for the summary. Paper is what most images' edges show.
+    Raises: UserError if it is not an array of images, or has values that cannot be ink
     """
     right = isinstance(array, np.ndarray) and array.dtype.kind in "uifb" and 0 not in array.shape
     if right and array.ndim == 4 and 1 in (array.shape[1], array.shape[3]):
@@ -459,7 +428,7 @@ def _to_ink(path, array):
     if right and array.ndim == 2 and math.isqrt(array.shape[1]) ** 2 == array.shape[1]:
         array = array.reshape(len(array), math.isqrt(array.shape[1]), -1)
     if not right or array.ndim != 3:
-        shape = f"the shape {list(array.shape)}, type {array.dtype}" if isinstance(array, np.ndarray) else "no array"
+        shape = f"the shape {list(array.shape)}, type {array.dtype}" if isinstance(array, np.ndarray) else "something else"
         raise UserError(f"{path} has {shape}; expected numbers [N, rows, columns]")
     largest = _get_largest(path, array)
     edges = np.concatenate([array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1]], 1) > 0.5 * largest
@@ -473,7 +442,7 @@ def _to_ink(path, array):
 
 def _get_largest(path, array):
     """The value of full ink, or of white paper: 1, 255 or 65535"""
-    low, high, rounding = float(array.min()), float(array.max()), 1e-5  # images scaled down elsewhere may be that far outside
+    low, high, rounding = float(array.min()), float(array.max()), 1e-5  # which averages may be outside
     if low >= -rounding and high <= 65535 + rounding and not 1 + rounding < high < 64 and not 255 + rounding < high < 4096:
         return 1 if high <= 1 + rounding else 255 if high < 4096 else 65535
     raise UserError(f"{path} has values outside [0, 1], {low:g} to {high:g}; scale it so that paper is 0 and ink is 1, or 255")
@@ -488,86 +457,90 @@ def _to_labels(path, array, size):
     return array.astype(int) if whole else np.char.decode(array, errors="replace") if array.dtype.kind == "S" else array
 
 
+class ImageFile(typing.NamedTuple):
+    name: str  # relative to the location, with slashes
+    read: typing.Callable  # returns its bytes
+
+    @property
+    def folders(self):
+        return self.name.split("/")[:-1]
+
+
 def _load_image_files(path, prepare):
-    """Loads a folder or zip of images: the official release of Omniglot, or the user's own,
-    whose subfolders, if any, are alphabets"""
+    """Loads a folder or zip of images: Omniglot's official release, or the user's own, whose subfolders, if any, are
+    alphabets"""
     skipped = []
     files = list(list_images(path, skipped))
     if not files:
         about = "".join(f" ({note})" for note in _describe_skipped(path, skipped))
         raise UserError(f"{path} holds no images that can be read{about} and none of Omniglot's zips")
-    official = [(name, content) for name, content in files if re.search(OFFICIAL, name, re.ASCII)]
-    if 2 * len(official) > len(files):
-        skipped += [(name, "beside Omniglot's") for name, _ in files if not re.search(OFFICIAL, name, re.ASCII)]
-        files, read = _drop_copies(official, skipped), read_official
-        folders = [name.split("/")[:-1] for name, _ in files]
+    if 2 * sum(map(_is_official, files)) > len(files):
+        files = _keep(files, _is_official, "beside Omniglot's", skipped)
+        if any("images_background" in file.folders for file in files):  # parts of it are there a second time
+            files = _keep(files, lambda file: not re.search("images_background_small", file.name), "copies", skipped)
         # images_background and images_evaluation have no alphabet in common
-        alphabets, characters = [f[-2] for f in folders], [int(f[-1][len("character") :]) for f in folders]
-        parts = None
+        alphabets, characters = zip(*(file.folders[-2:] for file in files), strict=True)
+        characters = [int(folder.removeprefix("character")) for folder in characters]
+        parts, decode = None, read_official
     else:
         files, alphabets, parts = _arrange(files, skipped)
-        characters, read = None, read_image
+        characters, decode = None, read_image
     notes = _describe_skipped(path, skipped)
     files = show_progress(files, desc="reading images", unit="", leave=False)
-    found = [_find_or_warn(name, content()) if prepare else [read(name, content()) >= 0.5] for name, content in files]
-    source = np.repeat(np.arange(len(found)), [len(some) for some in found])  # the file of each character
-    if len(source) == 0:
+    found = [_find_or_warn(name, read()) if prepare else [decode(name, read()) >= 0.5] for name, read in files]
+    file_ids = np.repeat(np.arange(len(found)), [len(some) for some in found])  # the file of each character
+    if len(file_ids) == 0:
         raise UserError(f"no characters were found on the images in {path}: see the warnings")
     names = []
     if alphabets is not None:
-        names, alphabets = np.unique(np.array(alphabets)[source], return_inverse=True)
+        names, alphabets = np.unique(np.array(alphabets)[file_ids], return_inverse=True)
     obs = np.stack([character for some in found for character in some])
-    characters, parts = (None if some is None else np.array(some)[source] for some in (characters, parts))
+    characters, parts = (None if some is None else np.array(some)[file_ids] for some in (characters, parts))
     return Source(obs, alphabets, characters, [str(name) for name in names], parts, notes)
 
 
-OFFICIAL = r"(^|/)[^/]+/character\d{1,6}/[^/]+$"  # the alphabet's and the character's folder, and the file
+def _is_official(file):
+    """Whether it lies in folders of an alphabet and a character, as in the official release"""
+    return re.search(r"(^|/)[^/]+/character\d{1,6}/[^/]+$", file.name, re.ASCII) is not None
 
 
-def _drop_copies(files, skipped):
-    """Leaves out drawings of the official release that are there twice: images_background_small1 repeats some, say"""
-    known, kept = {}, []
-    for name, content in files:
-        key = tuple(name.split("/")[-3:])
-        if key in known and known[key]() == content():
-            skipped.append((name, "copies"))
-        else:
-            known[key] = content
-            kept.append((name, content))
-    return kept
+def _keep(files, is_kept, reason, skipped):
+    """The files to keep; appends the others to the list `skipped`, for that reason"""
+    skipped += [(file.name, reason) for file in files if not is_kept(file)]
+    return [file for file in files if is_kept(file)]
 
 
 def _arrange(files, skipped):
-    """Tells alphabets and parts from folders. If most files are in folders, those beside them are left out.
+    """Takes alphabets and parts from the names of folders. If most files are in folders, those beside them are left out.
 
     Returns: files, their alphabets or None, and their parts ("train", "valid", "test") or None
     """
+
+    def get_part(file):
+        return PARTS.get(file.folders[level].lower())
+
     files, level = _leave_out(files, 0, skipped)
-    folders = [name.split("/")[:-1] for name, _ in files]
-    if min(len(f) for f in folders) <= level:
+    if min(len(file.folders) for file in files) <= level:
         return files, None, None
-    parts = [PARTS.get(f[level].lower()) for f in folders]
-    if not {"train", "test"} <= set(_complete(np.array([str(part) for part in parts]))) or 2 * parts.count(None) >= len(parts):
-        return files, [f[level] for f in folders], None
-    skipped += [(name, "beside the parts") for (name, _), part in zip(files, parts, strict=True) if part is None]
-    files = [file for file, part in zip(files, parts, strict=True) if part is not None]
-    files, _ = _leave_out(files, level + 1, skipped)
-    folders = [name.split("/")[:-1] for name, _ in files]
-    parts = _complete(np.array([PARTS[f[level].lower()] for f in folders]))
-    return files, [f[level + 1] for f in folders] if min(len(f) for f in folders) > level + 1 else None, parts
+    parts = [part for file in files if (part := get_part(file))]
+    if not {"train", "test"} <= set(_complete(np.array(parts))) or 2 * len(parts) <= len(files):
+        return files, [file.folders[level] for file in files], None
+    files = _keep(files, get_part, "beside the parts", skipped)
+    files, below = _leave_out(files, level + 1, skipped)
+    parts = _complete(np.array([get_part(file) for file in files]))
+    have_alphabets = min(len(file.folders) for file in files) > below
+    return files, [file.folders[below] for file in files] if have_alphabets else None, parts
 
 
 def _leave_out(files, level, skipped):
     """Leaves out files beside the folders that hold most of them. Args: level: of the folders; 0: at which they first differ
     Returns: the files that remain, and the level"""
     while True:
-        folders = [name.split("/")[:-1] for name, _ in files]
-        depth = level or len(os.path.commonprefix(folders))
-        inside = [file for file, f in zip(files, folders, strict=True) if len(f) > depth]
-        if len(inside) == len(files) or 2 * len(inside) <= len(files):
+        depth = level or len(os.path.commonprefix([file.folders for file in files]))
+        num_inside = sum(len(file.folders) > depth for file in files)
+        if num_inside == len(files) or 2 * num_inside <= len(files):
             return files, depth
-        skipped += [(name, "beside the folders") for (name, _), f in zip(files, folders, strict=True) if len(f) <= depth]
-        files = inside
+        files = _keep(files, lambda file, depth=depth: len(file.folders) > depth, "beside the folders", skipped)
 
 
 def _find_or_warn(name, content):
@@ -580,8 +553,8 @@ def _find_or_warn(name, content):
 
 
 def list_images(path, skipped=None):
-    """(name relative to path, function that reads its bytes) of every image, in order of name; includes those inside the
-    official release's zips. Appends (name, kind) of other files to the list `skipped`."""
+    """Yields every image in a folder or zip, an ImageFile, in order of name; includes those inside the official release's zips.
+    Appends (name, kind) of other files to the list `skipped`"""
     skipped = [] if skipped is None else skipped
     if path.is_file():
         yield from _list_zip(path, path, skipped)
@@ -592,7 +565,7 @@ def list_images(path, skipped=None):
             if not file.with_suffix("").exists():
                 yield from _list_zip(file, file, skipped)
         elif _is_image(name, skipped):
-            yield name, file.read_bytes
+            yield ImageFile(name, file.read_bytes)
 
 
 OFFICIAL_ZIP = r"images_(background|evaluation)(_small\d)?\.zip"
@@ -602,9 +575,7 @@ def _is_image(name, skipped):
     suffix = pathlib.PurePosixPath(name).suffix.lower()
     if suffix in get_suffixes():
         return True
-    text = (mimetypes.guess_type(name)[0] or "").startswith("text/")
-    known = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC"}
-    skipped.append((name, known.get(suffix) or ("text" if text else suffix[1:].upper() if suffix[1:].isalnum() else "other")))
+    skipped.append((name, "HEIC" if suffix in (".heic", ".heif", ".hif") else suffix[1:].upper() or "other"))
     return False
 
 
@@ -666,7 +637,7 @@ def _list_zip(path, file, skipped):
         if re.fullmatch(OFFICIAL_ZIP, name.split("/")[-1]):
             yield from _list_zip(f"{path}: {name}", io.BytesIO(read(stored)), skipped)
         elif _is_image(name, skipped):
-            yield name, functools.partial(read, stored)
+            yield ImageFile(name, functools.partial(read, stored))
 
 
 # ------------------------------------------------------------------ splits

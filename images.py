@@ -1,8 +1,8 @@
-"""Characters without a data set's help: image files, and letters of a font.
+"""Characters from image files, and built-in letters.
 
-`read_image` scales a whole image down by averaging. `find_characters` is for photographs and scans: it
-finds the sheet, and the ink on it under uneven light, separates characters, and gives each the size and stroke width of
-Omniglot's. `draw_glyphs` returns letters as drawn by twenty "hands".
+`read_image` scales a whole image down by averaging. `find_characters` is for photographs and scans: it finds the sheet, and
+the ink on it under uneven light, separates characters, and gives each the size and stroke width of Omniglot's. `draw_glyphs`
+returns letters of a font, each drawn by twenty "hands".
 """
 
 import contextlib
@@ -26,11 +26,11 @@ STROKE_RADIUS = 3  # on a grid four times as fine: strokes of Omniglot are 1.6 p
 MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the range from black to white
 SHEET_SIDE = 240  # pixels, of the photograph on which a sheet is found
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
-COLOURS = ["P", "PA", "CMYK", "YCbCr", "LAB", "HSV"]  # Pillow's names of what has to be converted to red, green and blue
-ONLY_RECOGNISED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow needs other programs to read
+COLOURS = ["P", "PA", "CMYK", "YCbCr", "LAB", "HSV"]  # Pillow's names of modes to be converted to red, green and blue
+ONLY_RECOGNISED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow cannot read without other programs
 HEIC_ADVICE = "convert it to JPEG or PNG, or pip install pillow-heif, which is then used"
 
-ALPHABETS = [  # of glyphs.npz
+ALPHABETS = [  # those of glyphs.npz, in its order
     "Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Lao", "Tifinagh", "N'Ko", "Lisu", "Ogham",
     "Old Italic", "Canadian syllabics",
 ]  # fmt: skip
@@ -49,29 +49,15 @@ def get_suffixes():
 
 def decode(name, content):
     """Decodes an image to grey values [rows, columns] in [0, 1], black 0, upright, as its camera held it; transparent pixels
-    become white. Of several pictures in a file, an animation say, the first is read, with a warning.
+    become white. Of several pictures in a file, such as an animation, the first is read, with a warning.
 
     Raises: UserError if it cannot be decoded, or has an unexpected shape or type
     """
-    get_suffixes()  # prepares Pillow
-    try:
-        with ignore_warnings(), imageio.imopen(content, "r", plugin="pillow") as file:
-            num_frames = file.properties(index=...).n_images
-            mode = "RGBA" if file.metadata(index=0)["mode"] in COLOURS else None
-            image = file.read(index=0, mode=mode, rotate=True)  # [rows, columns(, channels)]
-    except Exception as error:  # decoders raise anything
-        if isinstance(error.__cause__ or error, PIL.Image.DecompressionBombError):
-            most = 2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6
-            raise UserError(f"{name} is too large: it has more than {most} million pixels; scale it down") from None
-        if is_heic(content):
-            raise UserError(f"{name} is a HEIC picture; {HEIC_ADVICE}") from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise UserError(f"{name} is damaged or not an image ({reason})") from None
-    if num_frames > 1:
-        warn(f"{name} holds {num_frames} pictures; the first is read")
+    image = _read_pixels(name, content)
     if image.dtype == np.int32 and image.size and 0 <= image.min() and image.max() < 2**16:  # how older Pillows read 16 bits
         image = image.astype(np.uint16)
-    if image.dtype not in (bool, np.uint8, np.uint16) or not _is_image(image.shape):
+    right_shape = 0 not in image.shape and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] <= 4))
+    if image.dtype not in (bool, np.uint8, np.uint16) or not right_shape:
         raise UserError(
             f"{name} has pixels of type {image.dtype} in the shape {list(image.shape)}; save it as 8-bit grey or RGB"
         )
@@ -83,21 +69,32 @@ def decode(name, content):
     return grey * alpha + 1 - alpha
 
 
-@contextlib.contextmanager
-def ignore_warnings():
-    """Without Python's warnings, of Pillow about large images, say"""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _read_pixels(name, content):
+    """The first picture in a file: [rows, columns(, channels)]"""
+    get_suffixes()  # prepares Pillow
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's about large images
+            with imageio.imopen(content, "r", plugin="pillow") as file:
+                num_frames = file.properties(index=...).n_images
+                mode = "RGBA" if file.metadata(index=0)["mode"] in COLOURS else None
+                image = file.read(index=0, mode=mode, rotate=True)
+    except Exception as error:  # decoders raise anything
+        if isinstance(error.__cause__ or error, PIL.Image.DecompressionBombError):
+            most = 2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6
+            raise UserError(f"{name} is too large: it has more than {most} million pixels; scale it down") from None
+        if is_heic(content):
+            raise UserError(f"{name} is a HEIC picture; {HEIC_ADVICE}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        raise UserError(f"{name} is damaged or not an image ({reason})") from None
+    if num_frames > 1:
+        warn(f"{name} holds {num_frames} pictures; the first is read")
+    return image
 
 
 def is_heic(content):
-    """Whether a file begins as HEIC pictures do, the format of most telephones"""
+    """Whether a file is in HEIC, the format of most telephones"""
     return content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-
-
-def _is_image(shape):
-    return 0 not in shape and (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 2, 3, 4)))
 
 
 def read_official(name, content):
@@ -107,7 +104,7 @@ def read_official(name, content):
 
 def read_image(name, content):
     """Reads an image file of any size, dark on light or light on dark, on paper of whatever brightness: ink [28, 28] in
-    [0, 1]. Strokes much thinner than a pixel of it are darkened (see `shrink`), so that they survive when ink becomes binary.
+    [0, 1]. Very thin strokes are darkened (see `shrink`), so that they survive when ink becomes binary.
 
     Raises: UserError if it cannot be decoded
     """
@@ -115,7 +112,7 @@ def read_image(name, content):
 
 
 def shrink(ink):
-    """Scales ink [rows, columns] in [0, 1] down to [28, 28], and darkens it where strokes are much thinner than a pixel"""
+    """Scales ink [rows, columns] in [0, 1] to [28, 28], and darkens it if its strokes become much thinner than a pixel"""
     ink = fit(ink)
     darkest = np.quantile(ink[ink > 0.02], 0.9) if (ink > 0.02).any() else 1
     return (ink * 1.5 / darkest).clip(0, 1) if darkest < 0.6 else ink
@@ -147,7 +144,7 @@ def _get_paper(grey):
         return paper
     rows, cols = (_get_edge(np.broadcast_to(x, grey.shape)) for x in (row[:, None], col))
     terms = np.stack([np.ones_like(rows), rows, cols, rows * cols, rows**2, cols**2], 1)
-    for _ in range(5):  # without the strokes that reach the edge
+    for _ in range(5):  # leaves out strokes that reach the edge
         near = distance <= 3 * np.median(distance)
         weights = np.linalg.lstsq(terms[near], edge[near], rcond=None)[0]
         distance = np.abs(edge - terms @ weights)
@@ -212,7 +209,7 @@ def find_characters(name, content):
 
 
 def _is_patch(part, page):
-    """Whether a part of the ink on a page, [rows, columns] each, is no stroke but a blank sheet, or what a sheet lies on"""
+    """Whether a part of the ink on a page, [rows, columns] each, is a blank sheet, or what a sheet lies on, rather than strokes"""
     return part.size > 0.05 * page.size and part.mean() > 0.8 and max(part.shape) < 3 * min(part.shape)
 
 
@@ -222,13 +219,13 @@ def find_sheet(grey):
     darker than its surroundings all around, mostly empty, and reaches at most one corner of the photograph."""
     from skimage.transform import resize
 
-    if min(grey.shape) < SHEET_SIDE / 2:  # no photograph
+    if min(grey.shape) < SHEET_SIDE / 2:  # not a photograph
         return grey
     shape = [max(round(n * min(SHEET_SIDE / max(grey.shape), 1)), 1) for n in grey.shape]
     small = resize(grey, shape, order=1, anti_aliasing=True)
     best, chosen = 0, None
     for light in (small, 1 - small):
-        blank = scipy.ndimage.grey_closing(np.pad(light, 9, "edge"), (9, 9))[9:-9, 9:-9]  # without what is written on it
+        blank = scipy.ndimage.grey_closing(np.pad(light, 9, "edge"), (9, 9))[9:-9, 9:-9]  # erases what is written
         for threshold in np.linspace(blank.min(), blank.max(), 18)[1:-1]:
             corners, quality = _find_convex(blank > threshold)
             step = 0 if corners is None else _get_step(blank, corners)
@@ -242,8 +239,8 @@ def find_sheet(grey):
 
 
 def _find_convex(region):
-    """Of the largest piece of a region, if it may be a sheet: its corners [K, 2], in order, and its size, less if it is not
-    quite convex; else None, 0"""
+    """Returns, for the largest piece of a region, if it may be a sheet: its corners [K, 2], in order, and its share of the
+    image, reduced where it is not quite convex; else None, 0"""
     pieces, _ = scipy.ndimage.label(region)
     sizes = np.bincount(pieces.flat)
     sizes[0] = 0
@@ -256,12 +253,12 @@ def _find_convex(region):
         return None, 0
     points = np.argwhere(piece & ~scipy.ndimage.binary_erosion(piece))
     hull = scipy.spatial.ConvexHull(points)
-    convexity = piece.sum() / (hull.volume + hull.area / 2 + 1)  # in pixels, not in the polygon through their centres
+    convexity = piece.sum() / (hull.volume + hull.area / 2 + 1)  # the hull goes through the pixels' centres
     return (points[hull.vertices].astype(float), piece.mean() * convexity**20) if convexity > 0.93 else (None, 0)
 
 
 def _get_step(blank, corners):
-    """By what share of its brightness a sheet is brighter than its surroundings, where this is least certain"""
+    """By what share of its brightness a sheet is brighter than its surroundings, where they differ least"""
     start = corners @ [1, 1j]  # complex numbers, row + i * column
     side = np.roll(start, -1) - start
     number = np.repeat(np.arange(len(side)), np.abs(side).round().astype(int))
@@ -440,7 +437,7 @@ def draw_glyphs():
     """
     with np.load(pathlib.Path(__file__).resolve().parent / "glyphs.npz") as stored:
         obs = np.unpackbits(stored["obs"], axis=1).astype(bool).reshape(-1, SIDE, SIDE)
-        sizes = stored["num_characters"]  # of each alphabet
-    num_hands = len(obs) // sizes.sum()
-    characters = np.concatenate([np.arange(1, size + 1) for size in sizes]).repeat(num_hands)
-    return obs, np.arange(len(sizes)).repeat(sizes * num_hands), characters
+        num_characters = stored["num_characters"]  # [L]
+    num_hands = len(obs) // num_characters.sum()
+    characters = np.concatenate([np.arange(1, num + 1) for num in num_characters]).repeat(num_hands)
+    return obs, np.arange(len(num_characters)).repeat(num_characters * num_hands), characters

@@ -10,8 +10,8 @@ import util
 from cluster import commands
 from cluster.tasks import get_position
 
-MAX_REQUEUES = 3  # without progress
-FAILURES = ["BOOT_FAIL", "DEADLINE", "FAILED", "OUT_OF_MEMORY"]  # states of a job that nothing follows
+MAX_REQUEUES = 3  # limit of requeues without progress
+FAILURES = ["BOOT_FAIL", "DEADLINE", "FAILED", "OUT_OF_MEMORY"]  # states after which a job does not start again
 
 
 class Record(NamedTuple):
@@ -24,11 +24,9 @@ class Record(NamedTuple):
 
 
 def read(task):
-    """A damaged or missing record counts as an empty one"""
+    """The record of a task; an empty one if there is none"""
     try:
-        record = Record(**json.loads(task.get_path("jobs").read_text()))
-        right = all(isinstance(x, type(y)) for x, y in zip(record, Record(), strict=True))
-        return record if right and all(len(start) == 2 for start in record.starts) else Record()
+        return Record(**json.loads(task.get_path("jobs").read_text()))
     except (OSError, ValueError, TypeError):
         return Record()
 
@@ -60,7 +58,7 @@ def note_start(task, listing, job, max_requeues=MAX_REQUEUES):
 
 
 def get_memory_fault(record, job):
-    """Whether the job before this one was killed for memory, in words, or "" """
+    """A sentence if the job before this one was killed for memory, else "" """
     before = record.starts[-1][0] if record.starts else job
     verdict = commands.get_verdict(before) if before != job else None
     if verdict is not None and was_killed_for_memory(verdict, verdict.output):
@@ -69,7 +67,7 @@ def get_memory_fault(record, job):
 
 
 def was_killed_for_memory(verdict, output):
-    """As Slurm says; where its state does not tell, its own output does"""
+    """By the state that Slurm reports or, where that says nothing, by the end of its own output"""
     if verdict.state.startswith("OUT_OF_ME"):
         return True
     try:

@@ -1,4 +1,4 @@
-"""Calls to Slurm's commands: with a time limit, and without those settings of the user's that change what they say."""
+"""Calls to Slurm's commands, with a time limit, and without the user's settings that change what they print."""
 
 import os
 import re
@@ -6,10 +6,10 @@ import shutil
 import subprocess
 from typing import NamedTuple
 
-from util import UserError, warn
+from util import UserError
 
-PATIENCE, TIMEOUT = 5, 120  # seconds until we say that we wait, and until we give up
-# Of sbatch's own variables, those that change what it prints, or what we decide
+TIMEOUT = 120  # seconds
+# sbatch's variables that change what it prints, or what sweep.py decides
 OURS = "ARRAY_INX NO_REQUEUE OPEN_MODE REQUEUE SIGNAL WAIT JOB_NAME TEST_ONLY QUIET PARSABLE COMMENT".split()
 
 
@@ -20,8 +20,8 @@ class Answer(NamedTuple):
 
 
 def get_environment():
-    """The environment without SQUEUE_FORMAT, SLURM_TIME_FORMAT and the like. What chooses the cluster (SLURM_CONF,
-    SLURM_CLUSTERS) stays, and so does what is meant for sbatch (SBATCH_ACCOUNT, say)"""
+    """The environment without SQUEUE_FORMAT, SLURM_TIME_FORMAT and the like. Variables that choose the cluster (SLURM_CONF,
+    SLURM_CLUSTERS), or are meant for sbatch (such as SBATCH_ACCOUNT), stay"""
     unwanted = re.compile("(SQUEUE|SCANCEL|SCONTROL|SACCT|SINFO)_.*|SLURM_TIME_FORMAT|SBATCH_(" + "|".join(OURS) + ")")
     return {name: value for name, value in os.environ.items() if not unwanted.fullmatch(name)}
 
@@ -35,18 +35,13 @@ def require(command):
 def call(command):
     """Runs a command. Returns: Answer. Raises: UserError if it is missing, or does not end in time"""
     require(command[0])
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=get_environment()
-    )
-    for seconds in (PATIENCE, TIMEOUT - PATIENCE):
-        try:
-            stdout, stderr = process.communicate(timeout=seconds)
-            return Answer(process.returncode, stdout, stderr)
-        except subprocess.TimeoutExpired:
-            if seconds == PATIENCE:
-                warn(f"waiting for {command[0]} to answer")
-    process.kill()
-    raise UserError(f"Slurm does not answer ({command[0]} takes longer than {TIMEOUT} seconds); try again later")
+    try:
+        process = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=get_environment(), timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"Slurm does not answer ({command[0]} takes longer than {TIMEOUT} seconds); try again later") from None
+    return Answer(process.returncode, process.stdout, process.stderr)
 
 
 # ------------------------------------------------------------------ what became of a job
@@ -68,8 +63,8 @@ class Verdict(NamedTuple):
 
 
 def get_verdict(job):
-    """Asks Slurm what became of a job, by its number: of the accounting where it runs, else of the scheduler while it
-    remembers. Returns: Verdict, or None if neither knows"""
+    """Asks Slurm what became of a job, by its number: its accounting where that runs, else the scheduler, which remembers it for
+    a while. Returns: Verdict, or None if neither knows"""
     for ask in (_ask_accounting, _ask_scheduler):
         try:
             verdict = ask(job)

@@ -5,10 +5,10 @@
     gres = "gpu:a100:1"
     setup = "module load cuda"
 
-    [evaluations]           # of evaluations instead
+    [evaluations]           # what differs for evaluations
     time = "4:00:00"
 
-    [models.mws_40]         # of one model's jobs instead
+    [models.mws_40]         # what differs for this model's jobs
     mem = "32G"
 
 The command line takes precedence over all of it, a model's own table over that of evaluations, and that over the rest.
@@ -22,7 +22,7 @@ import util
 from util import UserError
 
 DEFAULT_PATH = pathlib.Path("~/.config/strokes/slurm.toml")
-# Names as on the command line, with what they are if nothing sets them; account and qos become options of sbatch
+# Options of the command line, with the values they have if nothing sets them; account and qos become options of sbatch
 DEFAULTS = {
     "account": None, "partition": None, "qos": None, "gres": None, "mem": "16G", "time": None, "setup": "", "cpus_per_task": None,
     "sbatch": "", "mail": None,
@@ -49,7 +49,7 @@ def read(path=None):
     tables = {"": {name: value for name, value in content.items() if name != "evaluations"}}
     tables["evaluations"] = content.get("evaluations", {})
     if not isinstance(models, dict):
-        raise UserError(f"{chosen}: models is no table; write [models.mws_40]")
+        raise UserError(f"{chosen}: models must be a table; write [models.mws_40]")
     tables.update({f"models.{name}": table for name, table in models.items()})
     return {name: _check(chosen, name, table) for name, table in tables.items()}
 
@@ -57,20 +57,21 @@ def read(path=None):
 def _check(path, name, table):
     where = f"{path}, [{name}]" if name else str(path)
     if not isinstance(table, dict):
-        raise UserError(f"{where} is no table")
+        raise UserError(f"{where} must be a table")
     checked = {}
     for key, value in table.items():
         known = key.replace("-", "_")
         if known not in DEFAULTS:
             names = [other.replace("_", "-") for other in DEFAULTS] + ["evaluations", "models"] * (not name)
             close = difflib.get_close_matches(key, names, 3, 0.4) or names
-            raise UserError(f"{where}: there is no {key}; there is {', '.join(close)}")
+            raise UserError(f"{where}: unknown key {key}; did you mean {', '.join(close)}?")
         if known == "cpus_per_task" and isinstance(value, int) and value >= 1:
             checked[known] = value
         elif known != "cpus_per_task" and isinstance(value, str | int) and not isinstance(value, bool):
             checked[known] = str(value)
         else:
-            raise UserError(f"{where}: {key} is {value!r}")
+            kind = "a positive whole number" if known == "cpus_per_task" else "text or a whole number"
+            raise UserError(f"{where}: {key} must be {kind}, not {value!r}")
     return checked
 
 

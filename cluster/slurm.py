@@ -1,8 +1,10 @@
 """Tasks on Slurm: job arrays that requeue themselves, or chains of jobs repeated by openmind-tools' om-repeat.
 
+Large, since a sweep outlives what clusters do to jobs (docs/slurm.md, "What happens when"), and both kinds differ in all of it.
 Nothing passes through a shell here; arguments that om-repeat would mangle are refused.
 """
 
+import argparse
 import collections
 import contextlib
 import hashlib
@@ -46,12 +48,12 @@ FOLDER = util.SAVE / ".sweep"  # listings of submitted tasks, and Slurm's own ou
 class Job(NamedTuple):
     """A task in Slurm's queue"""
 
-    number: str | None  # as scancel takes it; None if the training's job will submit it
+    number: str | None  # the name by which scancel knows it; None if the training's job will submit it
     model: str
     kind: str
     state: str  # Slurm's: PENDING, RUNNING, ...
     reason: str  # why it is pending
-    repeated: bool  # by om-repeat: part of a chain of jobs
+    repeated: bool  # part of a chain of jobs, by om-repeat
 
 
 def get_tag():
@@ -66,13 +68,13 @@ class Listing(NamedTuple):
     """The tasks submitted by one call of sweep.py, in which its jobs look up theirs"""
 
     path: pathlib.Path
-    repeated: bool  # by om-repeat
+    repeated: bool  # whether om-repeat repeats its jobs
     setup: str  # a line of shell code
     warning: int  # seconds before a job's time limit at which it should save and stop
     tasks: list
-    max_requeues: int = attempts.MAX_REQUEUES  # without progress
-    environment: dict = {}  # of the tasks, besides that of the job: a site may pass none of it on
-    packs: dict = {}  # first task's index, as a string -> the indices of all that share its job, if they are several
+    max_requeues: int = attempts.MAX_REQUEUES  # limit of requeues without progress
+    environment: dict = {}  # variables that the tasks need; a site may pass none of the user's on to jobs
+    packs: dict = {}  # index of a first task, as a string -> the indices of all that share its job, if there are several
 
     def get_pack(self, index):
         """The tasks that one job runs, by the index of the first"""
@@ -133,33 +135,41 @@ def is_repeated(args):
     return not args.no_repeat and shutil.which("om-repeat") is not None
 
 
-# Options of ours that --sbatch may override, with their short forms
-OVERRIDABLE = {"time": "-t", "mem": None, "cpus-per-task": "-c", "partition": "-p", "gres": None}
-# Options that would break a sweep, and why
+# Options of sweep.py that --sbatch may override, in all of their forms
+OVERRIDABLE = {
+    "time": ["-t", "--time"],
+    "mem": ["--mem"],
+    "cpus-per-task": ["-c", "--cpus-per-task"],
+    "partition": ["-p", "--partition"],
+    "gres": ["--gres"],
+}
+# Options that would break a sweep, by the reason
 REFUSED = {
-    "parsable": "it changes what sbatch prints", "quiet": "it changes what sbatch prints", "Q": "it changes what sbatch prints",
-    "test-only": "nothing would be submitted; --dry-run shows what would be", "wait": "use --wait of sweep.py", "W": "use --wait of sweep.py",
-    "chdir": "jobs run in the folder that holds save/", "D": "jobs run in the folder that holds save/",
-    "clusters": "sweep.py could not find its jobs; set $SLURM_CLUSTERS", "M": "sweep.py could not find its jobs; set $SLURM_CLUSTERS",
-    "wrap": "sweep.py gives jobs their commands", "array": "sweep.py numbers its tasks", "a": "sweep.py numbers its tasks",
-    "job-name": "sweep.py names its jobs", "J": "sweep.py names its jobs", "comment": "sweep.py finds its jobs by it",
-    "output": "sweep.py shows where it is", "o": "sweep.py shows where it is", "error": "it is in the output", "e": "it is in the output",
-    "signal": "sweep.py sets when a job is warned", "requeue": "sweep.py decides it", "no-requeue": "sweep.py decides it",
-    "open-mode": "sweep.py sets it",
-}  # fmt: skip
+    "it changes what sbatch prints": "parsable quiet Q",
+    "nothing would be submitted; --dry-run shows what would be": "test-only",
+    "use --wait of sweep.py": "wait W",
+    "jobs run in the folder that holds save/": "chdir D",
+    "sweep.py could not find its jobs; set $SLURM_CLUSTERS": "clusters M",
+    "sweep.py gives jobs their commands": "wrap",
+    "sweep.py numbers its tasks": "array a",
+    "sweep.py names its jobs": "job-name J",
+    "sweep.py finds its jobs by it": "comment",
+    "sweep.py shows where it is": "output o",
+    "it is in the output": "error e",
+    "sweep.py sets when a job is warned": "signal",
+    "sweep.py decides it": "requeue no-requeue",
+    "sweep.py sets it": "open-mode",
+}
 
 
 def get_option(args, name):
-    """The value of an option of ours, which --sbatch may override; None if there is none"""
-    value, words, short = getattr(args, name.replace("-", "_")), split_options(args.sbatch), OVERRIDABLE[name]
-    for i, word in enumerate(words):
-        after = words[i + 1] if i + 1 < len(words) else ""
-        if word in (f"--{name}", short):
-            value = after
-        elif word.startswith(f"--{name}="):
-            value = word.split("=", 1)[1]
-        elif short and word.startswith(short) and not word.startswith("--"):
-            value = word[len(short) :].removeprefix("=")
+    """The value of an option of sweep.py, which --sbatch may override; None if there is none"""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(*OVERRIDABLE[name], dest="value", default=getattr(args, name.replace("-", "_")))
+    try:
+        value = parser.parse_known_args(split_options(args.sbatch))[0].value
+    except argparse.ArgumentError as error:
+        raise UserError(f"--sbatch {args.sbatch!r}: {error}") from None
     return None if value in (None, "", "none") else value
 
 
@@ -201,9 +211,10 @@ def split_options(text):
     words = util.split_words("--sbatch", text)
     for word in words:
         match = re.match(r"--([\w-]+)|-([A-Za-z])", word)
-        name = (match[1] or match[2]) if match else ""
-        if name in REFUSED:
-            raise UserError(f"--sbatch {word}: leave it out, since {REFUSED[name]}")
+        name = match[1] or match[2] if match else None
+        for reason, names in REFUSED.items():
+            if name in names.split():
+                raise UserError(f"--sbatch {word}: leave it out, since {reason}")
     return words
 
 
@@ -266,32 +277,13 @@ def submit_tasks(tasks, args, queue, environment, dry_run=False):
     Raises: UserError at the first job that Slurm refuses, or if something cannot be submitted
     """
     repeated = is_repeated(args)
-    most = len(tasks) if repeated else get_max_array_size()
-    if len(tasks) > most:
-        for first in range(0, len(tasks), most):
-            submit_tasks(tasks[first : first + most], args, queue, environment, dry_run)
-        return
-    if repeated and args.tasks_per_job > 1:
-        raise UserError("--tasks-per-job is for job arrays, which om-repeat does not submit; give --no-repeat")
-    if repeated and args.jobs:
-        raise UserError("--jobs with --cluster limits a job array, which om-repeat does not submit; give --no-repeat")
+    for flag, wanted in {"--tasks-per-job": args.tasks_per_job > 1, "--jobs": args.jobs}.items():
+        if repeated and wanted:
+            raise UserError(f"{flag} is for job arrays, which om-repeat does not submit; give --no-repeat")
     name = hashlib.sha1(f"{time.time_ns()} {os.getpid()}".encode()).hexdigest()[:8]
-    listing = Listing(
-        (FOLDER / f"{name}.json").resolve(), repeated, args.setup, get_warning(args), tasks, args.max_requeues, environment, {}
-    )
-    trainings = collections.defaultdict(list)  # model -> the jobs that train it
-    for job in queue:
-        trainings[job.model] += [job] * (job.kind == "train")
-    indices = range(len(tasks))
-    waiting = [i for i in indices if tasks[i].kind != "train" and trainings[tasks[i].model]]
-    after = [i for i in waiting if repeated or any(job.repeated for job in trainings[tasks[i].model])]
-    ready, dependent = ([i for i in some if i not in others] for some, others in ((indices, waiting), (waiting, after)))
-    if repeated:
-        chains = {i: get_repeated(listing, i, args) for i in indices}
-        submissions, later = [([i], chains[i]) for i in ready], {i: chains[i] for i in after}
-    else:
-        submissions = get_arrays(listing, ready, dependent, trainings, args)
-        later = {i: get_array(listing, [i], args) for i in after}
+    path, warning = (FOLDER / f"{name}.json").resolve(), get_warning(args)
+    listing = Listing(path, repeated, args.setup, warning, tasks, args.max_requeues, environment, {})
+    submissions, later = get_submissions(listing, args, queue)
     if dry_run:
         print("\n".join(shlex.join(command) for command in [*(command for _, command in submissions), *later.values()]))
         return
@@ -299,16 +291,31 @@ def submit_tasks(tasks, args, queue, environment, dry_run=False):
     for task in tasks:
         util.make_folder(task.get_path("log").parent)
     submit_commands(listing, submissions)
-    put_after_training(listing, later)
-    for task in [tasks[i] for i in later]:
-        if is_trained(task):  # its training may have ended before its successor was recorded
-            print("\n".join(submit_after_training(task.model)))
+    for i, command in later.items():
+        put_after_training(tasks[i].model, [(tasks[i], command)])
+        if is_trained(tasks[i]):  # its training may have ended before its successor was recorded
+            print("\n".join(submit_after_training(tasks[i].model)))
     for i, task in enumerate(tasks):
-        when = "will be submitted when its training is complete" if i in later else "submitted"
-        print(f"{task}: {when}")
+        print(f"{task}: {'will be submitted when its training is complete' if i in later else 'submitted'}")
     output = util.SAVE / "RUN/logs/slurm-JOB.out" if repeated else FOLDER / "JOB_INDEX.out"
     log = "eval_ALGORITHM.log" if args.eval_logp else "train.log"
     print(f"their logs are {util.SAVE}/RUN/logs/{log}, Slurm's own output {output}; see python sweep.py --status")
+
+
+def get_submissions(listing, args, queue):
+    """Returns: pairs of the indices of tasks and the command that submits them now; {index: the command that submits it after
+    its training}, of those whose training, or they themselves, are repeated by om-repeat"""
+    tasks, trainings = listing.tasks, collections.defaultdict(list)  # model -> the jobs that train it
+    for job in queue:
+        trainings[job.model] += [job] * (job.kind == "train")
+    waiting = [i for i, task in enumerate(tasks) if task.kind != "train" and trainings[task.model]]
+    ready = [i for i in range(len(tasks)) if i not in waiting]
+    after = [i for i in waiting if listing.repeated or any(job.repeated for job in trainings[tasks[i].model])]
+    if listing.repeated:
+        chains = [get_repeated(listing, i, args) for i in range(len(tasks))]
+        return [([i], chains[i]) for i in ready], {i: chains[i] for i in after}
+    dependent = [i for i in waiting if i not in after]
+    return get_arrays(listing, ready, dependent, trainings, args), {i: get_array(listing, [i], args) for i in after}
 
 
 def submit_commands(listing, submissions):
@@ -325,7 +332,7 @@ def submit_commands(listing, submissions):
         for i in some:
             job = number if listing.repeated else f"{number}_{firsts.get(i, i)}"
             attempts.note_submission(listing.tasks[i], listing.name, job, get_output(listing, i, job))
-            forget_after_training(listing.tasks[i])
+            take_after_training(listing.tasks[i].model, [listing.tasks[i].kind])
         print(f"Submitted batch job {number}")
         if not listing.repeated and not listing.packs:
             name_jobs(listing.tasks, some, number)
@@ -344,15 +351,6 @@ def get_arrays(listing, ready, waiting, trainings, args):
         numbers = [job.number for job in trainings[model]]
         submissions.append((indices, get_array(listing, indices, args, "afterok:" + ":".join(numbers))))
     return submissions
-
-
-def get_max_array_size():
-    """How many tasks Slurm takes in an array; its default if it does not say"""
-    try:
-        match = re.search(r"^MaxArraySize\s*=\s*(\d+)", commands.call(["scontrol", "show", "config"]).stdout, re.M)
-    except UserError:
-        match = None
-    return int(match[1]) if match else 1001
 
 
 def submit_command(command):
@@ -385,26 +383,28 @@ def get_after_path(model):
     return util.SAVE / model / "logs" / "after_training.json"
 
 
-def put_after_training(listing, later):
-    """Leaves commands, {index: command}, for the trainings of their models to submit"""
-    models = dict.fromkeys(listing.tasks[i].model for i in later)
-    for model in models:
-        commands = [[list(task), command] for task, command in take_after_training(model)]
-        commands += [[list(listing.tasks[i]), later[i]] for i in later if listing.tasks[i].model == model]
-        util.write(get_after_path(model), json.dumps(commands, indent=1).encode())
+def put_after_training(model, left):
+    """Leaves pairs (task, command) for the training of a model to submit"""
+    left = [*take_after_training(model), *left]
+    if left:
+        util.write(get_after_path(model), json.dumps(left, indent=1).encode())
 
 
-def take_after_training(model):
-    """Takes what was left for the training of a model to submit: [(task, command)]; nothing is taken twice"""
+def take_after_training(model, kinds=None):
+    """Takes what was left for the training of a model to submit, all of it or the tasks of some kinds; nothing is taken twice.
+    Returns: [(task, command)]"""
     path = get_after_path(model)
     taken = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         os.rename(path, taken)
     except FileNotFoundError:
         return []
-    commands = json.loads(taken.read_text())
+    left = [(Task(*task), command) for task, command in json.loads(taken.read_text())]
     taken.unlink()
-    return [(Task(*task), command) for task, command in commands]
+    wanted = [(task, command) for task, command in left if kinds is None or task.kind in kinds]
+    if len(wanted) < len(left):
+        put_after_training(model, [pair for pair in left if pair not in wanted])
+    return wanted
 
 
 def submit_after_training(model):
@@ -418,18 +418,10 @@ def submit_after_training(model):
             attempts.note_submission(task, "", number, "")
         except UserError as error:
             lines.append(f"{task}: {error}")
-            refused.append([list(task), command])
+            refused.append((task, command))
             attempts.write(task, attempts.read(task)._replace(refused=str(error)))
-    if refused:
-        util.write(get_after_path(model), json.dumps(refused, indent=1).encode())
+    put_after_training(model, refused)
     return lines
-
-
-def forget_after_training(task):
-    """Takes a task that has been submitted off the list of what follows its training"""
-    kept = [[list(other), command] for other, command in take_after_training(task.model) if other.kind != task.kind]
-    if kept:
-        util.write(get_after_path(task.model), json.dumps(kept, indent=1).encode())
 
 
 # ------------------------------------------------------------------ the queue
@@ -440,12 +432,12 @@ def get_queue():
     Raises: UserError if Slurm does not answer"""
     if shutil.which("squeue") is None:
         return [], {}
-    process = commands.call(["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%T|%r|%k|%Z"])
-    if process.status != 0:
-        *_, reason = ["squeue failed", *process.stderr.strip().splitlines()]
+    answer = commands.call(["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%T|%r|%k|%Z"])
+    if answer.status != 0:
+        *_, reason = ["squeue failed", *answer.stderr.strip().splitlines()]
         raise UserError(f"Slurm does not answer ({reason})")
     jobs, others, listings = [], collections.Counter(), {}
-    for line in process.stdout.splitlines():
+    for line in answer.stdout.splitlines():
         number, array_index, state, reason, comment, folder = line.split("|", 5)
         match = re.fullmatch(r"(strokes-[0-9a-f]{8})-(?:(\d+)-)?([0-9a-f]{8})", comment)
         if match and match[1] == get_tag():
@@ -487,23 +479,20 @@ def get_waiting():
 def cancel(jobs):
     """Cancels jobs, and those that om-repeat has queued behind them since. Returns: how many"""
     commands.require("scancel")
-    for model in {job.model for job in jobs if job.number is None}:
-        kinds = {job.kind for job in jobs if job.number is None and job.model == model}
-        kept = [[list(task), command] for task, command in take_after_training(model) if task.kind not in kinds]
-        if kept:
-            util.write(get_after_path(model), json.dumps(kept).encode())
-    num_waiting = len([job for job in jobs if job.number is None])
+    waiting = [job for job in jobs if job.number is None]
+    for job in waiting:
+        take_after_training(job.model, [job.kind])
     wanted, cancelled = {(job.model, job.kind) for job in jobs}, set()
     for _ in range(10):
         numbers = {job.number for job in jobs if job.number is not None} - cancelled
         if not numbers:
             break
-        process = commands.call(["scancel", *sorted(numbers)])
-        if process.status != 0:
-            raise UserError(f"scancel failed: {' '.join(process.stderr.split())}")
+        answer = commands.call(["scancel", *sorted(numbers)])
+        if answer.status != 0:
+            raise UserError(f"scancel failed: {' '.join(answer.stderr.split())}")
         cancelled |= numbers
         jobs = [job for job in get_queue()[0] if (job.model, job.kind) in wanted and job.state != "COMPLETING"]
-    return len(cancelled) + num_waiting
+    return len(cancelled) + len(waiting)
 
 
 # ------------------------------------------------------------------ what a job runs

@@ -147,18 +147,6 @@ def get_points(primitives, num=33):
     return chord * (dx * turn.cos() - dy * turn.sin()), chord * (dx * turn.sin() + dy * turn.cos())
 
 
-def get_reach(primitives):
-    """How far the ink of primitives [K, 5] extends beyond the centre line of their strokes: [K]"""
-    sharpness, width = primitives.double()[:, 3:].unbind(1)
-    return (width**2 + 3 / (sharpness**2).clamp(min=1e-6)).sqrt()  # a stroke without sharpness blackens everything
-
-
-def get_extent(primitives):
-    """How far the ink of primitives [K, 5] extends from their starting points, along either axis"""
-    x, y = get_points(primitives)
-    return (torch.stack([x.abs(), y.abs()]).amax((0, 2)) + get_reach(primitives)).max().item()
-
-
 def draw_primitives(generative_model, resolution):
     """Draws every primitive in the middle of a tile, all on one scale, on which the largest fills its tile.
 
@@ -221,8 +209,8 @@ def get_program(drawing, latent, map_id=None):
         for (primitive, on), arc in zip(latent.tolist(), arcs, strict=True)
     ]
     scale, bias = drawing.params.tolist()
-    seen = {"map": drawing.map[0].tolist()} if map_id is None else {"map_id": int(map_id), "map": drawing.map[0].tolist()}
-    return {"strokes": strokes, "scale": scale, "bias": bias, **seen}
+    number = {} if map_id is None else {"map_id": int(map_id)}
+    return {"strokes": strokes, "scale": scale, "bias": bias, **number, "map": drawing.map[0].tolist()}
 
 
 def get_transform(affine_map):

@@ -1,4 +1,4 @@
-"""The report of all evaluations in save/: a table, save/logp.csv and save/logp.pdf."""
+"""The report of all evaluations in save/: tables, save/logp.csv and save/logp.pdf; and log p in the course of training."""
 
 import collections
 import csv
@@ -8,6 +8,7 @@ import re
 import textwrap
 from typing import NamedTuple
 
+import numpy as np
 import scipy.special
 import torch
 
@@ -16,40 +17,156 @@ import util
 from runs import checkpoints
 from util import UserError, warn
 
-TRAINED = ["sleep", "rws", "vimco"]  # the paper's, which train a network for the evaluation
+TRAINED = ["sleep", "rws", "vimco"]  # the paper's procedure, which trains a network for the evaluation
 ALGORITHMS = [*TRAINED, "own", "mws"]
 ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
 SEARCH_ERRORS = ["search error", "gain of two"]  # see get_search_error
+# Kinds of images, those to show first at the front, and what the models know of them
+KINDS = {"test": "unseen", "training": "on which the models were trained", "other": "of other data than the models'"}
+EFFORT = ["num_particles", "num_iterations", "batch_size", "test_num_particles"]  # equal for all of TRAINED in a row
+WORK = "{num_iterations} iterations, {num_particles} and {test_num_particles} particles"
+WORK_BY_ALGORITHM = {
+    "sleep": [WORK, "{num_dreams} samples a step of sleep"],
+    "rws": [WORK],
+    "vimco": [WORK],
+    "own": ["own network {test_num_particles} particles"],
+    "mws": ["mws {num_iterations} iterations, {test_num_particles} particles"],
+}
 # Names of the runs of section 4.2
 PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)]
 PAPER_MODELS += ["a_mws_40"]
-
-SAME = ["model"]  # among a run's evaluations of the same images in a row; those of TRAINED also agree in the effort:
-EFFORT = ["num_particles", "num_iterations", "batch_size", "test_num_particles"]
 
 
 # ------------------------------------------------------------------ reading
 
 
 class Images(NamedTuple):
-    """A set of images; what is of different ones is never in the same row, table or figure"""
+    """A set of images; different sets never share a row, a table or a figure"""
 
-    kind: str  # one of checkpoints.KINDS_OF_IMAGES
-    fingerprint: str  # and their number in brackets
+    kind: str  # one of KINDS
+    fingerprint: str  # a hash, and their number in brackets
 
 
 class Run(NamedTuple):
     """What is known about log p of some images under one trained model, from comparable evaluations"""
 
     name: str  # name of its folder in save/
-    settings: dict  # of its training
+    settings: dict  # those of its training
     iteration: int
-    estimates: dict  # for each available one of ESTIMATES: (mean over images, its standard error), nats
-    search_error: tuple | None  # of the evaluation by mws, see get_search_error
+    estimates: dict  # ESTIMATES, as far as available: (mean over images, its standard error), nats
+    search_error: tuple | None  # see get_search_error
     work: str  # the evaluations' particles and iterations, in words
     images: Images
     images_in_words: str
-    bound_by_image: torch.Tensor | None = None  # [N], guaranteed, of the evaluation by mws
+    bound_by_image: torch.Tensor | None = None  # [N], the guaranteed bound, if there is a memoised evaluation
+
+
+def load_results(paths):
+    """Loads results of eval_logp.py; warns about those that are damaged, and leaves them out"""
+    results = []
+    for path in paths:
+        try:
+            results.append(checkpoints.load_result(path))
+        except UserError as error:
+            warn(f"{error}; left out")
+    return results
+
+
+def read_runs(folder):
+    """Reads the evaluations of one run. Returns: a Run for each set of images, the one to show first at the front; warns about
+    each evaluation that is damaged or left out"""
+    by_images = collections.defaultdict(dict)  # images -> algorithm -> result
+    for result in load_results(sorted(folder.glob("logp/[!.]*.pt"))):
+        by_images[get_images(result)][result["settings"]["algorithm"]] = result
+    runs = [make_run(folder.name, results) for results in by_images.values()]
+    return sorted(runs, key=lambda run: get_rank(run.images))
+
+
+def make_run(name, results):
+    """Makes a Run of a run's evaluations of the same images: algorithm -> result"""
+    shown = choose_comparable(results)
+    newest = next(iter(shown.values()))
+    for algorithm in [algorithm for algorithm in results if algorithm not in shown]:
+        settings = results[algorithm]["settings"]
+        differences = describe_differences(settings, newest["settings"])
+        path = f"{settings['mode']}_{algorithm}.pt"
+        warn(f"{name}: {path} is left out: its {differences}; eval_logp.py --force repeats it")
+    estimates = {name: (shown[name]["log_p"], shown[name]["standard_error"]) for name in ALGORITHMS if name in shown}
+    estimates["best"] = max(estimates.values())
+    bound = get_joint_bound(shown.values())
+    estimates["enumeration bound"] = bound.mean().item(), get_standard_error(bound.tolist())
+    work = [text.format(**shown[name]["settings"]) for name in ALGORITHMS if name in shown for text in WORK_BY_ALGORITHM[name]]
+    return Run(
+        name,
+        newest["model_settings"],
+        newest["model_iteration"],
+        estimates,
+        get_search_error(shown.get("mws", {})),
+        ", ".join(dict.fromkeys(work)),
+        get_images(newest),
+        describe_images(newest),
+        bound if "mws" in shown else None,
+    )
+
+
+def get_images(result):
+    return Images(result["settings"]["kind_of_images"], result["settings"]["images"])
+
+
+def get_rank(images):
+    """A sort key: test images first"""
+    return list(KINDS).index(images.kind), images.fingerprint
+
+
+def choose_comparable(results):
+    """Chooses the evaluations of a run and some images (algorithm -> result) that may share a row: of the same model and,
+    among those of TRAINED, with the same effort. Takes the latest model, then the most iterations and particles."""
+
+    def get_rank(result):
+        settings = result["settings"]
+        effort = [settings[name] for name in ("num_iterations", "test_num_particles", "num_particles")]
+        return [result["model_iteration"], settings["algorithm"] in TRAINED, *effort]
+
+    best = max(results.values(), key=get_rank)["settings"]
+    return {name: result for name, result in results.items() if not describe_differences(result["settings"], best)}
+
+
+def describe_differences(settings, shown):
+    """Describes in words why an evaluation cannot share a row with one that is shown; "" if it can"""
+    trained = settings["algorithm"] in TRAINED and shown["algorithm"] in TRAINED
+    return ", ".join(
+        f"{name.replace('_', '-')} is {settings[name]}, not {shown[name]}"
+        for name in ["model", *EFFORT * trained]
+        if settings[name] != shown[name]
+    )
+
+
+def get_joint_bound(results):
+    """The enumeration bound over the latents seen in any of a model's evaluations: [N]"""
+    some_rows = []
+    for result in results:
+        latents = result["latents"]
+        some_rows.append(scoring.get_rows(latents["obs_id"].long(), latents["codes"], latents["log_joint"]))
+        num_images = len(result["log_p_by_image"])
+    return scoring.get_enumeration_bound(scoring.keep_best(scoring.merge(some_rows)), num_images)
+
+
+def get_search_error(result):
+    """How much the searches of an evaluation by mws may have missed, in nats per image: the difference of its halves' mean
+    bounds, and what the programs of both together gain over those of one; None for other evaluations"""
+    if "search_error" not in result:
+        return None
+    return result["search_error"], result["enumeration_bound"] - result["bound_by_half"].mean().item()
+
+
+def get_standard_error(values):
+    """Standard error of the mean; NaN for a single value"""
+    if len(values) < 2:
+        return math.nan
+    return (torch.tensor(values, dtype=torch.double).std() / math.sqrt(len(values))).item()
+
+
+# ------------------------------------------------------------------ in words
 
 
 def describe(path):
@@ -65,195 +182,44 @@ def describe(path):
     )
 
 
-def get_search_error(result):
-    """How much the searches of an evaluation by mws may have missed, in nats per image: the difference of its halves' mean
-    bounds, and what the programs of both together gain over those of one; None for other evaluations"""
-    if "search_error" not in result:
-        return None
-    return result["search_error"], result["enumeration_bound"] - result["bound_by_half"].mean().item()
-
-
-def read_runs(folder):
-    """Reads the evaluations of one run. Returns: a Run for each set of images, the one to show first at the front; warns about
-    each evaluation that is damaged or left out"""
-    by_images = collections.defaultdict(dict)  # images -> algorithm -> (path, result)
-    for path in [*sorted(folder.glob("logp/[!.]*.pt")), *sorted(folder.glob("logp/older/[!.]*.pt"))]:
-        try:
-            result = checkpoints.load_result(path)
-        except UserError as error:
-            warn(str(error))
-            continue
-        warn_of_older(path, result)
-        known = by_images[get_images(result)].setdefault(result["settings"]["algorithm"], (path, result))
-        if known[0] != path:
-            warn(f"{path} is left out: {known[0]} holds an evaluation of the same images")
-    runs = [make_run(folder, some) for some in by_images.values()]
-    return sorted(runs, key=lambda run: get_rank(run.images))
-
-
-def warn_of_older(path, result):
-    """Warns if the name of an older version's file is not what this one would call it"""
-    kind, name = result["settings"]["kind_of_images"], path.stem.split("_")[0]
-    if checkpoints.OLDER in result and path.parent.name != "older" and name == "test" != result["settings"]["mode"]:
-        number = len(result["log_p_by_image"])
-        warn(f"{path}, by an older version, holds an evaluation of {number} training images; it is shown under {kind}")
-
-
-def make_run(folder, evaluations):
-    """Makes a Run of a run's evaluations of the same images: algorithm -> (path, result)"""
-    results = {algorithm: result for algorithm, (_, result) in evaluations.items()}
-    shown = choose_comparable(results)
-    newest = next(iter(shown.values()))
-    for algorithm in results.keys() - shown.keys():
-        differences = describe_differences(results[algorithm]["settings"], newest["settings"])
-        path = evaluations[algorithm][0].relative_to(folder / "logp")
-        warn(f"{folder.name}: {path} is left out: its {differences}; eval_logp.py --force repeats it")
-    estimates = {name: (shown[name]["log_p"], shown[name]["standard_error"]) for name in ALGORITHMS if name in shown}
-    estimates["best"] = max(estimates.values())
-    bound = get_joint_bound(shown.values())
-    estimates["enumeration bound"] = bound.mean().item(), get_standard_error(bound.tolist())
-    return Run(
-        folder.name,
-        newest["model_settings"],
-        newest["model_iteration"],
-        estimates,
-        get_search_error(shown.get("mws", {})),
-        describe_work(shown),
-        get_images(newest),
-        describe_images(newest),
-        bound if "mws" in shown else None,
-    )
-
-
-def get_images(result):
-    return Images(result["settings"]["kind_of_images"], result["settings"]["images"])
-
-
-def get_rank(images):
-    """A sort key: test images first"""
-    return checkpoints.KINDS_OF_IMAGES.index(images.kind), images.fingerprint
-
-
 def describe_images(result):
     """The images of an evaluation, in words"""
     args, kind, number = result["args"], result["settings"]["kind_of_images"], len(result["log_p_by_image"])
     chosen = f"all {number}" if number < args["num_data"] else f"the first {number}"
-    chosen = f"{number} evenly spread" if args.get("images") == "spread" else chosen
+    chosen = f"{number} evenly spread" if args["images"] == "spread" else chosen
     if kind == "training":
         return f"{chosen} training images"
     part = "test" if result["settings"]["mode"] == "test" else "training"
-    whose = args.get("data_location") or "other data" if kind == "other" else "the model's data"
-    return f"{chosen} images of the {part} part of {whose}"
+    source = args["data_location"] or "other data" if kind == "other" else "the model's data"
+    return f"{chosen} images of the {part} part of {source}"
 
 
-def describe_work(results):
-    """The evaluations' particles and iterations, in words. Args: results: algorithm -> result"""
-    work, trained = [], [result["settings"] for algorithm, result in results.items() if algorithm in TRAINED]
-    if trained:
-        of_training = "{num_iterations} iterations, {num_particles} and {test_num_particles} particles"
-        work.append(of_training.format(**trained[0]))
-    if "sleep" in results:
-        work.append("{num_dreams} samples a step of sleep".format(**results["sleep"]["settings"]))
-    if "own" in results:
-        work.append("own network {test_num_particles} particles".format(**results["own"]["settings"]))
-    if "mws" in results:
-        work.append("mws {num_iterations} iterations, {test_num_particles} particles".format(**results["mws"]["settings"]))
-    return ", ".join(work)
+def describe_leads(runs):
+    """How far the best model is ahead of each other one, by the guaranteed bounds of memoised evaluations of the same images:
+    lines of text. Intervals are paired over images, whose choice moves all models together, and say nothing of other seeds."""
+    by_model = collections.defaultdict(list)
+    for run in runs:
+        if run.bound_by_image is not None:
+            by_model[get_name(run.name)].append(run.bound_by_image)
+    bounds = {name: torch.stack(seeds).mean(0) for name, seeds in by_model.items()}  # [N] each
+    names = sorted(bounds, key=lambda name: -bounds[name].mean())
+    lines = []
+    for name in names[1:]:
+        lead = bounds[names[0]] - bounds[name]
+        text = f"{names[0]} is {lead.mean():.1f} nats per image ahead of {name}"
+        if len(lead) > 1:
+            half = scipy.special.stdtrit(len(lead) - 1, 0.975) * get_standard_error(lead.tolist())
+            text += f"; 95 % interval over images {lead.mean() - half:.1f} to {lead.mean() + half:.1f}"
+        lines.append(f"{text}; {len(by_model[names[0]])} and {len(by_model[name])} seeds")
+    return lines
 
 
-def choose_comparable(results):
-    """Chooses the evaluations of a run and some images (algorithm -> result) that may share a row: of the same model and,
-    among those of TRAINED, with the same effort. Of several such groups, takes that of the latest model, then of the most
-    iterations and particles."""
-    groups = collections.defaultdict(dict)
-    for algorithm in TRAINED:
-        if algorithm in results:
-            settings = results[algorithm]["settings"]
-            groups[str([settings[name] for name in SAME + EFFORT])][algorithm] = results[algorithm]
-    for algorithm in [name for name in results if name not in TRAINED]:
-        same = [group for group in groups.values() if is_same(results[algorithm], next(iter(group.values())), SAME)]
-        for group in same or [groups[algorithm]]:
-            group[algorithm] = results[algorithm]
-
-    def get_rank(group):
-        result = next(iter(group.values()))
-        work = [result["settings"][name] for name in ("num_iterations", "test_num_particles", "num_particles")]
-        return [result["model_iteration"], *work, len(group)]
-
-    return max(groups.values(), key=get_rank)
-
-
-def is_same(one, other, names):
-    return all(one["settings"][name] == other["settings"][name] for name in names)
-
-
-def describe_differences(settings, shown):
-    """Describes in words how an omitted evaluation differs from those shown"""
-    trained = settings["algorithm"] in TRAINED and shown["algorithm"] in TRAINED
-    return ", ".join(
-        f"{name.replace('_', '-')} is {settings[name]}, not {shown[name]}"
-        for name in SAME + EFFORT * trained
-        if settings[name] != shown[name]
-    )
-
-
-def get_joint_bound(results):
-    """The enumeration bound over the latents seen in any of a model's evaluations: [N]"""
-    some_rows = []
-    for result in results:
-        latents = result["latents"]
-        some_rows.append(scoring.get_rows(latents["obs_id"].long(), latents["codes"], latents["log_joint"]))
-        num_images = len(result["log_p_by_image"])
-    return scoring.get_enumeration_bound(scoring.keep_best(scoring.merge(some_rows)), num_images)
-
-
-def get_standard_error(values):
-    """Standard error of the mean; NaN for a single value"""
-    if len(values) < 2:
-        return math.nan
-    return (torch.tensor(values, dtype=torch.double).std() / math.sqrt(len(values))).item()
-
-
-# ------------------------------------------------------------------ rows
+# ------------------------------------------------------------------ tables
 
 
 def get_name(run_name):
     """A run's name without its seed: that of the row it shares with other seeds"""
     return re.sub(r"_seed=\d+", "", run_name)
-
-
-def describe_model(settings, name):
-    """A model in words, for legends: the algorithm, whether it is conditional, and the settings in its run's name that are
-    not the number of latents"""
-    words = settings["algorithm"].upper() if settings["algorithm"] != "sleep" else "sleep"
-    words += ", conditional on the alphabet" if settings.get("condition_on_alphabet") else ""
-    more = [part.replace("=", " ").replace("-", " ") for part in get_name(name).split("_") if "=" in part]
-    return ", ".join([words, *["all characters"] * ("_large" in name and "dataset-size" not in name), *more])
-
-
-def get_num_latents(run):
-    """Latents per image; for mws, proposals plus memory"""
-    return run.settings["num_particles"] + run.settings["memory_size"]
-
-
-def get_rows(runs):
-    """One dict of CSV columns per model and set of images, over its seeds: sets to be shown first at the front, test images
-    and then those of most models; in each the paper's order of models"""
-    groups = collections.defaultdict(list)
-    for run in runs:
-        groups[run.images, get_name(run.name)].append(run)
-    for key, group in list(groups.items()):  # seeds evaluated with different effort must not be averaged
-        some = collections.Counter(run.work for run in group).most_common(1)[0][0]
-        for run in [run for run in group if run.work != some]:
-            warn(f"{run.name} is left out of its row: it was evaluated by {run.work}, the others by {some}")
-        groups[key] = [run for run in group if run.work == some]
-    num_models = collections.Counter(images for images, name in groups if not is_test_run(name))
-
-    def get_place(key):
-        kind, *rest = get_rank(key[0])
-        return kind, -num_models[key[0]], *rest, get_order(key[1])
-
-    return [get_row(name, groups[images, name]) for images, name in sorted(groups, key=get_place)]
 
 
 def is_test_run(name):
@@ -266,20 +232,43 @@ def get_order(name):
     return place, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
+def get_rows(runs):
+    """One dict of CSV columns per model and set of images, over its seeds: sets to be shown first at the front, test images
+    and then those of most models; in each the paper's order of models"""
+    groups = collections.defaultdict(list)
+    for run in runs:
+        groups[run.images, get_name(run.name)].append(run)
+    num_models = collections.Counter(images for images, name in groups if not is_test_run(name))
+
+    def get_place(key):
+        images, name = key
+        kind, fingerprint = get_rank(images)
+        return kind, -num_models[images], fingerprint, get_order(name)
+
+    return [get_row(key[1], choose_seeds(groups[key])) for key in sorted(groups, key=get_place)]
+
+
+def choose_seeds(runs):
+    """The runs of a model that were evaluated with the same effort, as most of them were; others must not be averaged"""
+    most = collections.Counter(run.work for run in runs).most_common(1)[0][0]
+    for run in [run for run in runs if run.work != most]:
+        warn(f"{run.name} is left out of its row: it was evaluated by {run.work}, the others by {most}")
+    return [run for run in runs if run.work == most]
+
+
 def get_row(name, runs):
     """CSV columns for the runs of a model, which differ only in the seed; None where there is no value"""
-    iterations = sorted({run.iteration for run in runs})
+    iterations, settings = [run.iteration for run in runs], runs[0].settings
     row = {
         "model": name,
-        "algorithm": runs[0].settings["algorithm"],
-        "particles": get_num_latents(runs[0]),
-        "iteration": "-".join(map(str, iterations[:1] + iterations[1:][-1:])),
+        "algorithm": settings["algorithm"],
+        "particles": settings["num_particles"] + settings["memory_size"],
+        "iteration": "-".join(map(str, sorted({min(iterations), max(iterations)}))),
         "seeds": len(runs),
         "images": runs[0].images.kind,
         "fingerprint": runs[0].images.fingerprint,
         "images in words": runs[0].images_in_words,
         "evaluated with": runs[0].work,
-        "in words": describe_model(runs[0].settings, name),
     }
     for estimate in ESTIMATES:
         found = [run.estimates[estimate] for run in runs if estimate in run.estimates]
@@ -293,12 +282,10 @@ def get_row(name, runs):
     return row
 
 
-# ------------------------------------------------------------------ showing
-
-
 def print_table(rows):
-    """Prints the rows of some images"""
-    print(describe_table(rows))
+    """Prints the rows of one set of images, below a line that says which they are, and whether the models know them"""
+    first = rows[0]
+    print(f"{first['images in words']}, {KINDS[first['images']]} (fingerprint {first['fingerprint'].split()[0]}):")
     width, names = max(len(row["model"]) for row in rows), ESTIMATES
     names = [*names, *SEARCH_ERRORS] if any(row["search error"] is not None for row in rows) else names
     print(f"{'model':{width}} particles     iteration seeds" + "".join(f"{name:>18}" for name in names))
@@ -310,34 +297,6 @@ def print_table(rows):
         print(f"evaluated with {work}: {'all' if len(names) == len(rows) else ', '.join(names)}")
 
 
-def describe_table(rows):
-    """A line that says which images the rows are of, and whether the models know them"""
-    known = {"test": "unseen", "training": "on which the models were trained", "other": "of other data than the models'"}
-    kind, fingerprint = rows[0]["images"], rows[0]["fingerprint"].split()[0]
-    return f"{rows[0]['images in words']}, {known[kind]} (fingerprint {fingerprint}):"
-
-
-def describe_leads(runs):
-    """How far the best model is ahead of each other one, by the guaranteed bounds of memoised evaluations of the same images:
-    lines of text. Intervals are paired over images, whose choice moves all models together, and say nothing of other seeds."""
-    by_model = collections.defaultdict(list)
-    for run in runs:
-        if run.bound_by_image is not None:
-            by_model[get_name(run.name)].append(run.bound_by_image)
-    bounds = {name: torch.stack(some).mean(0) for name, some in by_model.items()}  # [N], means over seeds
-    names = sorted(bounds, key=lambda name: -bounds[name].mean())
-    lines = []
-    for name in names[1:]:
-        lead = bounds[names[0]] - bounds[name]
-        text = f"{names[0]} is {lead.mean():.1f} nats per image ahead of {name}"
-        if len(lead) > 1:
-            half = scipy.special.stdtrit(len(lead) - 1, 0.975) * get_standard_error(lead.tolist())
-            text += f"; 95 % interval over images {lead.mean() - half:.1f} to {lead.mean() + half:.1f}"
-        seeds = [len(by_model[some]) for some in (names[0], name)]
-        lines.append(f"{text}; {seeds[0]} and {seeds[1]} seeds")
-    return lines
-
-
 def format_value(row, name):
     if row[name] is None:
         return "missing"
@@ -346,6 +305,7 @@ def format_value(row, name):
 
 
 def write_csv(path, rows):
+    """Writes a table: rows, dicts with the same keys"""
     file = io.StringIO()
     writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
@@ -353,56 +313,74 @@ def write_csv(path, rows):
     util.write(path, file.getvalue().encode())
 
 
-def write_figure(path, rows):
-    """Draws the paper's figure: log p against the number of latents per image, a line per training algorithm; test runs
-    get their own panel. Error bars show standard errors over seeds. Those over images are in the CSV alone: the models are
-    evaluated on the same images, whose choice moves all of them together."""
-    panels = [[row for row in rows if is_test_run(row["model"]) == kind] for kind in (False, True)]
-    panels = [(title, panel) for title, panel in zip(["", "test runs"], panels, strict=True) if panel]
-    figure = get_figure(6 * len(panels), 4.4)
-    for axes, (title, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        common = draw_panel(axes, panel)
-        axes.set_title(", ".join(filter(None, [title, common])), fontsize=8)
-    bars = "; bars: standard error over seeds" * any(row["best s.e. over seeds"] for row in rows)
-    figure.supxlabel(rows[0]["images in words"] + bars, fontsize=7)
-    save_figure(path, figure)
+# ------------------------------------------------------------------ figures
 
 
-def draw_panel(axes, rows):
-    """Returns: what all models have in common, in words"""
-    lines = collections.defaultdict(list)
-    for row in rows:
-        lines[re.sub(rf"_{row['particles']}(?=_|$)", "", row["model"], count=1)].append(row)
-    words, common = set_apart({name: line[0]["in words"].split(", ") for name, line in lines.items()})
-    for i, (name, line) in enumerate(lines.items()):
-        label = "\n".join(textwrap.wrap(words[name], 60))
-        line = sorted(line, key=lambda row: row["particles"])
-        errors = [row["best s.e. over seeds"] or 0 for row in line]
-        # lines are offset slightly, so that their error bars do not overlap
-        x, y = [row["particles"] * 1.02 ** (i - len(lines) / 2) for row in line], [row["best"] for row in line]
-        axes.errorbar(x, y, errors, marker="o", capsize=3, lw=1.2, elinewidth=0.8, label=label)
-    ticks = sorted({row["particles"] for row in rows})
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("latents per image (mws: proposals + memory)")
-    axes.set_ylabel("log p(x), nats per image")
-    axes.legend(title="trained by", fontsize=7, title_fontsize=7)
-    axes.grid(alpha=0.3)
-    return common
+class Line(NamedTuple):
+    """log p of a model, nats per image: a number per point in each"""
+
+    x: list
+    y: np.ndarray
+    low: np.ndarray  # a band over seeds
+    high: np.ndarray
+    dotted: np.ndarray | None = None  # another estimate
 
 
-def get_figure(width, height):
-    """An empty one, of that size in inches"""
+def draw_lines(lines, title, xlabel):
+    """Draws lines, {label: Line}. Returns: the figure and its axes"""
     import matplotlib.figure  # jobs of a sweep, which draw nothing, start sooner without it
 
-    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for label, line in lines.items():
+        (drawn,) = axes.plot(line.x, line.y, marker="o", markersize=2.5, lw=1.3, label=textwrap.fill(label, 60))
+        axes.fill_between(line.x, line.low, line.high, color=drawn.get_color(), alpha=0.25)
+        if line.dotted is not None:
+            axes.plot(line.x, line.dotted, ":", color=drawn.get_color(), lw=1.3)
+    axes.set_xscale("log")
+    axes.set_title(title, fontsize=8)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("log p(x), nats per image")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    return figure, axes
 
 
 def save_figure(path, figure):
     file = io.BytesIO()
     figure.savefig(file, format="pdf", metadata={"CreationDate": None})
     util.write(path, file.getvalue())
+
+
+def get_labels(names):
+    """Splits the names of models. Returns: labels, {name: the parts that others lack}; what all have in common, in words"""
+    parts = {name: name.split("_") for name in names}
+    common = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
+    labels = {name: "_".join(part for part in own if part not in common) or name for name, own in parts.items()}
+    words = [f"{part} latents per image" if part.isdigit() else part for part in next(iter(parts.values())) if part in common]
+    return labels, ", ".join(words)
+
+
+def write_figure(path, rows):
+    """Draws the paper's figure: log p against the number of latents per image, a line per training algorithm, with standard
+    errors over seeds. Those over images are in the CSV alone: the models are evaluated on the same images, whose choice moves
+    all of them together."""
+    rows = [row for row in rows if not is_test_run(row["model"])] or rows
+    models = collections.defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["particles"]):
+        models[re.sub(rf"_{row['particles']}(?=_|$)", "", row["model"], count=1)].append(row)
+    labels, common = get_labels(models)
+    lines = {}
+    for name, own in models.items():
+        best, error = (np.array([row[key] or 0 for row in own]) for key in ("best", "best s.e. over seeds"))
+        lines[labels[name]] = Line([row["particles"] for row in own], best, best - error, best + error)
+    bands = "band: standard error over seeds" * any(row["best s.e. over seeds"] for row in rows)
+    title = "\n".join(filter(None, [rows[0]["images in words"], common, bands]))
+    figure, axes = draw_lines(lines, title, "latents per image (mws: proposals + memory)")
+    ticks = sorted({row["particles"] for row in rows})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    save_figure(path, figure)
 
 
 # ------------------------------------------------------------------ log p in the course of training
@@ -413,156 +391,102 @@ def get_milestones_folder(name, mode):
     return util.SAVE / name / "logp" / f"{mode}_every_checkpoint"
 
 
-def read_milestones(*folders):
-    """The evaluations of a run's milestones in these folders. Returns: for each set of images, number of particles and model's
-    training: a list, in order of iterations; warns about those that are damaged"""
-    groups = collections.defaultdict(list)
-    for path in [path for folder in folders for path in folder.glob("[!.]*.pt")]:
-        try:
-            result = checkpoints.load_result(path)
-        except UserError as error:
-            warn(f"{error}; left out")
-            continue
+def read_milestones(folders):
+    """The evaluations of a run's milestones in these folders, by what they must share in a figure:
+    {(images, *effort): {iteration: result}}"""
+    groups = collections.defaultdict(dict)
+    for result in load_results(path for folder in folders for path in folder.glob("[!.]*.pt")):
         if result["model_iteration"] > 0:  # 0, in pretraining, is on no logarithmic axis
-            groups[get_kind(result)].append(result)
-    return {kind: sorted(results, key=lambda result: result["model_iteration"]) for kind, results in groups.items()}
+            kind = get_images(result), *(result["settings"][name] for name in EFFORT)
+            groups[kind][result["model_iteration"]] = result
+    return groups
 
 
-def get_kind(result):
-    """What evaluations in one figure have in common"""
-    return get_images(result), *(result["settings"][name] for name in EFFORT)
+def write_milestones(name, mode):
+    """Writes a CSV and a figure of log p of a run against iterations. Returns: lines of text that say what and where"""
+    folder = get_milestones_folder(name, mode)
+    return draw_milestones({name: read_milestones([folder])}, folder.with_suffix(".pdf"))
+
+
+def compare_milestones(names):
+    """Writes log p against iterations of some runs, which evaluated every checkpoint, into save/logp_by_iteration.csv and .pdf.
+    Returns: lines of text. Raises: UserError if there are none"""
+    runs = {}
+    for name in names:
+        runs[name] = read_milestones((util.SAVE / name / "logp").glob("*_every_checkpoint"))
+        if not runs[name]:
+            command = f"python eval_logp.py --algorithm own --every-checkpoint --checkpoint-path {name}"
+            warn(f"{name} is left out: none of its checkpoints is evaluated; {command}")
+            del runs[name]
+    if not runs:
+        raise UserError("no checkpoints of these runs are evaluated yet: eval_logp.py --algorithm own --every-checkpoint")
+    return draw_milestones(runs, util.SAVE / "logp_by_iteration.pdf")
+
+
+def draw_milestones(runs, path):
+    """Writes a CSV, and a figure of the guaranteed bound (lines, with the range over seeds) and the estimates of log p (dotted)
+    of each model. Of several sets of images takes that of most runs, test images first.
+
+    Args: runs: {name: what read_milestones returns}; path: of the figure
+    Returns: lines of text, one per model about the last iteration that all its seeds have in common
+    Raises: UserError if no model has one
+    """
+    kinds = [kind for found in runs.values() for kind in found]
+    latest = {kind: max(max(found[kind]) for found in runs.values() if kind in found) for kind in kinds}
+    kind = min(latest, key=lambda kind: (-kinds.count(kind), list(KINDS).index(kind[0].kind), -latest[kind]))
+    models, rows = collections.defaultdict(list), []
+    for name in sorted(runs, key=get_order):
+        if kind not in runs[name]:
+            warn(f"{name} is left out: its checkpoints were evaluated on other images or with other numbers of particles")
+            continue
+        results = runs[name][kind]
+        models[get_name(name)].append(results)
+        rows += [get_milestone_row(name, results[i]) for i in sorted(results)]
+    labels, common = get_labels(models)
+    lines, texts = {}, []
+    for name, seeds in models.items():
+        x = sorted(set.intersection(*map(set, seeds)))  # iterations that all have
+        if not x:
+            warn(f"{name} is left out: its seeds have no evaluated iteration in common")
+            continue
+        log_p, bound = (
+            np.array([[seed[i][key] for i in x] for seed in seeds]) for key in ("log_p", "enumeration_bound")
+        )  # [S, X]
+        num_seeds = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        lines[f"{labels[name]} ({num_seeds})"] = Line(x, bound.mean(0), bound.min(0), bound.max(0), log_p.mean(0))
+        ends = [describe_values(values[:, -1]) for values in (log_p, bound)]
+        texts.append(f"{name}: log p {ends[0]}, enumeration bound {ends[1]}, {num_seeds}, at iteration {x[-1]}")
+    if not lines:
+        raise UserError("the seeds of no model have an evaluated iteration in common: evaluate them when they are trained")
+    images = describe_images(next(iter(next(iter(models.values()))[0].values())))
+    caption = "lines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds"
+    figure, axes = draw_lines(lines, "\n".join(filter(None, [images, common, caption])), "iteration")
+    typical = np.quantile(np.concatenate([line.y for line in lines.values()]), 0.25)
+    highest = max(max(line.high.max(), line.dotted.max()) for line in lines.values())
+    axes.set_ylim(typical - 10, highest + 3)  # the first iterations are far below
+    save_figure(path, figure)
+    write_csv(path.with_suffix(".csv"), rows)
+    return [f"{images} (fingerprint {kind[0].fingerprint.split()[0]}):", *texts, f"{path.with_suffix('.csv')}, {path}"]
+
+
+def describe_values(values):
+    """Mean and range"""
+    return f"{values.mean():.1f}" + f" ({values.min():.1f} to {values.max():.1f})" * (len(values) > 1)
 
 
 def get_milestone_row(name, result):
     """CSV columns"""
-    bound = result["enumeration_bound_by_image"]
     return {
         "model": name,
         "iteration": result["model_iteration"],
         "images": result["settings"]["kind_of_images"],
         "fingerprint": result["settings"]["images"],
-        "number of images": len(bound),
+        "number of images": len(result["log_p_by_image"]),
         "particles": result["settings"]["test_num_particles"],
         "log p": result["log_p"],
         "log p s.e. over images": result["standard_error"],
         "enumeration bound": result["enumeration_bound"],
     }
-
-
-def write_milestones(name, mode):
-    """Writes a CSV and a figure of log p against iterations. Returns: lines of text that say what and where"""
-    folder = get_milestones_folder(name, mode)
-    groups = read_milestones(folder).values()
-    results = max(groups, key=lambda results: results[-1]["model_iteration"])
-    num_others = sum(map(len, groups)) - len(results)
-    if num_others:
-        warn(f"{name}: {num_others} evaluations of other images or particles are left out; --force repeats them")
-    path = folder.with_suffix(".csv")
-    write_csv(path, [get_milestone_row(name, result) for result in results])
-    lines = draw_milestones({name: results}, path.with_suffix(".pdf"))
-    return [*lines, f"{path}, {path.with_suffix('.pdf')}"]
-
-
-def compare_milestones(names):
-    """Writes log p against iterations of some runs, which evaluated every checkpoint on the same images, into
-    save/logp_by_iteration.csv and .pdf, a line per model with the range over its seeds; of several sets of images takes that
-    of most runs, test images first. Returns: lines of text. Raises: UserError if there are none"""
-    runs = {}
-    for name in names:
-        folder = util.SAVE / name / "logp"
-        found = read_milestones(*folder.glob("*_every_checkpoint"), *folder.glob("older/*_every_checkpoint"))
-        if found:
-            runs[name] = found
-        else:
-            command = f"python eval_logp.py --algorithm own --every-checkpoint --checkpoint-path {name}"
-            warn(f"{name} is left out: none of its checkpoints is evaluated; {command}")
-    if not runs:
-        raise UserError("no checkpoints of these runs are evaluated yet: eval_logp.py --algorithm own --every-checkpoint")
-    kinds = collections.Counter(kind for found in runs.values() for kind in found)
-    kind = min(kinds, key=lambda kind: (-kinds[kind], get_rank(kind[0])))
-    chosen = {name: found[kind] for name, found in runs.items() if kind in found}
-    for name in [name for name in runs if name not in chosen]:
-        warn(f"{name} is left out: its checkpoints were evaluated on other images or with other numbers of particles")
-    path = util.SAVE / "logp_by_iteration.pdf"
-    lines = draw_milestones(chosen, path)
-    rows = [get_milestone_row(name, result) for name, results in chosen.items() for result in results]
-    write_csv(path.with_suffix(".csv"), rows)
-    return [*lines, f"{path.with_suffix('.csv')}, {path}"]
-
-
-def draw_milestones(runs, path):
-    """Draws the guaranteed bound (lines) and the estimates of log p (dotted) of runs, name -> results, against iterations.
-    Returns: a line of text per model, about the last iteration that all its seeds have in common. Raises: UserError if no
-    model has one"""
-    groups, lines = collections.defaultdict(list), []
-    for name, results in runs.items():
-        groups[get_name(name)].append({result["model_iteration"]: result for result in results})
-    common = {name: sorted(set.intersection(*map(set, some))) for name, some in groups.items()}
-    for name in [name for name, iterations in common.items() if not iterations]:
-        warn(f"{name} is left out: its seeds have no evaluated iteration in common")
-        del groups[name]
-    if not groups:
-        raise UserError("the seeds of no model have an evaluated iteration in common: evaluate them when they are trained")
-    figure = get_figure(6.4, 4.4)
-    axes = figure.subplots()
-    settings = {name: next(iter(some[0].values()))["model_settings"] for name, some in groups.items()}
-    words = describe_apart(settings)
-    for name in sorted(groups, key=get_order):
-        num_seeds, x = len(groups[name]), common[name]
-        seeds = f"{num_seeds} seeds" if num_seeds > 1 else "1 seed"
-        label = "\n".join(textwrap.wrap(words[name] + (f" ({seeds})" if num_seeds > 1 else ""), 60))
-        bound, log_p = draw_model(axes, groups[name], x, label)
-        lines.append(f"{words[name]}: log p {log_p}, enumeration bound {bound}, {seeds}, at iteration {x[-1]}")
-    result = next(iter(next(iter(runs.values()))))
-    axes.set_title(
-        f"{describe_images(result)}\nlines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds",
-        fontsize=8,
-    )
-    axes.set_xscale("log")
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("log p(x), nats per image")
-    results = [result for some in groups.values() for by_iteration in some for result in by_iteration.values()]
-    bounds, best = ([result[key] for result in results] for key in ("enumeration_bound", "log_p"))
-    middle = sorted(bounds)[len(bounds) // 4]
-    axes.set_ylim(middle - 10, max(bounds + best) + 3)
-    axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
-    save_figure(path, figure)
-    return [f"{describe_images(result)} (fingerprint {result['settings']['images'].split()[0]}):", *lines]
-
-
-def draw_model(axes, seeds, x, label):
-    """Draws a model's bound and estimate at iterations x. Args: seeds: for each seed, iteration -> result
-    Returns: what they are at the last iteration, means with ranges over the seeds, in words"""
-    ends = []
-    for key, style in [("enumeration_bound", "-"), ("log_p", ":")]:
-        values = [[by_iteration[i][key] for by_iteration in seeds] for i in x]
-        middle, low, high = [sum(v) / len(v) for v in values], list(map(min, values)), list(map(max, values))
-        color = axes.lines[-1].get_color() if style == ":" else None
-        marker = "." if len(x) == 1 else None  # a line through it would not show
-        own_label = label if style == "-" else None
-        (line,) = axes.plot(x, middle, style, marker=marker, color=color, lw=1.3, label=own_label)
-        if style == "-":
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.25, lw=0)
-        ends.append(f"{middle[-1]:.1f}" + (f" ({low[-1]:.1f} to {high[-1]:.1f})" if len(seeds) > 1 else ""))
-    return ends
-
-
-def describe_apart(settings):
-    """Models in words, name -> text; what all have in common is left out. Args: settings: name -> those of its training"""
-    parts = {}
-    for name, own in settings.items():
-        latents = own["num_particles"] + own["memory_size"]
-        parts[name] = [*describe_model(own, name).split(", "), f"{latents} latents"]
-    return set_apart(parts)[0]
-
-
-def set_apart(parts):
-    """Describes several things, name -> words, by what they do not have in common. Returns: name -> text; text of what
-    they have"""
-    common = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
-    apart = {name: ", ".join([part for part in some if part not in common] or some[:1]) for name, some in parts.items()}
-    return apart, ", ".join(part for part in next(iter(parts.values())) if part in common)
 
 
 # ------------------------------------------------------------------ the report
@@ -573,11 +497,11 @@ def main(mode=None, name_missing=False):
     the images shown first"""
     util.check_links(util.SAVE)
     runs = [run for path in sorted(util.SAVE.glob("*/logp")) for run in read_runs(path.parent)]
-    wanted = {"test": ["test"], "train": ["training"], None: checkpoints.KINDS_OF_IMAGES}[mode]
-    rows = get_rows([run for run in runs if run.images.kind in wanted])
+    kind = {"test": "test", "train": "training", None: None}[mode]
+    rows = get_rows([run for run in runs if kind in (None, run.images.kind)])
     if not rows:
         print(
-            f"nothing in {util.SAVE}/ has been evaluated{f' on {wanted[0]} images' if mode else ''} yet; evaluate a model with"
+            f"nothing in {util.SAVE}/ has been evaluated{f' on {kind} images' if kind else ''} yet; evaluate a model with"
             " python eval_logp.py --checkpoint-path CHECKPOINT --algorithm mws"
         )
         return 0
@@ -591,9 +515,9 @@ def main(mode=None, name_missing=False):
     missing = [name for name in PAPER_MODELS if name not in {row["model"] for row in first}]
     if name_missing and missing:
         print(f"models of the paper without a value: {', '.join(missing)}")
-    suffix = f"_{mode}" if mode == "train" else ""
-    paths = util.SAVE / f"logp{suffix}.csv", util.SAVE / f"logp{suffix}.pdf"
-    write_csv(paths[0], rows)
-    write_figure(paths[1], first)
-    print(f"nats per image, means over images; also in {paths[0]}; a figure of {first[0]['images in words']} is in {paths[1]}")
+    path = util.SAVE / ("logp_train.csv" if mode == "train" else "logp.csv")
+    write_csv(path, rows)
+    write_figure(path.with_suffix(".pdf"), first)
+    images = first[0]["images in words"]
+    print(f"nats per image, means over images; also in {path}; a figure of {images} is in {path.with_suffix('.pdf')}")
     return 0

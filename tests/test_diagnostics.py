@@ -66,19 +66,6 @@ def test_thinned_curves():
     assert figures.smooth(np.full(200, 5.0)) == pytest.approx(5)
 
 
-def test_extent_of_primitives():
-    model = models.GenerativeModel(num_primitives=40, big_arcs=True, initial_max_curve=0.9)
-    primitives = model.get_primitives().detach()
-    for primitive in primitives:
-        extent = drawings.get_extent(primitive.unsqueeze(0))
-        arcs = torch.cat([torch.zeros(2), primitive])[None, None] + torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0])
-        for zoom, fits in [(0.49 / extent, True), (0.8 / extent, False)]:
-            scaled = arcs * torch.tensor([1, 1, zoom, zoom, 1, 1 / zoom, zoom])
-            ink = drawings.draw_arcs(model.get_rendering_params(), scaled, torch.ones(1, 1, dtype=torch.long), 64)[0]
-            border = torch.cat([ink[0], ink[-1], ink[:, 0], ink[:, -1]]).max()
-            assert (border < 0.1 + ink.min()) == fits, (primitive, zoom)
-
-
 # ------------------------------------------------------------------ the script
 
 
