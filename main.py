@@ -22,8 +22,9 @@ import models
 import rendering
 import scoring
 import util
+from fast import kernel_check
 from fast.cuda_graph import ReplayedStep
-from runs import checkpoints, kernel_check, locks
+from runs import checkpoints, locks
 from runs.curves import Curves, append_statistics, check_finite
 from runs.saving import SaveClock, StopSignal
 from util import SETTINGS, UserError
@@ -333,7 +334,8 @@ def main(argv=None):
         rendering.set_compile(args.compile, device)
         batch_size, memory_size = min(args.batch_size, len(dataset.train.obs)), run.settings["memory_size"]
         build = functools.partial(models.build, args, dataset.num_alphabets, device)
-        kernel_check.check(build, device, args.num_particles, batch_size, memory_size)
+        memory = memory_size, losses.init_memory, losses.remember
+        kernel_check.check(build, device, args.num_particles, batch_size, *memory)
         path = train(run, stop, curves)
     if stop.received is not None:
         name, progress = signal.Signals(stop.received).name, f"{run.iteration} ({run.pretrain_iteration} of pretraining)"
