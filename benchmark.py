@@ -33,10 +33,9 @@ import losses
 import models
 import rendering
 import util
-from fast import gpu, reference
+from fast import gpu, kernel_check, reference
 from fast.cuda_graph import NUM_WARM_UPS, ReplayedStep
 from main import get_adam, get_optimizer, update
-from runs import kernel_check
 from scoring import ScoreTable
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -77,7 +76,8 @@ class Steps:
         self.plain_memory = losses.unpack(self.memory)
         if device.type == "cuda":
             memory_size = self.memory.shape[1] if algorithm == "mws" else 0
-            kernel_check.check(self.build, device, self.num_particles, len(self.obs), memory_size)
+            sizes = self.num_particles, len(self.obs), memory_size
+            kernel_check.check(self.build, device, *sizes, losses.init_memory, losses.remember)
             self.step = ReplayedStep(self.step)
 
     def build(self):
@@ -177,7 +177,7 @@ def get_peak_memory(algorithm, setting, name):
     allocated there for a few steps, which needs no other process"""
     if setting.device.type == "cuda":
         return _measure_gpu_memory(algorithm, setting, name)
-    compiled = name == "step" and bool(rendering.compiled)
+    compiled = name == "step" and bool(gpu.kernels.compiled)
     code = f"import benchmark; print(benchmark._measure_memory({algorithm!r}, {setting[:2]}, {name!r}, {compiled}))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return float(process.stdout.split()[-1])
@@ -232,7 +232,7 @@ def profile(setting, num_runs):
         "draw 20 latents an image": no_grad(lambda: [model.get_logits(chunk) for chunk in flat.split(1024)]),
         "likelihood of 20 latents an image": no_grad(
             lambda: [
-                rendering.affine_log_prob(logits[i : i + 1024], obs.repeat(20, 1, 1)[i : i + 1024], model.theta_affine)
+                rendering.affine_log_prob(logits[i : i + 1024], obs.repeat(20, 1, 1)[i : i + 1024], model.likelihood.maps)
                 for i in range(0, len(flat), 1024)
             ]
         ),
@@ -323,7 +323,7 @@ def get_work(model, latent, obs):
     """Work of drawing and scoring latents [P, B, A, 2]: name of the kernel, operations, least number of bytes moved"""
     num_latents, num_pixels = latent[..., 0, 0].numel(), obs[0].numel()
     num_on, image = latent[..., 1].sum().item(), 4 * num_latents * num_pixels
-    num_maps = len(model.theta_affine)
+    num_maps = len(model.likelihood.maps)
     yield "_draw", NUM_OPERATIONS["_draw"] * num_on * num_pixels, 1.25 * image  # logits, and the arcs they belong to
     yield "_score_maps", NUM_OPERATIONS["_score_maps"] * num_latents * num_maps * num_pixels, 2 * image
 

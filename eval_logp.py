@@ -34,12 +34,12 @@ import models
 import rendering
 import scoring
 import util
-from fast import gpu
+from fast import gpu, kernel_check
 from fast.cuda_graph import ReplayedStep
 from main import get_adam, update
 from reading import search
 from results import report
-from runs import checkpoints, kernel_check, locks
+from runs import checkpoints, locks
 from runs.curves import append_statistics, check_finite
 from runs.saving import SaveClock, StopSignal
 from scoring import ScoreTable, get_enumeration_bound

@@ -178,7 +178,8 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
     """
     latent, log_p, log_q, context = particles
     num_particles, batch_size = latent.shape[:2]
-    threshold = gpu.NEGLIGIBLE / batch_size  # the factors are weights divided by the batch size
+    negligible = torch.finfo(grad_log_p.dtype).eps / 2  # a weight that a sum of weights, which is one, has no bits for
+    threshold = negligible / batch_size  # the factors are weights divided by the batch size
     if can_select(latent):
         obs_id = torch.arange(batch_size).repeat(num_particles)  # [P * B]
         latent, obs_id, grad_log_p, grad_log_q = _select_heavy(
@@ -227,7 +228,8 @@ def mws(generative_model, inference_network, memory, obs, obs_id, num_particles=
     context = inference_network.get_context(obs, alphabet)  # [B, H]
     with torch.no_grad():
         proposal = inference_network.decoder.sample(num_particles, context)  # [P, B, A, 2]
-    latent, log_r, statistics = remember(generative_model, memory, obs, obs_id, proposal, alphabet)  # [1, B, A, 2], [B]
+    get_scores = functools.partial(score, generative_model, obs=obs, alphabet=alphabet)
+    latent, log_r, statistics = remember(memory, obs_id, proposal, get_scores)  # [1, B, A, 2], [B]
     log_prior, log_likelihood = (x.squeeze(0) for x in generative_model.log_prob(latent, obs, alphabet))
     theta_loss = -(log_prior + log_likelihood - log_r).mean()
     phi_loss = -inference_network.decoder.log_prob(latent, context).mean()
@@ -236,25 +238,23 @@ def mws(generative_model, inference_network, memory, obs, obs_id, num_particles=
 
 
 @torch.no_grad()
-def remember(generative_model, memory, obs, obs_id, proposal, alphabet=None, scorer=score):
-    """Updates the memory, and draws one of each image's latents from it, in proportion to p(z, x).
+def remember(memory, obs_id, proposal, get_scores):
+    """Updates the memory as `update_memory` does, and draws one of each image's latents from it, in proportion to p(z, x).
 
-    Args: as for `update_memory`
+    Args: memory, obs_id, proposal: as there; get_scores: a function from latents [M + P, B, A, 2] to their log p(z, x), [M + P, B]
     Returns: latent [1, B, A, 2]; log_r [B], log of the probability with which it was drawn; statistics, as there
     """
-    if gpu.uses_kernels(obs, "memory") and gpu.can_remember(memory, len(proposal)):
-        candidate = gpu.get_candidates(memory, obs_id, proposal)  # [M + P, B, A, 2]
-        log_joint = scorer(generative_model, candidate, obs, alphabet)  # [M + P, B]
-        uniform = torch.rand(len(obs), device=obs.device)
+    candidate = get_candidates(memory, obs_id, proposal)  # [M + P, B, A, 2]
+    log_joint = get_scores(candidate)  # [M + P, B]
+    if gpu.can_remember(memory, len(proposal)) and log_joint.dtype == torch.float32:
+        uniform = torch.rand(len(obs_id), device=memory.device)
         latent, log_r, statistics = gpu.keep_best(memory, obs_id, candidate, log_joint, uniform)
         return latent, log_r, dict(zip(["novel_proportion", "new_map"], statistics.mean(1), strict=True))
-    kept, log_joint, statistics = update_memory(
-        generative_model, memory, obs, obs_id, proposal, alphabet, scorer
-    )  # [M, B, A, 2], [M, B]
+    kept, log_joint, statistics = keep_best(memory, obs_id, candidate, log_joint)  # [M, B, A, 2], [M, B]
     log_memory = log_joint.log_softmax(0)  # log r
     drawn = sample_categorical(log_memory.t()).t()  # [1, B]
     log_r = log_memory.gather(0, drawn).squeeze(0)  # [B]
-    return kept[drawn[0], torch.arange(len(obs), device=obs.device)].unsqueeze(0), log_r, statistics
+    return kept[drawn[0], torch.arange(len(obs_id), device=obs_id.device)].unsqueeze(0), log_r, statistics
 
 
 @torch.no_grad()
@@ -266,18 +266,28 @@ def update_memory(generative_model, memory, obs, obs_id, proposal, alphabet=None
     Returns: kept [M, B, A, 2], best first; log_joint [M, B], their log p(z, x);
         statistics {novel_proportion, new_map}
     """
+    candidate = get_candidates(memory, obs_id, proposal)  # [M + P, B, A, 2]
+    return keep_best(memory, obs_id, candidate, scorer(generative_model, candidate, obs, alphabet))
+
+
+def get_candidates(memory, obs_id, proposal):
+    """What images remember, and what is proposed for them: [M + P, B, A, 2]"""
+    if gpu.can_remember(memory, len(proposal)):
+        return gpu.get_candidates(memory, obs_id, proposal)
+    remembered = memory[obs_id] if memory.dim() == 4 else unpack(memory[obs_id])  # [B, M, A, 2]
+    return torch.cat([remembered.transpose(0, 1).long(), proposal])
+
+
+def keep_best(memory, obs_id, candidate, log_joint):
+    """Updates the memory, given candidates as of `get_candidates` and their log_joint [M + P, B]. Returns: as `update_memory`"""
     memory_size = memory.shape[1]
-    packed = memory.dim() == 3
-    remembered = memory[obs_id] if packed else pack(memory[obs_id], memory.dtype)  # [B, M, A]
-    candidate = torch.cat([remembered, pack(proposal, memory.dtype).transpose(0, 1)], 1)  # [B, M + P, A]
-    latent = unpack(candidate).transpose(0, 1)  # [M + P, B, A, 2]
-    log_joint = scorer(generative_model, latent, obs, alphabet).t()  # [B, M + P]
-    repeated = find_repeated(candidate)  # [B, M + P]
+    codes, log_joint = pack(candidate, memory.dtype).transpose(0, 1), log_joint.t()  # [B, M + P, A], [B, M + P]
+    repeated = find_repeated(codes)  # [B, M + P]
     distinct = log_joint.masked_fill(repeated, -math.inf)
-    best_remembered, best_novel = (x.max(1).values for x in distinct.split([memory_size, len(proposal)], 1))
+    best_remembered, best_novel = (x.max(1).values for x in distinct.tensor_split([memory_size], 1))
     kept_log_joint, kept_id = distinct.topk(memory_size, 1)  # [B, M]
-    kept = candidate.gather(1, kept_id.unsqueeze(-1).expand(-1, -1, candidate.shape[2]))  # [B, M, A]
-    memory[obs_id] = kept if packed else unpack(kept).to(memory.dtype)
+    kept = codes.gather(1, kept_id.unsqueeze(-1).expand(-1, -1, codes.shape[2]))  # [B, M, A]
+    memory[obs_id] = kept if memory.dim() == 3 else unpack(kept).to(memory.dtype)
     statistics = {
         "novel_proportion": (~repeated[:, memory_size:]).float().mean(),
         "new_map": (best_novel > best_remembered).float().mean(),

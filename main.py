@@ -21,8 +21,9 @@ import models
 import rendering
 import scoring
 import util
+from fast import kernel_check
 from fast.cuda_graph import ReplayedStep
-from runs import checkpoints, curves, kernel_check, locks
+from runs import checkpoints, curves, locks
 from runs.curves import append_statistics, check_finite
 from runs.saving import SaveClock, StopSignal
 from util import UserError
@@ -327,7 +328,8 @@ def main(argv=None):
         rendering.set_compile(args.compile, device)
         memory_size = run.settings.get("memory_size", 0)
         build = functools.partial(models.build, args, dataset.num_alphabets, device)
-        kernel_check.check(build, device, args.num_particles, min(args.batch_size, len(dataset.train.obs)), memory_size)
+        batch_size, memory = min(args.batch_size, len(dataset.train.obs)), (losses.init_memory, losses.remember)
+        kernel_check.check(build, device, args.num_particles, batch_size, memory_size, *memory)
         path = train(run)
     if stop.received is not None:
         name, progress = signal.Signals(stop.received).name, f"{run.iteration} ({run.pretrain_iteration} of pretraining)"

@@ -20,9 +20,6 @@ import util
 from fast import gpu, patches
 from util import UserError
 
-NUM_LEARNED_MAPS = 40
-MAX_SHIFT = 3  # pixels, of the translation likelihood
-
 # ------------------------------------------------------------------ latents as codes
 
 
@@ -61,6 +58,14 @@ class Decoder(nn.Module):
     Used for the prior (context: the alphabet, if any) and the inference networks
     (context: alphabet and image). Each step's input is the one-hot id and on/off of
     the previous stroke (zeros in the first step), followed by the context.
+
+    To change both, change this class. To change the prior alone, give `GenerativeModel.prior` another class: an nn.Module
+    with `sample(num_particles, context)` and `log_prob(latent, context)`, as below, is enough. Where it also has
+    `get_next_log_probs`, the search expects what it expects; with `complete` and `resample` it can continue and vary programs.
+
+    On a GPU the kernels of fast/triton_decoder.py compute the same steps. They are used only as long as `_get_inputs`, `_step`
+    and `_get_log_probs` are those of this class (see `has_kernels`); whoever edits one of the three here edits the kernels
+    too, or else makes `has_kernels` False. fast/kernel_check.py finds out if that was forgotten.
     """
 
     def __init__(self, num_primitives, num_arcs, lstm_hidden_size, context_size, uniform_mixture):
@@ -70,88 +75,103 @@ class Decoder(nn.Module):
         self.lstm = nn.LSTMCell(num_primitives + 2 + context_size, lstm_hidden_size)
         self.linear = nn.Linear(lstm_hidden_size, num_primitives + 2)
 
+    # -------------------------------------------------------------- sampling
+
     @torch.no_grad()
     def sample(self, num_particles, context):
         """context [B, H] -> latent [P, B, A, 2]"""
         return self.sample_and_log_prob(num_particles, context)[0]
 
     def sample_and_log_prob(self, num_particles, context):
-        """context [B, H] -> latent [P, B, A, 2], log_prob [P, B]. Gradients of log_prob come on a GPU alone, where
-        nothing is left out, and so what sampling computes can serve them."""
-        if gpu.uses_kernels(context, "decoder") and gpu.can_decode(self):
-            inputs, shape = (*self._get_inputs(context), *self._get_weights()), (num_particles, len(context))
-            latent, log_prob = gpu.sample(*inputs, num_particles, self.num_arcs, self.uniform_mixture)
-            return latent.unflatten(0, shape), log_prob.view(shape)
-        return self._sample_and_log_prob(num_particles, context)
-
-    @torch.no_grad()
-    def _sample_and_log_prob(self, num_particles, context):
-        table, context_input = self._get_inputs(context)
+        """context [B, H] -> latent [P, B, A, 2], log_prob [P, B]. On a GPU alone log_prob carries gradients: all particles
+        are differentiated there, and what sampling computes serves for that."""
         shape = (num_particles, len(context))
-        context_input = context_input.repeat(num_particles, 1)  # [P * B, 4 * hidden]
-        x, state, latent, log_prob = context_input, None, [], 0
-        for arc_id in range(self.num_arcs):
-            state = self._step(x, state)
-            id_log_prob, on_log_prob = self._get_log_probs(state[0])  # [P * B, K], [P * B, 2]
-            primitive_id = sample_categorical(id_log_prob)  # [P * B, 1]
-            log_prob = log_prob + id_log_prob.gather(1, primitive_id)
-            if arc_id == 0:
-                on = torch.zeros_like(primitive_id)
-            else:
-                on = sample_categorical(on_log_prob)
-                log_prob = log_prob + on_log_prob.gather(1, on)
-            latent.append(torch.cat([primitive_id, on], 1))
-            x = context_input + F.embedding(2 * primitive_id + on, table).squeeze(1)
-        return torch.stack(latent, 1).unflatten(0, shape), log_prob.view(shape)
+        if self._uses_kernels(context):
+            inputs = *self._get_inputs(context), *self._get_weights()
+            latent, log_prob = gpu.sample(*inputs, num_particles, self.num_arcs, self.uniform_mixture)
+        else:
+            with torch.no_grad():
+                table, context_input = self._get_inputs(context)
+                latent, log_prob = self._draw(table, context_input.repeat(num_particles, 1))
+        return latent.unflatten(0, shape), log_prob.view(shape)
 
     @torch.no_grad()
-    def resample(self, latent, context, chosen, temperature):
-        """Resamples the primitives of chosen strokes, each given the strokes before it, at a temperature.
+    def complete(self, beginning, context, temperature=1.0):
+        """Continues programs of which the first k strokes are given: beginning [N, k, 2], context [N, H] -> [N, A, 2]. Logits
+        are divided by the temperature: below 1 strokes are more typical, above 1 more varied."""
+        num_given = beginning.shape[1]
+        given = F.pad(beginning, (0, 0, 0, self.num_arcs - num_given))
+        is_free = (torch.arange(self.num_arcs, device=given.device) >= num_given).view(-1, 1).expand_as(given)
+        return self._draw(*self._get_inputs(context), given, is_free, temperature)[0]
+
+    @torch.no_grad()
+    def resample(self, latent, context, chosen, temperature=1.0):
+        """Draws the primitives of chosen strokes anew, each given the strokes before it, at a temperature as in `complete`.
 
         Args: latent [N, A, 2]; context [N, H]; chosen [N, A], bool
         Returns: [N, A, 2]
         """
-        table, context_input = self._get_inputs(context)
-        x, state, latent = context_input, None, latent.clone()
+        is_free = torch.stack([chosen, torch.zeros_like(chosen)], -1)
+        return self._draw(*self._get_inputs(context), latent, is_free, temperature)[0]
+
+    def _draw(self, table, context_input, given=None, is_free=None, temperature=1.0):
+        """Draws strokes one after the other, or only those numbers that are free, the others being given.
+
+        Args: table, context_input [N, 4 * hidden]: of _get_inputs; given, is_free [N, A, 2]
+        Returns: latent [N, A, 2]; log_prob [N], of all strokes, at the temperature
+        """
+        x, state, latent, log_prob = context_input, None, [], 0
         for arc_id in range(self.num_arcs):
             state = self._step(x, state)
-            log_prob = (self._get_log_probs(state[0])[0] / temperature).log_softmax(1)
-            new = sample_categorical(log_prob).squeeze(1)
-            latent[:, arc_id, 0] = torch.where(chosen[:, arc_id], new, latent[:, arc_id, 0])
-            x = context_input + look_up(table, pack(latent[:, arc_id]))
-        return latent
+            id_log_prob, on_log_prob = self._get_log_probs(state[0])  # [N, K], [N, 2]
+            if temperature != 1:
+                id_log_prob, on_log_prob = ((y / temperature).log_softmax(1) for y in (id_log_prob, on_log_prob))
+            primitive_id = sample_categorical(id_log_prob)  # [N, 1]
+            on = torch.zeros_like(primitive_id) if arc_id == 0 else sample_categorical(on_log_prob)
+            stroke = torch.cat([primitive_id, on], 1)
+            if given is not None:
+                stroke = torch.where(is_free[:, arc_id], stroke, given[:, arc_id])
+            log_prob = log_prob + id_log_prob.gather(1, stroke[:, :1])
+            log_prob = log_prob + on_log_prob.gather(1, stroke[:, 1:]) if arc_id > 0 else log_prob
+            latent.append(stroke)
+            x = context_input + F.embedding(pack(stroke), table)
+        return torch.stack(latent, 1), log_prob.squeeze(1)
 
-    @torch.no_grad()
-    def get_next_log_probs(self, beginning, context):
-        """The distribution of the stroke that follows the first k (k < A): beginning [N, k, 2], context [N, H] ->
-        log-probabilities of its primitive [N, K] and of the pen being up or down [N, 2]"""
-        table, x = self._get_inputs(context)
-        state, context_input = self._step(x, None), x
-        for code in pack(beginning).unbind(1):
-            state = self._step(context_input + look_up(table, code), state)
-        id_log_prob, on_log_prob = self._get_log_probs(state[0])
-        if beginning.shape[1] == 0:  # the first stroke leaves no ink
-            on_log_prob = torch.tensor([0.0, -math.inf]).to(on_log_prob).expand_as(on_log_prob)
-        return id_log_prob, on_log_prob
+    # -------------------------------------------------------------- densities
 
     def log_prob(self, latent, context):
         """latent [P, B, A, 2], context [B, H] or [1, H] -> [P, B]"""
         context = match_images(context, latent)
         table, context_input = self._get_inputs(context)
-        if gpu.uses_kernels(context, "decoder") and gpu.can_decode(self):
+        if self._uses_kernels(context):
             inputs = table, context_input, *self._get_weights()
             return gpu.log_prob(*inputs, latent.flatten(0, 1), self.uniform_mixture).view(latent.shape[:2])
         codes = pack(latent.flatten(0, 1))  # [P * B, A]
-        context_input = context_input.repeat(len(latent), 1)  # [P * B, 4 * hidden]
-        x, state, hidden = context_input, None, []
-        for arc_id in range(self.num_arcs):
-            state = self._step(x, state)
-            hidden.append(state[0])
-            x = context_input + look_up(table, codes[:, arc_id])
+        hidden = self._read(codes[:, :-1], table, context_input.repeat(len(latent), 1))
         id_log_prob, on_log_prob = self._get_log_probs(torch.stack(hidden, 1))  # [P * B, A, K or 2]
         id_log_prob = id_log_prob.gather(2, codes.unsqueeze(2) // 2).sum((1, 2))
         on_log_prob = on_log_prob[:, 1:].gather(2, codes[:, 1:].unsqueeze(2) % 2).sum((1, 2))
         return (id_log_prob + on_log_prob).view(latent.shape[:2])
+
+    @torch.no_grad()
+    def get_next_log_probs(self, beginning, context):
+        """The distribution of the stroke that follows the first k (k < A): beginning [N, k, 2], context [N, H] ->
+        log-probabilities of its primitive [N, K] and of the pen being up or down [N, 2]"""
+        hidden = self._read(pack(beginning), *self._get_inputs(context))
+        id_log_prob, on_log_prob = self._get_log_probs(hidden[-1])
+        return id_log_prob, forbid_ink(on_log_prob) if beginning.shape[1] == 0 else on_log_prob
+
+    def _read(self, codes, table, context_input):
+        """The hidden states before each of the first k + 1 strokes: codes [N, k], the others as for _draw -> k + 1 of
+        [N, hidden]"""
+        state = self._step(context_input, None)
+        hidden = [state[0]]
+        for code in codes.unbind(1):
+            state = self._step(context_input + look_up(table, code), state)
+            hidden.append(state[0])
+        return hidden
+
+    # -------------------------------------------------------------- a step
 
     def _get_inputs(self, context):
         """The LSTM's inputs are one-hot, so a stroke's contribution to the gates is a row of a
@@ -160,9 +180,6 @@ class Decoder(nn.Module):
         weight = self.lstm.weight_ih.split([self.num_primitives, 2, self.context_size], 1)
         table = weight[0].t().unsqueeze(1) + weight[1].t()  # [K, 2, 4 * hidden]
         return table.flatten(0, 1), F.linear(context, weight[2], self.lstm.bias_ih + self.lstm.bias_hh)
-
-    def _get_weights(self):
-        return self.lstm.weight_hh, self.linear.weight, self.linear.bias
 
     def _step(self, x, state):
         """One step of the LSTM, given its gates' input x [N, 4 * hidden]: hidden and cell state, each [N, hidden]"""
@@ -178,6 +195,27 @@ class Decoder(nn.Module):
         """[..., hidden] -> ids [..., K] and on/off [..., 2]"""
         logits = self.linear(hidden).split([self.num_primitives, 2], -1)
         return [_mix_with_uniform(x.log_softmax(-1), self.uniform_mixture) for x in logits]
+
+    # -------------------------------------------------------------- kernels
+
+    @property
+    def has_kernels(self):
+        """Whether the kernels compute what this decoder does: steps of an LSTM and a linear layer, of sizes that they support"""
+        is_ours = all(
+            getattr(type(self), name) is getattr(Decoder, name) for name in ("_get_inputs", "_step", "_get_log_probs")
+        )
+        return is_ours and gpu.can_decode(getattr(self, "lstm", None), getattr(self, "linear", None))
+
+    def _uses_kernels(self, context):
+        return gpu.kernels.are_used("decoder", context) and self.has_kernels
+
+    def _get_weights(self):
+        return self.lstm.weight_hh, self.linear.weight, self.linear.bias
+
+
+def forbid_ink(on_log_prob):
+    """The pen of the first stroke is up: log-probabilities of up and down, of the shape of on_log_prob [N, 2]"""
+    return on_log_prob.new_tensor([0.0, -math.inf]).expand_as(on_log_prob)
 
 
 def _mix_with_uniform(log_probs, weight):
@@ -197,23 +235,33 @@ def sample_categorical(log_probs):
 
 # ------------------------------------------------------------------ likelihoods
 
-# p(x|z) given a drawing. A likelihood is a class: `init` gives the tensors it needs by name, which live in the generative
-# model (parameters are learned, others stay as they are), `log_prob` and `sample` use them, and `maps` are the T affine
-# maps through one of which it sees drawings, [T, 2, 3], for pictures to show, or None.
+
+class Likelihood(nn.Module):
+    """p(x|z), given the drawing of z.
+
+    A new one is a class and an entry in LIKELIHOODS. It needs `log_prob` and `sample`, as `Bernoulli` has them; its parameters
+    are learned, and have names of their own in the generative model, whose state_dict holds them. Settings are keyword
+    arguments of its constructor. One that sees drawings through affine maps is best derived from `AffineMixture`.
+    """
+
+    maps = None  # [T, 2, 3], the affine maps through one of which it sees drawings, if it does
+
+    def sample_maps(self, num):
+        """Draws maps for drawings that are to look like the model's: [num, 2, 3], or None if it has none"""
+        return None
+
+    def restrict(self, map_id):
+        """A lower bound that takes less time: map_id [t], of some maps -> what has a `log_prob` that is at most this one's"""
+        return self
 
 
-class Bernoulli:
+class Bernoulli(Likelihood):
     """Independent pixels; of a grey image, as the mean over images whose pixels are 1 with that probability"""
-
-    maps = None
-
-    @staticmethod
-    def init():
-        return {}
 
     def log_prob(self, logits, obs):
         """logits, obs [N, R, C] in [0, 1] -> [N], nats"""
         _check_values(obs, lambda x: (x >= 0) & (x <= 1), "outside [0, 1]")
+        obs = obs.to(logits.dtype)
         return -F.binary_cross_entropy_with_logits(logits, obs, reduction="none").flatten(1).sum(1)
 
     def sample(self, logits):
@@ -221,53 +269,79 @@ class Bernoulli:
         return _sample_pixels(logits.sigmoid())
 
 
-class AffineMixture:
-    """Independent pixels of the drawing seen through one of T equally probable affine maps
+class AffineMixture(Likelihood):
+    """Independent pixels of the drawing seen through one of T affine maps, which are equally probable unless a subclass has
+    other weights (see `get_log_weights`).
 
-    Args: theta_affine [T, 2, 3]
+    Args: theta_affine [T, 2, 3]: a parameter, or a tensor that stays as it is
     """
 
     def __init__(self, theta_affine):
-        self.maps = theta_affine
+        super().__init__()
+        if isinstance(theta_affine, nn.Parameter):
+            self.theta_affine = theta_affine
+        else:
+            self.register_buffer("theta_affine", theta_affine, persistent=False)
+
+    @property
+    def maps(self):
+        return self.theta_affine
+
+    def get_log_weights(self):
+        """log p(map), [T], in nats; None stands for equal weights"""
+        return None
 
     def log_prob(self, logits, obs):
         """logits, obs [N, R, C] in {0, 1} -> [N], nats"""
-        _check_values(obs, lambda x: (x == 0) | (x == 1), "other than 0 and 1, which this likelihood is not for")
-        return rendering.affine_log_prob(logits, obs, self.maps)
-
-    def restrict(self, map_id):
-        """The part of the mixture that some maps have: map_id [t] -> a likelihood whose log_prob is a lower bound of this one's
-        in a fraction t / T of the time"""
-        return PartOfMixture(self.maps[map_id], len(self.maps))
+        _check_binary(obs)
+        return rendering.affine_log_prob(logits, obs, self.maps, self.get_log_weights())
 
     def map_log_posterior(self, logits, obs):
         """log p(map | x, z): logits, obs [N, R, C] in {0, 1} -> [N, T], nats"""
-        _check_values(obs, lambda x: (x == 0) | (x == 1), "other than 0 and 1, which this likelihood is not for")
-        return rendering.affine_log_prob_by_map(logits, obs, self.maps).log_softmax(1)
+        _check_binary(obs)
+        by_map, log_weights = rendering.affine_log_prob_by_map(logits, obs, self.maps), self.get_log_weights()
+        return (by_map if log_weights is None else by_map + log_weights).log_softmax(1)
+
+    def restrict(self, map_id):
+        """As Likelihood.restrict: in a fraction t / T of the time"""
+        return PartOfMixture(self, map_id)
+
+    def sample_maps(self, num):
+        """As Likelihood.sample_maps"""
+        log_weights = self.get_log_weights()
+        if log_weights is None:
+            return self.maps[torch.randint(len(self.maps), (num,), device=self.maps.device)]
+        return self.maps[sample_categorical(log_weights.expand(num, -1)).squeeze(1)]
 
     def sample(self, logits):
         """logits [N, R, C] -> obs [N, R, C]"""
-        map_id = torch.randint(len(self.maps), (len(logits),), device=logits.device)
-        return _sample_pixels(rendering.apply_maps(logits.sigmoid(), self.maps[map_id]))
+        return _sample_pixels(rendering.apply_maps(logits.sigmoid(), self.sample_maps(len(logits))))
 
 
-class PartOfMixture(AffineMixture):
-    """Some of the terms of a mixture over T maps
+class PartOfMixture:
+    """The terms that some maps contribute to an AffineMixture: map_id [t]"""
 
-    Args: theta_affine [t, 2, 3]; num_maps (T)
-    """
-
-    def __init__(self, theta_affine, num_maps):
-        super().__init__(theta_affine)
-        self.log_share = math.log(len(theta_affine) / num_maps)
+    def __init__(self, mixture, map_id):
+        self.maps, self.log_weights = mixture.maps[map_id], mixture.get_log_weights()
+        self.log_share = 0.0
+        if self.log_weights is None:
+            self.log_share = math.log(len(self.maps) / len(mixture.maps))
+        else:
+            self.log_weights = self.log_weights[map_id]
 
     def log_prob(self, logits, obs):
-        return super().log_prob(logits, obs) + self.log_share
+        """logits, obs [N, R, C] in {0, 1} -> [N], nats"""
+        _check_binary(obs)
+        return rendering.affine_log_prob(logits, obs, self.maps, self.log_weights) + self.log_share
+
+
+def _check_binary(obs):
+    _check_values(obs, lambda x: (x == 0) | (x == 1), "other than 0 and 1, which this likelihood is not for")
 
 
 def _check_values(obs, is_right, what):
     """Raises: ValueError unless all values of images are right; on a GPU, whose steps wait for no value, they are not checked"""
-    obs = obs[:1] if obs.stride(0) == 0 else obs  # of many views of one image
+    obs = obs[:1] if obs.stride(0) == 0 else obs  # many views of one image
     if not gpu.is_gpu(obs.device) and not is_right(obs).all():
         raise ValueError(f"images have values {what}; binarise them")
 
@@ -278,11 +352,13 @@ def _sample_pixels(probs):
 
 
 class LearnedAffine(AffineMixture):
-    """Learned maps, which begin near the identity"""
+    """Learned maps, which begin near the identity
 
-    @staticmethod
-    def init():
-        return {"theta_affine": nn.Parameter(torch.eye(3)[:2] + 0.03 * torch.randn(NUM_LEARNED_MAPS, 2, 3))}
+    Args: num_maps (T)
+    """
+
+    def __init__(self, num_maps=40):
+        super().__init__(nn.Parameter(torch.eye(3)[:2] + 0.03 * torch.randn(num_maps, 2, 3)))
 
 
 class FixedAffine(AffineMixture):
@@ -290,17 +366,18 @@ class FixedAffine(AffineMixture):
 
     test_run_limits = dict(batch_size=2, num_particles=10, memory_size=10)  # with so many maps, a step takes long
 
-    @staticmethod
-    def init():
-        return {"theta_affine": rendering.get_fixed_maps()}
+    def __init__(self):
+        super().__init__(rendering.get_fixed_maps())
 
 
 class Translation(AffineMixture):
-    """All shifts by up to three pixels"""
+    """All shifts by up to some pixels
 
-    @staticmethod
-    def init():
-        return {"theta_affine": rendering.get_shifts(MAX_SHIFT)}
+    Args: max_shift: pixels of 28
+    """
+
+    def __init__(self, max_shift=3):
+        super().__init__(rendering.get_shifts(max_shift))
 
 
 # The choices of main.py's --likelihood
@@ -313,13 +390,15 @@ util.CHOICES["likelihood"] = LIKELIHOODS
 class GenerativeModel(nn.Module):
     """p(z) p(x|z): a prior over programs, a library of strokes, a renderer, a likelihood.
 
-    Args: as on main.py's command line; num_alphabets (L): 0 if unconditional
+    Args: as on main.py's command line; num_alphabets (L): 0 if unconditional; likelihood_settings: keyword arguments of the
+        likelihood's class, if it has any
     Raises: ValueError if initial_max_curve > 1/2 (without big_arcs), if the likelihood is unknown
     """
 
     def __init__(
         self, num_primitives=64, initial_max_curve=0.3, big_arcs=False, lstm_hidden_size=4, num_rows=28,
         num_cols=28, num_arcs=10, likelihood="learned-affine", uniform_mixture=0.0, num_alphabets=0,
+        likelihood_settings=None,
     ):  # fmt: skip
         super().__init__()
         if initial_max_curve > 0.5 and not big_arcs:
@@ -337,19 +416,14 @@ class GenerativeModel(nn.Module):
         self.pre_sharpness = nn.Parameter(torch.full((num_primitives,), 20.0))
         self.pre_width = nn.Parameter(torch.full((num_primitives,), -2.0))
         self.pre_rendering_params = nn.Parameter(torch.tensor([3.0, -3.0]))
-        self.likelihood_class = LIKELIHOODS[likelihood]
-        tensors = self.likelihood_class.init()
-        self.likelihood_names = list(tensors)
-        for name, value in tensors.items():
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
-            else:
-                self.register_buffer(name, value, persistent=False)
+        self.likelihood = LIKELIHOODS[likelihood](**(likelihood_settings or {}))
+        self.register_state_dict_post_hook(_shorten_names)
+        self.register_load_state_dict_pre_hook(_lengthen_names)
 
-    @property
-    def likelihood(self):
-        """The distribution of an image given the logits of its drawing, one of LIKELIHOODS"""
-        return self.likelihood_class(**{name: getattr(self, name) for name in self.likelihood_names})
+    def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
+        """As torch's, by the names that state_dict has"""
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            yield _shorten(name, f"{prefix}." if prefix else ""), parameter
 
     def get_primitives(self):
         """[K, 5]: dx, dy (of the unit square), theta (radians), sharpness, width"""
@@ -439,12 +513,25 @@ class GenerativeModel(nn.Module):
 
     def get_next_log_probs(self, beginning, alphabet=None):
         """The prior of the stroke that follows the first k: beginning [N, k, 2], k < A; alphabet [N, L] one-hot ->
-        log-probabilities of its primitive [N, K], and of the pen being up or down [N, 2]"""
-        return self.prior.get_next_log_probs(beginning, self._get_context(len(beginning), alphabet))
+        log-probabilities of its primitive [N, K], and of the pen being up or down [N, 2]. Uniform, for a search to try what it
+        likes, if the prior cannot tell them."""
+        if hasattr(self.prior, "get_next_log_probs"):
+            return self.prior.get_next_log_probs(beginning, self._get_context(len(beginning), alphabet))
+        num_primitives = len(self.pre_theta)
+        id_log_prob = self.pre_theta.new_full((len(beginning), num_primitives), -math.log(num_primitives))
+        on_log_prob = self.pre_theta.new_full((len(beginning), 2), -math.log(2))
+        return id_log_prob, forbid_ink(on_log_prob) if beginning.shape[1] == 0 else on_log_prob
 
-    def resample(self, latent, chosen, temperature, alphabet=None):
-        """Resamples the primitives of chosen strokes from the prior at a temperature: latent [N, A, 2], chosen [N, A]
-        bool, alphabet [N, L] one-hot -> [N, A, 2]"""
+    def complete(self, beginning, temperature=1.0, alphabet=None):
+        """Continues programs of which the first k strokes are given, by the prior at a temperature (see Decoder.complete):
+        beginning [N, k, 2], alphabet [N, L] one-hot -> [N, A, 2]"""
+        return self.prior.complete(beginning, self._get_context(len(beginning), alphabet), temperature)
+
+    def resample(self, latent, chosen, temperature=1.0, alphabet=None):
+        """Draws the primitives of chosen strokes anew from the prior at a temperature: latent [N, A, 2], chosen [N, A]
+        bool, alphabet [N, L] one-hot -> [N, A, 2]. Leaves them as they are if the prior cannot do that."""
+        if not hasattr(self.prior, "resample"):
+            return latent
         return self.prior.resample(latent, self._get_context(len(latent), alphabet), chosen, temperature)
 
     def sample_alphabet(self, num_samples):
@@ -455,6 +542,25 @@ class GenerativeModel(nn.Module):
 
     def _get_context(self, batch_size, alphabet):
         return _prepend_alphabet(self.pre_theta.new_empty(batch_size, 0), alphabet, self.num_alphabets)
+
+
+# A checkpoint holds the likelihood's parameters by their own names (theta_affine), not by those of torch's modules
+# (likelihood.theta_affine).
+
+
+def _shorten(name, prefix):
+    return prefix + name.removeprefix(prefix).removeprefix("likelihood.")
+
+
+def _shorten_names(model, state, prefix, _):
+    for name in [name for name in state if name.startswith(f"{prefix}likelihood.")]:
+        state[_shorten(name, prefix)] = state.pop(name)
+
+
+def _lengthen_names(model, state, prefix, *_):
+    for name in model.likelihood.state_dict():
+        if prefix + name in state:
+            state[f"{prefix}likelihood.{name}"] = state.pop(prefix + name)
 
 
 def _prepend_alphabet(context, alphabet, num_alphabets):
@@ -561,6 +667,7 @@ def build(args, num_alphabets, device="cpu"):
         big_arcs=args.big_arcs,
         lstm_hidden_size=args.p_lstm_hidden_size,
         likelihood=args.likelihood,
+        likelihood_settings=util.get_own_settings(args, "likelihood"),
         uniform_mixture=args.p_uniform_mixture,
         **shared,
     )
@@ -574,17 +681,28 @@ def build(args, num_alphabets, device="cpu"):
 
 
 def from_checkpoint(checkpoint, device="cpu"):
-    """Builds the models of a checkpoint of main.py, a dict from `util.load_checkpoint`.
+    """Builds the models of a checkpoint of main.py, a dict from `runs.checkpoints.load`.
 
     Returns: GenerativeModel, InferenceNetwork, on the device, their parameters fixed (requires_grad is False), so that
         nothing computed with them needs `detach`
     Raises: UserError if its contents are inconsistent
     """
+    args, num_alphabets = argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"]
     try:
-        built = build(argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"], device)
-        for name, model in zip(["generative_model", "inference_network"], built, strict=True):
-            model.load_state_dict(checkpoint[name])
+        with torch.device("meta"):  # sizes are compared before anything is allocated
+            expected = [model.state_dict() for model in build(args, num_alphabets)]
+        saved = [checkpoint["generative_model"], checkpoint["inference_network"]]
+        if [_get_shapes(state) for state in saved] != [_get_shapes(state) for state in expected]:
+            raise ValueError("its parameters are not those that its arguments imply")
+        models = build(args, num_alphabets, device)
+        for model, state in zip(models, saved, strict=True):
+            model.to(next(iter(state.values())).dtype).load_state_dict(state)
             model.requires_grad_(False)
-    except (TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"the checkpoint is not of this program's models ({error})") from None
-    return built
+    except Exception as error:  # whatever a foreign file's contents, or a researcher's own model, make of it
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{checkpoint.get('path', 'the checkpoint')} does not make this program's models ({reason})") from error
+    return models
+
+
+def _get_shapes(state):
+    return {name: value.shape for name, value in state.items()}

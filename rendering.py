@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from fast import gpu
-from fast.gpu import LOG_PAPER
+from fast.gpu import LOG_PAPER, kernels
 from util import warn
 
 BLOCK = 16  # images scored side by side: as many floats as fit a register
@@ -28,15 +28,13 @@ MOST_SAMPLED = 2**15  # images seen through maps at a time: cuDNN takes at most 
 # time. However many latents are scored, with or without gradients, memory therefore grows by no
 # more than the few kilobytes of each latent's image.
 
-compiled = {}  # kernel -> its compiled form
-
 
 def _get_chunk_size(device):
     """How many latents are scored at a time: on a GPU enough to need few launches; on a CPU, in plain PyTorch,
     as many as fit the cache"""
     if gpu.is_gpu(device):
         return 8192
-    return 1024 if compiled else 64
+    return 1024 if kernels.compiled else 64
 
 
 def _get_gradient_chunk_size(device):
@@ -66,12 +64,12 @@ def _run(kernel, batch_dim, batched, rest):
     """Calls a kernel, compiled or not. Its first arguments, `batched`, have the batch (of at
     least two) in dimension batch_dim. Inputs are detached and made contiguous, since others
     would be compiled separately."""
-    if kernel not in compiled:
+    if kernel not in kernels.compiled:
         return kernel(*batched, *rest)
     batched, rest = ([x.detach().contiguous() for x in args] for args in (batched, rest))
     for x in batched:
         torch._dynamo.mark_dynamic(x, batch_dim)
-    return compiled[kernel](*batched, *rest)
+    return kernels.compiled[kernel](*batched, *rest)
 
 
 # ------------------------------------------------------------------ arcs
@@ -236,10 +234,10 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
         num_rows (R), num_cols (C): of the image; row 0 is its top
     Returns: logits [B, R, C]
     """
-    if gpu.uses_kernels(arcs, "drawing"):
+    if kernels.are_used("drawing", arcs):
         logits = gpu.DrawArcs.apply(arcs, on_offs != 0, rendering_params, num_rows, num_cols)  # [B, R * C]
         return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
-    if compiled and len(arcs) == 1:  # a batch of one would be compiled separately
+    if kernels.compiled and len(arcs) == 1:  # a batch of one would be compiled separately
         return get_logits(*(torch.cat([x, x]) for x in (arcs, on_offs)), rendering_params, num_rows, num_cols)[:1]
     x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
     constants = get_arc_constants(arcs)  # [B, A, 10]
@@ -254,7 +252,7 @@ def get_logits_with_one_more(arcs, on_offs, more, rendering_params, num_rows, nu
     Args: arcs [B, A, 7], on_offs [B, A]: what has been drawn (A may be 0); more [B, K, 7]
     Returns: logits [B, K, R, C]
     """
-    if compiled and len(more) == 1:
+    if kernels.compiled and len(more) == 1:
         arguments = (torch.cat([x, x]) for x in (arcs, on_offs, more))
         return get_logits_with_one_more(*arguments, rendering_params, num_rows, num_cols)[:1]
     x, y = get_pixel_centres(num_rows, num_cols, more)
@@ -432,17 +430,20 @@ def _sum_over_taps(grad_q, index, weight):
     return F.embedding_bag(source, grad_q.flatten(0, 1), first, mode="sum", per_sample_weights=weight.flatten()[order])
 
 
-def affine_log_prob(logits, obs, maps):
-    """log p(x | z) under an equal mixture of affine maps of the drawing.
+def affine_log_prob(logits, obs, maps, log_weights=None):
+    """log p(x | z) under a mixture of affine maps of the drawing.
 
-    Args: logits [N, R, C]; obs [N, R, C] in {0, 1}; maps [T, 2, 3]
+    Args: logits [N, R, C]; obs [N, R, C] in {0, 1}; maps [T, 2, 3]; log_weights [T], of the maps, equal by default
     Returns: [N]
     Raises: ValueError if the shapes of logits and obs differ
     """
-    _check_shapes(logits, obs)
-    if gpu.uses_kernels(logits, "scoring"):
-        return gpu.ScoreMaps.apply(logits, obs, maps)
-    return affine_log_prob_by_map(logits, obs, maps).logsumexp(1) - math.log(len(maps))
+    if kernels.are_used("scoring", logits):
+        _check_shapes(logits, obs)
+        return gpu.ScoreMaps.apply(logits, obs.to(logits.dtype), maps, log_weights)
+    by_map = affine_log_prob_by_map(logits, obs, maps)
+    if log_weights is not None:
+        return (by_map + log_weights).logsumexp(1)
+    return by_map.logsumexp(1) - math.log(len(maps))
 
 
 def _check_shapes(logits, obs):
@@ -453,10 +454,10 @@ def _check_shapes(logits, obs):
 def affine_log_prob_by_map(logits, obs, maps):
     """log p(x | z, map) for each map, [N, T]; arguments as for `affine_log_prob`"""
     _check_shapes(logits, obs)
-    if compiled and len(logits) == 1:
+    if kernels.compiled and len(logits) == 1:
         return affine_log_prob_by_map(*(torch.cat([x, x]) for x in (logits, obs)), maps)[:1]
     index, weight = get_taps(maps, *obs.shape[1:])
-    probs, paper = logits.sigmoid().flatten(1), 1 - obs.flatten(1)  # [N, R * C]
+    probs, paper = logits.sigmoid().flatten(1), 1 - obs.flatten(1).to(logits.dtype)  # [N, R * C]
     return _ScoreMaps.apply(probs, paper, index, weight)
 
 
@@ -465,20 +466,20 @@ def affine_log_prob_by_map(logits, obs, maps):
 
 def set_compile(enabled, device="cpu"):
     """Turns compilation of the kernels on or off, for all batch sizes at once: on a CPU with
-    torch.compile, on a GPU with Triton, whose kernels runs/kernel_check.py tries.
+    torch.compile, on a GPU with Triton, whose kernels fast/kernel_check.py tries.
     If it fails (without a C++ compiler, say), warns in one line."""
-    if enabled and compiled and not gpu.is_gpu(device):
+    if enabled and kernels.compiled and not gpu.is_gpu(device):
         return
-    compiled.clear()
-    gpu.set_kernels(gpu.OPERATORS if enabled and gpu.is_gpu(device) else [])
+    kernels.compiled = {}
+    kernels.use(gpu.OPERATORS if enabled and gpu.is_gpu(device) else [])
     if not enabled or gpu.is_gpu(device):
         return
-    compiled.update(_compile_for_cpu())
+    kernels.compiled = _compile_for_cpu()
     try:
         with torch.inference_mode(False), torch.enable_grad():  # also within a notebook's torch.no_grad()
             _try_kernels()
     except Exception as error:  # torch raises many types
-        compiled.clear()
+        kernels.compiled = {}
         warn(f"not compiled, training is slower: {_get_reason(error)}")
 
 

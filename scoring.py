@@ -17,7 +17,6 @@ from util import UserError
 ROWS_AT_ONCE = 1024  # latents scored without gradients on a CPU: their images stay in the cache
 CAPACITY = 10_000  # latents kept per image in a table
 MAX_RECENT = 100_000  # rows of a table that are sorted again at every step
-_scored_at_once = 8192  # latents scored at a time on a GPU; fewer once its memory has run out
 
 # ------------------------------------------------------------------ scores
 
@@ -59,10 +58,9 @@ def score_rows(generative_model, codes, obs, alphabet, obs_id):
 def _score_a_few_at_a_time(score_some, num_rows, num_latents, like):
     """Scores rows of num_latents latents each; on a GPU half as many rows at a time, from then on, whenever its memory runs
     out. Args: score_some: takes a slice of the rows, and returns their scores; like: a tensor on the device"""
-    global _scored_at_once
     log_joint, done = [], 0
     while done < num_rows or not log_joint:
-        at_once = max((ROWS_AT_ONCE if can_select(like) else _scored_at_once) // num_latents, 1)
+        at_once = max((ROWS_AT_ONCE if can_select(like) else gpu.kernels.scored_at_once) // num_latents, 1)
         try:
             log_joint.append(score_some(slice(done, done + at_once)))
             done += at_once
@@ -70,7 +68,7 @@ def _score_a_few_at_a_time(score_some, num_rows, num_latents, like):
             captures = like.is_cuda and torch.cuda.is_current_stream_capturing()  # which forbids emptying the cache
             if at_once == 1 or captures:
                 raise
-            _scored_at_once = at_once * num_latents // 2
+            gpu.kernels.scored_at_once = at_once * num_latents // 2
             torch.cuda.empty_cache()
     return torch.cat(log_joint)
 

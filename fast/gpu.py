@@ -1,6 +1,6 @@
 """Operators that compute on a GPU, with Triton kernels, what rendering.py and models.py compute on a CPU.
 
-`is_gpu` and `uses_kernels` decide what is computed the GPU's way. A GPU wants few and large kernels
+`is_gpu` and `kernels` decide what is computed the GPU's way. A GPU wants few and large kernels
 and no synchronisation, so nothing is looked up or left out depending on its value. All devices but
 the CPU count as GPUs, so that tests can run whole steps on torch's meta device, which has no values.
 
@@ -21,30 +21,31 @@ NEGLIGIBLE = 2**-24  # a weight that float32 cannot add to a weight of one
 MAX_DECODER_SIZE = 256  # units or primitives that a program of the decoder's kernels can hold in registers
 MAX_CANDIDATES = 64  # latents per image, remembered and proposed, that a program of the memory's kernels can compare
 OPERATORS = ["drawing", "scoring", "decoder", "convolution", "memory"]  # that have kernels
-WITHOUT_KERNELS = "STROKES_WITHOUT_KERNELS"  # in the environment of a program that was started anew: see runs/kernel_check.py
+WITHOUT_KERNELS = "STROKES_WITHOUT_KERNELS"  # in the environment of a program that was started anew: see kernel_check.py
 
-_kernels = set()  # those of OPERATORS whose kernels are used
+
+class Kernels:
+    """Which kernels this process uses, and how: the one place that knows. rendering.set_compile turns them on and off."""
+
+    def __init__(self):
+        self.compiled = {}  # on a CPU: functions of rendering.py, each with its compiled form
+        self.operators = []  # on a GPU: those of OPERATORS that use their Triton kernels, the others being plain PyTorch
+        self.scored_at_once = 8192  # on a GPU: latents scored at a time; halved whenever its memory runs out
+
+    def use(self, names):
+        """Uses the Triton kernels of these OPERATORS alone"""
+        self.operators = [name for name in OPERATORS if name in names and WITHOUT_KERNELS not in os.environ]
+
+    def are_used(self, name, x):
+        """Whether one of OPERATORS uses its kernels on x"""
+        return name in self.operators and is_gpu(x.device) and x.dtype == torch.float32
+
+
+kernels = Kernels()
 
 
 def is_gpu(device):
     return torch.device(device).type != "cpu"
-
-
-def set_kernels(names):
-    """Uses the kernels of these OPERATORS, and plain PyTorch for the others"""
-    _kernels.clear()
-    if WITHOUT_KERNELS not in os.environ:
-        _kernels.update(names)
-
-
-def get_kernels():
-    """The OPERATORS whose kernels are used"""
-    return [name for name in OPERATORS if name in _kernels]
-
-
-def uses_kernels(x, name):
-    """Whether one of OPERATORS uses its kernels on x"""
-    return name in _kernels and is_gpu(x.device) and x.dtype == torch.float32
 
 
 def on_device_of(x):
@@ -148,19 +149,25 @@ def _(obs, maps, log_prob, by_map, probs, grad):
 
 
 class ScoreMaps(torch.autograd.Function):
-    """log p(x|z) under an equal mixture of maps: logits [N, R, C], obs [N, R, C], maps [T, 2, 3] -> [N]"""
+    """log p(x|z) under a mixture of maps: logits [N, R, C], obs [N, R, C], maps [T, 2, 3], log_weights [T] or None, if they are
+    equal -> [N]"""
 
     @staticmethod
-    def forward(ctx, logits, obs, maps):
-        obs, maps = obs.contiguous(), maps.contiguous()
-        log_prob, *rest = _score_maps(logits.contiguous(), obs, maps)
-        ctx.save_for_backward(obs, maps, log_prob, *rest)
+    def forward(ctx, logits, obs, maps, log_weights):
+        obs, maps, log_num_maps = obs.contiguous(), maps.contiguous(), math.log(len(maps))
+        log_prob, by_map, probs = _score_maps(logits.contiguous(), obs, maps)
+        if log_weights is not None:  # for the backward pass as if the maps were equally probable, and explained images so
+            by_map = by_map + (log_weights + log_num_maps)
+            log_prob = by_map.logsumexp(1) - log_num_maps
+        ctx.save_for_backward(obs, maps, log_prob, by_map, probs)
         return log_prob
 
     @staticmethod
     def backward(ctx, grad):
-        grad_logits, grad_maps = _differentiate_score_maps(*ctx.saved_tensors, grad.contiguous())
-        return grad_logits, None, grad_maps
+        obs, maps, log_prob, by_map, probs = ctx.saved_tensors
+        grad_logits, grad_maps = _differentiate_score_maps(obs, maps, log_prob, by_map, probs, grad.contiguous())
+        grad_weights = grad @ by_map.softmax(1) if ctx.needs_input_grad[3] else None
+        return grad_logits, None, grad_maps, grad_weights
 
 
 # ------------------------------------------------------------------ the first two layers of the inference network
@@ -276,9 +283,11 @@ def get_one_hot(index, num_classes, like):
     return (index.unsqueeze(1) == torch.arange(num_classes, device=index.device)).to(like.dtype)
 
 
-def can_decode(decoder):
-    """Whether the kernels support the size of a models.Decoder"""
-    return max(decoder.lstm.hidden_size, decoder.num_primitives) <= MAX_DECODER_SIZE
+def can_decode(lstm, linear):
+    """Whether the kernels are for a decoder with these layers: an LSTMCell and a Linear that fit a program's registers"""
+    if type(lstm) is not torch.nn.LSTMCell or type(linear) is not torch.nn.Linear:
+        return False
+    return max(lstm.hidden_size, linear.out_features - 2) <= MAX_DECODER_SIZE and lstm.bias and linear.bias is not None
 
 
 @torch.library.custom_op("strokes::decode", mutates_args=())
@@ -388,8 +397,9 @@ def log_prob(table, context, weight_hh, weight, bias, latent, uniform_mixture):
 
 
 def can_remember(memory, num_proposed):
-    """Whether the kernels support a memory, which they do if it is packed and small"""
-    return memory.dim() == 3 and memory.shape[1] + num_proposed <= MAX_CANDIDATES
+    """Whether the kernels are on and support a memory, which they do if it is packed and small"""
+    is_small = memory.dim() == 3 and memory.shape[1] + num_proposed <= MAX_CANDIDATES
+    return is_small and "memory" in kernels.operators and is_gpu(memory.device)
 
 
 @torch.library.custom_op("strokes::get_candidates", mutates_args=())

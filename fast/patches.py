@@ -24,6 +24,7 @@ def convolve(obs, conv0, conv1):
     Args: obs [B, 28, 28]; conv0 = Conv2d(1, C, 3, padding=2); conv1 = Conv2d(C, D, 3, padding=1)
     Returns: [B, D, 6, 6]
     """
+    obs = obs.to(conv0.weight.dtype)
     if not can_share(obs):
         return _convolve_each(obs, conv0, conv1)
     return torch.cat([_convolve_shared(chunk, conv0, conv1) for chunk in obs.split(IMAGE_CHUNK_SIZE)])
@@ -36,7 +37,7 @@ def can_share(obs):
 
 def _convolve_each(obs, conv0, conv1):
     # Pooling first gives the same values and gradients, and leaves less to do for the bias (above all its gradient) and relu.
-    if gpu.uses_kernels(obs, "convolution"):
+    if gpu.kernels.are_used("convolution", obs):
         x = gpu.Convolve.apply(obs, conv0.weight, conv0.bias)  # [B, C, 14, 14]
         return gpu.Pool.apply(F.conv2d(x, conv1.weight, padding=1), conv1.bias)  # [B, D, 6, 6]
     x = F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()  # [B, C, 14, 14]

@@ -56,7 +56,7 @@ def log_likelihood(model, latent, obs):
     num_particles = len(latent)
     latent = latent.flatten(0, 1)
     logits = get_logits(model.get_arcs(latent), latent[..., 1], model.get_rendering_params(), *obs.shape[1:])
-    return affine_log_prob(logits, obs.repeat(num_particles, 1, 1), model.theta_affine).view(num_particles, -1)
+    return affine_log_prob(logits, obs.repeat(num_particles, 1, 1), model.likelihood.maps).view(num_particles, -1)
 
 
 def decode(decoder, context, latent=None, num_particles=1):
@@ -101,7 +101,7 @@ def sleep(model, network, num_samples):
     with torch.no_grad():
         latent = decode(model.prior, torch.zeros(num_samples, 0, device=model.pre_theta.device))[0]
         logits = get_logits(model.get_arcs(latent[0]), latent[0, ..., 1], model.get_rendering_params(), 28, 28)
-        maps = model.theta_affine[torch.randint(len(model.theta_affine), (num_samples,), device=logits.device)]
+        maps = model.likelihood.maps[torch.randint(len(model.likelihood.maps), (num_samples,), device=logits.device)]
         grid = F.affine_grid(maps, (num_samples, 1, 28, 28), align_corners=True)
         obs = F.grid_sample(logits.sigmoid()[:, None], grid, align_corners=True)[:, 0].bernoulli()
     return -decode(network.decoder, embed(network, obs), latent)[1].mean()

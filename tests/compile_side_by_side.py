@@ -14,9 +14,9 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+import losses  # noqa: E402
 import models  # noqa: E402
-from fast import gpu, triton_memory, triton_rendering  # noqa: E402
-from runs import kernel_check  # noqa: E402
+from fast import gpu, kernel_check, triton_memory, triton_rendering  # noqa: E402
 
 compile_kernel, num_compiling, counts = JITFunction.run, 0, collections.Counter()
 together = threading.Event()
@@ -40,11 +40,11 @@ triton.runtime.driver.set_active(ptx.Driver(90))
 JITFunction.run = watch
 kernel_check.os.sched_getaffinity = lambda _: range(2)
 gpu.is_gpu = lambda device: True
-gpu.set_kernels(["drawing", "memory"])
+gpu.kernels.use(["drawing", "memory"])
 memory = torch.zeros(2, 1, 3, dtype=torch.uint8)
 network = models.LookupInferenceNetwork(2, num_arcs=3)
 checks = kernel_check.get_checks(models.GenerativeModel(num_arcs=3), network, 1, 2, torch.device("cpu"))
-functions = [fail, *checks["drawing"], kernel_check.get_memory_check(memory, 1, 64, "cpu")]
+functions = [fail, *checks["drawing"], kernel_check.get_memory_check(memory, memory.clone(), losses.remember, "cpu")]
 kernel_check.compile_side_by_side(functions, torch.device("cpu"))
 for module in (triton_rendering, triton_memory):
     for name, kernel in vars(module).items():

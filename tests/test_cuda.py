@@ -84,7 +84,7 @@ class Reader(TorchDispatchMode):
 def on_meta(request):
     """The meta device, by operators that stand for the kernels, or by plain PyTorch"""
     rendering.set_compile(request.param == "kernels", META)
-    assert gpu.uses_kernels(torch.empty(1, device=META), "drawing") == (request.param == "kernels")
+    assert gpu.kernels.are_used("drawing", torch.empty(1, device=META)) == (request.param == "kernels")
     yield META
     rendering.set_compile(False)
 
@@ -192,9 +192,9 @@ def test_a_search_leaves_kernels_that_were_turned_off_as_they_are(monkeypatch):
     latent, log_joint = torch.zeros(5, 10, 2, dtype=torch.long, device=META), torch.zeros(5, device=META)
     monkeypatch.setattr(programs, "infer", lambda *_, **__: (latent.unsqueeze(1), log_joint.unsqueeze(1)))
     monkeypatch.setattr(programs.search, "find", lambda *_, **__: (latent, log_joint))
-    monkeypatch.setattr(gpu, "_kernels", {"scoring"})
+    monkeypatch.setattr(gpu.kernels, "operators", ["scoring"])
     assert programs.find_programs(model, network, torch.zeros(2, 28, 28, device=META)).latent.shape == (5, 2, 10, 2)
-    assert gpu.get_kernels() == ["scoring"] and not rendering.compiled
+    assert gpu.kernels.operators == ["scoring"] and not gpu.kernels.compiled
 
 
 def test_kernels_are_compiled_side_by_side(tmp_path):

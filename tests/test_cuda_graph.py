@@ -65,7 +65,7 @@ class Generator:
 @pytest.fixture
 def no_gpu(monkeypatch):
     """What cuda_graph.py needs of torch.cuda, without a GPU"""
-    monkeypatch.setattr(gpu, "_kernels", set())  # which need one
+    monkeypatch.setattr(gpu.kernels, "operators", [])  # which need one
     monkeypatch.setattr(torch.cuda, "default_generators", [Generator()])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

@@ -192,9 +192,8 @@ def test_sleep_wake_theta_is_half_of_rws():
         torch.testing.assert_close(rws, wake_theta)
 
 
-def test_mws_with_all_latents_is_exact(monkeypatch):
-    monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 10)
-    model, network, obs = get_tiny("learned-affine", lookup=False)
+def test_mws_with_all_latents_is_exact():
+    model, network, obs = get_tiny("learned-affine", lookup=False, likelihood_settings={"num_maps": 10})
     images = get_copies(obs, 50)[0]
     memory = losses.init_memory(len(images), 10, A, K)
     every = {tuple(z.tolist()) for z in losses.pack(get_latents(), torch.uint8)}

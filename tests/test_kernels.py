@@ -20,9 +20,8 @@ import triton.language as tl  # noqa: E402
 import losses  # noqa: E402
 import models  # noqa: E402
 import rendering  # noqa: E402
-from fast import gpu, triton_decoder  # noqa: E402
+from fast import gpu, kernel_check, triton_decoder  # noqa: E402
 from fast.triton_math import unfused_product  # noqa: E402
-from runs import kernel_check  # noqa: E402
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_cpu = pytest.mark.skipif(device.type != "cpu", reason="on a GPU, compute-sanitizer finds it")
@@ -51,7 +50,7 @@ def use_kernels(monkeypatch):
 
     def switch(enabled):
         monkeypatch.setattr(gpu, "is_gpu", lambda device: enabled or torch.device(device).type != "cpu")
-        monkeypatch.setattr(gpu, "_kernels", set(gpu.OPERATORS if enabled else []))
+        monkeypatch.setattr(gpu.kernels, "operators", gpu.OPERATORS if enabled else [])
 
     return switch
 
@@ -71,6 +70,10 @@ def check_gradients(function, inputs, use_kernels, tolerance=1e-4):
         assert want.isfinite().all()
         assert (got - want).norm() <= tolerance * want.norm()
     return results[0][0]
+
+
+def make_tiny_model():
+    return models.GenerativeModel(16, num_arcs=2, likelihood_settings={"num_maps": 3}).to(device)
 
 
 def make_arcs(num, num_arcs):
@@ -311,14 +314,14 @@ def test_the_memory(use_kernels, num_remembered, num_proposed, dtype):
     proposal[0] = models.unpack(before[obs_id, -1])
     log_joint = 2 * torch.randn(num_remembered + num_proposed, 3, device=device)
     log_joint[0, 1] = -torch.inf
-    obs, drawn = torch.zeros(3, 28, 28, device=device), set()
+    drawn = set()
     for seed in range(20):
         results = []
         for enabled in (False, True):
             use_kernels(enabled)
             torch.manual_seed(seed)
             memory = before.clone()
-            latent, log_r, statistics = losses.remember(None, memory, obs, obs_id, proposal, scorer=lambda *_: log_joint)
+            latent, log_r, statistics = losses.remember(memory, obs_id, proposal, lambda _: log_joint)
             results.append([latent, memory, log_r, *statistics.values()])
         for want, got in zip(*results, strict=True):
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5, equal_nan=True)
@@ -340,17 +343,14 @@ def test_nan_is_remembered(use_kernels):
     use_kernels(True)
     memory, obs_id = losses.init_memory(1, 2, 3, 4).to(device), torch.zeros(1, dtype=torch.long, device=device)
     proposal, log_joint = models.unpack(memory.transpose(0, 1) ^ 1), torch.tensor([[1.0], [2], [torch.nan], [0]], device=device)
-    _, log_r, _ = losses.remember(
-        None, memory, torch.zeros(1, 28, 28, device=device), obs_id, proposal, scorer=lambda *_: log_joint
-    )
+    _, log_r, _ = losses.remember(memory, obs_id, proposal, lambda _: log_joint)
     assert log_r.isnan().all() and torch.equal(models.unpack(memory[:, 0]), proposal[0])
 
 
 @pytest.mark.parametrize("name, num_alphabets", [("rws", 0), ("mws", 3)])
 def test_an_objective(use_kernels, name, num_alphabets, monkeypatch):
     """Loss and all gradients of an objective, given the same programs"""
-    monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 4)
-    model = models.GenerativeModel(16, num_alphabets=num_alphabets, num_arcs=3)
+    model = models.GenerativeModel(16, num_alphabets=num_alphabets, num_arcs=3, likelihood_settings={"num_maps": 4})
     with torch.no_grad():  # strokes that differ: equal ones tie where they meet
         model.pre_sharpness += torch.randn(16)
         model.pre_width += 0.3 * torch.randn(16)
@@ -383,13 +383,12 @@ def test_an_objective(use_kernels, name, num_alphabets, monkeypatch):
 
 
 def test_nan_reaches_the_scores(use_kernels, monkeypatch):
-    monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 4)
     use_kernels(True)
     for name in ["pre_dxdy", "pre_theta", "pre_sharpness", "pre_width", "pre_rendering_params", "theta_affine"]:
-        model = models.GenerativeModel(num_arcs=3).to(device)
+        model = models.GenerativeModel(num_arcs=3, likelihood_settings={"num_maps": 4}).to(device)
         latent, obs = model.sample(1)
         latent[..., 1] = 1
-        getattr(model, name).data.fill_(torch.nan)
+        dict(model.named_parameters())[name].data.fill_(torch.nan)
         assert sum(model.log_prob(latent[None], obs)).isnan().all(), name
 
 
@@ -410,7 +409,6 @@ FAULTS = {"raises": "ptxas is missing", "is wrong": "differs by", "draws no prog
 )
 def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, launch, fault, monkeypatch, capsys):
     """And a step then gives plain PyTorch's loss and gradients"""
-    monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 3)
     name, (module, function) = LAUNCHES[launch], launch.split(".")
     module = importlib.import_module(f"fast.{module}")
     works = getattr(module, function)
@@ -427,16 +425,16 @@ def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, launch, fa
         first, *rest = result if isinstance(result, tuple) else (result,)
         return (first * 1.5 + 0.1, *rest) if rest else first * 1.5 + 0.1
 
-    model, network = models.GenerativeModel(16, num_arcs=2).to(device), models.InferenceNetwork(16, 16, num_arcs=2).to(device)
+    model, network = make_tiny_model(), models.InferenceNetwork(16, 16, num_arcs=2).to(device)
     network.conv0, network.conv1 = torch.nn.Conv2d(1, 16, 3, padding=2), torch.nn.Conv2d(16, 128, 3, padding=1)
     network.to(device)
     latent, obs = model.sample(2)
     use_kernels(True)
     monkeypatch.setattr(module, function, broken)
     before = torch.get_rng_state()
-    kernel_check.check(lambda: (model, network), device, 1, 2, 2)
+    kernel_check.check(lambda: (model, network), device, 1, 2, 2, losses.init_memory, losses.remember)
     assert torch.equal(torch.get_rng_state(), before)
-    assert gpu.get_kernels() == [other for other in gpu.OPERATORS if other != name]
+    assert gpu.kernels.operators == [other for other in gpu.OPERATORS if other != name]
     (line,) = capsys.readouterr().err.splitlines()
     assert name in line and FAULTS[fault] in line
     results = []
@@ -455,33 +453,32 @@ def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, launch, fa
 def test_what_breaks_all_kernels_is_said_once(use_kernels, monkeypatch, capsys):
     use_kernels(True)
     monkeypatch.setattr(kernel_check, "find_fault", lambda *_: "there is no C compiler")
-    model, network = models.GenerativeModel(16, num_arcs=2).to(device), models.InferenceNetwork(16, 16, num_arcs=2).to(device)
-    kernel_check.check(lambda: (model, network), device, 1, 2, 2)
+    model, network = make_tiny_model(), models.InferenceNetwork(16, 16, num_arcs=2).to(device)
+    kernel_check.check(lambda: (model, network), device, 1, 2, 2, losses.init_memory, losses.remember)
     (line,) = capsys.readouterr().err.splitlines()
-    assert all(name in line for name in gpu.OPERATORS) and "no C compiler" in line and gpu.get_kernels() == []
+    assert all(name in line for name in gpu.OPERATORS) and "no C compiler" in line and gpu.kernels.operators == []
 
 
 def test_kernels_that_work_stay_on(use_kernels, monkeypatch, capsys):
-    monkeypatch.setattr(models, "NUM_LEARNED_MAPS", 3)
     model, network = (
-        models.GenerativeModel(16, num_arcs=2).to(device),
+        make_tiny_model(),
         models.LookupInferenceNetwork(3, 16, 16, num_arcs=2).to(device),
     )
     use_kernels(True)
-    kernel_check.check(lambda: (model, network), device, 2, 3, 2)
+    kernel_check.check(lambda: (model, network), device, 2, 3, 2, losses.init_memory, losses.remember)
     monkeypatch.setattr(kernel_check, "MOST_ROWS", 6)
     # more than fits, which a run that scores a few at a time can have
-    kernel_check.check(lambda: (model, network), device, 10**7, 3, 2)
-    assert gpu.get_kernels() == gpu.OPERATORS and capsys.readouterr().err == ""
+    kernel_check.check(lambda: (model, network), device, 10**7, 3, 2, losses.init_memory, losses.remember)
+    assert gpu.kernels.operators == gpu.OPERATORS and capsys.readouterr().err == ""
 
 
 def test_strokes_of_a_new_model_may_tie(use_kernels, capsys):
     """Where equal strokes meet, rounding decides which of them has the gradient"""
     use_kernels(True)
-    gpu.set_kernels(["drawing"])
+    gpu.kernels.use(["drawing"])
     network = models.LookupInferenceNetwork(4).to(device)
     kernel_check.check(lambda: (models.GenerativeModel().to(device), network), device, 2, 4)
-    assert gpu.get_kernels() == ["drawing"] and capsys.readouterr().err == ""
+    assert gpu.kernels.operators == ["drawing"] and capsys.readouterr().err == ""
 
 
 def test_an_unusable_gpu_starts_the_program_anew_once(monkeypatch, capsys):
@@ -498,7 +495,7 @@ def test_an_unusable_gpu_starts_the_program_anew_once(monkeypatch, capsys):
         kernel_check.find_fault("drawing", fail, device)
     assert started == [(sys.executable, sys.orig_argv)] and "illegal memory access" in capsys.readouterr().err
     assert gpu.WITHOUT_KERNELS in os.environ
-    gpu.set_kernels(gpu.OPERATORS)
-    assert gpu.get_kernels() == []  # in the new program
+    gpu.kernels.use(gpu.OPERATORS)
+    assert gpu.kernels.operators == []  # in the new program
     with pytest.raises(RuntimeError, match="illegal"):
         kernel_check.find_fault("drawing", fail, device)

@@ -13,7 +13,7 @@ import main
 import models
 import rendering
 import scoring
-from fast import reference
+from fast import gpu, reference
 
 K, A = 3, 2
 
@@ -93,12 +93,12 @@ def test_pixels_follow_their_density(likelihood):
         model.pre_dxdy.copy_(torch.tensor([[0.1, 0.3]]))
         model.pre_width.fill_(1.0)
         if likelihood == "learned-affine":
-            model.theta_affine.add_(0.1 * torch.randn(40, 2, 3))
+            model.likelihood.theta_affine.add_(0.1 * torch.randn(40, 2, 3))
     num_samples = 20000
     latent, obs = model.sample(num_samples)
     probs = model.get_logits(latent[:1]).sigmoid()
     if likelihood != "bernoulli":
-        by_map = rendering.apply_maps(probs.expand(len(model.theta_affine), -1, -1), model.theta_affine)
+        by_map = rendering.apply_maps(probs.expand(len(model.likelihood.theta_affine), -1, -1), model.likelihood.theta_affine)
         probs = by_map.mean(0, keepdim=True)
     variance = probs * (1 - probs) / num_samples
     z = (obs.mean(0) - probs[0]) / variance[0].clamp(min=1e-7).sqrt()
@@ -137,12 +137,9 @@ def test_translation_shifts_whole_pixels():
 
 def test_a_likelihood_is_added_by_a_class_and_an_entry(monkeypatch):
     class Constant(models.Bernoulli):
-        def __init__(self, ink):
-            self.ink = ink
-
-        @staticmethod
-        def init():
-            return {"ink": torch.nn.Parameter(torch.tensor(0.0))}
+        def __init__(self):
+            super().__init__()
+            self.ink = torch.nn.Parameter(torch.tensor(0.0))
 
         def log_prob(self, logits, obs):
             return super().log_prob(logits * 0 + self.ink, obs)
@@ -257,16 +254,16 @@ def test_when_memory_runs_out_fewer_are_scored_at_a_time(monkeypatch):
 
     monkeypatch.setattr(model, "log_prob", refuse)
     monkeypatch.setattr(scoring, "can_select", lambda latent: False)
-    monkeypatch.setattr(scoring, "_scored_at_once", 20)
+    monkeypatch.setattr(gpu.kernels, "scored_at_once", 20)
     torch.testing.assert_close(losses.score(model, latent, obs), expected, atol=1e-4, rtol=0)
-    assert scoring._scored_at_once < 20
+    assert gpu.kernels.scored_at_once < 20
     room = 5
-    monkeypatch.setattr(scoring, "_scored_at_once", 20)
+    monkeypatch.setattr(gpu.kernels, "scored_at_once", 20)
     rows, obs_id = losses.pack(latent.flatten(0, 1)), torch.arange(6).repeat(5)
     twelve = torch.cat([rows, rows.roll(1, 0)])  # distinct ones
     log_joint = scoring.score_rows(model, twelve, obs, None, obs_id.repeat(2))
     torch.testing.assert_close(log_joint[:30].view(5, 6), expected, atol=1e-4, rtol=0)
-    assert scoring._scored_at_once < 20
+    assert gpu.kernels.scored_at_once < 20
     with pytest.raises(torch.OutOfMemoryError):
         losses.score(model, latent, obs)
 

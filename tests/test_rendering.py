@@ -6,7 +6,7 @@ import torch
 
 import models
 import rendering
-from fast import reference
+from fast import gpu, reference
 
 PARAMS = torch.tensor([3.0, -3.0])
 HARD_THETAS = [0, 1e-8, 1e-5, 1e-3, math.pi / 2, math.pi - 1e-6, math.pi]
@@ -127,7 +127,7 @@ def test_maps_far_off_the_page_are_finite():
 
 
 def test_images_are_seen_through_maps_in_chunks(monkeypatch):
-    probs, maps = torch.rand(7, 28, 28), models.LearnedAffine.init()["theta_affine"][:7]
+    probs, maps = torch.rand(7, 28, 28), models.LearnedAffine(7).maps.detach()
     expected = rendering.apply_maps(probs, maps)
     monkeypatch.setattr(rendering, "MOST_SAMPLED", 3)
     assert torch.equal(rendering.apply_maps(probs, maps), expected)
@@ -165,13 +165,13 @@ def test_compiled_is_the_same_for_all_batch_sizes(compiled):
         obs = torch.bernoulli(torch.full((batch_size, 28, 28), 0.1))
         results = []
         for enabled in (True, False):
-            compiled_kernels = dict(rendering.compiled)
+            compiled_kernels = gpu.kernels.compiled
             if not enabled:
-                rendering.compiled.clear()
+                gpu.kernels.compiled = {}
             logits = rendering.get_logits(arcs, on_offs, params, 28, 28)
             log_prob = rendering.affine_log_prob(logits, obs, maps)
             gradients = torch.autograd.grad(log_prob.mean(), [arcs, params, maps])
-            rendering.compiled.update(compiled_kernels)
+            gpu.kernels.compiled = compiled_kernels
             results.append([logits.detach(), log_prob.detach(), *gradients])
         for got, want in zip(*results, strict=True):
             assert (got - want).norm() <= 1e-4 * want.norm()
@@ -185,7 +185,7 @@ def check_nan_reaches_the_likelihood():
         model = models.GenerativeModel()
         latent, obs = model.sample(3)
         latent[..., 1] = 1
-        getattr(model, name).data.fill_(torch.nan)
+        dict(model.named_parameters())[name].data.fill_(torch.nan)
         log_prior, log_likelihood = model.log_prob(latent.unsqueeze(0), obs)
         assert log_likelihood.isnan().all() and log_prior.isfinite().all(), name
         with torch.no_grad():
@@ -217,4 +217,4 @@ def test_no_compiler_is_one_warning_with_its_own_reason(monkeypatch, capsys):
         rendering.set_compile(True)
         stderr = capsys.readouterr().err
         assert stderr.startswith(f"warning: not compiled, training is slower: {expected}") and stderr.count("\n") == 1
-        assert ("TORCHINDUCTOR_CACHE_DIR" in stderr) == is_about_files and not rendering.compiled
+        assert ("TORCHINDUCTOR_CACHE_DIR" in stderr) == is_about_files and not gpu.kernels.compiled

@@ -87,10 +87,12 @@ def test_programs_lie_over_their_images():
     model = models.GenerativeModel()
     with torch.no_grad():
         model.pre_rendering_params.copy_(torch.tensor([8.0, -4.0]))
-        model.theta_affine += 0.1 * torch.randn(40, 2, 3)
+        model.likelihood.theta_affine += 0.1 * torch.randn(40, 2, 3)
     latent, obs = model.sample(12)
     map_id, maps = drawings.get_maps(model, latent, obs)
-    by_map = [rendering.apply_maps(model.get_logits(latent).sigmoid(), m.expand(12, 2, 3)) for m in model.theta_affine]
+    by_map = [
+        rendering.apply_maps(model.get_logits(latent).sigmoid(), m.expand(12, 2, 3)) for m in model.likelihood.theta_affine
+    ]
     scores = torch.stack([get_log_likelihood(probs, obs) for probs in by_map])
     assert (scores.argmax(0) == map_id).all()
     seen, canonical = (drawings.draw(model, latent, 28, m) for m in (maps, None))

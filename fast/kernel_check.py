@@ -15,27 +15,23 @@ import sys
 
 import torch
 
-import losses
-import models
-import rendering
-import util
 from fast import gpu
-from util import warn
+from fast.gpu import kernels
 
 NUM_COMPARED = 64  # rows
 MOST_ROWS = 2**16  # latents to try kernels on; a run may have more, and scores them a few at a time
 TOLERANCE = 1e-2  # of the norm: far above rounding, and far below what a fault changes
 
 
-def check(build, device, num_particles, batch_size, memory_size=0):
+def check(build, device, num_particles, batch_size, memory_size=0, init_memory=None, remember=None):
     """Tries the kernels that are turned on, for num_particles proposals and memory_size (M) remembered programs for each of
     batch_size (B) images. Leaves torch's random state as it is.
 
     Args: build: a function without arguments that returns a new generative model and inference network of the run's sizes.
         The run's own would not do: what is found must not depend on how far it has come, or it would go on with other
-        kernels, and so other bits, when it resumes
+        kernels, and so other bits, when it resumes; init_memory, remember: those of losses.py, for a run with a memory
     """
-    names = gpu.get_kernels()
+    names = kernels.operators
     if not names:
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad(), without_tf32():
@@ -44,10 +40,10 @@ def check(build, device, num_particles, batch_size, memory_size=0):
         make_strokes_differ(generative_model)
         num_latents = min(num_particles + memory_size, max(MOST_ROWS // batch_size, 1))
         checks = get_checks(generative_model, inference_network, num_latents, batch_size, device)
-        if 0 < memory_size <= gpu.MAX_CANDIDATES:  # larger ones have no kernels
-            memory = losses.init_memory(batch_size, memory_size, generative_model.num_arcs, len(generative_model.pre_theta))
-            if gpu.can_remember(memory, num_particles):
-                checks["memory"] = [get_memory_check(memory, num_particles, len(generative_model.pre_theta), device)]
+        if 0 < memory_size <= gpu.MAX_CANDIDATES - num_particles:  # larger ones have no kernels
+            sizes = generative_model.num_arcs, len(generative_model.pre_theta)
+            memory, proposal = (init_memory(batch_size, num, *sizes) for num in (memory_size, num_particles))
+            checks["memory"] = [get_memory_check(memory, proposal, remember, device)]
         if device.type == "cuda" and importlib.util.find_spec("triton"):
             compile_side_by_side([function for name in names for function in checks.get(name, [])], device)
         faults = {name: find_first_fault(name, checks.get(name, []), device) for name in names}
@@ -57,7 +53,11 @@ def check(build, device, num_particles, batch_size, memory_size=0):
         broken = ", ".join(name for name in names if faults[name] == fault)
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
         warn(f"the kernels of {broken} do not work on {where} ({fault}); plain PyTorch takes their place, which is slower")
-    gpu.set_kernels([name for name in names if faults[name] is None])
+    kernels.use([name for name in names if faults[name] is None])
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -88,7 +88,7 @@ def compile_side_by_side(functions, device):
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             launch(*args, **{**options, "warmup": True})
 
-    launch, num_threads = JITFunction.run, len(util.get_cores())
+    launch, num_threads = JITFunction.run, len(os.sched_getaffinity(0))
     with concurrent.futures.ThreadPoolExecutor(num_threads) as threads:
         JITFunction.run = lambda *args, **options: threads.submit(compile_kernel, *args, **options)
         try:
@@ -107,12 +107,12 @@ def find_first_fault(name, functions, device):
 def find_fault(name, function, device):
     """Compares function() by the kernels of one operator and by plain PyTorch. Returns: what is wrong, in words, or None"""
     try:
-        gpu.set_kernels([name])
+        kernels.use([name])
         got = function()
         synchronize(device)
-        gpu.set_kernels([])
+        kernels.use([])
         return find_difference(got, function())
-    except Exception as error:  # of Triton, of CUDA, or of ours
+    except Exception as error:  # from Triton, from CUDA, or from this program
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         try:
             synchronize(device)
@@ -156,10 +156,12 @@ def get_checks(generative_model, inference_network, num_particles, batch_size, d
     ids = torch.randint(num_primitives, (num_particles, batch_size, num_arcs), device=device)
     latent = torch.stack([ids, torch.randint(2, ids.shape, device=device)], -1)  # [P, B, A, 2]
     latent[..., 0, 1] = 0
-    obs = (torch.rand(batch_size, 28, 28, device=device) < 0.1).float()
+    size = generative_model.num_rows, generative_model.num_cols
+    obs = (torch.rand(batch_size, *size, device=device) < 0.1).float()
     flat = latent.flatten(0, 1)  # [N, A, 2]
-    decoders = [d for d in (generative_model.prior, inference_network.decoder) if gpu.can_decode(d)]
-    checks = {"decoder": [f for d in decoders for f in get_decoder_checks(d, latent)]}
+    decoders = [generative_model.prior, inference_network.decoder]
+    decoders = [decoder for decoder in decoders if getattr(decoder, "has_kernels", False)]
+    checks = {"decoder": [function for decoder in decoders for function in get_decoder_checks(decoder, latent)]}
 
     def draw():
         rows = get_rows(num_rows, "drawing")
@@ -167,17 +169,17 @@ def get_checks(generative_model, inference_network, num_particles, batch_size, d
         return compare(logits, list(generative_model.parameters()))
 
     checks["drawing"] = [draw]
-    maps = generative_model.likelihood.maps
-    if maps is not None:
-        logits, seen = torch.randn(num_rows, 28, 28, device=device) * 3, obs.repeat(num_particles, 1, 1)
+    likelihood = generative_model.likelihood
+    if likelihood.maps is not None:
+        logits, seen = torch.randn(num_rows, *size, device=device) * 3, obs.repeat(num_particles, 1, 1)
 
         def score():
             rows = get_rows(num_rows, "scoring")
             given = logits[rows].requires_grad_()
-            return compare(rendering.affine_log_prob(given, seen[rows], maps), [given, maps])
+            return compare(likelihood.log_prob(given, seen[rows]), [given, *likelihood.parameters()])
 
         checks["scoring"] = [score]
-    if isinstance(inference_network, models.InferenceNetwork):
+    if hasattr(inference_network, "conv0"):
 
         def embed():
             rows = get_rows(batch_size, "convolution")
@@ -197,12 +199,12 @@ def get_decoder_checks(decoder, latent):
         rows = get_rows(len(context), "decoder")
         particles = slice(1) if rows.stop is not None else slice(None)
         with torch.set_grad_enabled(with_gradients):
-            log_prob = decoder.log_prob(latent[particles, rows], context[rows])[:1]  # of the other particles: compiled only
+            log_prob = decoder.log_prob(latent[particles, rows], context[rows])[:1]  # the other particles are only compiled
             return compare(log_prob.t(), parameters)
 
     def sample(with_gradients):
         with torch.set_grad_enabled(with_gradients):
-            if "decoder" not in gpu.get_kernels():  # plain PyTorch would draw others, and so scores these
+            if "decoder" not in kernels.operators:  # plain PyTorch would draw others, and so scores these
                 ids, on = drawn[with_gradients][0].unbind(-1)
                 if not (((0 <= ids) & (ids < decoder.num_primitives)).all() and ((0 <= on) & (on < 2)).all()):
                     raise ValueError("what is drawn are no programs")  # which must not be looked up on a GPU
@@ -214,28 +216,28 @@ def get_decoder_checks(decoder, latent):
     return [functools.partial(function, with_gradients) for function in (score, sample) for with_gradients in (True, False)]
 
 
-def get_memory_check(memory, num_particles, num_primitives, device):
-    """A function that remembers proposals, half of which are remembered already: memory [B, M, A]"""
-    batch_size, memory_size, num_arcs = memory.shape
-    codes = losses.init_memory(batch_size, num_particles, num_arcs, num_primitives)  # [B, P, A]
-    num_known = min(codes.shape[1] // 2, memory_size)
-    codes[:, :num_known] = memory[:, :num_known]
-    proposal = models.unpack(codes).transpose(0, 1).contiguous().to(device)  # [P, B, A, 2]
-    log_joint = torch.randn(memory_size + len(proposal), batch_size, device=device)
-    obs, obs_id = torch.zeros(batch_size, 28, 28, device=device), torch.arange(batch_size, device=device)
+def get_memory_check(memory, proposal, remember, device):
+    """A function that remembers proposals, half of which are remembered already: memory [B, M, A] and proposal [B, P, A], both
+    packed; remember: losses.remember"""
+    batch_size, memory_size, _ = memory.shape
+    num_known = min(proposal.shape[1] // 2, memory_size)
+    proposal[:, :num_known] = memory[:, :num_known]
+    latent = torch.stack([proposal // 2, proposal % 2], -1).long().transpose(0, 1).contiguous().to(device)  # [P, B, A, 2]
+    log_joint = torch.randn(memory_size + len(latent), batch_size, device=device)
+    obs_id = torch.arange(batch_size, device=device)
 
-    def remember():
+    def remember_them():
         torch.manual_seed(0)
         kept = memory.to(device, copy=True)
-        latent, log_r, statistics = losses.remember(None, kept, obs, obs_id, proposal, scorer=lambda *_: log_joint)
-        return [x.float() for x in (latent, log_r, kept, *statistics.values())]
+        drawn, log_r, statistics = remember(kept, obs_id, latent, lambda _: log_joint)
+        return [x.float() for x in (drawn, log_r, kept, *statistics.values())]
 
-    return remember
+    return remember_them
 
 
 def get_rows(num_rows, name):
     """All rows for kernels, the compared ones for plain PyTorch"""
-    return slice(None) if name in gpu.get_kernels() else slice(min(NUM_COMPARED, num_rows))
+    return slice(None) if name in kernels.operators else slice(min(NUM_COMPARED, num_rows))
 
 
 def compare(value, inputs):
