@@ -521,6 +521,8 @@ def is_complete(path, settings):
         return False
     try:
         result = checkpoints.load_result(path)
+    except util.OlderFile:
+        raise
     except UserError as error:
         warn(f"{error}; it is evaluated again")
         return False

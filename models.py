@@ -690,7 +690,7 @@ def from_checkpoint(checkpoint, device="cpu"):
     args, num_alphabets = argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"]
     try:
         with torch.device("meta"):  # sizes are compared before anything is allocated
-            expected = [model.state_dict() for model in build(args, num_alphabets)]
+            expected = [model.state_dict() for model in build(args, num_alphabets, "meta")]
         saved = [checkpoint["generative_model"], checkpoint["inference_network"]]
         if [_get_shapes(state) for state in saved] != [_get_shapes(state) for state in expected]:
             raise ValueError("its parameters are not those that its arguments imply")

@@ -37,6 +37,10 @@ class UserError(ValueError):
     """A problem that the user can fix; the message says in one line what it is and how."""
 
 
+class OlderFile(UserError):
+    """A file that a version before 1.0 may have written"""
+
+
 def run_script(main):
     """Calls main() and exits. Errors that the user can fix become one line on standard error
     and exit status 2; --debug shows where they come from."""
@@ -620,8 +624,11 @@ def load_checkpoint(path, device="cpu", keys=frozenset({"args", "generative_mode
         checkpoint = decode(content, device)
     except Exception as error:  # a broken file can make the readers raise anything
         reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
-        older = "; if an older version wrote it, rewrite it: python -m runs.convert FILES" * is_archive(content)
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason}{older})") from None
+        if is_archive(content):
+            raise OlderFile(
+                f"{path} is not a checkpoint of this version; if an older one wrote it, python -m runs.convert rewrites it"
+            ) from None
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of this program, or one of another kind")
     if checkpoint.get("format") != FORMAT:

@@ -262,7 +262,7 @@ def get_row(name, runs):
     row = {
         "model": name,
         "algorithm": settings["algorithm"],
-        "particles": settings["num_particles"] + settings["memory_size"],
+        "particles": settings["num_particles"] + settings.get("memory_size", 0),
         "iteration": "-".join(map(str, sorted({min(iterations), max(iterations)}))),
         "seeds": len(runs),
         "images": runs[0].images.kind,

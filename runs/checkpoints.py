@@ -26,7 +26,17 @@ RESULT_KEYS = {
     "args", "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
     "latents", "statistics", "run", "model_settings", "model_iteration",
 }  # fmt: skip
-TYPES = dict(args=dict, data=str, num_alphabets=int, pretrain_iteration=int, iteration=int, reason=str, statistics=dict)
+TYPES = dict(
+    args=dict,
+    data=str,
+    generative_model=dict,
+    inference_network=dict,
+    num_alphabets=int,
+    pretrain_iteration=int,
+    iteration=int,
+    reason=str,
+    statistics=dict,
+)
 OF_DEVICES = {"fused", "capturable", "foreach", "differentiable"}  # options of optimisers that do not change what they are
 
 # ------------------------------------------------------------------ finding
@@ -140,7 +150,7 @@ def complete(checkpoint):
     """A checkpoint as other modules expect it: with all arguments (those that did not exist when it was saved have their
     defaults), the settings that they imply, and a memory, if only None. Raises: UserError if a foreign file's contents
     make that impossible"""
-    wrong = [name for name, kind in TYPES.items() if type(checkpoint.get(name)) is not kind]
+    wrong = [name for name, kind in TYPES.items() if not isinstance(checkpoint.get(name), kind)]
     if wrong:
         raise UserError(f"it has no {wrong[0]}, or of another type")
     try:
@@ -160,20 +170,22 @@ def load_newest(path_base, device="cpu"):
     Returns: the checkpoint, or None if there are none
     Raises: UserError if there are checkpoints but all are damaged
     """
-    latest = get_path(path_base)
+    latest, is_older = get_path(path_base), False
     paths = [latest] * latest.exists() + get_numbered(latest.parent)[::-1]
     for path in paths:
         try:
             checkpoint = load(path, device)
         except UserError as error:
+            is_older |= isinstance(error, util.OlderFile)
             warn(str(error))
             continue
         if path != paths[0]:
             warn(f"resuming from {path}, the newest intact checkpoint")
         return checkpoint
     if paths:
+        advice = f"python -m runs.convert {latest.parent}/*.pt rewrites those of an older version, or " * is_older
         raise UserError(
-            f"no checkpoint in {latest.parent} is intact; move the folder {util.SAVE / path_base} away to start over"
+            f"no checkpoint in {latest.parent} is intact; {advice}move the folder {util.SAVE / path_base} away to start over"
         )
     return None
 

@@ -31,12 +31,15 @@ def convert(path):
     except Exception as error:  # a broken file can make the reader raise anything
         raise UserError(f"{path} cannot be read ({type(error).__name__})") from None
     if isinstance(old, dict) and RUN <= old.keys():
-        new = convert_run(old)
+        util.save_checkpoint(path, convert_run(old))
     elif isinstance(old, dict) and RESULT <= old.keys():
-        new = convert_result(old)
+        result = convert_result(old)
+        util.save_checkpoint(path, result)
+        name = path.with_name(f"{result['settings']['mode']}_{result['settings']['algorithm']}.pt")
+        if path.stem.partition("_")[0] in ("test", "unseen") and not name.exists():
+            return f"is rewritten as {path.rename(name)}"
     else:
         return "is neither a checkpoint of a run nor a result, and stays as it is"
-    util.save_checkpoint(path, new)
     return "is rewritten"
 
 

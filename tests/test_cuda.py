@@ -25,6 +25,7 @@ import rendering
 import util
 from fast import cuda_graph, gpu
 from reading import programs
+from runs import checkpoints
 
 aten = torch.ops.aten
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -116,14 +117,14 @@ def test_a_run_looks_at_no_value(algorithm, likelihood, num_alphabets, on_meta, 
     for i in range(6):  # more than an epoch
         statistics = main.pretrain_step(run) if i < 2 else main.train_step(run, main.get_obs_id(run))
         assert all(value.shape == () and value.is_meta for value in statistics.values())
-        run.pending.append(statistics)
+        run.record("pretrain" if i < 2 else "train", statistics)
         run.pretrain_iteration, run.iteration = run.pretrain_iteration + (i < 2), run.iteration + (i >= 2)
     with Reader():
         util.save_checkpoint(path, run.get_checkpoint())
     checkpoint = util.load_checkpoint(path)
     assert all(not x.is_meta for x in tree_leaves(checkpoint) if torch.is_tensor(x))
     again = get_run(algorithm, num_alphabets, flags)
-    again.restore(checkpoint)
+    again.restore(checkpoints.complete(checkpoint))
     assert again.iteration == 4 and all(p.is_meta for p in again.generative_model.parameters())
     main.train_step(again, main.get_obs_id(again))
 

@@ -28,7 +28,7 @@ import sweep
 import util
 from cluster import tasks
 from results import report
-from runs import checkpoints
+from runs import checkpoints, convert
 from util import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -172,7 +172,7 @@ def test_estimates_of_an_enumerable_model(folder, algorithm, conditional):  # no
     assert result["standard_error"] == pytest.approx(exact.std().item() / 2, rel=0.05)
     torch.testing.assert_close(result["enumeration_bound_by_image"], exact, atol=1e-3, rtol=0)
     assert (result["log_p_by_image"] < exact + 0.05).all()
-    assert len(result["statistics"]["phi_loss"]) == 200
+    assert len(result["statistics"]["train"]["phi_loss"]) == 200
     assert algorithm == "sleep" or result["num_scored"] == 32  # 8 latents of 4 images
 
 
@@ -435,51 +435,38 @@ def make_older(result):
     return {**result, "settings": {**settings, "mode": "test"}, "is_own_data": True}
 
 
-def test_older_evaluations_are_named_and_kept(small_model, capsys, monkeypatch):
+def test_older_evaluations_are_kept_and_renamed_when_rewritten(small_model, capsys, monkeypatch):
     """And training and test images are in tables of their own"""
     assert eval_logp.main([*OWN, small_model, "--mode", "train"]) == 0
     logp = util.SAVE / small_model / "logp"
-    older, (task,) = make_older(load(small_model, "own", "train")), get_evaluation_tasks(small_model, monkeypatch)
+    expected, (task,) = load(small_model, "own", "train"), get_evaluation_tasks(small_model, monkeypatch)
     (logp / "train_own.pt").unlink()
-    util.save_checkpoint(logp / "test_own.pt", older)
-    capsys.readouterr()
-    assert eval_logp.main(["--report"]) == 0
-    stdout, stderr = capsys.readouterr()
-    assert "the first 4 training images, on which the models were trained (fingerprint " in stdout
-    assert "test_own.pt, by an older version, holds an evaluation of 4 training images; it is shown under training" in stderr
-    assert not tasks.get_progress(task).done and tasks.get_progress(task).others
+    torch.save(make_older(expected), logp / "test_own.pt")
+    with pytest.raises(
+        UserError, match="test_own.pt is not a checkpoint of this version; if an older one wrote it, python -m runs.convert"
+    ):
+        eval_logp.main([*OWN, small_model])
+    assert convert.convert(logp / "test_own.pt") == f"is rewritten as {logp / 'train_own.pt'}"
+    assert_same(load(small_model, "own", "train")["settings"], expected["settings"])
+    assert not tasks.get_progress(task).done
 
-    assert eval_logp.main([*OWN, small_model]) == 0  # needs no --force
-    assert "held the first 4 training images, evaluated by an older version; it is now" in capsys.readouterr().out
+    assert eval_logp.main([*OWN, small_model]) == 0
     assert tasks.get_progress(task).done
-    kept = util.load_checkpoint(logp / "older/test_own.pt", keys=set())
-    assert_same({**kept, "args": None}, {**older, "args": None})
-    assert load(small_model, "own")["settings"]["kind_of_images"] == "test"
+    capsys.readouterr()
     assert eval_logp.main(["--report"]) == 0
     stdout, stderr = capsys.readouterr()
     tables = stdout.split("\n\n")
     assert len(tables) == 3 and not stderr
     assert tables[0].startswith("the first 4 images of the test part of the model's data, unseen (fingerprint ")
     assert tables[1].startswith("the first 4 training images, on which")
-    for table, result in zip(tables, [load(small_model, "own"), older], strict=False):
-        assert table.count(small_model) == 1 and f"{result['log_p']:.2f}" in table
+    for table, mode in zip(tables, ["test", "train"], strict=False):
+        assert table.count(small_model) == 1 and f"{load(small_model, 'own', mode)['log_p']:.2f}" in table
     assert "a figure of the first 4 images of the test part" in tables[2]
     rows = list(csv.DictReader(open("save/logp.csv")))
-    assert [row["images"] for row in rows] == ["test", "training"] and rows[1]["fingerprint"] == older["settings"]["images"]
+    assert [row["images"] for row in rows] == ["test", "training"]
+    assert rows[1]["fingerprint"] == expected["settings"]["images"]
     assert eval_logp.main(["--report", "--mode", "train"]) == 0
     assert [row["images"] for row in csv.DictReader(open("save/logp_train.csv"))] == ["training"]
-
-
-def test_older_evaluations_by_sleep_trained_on_fewer_samples(small_model):
-    flags = ["--checkpoint-path", small_model, "--algorithm", "sleep", *EVALUATE, "--num-iterations", "2"]
-    assert eval_logp.main(flags) == 0
-    path = util.SAVE / small_model / "logp/test_sleep.pt"
-    assert load(small_model, "sleep")["settings"]["num_dreams"] == 8 * 50
-    result = make_older(load(small_model, "sleep"))
-    util.save_checkpoint(path, {**result, "settings": {**result["settings"], "mode": "unseen"}})
-    assert checkpoints.load_result(path)["settings"]["num_dreams"] == 8 * 4
-    assert eval_logp.main(flags) == 0 and path.with_name("older").joinpath(path.name).exists()
-    assert load(small_model, "sleep")["settings"]["num_dreams"] == 8 * 50
 
 
 def get_evaluation_tasks(model, monkeypatch):

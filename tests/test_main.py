@@ -335,7 +335,7 @@ def test_the_line_about_the_data_is_printed_and_kept(tmp_path, run_script, monke
     fill(tmp_path / "letters", 16, ["a", "b"])
     (tmp_path / "letters/notes.txt").write_text("no image")
     monkeypatch.chdir(tmp_path)
-    line = "16 images, 2 alphabets, mean ink 0.13; skipped: 1 file (1 text)"
+    line = "16 images, 2 alphabets, mean ink 0.13; skipped: 1 file (1 TXT)"
     argv = [*TINY, *"--data-location letters --pretrain-iterations 1 --num-iterations 1".split()]
     assert f"letters: {line}\n" in run_script(main, *argv, "--name", "lines")[1]
     checkpoint = checkpoints.load(checkpoints.find("lines"))

@@ -104,7 +104,7 @@ def assert_bits_of_a_run_here(model, settings):
     (args,) = [
         args for args in sweep.get_runs(sweep.parse_args(["--", *settings])).values() if util.get_path_base(args) == model
     ]
-    main.main(sweep.get_flags(args))
+    main.main(util.get_flags(args))
     assert_same(finished, load(model))
 
 
@@ -496,7 +496,7 @@ def test_warnings_that_come_early_wait():
 
 def test_a_job_without_the_gpu_that_it_was_given(folder):  # noqa: F811
     """Fails at once, and --status says why"""
-    flags = [*sweep.get_flags(next(sweep.get_sweep_argss())), "--cuda"]
+    flags = [*util.get_flags(next(sweep.get_sweep_argss())), "--cuda"]
     listing = slurm.Listing(pathlib.Path("listing.json"), False, "", 120, [tasks.Task("mws_3", "train", flags, 200000)])
     slurm.write_listing(listing)
     assert slurm.run_task(f"{listing.path}:0") == 2

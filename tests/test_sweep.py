@@ -128,7 +128,7 @@ def test_the_models_of_the_paper():
         argss = list(sweep.get_sweep_argss(test_run, "glyphs"))
         assert len({util.get_path_base(args) for args in argss}) == 16
         for args in argss:
-            flags = sweep.get_flags(args)
+            flags = util.get_flags(args)
             assert all(re.fullmatch(r"--[\w=./-]+", flag) for flag in flags)
             assert vars(main.parse_args(flags)) == vars(args)
 
@@ -169,14 +169,14 @@ def test_evaluations_of_a_sweep():
 
 def test_a_run_stopped_before_its_last_test_is_not_complete(make_sweep, monkeypatch):
     name, _ = make_sweep("--pretrain-iterations 0 --num-iterations 4 --test-interval 4 --test-num-particles 3")
-    (task, _), flags = sweep.get_tasks(sweep.parse_args([])), sweep.get_flags(next(iter(sweep.get_sweep_argss())))
+    (task, _), flags = sweep.get_tasks(sweep.parse_args([])), util.get_flags(next(iter(sweep.get_sweep_argss())))
     with monkeypatch.context() as context:
-        context.setattr(main, "test", lambda run, stop: os.kill(os.getpid(), signal.SIGTERM))
+        context.setattr(main, "test", lambda run: os.kill(os.getpid(), signal.SIGTERM) or False)
         assert main.main(flags) == 128 + signal.SIGTERM
     assert load(name)["iteration"] == 4 and not tasks.is_trained(task)
     assert main.main(flags) == 0 and tasks.is_trained(task)
     resumed = load(name)
-    assert resumed["statistics"]["test_iteration"].tolist() == [4]
+    assert resumed["statistics"]["test"]["iteration"].tolist() == [4]
     shutil.rmtree(util.SAVE / name)
     assert main.main(flags) == 0
     assert_same(resumed, load(name))
@@ -204,7 +204,7 @@ def test_sweep_here(make_sweep, monkeypatch):
     assert pathlib.Path("save/logp_by_iteration.pdf").exists() and stdout.count(" at iteration 110\n") == 2
     resumed = load(models[0])
     shutil.rmtree(util.SAVE / models[0])
-    main.main(sweep.get_flags(next(sweep.get_sweep_argss())))
+    main.main(util.get_flags(next(sweep.get_sweep_argss())))
     assert_same(resumed, load(models[0]))
     assert "2 are complete already\n0 of 0 done" in run()
 
@@ -260,10 +260,10 @@ def test_failures_and_locks(make_sweep):
     with locks.lock_run(models[0]):
         stdout = run("--jobs", "2", status=1)
         assert f"{models[0]}: skipped, process {os.getpid()} on" in stdout
-        assert f"{models[1]}: failed with status 2, see save/{models[1]}/logs/train.log" in stdout and "is valid" in stdout
+        assert f"{models[1]}: failed with status 2, see save/{models[1]}/logs/train.log" in stdout and "is intact" in stdout
         assert "0 of 2 done" in stdout
         assert [cells["state"] for cells in get_cells()] == ["running", "failed"]
-        assert "is valid" in run("--status", status=1).splitlines()[-1]
+        assert "is intact" in run("--status", status=1).splitlines()[-1]
         stdout = run("--rm", "--dry-run")
         assert "is in use and stays" in stdout and stdout.splitlines()[-1] == f"save/{models[1]}"
     assert not tasks.get_progress(task).done
