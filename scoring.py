@@ -221,7 +221,8 @@ class ScoreTable:
         num_particles, batch_size = latent.shape[:2]
         obs_id = torch.arange(batch_size, device=obs.device).repeat(num_particles)  # [P * B]
         codes = pack(latent.flatten(0, 1), torch.int16)  # [P * B, A]
-        rows = Rows(get_hash(codes, image_id[obs_id]), image_id[obs_id], codes, obs.new_empty(len(codes)))
+        log_joint = obs.new_empty(len(codes), dtype=next(generative_model.parameters()).dtype)
+        rows = Rows(get_hash(codes, image_id[obs_id]), image_id[obs_id], codes, log_joint)
         known = self._find(rows, self.settled) | self._find(rows, self.recent)
         unknown = (~known).nonzero().squeeze(1)  # [N]
         if len(unknown):

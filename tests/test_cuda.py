@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT
+from test_models import GRUDecoder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +24,7 @@ import main
 import models
 import rendering
 import util
-from fast import cuda_graph, gpu
+from fast import cuda_graph, gpu, kernel_check
 from reading import programs
 from runs import checkpoints
 
@@ -127,6 +128,20 @@ def test_a_run_looks_at_no_value(algorithm, likelihood, num_alphabets, on_meta, 
     again.restore(checkpoints.complete(checkpoint))
     assert again.iteration == 4 and all(p.is_meta for p in again.generative_model.parameters())
     main.train_step(again, main.get_obs_id(again))
+
+
+def test_a_decoder_without_kernels_runs_where_they_are_on(on_meta, monkeypatch):
+    """Somebody's GRU, in the prior and the network, through a run's steps and the check of its kernels"""
+    monkeypatch.setattr(models, "Decoder", GRUDecoder)
+    monkeypatch.setattr(gpu, "log_prob", None)
+    monkeypatch.setattr(gpu, "sample", None)
+    run = get_run("mws", 5)
+    for _ in range(2):
+        main.pretrain_step(run)
+        statistics = main.train_step(run, main.get_obs_id(run))
+        assert all(value.shape == () and value.is_meta for value in statistics.values())
+    checks = kernel_check.get_checks(run.generative_model, run.inference_network, 3, 4, META)
+    assert checks["decoder"] == [] and checks.keys() == {"decoder", "drawing", "scoring", "convolution"}
 
 
 @pytest.mark.parametrize("algorithm, num_alphabets, on_meta", [

@@ -343,3 +343,188 @@ def test_shapes_and_values_that_do_not_fit_are_refused(likelihood):
         for score in (model.log_likelihood, lambda z, x: model.get_map_log_posterior(z[0], x)):
             with pytest.raises(ValueError, match="other than 0 and 1"):
                 score(latent, grey)
+
+
+# ------------------------------------------------------------------ what researchers change
+
+
+class GRUDecoder(models.Decoder):
+    """A decoder whose step is another one"""
+
+    def __init__(self, num_primitives, num_arcs, hidden_size, context_size, uniform_mixture):
+        super().__init__(num_primitives, num_arcs, hidden_size, context_size, uniform_mixture)
+        del self.lstm
+        self.gru = torch.nn.GRUCell(num_primitives + 2 + context_size, hidden_size)
+
+    def _get_inputs(self, context):
+        weight = self.gru.weight_ih.split([self.num_primitives, 2, self.context_size], 1)
+        table = weight[0].t().unsqueeze(1) + weight[1].t()
+        return table.flatten(0, 1), F.linear(context, weight[2], self.gru.bias_ih)
+
+    def _step(self, x, state):
+        hidden = x.new_zeros(len(x), self.gru.hidden_size) if state is None else state[0]
+        r, z, n = zip(x.chunk(3, 1), F.linear(hidden, self.gru.weight_hh, self.gru.bias_hh).chunk(3, 1), strict=True)
+        z = sum(z).sigmoid()
+        return ((1 - z) * (n[0] + sum(r).sigmoid() * n[1]).tanh() + z * hidden,)
+
+
+class Independent(torch.nn.Module):
+    """A prior with a density and samples, and nothing else"""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor([[0.0, -math.inf], [1.0, 0.5]]))  # [A, 2]
+
+    def sample(self, num_particles, context):
+        on = torch.distributions.Categorical(logits=self.logits).sample((num_particles, len(context)))
+        return torch.stack([torch.randint(K, on.shape), on], -1)
+
+    def log_prob(self, latent, context):
+        on = torch.distributions.Categorical(logits=self.logits).log_prob(latent[..., 1])
+        return on.sum(-1) - A * math.log(K)
+
+
+def test_a_gru_is_what_pytorch_says():
+    decoder = GRUDecoder(K, A, 5, 4, 0.1)
+    latent, context = get_latents().unsqueeze(1), torch.randn(1, 4)
+    hidden, log_prob, stroke = None, 0, torch.zeros(len(latent), K + 2)
+    for arc_id, (ids, on) in enumerate(z.unbind(1) for z in latent[:, 0].unbind(1)):
+        hidden = decoder.gru(torch.cat([stroke, context.expand(len(latent), -1)], 1), hidden)
+        id_log_prob, on_log_prob = decoder._get_log_probs(hidden)
+        log_prob = log_prob + id_log_prob.gather(1, ids[:, None]) + on_log_prob.gather(1, on[:, None]) * (arc_id > 0)
+        stroke = torch.cat([F.one_hot(ids, K), F.one_hot(on, 2)], 1).float()
+    torch.testing.assert_close(decoder.log_prob(latent, context), log_prob)
+    assert_frequencies(get_ids(decoder.sample(50000, context)[:, 0]), log_prob[:, 0].detach())
+
+
+def test_kernels_are_used_for_the_decoder_that_they_compute(monkeypatch):
+    """And for no other, whoever changed it: on the meta device, with an operator that would be called"""
+    calls = []
+    monkeypatch.setattr(gpu, "log_prob", lambda *args: calls.append("log_prob") or torch.empty(6, device="meta"))
+    monkeypatch.setattr(gpu.kernels, "operators", ["decoder"])
+    latent, context = torch.zeros(2, 3, A, 2, dtype=torch.long, device="meta"), torch.zeros(3, 4, device="meta")
+    models.Decoder(K, A, 5, 4, 0.0).to("meta").log_prob(latent, context)
+    assert calls == ["log_prob"]
+    for change in ["_step", "_get_inputs", "_get_log_probs", "lstm", "linear", "class"]:
+        decoder = GRUDecoder(K, A, 5, 4, 0.0) if change == "class" else models.Decoder(K, A, 5, 4, 0.0)
+        if change == "lstm":
+            decoder.lstm = type("Other", (torch.nn.LSTMCell,), {})(K + 6, 5)
+        elif change == "linear":
+            decoder.linear = torch.nn.Sequential(decoder.linear)
+        elif change != "class":
+            method = getattr(models.Decoder, change)
+            decoder.__class__ = type("Other", (models.Decoder,), {change: lambda *args, method=method: method(*args)})
+        assert decoder.to("meta").log_prob(latent, context).shape == (2, 3) and calls == ["log_prob"], change
+
+
+def test_another_prior_needs_samples_and_a_density():
+    model = models.GenerativeModel(K, num_arcs=A)
+    model.prior = Independent()
+    latent, obs = model.sample_latent(50000), model.sample(4)[1]
+    log_prior, _ = model.log_prob(get_latents().unsqueeze(1), obs[:1])
+    assert_frequencies(get_ids(latent), log_prior[:, 0].detach())
+    network = models.InferenceNetwork(K, num_arcs=A)
+    memory = losses.init_memory(4, 3, A, K)
+    loss, _ = losses.mws(model, network, memory, obs, torch.arange(4), 3)
+    loss.backward()
+    assert model.prior.logits.grad[1].abs().min() > 0
+    for length in (0, 1):  # the search knows no better than that all strokes are equally likely
+        id_log_prob, on_log_prob = model.get_next_log_probs(latent[:5, :length])
+        torch.testing.assert_close(id_log_prob, torch.full((5, K), -math.log(K)))
+        torch.testing.assert_close(on_log_prob[0].exp(), torch.tensor([1.0, 0.0] if length == 0 else [0.5, 0.5]))
+    assert torch.equal(model.resample(latent[:5], latent[:5, :, 1] > 0, 0.5), latent[:5])
+
+
+class MixtureWeights(models.LearnedAffine):
+    """Learned maps with learned weights"""
+
+    def __init__(self, num_maps=40):
+        super().__init__(num_maps)
+        self.weight_logits = torch.nn.Parameter(torch.linspace(-2, 2, num_maps))
+
+    def get_log_weights(self):
+        return self.weight_logits.log_softmax(0)
+
+
+def test_learned_mixture_weights(monkeypatch):
+    """One class and an entry: its density sums to one, is learned, drawn from, found and restricted to some maps"""
+    monkeypatch.setitem(models.LIKELIHOODS, "weights", MixtureWeights)
+    model = models.GenerativeModel(
+        K, num_arcs=A, num_rows=2, num_cols=3, likelihood="weights", likelihood_settings={"num_maps": 7}
+    )
+    with torch.no_grad():
+        model.likelihood.theta_affine.add_(0.5 * torch.randn(7, 2, 3))
+    latent = get_latents()[[1, 8, 17]].unsqueeze(0)
+    images = torch.cartesian_prod(*[torch.tensor([0.0, 1])] * 6).view(-1, 2, 3)
+    total = sum(model.log_likelihood(latent, image.expand(3, 2, 3)).exp() for image in images)
+    torch.testing.assert_close(total, torch.ones(1, 3))
+    obs = images[[5, 9, 33]]
+    weights, logits = model.likelihood.weight_logits.softmax(0), model.get_logits(latent[0])
+    by_map = rendering.affine_log_prob_by_map(logits, obs, model.likelihood.maps).exp()  # [3, 7]
+    torch.testing.assert_close(model.log_likelihood(latent, obs)[0].exp(), by_map @ weights)
+    torch.testing.assert_close(
+        model.get_map_log_posterior(latent[0], obs).exp(), by_map * weights / (by_map @ weights)[:, None]
+    )
+    map_id = torch.tensor([2, 5])
+    torch.testing.assert_close(
+        model.likelihood.restrict(map_id).log_prob(logits, obs).exp(), by_map[:, map_id] @ weights[map_id]
+    )
+    drawn = (model.likelihood.sample_maps(20000)[:, None] == model.likelihood.maps).flatten(2).all(2).long().argmax(1)
+    assert_frequencies(drawn, weights.detach().log())
+    model.log_likelihood(latent, obs).sum().backward()
+    share = (by_map * weights / (by_map @ weights)[:, None]).sum(0)
+    torch.testing.assert_close(model.likelihood.weight_logits.grad, share - 3 * weights)
+    assert {"theta_affine", "weight_logits"} <= model.state_dict().keys() & dict(model.named_parameters()).keys()
+    again = models.GenerativeModel(K, num_arcs=A, likelihood="weights", likelihood_settings={"num_maps": 7})
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.likelihood.maps, model.likelihood.maps)
+
+
+@pytest.mark.parametrize("temperature", [1, 0.5])
+def test_programs_are_completed(temperature):
+    """From none of their strokes, or the first, by the prior's density to the power of 1 / temperature"""
+    model = models.GenerativeModel(K, num_arcs=A, num_alphabets=2)
+    sharpen(model.prior)
+    alphabet = torch.eye(2)[[1]].expand(50000, 2)
+    log_prior = model.log_prior(get_latents().unsqueeze(1), alphabet[:1])[:, 0].detach()
+    by_first = torch.stack([log_prior[i * 2 * K : (i + 1) * 2 * K] for i in range(K)])  # [K, 2 * K]
+    beginning = torch.tensor([[[1, 0]]]).expand(50000, 1, 2)
+    completed = model.complete(beginning, temperature, alphabet)
+    assert torch.equal(completed[:, :1], beginning)
+    # of two independent numbers, the temperature applies to each
+    ids, on = (by_first[1].view(K, 2).logsumexp(dim) for dim in (1, 0))
+    second = (ids / temperature).log_softmax(0)[:, None] + (on / temperature).log_softmax(0)
+    assert_frequencies(completed[:, 1, 0] * 2 + completed[:, 1, 1], second.flatten())
+    if temperature == 1:
+        assert_frequencies(get_ids(model.complete(beginning[:, :0], 1.0, alphabet)), log_prior)
+        torch.manual_seed(5)
+        drawn = model.sample_latent(50000, alphabet)
+        torch.manual_seed(5)
+        assert torch.equal(model.complete(beginning[:, :0], 1.0, alphabet), drawn)
+
+
+@pytest.mark.parametrize("objective", ["rws", "vimco", "mws"])
+def test_float64(objective):
+    """Of images in float32, as they are loaded"""
+    model, network, results = models.GenerativeModel(num_arcs=4), models.InferenceNetwork(num_arcs=4), []
+    with torch.no_grad():  # equal strokes tie where one ends and the next starts
+        model.pre_width.add_(0.3 * torch.randn(64))
+    obs = model.sample(4)[1]
+    memory, proposal = losses.init_memory(4, 1, 4), network.sample(obs, 3)  # of one, there is no choice
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype), network.to(dtype)
+        log_q = network.log_prob(proposal, obs).detach()
+        network.decoder.sample_and_log_prob = lambda *_, given=(proposal, log_q): given
+        torch.manual_seed(0)
+        if objective == "mws":
+            loss, _ = losses.mws(model, network, memory.clone(), obs, torch.arange(4), 3)
+        else:
+            loss, _ = getattr(losses, objective)(model, network, obs, 3)
+        gradients = torch.autograd.grad(loss, [*model.likelihood.parameters(), *network.conv3.parameters()])
+        results.append([loss.detach(), *gradients])
+        assert all(x.dtype == dtype for x in results[-1])
+        table = scoring.ScoreTable(4)
+        for _ in range(2):
+            torch.testing.assert_close(table.score(torch.arange(4), model, proposal, obs), scoring.score(model, proposal, obs))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= 1e-3 * want.norm()
