@@ -380,11 +380,14 @@ def _get_names(objective):
     return list(inspect.signature(objective).parameters)
 
 
+MEMORY_SIZE = Setting("latents remembered per image", 1, 10**5, limit=40)  # of any objective with a memory
+
+
 def _init_run_memory(
     num_data,
     num_arcs,
     num_primitives,
-    memory_size: Annotated[int, Setting("latents remembered per image", 1, 10**5, limit=40)] = 10,
+    memory_size: Annotated[int, MEMORY_SIZE] = 10,
 ):
     return {"memory": init_memory(num_data, memory_size, num_arcs, num_primitives)}
 

@@ -1,0 +1,290 @@
+"""What researchers change takes one place, and works through kill, resume, pictures, evaluation and sweep: each change is made to
+the text of a copy of the project, which is then used as they would."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import scipy.io
+import torch
+from conftest import ROOT
+from test_data import make_mat
+
+TINY = (
+    "--data-location=data.mat --small-dataset --num-arcs=3 --num-primitives=5 --q-lstm-hidden-size=8 --obs-embedding-dim=8 --batch-size=5"
+    " --num-particles=2 --log-interval=3 --no-compile --pretrain-iterations=2 --num-iterations=6"
+).split()
+
+ADAMW = {
+    "main.py": [
+        ("torch.optim.Adam(groups, lr=lr,", "torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.1,"),
+        (
+            "            **self.state,\n",
+            "            **self.state,\n"
+            "            schedule=torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, args.num_iterations),\n",
+        ),
+    ]
+}
+GRU = {
+    "models.py": [
+        (
+            "# ------------------------------------------------------------------ likelihoods\n",
+            """class GRUDecoder(Decoder):
+    def __init__(self, num_primitives, num_arcs, hidden_size, context_size, uniform_mixture):
+        super().__init__(num_primitives, num_arcs, hidden_size, context_size, uniform_mixture)
+        del self.lstm
+        self.gru = nn.GRUCell(num_primitives + 2 + context_size, hidden_size)
+
+    def _get_inputs(self, context):
+        weight = self.gru.weight_ih.split([self.num_primitives, 2, self.context_size], 1)
+        table = weight[0].t().unsqueeze(1) + weight[1].t()
+        return table.flatten(0, 1), F.linear(context, weight[2], self.gru.bias_ih)
+
+    def _step(self, x, state):
+        hidden = x.new_zeros(len(x), self.gru.hidden_size) if state is None else state[0]
+        r, z, n = zip(x.chunk(3, 1), F.linear(hidden, self.gru.weight_hh, self.gru.bias_hh).chunk(3, 1))
+        r, z = (sum(some).sigmoid() for some in (r, z))
+        return ((1 - z) * (n[0] + r * n[1]).tanh() + z * hidden,)
+
+
+# ------------------------------------------------------------------ likelihoods
+""",
+        ),
+        ("self.prior = Decoder(", "self.prior = GRUDecoder("),
+    ]
+}
+WEIGHTS = {
+    "models.py": [
+        (
+            "# The choices of main.py's --likelihood\n",
+            """class Weights(AffineMixture):
+    def __init__(self, num_maps: Annotated[int, util.Setting("maps", 1, 100)] = 7):
+        super().__init__(nn.Parameter(torch.eye(3)[:2] + 0.03 * torch.randn(num_maps, 2, 3)))
+        self.weight_logits = nn.Parameter(torch.zeros(num_maps))
+
+    def get_log_weights(self):
+        return self.weight_logits.log_softmax(0)
+
+
+# The choices of main.py's --likelihood
+""",
+        ),
+        ('"bernoulli": Bernoulli}', '"bernoulli": Bernoulli, "weights": Weights}'),
+        ("import argparse\n", "import argparse\nfrom typing import Annotated\n"),
+    ]
+}
+OBJECTIVE = {
+    "losses.py": [
+        (
+            'util.CHOICES["algorithm"] = OBJECTIVES\n',
+            '''
+
+def init_annealed(num_data, num_arcs, num_primitives, memory_size: Annotated[int, MEMORY_SIZE] = 10):
+    memory = init_memory(num_data, memory_size, num_arcs, num_primitives)
+    return {"memory": memory, "baseline": torch.zeros(())}
+
+
+@keeps(init_annealed)
+def annealed(
+    generative_model, inference_network, obs, obs_id, num_particles, alphabet, iteration, memory, baseline,
+    start: Annotated[float, Setting("temperature at first", 1, 100)] = 2.0,
+    decay: Annotated[float, Setting("iterations in which it falls", 1)] = 4.0,
+):
+    """MWS at a temperature that falls to one, with a running mean of the loss as a statistic"""
+    loss, statistics = mws(generative_model, inference_network, memory, obs, obs_id, num_particles, alphabet)
+    temperature = 1 + (start - 1) * (-iteration / decay).exp()
+    baseline.mul_(0.9).add_(0.1 * loss.detach())
+    return loss / temperature, {**statistics, "test_gap": loss.detach() - baseline, "temperature": temperature}
+
+
+OBJECTIVES["annealed"] = annealed
+util.CHOICES["algorithm"] = OBJECTIVES
+''',
+        )
+    ]
+}
+FLOAT64 = {
+    "models.py": [
+        (
+            "return generative_model.to(device), inference_network.to(device)",
+            "return generative_model.to(device).double(), inference_network.to(device).double()",
+        )
+    ]
+}
+CASES = {
+    "optimiser": (ADAMW, ["--algorithm=rws"], []),
+    "models": (
+        {"models.py": [*GRU["models.py"], *WEIGHTS["models.py"]]},
+        ["--algorithm=rws", "--likelihood=weights", "--num-maps=4"],
+        ["num-maps=4"],
+    ),
+    "objective": (OBJECTIVE, ["--algorithm=annealed", "--memory-size=2", "--decay=3", "--likelihood=bernoulli"], ["decay=3.0"]),
+    "float64": (FLOAT64, ["--algorithm=mws", "--memory-size=2"], []),
+}  # name: changes, flags, what the run's name says of them
+
+USE = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import diagnostics, eval_logp, main, sweep, util
+flags = json.loads(sys.argv[2])
+path_base = util.get_path_base(main.parse_args(flags))
+train_step = main.train_step
+
+def interrupt(run, obs_id):
+    if run.iteration == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train_step(run, obs_id)
+
+assert main.main([*flags, "--name=whole"]) == 0
+main.train_step = interrupt
+assert main.main(flags) == 128 + signal.SIGTERM
+main.train_step = train_step
+assert main.main(flags) == 0
+assert diagnostics.main(["--checkpoint-path", path_base, "--num-reconstructions=2", "--num-prior-samples=2"]) == 0
+evaluate = "--num-data=2 --num-particles=3 --test-num-particles=10 --no-compile --num-iterations=3 --memory-size=5".split()
+for algorithm in ["own", "mws", "rws"]:
+    assert eval_logp.main([*evaluate, "--effort=0.01", "--checkpoint-path", path_base, "--algorithm", algorithm]) == 0
+assert eval_logp.main(["--report"]) == 0
+names = list(sweep.get_runs(sweep.parse_args(["--models", "rws_5", "--", *flags])))
+print(json.dumps([path_base, names]))
+"""
+
+
+def change(copy, changes):
+    """Replaces texts in files of a copy"""
+    for name, pairs in changes.items():
+        text = (copy / name).read_text()
+        for old, new in pairs:
+            assert text.count(old) == 1, (name, old)
+            text = text.replace(old, new)
+        (copy / name).write_text(text)
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A copy of the project's modules, beside data of five alphabets"""
+    monkeypatch.chdir(tmp_path)
+    scipy.io.savemat("data.mat", make_mat(80, 6))
+    left_out = shutil.ignore_patterns(".*", "docs", "pretrained", "save", "shared", "tests", "__pycache__")
+    return pathlib.Path(shutil.copytree(ROOT, tmp_path / "changed_copy", ignore=left_out))
+
+
+def use(code, *argv):
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process
+
+
+def load(path_base, name="latest"):
+    return torch.load(f"save/{path_base}/checkpoints/{name}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_change_works_everywhere(copy, name):
+    changes, flags, words = CASES[name]
+    change(copy, changes)
+    process = use(USE, str(copy), json.dumps([*TINY, *flags]))
+    path_base, names = json.loads(process.stdout.splitlines()[-1])
+    assert names == [path_base] and all(word in path_base for word in words)
+    whole, resumed = load("whole"), load(path_base)
+    resumed["args"], whole["args"] = {}, {}
+    assert torch.utils._pytree.tree_all(lambda x: True, whole) and whole.keys() == resumed.keys()
+    for key in whole:
+        got, want = (torch.utils._pytree.tree_leaves(some[key]) for some in (resumed, whole))
+        assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(got, want, strict=True)), key
+    if name == "optimiser":
+        assert resumed["schedule"]["last_epoch"] == 6 and resumed["optimizer"]["param_groups"][0]["lr"] < 1e-9
+        assert resumed["hyperparameters"]["optimizer"][0]["betas"] == [0.9, 0.95]
+    elif name == "models":
+        assert (
+            resumed["generative_model"]["weight_logits"].shape == (4,) and "prior.gru.weight_hh" in resumed["generative_model"]
+        )
+        assert resumed["generative_model"]["weight_logits"].abs().sum() > 0
+    elif name == "objective":
+        table = resumed["statistics"]["train"]
+        expected = 1 + (-torch.arange(6.0) / 3).exp()
+        torch.testing.assert_close(table["temperature"], expected)
+        assert table["test_gap"].isfinite().all() and resumed["baseline"] != 0 and resumed["memory"].shape == (50, 2, 3)
+        assert "temperature,test_gap" in ",".join(sorted(open(f"save/{path_base}/losses.csv").readline().strip().split(",")))
+    else:
+        assert all(x.dtype == torch.double for x in resumed["generative_model"].values())
+
+
+CONTINUE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import diagnostics, eval_logp, main, util
+flags = json.loads(sys.argv[2])
+assert main.main(flags) == 0
+path_base = util.get_path_base(main.parse_args(flags))
+assert diagnostics.main(["--checkpoint-path", path_base, "--loss-only"]) == 0
+evaluate = "--num-data=2 --test-num-particles=10 --no-compile --algorithm=own --force".split()
+assert eval_logp.main([*evaluate, "--checkpoint-path", path_base]) == 0
+print(path_base)
+"""
+
+
+def test_a_run_goes_on_with_changed_settings_and_statistics(copy):
+    """A setting more and a renamed one, a statistic more and one less: old checkpoints stay in use, under the same name. Of
+    hyperparameters the code's hold, and the change is named"""
+    flags = [*TINY, "--algorithm=rws"]
+    before = use(CONTINUE, str(copy), json.dumps([*flags, "--prior-lr-factor=0.5"])).stdout.splitlines()[-1]
+    change(copy, {
+        "util.py": [
+            ("    prior_lr_factor: Annotated[float, Setting(", '    temperature: Annotated[float, Setting("of nothing")] = 1.0\n'
+             '    prior_rate: Annotated[float, Setting(formerly="prior_lr_factor", help='),
+        ],
+        "main.py": [("args.prior_lr_factor)", "args.prior_rate)"), ("lr=1e-3):\n    \"\"\"Adam for both", "lr=2e-3):\n    \"\"\"Adam for both")],
+        "losses.py": [(
+            '    return theta_loss + phi_loss, {"theta_loss": theta_loss, "phi_loss": phi_loss, "effective_sample_size": size}\n\n\n'
+            "@particle_objective\ndef wake_theta",
+            '    return theta_loss + phi_loss, {"theta_loss": theta_loss, "phi_loss": phi_loss, "spread": log_weight.std()}\n\n\n'
+            "@particle_objective\ndef wake_theta",
+        )],
+    })  # fmt: skip
+    flags = [*flags, "--prior-rate=0.5", "--num-iterations=9"]
+    process = use(CONTINUE, str(copy), json.dumps(flags))
+    assert process.stdout.splitlines()[-1] == before and "prior-lr-factor=0.5" in before
+    assert "optimizer: lr was 0.001, and is 0.002 in the code" in process.stderr
+    table = load(before)["statistics"]["train"]
+    assert table["iteration"].tolist() == list(range(1, 10))
+    assert table["effective_sample_size"].isfinite().tolist() == [True] * 6 + [False] * 3
+    assert table["spread"].isfinite().tolist() == [False] * 6 + [True] * 3
+    assert load(before)["optimizer"]["param_groups"][0]["lr"] == 2e-3
+
+
+def test_callbacks_and_a_reason_to_stop(copy):
+    """Images drawn in a callback leave the run's random numbers as they are; a reason completes it"""
+    change(copy, {
+        "main.py": [(
+            "        self.num_called = 0",
+            "        def look(run):\n"
+            "            run.generative_model.sample(3)\n"
+            "            run.record('train', {'looked': run.iteration})\n"
+            "            run.reason = 'it has seen enough' if run.iteration == 4 else ''\n"
+            "        self.callbacks.append((2, look))\n"
+            "        self.num_called = 0",
+        )],
+    })  # fmt: skip
+    code = CONTINUE.replace("assert main.main(flags) == 0\n", "assert main.main(flags) == main.main(flags) == 0\n")
+    process = use(code, str(copy), json.dumps([*TINY, "--algorithm=rws"]))
+    assert "is complete: 4 iterations, stopped because it has seen enough" in process.stdout
+    path_base, stopped = process.stdout.splitlines()[-1], load(process.stdout.splitlines()[-1])
+    shutil.move("save", "stopped")
+    use(CONTINUE, str(ROOT), json.dumps([*TINY, "--algorithm=rws", "--num-iterations=4"]))
+    whole = load(path_base)
+    for part in ["generative_model", "inference_network"]:
+        assert all(torch.equal(whole[part][name], stopped[part][name]) for name in whole[part])
+
+
+def test_what_cannot_be_resumed_is_refused_before_the_first_step(copy):
+    change(copy, {"main.py": [("            **self.state,\n", "            **self.state,\n            mine=print,\n")]})
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import main, util; sys.argv[1:2] = []; util.run_script(main.main)"
+    process = subprocess.run([sys.executable, "-c", code, str(copy), *TINY], capture_output=True, text=True)
+    assert process.returncode != 0 and "mine" in process.stderr or "state_dict" in process.stderr
+    assert not list(pathlib.Path("save").glob("*/checkpoints/*"))
