@@ -322,20 +322,20 @@ def submit_commands(listing, submissions):
     """Runs pairs of the indices of tasks and the command that submits them, and records their jobs. Raises: UserError at the
     first that Slurm refuses"""
     num_submitted, firsts = 0, {i: int(first) for first, pack in listing.packs.items() for i in pack}
-    for some, command in submissions:
+    for indices, command in submissions:
         try:
             number = submit_command(command)
         except UserError as error:
             before = f"; {num_submitted} jobs were submitted before it" if num_submitted else ""
             raise UserError(f"{error}{before}") from None
         num_submitted += 1
-        for i in some:
+        for i in indices:
             job = number if listing.repeated else f"{number}_{firsts.get(i, i)}"
             attempts.note_submission(listing.tasks[i], listing.name, job, get_output(listing, i, job))
             take_after_training(listing.tasks[i].model, [listing.tasks[i].kind])
         print(f"Submitted batch job {number}")
         if not listing.repeated and not listing.packs:
-            name_jobs(listing.tasks, some, number)
+            name_jobs(listing.tasks, indices, number)
 
 
 def get_arrays(listing, ready, waiting, trainings, args):
