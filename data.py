@@ -204,11 +204,13 @@ def _describe_skipped(path, skipped):
     names = collections.defaultdict(list)
     for kind, name in sorted((kind, name) for name, kind in skipped):
         names[kind].append(name)
-    some = {kind: ", ".join(group[:3]) + ", ..." * (len(group) > 3) for kind, group in names.items()}
-    details = [f"{len(group)} {kind} ({some[kind]}{f': {HEIC_ADVICE}' * (kind == 'HEIC')})" for kind, group in names.items()]
+    counts = {kind: f"{len(group)} {kind}" for kind, group in names.items()}
+    details = []
+    for kind, group in names.items():
+        examples = ", ".join(group[:3]) + ", ..." * (len(group) > 3)
+        details.append(f"{counts[kind]} ({examples}{f': {HEIC_ADVICE}' * (kind == 'HEIC')})")
     warn(f"{path}: skipped {', '.join(details)}")
-    kinds = ", ".join(f"{len(group)} {kind}" for kind, group in names.items())
-    return [f"skipped: {_count(len(skipped), 'file')} ({kinds})"]
+    return [f"skipped: {_count(len(skipped), 'file')} ({', '.join(counts.values())})"]
 
 
 # ------------------------------------------------------------------ locations
@@ -357,7 +359,7 @@ def _load_array_files(path, files):
     if any(_get_role(name) != (None, "images") for name in files):
         return _load_arrays(path, readers)
     obs, notes = zip(*(_to_ink(files[name], read()) for name, read in readers.items()), strict=True)
-    alphabet_ids = np.repeat(np.arange(len(obs)), [len(some) for some in obs])
+    alphabet_ids = np.repeat(np.arange(len(obs)), [len(images) for images in obs])
     return Source(np.concatenate(obs), alphabet_ids, None, list(readers), None, notes[0])
 
 
@@ -384,11 +386,11 @@ def _load_arrays(path, readers):
     for name in readers:
         names[_get_role(name)].append(name)
     parts = [part for part in [None, "train", "valid", "test"] if (part, "images") in names]
-    if not parts or None in parts[1:] or any(len(some) > 1 for some in names.values()) or (None in parts and len(parts) > 1):
+    if not parts or None in parts[1:] or max(map(len, names.values())) > 1 or (None in parts and len(parts) > 1):
         listed = ", ".join(readers)[:200]
         raise UserError(f"{path} holds {listed}; give one array of images, or one named images, or one per part (x_train)")
     obs, notes = zip(*(_to_ink(path, readers[names[part, "images"][0]]()) for part in parts), strict=True)
-    sizes = [len(some) for some in obs]
+    sizes = [len(images) for images in obs]
     labels = [name for part in parts for name in names.get((part, "labels"), [])]
     alphabet_ids, alphabet_names = None, []
     if len(labels) == len(parts):
@@ -488,14 +490,14 @@ def _load_image_files(path, prepare):
     notes = _describe_skipped(path, skipped)
     files = show_progress(files, desc="reading images", unit="", leave=False)
     found = [_find_or_warn(name, read()) if prepare else [decode(name, read()) >= 0.5] for name, read in files]
-    file_ids = np.repeat(np.arange(len(found)), [len(some) for some in found])  # the file of each character
+    file_ids = np.repeat(np.arange(len(found)), [len(page) for page in found])  # the file of each character
     if len(file_ids) == 0:
         raise UserError(f"no characters were found on the images in {path}: see the warnings")
     names = []
     if alphabets is not None:
         names, alphabets = np.unique(np.array(alphabets)[file_ids], return_inverse=True)
-    obs = np.stack([character for some in found for character in some])
-    characters, parts = (None if some is None else np.array(some)[file_ids] for some in (characters, parts))
+    obs = np.stack([character for page in found for character in page])
+    characters, parts = (None if values is None else np.array(values)[file_ids] for values in (characters, parts))
     return Source(obs, alphabets, characters, [str(name) for name in names], parts, notes)
 
 
@@ -617,7 +619,7 @@ def _walk(path, skipped):
 
 
 def get_names(archive):
-    """The files in a zip: name -> how the zip calls it, with backslashes if some Windows programs made it"""
+    """The files in a zip: name -> the name in the zip, which has backslashes if some Windows programs made it"""
     names = {name.replace("\\", "/").lstrip("/"): name for name in archive.namelist()}
     return {name: stored for name, stored in names.items() if not name.endswith("/")}
 

@@ -72,13 +72,13 @@ class Listing(NamedTuple):
     setup: str  # a line of shell code
     warning: int  # seconds before a job's time limit at which it should save and stop
     tasks: list
+    packs: list  # for each job, by its index in an array: the indices of the tasks that it runs
     max_requeues: int = attempts.MAX_REQUEUES  # limit of requeues without progress
     environment: dict = {}  # variables that the tasks need; a site may pass none of the user's on to jobs
-    packs: dict = {}  # index of a first task, as a string -> the indices of all that share its job, if there are several
 
     def get_pack(self, index):
-        """The tasks that one job runs, by the index of the first"""
-        return [self.tasks[i] for i in self.packs.get(str(index), [int(index)])]
+        """The tasks that a job runs. Raises: IndexError if there is none"""
+        return [self.tasks[i] for i in self.packs[index]]
 
     @property
     def name(self):
@@ -222,7 +222,7 @@ def split_options(text):
 
 
 def get_script(listing, index=None):
-    """The command of a job: it runs a task of a listing, the one at the job's array index or at a given index"""
+    """The command of a job: it runs a pack of a listing, the one at the job's array index or at a given index"""
     where = listing.path if index is None else f"{listing.path}:{index}"
     return [str(ROOT / "cluster/slurm_job.sh"), sys.executable, str(ROOT / "sweep.py"), f"--task={where}"]
 
@@ -232,20 +232,20 @@ def get_job_name(task):
     return task.model if task.kind == "train" else f"{task.model}:{task.kind}"
 
 
-def name_jobs(tasks, indices, number):
-    """Gives the tasks of an array names of their own, if they are not too many to ask Slurm for that"""
-    if 1 < len(indices) <= MAX_NAMED:
-        for i in indices:
+def name_jobs(tasks):
+    """Gives the jobs of an array names of their own, if there are not too many to ask Slurm for that. Args: tasks: {job: task}"""
+    if 1 < len(tasks) <= MAX_NAMED:
+        for job, task in tasks.items():
             with contextlib.suppress(UserError):  # they may be running, or over, already
-                commands.call(["scontrol", "update", f"JobId={number}_{i}", f"JobName={get_job_name(tasks[i])}"])
+                commands.call(["scontrol", "update", f"JobId={job}", f"JobName={get_job_name(task)}"])
 
 
 def get_array(listing, indices, args, dependency=None):
     """The command that submits some of a listing's tasks as a job array, --tasks-per-job of them in each job"""
-    packs = [indices[i : i + args.tasks_per_job] for i in range(0, len(indices), args.tasks_per_job)]
-    listing.packs.update({str(pack[0]): pack for pack in packs if len(pack) > 1})
+    first = len(listing.packs)
+    listing.packs.extend(indices[i : i + args.tasks_per_job] for i in range(0, len(indices), args.tasks_per_job))
     throttle = f"%{args.jobs}" if args.jobs else ""
-    options = [*get_options(args), f"--array={','.join(str(pack[0]) for pack in packs)}{throttle}"]
+    options = [*get_options(args), f"--array={first}-{len(listing.packs) - 1}{throttle}"]
     names = {get_job_name(listing.tasks[i]) for i in indices}
     options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", f"--comment={get_tag()}-{listing.name}"]
     options += ["-J", names.pop() if len(names) == 1 else f"{len(names)}_strokes"]
@@ -282,7 +282,8 @@ def submit_tasks(tasks, args, queue, environment, dry_run=False):
             raise UserError(f"{flag} is for job arrays, which om-repeat does not submit; give --no-repeat")
     name = hashlib.sha1(f"{time.time_ns()} {os.getpid()}".encode()).hexdigest()[:8]
     path, warning = (FOLDER / f"{name}.json").resolve(), get_warning(args)
-    listing = Listing(path, repeated, args.setup, warning, tasks, args.max_requeues, environment, {})
+    packs = [[i] for i in range(len(tasks))] if repeated else []
+    listing = Listing(path, repeated, args.setup, warning, tasks, packs, args.max_requeues, environment)
     submissions, later = get_submissions(listing, args, queue)
     if dry_run:
         print("\n".join(shlex.join(command) for command in [*(command for _, command in submissions), *later.values()]))
@@ -321,21 +322,23 @@ def get_submissions(listing, args, queue):
 def submit_commands(listing, submissions):
     """Runs pairs of the indices of tasks and the command that submits them, and records their jobs. Raises: UserError at the
     first that Slurm refuses"""
-    num_submitted, firsts = 0, {i: int(first) for first, pack in listing.packs.items() for i in pack}
-    for some, command in submissions:
+    num_submitted, positions = 0, {i: position for position, pack in enumerate(listing.packs) for i in pack}
+    for indices, command in submissions:
         try:
             number = submit_command(command)
         except UserError as error:
             before = f"; {num_submitted} jobs were submitted before it" if num_submitted else ""
             raise UserError(f"{error}{before}") from None
         num_submitted += 1
-        for i in some:
-            job = number if listing.repeated else f"{number}_{firsts.get(i, i)}"
-            attempts.note_submission(listing.tasks[i], listing.name, job, get_output(listing, i, job))
-            take_after_training(listing.tasks[i].model, [listing.tasks[i].kind])
+        jobs = {}
+        for i in indices:
+            job, task = number if listing.repeated else f"{number}_{positions[i]}", listing.tasks[i]
+            attempts.note_submission(task, listing.name, job, get_output(listing, i, job))
+            take_after_training(task.model, [task.kind])
+            jobs[job] = task
         print(f"Submitted batch job {number}")
-        if not listing.repeated and not listing.packs:
-            name_jobs(listing.tasks, some, number)
+        if len(jobs) == len(indices):  # none runs several tasks
+            name_jobs(jobs)
 
 
 def get_arrays(listing, ready, waiting, trainings, args):
@@ -459,9 +462,9 @@ def find_tasks(match, array_index, listings):
             listings[match[3]] = None
     listing = listings[match[3]]
     index = match[2] if listing and listing.repeated else array_index
-    if not listing or not str(index).isdigit() or int(index) >= len(listing.tasks):
+    if not listing or not str(index).isdigit() or int(index) >= len(listing.packs):
         return []
-    return listing.get_pack(index)
+    return listing.get_pack(int(index))
 
 
 def get_waiting():

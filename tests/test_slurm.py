@@ -497,7 +497,7 @@ def test_warnings_that_come_early_wait():
 def test_a_job_without_the_gpu_that_it_was_given(folder):  # noqa: F811
     """Fails at once, and --status says why"""
     flags = [*util.get_flags(next(sweep.get_sweep_argss())), "--cuda"]
-    listing = slurm.Listing(pathlib.Path("listing.json"), False, "", 120, [tasks.Task("mws_3", "train", flags, 200000)])
+    listing = slurm.Listing(pathlib.Path("listing.json"), False, "", 120, [tasks.Task("mws_3", "train", flags, 200000)], [[0]])
     slurm.write_listing(listing)
     assert slurm.run_task(f"{listing.path}:0") == 2
     (cells,) = get_cells("--models", "mws_3")
@@ -510,7 +510,9 @@ def test_a_task_that_is_stopped_by_its_jobs_end_waits_to_be_killed(folder, monke
     monkeypatch.setattr(slurm, "HOLD", 3)
     monkeypatch.setattr(tasks.Task, "get_command", lambda _: [sys.executable, "-c", "import sys; sys.exit(143)"])
     for repeated in (False, True):
-        listing = slurm.Listing(pathlib.Path(f"{repeated}.json"), repeated, "echo set up", 120, [["run", "train", [], 1]])
+        listing = slurm.Listing(
+            pathlib.Path(f"{repeated}.json"), repeated, "echo set up", 120, [["run", "train", [], 1]], [[0]]
+        )
         slurm.write_listing(listing)
         start = time.time()
         assert slurm.run_task(f"{listing.path}:0") == 143
