@@ -47,12 +47,13 @@ class Strokes(NamedTuple):
         return Strokes(self.obs[ids], self.latent[:, ids], self.drawing.select(rows), self.score[:, ids])
 
 
-def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, tick=lambda: None):
+def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, deviations=OWN, tick=lambda: None):
     """Traces images and refits the strokes to them.
 
     Args:
         inks: the N images, a list of arrays [H, W] of bool, of any size; obs [N, R, C] in [0, 1]: the same, scaled down
         seed: of the order of strokes in further traces
+        deviations: Deviations from the library's strokes
         tick: called after each step of each variation.AT_ONCE drawings
     Returns: Strokes, of num_traces programs per image, the first trace the most obvious one
     """
@@ -60,7 +61,14 @@ def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, tic
     traces = tracing.trace(generative_model, inks * num_traces, [None] * len(inks) + [rng] * len(inks) * (num_traces - 1))
     images = obs.repeat(num_traces, 1, 1)  # [K * N, R, C]
     fit = variation.refit(
-        traces.centre, images, OWN, NUM_TRACE_STEPS, start=traces.variation, blur=TRACE_BLUR, lr=LEARNING_RATE, tick=tick
+        traces.centre,
+        images,
+        deviations,
+        NUM_TRACE_STEPS,
+        start=traces.variation,
+        blur=(TRACE_BLUR, 1.0),
+        lr=LEARNING_RATE,
+        tick=tick,
     )
     shape = num_traces, len(inks)
     return Strokes(obs, traces.latent.unflatten(0, shape), fit.drawing, (fit.log_likelihood - fit.distance).view(shape))
