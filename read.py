@@ -22,6 +22,7 @@ from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.collections import LineCollection
 
 import models
+import rendering
 import util
 from reading import characters, matching, search, variation
 from results import drawings, figures
@@ -109,6 +110,7 @@ def save_program(path, program, **details):
 def save_searched(model, network, found, folder, title):
     """Searches for the best programs of the model's own strokes, and writes their drawings"""
     obs = (found.obs >= 0.5).float()
+    rendering.set_compile(True)  # which takes a while, and a search longer
     latent, log_joint, alphabet = search.read(model, network, obs)
     map_id, _ = drawings.get_maps(model, latent, obs)
     drawing = variation.get_drawing(model, latent, obs)

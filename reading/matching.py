@@ -20,6 +20,7 @@ character's own best strokes do, and how well those of the other characters do, 
 from typing import NamedTuple
 
 import numpy as np
+import scipy.spatial
 import torch
 
 from reading import tracing, variation
@@ -134,3 +135,20 @@ def get_effort(own, among):
 def combine(forward, backward):
     """The match of each test image and character: [M, N] each -> [M, N], nats"""
     return forward + backward
+
+
+# ------------------------------------------------------------------ without strokes
+
+
+def get_points(ink, scale=False):
+    """Where ink [H, W] is, about its middle, in pixels or, scaled, in units of its longer side: [n, 2]"""
+    points = np.argwhere(ink).astype(float)
+    points -= points.mean(0)
+    return points / max(np.ptp(points, axis=0).max(), 1) if scale else points
+
+
+def get_hausdorff_distance(points, others):
+    """The modified Hausdorff distance of [n, 2] and [m, 2] (Dubuisson and Jain, 1994), with which Omniglot's own one-shot
+    baseline compares images: the mean distance of a point to the nearest other one, the greater of both directions"""
+    distance = scipy.spatial.distance.cdist(points, others)
+    return max(distance.min(1).mean(), distance.min(0).mean())

@@ -37,7 +37,7 @@ class Effort(NamedTuple):
         return self._replace(**{name: math.ceil(factor * getattr(self, name)) for name, factor in factors.items()})
 
 
-QUICK = Effort().scale(0.15)  # seconds an image
+QUICK = Effort(10, 2, 100, 100, 60, 20)  # seconds an image, where it is compiled
 NUM_EXPECTED = 24  # primitives that a beam search tries as the next stroke; the best programs seldom have another
 MAPS_PER_GROUP = 4  # seen by a beam search
 BEAM_TEMPERATURE = 2.0  # nats

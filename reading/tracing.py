@@ -199,7 +199,7 @@ def _get_graph(ink):
     """Thinned ink as a graph. Returns: positions (row, column) of its nodes, and edges (node, node, points [n, 2])"""
     from skimage.morphology import skeletonize
 
-    thin = skeletonize(np.ascontiguousarray(np.pad(ink, 1)))[1:-1, 1:-1]  # older versions take no transposed arrays
+    thin = skeletonize(np.ascontiguousarray(np.pad(ink, 1) > 0))[1:-1, 1:-1]  # older versions take no transposed arrays
     beside = _get_neighbours({tuple(pixel) for pixel in np.argwhere(thin).tolist()})
     node_of = {pixel: i for i, pixel in enumerate(p for p, others in beside.items() if len(others) != 2)}
     edges, seen = [], set()
