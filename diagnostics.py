@@ -2,12 +2,13 @@
 
     python diagnostics.py                                        # every run in save/
     python diagnostics.py --checkpoint-path save/mws_20/checkpoints/latest.pt
-    python diagnostics.py --checkpoint-path mws_20 --images my/letters/*.png --examples 9
+    python diagnostics.py --checkpoint-path mws_20 --resolution 112 --svg
 
 Writes losses.pdf; primitives, prior, reconstructions and (for a conditional model) alphabets,
 each as <iteration>.pdf in its own folder; reconstructions/<iteration>.gif, drawn stroke by
 stroke; reconstructions.gif, over the course of training; and save/index.html, an overview of
-all runs. Programs are drawn as the model sees them: through its most probable affine map.
+all runs. Programs are drawn as the model sees them: through its most probable affine map. Your own characters are read by
+read.py.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
@@ -23,16 +24,16 @@ from matplotlib.backends.backend_pdf import PdfPages
 import data
 import scoring
 import util
-from reading import matching, variation
-from reading.programs import find_different_programs, find_programs, read_characters
+from reading import variation
 from results import drawings, figures, overview
 from results.trained_model import TrainedModel
 from runs import checkpoints
 from util import UserError
 
 NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames in reconstructions.gif
-NUM_REFITTED = 20  # of the programs found for an image, besides those of NUM_SEARCHES small searches
-NUM_SEARCHES = 6
+MOVED = (
+    "images as-is examples vary vary-strokes no-refit num-particles num-best num-rounds num-mutants".split()
+)  # flags of older versions
 STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # that each frame of an animation is shown
 
 # ------------------------------------------------------------------ files
@@ -69,15 +70,12 @@ def save_film(path, frames, milliseconds):
     util.write(path, imageio.imwrite("<bytes>", frames, extension=".gif", duration=durations, loop=0))
 
 
-def save_programs(folder, trained, latent, drawing, map_id, names, **details):
-    """Writes SVG and JSON files of each latent [N, A, 2] as it is drawn (a Drawing); map_id [N] or None; details: lists of
-    N plain values"""
-    for i, name in enumerate(names):
-        number = None if map_id is None else map_id[i]
-        program = drawings.get_program(drawing.select([i]), latent[i], number)
+def save_programs(folder, trained, latent, drawing, map_id, obs_id, log_joint):
+    """Writes SVG and JSON files of each image's latent [N, A, 2] as it is drawn (a Drawing); map_id [N] or None"""
+    for i, (name, score) in enumerate(zip(obs_id, log_joint, strict=True)):
+        program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
         util.write(folder / f"{name}.svg", drawings.to_svg(program).encode())
-        more = {key: values[i] for key, values in details.items()}
-        text = drawings.to_json(program, iteration=trained.iteration, **more)
+        text = drawings.to_json(program, iteration=trained.iteration, obs_id=name, log_joint=score)
         util.write(folder / f"{name}.json", text.encode())
 
 
@@ -151,9 +149,8 @@ def draw_reconstructions(trained, args):
     save_figures(trained, "reconstructions", pages)
     if args.svg:
         folder = trained.folder / trained.get_stem("reconstructions")
-        names = [str(i) for i in obs_id.tolist()]
         map_id, _ = drawings.get_maps(trained.generative_model, latent, obs)
-        save_programs(folder, trained, latent, drawing, map_id, names, obs_id=obs_id.tolist(), log_joint=log_joint)
+        save_programs(folder, trained, latent, drawing, map_id, obs_id.tolist(), log_joint)
     return obs_id, drawings.resize(obs, args.resolution), stages
 
 
@@ -220,90 +217,12 @@ def draw_alphabets(trained, args):
     save_figures(trained, "alphabets", draw_pages())
 
 
-# ------------------------------------------------------------------ images of one's own
-
-
-def get_free_path(folder, stem, *suffixes):
-    """The stem, numbered if such files exist already, so that earlier drawings stay"""
-    number, free = 1, stem
-    while any((folder / f"{free}{suffix}").exists() for suffix in suffixes):
-        number += 1
-        free = f"{stem}-{number}"
-    return free
-
-
-def read_strokes(trained, obs, programs, args):
-    """The strokes of images [N, R, C]: of the best program or, refitted, of the one among many that then fits best.
-
-    Returns: latent [N, A, 2]; a Drawing; map_id [N] or None; and, to go with each, {name: N plain values}
-    """
-    model = trained.generative_model
-    if args.no_refit:
-        latent = programs.latent[0]
-        drawing, (map_id, _) = variation.get_drawing(model, latent, obs), drawings.get_maps(model, latent, obs)
-        return latent, drawing, map_id, {"log_joint": programs.log_joint[0].tolist()}
-    alphabet = None
-    if programs.alphabet_id is not None:
-        alphabet = torch.eye(trained.num_alphabets)[programs.alphabet_id]
-    others = find_different_programs(
-        model, trained.inference_network, obs, NUM_SEARCHES, alphabet=alphabet, compile=args.compile
-    )
-    chosen = programs.log_joint.isfinite().all(1).nonzero().squeeze(1)[:: max(args.num_best // NUM_REFITTED, 1)]
-    strokes = matching.refit_programs(model, torch.cat([programs.latent[chosen], others]), obs)
-    latent = strokes.latent[0]
-    log_joint = scoring.score(model, strokes.latent, obs, alphabet)[0].tolist()
-    return latent, strokes.drawing, None, {"log_joint": log_joint, "refit_score": strokes.score[0].tolist()}
-
-
-def draw_images(trained, args):
-    """Infers programs of the user's own images, and prints where everything was written"""
-    characters, folder = read_characters(args.images, args.as_is), trained.folder / "images"
-    networks = trained.generative_model, trained.inference_network
-    search = args.num_particles, args.num_best, args.num_rounds, args.num_mutants
-    programs = find_programs(*networks, characters.obs, *search, compile=args.compile)
-    latent, drawing, map_id, scores = read_strokes(trained, characters.obs, programs, args)
-    names = []
-    for name in characters.names:  # one at a time, as they are written
-        names.append(get_free_path(folder, name, ".json"))
-        while names[-1] in names[:-1]:
-            names[-1] += "-again"
-    labels = [f"{name}\n{score:.0f} nats" for name, score in zip(names, scores["log_joint"], strict=True)]
-    refitted = "" if args.no_refit else ", refitted"
-    title = f"{trained.name}, iteration {trained.iteration}: best programs found{refitted}"
-    pages, _ = draw_strokes(characters.obs, drawing, labels, title, args)
-    details = dict(image=characters.files, **scores)
-    if programs.alphabet_id is not None:
-        details["alphabet"] = programs.alphabet_id.tolist()
-    save_programs(folder, trained, latent, drawing, map_id, names, **details)
-    stem = get_free_path(folder, str(trained.iteration), ".pdf")
-    for name, file, score, z in zip(names, characters.files, scores["log_joint"], latent, strict=True):
-        print(f"{file}: log p(x, z) = {score:.1f} nats, {int(z[:, 1].sum())} strokes: {folder / name}.svg, {name}.json")
-    print(f"stroke by stroke: {save_figures(trained, 'images', pages, f'images/{stem}')}")
-    if args.examples:
-        draw_examples(trained, characters, programs, drawing, names, args, f"images/{stem}-examples")
-
-
-def draw_examples(trained, characters, programs, drawing, names, args, stem):
-    """Draws new examples of characters beside the originals"""
-    how = "\nstrokes varied" if args.vary_strokes else f"\nstrokes redrawn at temperature {args.vary:g}" if args.vary else ""
-    if args.vary_strokes:
-        examples = drawings.vary_strokes(drawing, args.examples, args.resolution)  # [N, E, R, R]
-    else:
-        examples = drawings.draw_examples(trained.generative_model, programs, args.examples, args.resolution, args.vary)
-    title = f"{trained.name}, iteration {trained.iteration}: new examples{how}"
-    pages = figures.example_figures(drawings.resize(characters.obs, args.resolution), examples, names, title)
-    print(f"new examples: {save_figures(trained, 'examples', pages, stem)}")
-
-
 # ------------------------------------------------------------------ runs
 
 
 def draw_run(name, path, checkpoint, args, load_data):
     """Draws everything that can be drawn of a run, and names what needs missing data"""
     util.set_seed(0)
-    if args.images:
-        draw_images(TrainedModel(name, path, checkpoint), args)
-        return
     dataset, other_data = None, ""
     if not args.loss_only:
         try:
@@ -405,34 +324,17 @@ def get_parser():
     )
     add("--log-iterations", "logarithmic iteration axis", action="store_true")
     add("--svg", "also write each reconstruction as SVG, with its program as JSON", action="store_true")
-    add("--search", "improve reconstructions by search (for models without a memory)", action="store_true")
-    add("--compile", "compile the hot path for a long search", action=argparse.BooleanOptionalAction, default=True)
-    parser.start_group("reading your own characters")
-    add("--images", "image files to infer programs from (needs --checkpoint-path)", nargs="+")
-    add("--as-is", "take --images as they are: one character each, of Omniglot's size and stroke", action="store_true")
-    add("--num-particles", "proposals of the network per image", type=positive, default=1000)
-    add("--num-best", "programs that the search keeps per image", type=positive, default=200)
-    add("--num-rounds", "rounds of the search", type=natural, default=400)
-    add("--num-mutants", "mutants per image and round", type=positive, default=200)
-    add("--examples", "number of new examples to draw of each of --images", type=positive, default=None)
-    add("--no-refit", "draw the best program as it is, its strokes not refitted to the image", action="store_true")
-    add("--vary-strokes", "draw --examples as other hands would, each stroke a little different", action="store_true")
-    add("--vary", "temperature at which --examples resamples some strokes from the prior", type=util.in_range(float, 1e-3))
+    add("--search", "improve reconstructions by search, seconds each (for models without a memory)", action="store_true")
     return parser
 
 
 def parse_args(argv=None):
-    """Raises: UserError if arguments are out of range, missing, or exclude each other"""
-    args = get_parser().parse_args(argv)
-    if args.images and args.checkpoint_path is None:
-        raise UserError("--images needs --checkpoint-path, the model that reads them")
-    needs = dict(examples="images", vary="examples", vary_strokes="examples", as_is="images", no_refit="images")
-    for flag, needed in needs.items():
-        if getattr(args, flag) and not getattr(args, needed):
-            raise UserError(f"--{flag.replace('_', '-')} needs --{needed}")
-    if args.vary and args.vary_strokes:
-        raise UserError("--vary and --vary-strokes exclude each other; give one")
-    return args
+    """Raises: UserError if arguments are out of range, or have moved to read.py"""
+    flags = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+    moved = [flag for flag in flags if flag.removeprefix("--") in MOVED and flag.startswith("--")]
+    if moved:
+        raise UserError(f"{moved[0]} is gone: characters of your own are read by python read.py my/*.png; see its --help")
+    return get_parser().parse_args(argv)
 
 
 if __name__ == "__main__":

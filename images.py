@@ -187,17 +187,17 @@ def _get_area_average(num_in, num_out):
 # ------------------------------------------------------------------ characters on a page
 
 
-def find_characters(name, content):
+def find_characters(name, content, side=SIDE):
     """Finds the characters on a photograph or scan, in reading order.
 
-    Returns: a list of bool arrays [28, 28], ink True; empty, with a warning, for a blank page
+    Returns: a list of bool arrays [side, side], ink True; empty, with a warning, for a blank page
     Raises: UserError if the file cannot be decoded
     """
     ink = find_ink(find_sheet(decode(name, content)))
     characters, hopeless = [], 0
     for part in split_page(ink):
-        character = normalise(part)
-        if 4 <= character.sum() <= SIDE**2 / 2 and not _is_patch(part, ink):
+        character = normalise(part, side)
+        if 4 / SIDE**2 <= character.mean() <= 0.5 and not _is_patch(part, ink):
             characters.append(character)
         else:
             hopeless += 1
@@ -398,8 +398,8 @@ def _get_area(box):
     return math.prod(part.stop - part.start for part in box)
 
 
-def normalise(part):
-    """Centres a character's cropped ink [rows, columns] on 28 x 28 pixels, with Omniglot's size and stroke width: bool"""
+def normalise(part, side=SIDE):
+    """Centres a character's cropped ink [rows, columns] on side x side pixels, with Omniglot's size and stroke width: bool"""
     from skimage.morphology import dilation, disk, skeletonize
     from skimage.transform import resize
 
@@ -415,14 +415,14 @@ def normalise(part):
     smooth = resize(part.astype(np.float32), shape, order=1, anti_aliasing=scale < 1) > 0.5
     points = np.argwhere(skeletonize(np.pad(smooth, 1))).astype(float)  # row, column
     if len(points) == 0:
-        return np.zeros((SIDE, SIDE), bool)
+        return np.zeros((side, side), bool)
     # A skeleton is shorter than its strokes by their thickness, so it is scaled up again, within limits.
     low, high = points.min(0), points.max(0)
     growth = np.clip((fine * CHARACTER_SIDE - 2 * STROKE_RADIUS) / max((high - low).max(), 1), 0.5, 1.7)
     points = (points - (low + high) / 2) * growth + (fine * SIDE - 1) / 2
     canvas = np.zeros((fine * SIDE, fine * SIDE), bool)
     canvas[tuple(points.round().astype(int).clip(0, fine * SIDE - 1).T)] = True
-    return fit(dilation(canvas, disk(STROKE_RADIUS)).astype(np.float32)) >= 0.5
+    return fit(dilation(canvas, disk(STROKE_RADIUS)).astype(np.float32), side) >= 0.5
 
 
 # ------------------------------------------------------------------ built-in characters

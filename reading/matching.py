@@ -20,6 +20,7 @@ character's own best strokes do, and how well those of the other characters do, 
 from typing import NamedTuple
 
 import numpy as np
+import scipy.spatial
 import torch
 
 from reading import tracing, variation
@@ -47,12 +48,13 @@ class Strokes(NamedTuple):
         return Strokes(self.obs[ids], self.latent[:, ids], self.drawing.select(rows), self.score[:, ids])
 
 
-def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, tick=lambda: None):
+def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, deviations=OWN, tick=lambda: None):
     """Traces images and refits the strokes to them.
 
     Args:
         inks: the N images, a list of arrays [H, W] of bool, of any size; obs [N, R, C] in [0, 1]: the same, scaled down
         seed: of the order of strokes in further traces
+        deviations: Deviations from the library's strokes
         tick: called after each step of each variation.AT_ONCE drawings
     Returns: Strokes, of num_traces programs per image, the first trace the most obvious one
     """
@@ -60,7 +62,14 @@ def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, tic
     traces = tracing.trace(generative_model, inks * num_traces, [None] * len(inks) + [rng] * len(inks) * (num_traces - 1))
     images = obs.repeat(num_traces, 1, 1)  # [K * N, R, C]
     fit = variation.refit(
-        traces.centre, images, OWN, NUM_TRACE_STEPS, start=traces.variation, blur=TRACE_BLUR, lr=LEARNING_RATE, tick=tick
+        traces.centre,
+        images,
+        deviations,
+        NUM_TRACE_STEPS,
+        start=traces.variation,
+        blur=(TRACE_BLUR, 1.0),
+        lr=LEARNING_RATE,
+        tick=tick,
     )
     shape = num_traces, len(inks)
     return Strokes(obs, traces.latent.unflatten(0, shape), fit.drawing, (fit.log_likelihood - fit.distance).view(shape))
@@ -126,3 +135,20 @@ def get_effort(own, among):
 def combine(forward, backward):
     """The match of each test image and character: [M, N] each -> [M, N], nats"""
     return forward + backward
+
+
+# ------------------------------------------------------------------ without strokes
+
+
+def get_points(ink, scale=False):
+    """Where ink [H, W] is, about its middle, in pixels or, scaled, in units of its longer side: [n, 2]"""
+    points = np.argwhere(ink).astype(float)
+    points -= points.mean(0)
+    return points / max(np.ptp(points, axis=0).max(), 1) if scale else points
+
+
+def get_hausdorff_distance(points, others):
+    """The modified Hausdorff distance of [n, 2] and [m, 2] (Dubuisson and Jain, 1994), with which Omniglot's own one-shot
+    baseline compares images: the mean distance of a point to the nearest other one, the greater of both directions"""
+    distance = scipy.spatial.distance.cdist(points, others)
+    return max(distance.min(1).mean(), distance.min(0).mean())

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import scoring
 from models import pack, unpack
+from util import show_progress
 
 
 class Effort(NamedTuple):
@@ -36,6 +37,7 @@ class Effort(NamedTuple):
         return self._replace(**{name: math.ceil(factor * getattr(self, name)) for name, factor in factors.items()})
 
 
+QUICK = Effort(10, 2, 100, 100, 60, 20)  # seconds an image, where it is compiled
 NUM_EXPECTED = 24  # primitives that a beam search tries as the next stroke; the best programs seldom have another
 MAPS_PER_GROUP = 4  # seen by a beam search
 BEAM_TEMPERATURE = 2.0  # nats
@@ -66,6 +68,33 @@ def find(generative_model, obs, alphabet=None, proposals=None, num_best=200, eff
         codes = anneal(image, regrow(image, codes, effort.width), effort, effort.num_cold_rounds, COLD, num_best, is_stopped)
     codes, log_joint = select(codes, image.score(codes), num_best)
     return unpack(codes), log_joint
+
+
+@torch.no_grad()
+def read(generative_model, inference_network, obs, effort=QUICK, num_proposals=1000, alphabet=None):
+    """Searches for the most probable program of each image, beginning with proposals of the inference network. A conditional
+    model that is given no alphabet takes that of the most probable proposal.
+
+    Args: obs [N, R, C] in {0, 1}; effort: Effort; alphabet [N, L] one-hot or None
+    Returns: latent [N, A, 2]; log_joint [N], nats; alphabet [N, L], or None if the model is not conditional
+    """
+    if alphabet is None and generative_model.num_alphabets:
+        alphabet = torch.stack([guess_alphabet(generative_model, inference_network, x, num_proposals) for x in obs])
+    found = []
+    for i in show_progress(range(len(obs)), desc="searching", unit="image"):
+        given = None if alphabet is None else alphabet[i : i + 1]
+        proposals = inference_network.sample(obs[i : i + 1], num_proposals, given).squeeze(1)  # [P, A, 2]
+        found.append(find(generative_model, obs[i], None if given is None else given[0], proposals, 1, effort))
+    latent, log_joint = zip(*found, strict=True)
+    return torch.cat(latent), torch.cat(log_joint), alphabet
+
+
+def guess_alphabet(generative_model, inference_network, obs, num_proposals):
+    """The alphabet of the most probable of the network's proposals under all of them: obs [R, C] -> one-hot [L]"""
+    alphabet = torch.eye(generative_model.num_alphabets)
+    obs, num_each = obs.expand(len(alphabet), -1, -1), math.ceil(num_proposals / len(alphabet))
+    proposals = inference_network.sample(obs, num_each, alphabet)  # [P, L, A, 2]
+    return alphabet[scoring.score(generative_model, proposals, obs, alphabet).amax(0).argmax()]
 
 
 # ------------------------------------------------------------------ the image
@@ -107,7 +136,8 @@ class Image:
         if maps is None or len(maps) <= num_maps:
             return None
         latent = unpack(codes)
-        log_posterior = self.model.get_map_log_posterior(latent, self.obs.expand(len(latent), -1, -1))  # [N, T]
+        logits, obs = self.model.get_logits(latent), self.obs.expand(len(latent), -1, -1)
+        log_posterior = self.model.likelihood.map_log_posterior(logits, obs)  # [N, T]
         return log_posterior.amax(0).topk(num_maps).indices
 
     def score_beginning(self, beginning, map_id):

@@ -47,8 +47,6 @@ COST = 1.5  # nats
 LONGEST = 40  # steps that a stroke may take
 TURN_NOISE, ORDER_NOISE = 0.3, 0.5  # of further traces: radians, and of the logarithm of distances
 
-RING = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]  # a pixel's neighbours, in a circle
-
 
 class Traces(NamedTuple):
     """N images' programs of A strokes, as many as the longest takes; the others end with strokes of no length"""
@@ -97,7 +95,7 @@ def _trace(ink, library, rng):
             start = pen = line[0]
         if np.linalg.norm(line[0] - pen) > PEN_UP:
             gap = np.append(line[0] - pen, 0.0)
-            strokes.append((int(_get_distances(gap[None], library)[0].argmin()), 0, gap))
+            strokes.append((int(find_nearest(gap[None], library)[0][0]), 0, gap))
             pen = line[0]
         for primitive, end, theta in divide(line, library):
             dot = np.linalg.norm(end - pen) < DOT
@@ -133,9 +131,8 @@ def divide(line, library):
     short = last - first <= LONGEST
     first, last = first[short], last[short]
     chord, theta, error = _fit_arcs(points, first, last, step)
-    distance = _get_distances(np.column_stack([chord, theta]), library)  # [S, P]
-    primitive = distance.argmin(1)
-    cost = COST + distance.min(1) + error / (2 * TAU**2)
+    primitive, distance = find_nearest(np.column_stack([chord, theta]), library)
+    cost = COST + distance + error / (2 * TAU**2)
     total, chosen = np.zeros(len(points)), np.zeros(len(points), int)  # up to each point: the least cost, its last stroke
     for point in range(1, len(points)):
         strokes = np.flatnonzero(last == point)
@@ -179,10 +176,12 @@ def _fit_arcs(points, first, last, step):
     return chord, theta, (inside * distance**2).sum(1) * step
 
 
-def _get_distances(arcs, library):
-    """|e|^2 / 2 of arcs [S, 3] as variations of the library's strokes [P, 3]: [S, P]"""
+def find_nearest(arcs, library):
+    """The nearest strokes of the library [P, 3] to arcs [S, 3], and |e|^2 / 2 of each arc as a variation of it, in nats: [S],
+    [S]"""
     difference = (arcs[:, None] - library) / [OWN.displacement, OWN.displacement, OWN.theta]  # [S, P, 3]
-    return (difference**2).sum(2) / 2
+    distance = (difference**2).sum(2) / 2
+    return distance.argmin(1), distance.min(1)
 
 
 # ------------------------------------------------------------------ ink to lines
@@ -200,65 +199,43 @@ def _get_graph(ink):
     """Thinned ink as a graph. Returns: positions (row, column) of its nodes, and edges (node, node, points [n, 2])"""
     from skimage.morphology import skeletonize
 
-    thin = skeletonize(np.ascontiguousarray(np.pad(ink, 1)))[1:-1, 1:-1]  # older versions take no transposed arrays
-    pixels = set(zip(*(x.tolist() for x in np.nonzero(thin)), strict=True))
-    nodes, node_of = _find_nodes(pixels, thin.shape)
-    rest, edges = pixels - set(node_of), []
-    for pixel, node in sorted(node_of.items()):
-        for beginning in _get_ring(pixel):
-            if beginning in rest:
-                path, end = _follow(beginning, node, rest, node_of)
-                if end is None:
-                    end = len(nodes)
-                    nodes.append(np.array(path[-1], float))
-                edges.append((node, end, np.array([nodes[node], *path, nodes[end]])))
-    beside = {(node, node_of[other]) for pixel, node in node_of.items() for other in _get_ring(pixel) if other in node_of}
-    edges += [(a, b, np.array([nodes[a], nodes[b]])) for a, b in sorted(beside) if a < b]
-    while rest:  # closed lines
-        beginning, node = min(rest), len(nodes)
-        nodes.append(np.array(beginning, float))
-        path, _ = _follow(beginning, node, rest, {})
-        edges.append((node, node, np.array([*path, beginning], float)))
-    for pixel in sorted(node_of):
-        if not any(other in pixels for other in _get_ring(pixel)):  # a dot
-            edges.append((node_of[pixel], node_of[pixel], np.array([pixel, pixel], float)))
-    return nodes, edges
+    thin = skeletonize(np.ascontiguousarray(np.pad(ink, 1) > 0))[1:-1, 1:-1]  # older versions take no transposed arrays
+    beside = _get_neighbours({tuple(pixel) for pixel in np.argwhere(thin).tolist()})
+    node_of = {pixel: i for i, pixel in enumerate(p for p, others in beside.items() if len(others) != 2)}
+    edges, seen = [], set()
+
+    def follow(pixel, following):
+        path = [pixel]
+        while True:
+            seen.update([(pixel, following), (following, pixel)])
+            path.append(following)
+            if following in node_of:
+                edges.append((node_of[path[0]], node_of[following], np.array(path, float)))
+                return
+            pixel, following = following, next(other for other in beside[following] if other != pixel)
+
+    for pixel in list(node_of):
+        for other in beside[pixel] or [pixel]:  # a dot is an edge to itself
+            if (pixel, other) not in seen:
+                follow(pixel, other)
+    for pixel, others in beside.items():  # closed lines
+        if pixel not in node_of and (pixel, others[0]) not in seen:
+            node_of[pixel] = len(node_of)
+            follow(pixel, others[0])
+    return [np.array(pixel, float) for pixel in node_of], edges
 
 
-def _find_nodes(pixels, shape):
-    """Junctions, of one or more pixels beside each other, and ends of thinned ink. Returns: the position of each, and the
-    node that each of their pixels belongs to"""
-    junction, ends = np.zeros(shape, bool), []
-    for pixel in sorted(pixels):
-        near = [other in pixels for other in _get_ring(pixel)]
-        num_lines = sum(b and not a for a, b in itertools.pairwise([near[-1], *near]))
-        junction[pixel] = num_lines >= 3 or sum(near) >= 4
-        ends += [pixel] * (sum(near) <= 1)
-    cluster, num_junctions = scipy.ndimage.label(junction, np.ones((3, 3)))
-    nodes = [np.argwhere(cluster == i + 1).mean(0) for i in range(num_junctions)] + [np.array(end, float) for end in ends]
-    node_of = {pixel: cluster[pixel] - 1 for pixel in pixels if junction[pixel]}
-    return nodes, node_of | {end: num_junctions + i for i, end in enumerate(ends)}
+def _get_neighbours(pixels):
+    """The neighbours of each pixel of thinned ink (row, column), in order; those that touch at a corner alone are none if
+    another pixel touches both along a side"""
 
+    def get_neighbours(row, col):
+        for down, right in [(-1, 0), (0, 1), (1, 0), (0, -1), (-1, 1), (1, 1), (1, -1), (-1, -1)]:
+            between = {(row + down, col), (row, col + right)} if down and right else set()
+            if (row + down, col + right) in pixels and not between & pixels:
+                yield row + down, col + right
 
-def _get_ring(pixel):
-    return [(pixel[0] + row, pixel[1] + col) for row, col in RING]
-
-
-def _follow(pixel, node, rest, node_of):
-    """Follows a line from a pixel beside a node, and takes its pixels out of rest. Returns: the pixels, and the node at
-    the other end or None"""
-    path = [pixel]
-    rest.discard(pixel)
-    while True:
-        ring = sorted(_get_ring(pixel), key=lambda other: abs(other[0] - pixel[0]) + abs(other[1] - pixel[1]))
-        for other in ring:
-            if other in node_of and (len(path) > 1 or node_of[other] != node):
-                return path, node_of[other]
-        pixel = next((other for other in ring if other in rest), None)
-        if pixel is None:
-            return path, None
-        rest.discard(pixel)
-        path.append(pixel)
+    return {pixel: list(get_neighbours(*pixel)) for pixel in sorted(pixels)}
 
 
 def _get_length(points):
@@ -272,7 +249,10 @@ def _simplify(nodes, edges, spur, crossing):
         for a, b, points in sorted(edges, key=lambda edge: _get_length(edge[2])):
             length, degrees = _get_length(points), sorted([degree[a], degree[b]])
             joins = a != b and length < crossing and degrees[0] >= 3
-            leads_nowhere = length < spur and (degree[a] > 2 if a == b else degrees[0] == 1 and degrees[1] >= 3)
+            if a == b:  # a small hole
+                leads_nowhere = degree[a] > 2 and np.linalg.norm(points - nodes[a], axis=1).max() < crossing
+            else:
+                leads_nowhere = degrees[0] == 1 and degrees[1] >= 3 and length < spur
             if joins or leads_nowhere:
                 edges = [edge for edge in edges if edge[2] is not points]
                 if joins:
@@ -301,7 +281,8 @@ def _get_turns(edges, ends, reach, rng):
 
     def get_direction(edge, end):
         points = edges[edge][2][:: 1 if end == 0 else -1]
-        way = points[min(reach, len(points) - 1)] - points[0]
+        near, far = (min(n, m) for n, m in [(reach // 2, (len(points) - 1) // 2), (reach + reach // 2, len(points) - 1)])
+        way = points[far] - points[near]  # closer to the junction, thinned ink is bent
         return way / max(np.linalg.norm(way), 1e-9)
 
     turns = []

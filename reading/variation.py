@@ -21,15 +21,18 @@ place and the size of the image's ink.
 Source: programs as distributions over drawings, as in Lake, Salakhutdinov and Tenenbaum (2015); there, strokes are splines.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import rendering
 
 FLOOR = 0.01  # f
 FARTHEST = 4.0  # deviations at which a fit may begin
-AT_ONCE = 1600  # drawings fitted at a time
+AT_ONCE = 800  # drawings fitted at a time
+ARCS_PER_SIZE = 4  # their number of strokes is a multiple of it, since each other number would be compiled separately
 
 
 class Drawing(NamedTuple):
@@ -47,6 +50,10 @@ class Drawing(NamedTuple):
     def select(self, ids):
         """Selects drawings by ids [M] or a slice"""
         return Drawing(*(field[ids] for field in self[:-1]), self.params)
+
+    def cut(self, num):
+        """Selects the first strokes"""
+        return resize(self, num)
 
 
 def concatenate(drawings):
@@ -98,7 +105,7 @@ def get_drawing(generative_model, latent, obs=None):
     if maps is None or obs is None:
         seen = torch.eye(3)[:2].repeat(len(latent), 1, 1)
     else:
-        seen = maps[generative_model.get_map_log_posterior(latent, obs).argmax(1)]
+        seen = maps[generative_model.likelihood.map_log_posterior(generative_model.get_logits(latent), obs).argmax(1)].detach()
     start = torch.full((len(latent), 2), 0.5)
     params = generative_model.get_rendering_params()
     return Drawing(torch.stack([dx, dy], -1), theta, start, seen, latent[..., 1] > 0, sharpness, width, params)
@@ -175,13 +182,14 @@ class Fit(NamedTuple):
     """Drawings fitted to images; `log_likelihood - distance` is their score"""
 
     drawing: Drawing
+    variation: Variation
     log_likelihood: torch.Tensor  # log p(x | v), [N], nats
     distance: torch.Tensor  # |e|^2 / 2, [N], nats
 
 
 def refit(
-    centre, obs, deviations, num_steps=50, start=None, aligned_to=None, blur=0.25, sharp_after=0.6, lr=0.15, floor=FLOOR,
-    tick=lambda: None,
+    centre, obs, deviations, num_steps=50, start=None, aligned_to=None, blur=(0.25, 1.0), sharp_after=0.6, lr=0.15,
+    floor=FLOOR, tick=lambda: None,
 ):  # fmt: skip
     """Fits drawings to images.
 
@@ -191,30 +199,44 @@ def refit(
         start: Variation that e begins as; if None, 0
         aligned_to [N, R, C]: images that the centres fit; W then begins where it takes the place and size of
             their ink to that of obs. If None, W begins as the identity
-        blur: factor of the sharpness at first, which rises to 1 over the share sharp_after of the steps
+        blur: factors of the sharpness, at first and from the share sharp_after of the steps on
         tick: called after each step of each AT_ONCE drawings
     Returns: Fit, whose score is at least that of the start (without regard to aligned_to)
     """
-    start, parts = start or get_none(centre), []
-    for ids in torch.arange(len(obs)).split(AT_ONCE):
-        begin, align = Variation(*(x[ids] for x in start)), None if aligned_to is None else aligned_to[ids]
-        parts.append(
-            _refit(centre.select(ids), obs[ids], deviations, num_steps, begin, align, blur, sharp_after, lr, floor, tick)
-        )
-    drawings, log_likelihood, distance = zip(*parts, strict=True)
-    return Fit(concatenate(drawings), torch.cat(log_likelihood), torch.cat(distance))
-
-
-def _refit(centre, obs, deviations, num_steps, start, aligned_to, blur, sharp_after, lr, floor, tick):
-    begin = start
+    start, num_arcs = start or get_none(centre), centre.on.shape[1]
     if aligned_to is not None:
         warp = _align(aligned_to, obs) / get_warp_deviations(deviations)
-        begin = start._replace(warp=warp.clamp(-FARTHEST, FARTHEST))
-    variation = Variation(*(x.clone().requires_grad_() for x in begin))
-    optimizer = torch.optim.Adam(variation, lr=lr)
+        aligned = start._replace(warp=warp.clamp(-FARTHEST, FARTHEST))
+    else:
+        aligned = start
+    length = (centre.on * torch.arange(1, num_arcs + 1)).amax(1)  # [N]
+    order, parts = length.argsort(stable=True), []
+    for ids in order.split(AT_ONCE):  # those with few strokes together, so that few draw nothing
+        num = min(math.ceil(int(length[ids].max()) / ARCS_PER_SIZE) * ARCS_PER_SIZE, num_arcs)
+        some = [resize(Variation(*(x[ids] for x in e)), num) for e in (start, aligned)]
+        fit = _refit(centre.select(ids).cut(num), obs[ids], deviations, num_steps, *some, blur, sharp_after, lr, floor, tick)
+        parts.append(fit._replace(drawing=resize(fit.drawing, num_arcs), variation=resize(fit.variation, num_arcs)))
+    drawings, variations, log_likelihood, distance = zip(*parts, strict=True)
+    back = order.argsort()
+    variation = Variation(*(torch.cat(fields)[back] for fields in zip(*variations, strict=True)))
+    return Fit(concatenate(drawings).select(back), variation, torch.cat(log_likelihood)[back], torch.cat(distance)[back])
+
+
+def resize(fields, num):
+    """Cuts a Drawing or Variation to its first strokes, or adds some that draw nothing"""
+    change = num - fields.theta.shape[1]
+    of_strokes = {
+        name: getattr(fields, name) for name in ("displacement", "theta", "on", "sharpness", "width") if hasattr(fields, name)
+    }
+    return fields._replace(**{name: F.pad(x, (0, 0) * (x.dim() - 2) + (0, change)) for name, x in of_strokes.items()})
+
+
+def _refit(centre, obs, deviations, num_steps, start, aligned, blur, sharp_after, lr, floor, tick):
+    variation = Variation(*(x.clone().requires_grad_() for x in aligned))
+    optimizer, (first, last) = torch.optim.Adam(variation, lr=lr), blur
     with torch.enable_grad():
         for step in range(num_steps):
-            sharp = min(blur + (1 - blur) * step / max(sharp_after * num_steps, 1), 1.0)
+            sharp = first + (last - first) * min(step / max(sharp_after * num_steps, 1), 1.0)
             blurred = centre._replace(sharpness=centre.sharpness * sharp)
             loss = -score(blurred, variation, obs, deviations, floor).sum()
             optimizer.zero_grad()
@@ -223,15 +245,13 @@ def _refit(centre, obs, deviations, num_steps, start, aligned_to, blur, sharp_af
             optimizer.param_groups[0]["lr"] = lr * (1 - (step + 1) / num_steps) + 0.01
             tick()
     with torch.no_grad():
-        fits = []
-        for some in [variation, start]:
-            drawing = vary(centre, some, deviations)
-            fits.append(Fit(drawing, get_log_likelihood(drawing, obs, floor), some.get_distance()))
-        fitted, unchanged = fits
-        worse = fitted.log_likelihood - fitted.distance < unchanged.log_likelihood - unchanged.distance  # [N]
-        rows = torch.where(worse, len(obs), 0) + torch.arange(len(obs))
-        drawing = concatenate([fitted.drawing, unchanged.drawing]).select(rows)
-        return Fit(drawing, *(torch.cat([a, b])[rows] for a, b in zip(fitted[1:], unchanged[1:], strict=True)))
+        scores = torch.stack([score(centre, e, obs, deviations, floor) for e in (variation, start)])
+        better = scores[0] >= scores[1]  # [N]
+        variation = Variation(
+            *(torch.where(better.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(variation, start, strict=True))
+        )
+        drawing = vary(centre, variation, deviations)
+        return Fit(drawing, variation, get_log_likelihood(drawing, obs, floor), variation.get_distance())
 
 
 def _align(source, target):

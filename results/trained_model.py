@@ -3,12 +3,14 @@
 import torch
 
 import models
+import scoring
 import util
-from reading import programs
+from reading import search
 from runs import checkpoints
 from util import UserError
 
 NUM_PROPOSALS = 10  # of the inference network; the best is drawn
+BATCH_SIZE = 50  # images whose programs are inferred together
 NUM_COUNTED = 2000  # samples from the prior, to estimate how often it uses each primitive
 
 
@@ -46,11 +48,12 @@ class TrainedModel:
             return models.unpack(self.memory[obs_id, 0])
         networks, (obs, alphabet) = (self.generative_model, self.inference_network), self.get_images(obs_id)
         if args is not None and args.search:
-            limits = args.num_best, args.num_rounds, args.num_mutants
-            return programs.find_programs(*networks, obs, NUM_PROPOSALS, *limits, alphabet, compile=args.compile).latent[0]
+            return search.read(*networks, obs, search.QUICK, NUM_PROPOSALS, alphabet)[0]
         best = []
-        for ids in torch.arange(len(obs)).split(programs.BATCH_SIZE):
-            latent, log_joint = programs.infer(*networks, obs[ids], None if alphabet is None else alphabet[ids], NUM_PROPOSALS)
+        for ids in torch.arange(len(obs)).split(BATCH_SIZE):
+            given = None if alphabet is None else alphabet[ids]
+            latent = self.inference_network.sample(obs[ids], NUM_PROPOSALS, given)  # [P, B, A, 2]
+            log_joint = scoring.score(self.generative_model, latent, obs[ids], given)
             best.append(latent[log_joint.argmax(0), torch.arange(len(ids))])
         return torch.cat(best)
 

@@ -1,0 +1,200 @@
+"""A page to draw a character on, and to see it read at once, stroke by stroke.
+
+    pip install gradio
+    python demo.py            # then open http://127.0.0.1:7860
+
+Draw with the mouse or a pen, take a character of Omniglot, or upload a photograph: the strokes of the library that the ink is
+made of, new examples by other hands, and the known characters that it most resembles. Only this machine can open the page,
+unless --host or --share says otherwise.
+"""
+
+from fast import before_torch  # noqa: F401  # isort: skip
+import argparse
+import base64
+import itertools
+import os
+import threading
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+
+import data
+import models
+import util
+from read import MODEL, get_strokes
+from reading import characters, matching
+from results import drawings
+from runs import checkpoints
+from util import UserError
+
+PAGE, BRUSH = 420, 12  # pixels: Omniglot's proportion of stroke and page
+NUM_EXAMPLES, NUM_ALIKE = 9, 6
+MOST = 20  # characters that are read of a photograph
+PAUSE = 200  # milliseconds without drawing, after which the page is read
+SECONDS = 0.5  # that drawing a stroke takes
+
+# ------------------------------------------------------------------ what the page shows
+
+
+class Reader:
+    """Reads characters with a model. Args: model: GenerativeModel; known: data.Split of known characters"""
+
+    def __init__(self, model, known):
+        self.model, self.lock = model.requires_grad_(False), threading.Lock()
+        pairs = (
+            np.column_stack([known.alphabet.argmax(1), known.character]) if known.alphabet is not None else known.obs.flatten(1)
+        )
+        self.known = known.obs[np.unique(pairs, axis=0, return_index=True)[1]]  # one drawing of each character
+        self.points = [matching.get_points(obs, scale=True) for obs in self.known.numpy() >= 0.5]
+        self.library = drawings.draw_primitives(model, 40)[0]  # [K, R, R]
+        self.read("", [self.known[0].numpy() >= 0.5], self.known[:1].numpy())  # the first time is slow
+
+    def read(self, name, inks, obs):
+        """HTML about the characters in an image, see characters.take"""
+        if not inks:
+            return "<p>There is no character on this page.</p>"
+        inks, obs = inks[:MOST], torch.from_numpy(np.stack(obs[:MOST])).float()
+        found = characters.Characters(inks, obs, [name] * len(inks), [name] * len(inks))
+        with self.lock:  # for the seed
+            util.set_seed(0)
+            reading = characters.read(self.model, found)
+            examples = drawings.vary_strokes(reading.drawing, NUM_EXAMPLES, 56)
+        return "<hr>".join(self.show(found, reading, examples[i], i) for i in range(len(inks)))
+
+    def show(self, found, reading, examples, i):
+        strokes = get_strokes(reading, i)
+        visible = list(dict.fromkeys(stroke["primitive"] for stroke in strokes["strokes"] if stroke["on"]))
+        points = matching.get_points(found.obs[i].numpy() >= 0.5, scale=True)
+        distance = torch.tensor([matching.get_hausdorff_distance(points, other) for other in self.points])
+        alike = self.known[distance.topk(min(NUM_ALIKE, len(distance)), largest=False).indices]
+        log_p, deviation = reading.log_likelihood[i].item(), reading.deviation[i].sum().item()
+        return f"""{animate(strokes, found.inks[i])}
+<p>{int(reading.drawing.on[i].sum())} strokes; log p(x | strokes) {log_p:.0f} nats; their deviation from the library's
+{deviation:.1f} nats (0: they are in it)</p>
+<p>From the library: {show(self.library[visible])}</p><p>By other hands: {show(examples)}</p><p>Resembles: {show(alike)}</p>"""
+
+
+def show(images):
+    """Images [N, R, R], ink 1, as HTML"""
+    return " ".join(f'<img src="{to_uri(1 - image.numpy())}" width="56" style="display:inline;margin:2px">' for image in images)
+
+
+def to_uri(grey):
+    png = imageio.imwrite("<bytes>", (255 * grey).round().clip(0, 255).astype(np.uint8), extension=".png")
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def animate(program, ink):
+    """Strokes as an SVG that draws them one after the other over the ink [H, W], see drawings.get_program"""
+    side, time = drawings.NUM_PIXELS, 0.0
+    lines = [f'<svg class="strokes" viewBox="0 0 {side} {side}" width="{PAGE}" style="border:1px solid #ccc;background:white">']
+    lines.append(f'<image href="{to_uri(1 - 0.25 * characters.images.make_square(ink))}" width="{side}" height="{side}"/>')
+    for number, stroke in enumerate((s for s in program["strokes"] if s["on"]), start=1):
+        path = drawings.get_path([stroke[name] for name in ("x_start", "y_start", "dx", "dy", "theta")])
+        lines.append(
+            f'<path d="{path}" pathLength="1" fill="none" stroke="hsl({47 * number % 360} 80% 40%)" stroke-width="0.7"'
+            f' stroke-linecap="round" stroke-dasharray="1 2" stroke-dashoffset="1.1"><title>stroke {number}</title>'
+            f'<animate attributeName="stroke-dashoffset" from="1" to="0" begin="{time:.2f}s" dur="{SECONDS}s" fill="freeze"/></path>'
+        )
+        time += SECONDS
+    return "\n".join([*lines, "</svg>"])
+
+
+# ------------------------------------------------------------------ the page
+
+PAD = f"""<canvas width="{PAGE}" height="{PAGE}" style="border:1px solid #888;background:white;touch-action:none;cursor:crosshair">
+</canvas><br><button class="primary lg">Clean page</button>"""
+DRAW = f"""
+const canvas = element.querySelector('canvas'), pen = canvas.getContext('2d');
+pen.lineWidth = {BRUSH};
+pen.lineCap = pen.lineJoin = 'round';
+let timer;
+const send = () => {{ clearTimeout(timer); timer = setTimeout(() => trigger('submit', {{png: canvas.toDataURL()}}), {PAUSE}); }};
+const draw = e => {{ pen.lineTo(e.offsetX, e.offsetY); pen.stroke(); }};
+canvas.onpointerdown = e => {{ canvas.setPointerCapture(e.pointerId); pen.beginPath(); draw(e); draw(e); canvas.onpointermove = draw; }};
+canvas.onpointerup = canvas.onpointercancel = () => {{ canvas.onpointermove = null; send(); }};
+element.querySelector('button').onclick = () => {{ pen.clearRect(0, 0, canvas.width, canvas.height); send(); }};
+"""
+
+
+def build(reader):
+    """The page: gradio.Blocks"""
+    import gradio
+
+    others = itertools.cycle(torch.randperm(len(reader.known), generator=torch.Generator().manual_seed(0)).tolist())
+
+    def read_page(event: gradio.EventData):
+        ink = characters.images.decode("the page", base64.b64decode(event.png.split(",")[1])) < 0.5
+        return reader.read("page", [ink] * int(ink.any()), [characters.images.shrink(ink.astype(np.float32))])
+
+    def read_file(path):
+        try:
+            return reader.read(path, *characters.take(os.path.basename(path), util.read_file(path)))
+        except UserError as error:
+            return f"<p>{error}</p>"
+
+    def read_known():
+        obs = reader.known[next(others)].numpy()
+        ink = np.kron(obs >= 0.5, np.ones((4, 4), bool))
+        return reader.read("known", [ink], [obs])
+
+    with gradio.Blocks(title="Learning to write", analytics_enabled=False) as page:
+        gradio.Markdown("# Draw a character, and see it read\nThe strokes come from a library that a model has learned.")
+        with gradio.Row():
+            with gradio.Column(min_width=PAGE):
+                pad = gradio.HTML(html_template=PAD, js_on_load=DRAW)
+                known = gradio.Button("A character of Omniglot")
+                upload = gradio.UploadButton("A photograph", file_types=["image"])
+            with gradio.Column(min_width=PAGE):
+                answer = gradio.HTML()
+        pad.submit(read_page, None, answer, show_progress="hidden", trigger_mode="multiple")
+        known.click(read_known, None, answer)
+        upload.upload(read_file, upload, answer)
+    return page
+
+
+def load_known(location):
+    """Known characters: data.Split. Without Omniglot, those that come along"""
+    try:
+        return data.load(location).train
+    except UserError as error:
+        util.warn(f"{error}; the page knows built-in letters instead")
+        return data.load("glyphs").train
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    try:
+        import gradio
+    except ImportError:
+        raise UserError("the page needs gradio: pip install gradio") from None
+    path = checkpoints.find(args.checkpoint_path)
+    model, _ = models.from_checkpoint(checkpoints.load(path))
+    page = build(Reader(model, load_known(args.data_location)))
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from elsewhere
+    try:
+        page.launch(server_name=args.host, server_port=args.port, share=args.share, theme=theme, footer_links=[])
+    except OSError as error:
+        raise UserError(f"--port {args.port}: {error}; give another one") from None
+    return 0
+
+
+def get_parser():
+    parser = util.ArgumentParser(description=__doc__)
+    add = parser.add
+    add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one", default=MODEL)
+    add("--data-location", "known characters, as for main.py", default="local")
+    add("--host", "address to listen on; 0.0.0.0: any of this machine's", default="127.0.0.1")
+    add("--port", "to listen on", type=util.in_range(int, 0, 65535), default=7860)
+    add(
+        "--share",
+        "also open the page to the internet, through gradio.live",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    util.run_script(main)

@@ -1,0 +1,176 @@
+"""Reads handwritten characters: traces each, on photographs and scans, with the strokes that a model has learned.
+
+    python read.py my/*.png
+    python read.py page.jpg --examples 9            # also draws nine new examples of each character, as other hands would
+    python read.py page.jpg --program               # also searches for the best program of the model's own, fixed strokes
+
+Writes into save/<model>/read/: strokes.pdf, every character stroke by stroke; for each one <name>.svg, its strokes as real arcs,
+and <name>.json, its strokes in order, each with the nearest primitive of the library and whether the pen is down. Two numbers
+say how well it was read: log p(x | strokes), how probable the strokes make the ink (closer to 0 is better), and the deviation of
+the strokes from the nearest ones of the library (0: they are in it), in nats. --program writes programs.pdf,
+<name>-program.svg and .json, with log p(z, x), the probability of the program and the ink under the model, and the affine map
+that the program is seen through.
+"""
+
+from fast import before_torch  # noqa: F401  # isort: skip
+import io
+import math
+import pathlib
+
+import torch
+from matplotlib.backends.backend_pdf import PdfPages
+from matplotlib.collections import LineCollection
+
+import models
+import rendering
+import util
+from reading import characters, matching, search, variation
+from results import drawings, figures
+from runs import checkpoints
+
+MODEL = "pretrained/mws_20"
+RESOLUTION = 56  # of examples and programs, in pixels
+PER_PAGE = 20  # rows of a figure
+
+# ------------------------------------------------------------------ pictures
+
+
+def strokes_figures(found, reading, title):
+    """Pages of rows: a character, and its strokes after each that leaves ink, the newest in colour, the pen's way to it dotted"""
+    num_cols = 1 + int(reading.drawing.on.sum(1).max())
+    arcs = variation.get_arcs(reading.drawing)  # [N, A, 7]
+    x, y = drawings.get_points(arcs[..., 2:].flatten(0, 1))  # [N * A, T], from where each starts
+    lines = (torch.stack([x, y], 2).unflatten(0, arcs.shape[:2]) + arcs[..., None, :2]).numpy()  # [N, A, T, 2]
+    lines = lines * [1, -1] + [0, 1]  # y downwards
+    for first in range(0, len(found), PER_PAGE):
+        rows = range(first, min(first + PER_PAGE, len(found)))
+        figure = figures.make_figure(0.7 * num_cols + 1.8, 0.7 * len(rows) + 0.5, title)
+        axes = figure.subplots()
+        axes.set(xlim=(-0.05, 1.1 * num_cols), ylim=(1.1 * len(rows), -0.2), aspect="equal")
+        axes.set_axis_off()
+        for row, i in enumerate(rows):
+            top, ink = 1.1 * row, 1 - found.obs[i]
+            axes.text(-0.1, top + 0.5, figures.literal(get_label(found, reading, i)), ha="right", va="center", fontsize=6)
+            on = reading.drawing.on[i].nonzero().squeeze(1).tolist()
+            half = 0.5 / (ink.shape[1] - 1)  # the page ends in the middle of a pixel
+            for col, newest in enumerate([None, *on]):
+                left, grey = 1.1 * col, ink if newest is None else 1 - 0.3 * (1 - ink)
+                box = left - half, left + 1 + half, top + 1 + half, top - half
+                axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=box, interpolation="none")
+                if newest is not None:
+                    before = [a for a in on if a < newest]
+                    up = [a for a in range(before[-1] + 1 if before else 0, newest)]
+                    for some, colour, style, width in [
+                        (before, "black", "-", 1.2), (up, figures.PEN_UP, ":", 0.6), ([newest], figures.NEWEST, "-", 1.6)
+                    ]:  # fmt: skip
+                        axes.add_collection(
+                            LineCollection(lines[i, some] + [left, top], colors=colour, ls=style, lw=width, capstyle="round")
+                        )
+        yield figure
+
+
+def get_label(found, reading, i):
+    log_p, deviation = reading.log_likelihood[i], reading.deviation[i].sum()
+    return f"{found.names[i]}\nlog p(x | strokes) {log_p:.0f}\ndeviation {deviation:.1f}"
+
+
+def save_pages(path, pages):
+    """Writes an iterable of figures as the pages of a PDF"""
+    file = io.BytesIO()
+    with PdfPages(file, metadata={"CreationDate": None}) as pdf:
+        for page in pages:
+            pdf.savefig(page)
+    util.write(path, file.getvalue())
+    return path
+
+
+# ------------------------------------------------------------------ files
+
+
+def get_strokes(reading, i):
+    """The strokes of a character as plain values, see drawings.get_program"""
+    num = reading.num_strokes[i]
+    whole = reading.drawing.select([i])
+    cut = {name: getattr(whole, name)[:, :num] for name in ("displacement", "theta", "on", "sharpness", "width")}
+    program = drawings.get_program(whole._replace(**cut), reading.latent[i, :num])
+    for stroke, deviation in zip(program["strokes"], reading.deviation[i].tolist(), strict=False):
+        stroke["deviation"] = deviation
+    return program
+
+
+def save_program(path, program, **details):
+    """Writes <path>.svg and <path>.json of a program from drawings.get_program"""
+    util.write(path.with_name(f"{path.name}.svg"), drawings.to_svg(program).encode())
+    util.write(path.with_name(f"{path.name}.json"), drawings.to_json(program, **details).encode())
+
+
+# ------------------------------------------------------------------ programs of fixed strokes
+
+
+def save_searched(model, network, found, folder, title):
+    """Searches for the best programs of the model's own strokes, and writes their drawings"""
+    obs = (found.obs >= 0.5).float()
+    rendering.set_compile(True)  # which takes a while, and a search longer
+    latent, log_joint, alphabet = search.read(model, network, obs)
+    map_id, _ = drawings.get_maps(model, latent, obs)
+    drawing = variation.get_drawing(model, latent, obs)
+    for i, name in enumerate(found.names):
+        program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
+        details = {} if alphabet is None else {"alphabet": alphabet[i].argmax().item()}
+        save_program(folder / f"{name}-program", program, image=found.files[i], log_joint=log_joint[i].item(), **details)
+    stages = drawings.draw_stages(drawing, RESOLUTION)
+    seen = drawings.draw_parts(drawing, drawing.on.unsqueeze(1), RESOLUTION)[:, 0]
+    labels = [f"{name}\n{score:.0f} nats" for name, score in zip(found.names, log_joint.tolist(), strict=True)]
+    pages = figures.stroke_figures(drawings.resize(obs, RESOLUTION), seen, stages, labels, title)
+    return save_pages(folder / "programs.pdf", pages)
+
+
+# ------------------------------------------------------------------ script
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    path = checkpoints.find(args.checkpoint_path)
+    checkpoint = checkpoints.load(path)
+    name = checkpoints.get_run_name(path, checkpoint["args"])
+    model, network = models.from_checkpoint(checkpoint)
+    model.requires_grad_(False)
+    folder = util.SAVE / name / "read" if args.output is None else util.expand_user(args.output)
+    util.set_seed(args.seed)
+    found = characters.find(args.images, args.as_is)
+    num_steps = matching.NUM_TRACE_STEPS * math.ceil(len(found) / variation.AT_ONCE)
+    with util.show_progress(total=num_steps, desc=f"reading {len(found)} characters", unit="step") as bar:
+        reading = characters.read(model, found, bar.update)
+    for i, (stem, file) in enumerate(zip(found.names, found.files, strict=True)):
+        details = dict(image=file, model=name, log_likelihood=reading.log_likelihood[i].item())
+        save_program(folder / stem, get_strokes(reading, i), deviation=reading.deviation[i].sum().item(), **details)
+        print(f"{file}: {int(reading.drawing.on[i].sum())} strokes: {folder / stem}.svg, {stem}.json")
+    title = f"strokes of {name}'s library, varied to lie on the ink"
+    title += "\nlog p(x | strokes): the ink under them; deviation: theirs from the library, nats"
+    print(f"stroke by stroke: {save_pages(folder / 'strokes.pdf', strokes_figures(found, reading, title))}")
+    if args.examples:
+        drawn = drawings.vary_strokes(reading.drawing, args.examples, RESOLUTION)  # [N, E, R, R]
+        obs = drawings.resize(found.obs, RESOLUTION)
+        pages = figures.example_figures(obs, drawn, found.names, "new examples: the strokes vary as from hand to hand")
+        print(f"new examples: {save_pages(folder / 'examples.pdf', pages)}")
+    if args.program:
+        title = f"best programs found of {name}'s own strokes, as the model sees them"
+        print(f"programs: {save_searched(model, network, found, folder, title)}")
+    return 0
+
+
+def get_parser():
+    parser = util.ArgumentParser(description=__doc__)
+    add = parser.add
+    parser.add_argument("images", nargs="+", help="image files: photographs, scans, drawings", type=pathlib.Path)
+    add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one", default=MODEL)
+    add("--output", "folder to write into (default: save/<model>/read)")
+    add("--examples", "number of new examples to draw of each character", type=util.in_range(int, 1, 1000))
+    add("--program", "also search for the best program of the model's fixed strokes", action="store_true")
+    add("--as-is", "take images as they are: one character each, of Omniglot's size and stroke", action="store_true")
+    add("--seed", "seed of examples and search", type=util.in_range(int, 0, 2**63 - 1), default=0)
+    return parser
+
+
+if __name__ == "__main__":
+    util.run_script(main)

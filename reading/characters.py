@@ -1,0 +1,115 @@
+"""One's own characters: found in image files, traced by strokes of a model's library, and these refitted to the ink.
+
+found = characters.find(["page.jpg"])
+reading = characters.read(model, found)
+"""
+
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import images
+from reading import matching, tracing, variation
+from util import UserError, read_file, warn
+
+LONGEST_NAME = 50  # letters of an image's name that go into those of the files written for it
+FINE = 4 * images.SIDE  # pixels, of the side of the ink that is traced
+# The arcs alone vary, and the pen: they are where the ink is, without a map
+DEVIATIONS = variation.OWN._replace(scale=0.0, shear=0.0, shift=0.0)
+
+
+class Characters(NamedTuple):
+    """N characters found in image files"""
+
+    inks: list  # of N arrays of bool, to be traced, of any size
+    obs: torch.Tensor  # [N, 28, 28] in [0, 1], the same, scaled down
+    names: list  # of the files written for each
+    files: list  # that they are from
+
+    def __len__(self):
+        return len(self.names)
+
+
+class Reading(NamedTuple):
+    """The strokes of N characters, in order. Those with fewer than A end with strokes of no length that leave no ink"""
+
+    latent: torch.Tensor  # [N, A, 2], of each stroke the nearest primitive of the library, and whether the pen is down
+    drawing: variation.Drawing
+    log_likelihood: torch.Tensor  # [N], log p(x | strokes) in nats, the probability of each pixel held to [0.01, 0.99]
+    deviation: torch.Tensor  # [N, A], how much each stroke deviates from its primitive, in nats
+    num_strokes: torch.Tensor  # [N], the pen down or up
+
+
+# ------------------------------------------------------------------ finding
+
+
+def find(paths, as_is=False):
+    """Finds characters in image files (images.find_characters) or takes each file as one. Warns about files that cannot be
+    read. Raises: UserError if nothing is left"""
+    inks, obs, files = [], [], []
+    for path in paths:
+        try:
+            some = take(str(path), read_file(path), as_is)
+        except OSError as error:
+            warn(f"cannot read {path} ({error.strerror}), skipped")
+            continue
+        except UserError as error:
+            warn(f"{error}, skipped")
+            continue
+        inks += some[0]
+        obs += some[1]
+        files += [str(path)] * len(some[0])
+    if not files:
+        raise UserError("there is no character to read; give images of characters, or --as-is")
+    return Characters(inks, torch.from_numpy(np.stack(obs)).float(), _name(files), files)
+
+
+def take(name, content, as_is=False):
+    """The characters in the bytes of one file: lists of inks and obs, arrays [H, W] of bool and [28, 28]
+
+    Raises: UserError if they are no image"""
+    if not as_is:
+        inks = images.find_characters(name, content, FINE)
+        return inks, [images.fit(ink.astype(np.float32)) for ink in inks]
+    ink = images.get_ink(images.decode(name, content)) >= 0.5
+    if not ink.any():
+        raise UserError(f"{name} is blank")
+    return [ink], [images.shrink(ink.astype(np.float32))]
+
+
+def _name(files):
+    """The stems of the files, numbered where one holds several characters, and distinct, so that none overwrites another"""
+    names = []
+    for i, file in enumerate(files):
+        stem = pathlib.Path(file).stem[:LONGEST_NAME]
+        name = f"{stem}-{files[:i].count(file) + 1}" if files.count(file) > 1 else stem
+        while name in names:
+            name += "-again"
+        names.append(name)
+    return names
+
+
+# ------------------------------------------------------------------ reading
+
+
+def read(generative_model, characters, tick=lambda: None):
+    """Traces Characters with the model's strokes, and refits these to the ink: Reading. `tick` is called after each of
+    matching.NUM_TRACE_STEPS steps of each variation.AT_ONCE characters"""
+    strokes = matching.find_strokes(
+        generative_model, characters.inks, characters.obs, num_traces=1, deviations=DEVIATIONS, tick=tick
+    )
+    drawing, latent = strokes.drawing, strokes.latent[0]
+    used = drawing.on | drawing.displacement.any(2)  # [N, A]
+    arcs = torch.cat([drawing.displacement, drawing.theta.unsqueeze(2)], 2).flatten(0, 1)  # [N * A, 3]
+    library = generative_model.get_primitives()[:, :3].detach()
+    primitive, deviation = tracing.find_nearest(arcs.double().numpy(), library.double().numpy())
+    primitive, deviation = (torch.from_numpy(x).view(used.shape) for x in (primitive, deviation))
+    return Reading(
+        torch.stack([primitive, latent[..., 1]], 2),
+        drawing,
+        variation.get_log_likelihood(drawing, characters.obs),
+        (deviation * used).float(),
+        used.sum(1),
+    )
