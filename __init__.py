@@ -14,6 +14,8 @@ import importlib.util
 import pathlib
 import sys
 
+__version__ = "1.0.0"
+
 _FOLDER = pathlib.Path(__file__).resolve().parent
 _OURS = {
     path.parent.name if path.stem == "__init__" else path.stem
