@@ -34,7 +34,7 @@ class Kernels:
         self.scored_at_once = 8192  # on a GPU: latents scored at a time; halved whenever its memory runs out
 
     def use(self, names):
-        """Uses the Triton kernels of these OPERATORS alone"""
+        """Uses the Triton kernels of these OPERATORS only"""
         self.operators = [name for name in OPERATORS if name in names and WITHOUT_KERNELS not in os.environ]
 
     def are_used(self, name, x):
@@ -87,7 +87,7 @@ class DrawArcs(torch.autograd.Function):
     def forward(ctx, arcs, on, rendering_params, num_rows, num_cols):
         given, num_pixels = (arcs.contiguous(), on.contiguous(), rendering_params.contiguous()), num_rows * num_cols
         logits = arcs.new_empty(len(arcs), num_pixels)
-        arc_id = torch.empty_like(logits, dtype=torch.int16)  # of the arc that a pixel's ink belongs to
+        arc_id = torch.empty_like(logits, dtype=torch.int16)  # the arc that each pixel's ink belongs to
         ctx.sizes = arcs.shape[1], num_rows, num_cols, LOG_PAPER
         ctx.grid = len(arcs), divide_up(num_pixels, BLOCK_PIXELS)
         launch("rendering._draw", ctx.grid, *given, logits, arc_id, *ctx.sizes, BLOCK=BLOCK_PIXELS, num_warps=4)
@@ -126,7 +126,7 @@ class ScoreMaps(torch.autograd.Function):
         logits, obs, maps, num_maps = logits.contiguous(), obs.contiguous(), maps.contiguous(), len(maps)
         num_images, num_rows, num_cols = obs.shape
         num_chunks, log_num_maps = divide_up(num_rows * num_cols, BLOCK_PIXELS), math.log(num_maps)
-        probs = logits.new_empty(num_images, num_rows + 2 * BORDER, num_cols + 2 * BORDER)  # of ink, with a border of zeros
+        probs = logits.new_empty(num_images, num_rows + 2 * BORDER, num_cols + 2 * BORDER)  # ink's, with a border of zeros
         by_map, log_prob = logits.new_empty(num_images, num_chunks, num_maps), logits.new_empty(num_images)
         ctx.sizes = dict(ROWS=num_rows, COLS=num_cols, BLOCK=BLOCK_PIXELS)
         grid = num_images, divide_up(probs.shape[1] * probs.shape[2], BLOCK_PIXELS)
@@ -240,7 +240,7 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
+        index = ctx.saved_tensors[0]
         return get_one_hot(index.flatten(), ctx.num_rows, grad).t() @ grad.flatten(0, -2), None
 
 
@@ -273,7 +273,7 @@ class Decode(torch.autograd.Function):
         used = drawn if is_sampling else latent.contiguous()
         (num_rows, num_arcs), num_units, num_choices = used.shape[:2], weight.shape[1], weight.shape[0] - 2
         log_prob, hidden = table.new_empty(num_rows), table.new_empty(num_arcs, num_rows, num_units)
-        sizes = num_units, 4 * num_units, num_choices + 2  # of cells, gates, and log-probabilities of ids and of off and on
+        sizes = num_units, 4 * num_units, num_choices + 2  # cells, gates, and log-probabilities of ids and of off and on
         saved = [table.new_empty(num_arcs, num_rows, size) if save else table.new_empty(0) for size in sizes]
         ctx.grid = (divide_up(num_rows, ROWS_PER_PROGRAM),)
         launch(

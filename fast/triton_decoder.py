@@ -14,8 +14,8 @@ import triton.language as tl
 
 from fast.triton_math import log, sigmoid, tanh, unfused_product
 
-SMALL_SLICE = tl.constexpr(16)  # of a matrix product's inner dimension
-NUM_MULTIPROCESSORS = 128  # of a large GPU, about
+SMALL_SLICE = tl.constexpr(16)  # elements of a matrix product's inner dimension that are loaded at a time
+NUM_MULTIPROCESSORS = 128  # about as many as a large GPU has
 # By the largest number of hidden units: warps of a program where there are no more programs than multiprocessors, so that each
 # should end soon; warps where there are more; slice of the matrix products' inner dimension. A program waits for each slice,
 # so large ones are better, as long as registers suffice
@@ -116,7 +116,7 @@ def _get_gates(
         x = tl.load(hidden + row[:, None] * num_units + inner[None, :], mask=valid[:, None] & used[None, :], other=0.0)
         w = weight_hh + inner[:, None] + unit[None, :] * num_units
         mask = used[:, None] & (unit < num_units)[None, :]
-        i = tl.dot(x, tl.load(w, mask=mask, other=0.0), i, input_precision="tf32x3")  # as in _multiply
+        i = tl.dot(x, tl.load(w, mask=mask, other=0.0), i, input_precision="tf32x3")  # see _multiply
         f = tl.dot(x, tl.load(w + size, mask=mask, other=0.0), f, input_precision="tf32x3")
         g = tl.dot(x, tl.load(w + 2 * size, mask=mask, other=0.0), g, input_precision="tf32x3")
         o = tl.dot(x, tl.load(w + 3 * size, mask=mask, other=0.0), o, input_precision="tf32x3")
