@@ -97,9 +97,12 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def complete(self, beginning, context, temperature=1.0):
-        """Continues programs of which the first k strokes are given: beginning [N, k, 2], context [N, H] -> [N, A, 2]. Logits
-        are divided by the temperature: below 1 strokes are more typical, above 1 more varied."""
+        """Continues programs of which the first k strokes are given: beginning [N, k, 2], context [N, H] -> [N, A, 2].
+        Log-probabilities are divided by the temperature: below 1 strokes are more typical, above 1 more varied.
+        Raises: ValueError if there are more than A strokes"""
         num_given = beginning.shape[1]
+        if num_given > self.num_arcs:
+            raise ValueError(f"{num_given} strokes are given, but programs have {self.num_arcs}")
         given = F.pad(beginning, (0, 0, 0, self.num_arcs - num_given))
         is_free = (torch.arange(self.num_arcs, device=given.device) >= num_given).view(-1, 1).expand_as(given)
         return self._draw(*self._get_inputs(context), given, is_free, temperature)[0]
@@ -117,7 +120,7 @@ class Decoder(nn.Module):
     def _draw(self, table, context_input, given=None, is_free=None, temperature=1.0):
         """Draws strokes one after the other, or only those numbers that are free, the others being given.
 
-        Args: table, context_input [N, 4 * hidden]: of _get_inputs; given, is_free [N, A, 2]
+        Args: table, context_input [N, 4 * hidden]: see _get_inputs; given, is_free [N, A, 2]
         Returns: latent [N, A, 2]; log_prob [N], of all strokes, at the temperature
         """
         x, state, latent, log_prob = context_input, None, [], 0
@@ -628,7 +631,7 @@ class LookupInferenceNetwork(nn.Module):
 
     def get_context(self, obs_id, alphabet=None):
         """The decoder's context for each image: [B, L + N]"""
-        one_hot = F.one_hot(obs_id, self.num_data).to(self.decoder.linear.weight.dtype)
+        one_hot = F.one_hot(obs_id, self.num_data).to(next(self.decoder.parameters()).dtype)
         return _prepend_alphabet(one_hot, alphabet, self.num_alphabets)
 
     def sample(self, obs_id, num_particles, alphabet=None):
