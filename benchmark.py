@@ -16,7 +16,6 @@ import collections
 import contextlib
 import functools
 import gc
-import json
 import pathlib
 import re
 import resource
@@ -26,7 +25,6 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
 
 import data
 import losses
@@ -56,24 +54,25 @@ class Steps:
     def __init__(self, algorithm, setting):
         batch_size, num_particles, device = setting
         util.set_seed(0, device)
-        self.algorithm, self.device = algorithm, device
-        num_images = 50 if algorithm.startswith("eval") else batch_size
-        self.obs = data.load("glyphs").train.obs[:num_images].to(device)
+        self.algorithm, self.device, self.is_evaluation = algorithm, device, algorithm.startswith("eval")
+        self.obs = data.load("glyphs").train.obs[: 50 if self.is_evaluation else batch_size].to(device)
         self.model, self.network = self.build()
-        if algorithm.startswith("eval"):
+        self.model.requires_grad_(not self.is_evaluation)
+        self.obs_id = torch.arange(len(self.obs), device=device)
+        self.given = self.obs_id if self.is_evaluation else None
+        self.memory = losses.init_memory(len(self.obs)).to(device)
+        self.plain_memory = losses.unpack(self.memory)
+        if self.is_evaluation:
             self.num_particles = num_particles or max(batch_size * 100 // 250, 2)
             self.optimizer = get_adam(self.network.parameters(), device)
             self.table = ScoreTable(self.model.num_arcs, device)
-            if algorithm == "eval sharp":
-                with torch.no_grad():
-                    for parameter in self.network.decoder.linear.parameters():
-                        parameter *= SHARPNESS
         else:
             self.num_particles = num_particles or 10
             self.optimizer = get_optimizer(self.model, self.network, 1)
-        self.obs_id = torch.arange(len(self.obs), device=device)
-        self.memory = losses.init_memory(len(self.obs)).to(device)
-        self.plain_memory = losses.unpack(self.memory)
+        if algorithm == "eval sharp":
+            with torch.no_grad():
+                for parameter in self.network.decoder.linear.parameters():
+                    parameter *= SHARPNESS
         if device.type == "cuda":
             memory_size = self.memory.shape[1] if algorithm == "mws" else 0
             sizes = self.num_particles, len(self.obs), memory_size
@@ -82,49 +81,41 @@ class Steps:
 
     def build(self):
         """A new generative model and inference network"""
-        is_evaluation = self.algorithm.startswith("eval")
-        network = models.LookupInferenceNetwork(len(self.obs)) if is_evaluation else models.InferenceNetwork()
+        network = models.LookupInferenceNetwork(len(self.obs)) if self.is_evaluation else models.InferenceNetwork()
         return models.GenerativeModel().to(self.device), network.to(self.device)
 
     def step(self):
-        self.model.requires_grad_(not self.algorithm.startswith("eval"))
-        networks, given = (self.model, self.network), self.obs_id if self.algorithm.startswith("eval") else None
+        networks = self.model, self.network
         if self.algorithm == "mws":
             loss, _ = losses.mws(*networks, self.memory, self.obs, self.obs_id, self.num_particles)
         elif self.algorithm == "pretrain":
             loss, _ = losses.sleep(*networks, 2 * len(self.obs))
         else:
             objective = losses.vimco if self.algorithm.endswith("vimco") else losses.rws
-            looked_up = given is not None and not gpu.is_gpu(self.device)
-            scorer = functools.partial(self.table.score, given) if looked_up else losses.score
-            loss, _ = objective(*networks, self.obs, self.num_particles, obs_id=given, scorer=scorer)
+            looks_up = self.is_evaluation and not gpu.is_gpu(self.device)
+            scorer = functools.partial(self.table.score, self.obs_id) if looks_up else losses.score
+            loss, _ = objective(*networks, self.obs, self.num_particles, obs_id=self.given, scorer=scorer)
         update(self.optimizer, loss)
         return {"loss": loss.detach()}
 
     def reference(self):
-        self.model.requires_grad_(not self.algorithm.startswith("eval"))
-        networks, given = (self.model, self.network), self.obs_id if self.algorithm.startswith("eval") else None
+        networks = self.model, self.network
         if self.algorithm == "mws":
             loss = reference.mws(*networks, self.plain_memory, self.obs, self.obs_id, self.num_particles)
         elif self.algorithm == "pretrain":
             loss = reference.sleep(*networks, 2 * len(self.obs))
         else:
             objective = reference.vimco if self.algorithm.endswith("vimco") else reference.rws
-            loss = objective(*networks, self.obs, self.num_particles, given)
+            loss = objective(*networks, self.obs, self.num_particles, self.given)
         update(self.optimizer, loss)
 
     def convolve(self):
-        """Runs PyTorch's convolutions forward and backward on the same images, with the memory layout and chunk size
-        that are fastest on a CPU; does nothing for a lookup network"""
-        if self.algorithm.startswith("eval"):
-            return
-        obs = self.obs.repeat(2, 1, 1) if self.algorithm == "pretrain" else self.obs
-        for chunk in obs.split(64 if self.device.type == "cpu" else len(obs)):
-            x = chunk.unsqueeze(1).to(memory_format=torch.channels_last)
-            x = F.max_pool2d(self.network.conv0(x), 3, 2).relu()
-            x = F.max_pool2d(self.network.conv1(x), 3, 2).relu()
-            x = self.network.conv3(self.network.conv2(x).relu()).relu()
-            F.max_pool2d(x, 2, 2).sum().backward()
+        """Runs PyTorch's convolutions forward and backward on the same images, in the chunks that are fastest on a CPU; does
+        nothing for a lookup network"""
+        if not self.is_evaluation:
+            obs = self.obs.repeat(2, 1, 1) if self.algorithm == "pretrain" else self.obs
+            for chunk in obs.split(64 if self.device.type == "cpu" else len(obs)):
+                reference.embed(self.network, chunk).sum().backward()
 
 
 def get_warm_steps(algorithm, setting):
@@ -160,7 +151,6 @@ def compare(algorithm, setting, num_runs, with_memory):
     median = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "algorithm": algorithm,
-        "device": device.type,
         "batch_size": len(steps.obs),
         "num_particles": steps.num_particles,
         "seconds": median["step"],
@@ -246,25 +236,10 @@ def profile(setting, num_runs):
         print(f"{seconds * 1e3:9.1f} ms  {name}")
 
 
-def scale(setting, num_runs):
-    """Prints the cost of scoring 1 to 40 latents per image."""
-    steps = Steps("mws", setting)
-    for num_particles in [1, 4, 10, 40]:
-        latent = steps.network.sample(steps.obs, num_particles)
-        with torch.no_grad():
-            times = [get_seconds(lambda z=latent: steps.model.log_prob(z, steps.obs), setting.device) for _ in range(num_runs)]
-        num_latents = num_particles * len(steps.obs)
-        print(f"{num_latents:6} latents: {statistics.median(times) / num_latents * 1e6:7.1f} microseconds each")
-
-
 # ------------------------------------------------------------------ on a GPU
 
 NUM_LONGEST = 25  # kernels shown of a step
 NUM_IN_A_ROW = 200  # steps
-
-# Floating-point operations per arc and pixel, and per map and pixel, counted in the kernels' sources (a square root,
-# a division or an exponential counts as one)
-NUM_OPERATIONS = {"_draw": 46, "_score_maps": 39}
 
 
 def trace(function):
@@ -272,7 +247,7 @@ def trace(function):
     the CPU"""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # of one cycle; else torch warns
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # else torch warns of one cycle
         function()
         torch.cuda.synchronize()
     return count_kernels(profiler.events())
@@ -298,8 +273,7 @@ def show_longest_kernels(algorithm, kernels):
 
 
 def show_kernels(algorithms, setting):
-    """Prints the number of kernels and launches in a step of each algorithm, how long they take, and how close the two hot
-    kernels of an MWS step come to the device's limits."""
+    """Prints the number of kernels and launches in a step of each algorithm, and how long they take."""
     print(f"algorithm     kernels  launches  milliseconds of kernels  of a step, {NUM_IN_A_ROW} in a row")
     for algorithm in algorithms:
         steps = get_warm_steps(algorithm, setting)
@@ -309,36 +283,6 @@ def show_kernels(algorithms, setting):
         milliseconds = 1e3 * sum(map(sum, kernels.values()))
         num_kernels = sum(map(len, kernels.values()))
         print(f"{algorithm:11} {num_kernels:9} {num_launches:9} {milliseconds:24.3f} {1e3 * seconds:25.3f}")
-    steps = Steps("mws", setting)
-    latent = steps.network.sample(steps.obs, 20)
-    with torch.no_grad():
-        for _ in range(2):
-            kernels, _ = trace(lambda: steps.model.log_prob(latent, steps.obs))
-    for name, operations, num_bytes in get_work(steps.model, latent, steps.obs):
-        if seconds := sum(kernels.get(name, [])):
-            print(f"{name}: {1e3 * seconds:.3f} ms, " + format_fractions(operations / seconds, num_bytes / seconds))
-
-
-def get_work(model, latent, obs):
-    """Work of drawing and scoring latents [P, B, A, 2]: name of the kernel, operations, least number of bytes moved"""
-    num_latents, num_pixels = latent[..., 0, 0].numel(), obs[0].numel()
-    num_on, image = latent[..., 1].sum().item(), 4 * num_latents * num_pixels
-    num_maps = len(model.likelihood.maps)
-    yield "_draw", NUM_OPERATIONS["_draw"] * num_on * num_pixels, 1.25 * image  # logits, and the arcs they belong to
-    yield "_score_maps", NUM_OPERATIONS["_score_maps"] * num_latents * num_maps * num_pixels, 2 * image
-
-
-def format_fractions(operations, num_bytes):
-    """Fractions of the device's limits on operations and bytes per second"""
-    device = torch.cuda.get_device_properties(0)
-    clock, memory_clock, width = (
-        getattr(device, name, None) for name in ("clock_rate", "memory_clock_rate", "memory_bus_width")
-    )
-    if not (clock and memory_clock and width):
-        return f"{operations / 1e12:.2f} TFLOP/s, {num_bytes / 1e9:.0f} GB/s (this torch does not tell the limits)"
-    limit = device.multi_processor_count * 128 * 2 * clock * 1e3  # 128 lanes, each a multiply-add per cycle
-    bandwidth = 2 * memory_clock * 1e3 * width / 8
-    return f"{operations / limit:.0%} of the device's operations, {num_bytes / bandwidth:.0%} of its bandwidth"
 
 
 # ------------------------------------------------------------------ script
@@ -366,14 +310,10 @@ def run(argv=None):
         for algorithm in (args.algorithms or ALGORITHMS) if device.type == "cuda" else []:
             show_longest_kernels(algorithm, trace(get_warm_steps(algorithm, setting).step)[0])
         return 0
-    if not args.json:
-        print("algorithm   images x latents   seconds   reference   ratio   x convolutions   peak MB   reference")
+    print("algorithm   images x latents   seconds   reference   ratio   x convolutions   peak MB   reference")
     for algorithm in args.algorithms or ALGORITHMS:
-        row = compare(algorithm, setting, num_runs, with_memory=not args.quick)
-        print(json.dumps(row) if args.json else format_row(row), flush=True)
-    if not args.json:
-        scale(setting, num_runs)
-    if device.type == "cuda" and not args.json:
+        print(format_row(compare(algorithm, setting, num_runs, with_memory=not args.quick)), flush=True)
+    if device.type == "cuda":
         show_kernels(args.algorithms or ALGORITHMS, setting)
     return 0
 
@@ -384,7 +324,6 @@ def get_parser():
     profile_help = f"print the time of an MWS step's parts instead, and on a GPU the {NUM_LONGEST} longest kernels of each step"
     parser.add_argument("--cuda", action="store_true", help="measure a GPU")
     parser.add_argument("--quick", action="store_true", help="a fifth of the batch, one run of each, no peak memory")
-    parser.add_argument("--json", action="store_true", help="print lines of JSON, not a table")
     parser.add_argument("--profile", action="store_true", help=profile_help)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="measure plain PyTorch")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, help="what to measure (default: all)")

@@ -40,12 +40,12 @@ def unpack(codes):
 
 
 def match_images(obs, latent):
-    """Images, or what is known of them, for latents [P, B, A, 2]: [B, ...] as they are, [1, ...] repeated, without copying.
-    Raises: ValueError if they are as many as neither"""
+    """Expands images, or whatever has a row for each of them, to those of latents [P, B, A, 2]: [B, ...] stays as it is, [1, ...]
+    is repeated, without copying. Raises: ValueError if there is another number of rows"""
     if latent.dim() != 4 or latent.shape[-1] != 2:
         raise ValueError(f"latents have the shape {list(latent.shape)}; expected [particles, images, arcs, 2]")
     if len(obs) not in (1, latent.shape[1]):
-        raise ValueError(f"there are {len(obs)} images, but latents, of the shape {list(latent.shape)}, of {latent.shape[1]}")
+        raise ValueError(f"latents of the shape {list(latent.shape)} are of {latent.shape[1]} images, but there are {len(obs)}")
     return obs.expand(latent.shape[1], *obs.shape[1:])
 
 
@@ -59,13 +59,13 @@ class Decoder(nn.Module):
     (context: alphabet and image). Each step's input is the one-hot id and on/off of
     the previous stroke (zeros in the first step), followed by the context.
 
-    To change both, change this class. To change the prior alone, give `GenerativeModel.prior` another class: an nn.Module
-    with `sample(num_particles, context)` and `log_prob(latent, context)`, as below, is enough. Where it also has
-    `get_next_log_probs`, the search expects what it expects; with `complete` and `resample` it can continue and vary programs.
+    To change all of them, change this class. To change the prior alone, let `GenerativeModel.prior` be of another class: any
+    nn.Module with `sample(num_particles, context)` and `log_prob(latent, context)` as below will do. Its `get_next_log_probs`,
+    `complete` and `resample` are used as well, if it has them: the first tells the search which strokes to try.
 
-    On a GPU the kernels of fast/triton_decoder.py compute the same steps. They are used only as long as `_get_inputs`, `_step`
-    and `_get_log_probs` are those of this class (see `has_kernels`); whoever edits one of the three here edits the kernels
-    too, or else makes `has_kernels` False. fast/kernel_check.py finds out if that was forgotten.
+    On a GPU, the kernels of fast/triton_decoder.py compute the same steps. They are not used for a class that has its own
+    `_get_inputs`, `_step` or `_get_log_probs`, or another cell (see `has_kernels`). Whoever edits one of these three here
+    lets `has_kernels` return False; fast/kernel_check.py compares both before a run, in case that is forgotten.
     """
 
     def __init__(self, num_primitives, num_arcs, lstm_hidden_size, context_size, uniform_mixture):
@@ -83,8 +83,8 @@ class Decoder(nn.Module):
         return self.sample_and_log_prob(num_particles, context)[0]
 
     def sample_and_log_prob(self, num_particles, context):
-        """context [B, H] -> latent [P, B, A, 2], log_prob [P, B]. On a GPU alone log_prob carries gradients: all particles
-        are differentiated there, and what sampling computes serves for that."""
+        """context [B, H] -> latent [P, B, A, 2], log_prob [P, B]. log_prob carries gradients only on a GPU, where all
+        particles are differentiated anyway."""
         shape = (num_particles, len(context))
         if self._uses_kernels(context):
             inputs = *self._get_inputs(context), *self._get_weights()
@@ -97,9 +97,12 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def complete(self, beginning, context, temperature=1.0):
-        """Continues programs of which the first k strokes are given: beginning [N, k, 2], context [N, H] -> [N, A, 2]. Logits
-        are divided by the temperature: below 1 strokes are more typical, above 1 more varied."""
+        """Continues programs of which the first k strokes are given: beginning [N, k, 2], context [N, H] -> [N, A, 2].
+        Log-probabilities are divided by the temperature: below 1 strokes are more typical, above 1 more varied.
+        Raises: ValueError if there are more than A strokes"""
         num_given = beginning.shape[1]
+        if num_given > self.num_arcs:
+            raise ValueError(f"{num_given} strokes are given, but programs have {self.num_arcs}")
         given = F.pad(beginning, (0, 0, 0, self.num_arcs - num_given))
         is_free = (torch.arange(self.num_arcs, device=given.device) >= num_given).view(-1, 1).expand_as(given)
         return self._draw(*self._get_inputs(context), given, is_free, temperature)[0]
@@ -117,7 +120,7 @@ class Decoder(nn.Module):
     def _draw(self, table, context_input, given=None, is_free=None, temperature=1.0):
         """Draws strokes one after the other, or only those numbers that are free, the others being given.
 
-        Args: table, context_input [N, 4 * hidden]: of _get_inputs; given, is_free [N, A, 2]
+        Args: table, context_input [N, 4 * hidden]: see _get_inputs; given, is_free [N, A, 2]
         Returns: latent [N, A, 2]; log_prob [N], of all strokes, at the temperature
         """
         x, state, latent, log_prob = context_input, None, [], 0
@@ -256,7 +259,7 @@ class Likelihood(nn.Module):
 
 
 class Bernoulli(Likelihood):
-    """Independent pixels; of a grey image, as the mean over images whose pixels are 1 with that probability"""
+    """Independent pixels. A grey image scores what binary images do on average, if their pixels are 1 with that probability"""
 
     def log_prob(self, logits, obs):
         """logits, obs [N, R, C] in [0, 1] -> [N], nats"""
@@ -303,7 +306,7 @@ class AffineMixture(Likelihood):
         return (by_map if log_weights is None else by_map + log_weights).log_softmax(1)
 
     def restrict(self, map_id):
-        """As Likelihood.restrict: in a fraction t / T of the time"""
+        """As Likelihood.restrict; takes t / T of the time"""
         return PartOfMixture(self, map_id)
 
     def sample_maps(self, num):
@@ -336,11 +339,11 @@ class PartOfMixture:
 
 
 def _check_binary(obs):
-    _check_values(obs, lambda x: (x == 0) | (x == 1), "other than 0 and 1, which this likelihood is not for")
+    _check_values(obs, lambda x: (x == 0) | (x == 1), "other than 0 and 1")
 
 
 def _check_values(obs, is_right, what):
-    """Raises: ValueError unless all values of images are right; on a GPU, whose steps wait for no value, they are not checked"""
+    """Raises: ValueError unless all values of images are right. Not checked on a GPU, where a step would have to wait for them"""
     obs = obs[:1] if obs.stride(0) == 0 else obs  # many views of one image
     if not gpu.is_gpu(obs.device) and not is_right(obs).all():
         raise ValueError(f"images have values {what}; binarise them")
@@ -513,8 +516,8 @@ class GenerativeModel(nn.Module):
 
     def get_next_log_probs(self, beginning, alphabet=None):
         """The prior of the stroke that follows the first k: beginning [N, k, 2], k < A; alphabet [N, L] one-hot ->
-        log-probabilities of its primitive [N, K], and of the pen being up or down [N, 2]. Uniform, for a search to try what it
-        likes, if the prior cannot tell them."""
+        log-probabilities of its primitive [N, K], and of the pen being up or down [N, 2]. Uniform
+        if the prior has no such method, so that a search tries all strokes alike."""
         if hasattr(self.prior, "get_next_log_probs"):
             return self.prior.get_next_log_probs(beginning, self._get_context(len(beginning), alphabet))
         num_primitives = len(self.pre_theta)
@@ -529,7 +532,7 @@ class GenerativeModel(nn.Module):
 
     def resample(self, latent, chosen, temperature=1.0, alphabet=None):
         """Draws the primitives of chosen strokes anew from the prior at a temperature: latent [N, A, 2], chosen [N, A]
-        bool, alphabet [N, L] one-hot -> [N, A, 2]. Leaves them as they are if the prior cannot do that."""
+        bool, alphabet [N, L] one-hot -> [N, A, 2]. They stay as they are if the prior has no such method."""
         if not hasattr(self.prior, "resample"):
             return latent
         return self.prior.resample(latent, self._get_context(len(latent), alphabet), chosen, temperature)
@@ -631,7 +634,7 @@ class LookupInferenceNetwork(nn.Module):
 
     def get_context(self, obs_id, alphabet=None):
         """The decoder's context for each image: [B, L + N]"""
-        one_hot = F.one_hot(obs_id, self.num_data).to(self.decoder.linear.weight.dtype)
+        one_hot = F.one_hot(obs_id, self.num_data).to(next(self.decoder.parameters()).dtype)
         return _prepend_alphabet(one_hot, alphabet, self.num_alphabets)
 
     def sample(self, obs_id, num_particles, alphabet=None):

@@ -151,7 +151,7 @@ def _draw(constants, on, x, y, rendering_params):
 
 
 def _draw_ink(constants, on, x, y, rendering_params):
-    """As _draw, for callers who need no gradients, and so not to know the arcs: [B, R * C], to the same bits in less time"""
+    """As _draw without arc_id, for callers who need no gradients: [B, R * C], the same bits in less time"""
     arcs = zip(constants.unbind(1), on.unbind(1), strict=True)  # unrolled, so that no pixel is written more than once
     exponents = [get_exponent(x, y, c.unsqueeze(-1).unbind(1)).masked_fill(~o.unsqueeze(-1), -math.inf) for c, o in arcs]
     strongest = functools.reduce(torch.maximum, exponents)  # [B, R * C]
@@ -247,7 +247,7 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
 
 @torch.no_grad()
 def get_logits_with_one_more(arcs, on_offs, more, rendering_params, num_rows, num_cols):
-    """As `get_logits`, without gradients, of drawings to which each of K arcs is added, all in the time of drawing that arc.
+    """As `get_logits`, without gradients, for drawings that continue by one of K arcs; takes as long as to draw these arcs alone.
 
     Args: arcs [B, A, 7], on_offs [B, A]: what has been drawn (A may be 0); more [B, K, 7]
     Returns: logits [B, K, R, C]

@@ -56,8 +56,10 @@ def score_rows(generative_model, codes, obs, alphabet, obs_id):
 
 
 def _score_a_few_at_a_time(score_some, num_rows, num_latents, like):
-    """Scores rows of num_latents latents each; on a GPU half as many rows at a time, from then on, whenever its memory runs
-    out. Args: score_some: takes a slice of the rows, and returns their scores; like: a tensor on the device"""
+    """Scores rows of num_latents latents each. Whenever a GPU's memory runs out, half as many are scored at a time from then on.
+
+    Args: score_some: a function from a slice of the rows to their scores; like: a tensor on the device
+    """
     log_joint, done = [], 0
     while done < num_rows or not log_joint:
         at_once = max((ROWS_AT_ONCE if can_select(like) else gpu.kernels.scored_at_once) // num_latents, 1)
@@ -105,8 +107,8 @@ class Particles(NamedTuple):
     """P programs for each of B images, drawn from the inference network, and their scores"""
 
     latent: torch.Tensor  # [P, B, A, 2]
-    log_p: torch.Tensor  # log p(z, x), with gradients if they come at no cost: [P, B]
-    log_q: torch.Tensor  # log q(z|x), likewise: [P, B]
+    log_p: torch.Tensor  # log p(z, x), [P, B]; carries gradients where they cost nothing
+    log_q: torch.Tensor  # log q(z|x), [P, B]; as for log_p
     context: torch.Tensor  # the network's encoding of the images, with gradients: [B, H]
 
 

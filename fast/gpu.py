@@ -1,11 +1,11 @@
-"""Operators that compute on a GPU, with Triton kernels, what rendering.py and models.py compute on a CPU.
+"""What rendering.py, models.py and losses.py compute on a CPU, by Triton kernels on a GPU.
 
 `is_gpu` and `kernels` decide what is computed the GPU's way. A GPU wants few and large kernels
 and no synchronisation, so nothing is looked up or left out depending on its value. All devices but
-the CPU count as GPUs, so that tests can run whole steps on torch's meta device, which has no values.
+the CPU count as GPUs, so that tests can run whole steps on torch's meta device, which has no values
+and where nothing is launched; in the tests a CPU carries out what Triton compiled for a GPU (tests/ptx.py).
 
-The operators are registered with torch: the meta device knows the shapes of their results, and in the tests
-a CPU carries out what Triton compiled for a GPU (tests/ptx.py).
+It is large since each of five operations needs its kernels' sizes, results and gradients.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ EPS = torch.finfo(torch.float32).eps  # the least probability of a pixel's value
 NEGLIGIBLE = 2**-24  # a weight that float32 cannot add to a weight of one
 MAX_DECODER_SIZE = 256  # units or primitives that a program of the decoder's kernels can hold in registers
 MAX_CANDIDATES = 64  # latents per image, remembered and proposed, that a program of the memory's kernels can compare
+BLOCK_PIXELS = 1024  # pixels that a program draws or scores: a whole 28 x 28 image
 OPERATORS = ["drawing", "scoring", "decoder", "convolution", "memory"]  # that have kernels
 WITHOUT_KERNELS = "STROKES_WITHOUT_KERNELS"  # in the environment of a program that was started anew: see kernel_check.py
 
@@ -33,7 +34,7 @@ class Kernels:
         self.scored_at_once = 8192  # on a GPU: latents scored at a time; halved whenever its memory runs out
 
     def use(self, names):
-        """Uses the Triton kernels of these OPERATORS alone"""
+        """Uses the Triton kernels of these OPERATORS only"""
         self.operators = [name for name in OPERATORS if name in names and WITHOUT_KERNELS not in os.environ]
 
     def are_used(self, name, x):
@@ -48,49 +49,35 @@ def is_gpu(device):
     return torch.device(device).type != "cpu"
 
 
-def on_device_of(x):
-    """A context in which kernels are launched on x's device, which need not be the current one"""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def launch(kernel, grid, *args, get_options=None, **options):
+    """Launches a kernel, which writes its results into some of its arguments, on the device of the first, which need not be the
+    current one.
+
+    Args: kernel: its module and name; get_options: a function from the module to more options
+    """
+    if args[0].is_meta or 0 in grid:
+        return
+    from fast import triton_convolution, triton_decoder, triton_memory, triton_rendering
+
+    module, name = kernel.split(".")
+    module = dict(convolution=triton_convolution, decoder=triton_decoder, memory=triton_memory, rendering=triton_rendering)[
+        module
+    ]
+    options.update(get_options(module) if get_options else {})
+    with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
+        getattr(module, name)[grid](*args, **options, enable_fp_fusion=True)
+
+
+def divide_up(size, block):
+    """The number of blocks that hold size elements"""
+    return -(-size // block)
+
+
+def next_power_of_2(size):
+    return 1 << (size - 1).bit_length()
 
 
 # ------------------------------------------------------------------ drawing
-
-
-@torch.library.custom_op("strokes::draw", mutates_args=())
-def _draw(
-    arcs: torch.Tensor, on: torch.Tensor, rendering_params: torch.Tensor, num_rows: int, num_cols: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from fast import triton_rendering
-
-    with on_device_of(arcs):
-        return triton_rendering.draw(arcs, on, rendering_params, num_rows, num_cols, LOG_PAPER)
-
-
-@_draw.register_fake
-def _(arcs, on, rendering_params, num_rows, num_cols):
-    logits = arcs.new_empty(len(arcs), num_rows * num_cols)
-    return logits, torch.empty_like(logits, dtype=torch.int16)
-
-
-@torch.library.custom_op("strokes::differentiate_draw", mutates_args=())
-def _differentiate_draw(
-    arcs: torch.Tensor,
-    on: torch.Tensor,
-    rendering_params: torch.Tensor,
-    arc_id: torch.Tensor,
-    grad: torch.Tensor,
-    num_rows: int,
-    num_cols: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from fast import triton_rendering
-
-    with on_device_of(arcs):
-        return triton_rendering.differentiate_draw(arcs, on, rendering_params, arc_id, grad, num_rows, num_cols, LOG_PAPER)
-
-
-@_differentiate_draw.register_fake
-def _(arcs, on, rendering_params, arc_id, grad, num_rows, num_cols):
-    return torch.empty_like(arcs), arcs.new_empty(len(arcs), 2)
 
 
 class DrawArcs(torch.autograd.Function):
@@ -98,54 +85,36 @@ class DrawArcs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, arcs, on, rendering_params, num_rows, num_cols):
-        ctx.size = num_rows, num_cols
-        given = arcs.contiguous(), on.contiguous(), rendering_params.contiguous()
-        logits, arc_id = _draw(*given, num_rows, num_cols)
+        given, num_pixels = (arcs.contiguous(), on.contiguous(), rendering_params.contiguous()), num_rows * num_cols
+        logits = arcs.new_empty(len(arcs), num_pixels)
+        arc_id = torch.empty_like(logits, dtype=torch.int16)  # the arc that each pixel's ink belongs to
+        ctx.sizes = arcs.shape[1], num_rows, num_cols, LOG_PAPER
+        ctx.grid = len(arcs), divide_up(num_pixels, BLOCK_PIXELS)
+        launch("rendering._draw", ctx.grid, *given, logits, arc_id, *ctx.sizes, BLOCK=BLOCK_PIXELS, num_warps=4)
         ctx.save_for_backward(*given, arc_id)
         return logits
 
     @staticmethod
     def backward(ctx, grad):
-        grad_arcs, grad_params = _differentiate_draw(*ctx.saved_tensors, grad.contiguous(), *ctx.size)
-        return grad_arcs, None, grad_params.sum(0), None, None
+        arcs = ctx.saved_tensors[0]
+        grad_arcs, grad_params = arcs.new_empty(*ctx.grid, *arcs.shape[1:]), arcs.new_empty(*ctx.grid, 2)
+        args = *ctx.saved_tensors, grad.contiguous(), grad_arcs, grad_params, *ctx.sizes
+        launch("rendering._differentiate_draw", ctx.grid, *args, BLOCK=BLOCK_PIXELS, num_warps=8)
+        return sum_chunks(grad_arcs), None, sum_chunks(grad_params).sum(0), None, None
+
+
+def sum_chunks(x):
+    """What the chunks of an image contribute: [N, chunks, ...] -> [N, ...]"""
+    return x.squeeze(1) if x.shape[1] == 1 else x.sum(1)
 
 
 # ------------------------------------------------------------------ the affine likelihood
 
-
-@torch.library.custom_op("strokes::score_maps", mutates_args=())
-def _score_maps(logits: torch.Tensor, obs: torch.Tensor, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fast import triton_rendering
-
-    with on_device_of(logits):
-        return triton_rendering.score_maps(logits, obs, maps, EPS)
-
-
-@_score_maps.register_fake
-def _(logits, obs, maps):
-    num_images, num_rows, num_cols = logits.shape
-    probs, by_map = logits.new_empty(num_images, num_rows + 4, num_cols + 4), logits.new_empty(num_images, len(maps))
-    return logits.new_empty(num_images), by_map, probs
-
-
-@torch.library.custom_op("strokes::differentiate_score_maps", mutates_args=())
-def _differentiate_score_maps(
-    obs: torch.Tensor,
-    maps: torch.Tensor,
-    log_prob: torch.Tensor,
-    by_map: torch.Tensor,
-    probs: torch.Tensor,
-    grad: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from fast import triton_rendering
-
-    with on_device_of(obs):
-        return triton_rendering.differentiate_score_maps(obs, maps, log_prob, by_map, probs, grad, EPS, NEGLIGIBLE)
-
-
-@_differentiate_score_maps.register_fake
-def _(obs, maps, log_prob, by_map, probs, grad):
-    return torch.empty_like(obs), torch.empty_like(maps)
+MAPS_PER_PROGRAM = 10
+MAPS_PER_GRADIENT = 2  # few, since most have no weight and their programs end at once
+MIXED_AT_ONCE = 1024  # maps
+BORDER = 2  # pixels of paper around an image
+FIXED_POINT = 2.0**28  # gradients are added up as integers of this resolution: see ScoreMaps.backward
 
 
 class ScoreMaps(torch.autograd.Function):
@@ -154,9 +123,21 @@ class ScoreMaps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, obs, maps, log_weights):
-        obs, maps, log_num_maps = obs.contiguous(), maps.contiguous(), math.log(len(maps))
-        log_prob, by_map, probs = _score_maps(logits.contiguous(), obs, maps)
-        if log_weights is not None:  # for the backward pass as if the maps were equally probable, and explained images so
+        logits, obs, maps, num_maps = logits.contiguous(), obs.contiguous(), maps.contiguous(), len(maps)
+        num_images, num_rows, num_cols = obs.shape
+        num_chunks, log_num_maps = divide_up(num_rows * num_cols, BLOCK_PIXELS), math.log(num_maps)
+        probs = logits.new_empty(num_images, num_rows + 2 * BORDER, num_cols + 2 * BORDER)  # ink's, with a border of zeros
+        by_map, log_prob = logits.new_empty(num_images, num_chunks, num_maps), logits.new_empty(num_images)
+        ctx.sizes = dict(ROWS=num_rows, COLS=num_cols, BLOCK=BLOCK_PIXELS)
+        grid = num_images, divide_up(probs.shape[1] * probs.shape[2], BLOCK_PIXELS)
+        launch("rendering._pad_probs", grid, logits, probs, **ctx.sizes, num_warps=4)
+        grid, sizes = (num_images, divide_up(num_maps, MAPS_PER_PROGRAM), num_chunks), dict(MAPS=MAPS_PER_PROGRAM, **ctx.sizes)
+        launch("rendering._score_maps", grid, probs, obs, maps, by_map, num_maps, EPS, **sizes, num_warps=2)
+        by_map = sum_chunks(by_map)  # log p(x | z, map)
+        if log_weights is None:
+            at_once = min(next_power_of_2(num_maps), MIXED_AT_ONCE)
+            launch("rendering._mix_maps", (num_images,), by_map, log_prob, num_maps, BLOCK=at_once, num_warps=1)
+        else:  # as if the maps were equally probable, and explained images by so much better or worse
             by_map = by_map + (log_weights + log_num_maps)
             log_prob = by_map.logsumexp(1) - log_num_maps
         ctx.save_for_backward(obs, maps, log_prob, by_map, probs)
@@ -164,40 +145,33 @@ class ScoreMaps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Many pixels add to one, in integers, so that the order does not matter. The shares of maps sum to one; a sum is
+        then below 2^33 for images up to 28 x 28 (|1 / signed| is at most 2^23), far from 2^63 / FIXED_POINT, and resolved
+        to 2^-28."""
         obs, maps, log_prob, by_map, probs = ctx.saved_tensors
-        grad_logits, grad_maps = _differentiate_score_maps(obs, maps, log_prob, by_map, probs, grad.contiguous())
+        num_images, num_maps, sizes = len(obs), len(maps), ctx.sizes
+        num_chunks = divide_up(sizes["ROWS"] * sizes["COLS"], BLOCK_PIXELS)
+        fixed, grad_logits, grad = torch.zeros_like(probs, dtype=torch.int64), torch.empty_like(obs), grad.contiguous()
+        grad_maps = maps.new_empty(num_images * num_chunks, num_maps, 6)
+        launch(
+            "rendering._differentiate_score_maps", (num_images, divide_up(num_maps, MAPS_PER_GRADIENT), num_chunks),
+            obs, maps, log_prob, by_map, probs, grad, fixed, grad_maps, num_maps, EPS, FIXED_POINT, NEGLIGIBLE,
+            MAPS=MAPS_PER_GRADIENT, **sizes, num_warps=4,
+        )  # fmt: skip
+        grid = num_images, divide_up(probs.shape[1] * probs.shape[2], BLOCK_PIXELS)
+        launch("rendering._differentiate_probs", grid, probs, grad, fixed, grad_logits, FIXED_POINT, **sizes, num_warps=4)
         grad_weights = grad @ by_map.softmax(1) if ctx.needs_input_grad[3] else None
-        return grad_logits, None, grad_maps, grad_weights
+        return grad_logits, None, grad_maps.sum(0).view_as(maps), grad_weights
 
 
 # ------------------------------------------------------------------ the first two layers of the inference network
 
-
-@torch.library.custom_op("strokes::convolve", mutates_args=())
-def _convolve(obs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from fast import triton_convolution
-
-    with on_device_of(obs):
-        return triton_convolution.convolve(obs, weight, bias)
-
-
-@_convolve.register_fake
-def _(obs, weight, bias):
-    out = obs.new_empty(len(obs), 14, 14, len(bias))
-    return out, torch.empty_like(out, dtype=torch.uint8)
-
-
-@torch.library.custom_op("strokes::differentiate_convolve", mutates_args=())
-def _differentiate_convolve(obs: torch.Tensor, argmax: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from fast import triton_convolution
-
-    with on_device_of(obs):
-        return triton_convolution.differentiate_convolve(obs, argmax, grad)
-
-
-@_differentiate_convolve.register_fake
-def _(obs, argmax, grad):
-    return grad.new_empty(grad.shape[3], 1, 3, 3), grad.new_empty(grad.shape[3])
+FIRST, SECOND = 14, 6  # rows and columns after the first layer, and after the second
+# Positions that a program handles at once, and its warps: what is fast on an H200
+CONVOLVE = dict(POSITIONS=4, num_warps=1)
+DIFFERENTIATE_CONVOLVE = dict(POSITIONS=8, num_warps=2)
+POOL = dict(POSITIONS=4, num_warps=4)
+DIFFERENTIATE_POOL = dict(POSITIONS=16, num_warps=4)
 
 
 class Convolve(torch.autograd.Function):
@@ -206,41 +180,23 @@ class Convolve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, obs, weight, bias):
-        obs = obs.contiguous()
-        out, argmax = _convolve(obs, weight.contiguous(), bias)
+        obs, weight, num_channels = obs.contiguous(), weight.contiguous(), len(bias)
+        out = obs.new_empty(len(obs), FIRST, FIRST, num_channels)
+        argmax = torch.empty_like(out, dtype=torch.uint8)  # where in its 3 x 3 window each is from
+        ctx.sizes = dict(SIZE=obs.shape[1], CHANNELS=next_power_of_2(num_channels))
+        grid = (divide_up(len(obs) * FIRST**2, CONVOLVE["POSITIONS"]),)
+        launch("convolution._convolve", grid, obs, weight, bias, out, argmax, len(obs), num_channels, **ctx.sizes, **CONVOLVE)
         ctx.save_for_backward(obs, argmax)
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, grad):
-        return None, *_differentiate_convolve(*ctx.saved_tensors, grad.permute(0, 2, 3, 1).contiguous())
-
-
-@torch.library.custom_op("strokes::pool", mutates_args=())
-def _pool(x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from fast import triton_convolution
-
-    with on_device_of(x):
-        return triton_convolution.pool(x, bias)
-
-
-@_pool.register_fake
-def _(x, bias):
-    out = x.new_empty(len(x), 6, 6, len(bias))
-    return out, torch.empty_like(out, dtype=torch.uint8)
-
-
-@torch.library.custom_op("strokes::differentiate_pool", mutates_args=())
-def _differentiate_pool(argmax: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from fast import triton_convolution
-
-    with on_device_of(grad):
-        return triton_convolution.differentiate_pool(argmax, grad)
-
-
-@_differentiate_pool.register_fake
-def _(argmax, grad):
-    return grad.new_empty(len(grad), 14, 14, grad.shape[3]), grad.new_empty(grad.shape[3])
+        (obs, argmax), grad = ctx.saved_tensors, grad.permute(0, 2, 3, 1).contiguous()
+        partial = grad.new_empty(len(obs), 10, grad.shape[3])  # nine of the weight, and the bias
+        args = obs, argmax, grad, partial, grad.shape[3]
+        launch("convolution._differentiate_convolve", (len(obs), 3), *args, **ctx.sizes, **DIFFERENTIATE_CONVOLVE)
+        total = partial.sum(0)  # [10, C]
+        return None, total[:9].t().reshape(-1, 1, 3, 3), total[9].clone()
 
 
 class Pool(torch.autograd.Function):
@@ -249,17 +205,27 @@ class Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias):
-        out, argmax = _pool(x.permute(0, 2, 3, 1).contiguous(), bias)
+        x, num_channels = x.permute(0, 2, 3, 1).contiguous(), len(bias)
+        out = x.new_empty(len(x), SECOND, SECOND, num_channels)
+        argmax = torch.empty_like(out, dtype=torch.uint8)
+        ctx.channels = dict(CHANNELS=next_power_of_2(num_channels))
+        grid = (divide_up(len(x) * SECOND**2, POOL["POSITIONS"]),)
+        launch("convolution._pool", grid, x, bias, out, argmax, len(x), num_channels, **ctx.channels, **POOL)
         ctx.save_for_backward(argmax)
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x, grad_bias = _differentiate_pool(*ctx.saved_tensors, grad.permute(0, 2, 3, 1).contiguous())
-        return grad_x.permute(0, 3, 1, 2), grad_bias
+        grad, num_channels = grad.permute(0, 2, 3, 1).contiguous(), grad.shape[1]
+        grad_x, partial = grad.new_empty(len(grad), FIRST, FIRST, num_channels), grad.new_empty(len(grad), num_channels)
+        args = *ctx.saved_tensors, grad, grad_x, partial, num_channels
+        launch("convolution._differentiate_pool", (len(grad),), *args, **ctx.channels, **DIFFERENTIATE_POOL)
+        return grad_x.permute(0, 3, 1, 2), partial.sum(0)
 
 
 # ------------------------------------------------------------------ the decoder
+
+ROWS_PER_PROGRAM = 16  # latents side by side: the fewest that tl.dot accepts
 
 
 class Lookup(torch.autograd.Function):
@@ -274,7 +240,7 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
+        index = ctx.saved_tensors[0]
         return get_one_hot(index.flatten(), ctx.num_rows, grad).t() @ grad.flatten(0, -2), None
 
 
@@ -290,84 +256,47 @@ def can_decode(lstm, linear):
     return max(lstm.hidden_size, linear.out_features - 2) <= MAX_DECODER_SIZE and lstm.bias and linear.bias is not None
 
 
-@torch.library.custom_op("strokes::decode", mutates_args=())
-def _decode(
-    table: torch.Tensor,
-    context: torch.Tensor,
-    weight_hh: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    uniform: torch.Tensor,
-    latent: torch.Tensor,
-    uniform_mixture: float,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fast import triton_decoder
-
-    drawn = torch.empty_like(uniform, dtype=torch.long)
-    used = drawn if uniform.numel() else latent
-    with on_device_of(table):
-        return drawn, *triton_decoder.decode(table, context, weight_hh, weight, bias, uniform, used, uniform_mixture, save)
-
-
-@_decode.register_fake
-def _(table, context, weight_hh, weight, bias, uniform, latent, uniform_mixture, save):
-    drawn = torch.empty_like(uniform, dtype=torch.long)
-    num_rows, num_arcs = (drawn if uniform.numel() else latent).shape[:2]
-    num_logits, num_units = weight.shape
-    sizes = (num_units, 4 * num_units, num_logits)
-    saved = [table.new_empty(num_arcs, num_rows, size) if save else table.new_empty(0) for size in sizes]
-    return drawn, table.new_empty(num_rows), table.new_empty(num_arcs, num_rows, num_units), *saved
-
-
-@torch.library.custom_op("strokes::differentiate_decode", mutates_args=())
-def _differentiate_decode(
-    weight_hh: torch.Tensor,
-    weight: torch.Tensor,
-    latent: torch.Tensor,
-    grad: torch.Tensor,
-    cells: torch.Tensor,
-    gates: torch.Tensor,
-    log_probs: torch.Tensor,
-    uniform_mixture: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from fast import triton_decoder
-
-    with on_device_of(weight):
-        return triton_decoder.differentiate_decode(weight_hh, weight, latent, grad, cells, gates, log_probs, uniform_mixture)
-
-
-@_differentiate_decode.register_fake
-def _(weight_hh, weight, latent, grad, cells, gates, log_probs, uniform_mixture):
-    return torch.empty_like(gates), torch.empty_like(log_probs)
-
-
 class Decode(torch.autograd.Function):
     """Samples latents, or scores them, by a decoder.
 
-    Args: table [2 * K, 4 * H], context [B, 4 * H], weight_hh [4 * H, H], weight [K + 2, H], bias [K + 2]; uniform
-        [P * B, A, 2], to sample, or empty; latent [P * B, A, 2], to score, or empty; uniform_mixture; with_gradients:
-        whether a backward pass may follow
+    Args: table [2 * K, 4 * H], context [B, 4 * H]: the LSTM's inputs for a stroke's code 2 * id + on, and for an image; weight_hh
+        [4 * H, H], weight [K + 2, H], bias [K + 2]; uniform [P * B, A, 2] in [0, 1), to sample, or empty; latent [P * B, A, 2],
+        to score, or empty; uniform_mixture; with_gradients: whether a backward pass may follow
     Returns: the latents drawn, if any, [P * B, A, 2]; log_prob [P * B]
     """
 
     @staticmethod
     def forward(ctx, table, context, weight_hh, weight, bias, uniform, latent, uniform_mixture, with_gradients):
-        ctx.uniform_mixture, ctx.num_contexts, ctx.num_codes = uniform_mixture, len(context), len(table)
-        save = with_gradients and any(ctx.needs_input_grad)
-        table, context, latent = table.contiguous(), context.contiguous(), latent.contiguous()
-        drawn, log_prob, *saved = _decode(table, context, weight_hh, weight, bias, uniform, latent, uniform_mixture, save)
+        ctx.uniform_mixture, ctx.num_contexts, ctx.num_codes = float(uniform_mixture), len(context), len(table)
+        is_sampling, save = uniform.numel() > 0, with_gradients and any(ctx.needs_input_grad)
+        drawn = torch.empty_like(uniform, dtype=torch.long)
+        used = drawn if is_sampling else latent.contiguous()
+        (num_rows, num_arcs), num_units, num_choices = used.shape[:2], weight.shape[1], weight.shape[0] - 2
+        log_prob, hidden = table.new_empty(num_rows), table.new_empty(num_arcs, num_rows, num_units)
+        sizes = num_units, 4 * num_units, num_choices + 2  # cells, gates, and log-probabilities of ids and of off and on
+        saved = [table.new_empty(num_arcs, num_rows, size) if save else table.new_empty(0) for size in sizes]
+        ctx.grid = (divide_up(num_rows, ROWS_PER_PROGRAM),)
+        launch(
+            "decoder._decode", ctx.grid, table.contiguous(), context.contiguous(), weight_hh, weight, bias, uniform, used,
+            log_prob, hidden, *saved, num_rows, len(context), num_arcs, num_units, num_choices, ctx.uniform_mixture,
+            SAMPLE=is_sampling, SAVE=save, ROWS=ROWS_PER_PROGRAM,
+            get_options=lambda module: module.get_options(module.FORWARD, ctx.grid, num_units, num_choices),
+        )  # fmt: skip
         ctx.mark_non_differentiable(drawn)
         if save:
-            ctx.save_for_backward(weight_hh, weight, drawn if uniform.numel() else latent, *saved)
+            ctx.save_for_backward(weight_hh, weight, used, hidden, *saved)
         return drawn, log_prob
 
     @staticmethod
     def backward(ctx, _, grad):
         weight_hh, weight, latent, hidden, cells, gates, log_probs = ctx.saved_tensors
-        grad_gates, grad_logits = _differentiate_decode(
-            weight_hh, weight, latent, grad.contiguous(), cells, gates, log_probs, ctx.uniform_mixture
-        )  # [A, N, 4 * H], [A, N, K + 2]
+        (num_rows, num_arcs), num_units, num_choices = latent.shape[:2], weight.shape[1], weight.shape[0] - 2
+        grad_gates, grad_logits = torch.empty_like(gates), torch.empty_like(log_probs)  # [A, N, 4 * H], [A, N, K + 2]
+        launch(
+            "decoder._differentiate_decode", ctx.grid, weight_hh, weight, latent, grad.contiguous(), cells, gates, log_probs,
+            grad_gates, grad_logits, num_rows, num_arcs, num_units, num_choices, ctx.uniform_mixture, ROWS=ROWS_PER_PROGRAM,
+            get_options=lambda module: module.get_options(module.BACKWARD, ctx.grid, num_units, num_choices),
+        )  # fmt: skip
         codes = 2 * latent[:, :-1, 0] + latent[:, :-1, 1]  # [N, A - 1]
         before = get_one_hot(codes.t().flatten(), ctx.num_codes, grad)  # [(A - 1) * N, 2 * K]
         after = grad_gates[1:].flatten(0, 1)  # [(A - 1) * N, 4 * H]
@@ -395,6 +324,8 @@ def log_prob(table, context, weight_hh, weight, bias, latent, uniform_mixture):
 
 # ------------------------------------------------------------------ the memory of Memoised Wake-Sleep
 
+MOST_STROKES = 1024  # that a program of _get_candidates takes
+
 
 def can_remember(memory, num_proposed):
     """Whether the kernels are on and support a memory, which they do if it is packed and small"""
@@ -402,39 +333,32 @@ def can_remember(memory, num_proposed):
     return is_small and "memory" in kernels.operators and is_gpu(memory.device)
 
 
-@torch.library.custom_op("strokes::get_candidates", mutates_args=())
-def get_candidates(memory: torch.Tensor, obs_id: torch.Tensor, proposal: torch.Tensor) -> torch.Tensor:
-    """What images remember, and what is proposed for them: memory [N, M, A], obs_id [B], proposal [P, B, A, 2]
-    -> [M + P, B, A, 2]"""
-    from fast import triton_memory
-
-    with on_device_of(memory):
-        return triton_memory.get_candidates(memory.contiguous(), obs_id.contiguous(), proposal.contiguous())
-
-
-@get_candidates.register_fake
-def _(memory, obs_id, proposal):
-    return proposal.new_empty(memory.shape[1] + len(proposal), *proposal.shape[1:])
+def get_candidates(memory, obs_id, proposal):
+    """As losses.get_candidates: memory [N, M, A], obs_id [B], proposal [P, B, A, 2] -> [M + P, B, A, 2]"""
+    memory, obs_id, proposal, num_remembered = memory.contiguous(), obs_id.contiguous(), proposal.contiguous(), memory.shape[1]
+    num_proposed, batch_size, num_arcs, _ = proposal.shape
+    latent = proposal.new_empty(num_remembered + num_proposed, batch_size, num_arcs, 2)
+    num_strokes = len(latent) * num_arcs
+    block = min(next_power_of_2(num_strokes), MOST_STROKES)
+    sizes = batch_size, num_arcs, num_remembered, num_proposed
+    grid = batch_size, divide_up(num_strokes, block)
+    launch("memory._get_candidates", grid, memory, obs_id, proposal, latent, *sizes, BLOCK=block, num_warps=4)
+    return latent
 
 
-@torch.library.custom_op("strokes::keep_best", mutates_args=("memory",))
-def keep_best(
-    memory: torch.Tensor, obs_id: torch.Tensor, latent: torch.Tensor, log_joint: torch.Tensor, uniform: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def keep_best(memory, obs_id, latent, log_joint, uniform):
     """Keeps the best distinct candidates in memory, and draws one of them.
 
-    Args: memory [N, M, A], whose rows obs_id [B] are changed; latent [M + P, B, A, 2], log_joint [M + P, B]: the
+    Args: memory [N, M, A], contiguous, whose rows obs_id [B] are changed; latent [M + P, B, A, 2], log_joint [M + P, B]: the
         candidates; uniform [B], in [0, 1)
     Returns: the latent drawn, [1, B, A, 2]; log_r [B], log of its probability; statistics [2, B]: the share of
         proposals that are novel, and whether the best is
     """
-    from fast import triton_memory
-
-    given = obs_id.contiguous(), latent.contiguous(), log_joint.contiguous(), uniform.contiguous()
-    with on_device_of(memory):
-        return triton_memory.keep_best(memory, *given)
-
-
-@keep_best.register_fake
-def _(memory, obs_id, latent, log_joint, uniform):
-    return torch.empty_like(latent[:1]), torch.empty_like(uniform), uniform.new_empty(2, len(uniform))
+    num_candidates, batch_size, num_arcs, _ = latent.shape
+    drawn, log_r, statistics = torch.empty_like(latent[:1]), torch.empty_like(uniform), uniform.new_empty(2, batch_size)
+    sizes = batch_size, num_arcs, memory.shape[1], num_candidates - memory.shape[1]
+    launch(
+        "memory._keep_best", (batch_size,), latent.contiguous(), log_joint.contiguous(), obs_id.contiguous(), uniform.contiguous(),
+        memory, drawn, log_r, statistics, *sizes, BLOCK=next_power_of_2(num_candidates), num_warps=4,
+    )  # fmt: skip
+    return drawn, log_r, statistics

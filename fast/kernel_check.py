@@ -1,8 +1,8 @@
 """Tries a GPU's kernels before a run relies on them.
 
 The kernels that a run will use are compiled side by side. Then each operator is run on new models, at the run's sizes,
-forwards and backwards, and compared with plain PyTorch on the same device for some of the rows. One that fails, or gives other
-numbers, is turned off, with a warning; the others stay. After an error that leaves the GPU unusable for this process (an
+forwards and backwards, and compared with plain PyTorch on the same device for some of the rows. An operator that fails or gives
+other numbers is turned off, with a warning; the others stay. After an error that leaves the GPU unusable for this process (an
 illegal access, say), the program is started anew, once, without kernels.
 """
 
@@ -20,7 +20,7 @@ from fast.gpu import kernels
 
 NUM_COMPARED = 64  # rows
 MOST_ROWS = 2**16  # latents to try kernels on; a run may have more, and scores them a few at a time
-TOLERANCE = 1e-2  # of the norm: far above rounding, and far below what a fault changes
+TOLERANCE = 1e-2  # relative to the norm: far above rounding, and far below what a fault changes
 
 
 def check(build, device, num_particles, batch_size, memory_size=0, init_memory=None, remember=None):

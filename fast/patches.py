@@ -25,14 +25,24 @@ def convolve(obs, conv0, conv1):
     Returns: [B, D, 6, 6]
     """
     obs = obs.to(conv0.weight.dtype)
+    if not are_ours(conv0, conv1) or obs.shape[1:] != (28, 28):  # somebody's own layers or images
+        return F.max_pool2d(conv1(F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()), 3, 2).relu()
     if not can_share(obs):
         return _convolve_each(obs, conv0, conv1)
     return torch.cat([_convolve_shared(chunk, conv0, conv1) for chunk in obs.split(IMAGE_CHUNK_SIZE)])
 
 
+def are_ours(conv0, conv1):
+    """Whether the layers are those that this module and the kernels compute"""
+    ours = {"kernel_size": (3, 3), "stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+    same = all(getattr(conv, name, None) == value for conv in (conv0, conv1) for name, value in ours.items())
+    has_bias = same and conv0.bias is not None and conv1.bias is not None
+    return has_bias and conv0.in_channels == 1 and (conv0.padding, conv1.padding) == ((2, 2), (1, 1))
+
+
 def can_share(obs):
-    """Whether images [B, R, C] are binary, 28 x 28 and on a CPU"""
-    return not gpu.is_gpu(obs.device) and obs.shape[1:] == (28, 28) and bool(((obs == 0) | (obs == 1)).all())
+    """Whether images [B, 28, 28] are binary, and on a CPU"""
+    return not gpu.is_gpu(obs.device) and bool(((obs == 0) | (obs == 1)).all())
 
 
 def _convolve_each(obs, conv0, conv1):

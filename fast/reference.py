@@ -83,8 +83,9 @@ def embed(network, obs):
     """obs [B, 28, 28] -> [B, E]; of a lookup network, obs are the ids"""
     if not hasattr(network, "conv0"):
         return network.get_context(obs)
-    x = F.max_pool2d(network.conv0(obs.unsqueeze(1)).relu(), 3, 2)
-    x = F.max_pool2d(network.conv1(x).relu(), 3, 2)
+    x = obs.unsqueeze(1).to(memory_format=torch.channels_last)
+    x = F.max_pool2d(network.conv0(x), 3, 2).relu()
+    x = F.max_pool2d(network.conv1(x), 3, 2).relu()
     x = network.conv3(network.conv2(x).relu()).relu()
     return F.max_pool2d(x, 2, 2).flatten(1)
 
@@ -107,23 +108,25 @@ def sleep(model, network, num_samples):
     return -decode(network.decoder, embed(network, obs), latent)[1].mean()
 
 
-def rws(model, network, obs, num_particles, given=None):
+def propose(model, network, obs, num_particles, given):
+    """Programs of each image, or of what is given instead, from the network: log p(z, x) and log q(z|x), each [P, B]"""
     context = embed(network, obs if given is None else given)
     with torch.no_grad():
         latent = decode(network.decoder, context, num_particles=num_particles)[0]
     log_q = decode(network.decoder, context, latent)[1]
-    log_p = log_joint(model, latent, obs)
+    return log_joint(model, latent, obs), log_q
+
+
+def rws(model, network, obs, num_particles, given=None):
+    log_p, log_q = propose(model, network, obs, num_particles, given)
     log_weight = log_p - log_q.detach()
     theta_loss = -(log_weight.logsumexp(0) - math.log(num_particles)).mean()
     return theta_loss - (log_weight.softmax(0).detach() * log_q).sum(0).mean()
 
 
 def vimco(model, network, obs, num_particles, given=None):
-    context = embed(network, obs if given is None else given)
-    with torch.no_grad():
-        latent = decode(network.decoder, context, num_particles=num_particles)[0]
-    log_q = decode(network.decoder, context, latent)[1]
-    log_weight = log_joint(model, latent, obs) - log_q
+    log_p, log_q = propose(model, network, obs, num_particles, given)
+    log_weight = log_p - log_q
     bound = log_weight.logsumexp(0) - math.log(num_particles)
     advantage = []
     for k in range(num_particles):

@@ -3,22 +3,16 @@ once, and the second one's pooling, bias and relu. Its convolution is PyTorch's.
 
 With one input channel a convolution multiplies little and writes much: 64 channels of 30 x 30 pixels per
 image, of which pooling keeps a quarter. Here only what is kept is written, with one byte each that tells
-the backward pass where it came from. patches.py has the plain version.
+the backward pass where it came from. patches.py has the plain version; gpu.py launches these.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-SIZE = 28  # rows and columns of an image
-FIRST = tl.constexpr(14)  # after the first layer
-SECOND = tl.constexpr(6)  # after the second
+from fast import gpu
+
+FIRST, SECOND = tl.constexpr(gpu.FIRST), tl.constexpr(gpu.SECOND)
 RECTIFIED = tl.constexpr(255)  # instead of a position in a window: relu gave zero, and so there is no gradient
-# Positions that a program handles at once, and its warps: what is fast on an H200
-CONVOLVE = (4, 1)
-DIFFERENTIATE_CONVOLVE = (8, 2)
-POOL = (4, 4)
-DIFFERENTIATE_POOL = (16, 4)
 
 # ------------------------------------------------------------------ the first layer
 
@@ -67,20 +61,6 @@ def _convolve(
     _store_rectified(highest, chosen, out, argmax, place, valid[:, None] & used[None, :])
 
 
-def convolve(obs, weight, bias):
-    """obs [B, 28, 28], weight [C, 1, 3, 3], bias [C] -> [B, 14, 14, C], and which of its 3 x 3 window each is: uint8"""
-    num_images, num_channels = len(obs), len(bias)
-    out = obs.new_empty(num_images, FIRST.value, FIRST.value, num_channels)
-    argmax = torch.empty_like(out, dtype=torch.uint8)
-    positions, num_warps = CONVOLVE
-    if num_images:
-        _convolve[triton.cdiv(num_images * FIRST.value**2, positions),](
-            obs, weight, bias, out, argmax, num_images, num_channels, SIZE=SIZE, POSITIONS=positions,
-            CHANNELS=triton.next_power_of_2(num_channels), num_warps=num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out, argmax
-
-
 @triton.jit
 def _differentiate_convolve(
     obs, argmax, grad, partial, num_channels, SIZE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr
@@ -113,20 +93,6 @@ def _differentiate_convolve(
         tl.store(total + 3 * num_channels, tl.sum(bias, 0), mask=used)
 
 
-def differentiate_convolve(obs, argmax, grad):
-    """The gradients of weight [C, 1, 3, 3] and bias [C] for grad [B, 14, 14, C], given what `convolve` chose"""
-    num_images, num_channels = len(obs), grad.shape[3]
-    partial = grad.new_empty(num_images, 10, num_channels)  # the tenth is the bias
-    positions, num_warps = DIFFERENTIATE_CONVOLVE
-    if num_images:
-        _differentiate_convolve[num_images, 3](
-            obs, argmax, grad, partial, num_channels, SIZE=SIZE, POSITIONS=positions,
-            CHANNELS=triton.next_power_of_2(num_channels), num_warps=num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
-    total = partial.sum(0)  # [10, C]
-    return total[:9].t().reshape(num_channels, 1, 3, 3), total[9].clone()
-
-
 # ------------------------------------------------------------------ the second layer
 
 
@@ -147,20 +113,6 @@ def _pool(x, bias, out, argmax, num_images, num_channels, POSITIONS: tl.constexp
     highest += tl.load(bias + channel, mask=used, other=0.0)[None, :]
     place = position.to(tl.int64)[:, None] * num_channels + channel[None, :]
     _store_rectified(highest, chosen, out, argmax, place, both)
-
-
-def pool(x, bias):
-    """x [B, 14, 14, C], bias [C] -> [B, 6, 6, C], and which of its 3 x 3 window each is: uint8"""
-    num_images, num_channels = len(x), len(bias)
-    out = x.new_empty(num_images, SECOND.value, SECOND.value, num_channels)
-    argmax = torch.empty_like(out, dtype=torch.uint8)
-    positions, num_warps = POOL
-    if num_images:
-        _pool[triton.cdiv(num_images * SECOND.value**2, positions),](
-            x, bias, out, argmax, num_images, num_channels, POSITIONS=positions,
-            CHANNELS=triton.next_power_of_2(num_channels), num_warps=num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out, argmax
 
 
 @triton.jit
@@ -191,17 +143,3 @@ def _differentiate_pool(argmax, grad, grad_x, partial, num_channels, POSITIONS: 
         tl.store(grad_x + (image * FIRST * FIRST + position)[:, None] * num_channels + channel[None, :], g, mask=mask)
         bias += g
     tl.store(partial + image * num_channels + channel, tl.sum(bias, 0), mask=used)
-
-
-def differentiate_pool(argmax, grad):
-    """The gradients of x [B, 14, 14, C] and bias [C] for grad [B, 6, 6, C], given what `pool` chose"""
-    num_images, num_channels = len(grad), grad.shape[3]
-    grad_x = grad.new_empty(num_images, FIRST.value, FIRST.value, num_channels)
-    partial = grad.new_empty(num_images, num_channels)
-    positions, num_warps = DIFFERENTIATE_POOL
-    if num_images:
-        _differentiate_pool[num_images,](
-            argmax, grad, grad_x, partial, num_channels, POSITIONS=positions,
-            CHANNELS=triton.next_power_of_2(num_channels), num_warps=num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
-    return grad_x, partial.sum(0)

@@ -5,24 +5,34 @@ takes 16 latents through all of them. What one stroke passes to the next (hidden
 goes through memory that only this program touches, with a barrier in between, so that matrix
 products can read it in slices and registers suffice for any size.
 
-The tests compare these functions with plain PyTorch, models.Decoder.
+gpu.py launches these. The tests compare them with plain PyTorch, models.Decoder. A backward pass written by hand, with the
+sizes of slices and warps that are fast, makes this file long: without it the decoder would take most of a step.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from fast.triton_math import log, sigmoid, tanh, unfused_product
 
-ROWS_PER_PROGRAM = 16  # latents side by side: the fewest that tl.dot accepts
-SMALL_SLICE = tl.constexpr(16)  # of a matrix product's inner dimension
-NUM_MULTIPROCESSORS = 128  # of a large GPU, about
+SMALL_SLICE = tl.constexpr(16)  # elements of a matrix product's inner dimension that are loaded at a time
+NUM_MULTIPROCESSORS = 128  # about as many as a large GPU has
 # By the largest number of hidden units: warps of a program where there are no more programs than multiprocessors, so that each
 # should end soon; warps where there are more; slice of the matrix products' inner dimension. A program waits for each slice,
 # so large ones are better, as long as registers suffice
 FORWARD = {16: (4, 2, 16), 64: (8, 4, 32), 128: (8, 8, 32), 256: (8, 8, 16)}  # what is fast on an H200
-BACKWARD = {16: (4, 4, 16), 64: (8, 4, 64), 128: (8, 8, 64), 256: (8, 8, 16)}  # likewise
+BACKWARD = {16: (4, 4, 16), 64: (8, 4, 64), 128: (8, 8, 64), 256: (8, 8, 16)}
 ELSEWHERE = {16: (4, 4, 16), 256: (8, 8, 16)}  # on GPUs of other compute capabilities than 8 and 9
+
+
+def get_options(fastest, grid, num_units, num_choices):
+    """The sizes and warps of a program. Args: fastest: FORWARD or BACKWARD"""
+    units, choices = (max(triton.next_power_of_2(size), 16) for size in (num_units, num_choices))
+    if triton.runtime.driver.active.get_current_target().arch // 10 not in (8, 9):
+        fastest = ELSEWHERE
+    few, many, inner = next(options for most, options in fastest.items() if units <= most)
+    num_warps = many if grid[0] > NUM_MULTIPROCESSORS else few
+    return dict(UNITS=units, CHOICES=choices, SLICE=inner, num_warps=num_warps, num_stages=1)
+
 
 # ------------------------------------------------------------------ parts
 
@@ -106,7 +116,7 @@ def _get_gates(
         x = tl.load(hidden + row[:, None] * num_units + inner[None, :], mask=valid[:, None] & used[None, :], other=0.0)
         w = weight_hh + inner[:, None] + unit[None, :] * num_units
         mask = used[:, None] & (unit < num_units)[None, :]
-        i = tl.dot(x, tl.load(w, mask=mask, other=0.0), i, input_precision="tf32x3")  # as in _multiply
+        i = tl.dot(x, tl.load(w, mask=mask, other=0.0), i, input_precision="tf32x3")  # see _multiply
         f = tl.dot(x, tl.load(w + size, mask=mask, other=0.0), f, input_precision="tf32x3")
         g = tl.dot(x, tl.load(w + 2 * size, mask=mask, other=0.0), g, input_precision="tf32x3")
         o = tl.dot(x, tl.load(w + 3 * size, mask=mask, other=0.0), o, input_precision="tf32x3")
@@ -188,39 +198,6 @@ def _decode(
     tl.store(log_prob + row, total, mask=valid)
 
 
-def _get_options(fastest, num_programs, num_units, num_choices):
-    units, choices = (max(triton.next_power_of_2(size), 16) for size in (num_units, num_choices))
-    if triton.runtime.driver.active.get_current_target().arch // 10 not in (8, 9):
-        fastest = ELSEWHERE
-    few, many, inner = next(options for most, options in fastest.items() if units <= most)
-    sizes = dict(ROWS=ROWS_PER_PROGRAM, UNITS=units, CHOICES=choices, SLICE=inner)
-    return dict(**sizes, num_warps=many if num_programs > NUM_MULTIPROCESSORS else few, num_stages=1, enable_fp_fusion=True)
-
-
-def decode(table, context, weight_hh, weight, bias, uniform, latent, uniform_mixture, save):
-    """Samples latents, or scores them.
-
-    Args: table [2 * K, 4 * H] and context [B, 4 * H], the LSTM's inputs for a stroke's code 2 * id + on, and for an
-        image; weight_hh [4 * H, H]; weight [K + 2, H], bias [K + 2]; uniform [N, A, 2] in [0, 1), N a multiple of
-        B, to sample, or empty, to score; latent [N, A, 2] int64, written or read; save: whether a backward pass follows
-    Returns: log_prob [N]; for the backward pass hidden [A, N, H], and, empty unless save, cells [A, N, H],
-        gates [A, N, 4 * H] and log_probs [A, N, K + 2], of ids and of off and on
-    """
-    num_rows, num_arcs = latent.shape[:2]
-    num_units, num_choices = weight.shape[1], weight.shape[0] - 2
-    log_prob, hidden = table.new_empty(num_rows), table.new_empty(num_arcs, num_rows, num_units)
-    sizes = (num_units, 4 * num_units, num_choices + 2)
-    saved = [table.new_empty(num_arcs, num_rows, size) if save else table.new_empty(0) for size in sizes]
-    num_programs = triton.cdiv(num_rows, ROWS_PER_PROGRAM)
-    if num_rows:
-        _decode[num_programs,](
-            table, context, weight_hh, weight, bias, uniform, latent, log_prob, hidden, *saved, num_rows,
-            len(context), num_arcs, num_units, num_choices, float(uniform_mixture), SAMPLE=uniform.numel() > 0,
-            SAVE=save, **_get_options(FORWARD, num_programs, num_units, num_choices),
-        )  # fmt: skip
-    return log_prob, hidden, *saved
-
-
 # ------------------------------------------------------------------ backward
 
 
@@ -287,18 +264,3 @@ def _differentiate_decode(
         grad_cell = grad_cell * f
         tl.debug_barrier()  # and those of the gates
         grad_h = _multiply(grad_gates, 4 * n, weight_hh, n, 1, now, valid, unit, 4 * n, n, SLICE)
-
-
-def differentiate_decode(weight_hh, weight, latent, grad, cells, gates, log_probs, uniform_mixture):
-    """The gradients of the gates' inputs [A, N, 4 * H] and of the logits [A, N, K + 2] for grad [N] of log_prob;
-    the arguments as for `decode`, and what it returned"""
-    num_rows, num_arcs = latent.shape[:2]
-    num_units, num_choices = weight.shape[1], weight.shape[0] - 2
-    grad_gates, grad_logits = torch.empty_like(gates), torch.empty_like(log_probs)
-    num_programs = triton.cdiv(num_rows, ROWS_PER_PROGRAM)
-    if num_rows:
-        _differentiate_decode[num_programs,](
-            weight_hh, weight, latent, grad, cells, gates, log_probs, grad_gates, grad_logits, num_rows, num_arcs,
-            num_units, num_choices, float(uniform_mixture), **_get_options(BACKWARD, num_programs, num_units, num_choices),
-        )  # fmt: skip
-    return grad_gates, grad_logits

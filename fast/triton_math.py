@@ -6,7 +6,7 @@ from triton.language.extra import libdevice
 
 LN_2 = tl.constexpr(0.6931471805599453)
 SHIFT = tl.constexpr(1.5 * 2**23)
-SHIFT_BITS = tl.constexpr(0x4B400000)  # of SHIFT in float32
+SHIFT_BITS = tl.constexpr(0x4B400000)  # SHIFT in float32
 
 
 @triton.jit

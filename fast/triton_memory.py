@@ -1,16 +1,13 @@
-"""The memory of Memoised Wake-Sleep on a GPU, as Triton kernels.
+"""The memory of Memoised Wake-Sleep on a GPU, as Triton kernels, which gpu.py launches.
 
-What losses.update_memory and the draw from it do in some forty small operations takes two kernels here, before and after
-scoring, with a program per image, or several to read very many strokes. gpu.py turns them into operators.
+What losses.remember does in some forty small operations takes two kernels here, before and after
+scoring, with a program per image, or several to read very many strokes.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from fast.triton_math import log
-
-MOST_STROKES = 1024  # that a program of _get_candidates takes
 
 
 @triton.jit
@@ -28,21 +25,6 @@ def _get_candidates(memory, obs_id, proposal, latent, batch_size, num_arcs, num_
     place = latent + ((number * batch_size + image) * num_arcs + arc) * 2
     tl.store(place, arc_id, mask=remembered | proposed)
     tl.store(place + 1, on, mask=remembered | proposed)
-
-
-def get_candidates(memory, obs_id, proposal):
-    """What images remember, and what is proposed for them: memory [N, M, A], obs_id [B], proposal [P, B, A, 2]
-    -> latent [M + P, B, A, 2]"""
-    num_proposed, batch_size, num_arcs, _ = proposal.shape
-    num_remembered = memory.shape[1]
-    latent = proposal.new_empty(num_remembered + num_proposed, batch_size, num_arcs, 2)
-    num_strokes = len(latent) * num_arcs
-    block = min(triton.next_power_of_2(num_strokes), MOST_STROKES)
-    _get_candidates[batch_size, triton.cdiv(num_strokes, block)](
-        memory, obs_id, proposal, latent, batch_size, num_arcs, num_remembered, num_proposed,
-        BLOCK=block, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
-    return latent
 
 
 @triton.jit
@@ -96,20 +78,3 @@ def _keep_best(
     best_remembered = tl.max(tl.where(number < num_remembered, score, float("-inf")), 0)
     tl.store(statistics + image, num_novel.to(tl.float32) / num_proposed)
     tl.store(statistics + batch_size + image, (best_novel > best_remembered).to(tl.float32))
-
-
-def keep_best(memory, obs_id, latent, log_joint, uniform):
-    """Keeps the best distinct candidates of each image in memory [N, M, A], rows obs_id [B], and draws one of them.
-
-    Args: latent [M + P, B, A, 2] and log_joint [M + P, B], the candidates; uniform [B]
-    Returns: drawn [1, B, A, 2]; log_r [B], log of its probability given what is kept; statistics [2, B], the share of
-        proposals that are novel and whether the best is
-    """
-    num_candidates, batch_size, num_arcs, _ = latent.shape
-    drawn, log_r = latent.new_empty(1, batch_size, num_arcs, 2), torch.empty_like(uniform)
-    statistics = uniform.new_empty(2, batch_size)
-    _keep_best[batch_size,](
-        latent, log_joint, obs_id, uniform, memory, drawn, log_r, statistics, batch_size, num_arcs, memory.shape[1],
-        num_candidates - memory.shape[1], BLOCK=triton.next_power_of_2(num_candidates), num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
-    return drawn, log_r, statistics

@@ -1,24 +1,19 @@
-"""Drawing and scoring on a GPU: the hot path of rendering.py as Triton kernels.
+"""Drawing and scoring on a GPU: the hot path of rendering.py as Triton kernels, which gpu.py launches.
 
-Each function computes in one to three kernels what plain PyTorch computes in rendering.py, with which
-the tests compare it. gpu.py turns them into operators.
+The tests compare them with plain PyTorch, in rendering.py. Gradients are written out, which makes this file long:
+they are half of a step's time.
 
 Results do not depend on the order in which threads finish: sums are taken within a program, or
 in integers. NaN propagates through comparisons, so that diverged parameters show in the loss.
 """
 
-import torch
 import triton
 import triton.language as tl
 
+from fast import gpu
 from fast.triton_math import LN_2, floor, log, log2, sigmoid
 
 ARC_SIZE = tl.constexpr(7)  # x_start, y_start, dx, dy, theta, sharpness, width
-BLOCK_PIXELS = 1024  # pixels per program: a whole 28 x 28 image
-MAPS_PER_PROGRAM = 10
-MAPS_PER_GRADIENT = 2  # few, since most have no weight and their programs end at once
-MIXED_AT_ONCE = 1024  # maps
-FIXED_POINT = 2.0**28  # gradients are added up as integers of this resolution: see differentiate_score_maps
 
 # ------------------------------------------------------------------ drawing
 
@@ -90,21 +85,6 @@ def _draw(arcs, on, rendering_params, logits, arc_id, num_arcs, num_rows, num_co
     where = latent * num_pixels + pixel
     tl.store(logits + where, _logaddexp(ink, log_paper), mask=pixel < num_pixels)
     tl.store(arc_id + where, strongest.to(tl.int16), mask=pixel < num_pixels)
-
-
-def draw(arcs, on, rendering_params, num_rows, num_cols, log_paper):
-    """arcs [N, A, 7], on [N, A] bool, rendering_params [2] -> logits [N, R * C], arc_id [N, R * C] int16"""
-    num_latents, num_arcs = on.shape
-    num_pixels = num_rows * num_cols
-    logits = arcs.new_empty(num_latents, num_pixels)
-    arc_id = torch.empty_like(logits, dtype=torch.int16)
-    grid = (num_latents, triton.cdiv(num_pixels, BLOCK_PIXELS))
-    if num_latents:
-        _draw[grid](
-            arcs, on, rendering_params, logits, arc_id, num_arcs, num_rows, num_cols, log_paper,
-            BLOCK=BLOCK_PIXELS, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-    return logits, arc_id
 
 
 @triton.jit
@@ -194,25 +174,9 @@ def _differentiate_draw(
     tl.store(place + 1, tl.sum(grad_bias, 0))
 
 
-def differentiate_draw(arcs, on, rendering_params, arc_id, grad, num_rows, num_cols, log_paper):
-    """The gradients of arcs [N, A, 7] and, per latent, of rendering_params [N, 2], for grad [N, R * C] of logits"""
-    num_latents, num_arcs = on.shape
-    num_chunks = triton.cdiv(num_rows * num_cols, BLOCK_PIXELS)
-    grad_arcs = arcs.new_empty(num_latents, num_chunks, *arcs.shape[1:])
-    grad_params = arcs.new_empty(num_latents, num_chunks, 2)
-    if num_latents:
-        _differentiate_draw[num_latents, num_chunks](
-            arcs, on, rendering_params, arc_id, grad, grad_arcs, grad_params, num_arcs, num_rows, num_cols,
-            log_paper, BLOCK=BLOCK_PIXELS, num_warps=8, enable_fp_fusion=True,
-        )  # fmt: skip
-    if num_chunks == 1:
-        return grad_arcs.squeeze(1), grad_params.squeeze(1)
-    return grad_arcs.sum(1), grad_params.sum(1)
-
-
 # ------------------------------------------------------------------ the affine likelihood
 
-BORDER = tl.constexpr(2)  # pixels of paper around an image
+BORDER = tl.constexpr(gpu.BORDER)
 
 
 @triton.jit
@@ -329,32 +293,6 @@ def _score_maps(
         tl.store(by_map + (latent * num_chunks + chunk) * num_maps + number, total, mask=exists)
 
 
-def score_maps(logits, obs, maps, eps):
-    """log p(x | z) of every image under an equal mixture of maps.
-
-    Args: logits, obs [N, R, C]; maps [T, 2, 3]
-    Returns: log_prob [N]; for the backward pass by_map [N, T], log p(x | z, map), and probs [N, R + 4, C + 4], those
-        of ink with a border of zeros
-    """
-    num_images, num_rows, num_cols = obs.shape
-    num_chunks = triton.cdiv(num_rows * num_cols, BLOCK_PIXELS)
-    probs = logits.new_empty(num_images, num_rows + 2 * BORDER.value, num_cols + 2 * BORDER.value)
-    by_map, log_prob = logits.new_empty(num_images, num_chunks, len(maps)), logits.new_empty(num_images)
-    size = dict(ROWS=num_rows, COLS=num_cols, BLOCK=BLOCK_PIXELS)
-    if num_images:
-        _pad_probs[num_images, triton.cdiv(probs[0].numel(), BLOCK_PIXELS)](
-            logits, probs, **size, num_warps=4, enable_fp_fusion=True
-        )
-        _score_maps[num_images, triton.cdiv(len(maps), MAPS_PER_PROGRAM), num_chunks](
-            probs, obs, maps, by_map, len(maps), eps, **size, MAPS=MAPS_PER_PROGRAM, num_warps=2, enable_fp_fusion=True
-        )
-    by_map = by_map.squeeze(1) if num_chunks == 1 else by_map.sum(1)
-    if num_images:
-        at_once = min(triton.next_power_of_2(len(maps)), MIXED_AT_ONCE)
-        _mix_maps[num_images,](by_map, log_prob, len(maps), BLOCK=at_once, num_warps=1, enable_fp_fusion=True)
-    return log_prob, by_map, probs
-
-
 @triton.jit(do_not_specialize_on_alignment=["obs"])
 def _differentiate_score_maps(
     obs, maps, log_prob, by_map, probs, grad, fixed, grad_maps, num_maps, eps, resolution, negligible,
@@ -422,27 +360,3 @@ def _differentiate_probs(
     prob = tl.load(probs + latent * SIZE + entry, mask=given, other=0.0)
     value = total * (factor / resolution) * prob * (1 - prob)
     tl.store(grad_logits + latent * (ROWS * COLS) + pixel, value, mask=inside)
-
-
-def differentiate_score_maps(obs, maps, log_prob, by_map, probs, grad, eps, negligible):
-    """The gradients of logits [N, R, C] and maps [T, 2, 3] for grad [N] of log_prob; the other arguments as `score_maps`
-    returned them.
-
-    Many pixels add to one, in integers, so that the order does not matter. The shares of maps sum to one; a sum is
-    then below 2^33 for images up to 28 x 28 (|1 / signed| is at most 2^23), far from 2^63 / FIXED_POINT, and resolved
-    to 2^-28.
-    """
-    num_images, num_rows, num_cols = obs.shape
-    num_chunks = triton.cdiv(num_rows * num_cols, BLOCK_PIXELS)
-    fixed, grad_logits = torch.zeros_like(probs, dtype=torch.int64), torch.empty_like(obs)
-    grad_maps = maps.new_empty(num_images * num_chunks, len(maps), 6)
-    size = dict(ROWS=num_rows, COLS=num_cols, BLOCK=BLOCK_PIXELS)
-    if num_images:
-        _differentiate_score_maps[num_images, triton.cdiv(len(maps), MAPS_PER_GRADIENT), num_chunks](
-            obs, maps, log_prob, by_map, probs, grad, fixed, grad_maps, len(maps), eps, FIXED_POINT, negligible,
-            **size, MAPS=MAPS_PER_GRADIENT, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-        _differentiate_probs[num_images, triton.cdiv(probs[0].numel(), BLOCK_PIXELS)](
-            probs, grad, fixed, grad_logits, FIXED_POINT, **size, num_warps=4, enable_fp_fusion=True
-        )
-    return grad_logits, grad_maps.sum(0).view_as(maps)

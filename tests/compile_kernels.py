@@ -14,12 +14,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from fast import (
-    triton_convolution,  # noqa: E402
-    triton_decoder,  # noqa: E402
-    triton_memory,  # noqa: E402
-    triton_rendering,  # noqa: E402
-)
+from fast import gpu, triton_decoder  # noqa: E402
 
 compile_kernel, results = JITFunction.run, []
 SHOWN = ["SAMPLE", "SAVE", "UNITS", "num_warps"]  # what tells the kernels of a name apart
@@ -38,27 +33,23 @@ def run(kernel, *args, grid, warmup, **options):
 
 triton.runtime.driver.set_active(ptx.Driver(int(sys.argv[1])))
 JITFunction.run = run
-arcs, on, params = torch.zeros(2, 10, 7), torch.ones(2, 10, dtype=torch.bool), torch.ones(2)
-logits, arc_id = triton_rendering.draw(arcs, on, params, 28, 28, -13.8)
-triton_rendering.differentiate_draw(arcs, on, params, arc_id, logits, 28, 28, -13.8)
-obs, maps = torch.zeros(2, 28, 28), torch.zeros(40, 2, 3)
-log_prob, by_map, probs = triton_rendering.score_maps(obs, obs, maps, 1e-7)
-triton_rendering.differentiate_score_maps(obs, maps, log_prob, by_map, probs, log_prob, 1e-7, 1e-7)
-out, argmax = triton_convolution.convolve(obs, torch.zeros(64, 1, 3, 3), torch.zeros(64))
-triton_convolution.differentiate_convolve(obs, argmax, out)
-out, argmax = triton_convolution.pool(torch.zeros(2, 14, 14, 128), torch.zeros(128))
-triton_convolution.differentiate_pool(argmax, out)
-memory, latent = torch.zeros(2, 10, 10, dtype=torch.uint8), torch.zeros(20, 2, 10, 2, dtype=torch.int64)
-triton_memory.get_candidates(memory, latent[0, :, 0, 0], latent[10:])
-triton_memory.keep_best(memory, latent[0, :, 0, 0], latent, torch.zeros(20, 2), torch.zeros(2))
+arcs, on, params = torch.zeros(2, 10, 7, requires_grad=True), torch.ones(2, 10, dtype=torch.bool), torch.ones(2)
+gpu.DrawArcs.apply(arcs, on, params, 28, 28).sum().backward()
+obs, maps = torch.zeros(2, 28, 28), torch.zeros(40, 2, 3, requires_grad=True)
+gpu.ScoreMaps.apply(obs, obs, maps, None).sum().backward()
+gpu.Convolve.apply(obs, torch.zeros(64, 1, 3, 3, requires_grad=True), torch.zeros(64)).sum().backward()
+gpu.Pool.apply(torch.zeros(2, 128, 14, 14, requires_grad=True), torch.zeros(128)).sum().backward()
+memory, proposal = torch.zeros(2, 10, 10, dtype=torch.uint8), torch.zeros(10, 2, 10, 2, dtype=torch.int64)
+latent = gpu.get_candidates(memory, torch.arange(2), proposal)
+gpu.keep_best(memory, torch.arange(2), latent, torch.zeros(20, 2), torch.zeros(2))
 for num_units, triton_decoder.NUM_MULTIPROCESSORS in itertools.product((4, 64, 128), (128, 0)):  # few programs, and many
     weights = torch.zeros(4 * num_units, num_units), torch.zeros(66, num_units), torch.zeros(66)
-    given = torch.zeros(128, 4 * num_units), torch.zeros(2, 4 * num_units), *weights
-    latent, uniform = torch.zeros(2, 10, 2, dtype=torch.int64), torch.zeros(2, 10, 2)
-    for save in (False, True):
-        triton_decoder.decode(*given, uniform, latent, 0.0, save)
-        log_prob, _, *saved = triton_decoder.decode(*given, uniform[:0], latent, 0.0, save)
-    triton_decoder.differentiate_decode(*weights[:2], latent, log_prob, *saved, 0.0)
+    given = torch.zeros(128, 4 * num_units, requires_grad=True), torch.zeros(2, 4 * num_units), *weights
+    gpu.sample(*given, 1, 10, 0.0)[1].sum().backward()
+    gpu.log_prob(*given, proposal[0], 0.0).sum().backward()
+    with torch.no_grad():
+        gpu.sample(*given, 1, 10, 0.0)
+        gpu.log_prob(*given, proposal[0], 0.0)
 print(f"{'kernel':28}{'':18}registers  stack  shared  instructions")
 for r in results:
     print(f"{r['kernel']:28}{r['sizes']:18}{r['registers']:9}{r['stack']:7}{r['shared']:8}{r['instructions']:14}")

@@ -167,7 +167,6 @@ def test_the_training_of_an_evaluation_looks_at_no_value(algorithm, num_alphabet
 # What one call launches on a GPU; of other operations that are no views, one is counted.
 NUM_LAUNCHES = {
     "convolution": 3, "convolution_backward": 6, "logsumexp": 8, "_log_softmax": 1, "topk": 3, "index_put_": 2,
-    "draw": 1, "score_maps": 3, "differentiate_score_maps": 4, "differentiate_convolve": 2, "differentiate_pool": 2,
 }  # fmt: skip
 
 
@@ -187,20 +186,23 @@ class Counter(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("algorithm, limit", [("mws", 200), ("rws", 195), ("vimco", 210)])
-def test_number_of_launches(algorithm, limit):
+def test_number_of_launches(algorithm, limit, monkeypatch):
     """Of a step at the paper's setting, but for those of Adam, which are four"""
     rendering.set_compile(True, META)
+    kernels = []
+    monkeypatch.setattr(gpu, "launch", lambda kernel, *_, **__: kernels.append(kernel))
     try:
         run = get_run(algorithm, flags=["--batch-size", "10"])
         run.optimizer.step = run.pretrain_optimizer.step = lambda: None
         obs_id = main.get_obs_id(run)
         with Counter() as step:
             main.train_step(run, obs_id)
+        num_kernels = len(kernels)
         with Counter() as pretraining:
             main.pretrain_step(run)
     finally:
         rendering.set_compile(False)
-    assert step.num_launches <= limit and pretraining.num_launches <= 110
+    assert step.num_launches + num_kernels <= limit and pretraining.num_launches + len(kernels) - num_kernels <= 110
 
 
 def test_a_search_leaves_kernels_that_were_turned_off_as_they_are(monkeypatch):

@@ -185,6 +185,15 @@ def test_embeddings_and_gradients_are_those_of_the_convolutions(name):
         torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
 
 
+def test_other_first_layers_are_computed_as_they_are():
+    network, obs = models.InferenceNetwork(), get_images("lines").float()
+    network.conv0 = torch.nn.Conv2d(1, 64, 5, padding=3)
+    x = F.max_pool2d(network.conv0(obs.unsqueeze(1)), 3, 2).relu()
+    x = F.max_pool2d(network.conv1(x), 3, 2).relu()
+    want = F.max_pool2d(network.conv3(network.conv2(x).relu()).relu(), 2, 2).flatten(1)
+    torch.testing.assert_close(network.embed(obs), want, atol=1e-5, rtol=0)
+
+
 def test_fast_and_straightforward_agree():
     model, network = models.GenerativeModel(), models.InferenceNetwork()
     latent, obs = model.sample(5)
@@ -491,6 +500,8 @@ def test_programs_are_completed(temperature):
     beginning = torch.tensor([[[1, 0]]]).expand(50000, 1, 2)
     completed = model.complete(beginning, temperature, alphabet)
     assert torch.equal(completed[:, :1], beginning)
+    with pytest.raises(ValueError, match="3 strokes"):
+        model.complete(beginning[:, [0, 0, 0]], temperature, alphabet)
     # of two independent numbers, the temperature applies to each
     ids, on = (by_first[1].view(K, 2).logsumexp(dim) for dim in (1, 0))
     second = (ids / temperature).log_softmax(0)[:, None] + (on / temperature).log_softmax(0)
