@@ -59,9 +59,9 @@ DEFAULTS = {  # by algorithm, where they differ; the first are the paper's
 # Memoised evaluation
 LEARNING_RATES = 5e-3, 1e-4  # the first and the last
 NUM_HALVES = 2
-NUM_PROPOSALS = 500  # of the model's own network, for a search to begin with
+NUM_PROPOSALS = 500  # programs of the model's own network with which a search begins
 PROPOSAL_INTERVAL = 100  # iterations between proposals of a network on a GPU that join the guaranteed bound
-MANY_MILESTONES = 15  # of a run
+MANY_MILESTONES = 15  # about as many as a run has
 MANY_LATENTS = 300_000  # to be scored in an evaluation, for compiling to pay off
 LATENTS_PER_SEARCH = 400_000  # scored by a search of effort 1
 
@@ -95,7 +95,7 @@ class Evaluation:
         self.num_searched = 0  # images whose programs have been sought
         self.iteration = 0
         self.statistics, self.pending = {}, []
-        self.log_p = torch.empty(0, device=device)  # of the images estimated so far
+        self.log_p = torch.empty(0, device=device)  # estimates made so far
 
     def get_checkpoint(self, settings):
         """Raises: UserError if training has diverged"""
@@ -276,7 +276,7 @@ def show(evaluation, bar, done):
 
 # A search finds the best programs of each image. They are the memory of MWS, with which a lookup network is trained while the
 # model stays fixed; like MWS's, it also proposes programs that may enter the memory. All of it is done twice, by two halves
-# that share no random number: what one has found and the other has not tells how much both may have missed.
+# without a random number in common: what only one of them finds tells how much both may have missed.
 
 
 @torch.no_grad()
@@ -377,7 +377,9 @@ def evaluate(args, half=None):
     path = util.SAVE / name / "logp" / f"{args.mode}_{args.algorithm}.pt"
     with StopSignal() as stop:
         if half is not None:
-            images, memory, kind = load_images(args, checkpoint, data.load)  # of which the other half has told
+            images, memory, kind = load_images(
+                args, checkpoint, data.load
+            )  # without the line about the data, which the other half prints
             return 0 if run_one(get_half(args, half), checkpoint, images, memory, kind, path, stop) else 128 + stop.received
         status = evaluate_checkpoint(args, checkpoint, name, path, stop)
     if status == 0:
@@ -397,7 +399,7 @@ def evaluate_every_checkpoint(args):
             except UserError as error:
                 util.warn(f"{error}; left out")
                 continue
-            if checkpoint["iteration"] == 0:  # of pretraining
+            if checkpoint["iteration"] == 0:  # still in pretraining
                 continue
             name = name or checkpoints.get_run_name(path, checkpoint["args"])
             result_path = report.get_milestones_folder(name, args.mode) / f"{checkpoint['iteration']}.pt"
@@ -477,7 +479,7 @@ def load_images(args, checkpoint, load_data=data.load_and_tell):
 
     Args: load_data: data.load_and_tell, or a cached version of it
     Returns: data.Split; the memory's rows of these images, [N, M, A], or None if they are not its training images;
-        one of checkpoints.KINDS_OF_IMAGES
+        its kind: test, training or other
     Raises: UserError if they do not fit the model
     """
     dataset = data.load_for_model(checkpoint, args.data_location, load_data)

@@ -215,6 +215,33 @@ def _select_heavy(latent, obs_id, grad_log_p, grad_log_q, threshold):
 # ------------------------------------------------------------------ memoised wake-sleep
 
 
+def keeps(init_state):
+    """Declares the state of an objective: parts that a run keeps for it, saves, restores, and passes to it by name.
+
+    Args: init_state(num_data, num_arcs, num_primitives, settings of its own ...) -> {name: tensor, or anything with a
+        state_dict}
+    """
+
+    def declare(objective):
+        objective.init_state = init_state
+        return objective
+
+    return declare
+
+
+MEMORY_SIZE = Setting("latents remembered per image", 1, 10**5, limit=40)  # for any objective with a memory
+
+
+def _init_run_memory(
+    num_data,
+    num_arcs,
+    num_primitives,
+    memory_size: Annotated[int, MEMORY_SIZE] = 10,
+):
+    return {"memory": init_memory(num_data, memory_size, num_arcs, num_primitives)}
+
+
+@keeps(_init_run_memory)
 def mws(generative_model, inference_network, memory, obs, obs_id, num_particles=10, alphabet=None):
     """Memoised Wake-Sleep: updates the memory in place and trains on a sample from it.
 
@@ -339,24 +366,10 @@ class Step(NamedTuple):
     inference_network: torch.nn.Module
     obs: torch.Tensor  # [B, R, C]
     obs_id: torch.Tensor  # indices of the images among the training data: [B]
-    alphabet: torch.Tensor | None  # of a conditional model, one-hot: [B, L]
+    alphabet: torch.Tensor | None  # one-hot, if the model is conditional: [B, L]
     num_particles: int  # P
     num_dreams: int  # samples of the model for an update by sleep
     iteration: torch.Tensor  # done before, a scalar on the device, so that a CUDA graph reads it anew in each step
-
-
-def keeps(init_state):
-    """Declares the state of an objective: parts that a run keeps for it, saves, restores, and passes to it by name.
-
-    Args: init_state(num_data, num_arcs, num_primitives, settings of its own ...) -> {name: tensor, or anything with a
-        state_dict}
-    """
-
-    def declare(objective):
-        objective.init_state = init_state
-        return objective
-
-    return declare
 
 
 def init_state(args, num_data, device):
@@ -380,18 +393,5 @@ def _get_names(objective):
     return list(inspect.signature(objective).parameters)
 
 
-MEMORY_SIZE = Setting("latents remembered per image", 1, 10**5, limit=40)  # of any objective with a memory
-
-
-def _init_run_memory(
-    num_data,
-    num_arcs,
-    num_primitives,
-    memory_size: Annotated[int, MEMORY_SIZE] = 10,
-):
-    return {"memory": init_memory(num_data, memory_size, num_arcs, num_primitives)}
-
-
-mws = keeps(_init_run_memory)(mws)
 OBJECTIVES = {"mws": mws, "rws": rws, "vimco": vimco, "tvo": tvo, "sleep": wake_sleep}  # the choices of --algorithm
 util.CHOICES["algorithm"] = OBJECTIVES

@@ -46,7 +46,7 @@ class Run:
         self.generative_model, self.inference_network = models.build(args, self.num_alphabets, device)
         self.optimizer = get_optimizer(self.generative_model, self.inference_network, args.prior_lr_factor)
         self.pretrain_optimizer = get_adam(self.inference_network.parameters(), device)
-        self.state = losses.init_state(args, len(dataset.train.obs), device)  # of the objective: the memory of mws
+        self.state = losses.init_state(args, len(dataset.train.obs), device)  # the objective's own: the memory of mws, for one
         # All that is saved and restored: tensors, and whatever has a state_dict. Learning-rate schedulers among them are
         # stepped after each iteration of training
         self.parts = dict(
@@ -58,13 +58,13 @@ class Run:
         )
         self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
         self.callbacks = [(args.test_interval, test)] if args.test_interval else []  # (iterations between calls, function)
-        self.num_called = 0  # of the callbacks that are due at this iteration
+        self.num_called = 0  # callbacks made at this iteration
         self.reason = ""  # to stop early; a callback that gives one completes the run
         self.stop = None  # a StopSignal
         self.curves = None
         self.pretrain_iteration = self.iteration = 0
         self.clock = torch.zeros((), dtype=torch.long, device=device)  # the iteration, as a CUDA graph sees it
-        self.epoch = self.order = None  # of the data; they follow from the iteration
+        self.epoch = self.order = None  # the order of the data in this epoch, which follows from the iteration
         self.statistics = {}  # see runs/curves.py
         self.pending = []  # statistics not yet moved off the device
 

@@ -12,7 +12,6 @@ import torch
 
 from fast import gpu
 from models import match_images, pack, unpack
-from util import UserError
 
 ROWS_AT_ONCE = 1024  # latents scored without gradients on a CPU: their images stay in the cache
 CAPACITY = 10_000  # latents kept per image in a table
@@ -185,24 +184,6 @@ def get_enumeration_bound(rows, num_images):
     highest = log_joint.new_full((num_images,), -torch.inf).scatter_reduce(0, rows.obs_id, log_joint, "amax")
     shifted = (log_joint - highest[rows.obs_id]).exp()
     return highest + torch.zeros_like(highest).index_add(0, rows.obs_id, shifted).log()
-
-
-def check_rows(state, num_arcs, num_images):
-    """Raises: UserError unless it is as ScoreTable.state_dict returns it"""
-    right = isinstance(state, dict) and state.keys() == {"settled", "recent", "num_scored"}
-    right = right and isinstance(state["num_scored"], int) and state["num_scored"] >= 0
-    for columns in [state["settled"], state["recent"]] if right else []:
-        right = right and isinstance(columns, list) and len(columns) == 4
-        right = right and all(isinstance(column, torch.Tensor) for column in columns)
-        if right:
-            key, obs_id, codes, log_joint = columns
-            num = len(log_joint) if log_joint.dim() == 1 else -1
-            right = key.shape == obs_id.shape == (num,) and codes.shape == (num, num_arcs)
-            right = right and (key.dtype, obs_id.dtype, codes.dtype) == (torch.long, torch.long, torch.int16)
-            right = right and bool(((obs_id >= 0) & (obs_id < num_images)).all() and log_joint.isfinite().all())
-            right = right and bool((key[1:] > key[:-1]).all())
-    if not right:
-        raise UserError("its table of scores is invalid")
 
 
 class ScoreTable:

@@ -119,7 +119,7 @@ class Setting(NamedTuple):
     """What there is to say about a setting, besides its name, type and default"""
 
     help: str
-    low: float | None = None  # of a number
+    low: float | None = None  # the least a number may be
     high: float | None = None  # by default, the largest 32-bit integer, or a million
     parse: Callable | None = None  # from the command line's text; raises argparse.ArgumentTypeError
     group: str = "training"  # in the help
@@ -493,7 +493,7 @@ class Lines:
 
 # ------------------------------------------------------------------ files
 
-FORMAT = 1  # of files that save_checkpoint writes; versions 1.x of the program read it
+FORMAT = 1  # the layout of files, which all versions 1.x of the program read
 DIGEST = b"sha256 "  # begins the comment at the end of a file, which the digest of all before it completes
 
 

@@ -27,9 +27,9 @@ class Task(NamedTuple):
 
     model: str  # path base
     kind: str  # train, or the algorithm of an evaluation, after train_ if it is of training images: rws, train_rws, ...
-    flags: list  # of main.py or eval_logp.py, each one word
+    flags: list  # words of the command line of main.py or eval_logp.py
     total: int  # iterations of the training
-    settings: dict = {}  # of an evaluation: those its result must have, and its number of images and iterations
+    settings: dict = {}  # what the result of an evaluation must have been made with
 
     def __str__(self):
         return self.model if self.kind == "train" else f"{self.model} {self.kind}"
@@ -59,11 +59,11 @@ class Progress(NamedTuple):
     """What is saved of a task"""
 
     done: bool
-    iteration: int = 0  # of the training, or of the evaluation itself
+    iteration: int = 0  # iterations done of the training or of the evaluation
     total: int = 0
     value: str = ""  # the last loss, or log p
     saved: float | None = None  # when, seconds since the epoch
-    others: bool = False  # of an evaluation: one with other settings, or of an older model, would have to be replaced
+    others: bool = False  # whether another evaluation, or one of an older model, would be replaced
 
 
 def get_progress(task):
@@ -167,8 +167,8 @@ def get_log_end(task, num_lines=4):
 
 def get_device(task):
     """What the last attempt ran on, GPU or CPU; "" if there was none"""
-    commands = [line for line in read_log(task) if line.startswith("--- ")]
-    return "" if not commands else "GPU" if "--cuda" in commands[-1].split() else "CPU"
+    starts = [line for line in read_log(task) if line.startswith("--- ")]
+    return "" if not starts else "GPU" if "--cuda" in starts[-1].split() else "CPU"
 
 
 def open_log(task):

@@ -34,9 +34,8 @@ def get_maps(generative_model, latent, obs):
 
 def draw_maps(generative_model, num):
     """Samples maps from the model: [N, 2, 3], or None if the likelihood has none"""
-    if generative_model.likelihood.maps is None:
-        return None
-    return generative_model.likelihood.maps[torch.randint(len(generative_model.likelihood.maps), (num,))].detach()
+    maps = generative_model.likelihood.sample_maps(num)
+    return None if maps is None else maps.detach()
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from reading import search
 from runs import checkpoints
 from util import UserError
 
-NUM_PROPOSALS = 10  # of the inference network; the best is drawn
+NUM_PROPOSALS = 10  # programs that the inference network proposes for an image; the best is drawn
 BATCH_SIZE = 50  # images whose programs are inferred together
 NUM_COUNTED = 2000  # samples from the prior, to estimate how often it uses each primitive
 

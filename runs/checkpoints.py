@@ -21,7 +21,6 @@ import losses  # noqa: F401  # it and models declare settings
 import util
 from util import UserError, warn
 
-KINDS_OF_IMAGES = ["test", "training", "other"]  # of the model's data: unseen, or those it was trained on; of other data
 RESULT_KEYS = {
     "args", "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
     "latents", "statistics", "run", "model_settings", "model_iteration",

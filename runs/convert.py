@@ -113,7 +113,7 @@ def convert_result(old):
         if settings["algorithm"] == "sleep":
             num_images = min(settings["batch_size"], old["args"].get("num_data", settings["batch_size"]))
             settings["num_dreams"] = min(500, num_images * settings["num_particles"])
-    return {**old, "settings": settings}
+    return {**old, "settings": settings, "args": {"images": "first", "data_location": None, **old["args"]}}
 
 
 def main():
