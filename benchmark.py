@@ -2,9 +2,8 @@
 
     python benchmark.py                     # a table: about ten minutes on two CPU cores
     python benchmark.py --quick             # smaller batches, under a minute
-    python benchmark.py --profile           # where the time of an MWS step goes
+    python benchmark.py --profile           # where the time of a step goes
     python benchmark.py --cuda              # on a GPU; also counts a step's kernels and launches
-    python benchmark.py --cuda --profile    # also the kernels that take longest in each step
 
 Both run in one process on the same characters, alternating, and medians are compared.
 The reference is fast/reference.py, which scores everything with gradients. A third
@@ -38,6 +37,7 @@ from scoring import ScoreTable
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
+NUM_LONGEST = 25  # operations of a step that --profile shows
 ALGORITHMS = ["mws", "rws", "vimco", "pretrain", "eval rws", "eval vimco", "eval sharp"]
 SHARPNESS = 1000  # "eval sharp" is eval rws with a network whose logits are this many times larger, as after long training
 
@@ -201,44 +201,17 @@ def _get_peak_resident():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def profile(setting, num_runs):
-    """Prints how long the parts of an MWS step take, each timed separately."""
-    steps = get_warm_steps("mws", setting)
-    model, network, obs = steps.model, steps.network, steps.obs
-    context = network.get_context(obs).detach()
-    latent = network.decoder.sample(20, context)  # as scored in an MWS step: 10 + 10
-    with torch.no_grad():
-        flat = latent.flatten(0, 1)
-        logits = torch.cat([model.get_logits(chunk) for chunk in flat.split(1024)])
-
-    def no_grad(function):
-        return torch.no_grad()(function)
-
-    parts = {
-        "convolutions, forward": no_grad(lambda: network.embed(obs)),
-        "convolutions, forward and backward": lambda: network.embed(obs).sum().backward(),
-        "propose 10 latents an image": lambda: network.decoder.sample(10, context),
-        "prior of 20 latents an image": no_grad(lambda: model.log_prior(latent)),
-        "draw 20 latents an image": no_grad(lambda: [model.get_logits(chunk) for chunk in flat.split(1024)]),
-        "likelihood of 20 latents an image": no_grad(
-            lambda: [
-                rendering.affine_log_prob(logits[i : i + 1024], obs.repeat(20, 1, 1)[i : i + 1024], model.likelihood.maps)
-                for i in range(0, len(flat), 1024)
-            ]
-        ),
-        "gradient of log p of one latent an image": lambda: sum(model.log_prob(latent[:1], obs)).sum().backward(),
-        "gradient of log q of one latent an image": lambda: network.decoder.log_prob(latent[:1], context).sum().backward(),
-        "optimiser": steps.optimizer.step,
-        "the whole step": steps.step,
-    }
-    for name, part in parts.items():
-        seconds = statistics.median(get_seconds(part, setting.device) for _ in range(num_runs))
-        print(f"{seconds * 1e3:9.1f} ms  {name}")
+def profile(algorithm, setting):
+    """Prints the operations of a step that take longest"""
+    steps = get_warm_steps(algorithm, setting)
+    with torch.profiler.profile(acc_events=True) as profiler:  # without acc_events, torch warns
+        steps.step()
+    order = "self_cuda_time_total" if setting.device.type == "cuda" else "self_cpu_time_total"
+    print(f"{algorithm}:", profiler.key_averages().table(sort_by=order, row_limit=NUM_LONGEST), sep="\n")
 
 
 # ------------------------------------------------------------------ on a GPU
 
-NUM_LONGEST = 25  # kernels shown of a step
 NUM_IN_A_ROW = 200  # steps
 
 
@@ -263,13 +236,6 @@ def count_kernels(events):
         elif re.match(r"cu(da)?(Launch|GraphLaunch|Memcpy|Memset)", event.name):
             num_launches += 1
     return kernels, num_launches
-
-
-def show_longest_kernels(algorithm, kernels):
-    """Prints the kernels that take longest in a step. Args: kernels: of `trace`"""
-    print(f"{algorithm}: microseconds, launches and names of the {NUM_LONGEST} kernels that take longest")
-    for name, seconds in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:NUM_LONGEST]:
-        print(f"{1e6 * sum(seconds):9.1f} {len(seconds):4}  {name[:100]}")
 
 
 def show_kernels(algorithms, setting):
@@ -306,9 +272,8 @@ def run(argv=None):
     num_runs = 1 if args.quick else args.num_runs
     rendering.set_compile(args.compile, device)
     if args.profile:
-        profile(setting, 7)
-        for algorithm in (args.algorithms or ALGORITHMS) if device.type == "cuda" else []:
-            show_longest_kernels(algorithm, trace(get_warm_steps(algorithm, setting).step)[0])
+        for algorithm in args.algorithms or ALGORITHMS:
+            profile(algorithm, setting)
         return 0
     print("algorithm   images x latents   seconds   reference   ratio   x convolutions   peak MB   reference")
     for algorithm in args.algorithms or ALGORITHMS:
@@ -321,10 +286,11 @@ def run(argv=None):
 def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     positive = util.in_range(int, 1)
-    profile_help = f"print the time of an MWS step's parts instead, and on a GPU the {NUM_LONGEST} longest kernels of each step"
     parser.add_argument("--cuda", action="store_true", help="measure a GPU")
     parser.add_argument("--quick", action="store_true", help="a fifth of the batch, one run of each, no peak memory")
-    parser.add_argument("--profile", action="store_true", help=profile_help)
+    parser.add_argument(
+        "--profile", action="store_true", help=f"print the {NUM_LONGEST} longest operations of each step instead"
+    )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="measure plain PyTorch")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, help="what to measure (default: all)")
     parser.add_argument("--batch-size", type=positive, help="images (default: 250, the paper's)")

@@ -387,6 +387,14 @@ class Translation(AffineMixture):
 LIKELIHOODS = {"learned-affine": LearnedAffine, "affine": FixedAffine, "translation": Translation, "bernoulli": Bernoulli}
 util.CHOICES["likelihood"] = LIKELIHOODS
 
+
+def get_likelihood_class(name):
+    """Raises: ValueError if there is none of this name"""
+    if name not in LIKELIHOODS:
+        raise ValueError(f"likelihood is {name!r}; it is one of {', '.join(LIKELIHOODS)}")
+    return LIKELIHOODS[name]
+
+
 # ------------------------------------------------------------------ generative model
 
 
@@ -406,9 +414,7 @@ class GenerativeModel(nn.Module):
         super().__init__()
         if initial_max_curve > 0.5 and not big_arcs:
             raise ValueError(f"initial_max_curve is {initial_max_curve}; without big arcs it is at most 0.5")
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood is {likelihood!r}; it is one of {', '.join(LIKELIHOODS)}")
-        self.num_rows, self.num_cols, self.num_arcs = num_rows, num_cols, num_arcs
+        self.num_rows, self.num_cols, self.num_arcs, self.num_primitives = num_rows, num_cols, num_arcs, num_primitives
         self.big_arcs, self.num_alphabets = big_arcs, num_alphabets
         self.prior = Decoder(num_primitives, num_arcs, lstm_hidden_size, num_alphabets, uniform_mixture)
 
@@ -419,7 +425,7 @@ class GenerativeModel(nn.Module):
         self.pre_sharpness = nn.Parameter(torch.full((num_primitives,), 20.0))
         self.pre_width = nn.Parameter(torch.full((num_primitives,), -2.0))
         self.pre_rendering_params = nn.Parameter(torch.tensor([3.0, -3.0]))
-        self.likelihood = LIKELIHOODS[likelihood](**(likelihood_settings or {}))
+        self.likelihood = get_likelihood_class(likelihood)(**(likelihood_settings or {}))
         self.register_state_dict_post_hook(_shorten_names)
         self.register_load_state_dict_pre_hook(_lengthen_names)
 
@@ -520,8 +526,7 @@ class GenerativeModel(nn.Module):
         if the prior has no such method, so that a search tries all strokes alike."""
         if hasattr(self.prior, "get_next_log_probs"):
             return self.prior.get_next_log_probs(beginning, self._get_context(len(beginning), alphabet))
-        num_primitives = len(self.pre_theta)
-        id_log_prob = self.pre_theta.new_full((len(beginning), num_primitives), -math.log(num_primitives))
+        id_log_prob = self.pre_theta.new_full((len(beginning), self.num_primitives), -math.log(self.num_primitives))
         on_log_prob = self.pre_theta.new_full((len(beginning), 2), -math.log(2))
         return id_log_prob, forbid_ink(on_log_prob) if beginning.shape[1] == 0 else on_log_prob
 

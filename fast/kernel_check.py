@@ -41,7 +41,7 @@ def check(build, device, num_particles, batch_size, memory_size=0, init_memory=N
         num_latents = min(num_particles + memory_size, max(MOST_ROWS // batch_size, 1))
         checks = get_checks(generative_model, inference_network, num_latents, batch_size, device)
         if 0 < memory_size <= gpu.MAX_CANDIDATES - num_particles:  # larger ones have no kernels
-            sizes = generative_model.num_arcs, len(generative_model.pre_theta)
+            sizes = generative_model.num_arcs, generative_model.num_primitives
             memory, proposal = (init_memory(batch_size, num, *sizes) for num in (memory_size, num_particles))
             checks["memory"] = [get_memory_check(memory, proposal, remember, device)]
         if device.type == "cuda" and importlib.util.find_spec("triton"):
@@ -152,8 +152,7 @@ def get_checks(generative_model, inference_network, num_particles, batch_size, d
     """For each operator, functions without arguments that compute something with it: values and gradients, of which only
     those of the first NUM_COMPARED rows are computed by plain PyTorch"""
     num_rows, num_arcs = num_particles * batch_size, generative_model.num_arcs
-    num_primitives = len(generative_model.pre_theta)
-    ids = torch.randint(num_primitives, (num_particles, batch_size, num_arcs), device=device)
+    ids = torch.randint(generative_model.num_primitives, (num_particles, batch_size, num_arcs), device=device)
     latent = torch.stack([ids, torch.randint(2, ids.shape, device=device)], -1)  # [P, B, A, 2]
     latent[..., 0, 1] = 0
     size = generative_model.num_rows, generative_model.num_cols

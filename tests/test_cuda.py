@@ -246,7 +246,7 @@ def test_gradients_are_those_of_the_latents_that_carry_weight(name, monkeypatch)
         assert (got - want).norm() <= 1e-5 * want.norm()
 
 
-def test_the_benchmark_counts_kernels_and_launches(capsys):
+def test_the_benchmark_counts_kernels_and_launches():
     def event(name, device, start, end):
         on = getattr(torch.autograd.DeviceType, device)
         time_range = types.SimpleNamespace(elapsed_us=lambda: end - start)
@@ -256,11 +256,6 @@ def test_the_benchmark_counts_kernels_and_launches(capsys):
     events += [event("_draw", "CUDA", 10, 30), event("_draw", "CUDA", 40, 50), event("Memset (Device)", "CUDA", 60, 61)]
     kernels, num_launches = benchmark.count_kernels(events)
     assert num_launches == 2 and kernels == {"_draw": [pytest.approx(2e-5), pytest.approx(1e-5)]}
-    benchmark.show_longest_kernels("mws", {"short": [1e-6], **kernels})
-    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
-        ["30.0", "2", "_draw"],
-        ["1.0", "1", "short"],
-    ]
 
 
 # ------------------------------------------------------------------ on a GPU

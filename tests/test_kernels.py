@@ -185,6 +185,12 @@ def test_affine_likelihood(use_kernels, spread, size):
     logits = rendering.get_logits(arcs, on, torch.tensor([3.0, -3.0], device=device), *size).requires_grad_()
     obs = (torch.rand(5, *size, device=device) < logits.sigmoid()).float()
     check_gradients(lambda x, m: rendering.affine_log_prob(x, obs, m), [logits, maps], use_kernels)
+    weights = torch.linspace(-2, 1, 7, device=device, requires_grad=True)
+
+    def score(logits, maps, weights):
+        return rendering.affine_log_prob(logits, obs, maps, weights.log_softmax(0))
+
+    check_gradients(score, [logits, maps, weights], use_kernels)
 
 
 def test_a_gradient_does_not_depend_on_the_order_of_its_sum(use_kernels):
