@@ -8,7 +8,7 @@ from conftest import ROOT
 
 # A module imports only from lines below its own (and within its folder; scripts also import scripts).
 LEVELS = """
-main sweep diagnostics eval_logp oneshot benchmark
+main sweep diagnostics eval_logp oneshot read demo benchmark
 cluster results
 reading runs
 losses
@@ -49,7 +49,7 @@ sys.path.append({str(ROOT.parent)!r})
 strokes = importlib.import_module({ROOT.name!r})
 model, network = strokes.models.from_checkpoint(strokes.runs.checkpoints.load({str(ROOT / "pretrained/mws_20.pt")!r}))
 latent, obs = model.sample(3)
-strokes.reading.programs.find_programs(model, network, obs, num_particles=5, num_rounds=1, num_mutants=5)
+strokes.reading.characters.read(model, strokes.reading.characters.Characters(list(obs.numpy() > 0), obs, 'abc', 'abc'))
 strokes.rendering.set_compile(True)
 print(model.log_prob(latent.unsqueeze(0), obs)[1].shape, len(strokes.data.load("glyphs").train.obs))
 model.get_logits(latent).numpy()
