@@ -72,12 +72,12 @@ class Reader:
         return f"""{animate(strokes, found.inks[i])}
 <p>{int(reading.drawing.on[i].sum())} strokes; log p(x | strokes) {log_p:.0f} nats; their deviation from the library's
 {deviation:.1f} nats (0: they are in it)</p>
-<p>From the library: {show(self.library[visible])}</p><p>By other hands: {show(examples)}</p><p>Resembles: {show(alike)}</p>"""
+<p>From the library:<br>{show(self.library[visible])}</p><p>By other hands:<br>{show(examples)}</p><p>Resembles:<br>{show(alike)}</p>"""
 
 
 def show(images):
     """Images [N, R, R], ink 1, as HTML"""
-    return " ".join(f'<img src="{to_uri(1 - image.numpy())}" width="56" style="display:inline;margin:2px">' for image in images)
+    return " ".join(f'<img src="{to_uri(1 - image.numpy())}" width="44" style="display:inline;margin:1px">' for image in images)
 
 
 def to_uri(grey):
@@ -88,7 +88,7 @@ def to_uri(grey):
 def animate(program, ink):
     """Strokes as an SVG that draws them one after the other over the ink [H, W], see drawings.get_program"""
     side, time = drawings.NUM_PIXELS, 0.0
-    lines = [f'<svg class="strokes" viewBox="0 0 {side} {side}" width="{PAGE}" style="border:1px solid #ccc;background:white">']
+    lines = [f'<svg class="strokes" viewBox="0 0 {side} {side}" width="{3 * PAGE // 4}" style="border:1px solid #ccc;background:white">']
     lines.append(f'<image href="{to_uri(1 - 0.25 * characters.images.make_square(ink))}" width="{side}" height="{side}"/>')
     for number, stroke in enumerate((s for s in program["strokes"] if s["on"]), start=1):
         path = drawings.get_path([stroke[name] for name in ("x_start", "y_start", "dx", "dy", "theta")])

@@ -34,32 +34,21 @@ RESULT_KEYS = {"settings", "forward", "backward", "answers"}
 
 
 def classify(run, model, args, tick):
-    """Classifies the test images of an oneshot_runs.Run.
-
-    Returns: forward and backward, [M, N] each, see matching.compare; and the strokes of the NUM_SHOWN best characters
-        as varied to fit each test image: probabilities of ink [M, NUM_SHOWN, RESOLUTION, RESOLUTION]
-    """
-    num_characters, num_tests = len(run.characters), len(run.tests)
+    """Classifies the test images of an oneshot_runs.Run. Returns: matching.Comparison"""
     obs = torch.cat([run.characters, run.tests])
     strokes = matching.find_strokes(model, run.inks, obs, args.num_traces, seed=args.seed, tick=tick)
-    split = torch.arange(len(obs)).split([num_characters, num_tests])
+    split = torch.arange(len(obs)).split([len(run.characters), len(run.tests)])
     characters, tests = (strokes.select(ids) for ids in split)
-    forward, backward, fit, best_program = matching.compare(tests, characters, num_steps=args.num_steps, tick=tick)
-    shown = get_best(forward, backward)  # [M, S]
-    test = torch.arange(num_tests).unsqueeze(1)
-    rows = (best_program[test, shown] * num_tests + test) * num_characters + shown
-    probs = variation.get_probs(fit.drawing.select(rows.flatten()), RESOLUTION, RESOLUTION)
-    return forward, backward, probs.unflatten(0, shown.shape)
+    return matching.compare(tests, characters, num_steps=args.num_steps, tick=tick)
 
 
-def get_best(forward, backward):
-    """The best characters of each test image, best first: [M, NUM_SHOWN]"""
-    return matching.combine(forward, backward).topk(min(NUM_SHOWN, forward.shape[1]), 1).indices
-
-
-def draw(run, name, forward, backward, probs):
+def draw(run, name, result):
     """A page: each test image, and its best characters with the strokes that were varied to fit it. Returns: PDF bytes"""
-    best = get_best(forward, backward)
+    total = matching.combine(result.forward, result.backward).gather(1, result.candidates)
+    order = total.topk(min(NUM_SHOWN, total.shape[1]), 1).indices  # [M, S], among the candidates
+    best, test = result.candidates.gather(1, order), torch.arange(len(order)).unsqueeze(1)
+    shown = result.drawing.select((test * total.shape[1] + order).flatten())
+    probs = variation.get_probs(shown, RESOLUTION, RESOLUTION).unflatten(0, order.shape)
     tests = F.interpolate(run.tests.unsqueeze(1), size=RESOLUTION)[:, 0]  # [M, R, R]
     characters = F.interpolate(run.characters.unsqueeze(1), size=RESOLUTION)[:, 0]
     num_wrong = int((best[:, 0] != run.answers).sum())
@@ -81,6 +70,7 @@ def get_settings(checkpoint, run, args):
     return {
         "model": checkpoints.get_digest(checkpoint),
         "images": f"grey {hashlib.sha1(images).hexdigest()[:12]}",  # those of older results were black and white
+        "grids": 2,  # older versions fitted all characters in all pixels
         **{name: getattr(args, name) for name in ("num_traces", "num_steps", "seed")},
     }
 
@@ -114,29 +104,36 @@ def find_result(path, run, settings, force):
 
 
 def get_row(name, run, result):
-    """A run's numbers of errors: CSV columns. By pixels: the character with the most equal pixels"""
-    forward, backward = result["forward"], result["backward"]
-    characters, tests = run.characters >= 0.5, run.tests >= 0.5
-    pixels = (tests.unsqueeze(1) == characters).sum((2, 3))  # [M, N]
+    """A run's numbers of wrong answers: CSV columns. By distance: the modified Hausdorff distance of the ink, without strokes"""
+    points = [matching.get_points(ink) for ink in run.inks]
+    characters, tests = points[: len(run.characters)], points[len(run.characters) :]
+    distance = torch.tensor([[matching.get_hausdorff_distance(x, c) for c in characters] for x in tests])  # [M, N]
     scores = {
-        "error": matching.combine(forward, backward),
-        "forward alone": forward,
-        "backward alone": backward,
-        "by pixels": pixels,
+        "wrong": matching.combine(result["forward"], result["backward"]),
+        "wrong forward alone": result["forward"],
+        "wrong backward alone": result["backward"],
+        "wrong by distance": -distance,
     }
-    rates = {key: (value.argmax(1) != run.answers).float().mean().item() for key, value in scores.items()}
-    return {"model": name, "run": run.name, "images": len(run.tests), **rates}
+    wrong = {key: int((value.argmax(1) != run.answers).sum()) for key, value in scores.items()}
+    return {"model": name, "run": run.name, "images": len(run.tests), **wrong}
 
 
 def write_table(path, rows):
-    """Writes the CSV. Returns: lines of text with the means over runs and their standard errors"""
+    """Writes the CSV. Returns: lines of text with the errors of all images and their 95 % intervals"""
     report.write_csv(path, rows)
-    texts = []
-    for key in ["error", "forward alone", "backward alone", "by pixels"]:
-        values = torch.tensor([row[key] for row in rows])
-        deviation = f" ± {values.std() / math.sqrt(len(rows)):.1%}" if len(rows) > 1 else ""
-        texts.append(f"{key} {values.mean():.1%}{deviation}")
-    return [f"{', '.join(texts)} (mean over {len(rows)} runs, standard error)", str(path)]
+    total, lines = sum(row["images"] for row in rows), []
+    for key in [key for key in rows[0] if key.startswith("wrong")]:
+        num = sum(row[key] for row in rows)
+        low, high = get_wilson_interval(num, total)
+        lines.append(f"{key}: {num} of {total}, {num / total:.1%} (95 % interval {low:.1%} to {high:.1%})")
+    return [*lines, str(path)]
+
+
+def get_wilson_interval(num, total, z=1.96):
+    """The Wilson score interval of a share, with 95 % confidence"""
+    share = num / total
+    middle, reach = share + z**2 / (2 * total), z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+    return tuple((middle + sign * reach) / (1 + z**2 / total) for sign in (-1, 1))
 
 
 # ------------------------------------------------------------------ script
@@ -154,11 +151,12 @@ def choose_runs(args):
 
 def get_num_ticks(run, args):
     """The number of gradient steps that a run takes, on at most variation.AT_ONCE drawings each"""
-    num_own = args.num_traces * (len(run.characters) + len(run.tests))
-    num_pairs = args.num_traces * len(run.characters) * len(run.tests)
-    num_among = args.num_traces * len(run.characters) ** 2
-    own, pairs, among = (math.ceil(num / variation.AT_ONCE) for num in (num_own, num_pairs, num_among))
-    return own * matching.NUM_TRACE_STEPS + (2 * pairs + among) * args.num_steps
+    num_characters, num_tests, num_traces = len(run.characters), len(run.tests), args.num_traces
+    num_refined = min(num_traces, matching.NUM_REFINED) * num_tests * min(num_characters, matching.NUM_CANDIDATES)
+    own = num_traces * (num_characters + num_tests)
+    pairs, among = num_traces * num_characters * num_tests, num_traces * num_characters**2
+    own, pairs, among, refined = (math.ceil(num / variation.AT_ONCE) for num in (own, pairs, among, num_refined))
+    return own * matching.NUM_TRACE_STEPS + (2 * pairs + among) * matching.NUM_COARSE_STEPS + 2 * refined * args.num_steps
 
 
 def main(argv=None):
@@ -184,12 +182,12 @@ def main(argv=None):
                 path = folder / f"{run.name}.pt"
                 if result is None:
                     rendering.set_compile(args.compile)
-                    forward, backward, probs = classify(run, model, args, bar.update)
-                    util.write(path.with_suffix(".pdf"), draw(run, name, forward, backward, probs))
-                    result = dict(settings=own, forward=forward, backward=backward, answers=run.answers)
+                    found = classify(run, model, args, bar.update)
+                    util.write(path.with_suffix(".pdf"), draw(run, name, found))
+                    result = dict(settings=own, forward=found.forward, backward=found.backward, answers=run.answers)
                     util.save_checkpoint(path, result)
                 row = get_row(name, run, result)
-                bar.write(f"{run.name}: error {row['error']:.0%}, by pixels {row['by pixels']:.0%}: {path.with_suffix('.pdf')}")
+                bar.write(f"{run.name}: {row['wrong']} of {row['images']} wrong: {path.with_suffix('.pdf')}")
                 rows.append(row)
         print("\n".join(write_table(util.SAVE / name / "oneshot.csv", rows)))
     return 0
@@ -202,7 +200,7 @@ def get_parser():
     add("--runs", "Omniglot's all_runs.zip, or the folder that it unpacks to", required=True)
     add("--run-ids", "numbers of the runs to classify (default: all)", nargs="+", type=positive)
     add("--num-traces", "traces of each image", type=positive, default=matching.NUM_TRACES)
-    add("--num-steps", "gradient steps that vary strokes to fit another image", type=positive, default=matching.NUM_STEPS)
+    add("--num-steps", "last gradient steps that vary strokes to fit another image", type=positive, default=matching.NUM_STEPS)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--compile", "compile the hot path (default: yes)", action=argparse.BooleanOptionalAction, default=True)
     add("--force", "repeat runs that are complete, or replace those with other settings", action="store_true")

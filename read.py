@@ -49,7 +49,7 @@ def strokes_figures(found, reading, title):
         axes.set(xlim=(-0.05, 1.1 * num_cols), ylim=(1.1 * len(rows), -0.2), aspect="equal")
         axes.set_axis_off()
         for row, i in enumerate(rows):
-            top, ink = 1.1 * row, 1 - found.obs[i]
+            top, ink = 1.1 * row, 1 - found.obs[i].numpy()
             axes.text(-0.1, top + 0.5, figures.literal(get_label(found, reading, i)), ha="right", va="center", fontsize=6)
             on = reading.drawing.on[i].nonzero().squeeze(1).tolist()
             half = 0.5 / (ink.shape[1] - 1)  # the page ends in the middle of a pixel

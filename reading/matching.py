@@ -14,7 +14,8 @@ character's own best strokes do, and how well those of the other characters do, 
 
     s(c | t) - (max_k log p(c | v_k of c) + mean_{c' != c} s(c | c')) / 2
 
-`combine` adds both directions.
+All pairs are fitted blurred, and on a coarse grid (`match`); the best few characters of each test image also sharply, in 28 x 28
+pixels (`refine`). `combine` adds both directions.
 """
 
 from typing import NamedTuple
@@ -22,15 +23,17 @@ from typing import NamedTuple
 import numpy as np
 import scipy.spatial
 import torch
+import torch.nn.functional as F
 
 from reading import tracing, variation
-from reading.variation import HAND, OWN, Drawing
+from reading.variation import HAND, OWN, Drawing, Variation
 
 NUM_TRACES = 4  # of each image
-NUM_TRACE_STEPS, NUM_OWN_STEPS = 60, 100  # of the refit to the image itself, of traces and of programs
-NUM_STEPS = 100  # of the refit to another image
+NUM_TRACE_STEPS = 60  # of the refit to the image itself
+NUM_COARSE_STEPS, NUM_STEPS = 50, 60  # of the refit to another image, on a coarse grid and in all pixels
+NUM_CANDIDATES, NUM_REFINED = 6, 2  # characters of a test image, and their traces, that are fitted in all pixels
 LEARNING_RATE = 0.1  # of all
-TRACE_BLUR = 0.5  # traces lie on the ink already
+TRACE_BLUR, COARSE_BLUR, FINE_BLUR = (0.5, 1.0), (0.25, 0.6), (0.6, 1.0)  # traces lie on the ink already
 FLOOR = 0.03  # f'
 
 
@@ -67,7 +70,7 @@ def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, dev
         deviations,
         NUM_TRACE_STEPS,
         start=traces.variation,
-        blur=(TRACE_BLUR, 1.0),
+        blur=TRACE_BLUR,
         lr=LEARNING_RATE,
         tick=tick,
     )
@@ -75,51 +78,82 @@ def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, dev
     return Strokes(obs, traces.latent.unflatten(0, shape), fit.drawing, (fit.log_likelihood - fit.distance).view(shape))
 
 
-def refit_programs(generative_model, latent, obs, num_kept=1, deviations=OWN, num_steps=NUM_OWN_STEPS, tick=lambda: None):
-    """Refits programs [S, N, A, 2] to their images [N, R, C]. Returns: Strokes, of the num_kept programs that fit best, best
-    first"""
-    num_programs, num_images = latent.shape[:2]
-    images = obs.repeat(num_programs, 1, 1)  # [S * N, R, C]
-    centre = variation.get_drawing(generative_model, latent.flatten(0, 1), images)
-    fit = variation.refit(centre, images, deviations, num_steps, lr=LEARNING_RATE, tick=tick)
-    score = (fit.log_likelihood - fit.distance).view(num_programs, num_images)
-    kept = score.topk(min(num_kept, num_programs), 0)
-    rows = (kept.indices * num_images + torch.arange(num_images)).flatten()  # [K * N]
-    latent = latent.flatten(0, 1)[rows].unflatten(0, kept.indices.shape)
-    return Strokes(obs, latent, fit.drawing.select(rows), kept.values)
+def match(strokes, obs, deviations=HAND, num_steps=NUM_COARSE_STEPS, tick=lambda: None):
+    """Refits the strokes of N images to each of M other images [M, R, C], blurred, and on a grid half as fine.
 
-
-def match(strokes, obs, deviations=HAND, num_steps=NUM_STEPS, floor=FLOOR, tick=lambda: None):
-    """Refits the strokes of N images to each of M other images [M, R, C].
-
-    Args: floor: f'
-    Returns: variation.Fit of K * M * N drawings; and log p(x' | v) - |e|^2 / 2 of each, [K, M, N], nats
+    Returns: Variation of K * M * N drawings; and log p(x' | v) - |e|^2 / 2 of each, in all pixels: [K, M, N], nats
     """
     num_kept, num_images = strokes.score.shape
     grid = torch.cartesian_prod(torch.arange(num_kept), torch.arange(len(obs)), torch.arange(num_images))
     program, image, source = grid.unbind(1)  # [K * M * N] each
     centre = strokes.drawing.select(program * num_images + source)
+    coarse, aligned_to = (_halve(x)[ids] for x, ids in [(obs, image), (strokes.obs, source)])
     fit = variation.refit(
-        centre, obs[image], deviations, num_steps, aligned_to=strokes.obs[source], lr=LEARNING_RATE, tick=tick
-    )
-    log_likelihood = variation.get_log_likelihood(fit.drawing, obs[image], floor)
-    return fit, (log_likelihood - fit.distance).view(num_kept, len(obs), num_images)
+        centre, coarse, deviations, num_steps, aligned_to=aligned_to, blur=COARSE_BLUR, sharp_after=0.8, lr=LEARNING_RATE,
+        tick=tick,
+    )  # fmt: skip
+    score = _score(fit, obs[image])
+    return fit.variation, score.view(num_kept, len(obs), num_images)
 
 
-def compare(tests, characters, deviations=HAND, num_steps=NUM_STEPS, tick=lambda: None):
-    """Compares M test images with N characters, both Strokes.
+def refine(strokes, obs, start, score, pairs, deviations=HAND, num_steps=NUM_STEPS, tick=lambda: None):
+    """Refits the strokes of some of N images to some of M others, beginning where `match` ended.
 
-    Returns: forward [M, N], the score of each test image under the strokes of each character; backward [M, N], the score
-        of each character under the strokes of each test image, less what it takes to explain this character; nats. Also,
-        of the forward direction, the variation.Fit of K * M * N drawings, and the best program of each pair, [M, N]
+    Args: start, score: from `match`; pairs [P, 2], image and source
+    Returns: Fit of T * P drawings, the best NUM_REFINED traces of each pair, and log p(x' | v) - |e|^2 / 2, [T, P], nats
     """
-    fit, forward = match(characters, tests.obs, deviations, num_steps, tick=tick)  # [K, M, N]
-    _, backward = match(tests, characters.obs, deviations, num_steps, tick=tick)  # [K, N, M]
-    _, among = match(characters, characters.obs, deviations, num_steps, tick=tick)  # [K, N, N]
+    num_images, (image, source) = len(strokes.obs), pairs.unbind(1)
+    trace = score[:, image, source].topk(min(NUM_REFINED, len(score)), 0).indices  # [T, P]
+    rows = (trace * len(obs) + image) * num_images + source
+    start = Variation(*(x[rows.flatten()] for x in start))
+    centre, images = strokes.drawing.select((trace * num_images + source).flatten()), obs[image.expand_as(trace).flatten()]
+    fit = variation.refit(
+        centre, images, deviations, num_steps, start, blur=FINE_BLUR, sharp_after=0.8, lr=LEARNING_RATE, tick=tick
+    )
+    return fit, _score(fit, images).view_as(trace)
+
+
+def _halve(obs):
+    """Images on the grid on which the renderer draws in half as many pixels: [N, R, C] -> [N, R / 2, C / 2]"""
+    size = [side // 2 for side in obs.shape[1:]]
+    return F.interpolate(F.avg_pool2d(obs.unsqueeze(1), 3, 1, 1), size, mode="bilinear", align_corners=True).squeeze(1)
+
+
+def _score(fit, obs):
+    """log p(x' | v) - |e|^2 / 2 of Fits, as classification counts it: [N], nats"""
+    rows = torch.arange(len(obs)).split(variation.AT_ONCE)
+    return torch.cat([variation.get_log_likelihood(fit.drawing.select(some), obs[some], FLOOR) for some in rows]) - fit.distance
+
+
+class Comparison(NamedTuple):
+    """M test images and N characters"""
+
+    forward: torch.Tensor  # [M, N], the score of each test image under the strokes of each character, nats
+    backward: torch.Tensor  # [M, N], that of each character under the strokes of each test image, less what it takes, nats
+    candidates: torch.Tensor  # [M, S], the characters that were refined; the scores of others are lower bounds
+    drawing: Drawing  # of M * S drawings, the strokes of each candidate as they were varied to fit the test image
+
+
+@torch.no_grad()
+def compare(tests, characters, num_coarse_steps=NUM_COARSE_STEPS, num_steps=NUM_STEPS, tick=lambda: None):
+    """Compares test images with characters, both Strokes. Returns: Comparison"""
+    (start, scores), (back_start, back_scores), (_, among) = (
+        match(strokes, obs, num_steps=num_coarse_steps, tick=tick)
+        for strokes, obs in [(characters, tests.obs), (tests, characters.obs), (characters, characters.obs)]
+    )  # [K, M, N], [K, N, M], [K, N, N]
     images = characters.obs.repeat(len(characters.score), 1, 1)  # [K * N, R, C]
     own = variation.get_log_likelihood(characters.drawing, images, FLOOR).view_as(characters.score)  # [K, N]
     effort = get_effort(own.amax(0), among.logsumexp(0))
-    return forward.logsumexp(0), backward.logsumexp(0).t() - effort, fit, forward.argmax(0)
+    forward, backward = scores.logsumexp(0), back_scores.logsumexp(0).t() - effort
+    candidates = combine(forward, backward).topk(min(NUM_CANDIDATES, forward.shape[1]), 1).indices  # [M, S]
+    test = torch.arange(len(candidates)).unsqueeze(1).expand_as(candidates)
+    pairs = torch.stack([test, candidates], 2).flatten(0, 1)  # [M * S, 2]
+    fit, refined = refine(characters, tests.obs, start, scores, pairs, num_steps=num_steps, tick=tick)  # [T, M * S]
+    _, back_refined = refine(tests, characters.obs, back_start, back_scores, pairs.flip(1), num_steps=num_steps, tick=tick)
+    forward[test, candidates] = refined.logsumexp(0).view_as(test)
+    backward[test, candidates] = back_refined.logsumexp(0).view_as(test) - effort[candidates]
+    best = refined.argmax(0) * len(pairs) + torch.arange(len(pairs))
+    return Comparison(forward, backward, candidates, fit.drawing.select(best))
 
 
 def get_effort(own, among):

@@ -71,11 +71,11 @@ def find(generative_model, obs, alphabet=None, proposals=None, num_best=200, eff
 
 
 @torch.no_grad()
-def read(generative_model, inference_network, obs, effort=QUICK, num_proposals=1000, alphabet=None):
+def read(generative_model, inference_network, obs, effort=None, num_proposals=1000, alphabet=None):
     """Searches for the most probable program of each image, beginning with proposals of the inference network. A conditional
     model that is given no alphabet takes that of the most probable proposal.
 
-    Args: obs [N, R, C] in {0, 1}; effort: Effort; alphabet [N, L] one-hot or None
+    Args: obs [N, R, C] in {0, 1}; effort: Effort, by default QUICK; alphabet [N, L] one-hot or None
     Returns: latent [N, A, 2]; log_joint [N], nats; alphabet [N, L], or None if the model is not conditional
     """
     if alphabet is None and generative_model.num_alphabets:
@@ -84,7 +84,7 @@ def read(generative_model, inference_network, obs, effort=QUICK, num_proposals=1
     for i in show_progress(range(len(obs)), desc="searching", unit="image"):
         given = None if alphabet is None else alphabet[i : i + 1]
         proposals = inference_network.sample(obs[i : i + 1], num_proposals, given).squeeze(1)  # [P, A, 2]
-        found.append(find(generative_model, obs[i], None if given is None else given[0], proposals, 1, effort))
+        found.append(find(generative_model, obs[i], None if given is None else given[0], proposals, 1, effort or QUICK))
     latent, log_joint = zip(*found, strict=True)
     return torch.cat(latent), torch.cat(log_joint), alphabet
 

@@ -12,7 +12,7 @@ import torch
 import images
 import losses
 import models
-from reading import programs, search
+from reading import characters, search
 from util import UserError
 
 
@@ -170,11 +170,13 @@ def test_files_that_cannot_be_read_are_named_and_the_others_are_read(tmp_path, c
     (tmp_path / "broken.png").write_bytes(encode(page)[:50])
     (tmp_path / "blank.png").write_bytes(encode(np.ones((50, 50))))
     paths = [tmp_path / f"{name}.png" for name in ("broken", "two", "none", "blank")]
-    characters = programs.read_characters(paths)
-    assert characters.names == ["two-1", "two-2"] and characters.obs.shape == (2, 28, 28)
+    found = characters.find(paths)
+    assert found.names == ["two-1", "two-2"] and found.obs.shape == (2, 28, 28)
+    for ink, obs in zip(found.inks, found.obs, strict=True):
+        assert ink.shape == (112, 112) and is_like(ink, np.kron(obs >= 0.5, np.ones((4, 4), bool)))
     assert len(capsys.readouterr().err.splitlines()) == 3
     with pytest.raises(UserError, match="no character to read"):
-        programs.read_characters(paths[:1])
+        characters.find(paths[:1])
 
 
 LETTERS = {"T": [(1, 1, 3, 1), (2, 1, 2, 3)], "L": [(1, 1, 1, 3), (1, 3, 3, 3)], "X": [(1, 1, 3, 3), (3, 1, 1, 3)]}
