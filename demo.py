@@ -88,7 +88,9 @@ def to_uri(grey):
 def animate(program, ink):
     """Strokes as an SVG that draws them one after the other over the ink [H, W], see drawings.get_program"""
     side, time = drawings.NUM_PIXELS, 0.0
-    lines = [f'<svg class="strokes" viewBox="0 0 {side} {side}" width="{3 * PAGE // 4}" style="border:1px solid #ccc;background:white">']
+    lines = [
+        f'<svg class="strokes" viewBox="0 0 {side} {side}" width="{3 * PAGE // 4}" style="border:1px solid #ccc;background:white">'
+    ]
     lines.append(f'<image href="{to_uri(1 - 0.25 * characters.images.make_square(ink))}" width="{side}" height="{side}"/>')
     for number, stroke in enumerate((s for s in program["strokes"] if s["on"]), start=1):
         path = drawings.get_path([stroke[name] for name in ("x_start", "y_start", "dx", "dy", "theta")])

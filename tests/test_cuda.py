@@ -25,7 +25,6 @@ import models
 import rendering
 import util
 from fast import cuda_graph, gpu, kernel_check
-from reading import programs
 from runs import checkpoints
 
 aten = torch.ops.aten
@@ -203,16 +202,6 @@ def test_number_of_launches(algorithm, limit, monkeypatch):
     finally:
         rendering.set_compile(False)
     assert step.num_launches + num_kernels <= limit and pretraining.num_launches + len(kernels) - num_kernels <= 110
-
-
-def test_a_search_leaves_kernels_that_were_turned_off_as_they_are(monkeypatch):
-    model, network = models.GenerativeModel().to(META), models.InferenceNetwork().to(META)
-    latent, log_joint = torch.zeros(5, 10, 2, dtype=torch.long, device=META), torch.zeros(5, device=META)
-    monkeypatch.setattr(programs, "infer", lambda *_, **__: (latent.unsqueeze(1), log_joint.unsqueeze(1)))
-    monkeypatch.setattr(programs.search, "find", lambda *_, **__: (latent, log_joint))
-    monkeypatch.setattr(gpu.kernels, "operators", ["scoring"])
-    assert programs.find_programs(model, network, torch.zeros(2, 28, 28, device=META)).latent.shape == (5, 2, 10, 2)
-    assert gpu.kernels.operators == ["scoring"] and not gpu.kernels.compiled
 
 
 def test_kernels_are_compiled_side_by_side(tmp_path):

@@ -57,11 +57,12 @@ def test_stages_and_tiles():
 
 
 def test_thinned_curves():
-    x, mean, low, high = figures.thin(np.arange(1.0, 100_001))
+    values = np.arange(1.0, 100_001)
+    x, mean, low, high = figures.thin(figures.Curve(values, values))
     assert len(x) == figures.MAX_POINTS
     assert x == pytest.approx(mean) and (low < mean).all() and (mean < high).all()
-    x, mean, low, high = figures.thin([3.0, 1.0])
-    assert list(x) == [1, 2] and list(mean) == list(low) == list(high) == [3, 1]
+    x, mean, low, high = figures.thin(figures.Curve(np.array([7.0, 9.0]), np.array([3.0, 1.0])))
+    assert list(x) == [7, 9] and list(mean) == list(low) == list(high) == [3, 1]
     assert figures.smooth(np.full(200, 5.0)) == pytest.approx(5)
 
 
@@ -143,8 +144,8 @@ def test_many_checkpoints(folder, monkeypatch):  # noqa: F811
     checkpoints = util.SAVE / model / "checkpoints"
     checkpoint = {**util.load_checkpoint(checkpoints / "10.pt"), "statistics": {}}
     for iteration in range(100, 110):
-        torch.save({**checkpoint, "iteration": iteration}, checkpoints / f"{iteration}.pt")
-    torch.save({**checkpoint, "iteration": 200}, checkpoints / "latest.pt")
+        util.save_checkpoint(checkpoints / f"{iteration}.pt", {**checkpoint, "iteration": iteration})
+    util.save_checkpoint(checkpoints / "latest.pt", {**checkpoint, "iteration": 200})
     monkeypatch.setattr(diagnostics, "MAX_FRAMES", 8)
     gc.collect()
     before = count_figures()
@@ -209,7 +210,7 @@ def test_learns_real_characters(omniglot, folder):  # noqa: F811
     main.main(flags)
     name = util.get_path_base(main.parse_args(flags))
     checkpoint = util.load_checkpoint(checkpoints.find(name))
-    loss = checkpoint["statistics"]["theta_loss"]
+    loss = checkpoint["statistics"]["train"]["theta_loss"]
     assert loss[:5].mean() - loss[-5:].mean() > 20
     subject = diagnostics.TrainedModel(name, checkpoints.get_path(name), checkpoint, data.load(location, False, 50))
     obs_id = torch.arange(50)

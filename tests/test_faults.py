@@ -25,6 +25,7 @@ import diagnostics
 import eval_logp
 import main
 import models
+import read
 import sweep
 import util
 from runs import checkpoints, convert
@@ -157,9 +158,9 @@ def test_names_from_outside_are_shown_literally(folder, run_script, capsys):  # 
         with open(name, "wb") as file:
             file.write(imageio.imwrite("<bytes>", image, extension=".png"))
     os.mkfifo("pipe.png")
-    flags = ["--checkpoint-path", str(get_run_folder()), "--num-rounds=1", "--num-particles=3", "--examples=1", "--no-refit"]
-    status, stdout, stderr = run_script(diagnostics, *flags, "--images", "pipe.png", *map(os.fsdecode, names))
-    assert status == 0 and "pipe.png is not a file but" in stderr and "lat\\udcff.png: log p" in stdout
+    flags = ["--checkpoint-path", str(get_run_folder()), "--examples=1"]
+    status, stdout, stderr = run_script(read, *flags, "pipe.png", *map(os.fsdecode, names))
+    assert status == 0 and "pipe.png is not a file but" in stderr and "lat\\udcff" in stdout
     latest = get_run_folder() / "checkpoints/latest.pt"
     latest.unlink()
     os.mkfifo(latest)
