@@ -79,6 +79,12 @@ def take(name, content, as_is=False):
     return [ink], [images.shrink(ink.astype(np.float32))]
 
 
+def from_images(obs):
+    """Images [N, R, C] in [0, 1] that hold a character each, of Omniglot's size and stroke: Characters"""
+    names = [str(i) for i in range(len(obs))]
+    return Characters(list(obs.numpy() >= 0.5), obs, names, names)
+
+
 def _name(files):
     """The stems of the files, numbered where one holds several characters, and distinct, so that none overwrites another"""
     names = []
