@@ -11,6 +11,7 @@ unless --host or --share says otherwise.
 from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
 import base64
+import html
 import itertools
 import os
 import threading
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 import data
+import images
 import models
 import util
 from read import MODEL, get_strokes
@@ -42,25 +44,22 @@ class Reader:
 
     def __init__(self, model, known):
         self.model, self.lock = model.requires_grad_(False), threading.Lock()
-        pairs = (
-            np.column_stack([known.alphabet.argmax(1), known.character]) if known.alphabet is not None else known.obs.flatten(1)
-        )
-        self.known = known.obs[np.unique(pairs, axis=0, return_index=True)[1]]  # one drawing of each character
+        which = known.obs.flatten(1) if known.alphabet is None else np.column_stack([known.alphabet.argmax(1), known.character])
+        self.known = known.obs[np.unique(which, axis=0, return_index=True)[1]]  # one drawing of each character
         self.points = [matching.get_points(obs, scale=True) for obs in self.known.numpy() >= 0.5]
         self.library = drawings.draw_primitives(model, 40)[0]  # [K, R, R]
-        self.read("", [self.known[0].numpy() >= 0.5], self.known[:1].numpy())  # the first time is slow
+        self.read(characters.from_inks([np.eye(56, dtype=bool)], ""))  # the first time is slow
 
-    def read(self, name, inks, obs):
-        """HTML about the characters in an image, see characters.take"""
-        if not inks:
+    def read(self, found):
+        """HTML about Characters"""
+        found = characters.Characters(*(field[:MOST] for field in found))
+        if not len(found):
             return "<p>There is no character on this page.</p>"
-        inks, obs = inks[:MOST], torch.from_numpy(np.stack(obs[:MOST])).float()
-        found = characters.Characters(inks, obs, [name] * len(inks), [name] * len(inks))
         with self.lock:  # for the seed
             util.set_seed(0)
             reading = characters.read(self.model, found)
             examples = drawings.vary_strokes(reading.drawing, NUM_EXAMPLES, 56)
-        return "<hr>".join(self.show(found, reading, examples[i], i) for i in range(len(inks)))
+        return "<hr>".join(self.show(found, reading, examples[i], i) for i in range(len(found)))
 
     def show(self, found, reading, examples, i):
         strokes = get_strokes(reading, i)
@@ -75,9 +74,9 @@ class Reader:
 <p>From the library:<br>{show(self.library[visible])}</p><p>By other hands:<br>{show(examples)}</p><p>Resembles:<br>{show(alike)}</p>"""
 
 
-def show(images):
+def show(drawn):
     """Images [N, R, R], ink 1, as HTML"""
-    return " ".join(f'<img src="{to_uri(1 - image.numpy())}" width="44" style="display:inline;margin:1px">' for image in images)
+    return " ".join(f'<img src="{to_uri(1 - image.numpy())}" width="44" style="display:inline;margin:1px">' for image in drawn)
 
 
 def to_uri(grey):
@@ -91,7 +90,7 @@ def animate(program, ink):
     lines = [
         f'<svg class="strokes" viewBox="0 0 {side} {side}" width="{3 * PAGE // 4}" style="border:1px solid #ccc;background:white">'
     ]
-    lines.append(f'<image href="{to_uri(1 - 0.25 * characters.images.make_square(ink))}" width="{side}" height="{side}"/>')
+    lines.append(f'<image href="{to_uri(1 - 0.25 * images.make_square(ink))}" width="{side}" height="{side}"/>')
     for number, stroke in enumerate((s for s in program["strokes"] if s["on"]), start=1):
         path = drawings.get_path([stroke[name] for name in ("x_start", "y_start", "dx", "dy", "theta")])
         lines.append(
@@ -127,19 +126,18 @@ def build(reader):
     others = itertools.cycle(torch.randperm(len(reader.known), generator=torch.Generator().manual_seed(0)).tolist())
 
     def read_page(event: gradio.EventData):
-        ink = characters.images.decode("the page", base64.b64decode(event.png.split(",")[1])) < 0.5
-        return reader.read("page", [ink] * int(ink.any()), [characters.images.shrink(ink.astype(np.float32))])
+        page = images.decode("the page", base64.b64decode(event.png.split(",")[1]))
+        return reader.read(characters.from_inks([page < 0.5], "page"))
 
     def read_file(path):
         try:
-            return reader.read(path, *characters.take(os.path.basename(path), util.read_file(path)))
+            return reader.read(characters.take(os.path.basename(path), util.read_file(path)))
         except UserError as error:
-            return f"<p>{error}</p>"
+            return f"<p>{html.escape(str(error))}</p>"
 
     def read_known():
-        obs = reader.known[next(others)].numpy()
-        ink = np.kron(obs >= 0.5, np.ones((4, 4), bool))
-        return reader.read("known", [ink], [obs])
+        ink = reader.known[next(others)].numpy() >= 0.5
+        return reader.read(characters.from_inks([np.kron(ink, np.ones((4, 4), bool))], "known"))
 
     with gradio.Blocks(title="Learning to write", analytics_enabled=False) as page:
         gradio.Markdown("# Draw a character, and see it read\nThe strokes come from a library that a model has learned.")

@@ -48,35 +48,35 @@ class Reading(NamedTuple):
 def find(paths, as_is=False):
     """Finds characters in image files (images.find_characters) or takes each file as one. Warns about files that cannot be
     read. Raises: UserError if nothing is left"""
-    inks, obs, files = [], [], []
+    found = []
     for path in paths:
         try:
-            some = take(str(path), read_file(path), as_is)
+            found.append(take(str(path), read_file(path), as_is))
         except OSError as error:
             warn(f"cannot read {path} ({error.strerror}), skipped")
-            continue
         except UserError as error:
             warn(f"{error}, skipped")
-            continue
-        inks += some[0]
-        obs += some[1]
-        files += [str(path)] * len(some[0])
+    files = [file for some in found for file in some.files]
     if not files:
         raise UserError("there is no character to read; give images of characters, or --as-is")
-    return Characters(inks, torch.from_numpy(np.stack(obs)).float(), _name(files), files)
+    return Characters(
+        [ink for some in found for ink in some.inks], torch.cat([some.obs for some in found]), _name(files), files
+    )
 
 
 def take(name, content, as_is=False):
-    """The characters in the bytes of one file: lists of inks and obs, arrays [H, W] of bool and [28, 28]
+    """The characters in the bytes of one file. Raises: UserError if they are no image"""
+    if as_is:
+        return from_inks([images.get_ink(images.decode(name, content)) >= 0.5], name)
+    return from_inks(images.find_characters(name, content, FINE), name)
 
-    Raises: UserError if they are no image"""
-    if not as_is:
-        inks = images.find_characters(name, content, FINE)
-        return inks, [images.fit(ink.astype(np.float32)) for ink in inks]
-    ink = images.get_ink(images.decode(name, content)) >= 0.5
-    if not ink.any():
-        raise UserError(f"{name} is blank")
-    return [ink], [images.shrink(ink.astype(np.float32))]
+
+def from_inks(inks, name):
+    """Characters of arrays [H, W] of bool, of one each in Omniglot's size and stroke; those without ink are left out"""
+    inks = [ink for ink in inks if ink.any()]
+    obs = [images.shrink(ink.astype(np.float32)) for ink in inks]
+    names = [name] * len(inks)
+    return Characters(inks, torch.from_numpy(np.array(obs).reshape(-1, images.SIDE, images.SIDE)).float(), names, names)
 
 
 def _name(files):

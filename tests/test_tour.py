@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
@@ -17,8 +18,6 @@ def test_tour():
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     saved = "".join("".join(out.get("text", "")) for cell in cells for out in cell["outputs"])
-    for text in (process.stdout, saved):  # a search's last digits depend on the machine
-        log_joint = float(re.search(r"log p\(x, z\) = (.*) nats", text)[1])
-        log_prior, log_likelihood = map(float, text.splitlines()[-1].split(", "))
-        assert abs(log_prior + log_likelihood - log_joint) < 0.2 and log_joint > -150
-    assert sum("image/png" in out.get("data", {}) for cell in cells for out in cell["outputs"]) == 4
+    numbers = [[float(x) for x in re.findall(r"-?\d+\.\d", text)] for text in (process.stdout, saved)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=1) and len(saved) > 100  # last digits depend on the machine
+    assert sum("image/png" in out.get("data", {}) for cell in cells for out in cell["outputs"]) == 5
