@@ -15,6 +15,7 @@ import collections
 import contextlib
 import functools
 import gc
+import json
 import pathlib
 import re
 import resource
@@ -275,10 +276,12 @@ def run(argv=None):
         for algorithm in args.algorithms or ALGORITHMS:
             profile(algorithm, setting)
         return 0
-    print("algorithm   images x latents   seconds   reference   ratio   x convolutions   peak MB   reference")
+    if not args.json:
+        print("algorithm   images x latents   seconds   reference   ratio   x convolutions   peak MB   reference")
     for algorithm in args.algorithms or ALGORITHMS:
-        print(format_row(compare(algorithm, setting, num_runs, with_memory=not args.quick)), flush=True)
-    if device.type == "cuda":
+        row = compare(algorithm, setting, num_runs, with_memory=not args.quick)
+        print(json.dumps(row) if args.json else format_row(row), flush=True)
+    if device.type == "cuda" and not args.json:
         show_kernels(args.algorithms or ALGORITHMS, setting)
     return 0
 
@@ -287,6 +290,7 @@ def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     positive = util.in_range(int, 1)
     parser.add_argument("--cuda", action="store_true", help="measure a GPU")
+    parser.add_argument("--json", action="store_true", help="print lines of JSON, not a table")
     parser.add_argument("--quick", action="store_true", help="a fifth of the batch, one run of each, no peak memory")
     parser.add_argument(
         "--profile", action="store_true", help=f"print the {NUM_LONGEST} longest operations of each step instead"
