@@ -34,7 +34,7 @@ import models
 import rendering
 import scoring
 import util
-from fast import gpu, kernel_check
+from fast import kernel_check
 from fast.cuda_graph import ReplayedStep
 from main import get_adam, update
 from reading import search
@@ -179,12 +179,16 @@ def train_step(evaluation, obs_id):
         loss, statistics = losses.sleep_in_parts(*networks, get_num_dreams(args))
     else:
         objective = losses.OBJECTIVES[args.algorithm]
-        # A GPU scores faster than it looks up scores, and can then replay the step.
-        scorer = losses.score if gpu.is_gpu(evaluation.device) else functools.partial(evaluation.table.score, obs_id)
+        scorer = functools.partial(evaluation.table.score, obs_id) if looks_scores_up(evaluation) else losses.score
         inputs = evaluation.get_inputs(obs_id)
         loss, statistics = objective(*networks, num_particles=args.num_particles, scorer=scorer, **inputs)
     update(evaluation.optimizer, loss)
     return statistics
+
+
+def looks_scores_up(evaluation):
+    """Whether steps look scores up in the table; a GPU scores faster than it looks up, and can then replay the step"""
+    return evaluation.device.type == "cpu"
 
 
 def get_step(evaluation):
@@ -233,7 +237,7 @@ def enumerate_memory(evaluation):
 def run(evaluation, settings, path, stop):
     """Trains the network, then estimates log p, until done or until a signal arrives. Returns: whether it is done"""
     args, num_images, step = evaluation.args, len(evaluation.obs), get_step(evaluation)
-    adds_proposals = gpu.is_gpu(evaluation.device) and args.algorithm in ("rws", "vimco")
+    adds_proposals = not looks_scores_up(evaluation) and args.algorithm in ("rws", "vimco")
     num_searches = num_images if args.algorithm == "mws" else 0
     num_estimates = num_images if args.algorithm != "mws" else 0  # which the halves of a memoised evaluation make together
     clock = SaveClock(args.save_minutes)

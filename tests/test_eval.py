@@ -84,7 +84,7 @@ def test_sleep_in_parts_has_the_gradient_of_one_batch(num_samples, monkeypatch):
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_programs_seen_in_training_join_the_bound(model, on_gpu, monkeypatch):
     """On a GPU, too, whose steps look no scores up: every hundred steps"""
-    monkeypatch.setattr(eval_logp.gpu, "is_gpu", lambda device: on_gpu)
+    monkeypatch.setattr(eval_logp, "looks_scores_up", lambda evaluation: not on_gpu)
     monkeypatch.setattr(eval_logp, "PROPOSAL_INTERVAL", 10)
     seen, estimate_step = [], eval_logp.estimate_step
     monkeypatch.setattr(
