@@ -194,8 +194,8 @@ def looks_scores_up(evaluation):
 def get_step(evaluation):
     """The step, called with obs_id; on a GPU replayed as a CUDA graph"""
     step = functools.partial(train_step, evaluation)
-    looks_scores_up = evaluation.args.algorithm == "mws"  # which cannot be recorded
-    is_replayed = evaluation.device.type == "cuda" and evaluation.args.compile and not looks_scores_up
+    can_record = evaluation.args.algorithm != "mws"  # whose steps look scores up
+    is_replayed = evaluation.device.type == "cuda" and evaluation.args.compile and can_record
     return ReplayedStep(step) if is_replayed else step
 
 
