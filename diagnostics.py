@@ -22,6 +22,7 @@ import torch
 from matplotlib.backends.backend_pdf import PdfPages
 
 import data
+import rendering
 import scoring
 import util
 from reading import variation
@@ -288,6 +289,8 @@ def get_loader():
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.search:
+        rendering.set_compile(True)
     load_data = get_loader()
     if args.checkpoint_path is None:
         draw_all(args, load_data)

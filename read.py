@@ -89,10 +89,8 @@ def save_pages(path, pages):
 
 def get_strokes(reading, i):
     """The strokes of a character as plain values, see drawings.get_program"""
-    num = reading.num_strokes[i]
-    whole = reading.drawing.select([i])
-    cut = {name: getattr(whole, name)[:, :num] for name in ("displacement", "theta", "on", "sharpness", "width")}
-    program = drawings.get_program(whole._replace(**cut), reading.latent[i, :num])
+    num = int(reading.num_strokes[i])
+    program = drawings.get_program(variation.resize(reading.drawing.select([i]), num), reading.latent[i, :num])
     for stroke, deviation in zip(program["strokes"], reading.deviation[i].tolist(), strict=False):
         stroke["deviation"] = deviation
     return program

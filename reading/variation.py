@@ -51,10 +51,6 @@ class Drawing(NamedTuple):
         """Selects drawings by ids [M] or a slice"""
         return Drawing(*(field[ids] for field in self[:-1]), self.params)
 
-    def cut(self, num):
-        """Selects the first strokes"""
-        return resize(self, num)
-
 
 def concatenate(drawings):
     """Joins Drawings into one, in order"""
@@ -204,17 +200,18 @@ def refit(
     Returns: Fit, whose score is at least that of the start (without regard to aligned_to)
     """
     start, num_arcs = start or get_none(centre), centre.on.shape[1]
+    aligned = start
     if aligned_to is not None:
         warp = _align(aligned_to, obs) / get_warp_deviations(deviations)
         aligned = start._replace(warp=warp.clamp(-FARTHEST, FARTHEST))
-    else:
-        aligned = start
     length = (centre.on * torch.arange(1, num_arcs + 1)).amax(1)  # [N]
     order, parts = length.argsort(stable=True), []
     for ids in order.split(AT_ONCE):  # those with few strokes together, so that few draw nothing
-        num = min(math.ceil(int(length[ids].max()) / ARCS_PER_SIZE) * ARCS_PER_SIZE, num_arcs)
+        num = min(math.ceil(max(int(length[ids].max()), 1) / ARCS_PER_SIZE) * ARCS_PER_SIZE, num_arcs)
         some = [resize(Variation(*(x[ids] for x in e)), num) for e in (start, aligned)]
-        fit = _refit(centre.select(ids).cut(num), obs[ids], deviations, num_steps, *some, blur, sharp_after, lr, floor, tick)
+        fit = _refit(
+            resize(centre.select(ids), num), obs[ids], deviations, num_steps, *some, blur, sharp_after, lr, floor, tick
+        )
         parts.append(fit._replace(drawing=resize(fit.drawing, num_arcs), variation=resize(fit.variation, num_arcs)))
     drawings, variations, log_likelihood, distance = zip(*parts, strict=True)
     back = order.argsort()
@@ -222,13 +219,12 @@ def refit(
     return Fit(concatenate(drawings).select(back), variation, torch.cat(log_likelihood)[back], torch.cat(distance)[back])
 
 
-def resize(fields, num):
+def resize(strokes, num):
     """Cuts a Drawing or Variation to its first strokes, or adds some that draw nothing"""
-    change = num - fields.theta.shape[1]
-    of_strokes = {
-        name: getattr(fields, name) for name in ("displacement", "theta", "on", "sharpness", "width") if hasattr(fields, name)
-    }
-    return fields._replace(**{name: F.pad(x, (0, 0) * (x.dim() - 2) + (0, change)) for name, x in of_strokes.items()})
+    names = [name for name in ("displacement", "theta", "on", "sharpness", "width") if hasattr(strokes, name)]
+    change = num - strokes.theta.shape[1]
+    resized = {name: F.pad(x, (0, 0) * (x.dim() - 2) + (0, change)) for name in names for x in [getattr(strokes, name)]}
+    return strokes._replace(**resized)
 
 
 def _refit(centre, obs, deviations, num_steps, start, aligned, blur, sharp_after, lr, floor, tick):
