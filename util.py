@@ -191,7 +191,11 @@ class Config:
         bool, _run("compile the hot path, and on a GPU replay steps as CUDA graphs (default: yes, except in test runs)")
     ] = None
     data_location: Annotated[
-        str, _data("local, om, glyphs, or a path: .mat, .npy, .npz, .zip, folder of images", parse=to_location)
+        str,
+        _data(
+            "local, om, glyphs, or a path: .mat, .npy, .npz, .zip, folder of images (default: local; in a test run glyphs)",
+            parse=to_location,
+        ),
     ] = "local"
     small_dataset: Annotated[bool, _data("train on 10 images per alphabet")] = False
     dataset_size: Annotated[int, _data("number of training images, the same for each alphabet (default: all)", 1)] = None
@@ -206,7 +210,7 @@ class Config:
     condition_on_alphabet: Annotated[
         bool, Setting("condition the prior and the inference network on the alphabet", group="model")
     ] = False
-    likelihood: Annotated[str, Setting("of an image given a drawing: {choices}", group="model")] = "learned-affine"
+    likelihood: Annotated[str, Setting("likelihood of an image given a drawing", group="model")] = "learned-affine"
     num_arcs: Annotated[int, Setting("strokes per character, including the invisible first one", 1, 1000, group="model")] = 10
     num_primitives: Annotated[int, Setting("strokes in the library", 1, 16383, group="model")] = 64
     initial_max_curve: Annotated[
@@ -226,7 +230,7 @@ class Config:
         float, _share("weight of a uniform distribution in each of the inference network's choices", group="model")
     ] = 0.0
     obs_embedding_dim: Annotated[int, _size("dimension of an image's embedding")] = 64
-    algorithm: Annotated[str, Setting("{choices} (RWS with the sleep update of phi)")] = "mws"
+    algorithm: Annotated[str, Setting("objective; sleep is RWS with the sleep update of phi")] = "mws"
     num_particles: Annotated[int, Setting("proposals per image (vimco: at least 2)", 1, 10**6, limit=40)] = 10
     prior_lr_factor: Annotated[float, Setting("learning rate of the prior, relative to the others' 1e-3")] = 1.0
     pretrain_iterations: Annotated[int, Setting("sleep steps that train the inference network first", limit=20)] = 10000
@@ -403,7 +407,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def add(self, flag, help, **options):
         """As add_argument, but the default is shown in the help"""
         if options.get("action") not in ("store_true", argparse.BooleanOptionalAction):
-            help += "" if options.get("default") in (None, "") else " (default: %(default)s)"
+            shows_default = options.get("default") not in (None, "") and "(default" not in help
+            help += " (default: %(default)s)" * shows_default
         self.group.add_argument(flag, help=help, **options)
 
     def add_fields(self, groups):
@@ -415,9 +420,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _add_field(self, field):
         flag, choices = f"--{field.name.replace('_', '-')}", CHOICES.get(field.name)
-        help = field.setting.help.format(choices=", ".join(choices or []))
-        if field.owners:
-            help = f"{', '.join(choice for _, choice in field.owners)}: {help}"
+        owners = ", ".join(choice for _, choice in field.owners)
+        help = f"{owners}: {field.setting.help}" if owners else field.setting.help
         if field.type is bool:
             action = "store_true" if field.default is False else argparse.BooleanOptionalAction
             self.add(flag, help, action=action, default=field.default)
