@@ -270,7 +270,11 @@ def restore_optimizer(name, optimizer, state, ours, theirs):
     """Restores an optimiser's state. Hyperparameters are those of the code, unless a schedule has moved them since they were
     made; if the code has changed, with a warning"""
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    groups = [  # those of the device decide where the numbers of steps go
+        {**group, **{key: value for key, value in option.items() if key in OF_DEVICES}}
+        for group, option in zip(state["param_groups"], options, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
     for group, option, our, their in zip(optimizer.param_groups, options, ours, theirs, strict=True):
         saved = {key: _to_plain(group.get(key)) for key in our}
         group.update(option)
