@@ -278,9 +278,9 @@ def restore_optimizer(name, optimizer, state, ours, theirs):
     for group, option, our, their in zip(optimizer.param_groups, options, ours, theirs, strict=True):
         saved = {key: _to_plain(group.get(key)) for key in our}
         group.update(option)
-        for key in our:
-            if not _is_same(our[key], their.get(key)):
-                warn(f"{name.replace('_', ' ')}: {key} was {their.get(key)}, and is {our[key]} in the code, which holds")
+        for key in [key for key in our if key in their]:  # other versions of torch have others
+            if not _is_same(our[key], their[key]):
+                warn(f"{name.replace('_', ' ')}: {key} was {their[key]}, and is {our[key]} in the code, which holds")
             elif not _is_same(saved[key], their[key]):
                 group[key] = saved[key]
 
