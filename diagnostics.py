@@ -265,7 +265,8 @@ def draw_all(args, load_data):
             if checkpoint is None:
                 print(f"{name}: no checkpoint yet, skipped")
             else:
-                draw_run(name, checkpoints.get_path(name), checkpoint, args, load_data)
+                with checkpoints.using(checkpoint):
+                    draw_run(name, checkpoints.get_path(name), checkpoint, args, load_data)
         except UserError as error:
             print(f"{name}: {error}", file=sys.stderr)
 
@@ -297,7 +298,8 @@ def main(argv=None):
     else:
         path = checkpoints.find(args.checkpoint_path)
         checkpoint = checkpoints.load(path)
-        draw_run(checkpoints.get_run_name(path, checkpoint["args"]), path, checkpoint, args, load_data)
+        with checkpoints.using(checkpoint):
+            draw_run(checkpoints.get_run_name(path, checkpoint["args"]), path, checkpoint, args, load_data)
     if util.SAVE.is_dir():
         print(f"overview: {overview.write_overview()}")
     return 0

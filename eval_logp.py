@@ -419,7 +419,8 @@ def evaluate_every_checkpoint(args):
 def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_and_tell):
     """Runs one evaluation, from where it was stopped, and writes its result. Returns: the exit status"""
     images, memory, kind = load_images(args, checkpoint, load_data)
-    settings = get_settings(args, checkpoint, images, kind)
+    with checkpoints.using(checkpoint):
+        settings = get_settings(args, checkpoint, images, kind)
     with locks.lock(path.parent / f".{path.stem}.lock", f"{name} is being evaluated by {args.algorithm}", stop):
         if not args.force and is_complete(path, settings):
             print(f"{path} is complete: {report.describe(path)}; --force repeats it")

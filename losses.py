@@ -19,7 +19,7 @@ import torch
 
 import util
 from fast import gpu
-from models import pack, sample_categorical, unpack
+from models import LookupInferenceNetwork, pack, sample_categorical, unpack
 from scoring import can_select, find_distinct, get_log_weight, log_mean_weight, needs_gradients, propose, score  # noqa: F401
 from util import Setting
 
@@ -74,17 +74,24 @@ def particle_objective(function):
         """Args: obs [B, R, C]; alphabet [B, L] one-hot; obs_id [B] if q is a LookupInferenceNetwork;
             scorer: `score`, or a faster equivalent
         Returns: loss; statistics"""
-        particles = propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer)
+        known_as = obs_id if isinstance(inference_network, LookupInferenceNetwork) else None
+        particles = propose(generative_model, inference_network, obs, num_particles, alphabet, known_as, scorer)
         scores = [x.detach().requires_grad_() for x in (particles.log_p, particles.log_q)]
-        loss, statistics = function(*scores, **others)
+        available = dict(
+            generative_model=generative_model, inference_network=inference_network, obs=obs, num_particles=num_particles,
+            alphabet=alphabet, obs_id=obs_id, **others,
+        )  # fmt: skip
+        loss, statistics = function(*scores, **{name: available[name] for name in own if name in available})
         gradients = torch.autograd.grad(loss, scores, materialize_grads=True)  # each [P, B]
         zero = differentiate(generative_model, inference_network, particles, obs, alphabet, *gradients)
-        return loss.detach() + zero, {name: value.detach() for name, value in statistics.items()}
+        return loss.detach() + zero, {
+            name: value.detach() if torch.is_tensor(value) else value for name, value in statistics.items()
+        }
 
-    own = list(inspect.signature(function).parameters.values())[2:]
-    shared = ["generative_model", "inference_network", "obs", "num_particles", "alphabet"]
-    shared = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in shared]
-    objective.__signature__ = inspect.Signature([*shared, *[p.replace(kind=p.KEYWORD_ONLY) for p in own]])
+    own = {name: p for name, p in list(inspect.signature(function).parameters.items())[2:]}
+    shared = [name for name in ("generative_model", "inference_network", "obs", "num_particles", "alphabet") if name not in own]
+    shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in shared]
+    objective.__signature__ = inspect.Signature([*shared, *[p.replace(kind=p.KEYWORD_ONLY) for p in own.values()]])
     return objective
 
 
@@ -385,7 +392,12 @@ def get_loss(args, step, state):
     Args: step: a Step; state: of `init_state`"""
     objective = OBJECTIVES[args.algorithm]
     available = {**util.get_own_settings(args, "algorithm"), **step._asdict(), **state}
-    return objective(**{name: available[name] for name in _get_names(objective) if name in available})
+    loss, statistics = objective(**{name: available[name] for name in _get_names(objective) if name in available})
+    for name, value in statistics.items():
+        if not isinstance(name, str) or name == "iteration" or (torch.is_tensor(value) and value.dim() > 0):
+            raise util.UserError(f"{args.algorithm}: the statistic {name!r} must be a scalar, and not be called iteration")
+    like = step.obs  # a number of Python becomes a tensor without a copy, which a CUDA graph could not record
+    return loss, {name: x.detach() if torch.is_tensor(x) else like.new_full((), x) for name, x in statistics.items()}
 
 
 @functools.cache

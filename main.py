@@ -26,7 +26,7 @@ from fast.cuda_graph import ReplayedStep
 from runs import checkpoints, curves, locks
 from runs.curves import append_statistics, check_finite
 from runs.saving import SaveClock, StopSignal
-from util import UserError
+from util import UserError, warn
 
 # ------------------------------------------------------------------ the state of a run
 
@@ -47,15 +47,15 @@ class Run:
         self.optimizer = get_optimizer(self.generative_model, self.inference_network, args.prior_lr_factor)
         self.pretrain_optimizer = get_adam(self.inference_network.parameters(), device)
         self.state = losses.init_state(args, len(dataset.train.obs), device)  # the objective's own: the memory of mws, for one
-        # All that is saved and restored: tensors, and whatever has a state_dict. Learning-rate schedulers among them are
+        # All that is saved and restored: tensors, and everything with a state_dict. Learning-rate schedulers among them are
         # stepped after each iteration of training
-        self.parts = dict(
+        self.parts = checkpoints.Parts(
             generative_model=self.generative_model,
             inference_network=self.inference_network,
             optimizer=self.optimizer,
             pretrain_optimizer=self.pretrain_optimizer,
-            **self.state,
         )
+        self.parts.update(self.state)
         self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
         self.callbacks = [(args.test_interval, test)] if args.test_interval else []  # (iterations between calls, function)
         self.num_called = 0  # callbacks made at this iteration
@@ -104,6 +104,8 @@ class Run:
             raise UserError(
                 f"{folder} holds a run with other settings: {differences}; use its settings, or move that folder away"
             )
+        for name, value in checkpoint["removed"].items():
+            warn(f"the checkpoint has a setting {name.replace('_', '-')} ({value}), which no longer exists; it is ignored")
         with checkpoints.using(checkpoint):
             checkpoints.restore_parts(self.parts, checkpoint, self.hyperparameters)
             for name in ["statistics", "pretrain_iteration", "iteration", "num_called", "reason"]:
@@ -112,7 +114,10 @@ class Run:
             util.set_random_state(checkpoint["random_state"], self.device)
 
     def get_schedulers(self):
-        return [part for part in self.parts.values() if isinstance(part, torch.optim.lr_scheduler.LRScheduler)]
+        """Those that need no value to step"""
+        kinds = torch.optim.lr_scheduler
+        schedulers = [part for part in self.parts.values() if isinstance(part, kinds.LRScheduler)]
+        return [part for part in schedulers if not isinstance(part, kinds.ReduceLROnPlateau)]
 
     def get_due(self):
         """The callbacks of this iteration that are still to be called"""
@@ -127,7 +132,7 @@ def get_optimizer(generative_model, inference_network, prior_lr_factor, lr=1e-3)
     """Adam for both models; the prior's learning rate is prior_lr_factor times that of the rest"""
     others, prior = models.get_parameter_groups(generative_model, inference_network)
     groups = [{"params": others, "lr": lr}, {"params": prior, "lr": lr * prior_lr_factor}]
-    return get_adam(groups, prior[0].device)
+    return get_adam(groups, others[0].device)
 
 
 def get_adam(groups, device, lr=1e-3):
@@ -225,10 +230,11 @@ def test(run):
 
 
 def call_back(run):
-    """Calls the first callback that is due, with the run. What it draws leaves the run's random numbers as they are; one that
-    returns False is called again when the run resumes"""
+    """Calls the first callback that is due, with the run and all of its statistics so far. What it draws leaves the run's random
+    numbers as they are. One that a signal interrupts may return False: it is called again when the run resumes"""
+    run.flush_statistics()
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
-        if run.get_due()[0](run) is not False:
+        if run.get_due()[0](run) is not False or run.stop.received is None:
             run.num_called += 1
 
 
@@ -303,6 +309,14 @@ def train(run):
     return path
 
 
+def try_to_resume(run):
+    """Saves, loads and restores the run, in memory, and builds its models anew, as evaluations and pictures will. Raises:
+    UserError, before the first step, if anything cannot be"""
+    checkpoint = checkpoints.complete(checkpoints.copy(run.get_checkpoint(), run.parts))
+    models.from_checkpoint(checkpoint)
+    run.restore(checkpoint)
+
+
 def main(argv=None):
     args = parse_args(argv)
     device = util.get_device(args.cuda)
@@ -315,8 +329,7 @@ def main(argv=None):
         run.stop, checkpoint = stop, checkpoints.load_newest(path_base)
         if checkpoint is not None:
             run.restore(checkpoint)
-        # What cannot be saved, or resumed from, is found out before the first step
-        run.restore(checkpoints.complete(util.decode(util.encode(run.get_checkpoint()))))
+        try_to_resume(run)
         run.curves = curves.Curves(util.SAVE / path_base, run.statistics, args.tensorboard)
         if checkpoint is not None:
             is_latest = checkpoint["path"] == str(checkpoints.get_path(path_base))
@@ -344,7 +357,7 @@ def main(argv=None):
 
 
 def check_memory(args, num_images, num_alphabets):
-    """Says so if a run takes much memory. Raises: UserError if that is more than there is (on a CPU)"""
+    """Prints how much memory a run takes, if it is much. Raises: UserError if that is more than there is (on a CPU)"""
     contexts = num_alphabets + args.obs_embedding_dim
     sizes = [(args.p_lstm_hidden_size, num_alphabets), (args.q_lstm_hidden_size, contexts)]
     decoders = sum(4 * units * (units + args.num_primitives + 4 + context) for units, context in sizes)
@@ -353,7 +366,8 @@ def check_memory(args, num_images, num_alphabets):
     # A proposal's gates and state, choices and probabilities, and codes; the memory, a copy, and an image's compared in pairs
     per_proposal = 4 * (10 * args.q_lstm_hidden_size + 4 * args.num_primitives) + 40 * args.num_arcs
     step_bytes = min(args.batch_size, num_images) * args.num_particles * per_proposal
-    memory_bytes = (2 * num_images + args.memory_size) * args.memory_size * args.num_arcs * (args.algorithm == "mws")
+    memory_size = util.get_settings(args).get("memory_size", 0)
+    memory_bytes = (2 * num_images + memory_size) * memory_size * args.num_arcs
     total, available = models_bytes + step_bytes + memory_bytes, util.get_available_memory()
     if not args.cuda and total > available:
         raise UserError(

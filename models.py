@@ -657,7 +657,7 @@ class LookupInferenceNetwork(nn.Module):
 def get_parameter_groups(generative_model, inference_network):
     """The two groups of parameters that an optimiser distinguishes: everything else, and the prior's"""
     prior = list(generative_model.prior.parameters())
-    others = [p for name, p in generative_model.named_parameters() if not name.startswith("prior.")]
+    others = [p for p in generative_model.parameters() if all(p is not other for other in prior)]
     return [[*others, *inference_network.parameters()], prior]
 
 
@@ -697,10 +697,9 @@ def from_checkpoint(checkpoint, device="cpu"):
     """
     args, num_alphabets = argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"]
     try:
-        with torch.device("meta"):  # sizes are compared before anything is allocated
-            expected = [model.state_dict() for model in build(args, num_alphabets, "meta")]
         saved = [checkpoint["generative_model"], checkpoint["inference_network"]]
-        if [_get_shapes(state) for state in saved] != [_get_shapes(state) for state in expected]:
+        expected = _get_expected_shapes(args, num_alphabets)  # compared before anything is allocated
+        if expected is not None and [_get_shapes(state) for state in saved] != expected:
             raise ValueError("its parameters are not those that its arguments imply")
         models = build(args, num_alphabets, device)
         for model, state in zip(models, saved, strict=True):
@@ -710,6 +709,15 @@ def from_checkpoint(checkpoint, device="cpu"):
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"{checkpoint.get('path', 'the checkpoint')} does not make this program's models ({reason})") from error
     return models
+
+
+def _get_expected_shapes(args, num_alphabets):
+    """Those of the models' parameters; None if a model cannot be built without values"""
+    try:
+        with torch.device("meta"):
+            return [_get_shapes(model.state_dict()) for model in build(args, num_alphabets, "meta")]
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _get_shapes(state):

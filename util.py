@@ -20,7 +20,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable
-from typing import Annotated, NamedTuple, get_origin
+from typing import Annotated, NamedTuple, get_args, get_origin
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -161,7 +161,7 @@ def in_range(number, low=None, high=None):
 def to_run_name(text):
     """The type of --name: the name of a folder"""
     if not isinstance(text, str) or not re.fullmatch(r"[\w][\w.=+-]{0,254}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{str(text)[:40]!r} is no name for a folder: use letters, digits, . _ = + -")
+        raise argparse.ArgumentTypeError(f"{str(text)[:40]!r} is not a valid folder name; use letters, digits, . _ = + -")
     return text
 
 
@@ -256,16 +256,17 @@ class Config:
 
 def get_fields():
     """All settings by name: a dict of Fields, those of algorithms and likelihoods at the end"""
-    fields = {
-        field.name: Field(field.name, field.type.__origin__, field.default, field.type.__metadata__[0], ())
-        for field in dataclasses.fields(Config)
-    }
+    fields = {field.name: make_field(field.name, field.type, field.default) for field in dataclasses.fields(Config)}
     for name, choices in CHOICES.items():
         for choice, function in choices.items():
             for own in get_own_fields(function):
                 known = fields.setdefault(own.name, own)
                 if known[1:4] != own[1:4]:
-                    raise ValueError(f"{own.name} of {choice} is declared elsewhere with another type, default or range")
+                    others = ", ".join(other for _, other in known.owners) or "Config"
+                    raise UserError(
+                        f"the setting {own.name} of {choice} has another type, default or range than that of {others}: rename"
+                        " it, or declare both alike"
+                    )
                 fields[own.name] = known._replace(owners=(*known.owners, (name, choice)))
     return fields
 
@@ -277,13 +278,28 @@ def get_own_fields(function):
         (parameter.name, parameter.annotation, parameter.default)
         for part in [function, getattr(function, "init_state", None)]
         if part is not None
-        for parameter in inspect.signature(part).parameters.values()
+        for parameter in inspect.signature(part, eval_str=True).parameters.values()
     ]
     return [
-        Field(name, kind.__origin__, default, setting, ())
+        make_field(name, kind, default)
         for name, kind, default in declared
-        if get_origin(kind) is Annotated and isinstance(setting := kind.__metadata__[0], Setting)
+        if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], Setting)
     ]
+
+
+def make_field(name, kind, default):
+    """Raises: ValueError if the default is missing, or not one that the setting may have"""
+    setting = kind.__metadata__[0]
+    plain = next((x for x in get_args(kind.__origin__) if x is not type(None)), kind.__origin__)  # of float | None
+    field = Field(name, plain, default, setting, ())
+    if default is inspect.Parameter.empty:
+        raise ValueError(f"the setting {name} needs a default")
+    if plain in (int, float) and default is not None:
+        try:
+            field.get_parser()(repr(default))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"the setting {name}: its default {error}; declare the lowest and the highest value") from None
+    return field
 
 
 def get_own_settings(args, name):
@@ -321,8 +337,8 @@ def is_owner(args, field):
 def describe_differences(theirs, ours):
     """Describes in words how two dicts of settings differ, those saved and those of this run; "" if they agree. Where the
     data are does not matter, only what they are."""
-    names = [name for name, value in ours.items() if theirs.get(name) != value and name != "data_location"]
-    return ", ".join(f"{name.replace('_', '-')} is {theirs.get(name)} there and {ours[name]} here" for name in names)
+    names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name) and name != "data_location"]
+    return ", ".join(f"{name.replace('_', '-')} is {theirs.get(name)} there and {ours.get(name)} here" for name in names)
 
 
 def get_path_base(args):
@@ -333,7 +349,7 @@ def get_path_base(args):
     remembered), _large unless small_dataset; then _<flag>=<value> for each other argument that is not at its default; or
     what --name says.
 
-    Raises: UserError if that is no name for a folder, as it may be if the arguments are those of a foreign file
+    Raises: UserError if that is not a valid folder name, as the arguments of a foreign file may have it
     """
     settings, fields = get_settings(args), get_fields()
     test_run = "test_run_" * bool(settings.pop("test_run"))
@@ -421,7 +437,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def _add_field(self, field):
         flag, choices = f"--{field.name.replace('_', '-')}", CHOICES.get(field.name)
         owners = ", ".join(choice for _, choice in field.owners)
-        help = f"{owners}: {field.setting.help}" if owners else field.setting.help
+        help = (f"{owners}: {field.setting.help}" if owners else field.setting.help).replace("%", "%%")
         if field.type is bool:
             action = "store_true" if field.default is False else argparse.BooleanOptionalAction
             self.add(flag, help, action=action, default=field.default)
@@ -624,6 +640,8 @@ def load_checkpoint(path, device="cpu", keys=frozenset({"args", "generative_mode
         content = read_file(path)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
     try:
         checkpoint = decode(content, device)
     except Exception as error:  # a broken file can make the readers raise anything

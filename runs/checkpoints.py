@@ -25,17 +25,12 @@ RESULT_KEYS = {
     "args", "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
     "latents", "statistics", "run", "model_settings", "model_iteration",
 }  # fmt: skip
+RESERVED = {"format", "path", "settings", "removed", "debug"}  # names that parts of a run cannot have, besides those of TYPES
 TYPES = dict(
-    args=dict,
-    data=str,
-    generative_model=dict,
-    inference_network=dict,
-    num_alphabets=int,
-    pretrain_iteration=int,
-    iteration=int,
-    reason=str,
-    statistics=dict,
-)
+    args=dict, data=str, data_summary=str, num_alphabets=int, generative_model=dict, inference_network=dict,
+    pretrain_iteration=int, iteration=int, num_due=int, num_called=int, reason=str, statistics=dict, random_state=dict,
+    hyperparameters=dict,
+)  # fmt: skip
 OF_DEVICES = {"fused", "capturable", "foreach", "differentiable"}  # options of optimisers that do not change what they are
 
 # ------------------------------------------------------------------ finding
@@ -122,7 +117,7 @@ def read_state(path_base):
     """The settings and the iteration of a run's newest checkpoint; None if there is none"""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError):  # the run itself says what is damaged
         checkpoint = load_newest(path_base)
-        return checkpoint and (checkpoint["settings"], checkpoint["iteration"])
+        return checkpoint and ({**checkpoint["settings"], **checkpoint["removed"]}, checkpoint["iteration"])
 
 
 def get_digest(checkpoint):
@@ -150,17 +145,29 @@ def complete(checkpoint):
     defaults), the settings that they imply, and a memory, if only None. Raises: UserError if a foreign file's contents
     make that impossible"""
     wrong = [name for name, kind in TYPES.items() if not isinstance(checkpoint.get(name), kind)]
-    if wrong:
-        raise UserError(f"it has no {wrong[0]}, or of another type")
+    wrong += [name for name, kind in TYPES.items() if kind is int and not wrong and checkpoint[name] < 0]
+    if wrong or not all(map(is_table, checkpoint["statistics"].values())):
+        raise UserError(f"its {[*wrong, 'statistics'][0]} is missing, or is not what this program writes")
     try:
         args = util.make_args(checkpoint["args"])
         util.get_path_base(args)
+        removed = {name: value for name, value in vars(args).items() if name not in util.get_fields() and name not in RESERVED}
         settings = {**util.get_settings(args), "data": checkpoint["data"]}
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"its arguments are not main.py's ({type(error).__name__}: {error})") from None
-    return {"memory": None, **checkpoint, "args": vars(args), "settings": settings}
+    return {"memory": None, **checkpoint, "args": vars(args), "settings": settings, "removed": removed}
+
+
+def is_table(value):
+    """Whether it is a table of statistics, see runs/curves.py"""
+    columns = list(value.values()) if isinstance(value, dict) else []
+    return (
+        bool(columns)
+        and "iteration" in value
+        and all(torch.is_tensor(x) and x.shape == columns[0].shape and x.dim() == 1 for x in columns)
+    )
 
 
 def load_newest(path_base, device="cpu"):
@@ -214,20 +221,61 @@ def load_result(path):
 
 @contextlib.contextmanager
 def using(checkpoint):
-    """A context in which a checkpoint's contents are put to use. Raises: UserError, which names its file, for any error"""
+    """A context in which a checkpoint's contents are put to use. Raises: UserError, which names its file, for errors that are
+    none yet"""
     try:
         yield
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # a foreign file's contents, or a researcher's own parts, may raise anything
-        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{checkpoint.get('path', 'a checkpoint')} cannot be used here: {what}") from error
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{get_source(checkpoint)} cannot be used here: {what} (--debug shows where)") from error
+
+
+def get_source(checkpoint):
+    return checkpoint.get("path", "a checkpoint")
 
 
 # ------------------------------------------------------------------ the parts of a run
 
 
+class Parts(dict):
+    """The parts of a run by name: tensors, and everything with a state_dict. Raises: UserError if a name is taken, or a part is
+    neither"""
+
+    def __init__(self, **parts):
+        super().__init__()
+        self.update(parts)
+
+    def update(self, parts):
+        for name, part in parts.items():
+            self[name] = part
+
+    def __setitem__(self, name, part):
+        models = {"generative_model", "inference_network"}
+        if name in self or name in (RESERVED | TYPES.keys()) - models:
+            raise UserError(f"a part of a run cannot be called {name}, which is taken; rename it")
+        if not torch.is_tensor(part) and not hasattr(part, "state_dict"):
+            raise UserError(f"the part {name} of a run is neither a tensor nor has a state_dict, so it cannot be saved")
+        super().__setitem__(name, part)
+
+
+def copy(checkpoint, parts):
+    """What saving and loading makes of a checkpoint. Raises: UserError, which names the part, if one cannot be saved or loaded"""
+    try:
+        return util.decode(util.encode(checkpoint))
+    except Exception:
+        for name, state in get_states(parts).items():
+            try:
+                util.decode(util.encode({name: state}))
+            except Exception as error:
+                reason = str(error).strip().split("\n")[0][:150]
+                raise UserError(f"the part {name} of the run cannot be saved and loaded: {reason}") from error
+        raise
+
+
 def get_states(parts):
-    """What is saved of parts, a dict of tensors and of things with a state_dict; optimisers with the hyperparameters that
-    they were made with"""
+    """What is saved of parts"""
     return {name: part if torch.is_tensor(part) else part.state_dict() for name, part in parts.items()}
 
 
@@ -235,7 +283,10 @@ def get_hyperparameters(parts):
     """The hyperparameters of the optimisers among parts, by name: a list of dicts, one for each group of parameters"""
     return {
         name: [
-            {key: _to_plain(value) for key, value in group.items() if key not in {"params", *OF_DEVICES}}
+            {
+                "optimiser": type(part).__name__,
+                **{key: _to_plain(value) for key, value in group.items() if key not in {"params", *OF_DEVICES}},
+            }
             for group in part.param_groups
         ]
         for name, part in parts.items()
@@ -253,22 +304,41 @@ def restore_parts(parts, checkpoint, hyperparameters):
     """
     for name, part in parts.items():
         if name not in checkpoint:
-            warn(f"the checkpoint has no {name.replace('_', ' ')}, which begins anew")
+            warn(f"the checkpoint has no {name.replace('_', ' ')}; it is initialised afresh")
             continue
         if torch.is_tensor(part):
             if (part.shape, part.dtype) != (checkpoint[name].shape, checkpoint[name].dtype):
-                raise UserError(f"its {name} has the shape {list(checkpoint[name].shape)}, this run's {list(part.shape)}")
+                kinds = [f"{list(some.shape)} ({some.dtype})" for some in (checkpoint[name], part)]
+                raise UserError(f"{get_source(checkpoint)}: its {name} has the shape {kinds[0]}, but this run's has {kinds[1]}")
             part.copy_(checkpoint[name])
         elif name in hyperparameters:
             made_with = checkpoint["hyperparameters"].get(name, hyperparameters[name])
             restore_optimizer(name, part, checkpoint[name], hyperparameters[name], made_with)
         else:
+            if isinstance(part, torch.optim.lr_scheduler.LRScheduler):
+                warn_of_schedule(name, part.state_dict(), checkpoint[name])
             part.load_state_dict(checkpoint[name])
+
+
+def warn_of_schedule(name, ours, theirs):
+    """Names what the code has changed in a schedule since: it goes on as it was saved"""
+    for key in [key for key in ours if not key.startswith("_") and key != "last_epoch" and key in theirs]:
+        if _to_plain(ours[key]) != _to_plain(theirs[key]):
+            warn(f"{name}: {key} is {theirs[key]} in the checkpoint and {ours[key]} in the code; the schedule goes on as saved")
 
 
 def restore_optimizer(name, optimizer, state, ours, theirs):
     """Restores an optimiser's state. Hyperparameters are those of the code, unless a schedule has moved them since they were
-    made; if the code has changed, with a warning"""
+    made; if the code has changed, with a warning. The state of another kind of optimiser is not used"""
+    changed = [
+        key
+        for our, their in zip(ours, theirs, strict=False)
+        for key in ("optimiser", "amsgrad")
+        if our.get(key) != their.get(key, our.get(key))
+    ]
+    if changed:
+        warn(f"{name.replace('_', ' ')}: another kind of optimiser than in the checkpoint; its state is initialised afresh")
+        return
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     groups = [  # those of the device decide where the numbers of steps go
         {**group, **{key: value for key, value in option.items() if key in OF_DEVICES}}
@@ -277,10 +347,11 @@ def restore_optimizer(name, optimizer, state, ours, theirs):
     optimizer.load_state_dict({**state, "param_groups": groups})
     for group, option, our, their in zip(optimizer.param_groups, options, ours, theirs, strict=True):
         saved = {key: _to_plain(group.get(key)) for key in our}
+        saved["optimiser"] = our["optimiser"]
         group.update(option)
         for key in [key for key in our if key in their]:  # other versions of torch have others
             if not _is_same(our[key], their[key]):
-                warn(f"{name.replace('_', ' ')}: {key} was {their[key]}, and is {our[key]} in the code, which holds")
+                warn(f"{name.replace('_', ' ')}: {key} changed from {their[key]} to {our[key]}; using that of the code")
             elif not _is_same(saved[key], their[key]):
                 group[key] = saved[key]
 

@@ -7,7 +7,6 @@ bits; evaluations that were stopped half-way start over.
 """
 
 import pathlib
-import sys
 
 import torch
 
@@ -24,7 +23,7 @@ def convert(path):
     try:
         util.load_checkpoint(path, keys=set())
         return "is of this version already"
-    except UserError:
+    except util.OlderFile:
         pass
     try:
         old = torch.load(path, map_location="cpu", weights_only=True)
@@ -39,7 +38,7 @@ def convert(path):
         if path.stem.partition("_")[0] in ("test", "unseen") and not name.exists():
             return f"is rewritten as {path.rename(name)}"
     else:
-        return "is neither a checkpoint of a run nor a result, and stays as it is"
+        return "is neither a checkpoint of a run nor a result of an evaluation, and stays as it is"
     return "is rewritten"
 
 
@@ -113,15 +112,23 @@ def convert_result(old):
         if settings["algorithm"] == "sleep":
             num_images = min(settings["batch_size"], old["args"].get("num_data", settings["batch_size"]))
             settings["num_dreams"] = min(500, num_images * settings["num_particles"])
+    if not settings.get("search", True):
+        del settings["search"]
     return {**old, "settings": settings, "args": {"images": "first", "data_location": None, **old["args"]}}
 
 
 def main():
-    for path in map(pathlib.Path, sys.argv[1:]):
-        print(f"{path} {convert(path)}", flush=True)
-    if not sys.argv[1:]:
-        raise UserError("name the files to rewrite, see the docstring of runs/convert.py")
-    return 0
+    """Returns: 1 if a file could not be read, else 0"""
+    parser = util.ArgumentParser(description=__doc__)
+    parser.add("files", "files to rewrite", nargs="+", type=pathlib.Path)
+    status = 0
+    for path in parser.parse_args().files:
+        try:
+            print(f"{path} {convert(path)}", flush=True)
+        except (UserError, OSError) as error:
+            util.warn(str(error))
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

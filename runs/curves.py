@@ -5,6 +5,8 @@ The statistics of a run are a table for each phase (pretrain, train, test): {pha
 iterations as int32, everything else as float32, NaN where a statistic was not recorded.
 """
 
+import csv
+import io
 import math
 
 import torch
@@ -95,20 +97,23 @@ class Curves:
         columns = list(dict.fromkeys(["theta_loss", "phi_loss", *names]))
         try:
             if columns == self.columns:
-                with open(self.path, "a") as file:
-                    file.writelines(self._get_lines(rows))
+                with open(self.path, "a", newline="") as file:
+                    self._write_rows(file, rows)
             else:
                 self.columns, rows = columns, get_rows(statistics)
-                lines = [",".join(["phase", "iteration", *columns]) + "\n", *self._get_lines(rows)]
-                util.write(self.path, "".join(lines).encode())
+                file = io.StringIO()
+                csv.writer(file, lineterminator="\n").writerow(["phase", "iteration", *columns])
+                self._write_rows(file, rows)
+                util.write(self.path, file.getvalue().encode())
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}); what was saved before is intact") from None
         self.num_written = {phase: len(table["iteration"]) for phase, table in statistics.items()}
 
-    def _get_lines(self, rows):
+    def _write_rows(self, file, rows):
+        writer = csv.writer(file, lineterminator="\n")
         for phase, iteration, values in rows:
             cells = [values.get(name, math.nan) for name in self.columns]
-            yield f"{phase},{iteration}," + ",".join("" if math.isnan(x) else f"{x:.9g}" for x in cells) + "\n"
+            writer.writerow([phase, iteration, *("" if math.isnan(x) else f"{x:.9g}" for x in cells)])
 
     def _log(self, rows):
         """Sends rows to TensorBoard"""

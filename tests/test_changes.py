@@ -23,9 +23,10 @@ ADAMW = {
     "main.py": [
         ("torch.optim.Adam(groups, lr=lr,", "torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.1,"),
         (
-            "            **self.state,\n",
-            "            **self.state,\n"
-            "            schedule=torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, args.num_iterations),\n",
+            "        self.parts.update(self.state)\n",
+            "        self.parts.update(self.state)\n"
+            "        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, args.num_iterations)\n"
+            '        self.parts["schedule"] = schedule\n',
         ),
     ]
 }
@@ -250,7 +251,7 @@ def test_a_run_goes_on_with_changed_settings_and_statistics(copy):
     flags = [*flags, "--prior-rate=0.5", "--num-iterations=9"]
     process = use(CONTINUE, str(copy), json.dumps(flags))
     assert process.stdout.splitlines()[-1] == before and "prior-lr-factor=0.5" in before
-    assert "optimizer: lr was 0.001, and is 0.002 in the code" in process.stderr
+    assert "optimizer: lr changed from 0.001 to 0.002; using that of the code" in process.stderr
     table = load(before)["statistics"]["train"]
     assert table["iteration"].tolist() == list(range(1, 10))
     assert table["effective_sample_size"].isfinite().tolist() == [True] * 6 + [False] * 3
@@ -265,8 +266,10 @@ def test_callbacks_and_a_reason_to_stop(copy):
             "        self.num_called = 0",
             "        def look(run):\n"
             "            run.generative_model.sample(3)\n"
-            "            run.record('train', {'looked': run.iteration})\n"
+            "            run.record('test', {'looked': run.iteration})\n"
+            "            assert len(run.statistics['train']['iteration']) == run.iteration\n"
             "            run.reason = 'it has seen enough' if run.iteration == 4 else ''\n"
+            "            return False\n"
             "        self.callbacks.append((2, look))\n"
             "        self.num_called = 0",
         )],
@@ -283,8 +286,13 @@ def test_callbacks_and_a_reason_to_stop(copy):
 
 
 def test_what_cannot_be_resumed_is_refused_before_the_first_step(copy):
-    change(copy, {"main.py": [("            **self.state,\n", "            **self.state,\n            mine=print,\n")]})
     code = "import sys; sys.path.insert(0, sys.argv[1]); import main, util; sys.argv[1:2] = []; util.run_script(main.main)"
-    process = subprocess.run([sys.executable, "-c", code, str(copy), *TINY], capture_output=True, text=True)
-    assert process.returncode != 0 and "mine" in process.stderr or "state_dict" in process.stderr
-    assert not list(pathlib.Path("save").glob("*/checkpoints/*"))
+    before = "        self.parts.update(self.state)\n"
+    for part in ["self.parts['mine'] = print", "self.parts['iteration'] = torch.zeros(3)", "self.parts['mine'] = Mine()"]:
+        state = "class Mine:\n    def state_dict(self):\n        return {'x': signal}\n\n\nclass Run:\n"
+        text = (copy / "main.py").read_text()
+        change(copy, {"main.py": [(before, f"{before}        {part}\n"), ("class Run:\n", state)]})
+        process = subprocess.run([sys.executable, "-c", code, str(copy), *TINY], capture_output=True, text=True)
+        assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
+        assert ("part mine" in process.stderr) == ("mine" in part) and not list(pathlib.Path("save").glob("*/checkpoints/*"))
+        (copy / "main.py").write_text(text)

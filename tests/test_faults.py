@@ -139,6 +139,11 @@ def test_a_file_of_an_older_version_is_rewritten(folder, capsys):  # noqa: F811
     with pytest.raises(UserError, match="no checkpoint"):
         run(*FLAGS, "--algorithm", "rws", "--num-iterations", "6")
     assert f"{path} is not a checkpoint of this version" in capsys.readouterr().err
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    pathlib.Path("damaged.pt").write_bytes(damaged)
+    with pytest.raises(UserError, match="damaged.pt is damaged"):
+        convert.convert(pathlib.Path("damaged.pt"))
     assert convert.convert(path) == "is rewritten" and convert.convert(path) == "is of this version already"
     run(*FLAGS, "--algorithm", "rws", "--num-iterations", "6")
     got = load_all(get_run_folder())["latest.pt"]
