@@ -1,6 +1,6 @@
 """A page to draw a character on, and to see it read at once, stroke by stroke.
 
-    pip install gradio
+    pip install 'gradio>=6'
     python demo.py            # then open http://127.0.0.1:7860
 
 Draw with the mouse or a pen, take a character of Omniglot, or upload a photograph: the strokes of the library that the ink is
@@ -167,8 +167,12 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     try:
         import gradio
+
+        new_enough = int(gradio.__version__.split(".")[0]) >= 6
     except ImportError:
-        raise UserError("the page needs gradio: pip install gradio") from None
+        new_enough = False
+    if not new_enough:
+        raise UserError("the page needs gradio, 6 or newer: pip install 'gradio>=6'")
     path = checkpoints.find(args.checkpoint_path)
     model, _ = models.from_checkpoint(checkpoints.load(path))
     page = build(Reader(model, load_known(args.data_location)))

@@ -49,24 +49,23 @@ def strokes_figures(found, reading, title):
         axes.set(xlim=(-0.05, 1.1 * num_cols), ylim=(1.1 * len(rows), -0.2), aspect="equal")
         axes.set_axis_off()
         for row, i in enumerate(rows):
-            top, ink = 1.1 * row, 1 - found.obs[i].numpy()
-            axes.text(-0.1, top + 0.5, figures.literal(get_label(found, reading, i)), ha="right", va="center", fontsize=6)
+            axes.text(-0.1, 1.1 * row + 0.5, figures.literal(get_label(found, reading, i)), ha="right", va="center", fontsize=6)
             on = reading.drawing.on[i].nonzero().squeeze(1).tolist()
-            half = 0.5 / (ink.shape[1] - 1)  # the page ends in the middle of a pixel
-            for col, newest in enumerate([None, *on]):
-                left, grey = 1.1 * col, ink if newest is None else 1 - 0.3 * (1 - ink)
-                box = left - half, left + 1 + half, top + 1 + half, top - half
-                axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=box, interpolation="none")
-                if newest is not None:
-                    before = [a for a in on if a < newest]
-                    up = [a for a in range(before[-1] + 1 if before else 0, newest)]
-                    for some, colour, style, width in [
-                        (before, "black", "-", 1.2), (up, figures.PEN_UP, ":", 0.6), ([newest], figures.NEWEST, "-", 1.6)
-                    ]:  # fmt: skip
-                        axes.add_collection(
-                            LineCollection(lines[i, some] + [left, top], colors=colour, ls=style, lw=width, capstyle="round")
-                        )
+            for col in range(len(on) + 1):
+                draw_cell(axes, (1.1 * col, 1.1 * row), found.obs[i].numpy(), lines[i], on[:col])
         yield figure
+
+
+def draw_cell(axes, corner, ink, lines, on):
+    """The ink [R, C] and, over it, the strokes `on` among lines [A, T, 2], with the pen's way to the last of them"""
+    (left, top), half = corner, 0.5 / (len(ink) - 1)  # the page ends in the middle of a pixel
+    box = left - half, left + 1 + half, top + 1 + half, top - half
+    axes.imshow(-ink * (0.3 if on else 1), cmap="gray", vmin=-1, vmax=0, extent=box, interpolation="none")
+    up = range(on[-2] + 1 if len(on) > 1 else 0, on[-1]) if on else []
+    styles = [(on[:-1], "black", "-", 1.2), (up, figures.PEN_UP, ":", 0.6), (on[-1:], figures.NEWEST, "-", 1.6)]
+    for strokes, colour, style, width in styles:
+        some = lines[list(strokes)] + [left, top]
+        axes.add_collection(LineCollection(some, colors=colour, ls=style, lw=width, capstyle="round"))
 
 
 def get_label(found, reading, i):

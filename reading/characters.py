@@ -66,9 +66,12 @@ def find(paths, as_is=False):
 
 def take(name, content, as_is=False):
     """The characters in the bytes of one file. Raises: UserError if they are no image"""
-    if as_is:
-        return from_inks([images.get_ink(images.decode(name, content)) >= 0.5], name)
-    return from_inks(images.find_characters(name, content, FINE), name)
+    if not as_is:
+        return from_inks(images.find_characters(name, content, FINE), name)
+    ink = images.get_ink(images.decode(name, content)) >= 0.5
+    if not ink.any():
+        raise UserError(f"{name} is blank")
+    return from_inks([ink], name)
 
 
 def from_inks(inks, name):

@@ -173,6 +173,8 @@ def _fit_arcs(points, first, last, step):
     radius = length / 2 / np.sin(np.abs(bent))
     centre = -np.sign(bent) * radius * np.cos(bent)  # of the circle, to the left of the chord
     distance = np.where(flat[:, None], v, np.hypot(u, v - centre[:, None]) - radius[:, None])
+    closed = np.linalg.norm(chord, axis=1) < 1e-3  # such a stroke is a dot
+    distance = np.where(closed[:, None], np.linalg.norm(between, axis=2), distance)
     return chord, theta, (inside * distance**2).sum(1) * step
 
 

@@ -32,7 +32,7 @@ import rendering
 FLOOR = 0.01  # f
 FARTHEST = 4.0  # deviations at which a fit may begin
 AT_ONCE = 800  # drawings fitted at a time
-ARCS_PER_SIZE = 4  # their number of strokes is a multiple of it, since each other number would be compiled separately
+ARCS_PER_SIZE = 8  # their number of strokes is a multiple of it, since each other number would be compiled separately
 
 
 class Drawing(NamedTuple):
@@ -207,7 +207,7 @@ def refit(
     length = (centre.on * torch.arange(1, num_arcs + 1)).amax(1)  # [N]
     order, parts = length.argsort(stable=True), []
     for ids in order.split(AT_ONCE):  # those with few strokes together, so that few draw nothing
-        num = min(math.ceil(max(int(length[ids].max()), 1) / ARCS_PER_SIZE) * ARCS_PER_SIZE, num_arcs)
+        num = math.ceil(max(int(length[ids].max()), 1) / ARCS_PER_SIZE) * ARCS_PER_SIZE
         some = [resize(Variation(*(x[ids] for x in e)), num) for e in (start, aligned)]
         fit = _refit(
             resize(centre.select(ids), num), obs[ids], deviations, num_steps, *some, blur, sharp_after, lr, floor, tick

@@ -18,7 +18,7 @@ from runs import checkpoints
 
 @pytest.fixture(scope="module")
 def browser():
-    gradio = pytest.importorskip("gradio", reason="no gradio: pip install gradio")
+    gradio = pytest.importorskip("gradio", "6", reason="no gradio: pip install 'gradio>=6'")
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
     chromium = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
     if chromium is None:
@@ -107,5 +107,5 @@ def test_a_known_character_and_a_photograph(browser, tmp_path):
 
 def test_without_gradio(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(demo.UserError, match="pip install gradio"):
+    with pytest.raises(demo.UserError, match="pip install 'gradio>=6'"):
         demo.main([])

@@ -81,6 +81,20 @@ def test_a_line_of_strokes_of_the_library_is_divided_into_them():
     np.testing.assert_allclose([theta for _, _, theta in strokes], [arc[2] for arc in arcs], atol=0.3)
 
 
+@pytest.mark.parametrize("radius", [0.05, 0.15, 0.3])
+def test_a_closed_line_is_not_taken_for_a_dot(radius):
+    """Its strokes lead around it"""
+    angle = np.linspace(0, 2 * np.pi, 200)
+    strokes = tracing.divide(0.5 + radius * np.column_stack([np.cos(angle), np.sin(angle)]), LIBRARY)
+    assert len(strokes) > 1
+    start, points = np.array([0.5 + radius, 0.5]), []
+    for _, end, theta in strokes:
+        points.append(get_arc(start, *(end - start), theta))
+        start = end
+    distance = np.linalg.norm(np.concatenate(points) - 0.5, axis=1)
+    np.testing.assert_allclose(distance, radius, atol=0.03)
+
+
 def test_the_division_is_the_best_of_all():
     """Against trying every division of a short line"""
     line = np.random.RandomState(0).uniform(0, 0.05, (9, 2)).cumsum(0) * [1, 0.5]
