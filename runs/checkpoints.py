@@ -104,7 +104,9 @@ def find_run(args, get_fingerprint):
     others = {there, *(path.name for path in util.SAVE.glob(f"{glob.escape(start)}data-location=*"))} - {name}
     states = {other: state for other in others if (state := read_state(other))}
     ours = util.get_settings(args)
-    if not any(util.describe_differences(settings, ours) == "" for settings, _ in states.values()):
+    if not any(
+        util.describe_differences(settings, {**ours, "data": settings["data"]}) == "" for settings, _ in states.values()
+    ):
         return name
     if own := read_state(name):
         states[name] = own

@@ -67,6 +67,10 @@ def test_every_flipped_byte_is_noticed(folder):  # noqa: F811
         damaged[at : at + size] = kinds[i % 4]
         if damaged == content:
             continue
+        if i % 50:
+            with pytest.raises(ValueError, match="digest"):
+                util.decode(bytes(damaged))
+            continue
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="latest.pt is (damaged|not a checkpoint)"):
             checkpoints.load(path)
