@@ -1,5 +1,5 @@
 """Runs of Omniglot's one-shot classification task: some characters of an alphabet, each drawn once by one person, and images
-of the same characters by another person, whose characters are to be told.
+of the same characters by another person, whose characters are to be identified.
 
 The format is that of Omniglot's all_runs.zip, a zip or a folder with runNN/training/classNN.png, runNN/test/itemNN.png, and
 runNN/class_labels.txt, whose lines name a test image and the training image of the same character. Images of one's own may
