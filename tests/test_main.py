@@ -133,10 +133,10 @@ def test_killed_at_random_moments_ends_with_the_same_bits(folder):
     run(*flags)
     expected = load_latest()
     get_run_folder().rename("expected")
-    command = [sys.executable, ROOT / "tests" / "kill.py", "main", "3", "0", "0.8", *flags]
+    command = [sys.executable, ROOT / "tests" / "kill.py", "main", "2", "0", "0.8", *flags]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
-    assert int(process.stdout.split()[-2]) >= 2  # a fast machine may be done before the last
+    assert int(process.stdout.split()[-2]) >= 1  # a fast machine may be done before the last
     assert_same(load_latest(), expected)
     for path in pathlib.Path("expected/checkpoints").glob("*.pt"):
         assert_same(util.load_checkpoint(get_run_folder() / "checkpoints" / path.name), util.load_checkpoint(path))
