@@ -145,7 +145,7 @@ main.train_step = train_step
 assert main.main(flags) == 0
 assert diagnostics.main(["--checkpoint-path", path_base, "--num-reconstructions=2", "--num-prior-samples=2"]) == 0
 evaluate = "--num-data=2 --num-particles=3 --test-num-particles=10 --no-compile --num-iterations=3 --memory-size=5".split()
-for algorithm in ["own", "mws", "rws"]:
+for algorithm in ["own", "mws"]:
     assert eval_logp.main([*evaluate, "--effort=0.01", "--checkpoint-path", path_base, "--algorithm", algorithm]) == 0
 assert eval_logp.main(["--report"]) == 0
 names = list(sweep.get_runs(sweep.parse_args(["--models", "rws_5", "--", *flags])))
