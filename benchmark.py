@@ -12,16 +12,10 @@ column is the forward and backward pass of PyTorch's convolutions alone.
 
 from fast import before_torch  # noqa: F401  # isort: skip
 import collections
-import contextlib
 import functools
-import gc
 import json
-import pathlib
 import re
-import resource
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
@@ -35,8 +29,6 @@ from fast import gpu, kernel_check, reference
 from fast.cuda_graph import NUM_WARM_UPS, ReplayedStep
 from main import get_adam, get_optimizer, update
 from scoring import ScoreTable
-
-ROOT = pathlib.Path(__file__).resolve().parent
 
 NUM_LONGEST = 25  # operations of a step that --profile shows
 ALGORITHMS = ["mws", "rws", "vimco", "pretrain", "eval rws", "eval vimco", "eval sharp"]
@@ -138,7 +130,7 @@ def get_seconds(function, device):
 # ------------------------------------------------------------------ measurements
 
 
-def compare(algorithm, setting, num_runs, with_memory):
+def compare(algorithm, setting, num_runs):
     """Alternates step, reference and convolutions. Returns: a row of the table"""
     steps, device = Steps(algorithm, setting), setting.device
     seconds = {"step": [], "reference": [], "convolve": []}
@@ -158,48 +150,7 @@ def compare(algorithm, setting, num_runs, with_memory):
         "reference_seconds": median["reference"],
         "ratio": median["reference"] / median["step"],
         "ratio_to_convolutions": None if algorithm.startswith("eval") else median["step"] / median["convolve"],
-        "peak_megabytes": get_peak_memory(algorithm, setting, "step") if with_memory else None,
-        "reference_peak_megabytes": get_peak_memory(algorithm, setting, "reference") if with_memory else None,
     }
-
-
-def get_peak_memory(algorithm, setting, name):
-    """Megabytes that a fresh process needs for three steps, beyond what it had after its imports; on a GPU, those that are
-    allocated there for a few steps, which needs no other process"""
-    if setting.device.type == "cuda":
-        return _measure_gpu_memory(algorithm, setting, name)
-    compiled = name == "step" and bool(gpu.kernels.compiled)
-    code = f"import benchmark; print(benchmark._measure_memory({algorithm!r}, {setting[:2]}, {name!r}, {compiled}))"
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return float(process.stdout.split()[-1])
-
-
-def _measure_memory(algorithm, sizes, name, compiled):
-    with contextlib.suppress(OSError):  # on Linux only
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, device = _get_peak_resident(), torch.device("cpu")
-    rendering.set_compile(compiled, device)
-    steps = Steps(algorithm, Setting(*sizes, device))
-    for _ in range(3 if name == "step" else 1):
-        getattr(steps, name)()
-    return _get_peak_resident() - before
-
-
-def _measure_gpu_memory(algorithm, setting, name):
-    gc.collect()
-    before, steps = torch.cuda.memory_allocated(), Steps(algorithm, setting)
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(NUM_WARM_UPS + 2 if name == "step" else 1):
-        getattr(steps, name)()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def _get_peak_resident():
-    """Megabytes"""
-    try:
-        return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 2**10
-    except OSError:  # not on Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def profile(algorithm, setting):
@@ -256,13 +207,10 @@ def show_kernels(algorithms, setting):
 
 
 def format_row(row):
-    def show(value, width, digits):
-        return "-".rjust(width) if value is None else f"{value:{width}.{digits}f}"
-
+    ratio = row["ratio_to_convolutions"]
     return (
         f"{row['algorithm']:11} {row['batch_size']:6} x {row['num_particles']:<9} {row['seconds']:8.4g}"
-        f" {row['reference_seconds']:11.3f} {row['ratio']:7.1f} {show(row['ratio_to_convolutions'], 16, 2)}"
-        f" {show(row['peak_megabytes'], 9, 0)} {show(row['reference_peak_megabytes'], 11, 0)}"
+        f" {row['reference_seconds']:11.3f} {row['ratio']:7.1f} {'-' if ratio is None else f'{ratio:.2f}':>16}"
     )
 
 
@@ -277,9 +225,9 @@ def run(argv=None):
             profile(algorithm, setting)
         return 0
     if not args.json:
-        print("algorithm   images x latents   seconds   reference   ratio   x convolutions   peak MB   reference")
+        print("algorithm   images x latents   seconds   reference   ratio   x convolutions")
     for algorithm in args.algorithms or ALGORITHMS:
-        row = compare(algorithm, setting, num_runs, with_memory=not args.quick)
+        row = compare(algorithm, setting, num_runs)
         print(json.dumps(row) if args.json else format_row(row), flush=True)
     if device.type == "cuda" and not args.json:
         show_kernels(args.algorithms or ALGORITHMS, setting)
@@ -291,7 +239,7 @@ def get_parser():
     positive = util.in_range(int, 1)
     parser.add_argument("--cuda", action="store_true", help="measure a GPU")
     parser.add_argument("--json", action="store_true", help="print lines of JSON, not a table")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the batch, one run of each, no peak memory")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the batch, one run of each")
     parser.add_argument(
         "--profile", action="store_true", help=f"print the {NUM_LONGEST} longest operations of each step instead"
     )

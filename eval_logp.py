@@ -353,38 +353,37 @@ def get_half(args, half):
     return args
 
 
-def run_in_background(args, half, num_threads):
-    """Runs a half in a process of its own, which ends with this one. Returns: the process"""
-    process = multiprocessing.get_context("spawn").Process(target=_run_half, args=(args, half, num_threads), daemon=True)
+def run_in_background(num_threads, args, *what):
+    """Runs a half in a process of its own, which ends with this one; the others as for `run_one`. Returns: the process"""
+    process = multiprocessing.get_context("spawn").Process(target=_run_half, args=(num_threads, args, *what), daemon=True)
     process.start()
     return process
 
 
-def _run_half(args, half, num_threads):
+def _run_half(num_threads, args, *what):
     def follow():
         multiprocessing.parent_process().join()
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def run_half():
+        with StopSignal() as stop:
+            return 0 if run_one(args, *what, stop) else 128 + stop.received
+
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(num_threads)
-    util.run_script(lambda: evaluate(args, half))
+    util.run_script(run_half)
 
 
 # ------------------------------------------------------------------ an evaluation
 
 
-def evaluate(args, half=None):
-    """Evaluates a checkpoint, or only one half of that. Returns: the exit status"""
+def evaluate(args):
+    """Evaluates a checkpoint. Returns: the exit status"""
     checkpoint_path = checkpoints.find(args.checkpoint_path)
     checkpoint = checkpoints.load(checkpoint_path, util.get_device(args.cuda))
     name = checkpoints.get_run_name(checkpoint_path, checkpoint["args"])
     path = util.SAVE / name / "logp" / f"{args.mode}_{args.algorithm}.pt"
     with StopSignal() as stop:
-        if half is not None:
-            images, memory, kind = load_images(
-                args, checkpoint, data.load
-            )  # without the line about the data, which the other half prints
-            return 0 if run_one(get_half(args, half), checkpoint, images, memory, kind, path, stop) else 128 + stop.received
         status = evaluate_checkpoint(args, checkpoint, name, path, stop)
     if status == 0:
         print("next, for a table: python eval_logp.py --report")
@@ -465,7 +464,9 @@ def run_halves(args, *what):
     """Runs the halves of a memoised evaluation, side by side on a CPU with two cores or more; the others as for `run_one`.
     Returns: the Evaluations, with None for one that a signal stopped"""
     threads, stop = torch.get_num_threads(), what[-1]
-    process = run_in_background(args, NUM_HALVES, threads // 2) if threads > 1 and not args.cuda else None
+    process = None
+    if threads > 1 and not args.cuda:
+        process = run_in_background(threads // 2, get_half(args, NUM_HALVES), *what[:-1])
     torch.set_num_threads(threads if process is None else threads - threads // 2)
     halves = [run_one(get_half(args, 1), *what)]
     while process is not None and process.is_alive():
@@ -528,8 +529,6 @@ def is_complete(path, settings):
         return False
     try:
         result = checkpoints.load_result(path)
-    except util.OlderFile:
-        raise
     except UserError as error:
         warn(f"{error}; it is evaluated again")
         return False

@@ -49,13 +49,13 @@ class Run:
         self.state = losses.init_state(args, len(dataset.train.obs), device)  # the objective's own: the memory of mws, for one
         # All that is saved and restored: tensors, and everything with a state_dict. Learning-rate schedulers among them are
         # stepped after each iteration of training
-        self.parts = checkpoints.Parts(
+        self.parts = dict(
             generative_model=self.generative_model,
             inference_network=self.inference_network,
             optimizer=self.optimizer,
             pretrain_optimizer=self.pretrain_optimizer,
+            **self.state,
         )
-        self.parts.update(self.state)
         self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
         self.callbacks = [(args.test_interval, test)] if args.test_interval else []  # (iterations between calls, function)
         self.num_called = 0  # callbacks made at this iteration
@@ -322,7 +322,6 @@ def main(argv=None):
     device = util.get_device(args.cuda)
     print(f"{args.algorithm} on {device.type}, seed {args.seed}, torch {torch.__version__}", flush=True)
     dataset = load_data(args)
-    check_memory(args, len(dataset.train.obs), dataset.num_alphabets if args.condition_on_alphabet else 0)
     path_base = checkpoints.find_run(args, lambda: data.get_fingerprint(dataset.train))
     with StopSignal() as stop, locks.lock_run(path_base, stop):
         run = Run(args, dataset, device, path_base)
@@ -354,29 +353,6 @@ def main(argv=None):
         f" --checkpoint-path {path} --algorithm mws"
     )
     return 0
-
-
-def check_memory(args, num_images, num_alphabets):
-    """Prints how much memory a run takes, if it is much. Raises: UserError if that is more than there is (on a CPU)"""
-    contexts = num_alphabets + args.obs_embedding_dim
-    sizes = [(args.p_lstm_hidden_size, num_alphabets), (args.q_lstm_hidden_size, contexts)]
-    decoders = sum(4 * units * (units + args.num_primitives + 4 + context) for units, context in sizes)
-    num_parameters = decoders + 128 * 9 * (args.obs_embedding_dim + 192)
-    models_bytes = 16 * num_parameters  # with gradients and Adam's two moments
-    # A proposal's gates and state, choices and probabilities, and codes; the memory, a copy, and an image's compared in pairs
-    per_proposal = 4 * (10 * args.q_lstm_hidden_size + 4 * args.num_primitives) + 40 * args.num_arcs
-    step_bytes = min(args.batch_size, num_images) * args.num_particles * per_proposal
-    memory_size = util.get_settings(args).get("memory_size", 0)
-    memory_bytes = (2 * num_images + memory_size) * memory_size * args.num_arcs
-    total, available = models_bytes + step_bytes + memory_bytes, util.get_available_memory()
-    if not args.cuda and total > available:
-        raise UserError(
-            f"the run takes about {total / 1e9:.1f} GB of memory (models {models_bytes / 1e9:.1f}, a step {step_bytes / 1e9:.1f},"
-            f" remembered programs {memory_bytes / 1e9:.1f}) and {available / 1e9:.1f} GB are available; use smaller"
-            " --obs-embedding-dim, --num-particles, --batch-size or --memory-size"
-        )
-    if total > 1e9:
-        print(f"allocating about {total / 1e9:.1f} GB of memory, for {num_parameters / 1e6:.0f} million parameters", flush=True)
 
 
 def load_data(args):

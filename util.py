@@ -3,13 +3,12 @@
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import errno
 import functools
+import glob
 import hashlib
 import inspect
 import io
-import itertools
 import os
 import pathlib
 import re
@@ -18,7 +17,7 @@ import signal
 import sys
 import time
 import traceback
-import zipfile
+import uuid
 from collections.abc import Callable
 from typing import Annotated, NamedTuple, get_args, get_origin
 
@@ -35,10 +34,6 @@ SAVE = pathlib.Path("save")
 
 class UserError(ValueError):
     """A problem that the user can fix; the message says in one line what it is and how."""
-
-
-class OlderFile(UserError):
-    """A file that a version before 1.0 may have written"""
 
 
 def run_script(main):
@@ -66,6 +61,8 @@ def run_script(main):
         message = OUT_OF_MEMORY
     except OSError as error:
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        if error.filename and os.path.islink(error.filename) and not os.path.exists(error.filename):
+            message = f"{error.filename} is a link to {os.readlink(error.filename)}, which does not exist"
     for bar in list(getattr(tqdm, "_instances", [])):
         bar.close()  # the message begins on a line of its own
     print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
@@ -172,8 +169,9 @@ def to_location(text):
     return text
 
 
-_size, _share = functools.partial(Setting, low=1, high=10**5, group="model"), functools.partial(Setting, low=0, high=1)
-_data, _run = functools.partial(Setting, group="data"), functools.partial(Setting, group="run", changes_result=False)
+_run = functools.partial(Setting, group="run", changes_result=False)
+_data = functools.partial(Setting, group="data")
+_model = functools.partial(Setting, group="model")
 _saving = functools.partial(Setting, group="saving and logging", changes_result=False)
 
 
@@ -183,72 +181,41 @@ class Config:
 
     test_run: Annotated[bool, _run("shrink everything, to try out a whole run in under two minutes")] = False
     cuda: Annotated[bool, _run("use a GPU")] = False
-    name: Annotated[str, _run("name of the run's folder in save/ (default: derived from the settings)", parse=to_run_name)] = (
+    name: Annotated[str | None, _run("folder in save/ (default: derived from the settings)", parse=to_run_name)] = None
+    seed: Annotated[int, Setting("seed of all random numbers", 0, 2**63 - 1, group="run")] = 0
+    compile: Annotated[bool | None, _run("compile the hot path; on a GPU, replay CUDA graphs (default: not in test runs)")] = (
         None
     )
-    seed: Annotated[int, Setting("seed of all random numbers", 0, 2**63 - 1, group="run")] = 0
-    compile: Annotated[
-        bool, _run("compile the hot path, and on a GPU replay steps as CUDA graphs (default: yes, except in test runs)")
-    ] = None
     data_location: Annotated[
         str,
-        _data(
-            "local, om, glyphs, or a path: .mat, .npy, .npz, .zip, folder of images (default: local; in a test run glyphs)",
-            parse=to_location,
-        ),
+        _data("local, om, glyphs, .mat, .npy, .npz, .zip or folder (default: local; in a test run glyphs)", parse=to_location),
     ] = "local"
     small_dataset: Annotated[bool, _data("train on 10 images per alphabet")] = False
-    dataset_size: Annotated[int, _data("number of training images, the same for each alphabet (default: all)", 1)] = None
-    find_characters: Annotated[
-        bool,
-        _data(
-            "find the characters on photographs and scans, in a folder of your own images, and give them Omniglot's size and"
-            " stroke"
-        ),
-    ] = False
+    dataset_size: Annotated[int | None, _data("training images, equally many per alphabet (default: all)", 1)] = None
+    find_characters: Annotated[bool, _data("find the characters on the photographs and scans of a folder")] = False
     batch_size: Annotated[int, Setting("images per step", 1, 10**6, limit=10)] = 250
-    condition_on_alphabet: Annotated[
-        bool, Setting("condition the prior and the inference network on the alphabet", group="model")
-    ] = False
-    likelihood: Annotated[str, Setting("likelihood of an image given a drawing", group="model")] = "learned-affine"
-    num_arcs: Annotated[int, Setting("strokes per character, including the invisible first one", 1, 1000, group="model")] = 10
-    num_primitives: Annotated[int, Setting("strokes in the library", 1, 16383, group="model")] = 64
-    initial_max_curve: Annotated[
-        float,
-        Setting(
-            "initial curvature of strokes, in units of a circle's half angle / pi; at most 0.5 without --big-arcs",
-            group="model",
-        ),
-    ] = 0.3
-    big_arcs: Annotated[bool, Setting("allow strokes of more than half a circle", group="model")] = False
-    p_lstm_hidden_size: Annotated[int, _size("hidden units of the prior's LSTM")] = 4
-    p_uniform_mixture: Annotated[
-        float, _share("weight of a uniform distribution in each of the prior's choices", group="model")
-    ] = 0.0
-    q_lstm_hidden_size: Annotated[int, _size("hidden units of the inference network's LSTM")] = 64
-    q_uniform_mixture: Annotated[
-        float, _share("weight of a uniform distribution in each of the inference network's choices", group="model")
-    ] = 0.0
-    obs_embedding_dim: Annotated[int, _size("dimension of an image's embedding")] = 64
+    condition_on_alphabet: Annotated[bool, _model("condition the prior and the inference network on the alphabet")] = False
+    likelihood: Annotated[str, _model("likelihood of an image given a drawing")] = "learned-affine"
+    num_arcs: Annotated[int, _model("strokes per character, including the invisible first one", 1, 1000)] = 10
+    num_primitives: Annotated[int, _model("strokes in the library", 1, 16383)] = 64
+    initial_max_curve: Annotated[float, _model("initial curvature of strokes; at most 0.5 without --big-arcs")] = 0.3
+    big_arcs: Annotated[bool, _model("allow strokes of more than half a circle")] = False
+    p_lstm_hidden_size: Annotated[int, _model("hidden units of the prior's LSTM", 1, 10**5)] = 4
+    p_uniform_mixture: Annotated[float, _model("weight of a uniform distribution in the prior's choices", 0, 1)] = 0.0
+    q_lstm_hidden_size: Annotated[int, _model("hidden units of the inference network's LSTM", 1, 10**5)] = 64
+    q_uniform_mixture: Annotated[float, _model("weight of a uniform distribution in the network's choices", 0, 1)] = 0.0
+    obs_embedding_dim: Annotated[int, _model("dimension of an image's embedding", 1, 10**5)] = 64
     algorithm: Annotated[str, Setting("objective; sleep is RWS with the sleep update of phi")] = "mws"
     num_particles: Annotated[int, Setting("proposals per image (vimco: at least 2)", 1, 10**6, limit=40)] = 10
     prior_lr_factor: Annotated[float, Setting("learning rate of the prior, relative to the others' 1e-3")] = 1.0
     pretrain_iterations: Annotated[int, Setting("sleep steps that train the inference network first", limit=20)] = 10000
-    num_iterations: Annotated[  # a run can be continued to more
-        int, Setting("steps of the algorithm", 1, limit=40, changes_result=False)
-    ] = 200000
+    num_iterations: Annotated[int, Setting("steps of the algorithm", 1, limit=40, changes_result=False)] = 200000
     save_interval: Annotated[int, _saving("iterations between checkpoints", 1, limit=20)] = 1000
     save_minutes: Annotated[float, _saving("minutes between checkpoints, if that is sooner", 0.01)] = 5.0
     log_interval: Annotated[int, _saving("iterations between updates of the progress bar and losses.csv", 1, limit=5)] = 10
     tensorboard: Annotated[bool, _saving("also log for TensorBoard")] = False
     test_interval: Annotated[
-        int,
-        _saving(
-            "iterations between estimates of log p and KL of the test images, with --small-dataset of its training images"
-            " (default: never)",
-            1,
-            limit=20,
-        ),
+        int | None, _saving("iterations between tests; of --small-dataset on its training images (default: never)", 1, limit=20)
     ] = None
     test_batch_size: Annotated[int, _saving("images per step of a test", 1, limit=5)] = 5
     test_num_particles: Annotated[int, _saving("samples per image in a test", 1, limit=10)] = 1000
@@ -447,11 +414,7 @@ class ArgumentParser(argparse.ArgumentParser):
             self.add(flag, help, type=field.get_parser(), default=field.default)
 
     def error(self, message):
-        words = [word.split("=")[0] for word in message.split() if word.startswith("--")]
-        close = [difflib.get_close_matches(word, self._option_string_actions, 1) for word in words]
-        suggestion = f", did you mean {close[0][0]}?" if message.startswith("unrecognized") and any(close[:1]) else ""
-        message = message if len(message) <= 250 else f"{message[:120]} ... {message[-120:]}"
-        raise UserError(f"{message}{suggestion or '; see --help'}")
+        raise UserError(f"{message[:300]}; see --help")
 
 
 def get_test_run_limits(args):
@@ -514,6 +477,7 @@ class Lines:
 # ------------------------------------------------------------------ files
 
 FORMAT = 1  # the layout of files, which all versions 1.x of the program read
+LEFTOVER_SECONDS = 600  # after which a temporary file has been left by a process that was killed
 DIGEST = b"sha256 "  # begins the comment at the end of a file, which the digest of all before it completes
 
 
@@ -548,18 +512,16 @@ def write(path, content):
     Raises: UserError if it cannot be written; the old file stays
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{NODE}.{os.getpid()}.{next(NUMBERS)}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        make_folder(path.parent)
-        remove_leftovers(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
-            sync(file.fileno())
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        sync(folder)
-        os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "make room and run" if full else "fix that and run"
@@ -571,64 +533,20 @@ def write(path, content):
             temporary.unlink(missing_ok=True)
 
 
-NODE, NUMBERS = os.uname().nodename.split(".")[0][:32], itertools.count()  # they tell temporary files apart
-LEFTOVER_SECONDS = 24 * 3600  # after which a temporary file of another machine was left by a crash
+def remove_leftovers(path):
+    """Removes the temporary files of processes that were killed while they wrote this file"""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # another process has removed it
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink()
 
 
-def remove_leftovers(folder):
-    """Removes the temporary files in a folder whose processes were killed"""
-    for path in folder.glob(".*.tmp"):
-        match = re.fullmatch(r"\..*\.([^.]*)\.(\d+)\.\d+\.tmp", path.name)
-        with contextlib.suppress(OSError):
-            ended = match is not None and match[1] == NODE and not is_alive(int(match[2]))
-            if ended or time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
-                path.unlink()
-
-
-def is_alive(pid):
-    """Whether this machine has such a process"""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        pass
-    return True
-
-
-def sync(descriptor):
-    """Flushes a file or a folder to the disk, where the file system can"""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
-
-
-def make_folder(path):
-    """Creates a folder and those above it, unless they exist. Raises: OSError; UserError if one is a link to nowhere"""
-    check_links(path)
-    pathlib.Path(path).mkdir(parents=True, exist_ok=True)
-
-
-def check_links(path):
-    """Raises: UserError if a file or folder, or one above it, is a link to something that does not exist"""
-    for part in [*reversed(pathlib.Path(path).parents), pathlib.Path(path)]:
-        if part.is_symlink() and not part.exists():
-            target = os.readlink(part)
-            raise UserError(f"{part} is a link to {target}, which does not exist; create that, or remove the link")
-
-
-def check_regular(path):
-    """Raises: UserError if the path is that of a folder, a pipe or a device, whose reading could wait for ever"""
-    if pathlib.Path(path).exists() and not pathlib.Path(path).is_file():
-        raise UserError(f"{path} is not a file but a folder, a pipe or a device")
-
-
-def read_file(path):
-    """The bytes of a file. Raises: OSError; UserError if it is not a regular file"""
-    check_regular(path)
-    return pathlib.Path(path).read_bytes()
+def sync_folder(path):
+    """Flushes a folder's list of names to the disk, where the file system can"""
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def load_checkpoint(path, device="cpu", keys=frozenset({"args", "generative_model", "iteration"})):
@@ -637,33 +555,21 @@ def load_checkpoint(path, device="cpu", keys=frozenset({"args", "generative_mode
     Raises: UserError if the file is missing, damaged, from elsewhere, or of another kind, without `keys`
     """
     try:
-        content = read_file(path)
+        checkpoint = decode(pathlib.Path(path).read_bytes(), device)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    try:
-        checkpoint = decode(content, device)
     except Exception as error:  # a broken file can make the readers raise anything
         reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
-        if is_archive(content):
-            raise OlderFile(
-                f"{path} is not a checkpoint of this version; if an older one wrote it, python -m runs.convert rewrites it"
-            ) from None
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
+        raise UserError(
+            f"{path} is damaged or not a checkpoint ({reason}); if a version before 1.0 wrote it, python -m runs.convert rewrites it"
+        ) from None
     if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of this program, or one of another kind")
     if checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is from another version (format {checkpoint.get('format')}, not {FORMAT})")
     return checkpoint
-
-
-def is_archive(content):
-    """Whether the bytes are an intact zip archive"""
-    try:
-        return zipfile.ZipFile(io.BytesIO(content)).testzip() is None
-    except Exception:  # a broken one can make the reader raise anything
-        return False
 
 
 # ------------------------------------------------------------------ randomness
@@ -694,41 +600,6 @@ def set_random_state(state, device):
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-def get_available_memory():
-    """Bytes that processes can still take: of the machine's memory or, if that is less, of what the container or the job
-    around this process may have"""
-    try:
-        (available,) = re.findall(r"^MemAvailable: *(\d+) kB$", pathlib.Path("/proc/meminfo").read_text(), re.M)
-        machine = 1024 * int(available)
-    except (OSError, ValueError):  # not on Linux
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([machine, *get_memory_of_groups()])
-
-
-def get_memory_of_groups(table="/proc/self/cgroup", mount="/sys/fs/cgroup"):
-    """Bytes that this process's control groups, of either version, and those around them may still take; what they cache of
-    files does not count, since it makes room"""
-    try:
-        lines = [line.split(":", 2) for line in pathlib.Path(table).read_text().splitlines()]
-    except OSError:
-        return []
-    found = []
-    for _, controllers, group in lines:
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root, parts = pathlib.Path(mount, "memory" if controllers else ""), group.strip("/").split("/")
-        names = ["memory.limit_in_bytes", "memory.usage_in_bytes"] if controllers else ["memory.max", "memory.current"]
-        for depth in range(len(parts) + 1):  # in a container, its own group may be mounted as the root
-            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                folder = root.joinpath(*parts[:depth])
-                limit, usage = (int((folder / name).read_text()) for name in names)
-                cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                prefix = "total_" if "total_inactive_file" in cached else ""
-                usage -= sum(int(cached.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-                found.append(max(limit - usage, 0))
-    return found
-
-
 def get_cores():
     """The numbers of the cores that this process may use"""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -744,3 +615,20 @@ def get_device(cuda):
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--cuda: there is no usable GPU ({reason}); run without --cuda") from None
     return torch.device("cuda")
+
+
+# until callers have changed
+def make_folder(path):
+    pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def check_links(path):
+    pass
+
+
+def check_regular(path):
+    pass
+
+
+def read_file(path):
+    return pathlib.Path(path).read_bytes()

@@ -38,16 +38,10 @@ def _can_write(folder):
 
 def _choose_cache(variable, default=None):
     """Lets the variable name a folder that can be written: the user's choice, the default, or a temporary one"""
-    chosen = os.environ.get(variable)
-    if _can_write(chosen) if chosen else default is None or _can_write(default):
-        return
-    os.environ[variable] = os.path.join(tempfile.gettempdir(), f"{variable.split('_')[0].lower()}_cache_{os.getuid()}")
-    if chosen and sys.stderr is not None:
-        message = f"warning: {variable} is {chosen}, which cannot be written; compiled code goes to {os.environ[variable]}"
-        try:
-            print(message, file=sys.stderr)
-        except (OSError, ValueError):  # nobody reads it
-            pass
+    chosen = os.environ.get(variable, default)
+    if chosen and not _can_write(chosen):
+        name = f"{variable.split('_')[0].lower()}_cache_{os.getuid()}"
+        os.environ[variable] = os.path.join(tempfile.gettempdir(), name)
 
 
 _choose_cache("TORCHINDUCTOR_CACHE_DIR")

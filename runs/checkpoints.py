@@ -12,7 +12,6 @@ import filecmp
 import glob
 import hashlib
 import io
-import math
 import pathlib
 
 import torch
@@ -52,8 +51,6 @@ def find(path):
     candidates += [pretrained] * (pathlib.Path(path).parent == pathlib.Path("pretrained"))
     if found := next(filter(pathlib.Path.is_file, candidates), None):
         return found
-    for candidate in candidates:
-        util.check_links(candidate)
     runs = sorted(latest.parents[1].name for latest in util.SAVE.glob("*/checkpoints/latest.pt"))
     there = f"{util.SAVE}/ holds {', '.join(runs)}" if runs else f"{util.SAVE}/ holds no run: train one with python main.py"
     raise UserError(f"there is no checkpoint {path}; {there}")
@@ -89,37 +86,28 @@ def get_run_name(checkpoint_path, run_args):
 
 
 def find_run(args, get_fingerprint):
-    """The name of the folder in save/ in which a run with main.py's arguments, a namespace, lives: that of
-    util.get_path_base or, if it holds no such run, that of a run of the same data when they were elsewhere.
+    """The name of the folder in save/ in which a run with main.py's arguments, a namespace, lives: that of util.get_path_base
+    or, if there is none, that of a run of the same data when they were elsewhere.
 
-    Args: get_fingerprint: a function without arguments that returns the fingerprint of the training data; it is called
-        only if there is a run that differs in nothing else
+    Args: get_fingerprint: a function without arguments that returns the fingerprint of the training data
     """
     name = util.get_path_base(args)
-    if args.name:
+    if args.name or get_path(name).exists():
         return name
     default = "glyphs" if args.test_run else util.Config.data_location
     there, elsewhere = (util.get_path_base(argparse.Namespace(**{**vars(args), "data_location": x})) for x in (default, "/x"))
     start = elsewhere.split("data-location=")[0]  # what follows it may be cut off
-    others = {there, *(path.name for path in util.SAVE.glob(f"{glob.escape(start)}data-location=*"))} - {name}
-    states = {other: state for other in others if (state := read_state(other))}
-    ours = util.get_settings(args)
-    if not any(
-        util.describe_differences(settings, {**ours, "data": settings["data"]}) == "" for settings, _ in states.values()
-    ):
-        return name
-    if own := read_state(name):
-        states[name] = own
-    ours["data"] = get_fingerprint()
-    same = {some: iteration for some, (settings, iteration) in states.items() if not util.describe_differences(settings, ours)}
-    return name if name in same or not same else max(same, key=same.get)
-
-
-def read_state(path_base):
-    """The settings and the iteration of a run's newest checkpoint; None if there is none"""
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError):  # the run itself says what is damaged
-        checkpoint = load_newest(path_base)
-        return checkpoint and ({**checkpoint["settings"], **checkpoint["removed"]}, checkpoint["iteration"])
+    ours, iterations = util.get_settings(args), {}
+    for folder in [util.SAVE / there, *util.SAVE.glob(f"{glob.escape(start)}data-location=*")]:
+        checkpoint = None
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError):  # the run itself says what is damaged
+            checkpoint = load_newest(folder.name)
+        if checkpoint is not None:
+            settings = {**checkpoint["settings"], **checkpoint["removed"]}
+            is_same = not util.describe_differences(settings, {**ours, "data": settings["data"]})
+            if is_same and settings["data"] == get_fingerprint():
+                iterations[folder.name] = checkpoint["iteration"]
+    return max(iterations, key=iterations.get, default=name)
 
 
 def get_digest(checkpoint):
@@ -178,23 +166,19 @@ def load_newest(path_base, device="cpu"):
     Returns: the checkpoint, or None if there are none
     Raises: UserError if there are checkpoints but all are damaged
     """
-    latest, is_older = get_path(path_base), False
+    latest = get_path(path_base)
     paths = [latest] * latest.exists() + get_numbered(latest.parent)[::-1]
     for path in paths:
         try:
             checkpoint = load(path, device)
         except UserError as error:
-            is_older |= isinstance(error, util.OlderFile)
             warn(str(error))
             continue
         if path != paths[0]:
             warn(f"resuming from {path}, the newest intact checkpoint")
         return checkpoint
     if paths:
-        advice = f"python -m runs.convert {latest.parent}/*.pt rewrites those of an older version, or " * is_older
-        raise UserError(
-            f"no checkpoint in {latest.parent} is intact; {advice}move the folder {util.SAVE / path_base} away to start over"
-        )
+        raise UserError(f"no checkpoint in {latest.parent} is intact; move {util.SAVE / path_base} away to start over")
     return None
 
 
@@ -241,27 +225,6 @@ def get_source(checkpoint):
 # ------------------------------------------------------------------ the parts of a run
 
 
-class Parts(dict):
-    """The parts of a run by name: tensors, and everything with a state_dict. Raises: UserError if a name is taken, or a part is
-    neither"""
-
-    def __init__(self, **parts):
-        super().__init__()
-        self.update(parts)
-
-    def update(self, parts):
-        for name, part in parts.items():
-            self[name] = part
-
-    def __setitem__(self, name, part):
-        models = {"generative_model", "inference_network"}
-        if name in self or name in (RESERVED | TYPES.keys()) - models:
-            raise UserError(f"a part of a run cannot be called {name}, which is taken; rename it")
-        if not torch.is_tensor(part) and not hasattr(part, "state_dict"):
-            raise UserError(f"the part {name} of a run is neither a tensor nor has a state_dict, so it cannot be saved")
-        super().__setitem__(name, part)
-
-
 def copy(checkpoint, parts):
     """What saving and loading makes of a checkpoint. Raises: UserError, which names the part, if one cannot be saved or loaded"""
     try:
@@ -277,7 +240,12 @@ def copy(checkpoint, parts):
 
 
 def get_states(parts):
-    """What is saved of parts"""
+    """What is saved of parts. Raises: UserError if the name of one is taken, or it cannot be saved"""
+    for name, part in parts.items():
+        if name in (RESERVED | TYPES.keys()) - {"generative_model", "inference_network"}:
+            raise UserError(f"a part of a run cannot be called {name}, which is taken; rename it")
+        if not torch.is_tensor(part) and not hasattr(part, "state_dict"):
+            raise UserError(f"the part {name} of a run is neither a tensor nor has a state_dict, so it cannot be saved")
     return {name: part if torch.is_tensor(part) else part.state_dict() for name, part in parts.items()}
 
 
@@ -330,38 +298,25 @@ def warn_of_schedule(name, ours, theirs):
 
 
 def restore_optimizer(name, optimizer, state, ours, theirs):
-    """Restores an optimiser's state. Hyperparameters are those of the code, unless a schedule has moved them since they were
-    made; if the code has changed, with a warning. The state of another kind of optimiser is not used"""
-    changed = [
-        key
-        for our, their in zip(ours, theirs, strict=False)
-        for key in ("optimiser", "amsgrad")
-        if our.get(key) != their.get(key, our.get(key))
-    ]
-    if changed:
-        warn(f"{name.replace('_', ' ')}: another kind of optimiser than in the checkpoint; its state is initialised afresh")
+    """Restores an optimiser's state. Hyperparameters that the code has changed since are the code's, with a warning; others are
+    as saved, since a schedule may have moved them. The state of another kind of optimiser is not used.
+
+    Args: ours, theirs: hyperparameters, of `get_hyperparameters`, as the code makes them and as they were made
+    """
+    name = name.replace("_", " ")
+    if any(
+        our.get(key) != their.get(key) for our, their in zip(ours, theirs, strict=False) for key in ("optimiser", "amsgrad")
+    ):
+        warn(f"{name}: another kind of optimiser than in the checkpoint; its state is initialised afresh")
         return
-    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    groups = [  # those of the device decide where the numbers of steps go
-        {**group, **{key: value for key, value in option.items() if key in OF_DEVICES}}
-        for group, option in zip(state["param_groups"], options, strict=True)
-    ]
+    groups = []
+    for group, saved, our, their in zip(optimizer.param_groups, state["param_groups"], ours, theirs, strict=True):
+        changed = [key for key in our if key in their and our[key] != their[key]]
+        for key in changed:
+            warn(f"{name}: {key} changed from {their[key]} to {our[key]}; using that of the code")
+        saved = {key: value.item() if torch.is_tensor(value) else value for key, value in saved.items()}
+        groups.append({**group, **saved, **{key: group[key] for key in [*changed, *OF_DEVICES] if key in group}})
     optimizer.load_state_dict({**state, "param_groups": groups})
-    for group, option, our, their in zip(optimizer.param_groups, options, ours, theirs, strict=True):
-        saved = {key: _to_plain(group.get(key)) for key in our}
-        saved["optimiser"] = our["optimiser"]
-        group.update(option)
-        for key in [key for key in our if key in their]:  # other versions of torch have others
-            if not _is_same(our[key], their[key]):
-                warn(f"{name.replace('_', ' ')}: {key} changed from {their[key]} to {our[key]}; using that of the code")
-            elif not _is_same(saved[key], their[key]):
-                group[key] = saved[key]
-
-
-def _is_same(one, other):
-    """Whether hyperparameters are the same, up to the rounding of float32, in which a GPU keeps learning rates"""
-    numbers = all(isinstance(x, int | float) for x in (one, other))
-    return math.isclose(one, other, rel_tol=1e-6) if numbers else one == other
 
 
 def _to_plain(value):

@@ -6,7 +6,9 @@ Each file is replaced, atomically; those of this version stay as they are. Runs 
 bits; evaluations that were stopped half-way start over.
 """
 
+import contextlib
 import pathlib
+import zipfile
 
 import torch
 
@@ -20,15 +22,15 @@ RESULT = {"settings", "enumeration_bound", "model_settings"}
 
 def convert(path):
     """Returns: what became of a file, in words. Raises: UserError if it cannot be read"""
-    try:
+    with contextlib.suppress(UserError):
         util.load_checkpoint(path, keys=set())
         return "is of this version already"
-    except util.OlderFile:
-        pass
     try:
+        if zipfile.ZipFile(path).testzip() is not None:  # torch does not compare checksums
+            raise ValueError
         old = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file can make the reader raise anything
-        raise UserError(f"{path} cannot be read ({type(error).__name__})") from None
+    except Exception:  # a broken file can make the readers raise anything
+        raise UserError(f"{path} is damaged or not a checkpoint") from None
     if isinstance(old, dict) and RUN <= old.keys():
         util.save_checkpoint(path, convert_run(old))
     elif isinstance(old, dict) and RESULT <= old.keys():
@@ -84,7 +86,7 @@ def add_missing_states(old, name):
 
 def get_hyperparameters(state):
     return [
-        {key: list(value) if isinstance(value, tuple) else value for key, value in group.items() if key != "params"}
+        {"optimiser": "Adam", **{key: list(x) if isinstance(x, tuple) else x for key, x in group.items() if key != "params"}}
         for group in state["param_groups"]
     ]
 

@@ -23,20 +23,19 @@ def lock(path, what, stop=None):
     Args: what: what a process that holds it is doing, in words; stop: a StopSignal, which ends the waiting
     Raises: UserError if another process holds it
     """
-    util.make_folder(path.parent)
-    start, told = time.monotonic(), False
-    patience = PATIENCE if "SLURM_JOB_ID" in os.environ else MOMENT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    patience, start, told = PATIENCE if "SLURM_JOB_ID" in os.environ else MOMENT, time.monotonic(), False
     with open(path, "a+") as file:
         while not take(file):
             file.seek(0)
-            what_it_does, waited = f"{what} by {file.read().strip() or 'another process'}", time.monotonic() - start
+            holder, waited = f"{what} by {file.read().strip() or 'another process'}", time.monotonic() - start
             if stop is not None and stop.received is not None:
                 print(f"stopped by {signal.Signals(stop.received).name} before it started")
                 sys.exit(128 + stop.received)
             if waited >= patience:
-                raise util.UserError(f"{what_it_does}; wait for it or stop it")
+                raise util.UserError(f"{holder}; wait for it or stop it")
             if waited >= MOMENT and not told:
-                util.warn(f"{what_it_does}; waiting up to {PATIENCE} seconds for it to end")
+                util.warn(f"{holder}; waiting up to {PATIENCE} seconds for it to end")
                 told = True
             time.sleep(0.1)
         file.truncate(0)
@@ -45,37 +44,28 @@ def lock(path, what, stop=None):
         yield
 
 
-def take(file):
+def take(file, kind=fcntl.LOCK_EX):
     """Locks an open file, until it is closed, unless another process holds it. Returns: whether none does"""
-    try:
-        return _take(file, fcntl.LOCK_EX)
-    except OSError as error:
-        _warn_of_no_locks(os.path.dirname(os.path.abspath(file.name)), error.strerror)
-        return True
-
-
-def _take(file, kind):
-    """Raises: OSError if the file system has no locks"""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # the latter on some file systems
         return False
+    except OSError as error:
+        warn_of_no_locks(os.path.dirname(os.path.abspath(file.name)), error.strerror)
     return True
 
 
 @functools.cache
-def _warn_of_no_locks(folder, reason):
-    util.warn(
-        f"nothing can be locked in {folder} ({reason}): see to it that only one process at a time trains or evaluates a run"
-    )
+def warn_of_no_locks(folder, reason):
+    util.warn(f"nothing can be locked in {folder} ({reason}): let only one process at a time train or evaluate a run")
 
 
 def is_locked(path):
     """Whether a process holds a lock file"""
     try:
         with open(path) as file:
-            return not _take(file, fcntl.LOCK_SH)  # released at once, and meanwhile no obstacle to others that ask
-    except OSError:  # there is none, or nothing can be locked
+            return not take(file, fcntl.LOCK_SH)  # released at once
+    except FileNotFoundError:
         return False
 
 

@@ -23,10 +23,10 @@ ADAMW = {
     "main.py": [
         ("torch.optim.Adam(groups, lr=lr,", "torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.1,"),
         (
-            "        self.parts.update(self.state)\n",
-            "        self.parts.update(self.state)\n"
+            "        self.hyperparameters = checkpoints.get_hyperparameters(self.parts)\n",
             "        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, args.num_iterations)\n"
-            '        self.parts["schedule"] = schedule\n',
+            '        self.parts["schedule"] = schedule\n'
+            "        self.hyperparameters = checkpoints.get_hyperparameters(self.parts)\n",
         ),
     ]
 }
@@ -281,11 +281,11 @@ def test_callbacks_and_a_reason_to_stop(copy):
 
 def test_what_cannot_be_resumed_is_refused_before_the_first_step(copy):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import main, util; sys.argv[1:2] = []; util.run_script(main.main)"
-    before = "        self.parts.update(self.state)\n"
+    before = "        self.hyperparameters = checkpoints.get_hyperparameters(self.parts)\n"
     for part in ["self.parts['iteration'] = torch.zeros(3)", "self.parts['mine'] = Mine()"]:
         state = "class Mine:\n    def state_dict(self):\n        return {'x': signal}\n\n\nclass Run:\n"
         text = (copy / "main.py").read_text()
-        change(copy, {"main.py": [(before, f"{before}        {part}\n"), ("class Run:\n", state)]})
+        change(copy, {"main.py": [(before, f"        {part}\n{before}"), ("class Run:\n", state)]})
         process = subprocess.run([sys.executable, "-c", code, str(copy), *TINY], capture_output=True, text=True)
         assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
         assert ("part mine" in process.stderr) == ("mine" in part) and not list(pathlib.Path("save").glob("*/checkpoints/*"))

@@ -143,7 +143,7 @@ def test_a_file_of_an_older_version_is_rewritten(folder, capsys):  # noqa: F811
         (path.parent / f"{name}.pt").unlink()
     with pytest.raises(UserError, match="no checkpoint"):
         run(*FLAGS, "--algorithm", "rws", "--num-iterations", "6")
-    assert f"{path} is not a checkpoint of this version" in capsys.readouterr().err
+    assert f"{path} is damaged or not a checkpoint" in capsys.readouterr().err
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     pathlib.Path("damaged.pt").write_bytes(damaged)
@@ -159,7 +159,7 @@ def test_a_file_of_an_older_version_is_rewritten(folder, capsys):  # noqa: F811
 
 
 def test_names_from_outside_are_shown_literally(folder, run_script, capsys):  # noqa: F811
-    """Mathematics, bytes that are not UTF-8; a pipe is not read"""
+    """Mathematics, bytes that are not UTF-8"""
     run(*FLAGS)
     names = [os.fsencode("$x_$.png"), b"lat\xff.png", b"a$b.png"]
     image = np.full((40, 40), 255, np.uint8)
@@ -167,15 +167,9 @@ def test_names_from_outside_are_shown_literally(folder, run_script, capsys):  # 
     for name in names:
         with open(name, "wb") as file:
             file.write(imageio.imwrite("<bytes>", image, extension=".png"))
-    os.mkfifo("pipe.png")
     flags = ["--checkpoint-path", str(get_run_folder()), "--examples=1"]
-    status, stdout, stderr = run_script(read, *flags, "pipe.png", *map(os.fsdecode, names))
-    assert status == 0 and "pipe.png is not a file but" in stderr and "lat\\udcff" in stdout
-    latest = get_run_folder() / "checkpoints/latest.pt"
-    latest.unlink()
-    os.mkfifo(latest)
-    run(*FLAGS)
-    assert "latest.pt is not a file but" in capsys.readouterr().err
+    status, stdout, _ = run_script(read, *flags, *map(os.fsdecode, names))
+    assert status == 0 and "lat\\udcff" in stdout
 
 
 def test_strokes_without_sharpness_or_width(folder):  # noqa: F811
@@ -357,7 +351,6 @@ def test_a_full_disk_behind_standard_output_and_a_cache_that_cannot_be_written(f
     with open("/dev/full", "w") as full:
         process = subprocess.run([*command, "--num-iterations", "2"], stdout=full, stderr=subprocess.PIPE, text=True, env=cache)
     assert process.returncode == 0 and load_all(get_run_folder())["latest.pt"]["iteration"] == 2
-    assert process.stderr.count("warning: ") == 1 and "which cannot be written" in process.stderr
     assert (folder / f"torchinductor_cache_{os.getuid()}").is_dir()  # takes its place
 
 
