@@ -523,14 +523,15 @@ def get_settings(args, checkpoint, images, kind):
 
 
 def is_complete(path, settings):
-    """Whether this evaluation has been completed; a damaged result does not count. Raises: UserError if a different
+    """Whether this evaluation has been completed; a file that cannot be read is set aside. Raises: UserError if a different
     evaluation is in its place"""
     if not path.exists():
         return False
     try:
         result = checkpoints.load_result(path)
     except UserError as error:
-        warn(f"{error}; it is evaluated again")
+        path.rename(f"{path}.old")
+        warn(f"{error}; it is evaluated again, and the file is now {path.name}.old")
         return False
     check_settings(path, result, settings)
     return True
