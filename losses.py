@@ -66,6 +66,7 @@ def get_num_dreams(batch_size, num_particles):
 def particle_objective(function):
     """Makes an objective of the models from a loss of the particles' scores: function(log_p, log_q, ...) -> loss, statistics,
     given log p(z, x) and log q(z|x), each [P, B], with gradients, and whatever else it names of a Step."""
+    own = list(inspect.signature(function).parameters)[2:]
 
     @functools.wraps(function)
     def objective(
@@ -88,10 +89,6 @@ def particle_objective(function):
             name: value.detach() if torch.is_tensor(value) else value for name, value in statistics.items()
         }
 
-    own = {name: p for name, p in list(inspect.signature(function).parameters.items())[2:]}
-    shared = [name for name in ("generative_model", "inference_network", "obs", "num_particles", "alphabet") if name not in own]
-    shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in shared]
-    objective.__signature__ = inspect.Signature([*shared, *[p.replace(kind=p.KEYWORD_ONLY) for p in own.values()]])
     return objective
 
 
@@ -392,7 +389,7 @@ def get_loss(args, step, state):
     Args: step: a Step; state: of `init_state`"""
     objective = OBJECTIVES[args.algorithm]
     available = {**util.get_own_settings(args, "algorithm"), **step._asdict(), **state}
-    loss, statistics = objective(**{name: available[name] for name in _get_names(objective) if name in available})
+    loss, statistics = objective(**{name: available[name] for name in _get_names(objective) or available if name in available})
     for name, value in statistics.items():
         if not isinstance(name, str) or name == "iteration" or (torch.is_tensor(value) and value.dim() > 0):
             raise util.UserError(f"{args.algorithm}: the statistic {name!r} must be a scalar, and not be called iteration")
@@ -402,7 +399,10 @@ def get_loss(args, step, state):
 
 @functools.cache
 def _get_names(objective):
-    return list(inspect.signature(objective).parameters)
+    """The names of an objective's arguments; none if it takes whatever there is"""
+    parameters = inspect.signature(objective, follow_wrapped=False).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return [] if takes_all else list(parameters)
 
 
 OBJECTIVES = {"mws": mws, "rws": rws, "vimco": vimco, "tvo": tvo, "sleep": wake_sleep}  # the choices of --algorithm
