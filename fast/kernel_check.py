@@ -34,7 +34,9 @@ def check(build, device, num_particles, batch_size, memory_size=0, init_memory=N
     names = kernels.operators
     if not names:
         return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad(), without_tf32():
+    # Without TF32: were convolutions rounded to ten bits, the same pixels would not win when they are pooled
+    in_float32 = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad(), in_float32:
         torch.manual_seed(0)
         generative_model, inference_network = build()
         make_strokes_differ(generative_model)
@@ -58,17 +60,6 @@ def check(build, device, num_particles, batch_size, memory_size=0, init_memory=N
 
 def warn(message):
     print(f"warning: {message}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def without_tf32():
-    """Convolutions in float32: rounded to ten bits, the same pixels would not win when they are pooled"""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 @torch.no_grad()
