@@ -7,11 +7,9 @@ one line. Where they are known, each character comes with its alphabet and its n
 import collections
 import contextlib
 import functools
-import gzip
 import hashlib
 import http.client
 import io
-import math
 import os
 import pathlib
 import re
@@ -22,7 +20,7 @@ import numpy as np
 import scipy.io
 import torch
 
-from images import ALPHABETS, HEIC_ADVICE, draw_glyphs, find_characters, get_suffixes, read_image, read_official, shrink
+from images import ALPHABETS, decode, draw_glyphs, find_characters, fit, get_suffixes, read_image, shrink
 from util import UserError, expand_user, make_folder, show_progress, warn
 
 NUM_ROWS = NUM_COLS = 28
@@ -92,23 +90,20 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
     source = _load_source(location, find_characters)
     _check_ink(location, source.obs)
     train, valid, test = _split(source)
-    alphabet_names = source.alphabet_names
-    num_alphabets = len(alphabet_names)
+    notes, num_alphabets = list(source.notes), len(source.alphabet_names)
     if small_dataset and dataset_size is not None:
         raise UserError("--small-dataset and --dataset-size exclude each other; give one")
-    if small_dataset:
-        train = _take_per_alphabet(train, SMALL_NUM_PER_ALPHABET, num_alphabets, "--small-dataset")
-    elif dataset_size is not None:
-        if dataset_size % max(num_alphabets, 1):
-            raise SizeError(f"--dataset-size {dataset_size} is not a multiple of the {num_alphabets} alphabets")
-        num_per_alphabet = dataset_size // max(num_alphabets, 1)
-        train = _take_per_alphabet(train, num_per_alphabet, num_alphabets, f"--dataset-size {dataset_size}")
+    if small_dataset or dataset_size is not None:
+        num_groups = max(num_alphabets, 1)
+        size, flag = (
+            (SMALL_NUM_PER_ALPHABET * num_groups, "--small-dataset") if small_dataset else (dataset_size, "--dataset-size")
+        )
+        train = _take_per_alphabet(train, size, num_groups, flag)
+        notes.append(f"{len(train.obs)} to train on")
     if len(train.obs) == 0 or len(test.obs) == 0:
         raise UserError(f"{location} holds too few images to split into training and test images")
-    notes = [*source.notes, f"{len(train.obs)} to train on"] if small_dataset or dataset_size else source.notes
     groups = _count(num_alphabets, "alphabet") if num_alphabets else "no alphabets"
-    summary = summarise(source.obs, groups, notes)
-    return Dataset(train, valid, test, num_alphabets, tuple(alphabet_names), summary)
+    return Dataset(train, valid, test, num_alphabets, tuple(source.alphabet_names), summarise(source.obs, groups, notes))
 
 
 def load_and_tell(location, *options):
@@ -150,17 +145,19 @@ def get_fingerprint(split):
     return digest.hexdigest()[:12]
 
 
-def _take_per_alphabet(split, num, num_alphabets, flag):
+def _take_per_alphabet(split, size, num_groups, flag):
     """Selects the first images of each alphabet or, if there are no alphabets, of all images"""
-    ids = [torch.arange(len(split.obs))]
-    if num_alphabets:
-        ids = [split.alphabet[:, i].nonzero().squeeze(1) for i in range(num_alphabets)]
-    fewest = min(len(i) for i in ids)
+    num, rest = divmod(size, num_groups)
+    group_ids = torch.zeros(len(split.obs)) if split.alphabet is None else split.alphabet.argmax(1)
+    ids = [(group_ids == i).nonzero().squeeze(1)[:num] for i in range(num_groups)]
+    fewest = min(map(len, ids))
+    if rest:
+        raise SizeError(f"{flag} {size} is not a multiple of the {num_groups} alphabets")
     if fewest < num:
         raise SizeError(
-            f"{flag} takes {num} training images of each alphabet, but one has only {fewest}; use fewer or more data"
+            f"{flag} takes {size} training images, {num} of each alphabet, but one has only {fewest}; use fewer or more data"
         )
-    return split.select(torch.cat([i[:num] for i in ids]))
+    return split.select(torch.cat(ids))
 
 
 # ------------------------------------------------------------------ the summary
@@ -168,7 +165,8 @@ def _take_per_alphabet(split, num, num_alphabets, flag):
 
 def summarise(obs, groups, notes=()):
     """Sums up images [N, 28, 28] in one line. Args: groups: words, such as the number of alphabets; notes: further remarks"""
-    return "; ".join([f"{_count(len(obs), 'image')}, {groups}, mean ink {obs.mean():.2f}", *notes, *_describe_faults(obs)])
+    faults = filter(None, [_list_counts(_get_faults(obs))])
+    return "; ".join([f"{_count(len(obs), 'image')}, {groups}, mean ink {obs.mean():.2f}", *notes, *faults])
 
 
 def _count(number, noun):
@@ -176,41 +174,36 @@ def _count(number, noun):
 
 
 def _get_faults(obs):
-    """How many images cannot be characters, by what is wrong with them"""
+    """Counts images that cannot be characters, by what is wrong with them"""
     ink = obs.reshape(len(obs), -1).mean(1)
-    solid = int((ink > 0.95).sum())
-    return {"blank": int((ink == 0).sum()), "solid": solid, "more than half ink": int((ink > 0.5).sum()) - solid}
+    faults = {"blank": ink == 0, "solid": ink > 0.95, "more than half ink": (ink > 0.5) & (ink <= 0.95)}
+    return {name: int(found.sum()) for name, found in faults.items() if found.any()}
 
 
-def _describe_faults(obs):
-    faults = ", ".join(f"{number} {fault}" for fault, number in _get_faults(obs).items() if number)
-    return [faults] if faults else []
+def _list_counts(counts):
+    return ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
 def _check_ink(location, obs):
     """Raises: UserError if most images show no character"""
-    if 2 * sum(_get_faults(obs).values()) > len(obs):
+    faults = _get_faults(obs)
+    if 2 * sum(faults.values()) > len(obs):
         raise UserError(
-            f"{location}: of {_count(len(obs), 'image')}, {_describe_faults(obs)[0]}: ink must be clearly darker than paper, or"
+            f"{location}: of {_count(len(obs), 'image')}, {_list_counts(faults)}: ink must be clearly darker than paper, or"
             " lighter, and cover less of it (transparent pixels count as white paper)"
         )
 
 
 def _describe_skipped(path, skipped):
-    """Warns, by name, of files that were left out. Args: skipped: (name, kind) of each
+    """Warns of files that were left out. Args: skipped: (kind, name) of each
     Returns: a list with a remark for the summary, if there are any"""
     if not skipped:
         return []
-    names = collections.defaultdict(list)
-    for kind, name in sorted((kind, name) for name, kind in skipped):
-        names[kind].append(name)
-    counts = {kind: f"{len(group)} {kind}" for kind, group in names.items()}
-    details = []
-    for kind, group in names.items():
-        examples = ", ".join(group[:3]) + ", ..." * (len(group) > 3)
-        details.append(f"{counts[kind]} ({examples}{f': {HEIC_ADVICE}' * (kind == 'HEIC')})")
-    warn(f"{path}: skipped {', '.join(details)}")
-    return [f"skipped: {_count(len(skipped), 'file')} ({', '.join(counts.values())})"]
+    counts = _list_counts(collections.Counter(kind for kind, _ in sorted(skipped)))
+    examples = ", ".join(name for _, name in sorted(skipped)[:5]) + ", ..." * (len(skipped) > 5)
+    advice = "; to read HEIC, pip install pillow-heif, or convert it to JPEG or PNG" * ("HEIC" in counts)
+    warn(f"{path}: skipped {counts}: {examples}{advice}")
+    return [f"skipped: {_count(len(skipped), 'file')} ({counts})"]
 
 
 # ------------------------------------------------------------------ locations
@@ -230,19 +223,17 @@ def _load_source(location, prepare=False):
         raise UserError(f"--data-location {location}: no such file, folder or name ({names})")
     if path.suffix == ".mat":
         return _load_mat(path)
-    if path.suffix == ".npz":
-        return _load_npz(path)
-    if array_files := _list_array_files(path):
-        return _load_array_files(path, array_files)
+    if path.suffix in (".npy", ".npz"):
+        return _load_arrays(path)
     if path.is_dir() or zipfile.is_zipfile(path):
         return _load_image_files(path, prepare)
-    raise UserError(f"--data-location {location} is not a .mat, .npy, .npz, idx or .zip file or a folder of images")
+    raise UserError(f"--data-location {location} is not a .mat, .npy, .npz or .zip file or a folder of images")
 
 
 def may_hold_pages(location):
     """Whether a location may hold photographs and scans, on which to find characters. Raises: UserError if it begins with
     the home of an unknown user"""
-    return location not in (*SITES, "glyphs") and expand_user(location).suffix not in (".mat", ".npy", ".npz", ".gz")
+    return location not in (*SITES, "glyphs") and expand_user(location).suffix not in (".mat", ".npy", ".npz")
 
 
 def find_site(name):
@@ -298,165 +289,84 @@ def decoding(path):
 
 
 def _load_mat(path):
+    """Loads what has chardata.mat's format: images, each stored column by column, one-hot alphabets, numbers of characters"""
     with decoding(path):
         mat = scipy.io.loadmat(path)
-    keys = ["data", "target", "targetchar", "testdata", "testtarget", "testtargetchar"]
-    missing = [key for key in keys if key not in mat]
-    if missing:
-        raise UserError(f"{path} has no {', '.join(missing)}: it is not in chardata.mat's format")
-    parts = [_read_mat_part(path, mat, prefix) for prefix in ["", "test"]]
-    if len(parts[0][1]) != len(parts[1][1]):
-        raise UserError(f"{path}: target and testtarget have different numbers of alphabets")
-    images, alphabets, characters = (np.concatenate([part[i] for part in parts], axis) for i, axis in enumerate([0, 1, 0]))
-    obs, notes = _to_ink(path, images)
-    names = [f"alphabet {i + 1}" for i in range(len(alphabets))]  # Omniglot's own numbers
-    sizes = [len(images) for images, *_ in parts]
-    return Source(obs, alphabets.argmax(0), characters, names, np.repeat(["train", "test"], sizes), notes)
+    names = [prefix + name for prefix in ["", "test"] for name in ["data", "target", "targetchar"]]
+    arrays = [np.asarray(mat.get(name)) for name in names]
+    rows = [28 * 28, arrays[1].shape[0] if arrays[1].ndim else 0, 1]
+    for name, array, num in zip(names, arrays, [*rows, *rows], strict=True):
+        (num_images,) = arrays[names.index("testdata" if name.startswith("test") else "data")].shape[1:2] or [0]
+        if array.dtype.kind not in "uifb" or array.shape != (num, num_images) or array.size == 0:
+            raise UserError(
+                f"{path} is not in chardata.mat's format: {name} has the shape {list(array.shape)}, type {array.dtype}; expected"
+                " data [784, N], target [L, N] and targetchar [1, N], and the same of test images, testdata and so on"
+            )
+    data, target, characters = (np.concatenate(pair, 1) for pair in zip(arrays[:3], arrays[3:], strict=True))
+    if ((target != 0).sum(0) != 1).any() or target.max() != 1:
+        raise UserError(f"{path}: target or testtarget is not one-hot")
+    obs, notes = _to_ink(path, data.T.reshape(-1, NUM_COLS, NUM_ROWS).transpose(0, 2, 1))
+    parts = np.repeat(["train", "test"], [arrays[0].shape[1], arrays[3].shape[1]])
+    alphabet_names = [f"alphabet {i + 1}" for i in range(len(target))]  # Omniglot's own numbers
+    return Source(obs, target.argmax(0), characters[0], alphabet_names, parts, notes)
 
 
-def _read_mat_part(path, mat, prefix):
-    obs, alphabet, character = (mat[prefix + key] for key in ["data", "target", "targetchar"])
-    num_rows = {"data": NUM_ROWS * NUM_COLS, "target": "L", "targetchar": 1}
-    for (name, rows), array in zip(num_rows.items(), (obs, alphabet, character), strict=True):
-        if not isinstance(array, np.ndarray):
-            raise UserError(f"{path}: {prefix}{name} is a {type(array).__name__}, not a plain matrix")
-        right = array.ndim == 2 and array.dtype.kind in "uifb" and array.shape[0] > 0 and array.shape[1] == obs.shape[1] > 0
-        if not right or rows not in ("L", array.shape[0]):
-            shape = f"the shape {list(array.shape)}, type {array.dtype}"
-            raise UserError(f"{path}: {prefix}{name} has {shape}; expected numbers [{rows}, N], with the N of {prefix}data")
-    if ((alphabet != 0).sum(0) != 1).any() or alphabet.max() != 1:
-        raise UserError(f"{path}: {prefix}target is not one-hot")
-    images = obs.T.reshape(-1, NUM_COLS, NUM_ROWS).transpose(0, 2, 1)  # stored column by column
-    return images, alphabet, character[0]
-
-
-# Words in the names of arrays and folders that stand for parts, and those that stand for labels
-PARTS = {
-    "train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test",
-    "testing": "test", "t10k": "test",
-}  # fmt: skip
-LABELS = {"y", "label", "labels", "target", "targets", "alphabet", "alphabets"}
-IDX = re.compile(r"idx[13](-ubyte)?(\.gz)?$")
-
-
-def _list_array_files(path):
-    """The files of arrays that a location consists of: a .npy file, an idx file (MNIST's format) and that of its labels, or
-    those in a folder of such files"""
-    if path.is_file():
-        labels = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-        return [path] if path.suffix == ".npy" else [path, labels][: 1 + labels.exists()] if IDX.search(path.name) else []
-    names = sorted(name for name in os.listdir(path) if not is_hidden(name))
-    files = [path / name for name in names if name.endswith(".npy") or IDX.search(name)]
-    return files if 2 * len(files) > len(names) else []
-
-
-def _load_array_files(path, files):
-    """Loads arrays, one per file. Where their names speak of neither parts nor labels, each file is an alphabet of its own."""
-    if len(files) == 1:
-        return _load_arrays(path, {"images": functools.partial(_read_array, files[0])})
-    files = {file.name.removesuffix(".gz").removesuffix(".npy"): file for file in reversed(files)}
-    readers = {name: functools.partial(_read_array, file) for name, file in sorted(files.items())}
-    if any(_get_role(name) != (None, "images") for name in files):
-        return _load_arrays(path, readers)
-    obs, notes = zip(*(_to_ink(files[name], read()) for name, read in readers.items()), strict=True)
-    alphabet_ids = np.repeat(np.arange(len(obs)), [len(images) for images in obs])
-    return Source(np.concatenate(obs), alphabet_ids, None, list(readers), None, notes[0])
-
-
-def _load_npz(path):
-    with decoding(path), np.load(path, allow_pickle=False) as archive:
-        names = ["images"] if "images" in archive.files and len(archive.files) > 1 else archive.files
-        names = names + [name for name in archive.files if name not in names and _get_role(name) == (None, "labels")]
-        return _load_arrays(path, {name: functools.partial(archive.__getitem__, name) for name in names})
-
-
-def _get_role(name):
-    """What an array's name says about it: its part (None: the whole), and whether it holds images or labels"""
-    words = re.split(r"[\W_]+", name.lower())
-    part = next((PARTS[word] for word in words if word in PARTS), None)
-    return part, "labels" if LABELS.intersection(words) else "images"
-
-
-def _load_arrays(path, readers):
-    """Makes a Source of arrays of images, one or one per part, and perhaps of their labels, which become alphabets.
-
-    Args: readers: name -> a function that returns the array
-    """
-    names = collections.defaultdict(list)
-    for name in readers:
-        names[_get_role(name)].append(name)
-    parts = [part for part in [None, "train", "valid", "test"] if (part, "images") in names]
-    if not parts or None in parts[1:] or max(map(len, names.values())) > 1 or (None in parts and len(parts) > 1):
-        listed = ", ".join(readers)[:200]
-        raise UserError(f"{path} holds {listed}; give one array of images, or one named images, or one per part (x_train)")
-    obs, notes = zip(*(_to_ink(path, readers[names[part, "images"][0]]()) for part in parts), strict=True)
-    sizes = [len(images) for images in obs]
-    labels = [name for part in parts for name in names.get((part, "labels"), [])]
-    alphabet_ids, alphabet_names = None, []
-    if len(labels) == len(parts):
-        each = [_to_labels(path, readers[name](), size) for name, size in zip(labels, sizes, strict=True)]
-        alphabet_names, alphabet_ids = np.unique(np.concatenate(each), return_inverse=True)
-    own = _complete(np.repeat([str(part) for part in parts], sizes)) if len(parts) > 1 else None
-    return Source(np.concatenate(obs), alphabet_ids, None, [str(name) for name in alphabet_names], own, notes[0])
-
-
-def _complete(parts):
-    """Without test images, those of validation take their place"""
-    return parts if "test" in parts else np.where(parts == "valid", "test", parts)
-
-
-def _read_array(path):
-    """Reads a .npy or an idx file"""
+def _load_arrays(path):
+    """Loads a .npy file of images, or a .npz file of images and perhaps `labels` [N], which become alphabets"""
     with decoding(path):
-        if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        types = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
-        shape = np.frombuffer(content, ">i4", content[3], offset=4)
-        array = np.frombuffer(content, types[content[2]], offset=4 + 4 * len(shape)).reshape(shape)
-        # EMNIST's images, but not MNIST's, are stored column by column
-        return array.swapaxes(1, 2) if "emnist" in path.name.lower() and array.ndim == 3 else array
+        loaded = np.load(path, allow_pickle=False)
+        arrays = dict(loaded) if path.suffix == ".npz" else {"images": loaded}
+    labels = arrays.pop("labels", None)
+    if len(arrays) != 1:
+        raise UserError(f"{path} holds {', '.join(arrays)[:200]}; give one array of images and, if there are any, `labels`")
+    obs, notes = _to_ink(path, *arrays.values())
+    if labels is None:
+        return Source(obs, notes=notes)
+    if labels.shape != (len(obs),):
+        raise UserError(f"{path} has {_count(len(obs), 'image')}, but labels of the shape {list(labels.shape)}")
+    names, alphabet_ids = np.unique(labels, return_inverse=True)
+    return Source(obs, alphabet_ids, None, [str(name) for name in names], None, notes)
 
 
 def _to_ink(path, array):
-    """Images as numbers [N, R, C], [N, R, C, 1], [N, 1, R, C] or, square ones, [N, R * C], from 0 to 1, to 255 or to 65535.
+    """Images as numbers [N, R, C], with an axis of 1 more, or [N, 784], from 0 to 1, to 255 or to 65535.
 
     Returns: ink, bool [N, 28, 28], and remarks for the summary. Paper is what most images' edges show.
     Raises: UserError if it is not an array of images, or has values that cannot be ink
     """
-    right = isinstance(array, np.ndarray) and array.dtype.kind in "uifb" and 0 not in array.shape
-    if right and array.ndim == 4 and 1 in (array.shape[1], array.shape[3]):
-        array = array.squeeze(1 if array.shape[1] == 1 else 3)
-    if right and array.ndim == 2 and math.isqrt(array.shape[1]) ** 2 == array.shape[1]:
-        array = array.reshape(len(array), math.isqrt(array.shape[1]), -1)
-    if not right or array.ndim != 3:
-        shape = f"the shape {list(array.shape)}, type {array.dtype}" if isinstance(array, np.ndarray) else "something else"
-        raise UserError(f"{path} has {shape}; expected numbers [N, rows, columns]")
-    largest = _get_largest(path, array)
-    edges = np.concatenate([array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1]], 1) > 0.5 * largest
+    shape = [n for n in array.shape[1:] if n != 1]
+    shape = [NUM_ROWS, NUM_COLS] if shape == [NUM_ROWS * NUM_COLS] else shape
+    if array.dtype.kind not in "uifb" or array.size == 0 or len(shape) != 2:
+        raise UserError(f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]")
+    array = array.reshape(-1, *shape)
+    low, high, rounding = float(array.min()), float(array.max()), 1 + 1e-5  # of averages
+    full = next((full for full in (1, 255, 65535) if high <= full * rounding), 0)  # the value of ink, or of white paper
+    if low < 1 - rounding or high < full / 16 or not full:
+        raise UserError(
+            f"{path} has values outside [0, 1], {low:g} to {high:g}; scale it so that paper is 0 and ink is 1, or 255"
+        )
+    edges = np.concatenate([array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1]], 1) > 0.5 * full
     inverted = np.mean(edges.mean(1) > 0.5) > 0.5
-    if array.shape[1:] == (NUM_ROWS, NUM_COLS):
-        ink = (array >= 0.5 * largest) ^ inverted
+    if shape == [NUM_ROWS, NUM_COLS]:
+        ink = (array >= 0.5 * full) ^ inverted
     else:
-        ink = np.stack([shrink(abs(image.astype(np.float32) / largest - inverted)) >= 0.5 for image in array])
+        ink = np.stack([shrink(abs(image.astype(np.float32) / full - inverted)) >= 0.5 for image in array])
     return ink, ["dark on light"] if inverted else []
 
 
-def _get_largest(path, array):
-    """The value of full ink, or of white paper: 1, 255 or 65535"""
-    low, high, rounding = float(array.min()), float(array.max()), 1e-5  # which averages may be outside
-    if low >= -rounding and high <= 65535 + rounding and not 1 + rounding < high < 64 and not 255 + rounding < high < 4096:
-        return 1 if high <= 1 + rounding else 255 if high < 4096 else 65535
-    raise UserError(f"{path} has values outside [0, 1], {low:g} to {high:g}; scale it so that paper is 0 and ink is 1, or 255")
+# ------------------------------------------------------------------ image files
 
+# Folders whose names say to which part their images belong
+PARTS = {
+    "train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test",
+    "testing": "test",
+}  # fmt: skip
+OFFICIAL_ZIP = r"images_(background|evaluation)(_small\d)?\.zip"
 
-def _to_labels(path, array, size):
-    """Labels [N], [N, 1] or one-hot [N, L] -> [N]"""
-    array = array.argmax(1) if array.ndim == 2 and array.shape[1] > 1 else array.reshape(-1)
-    if array.shape != (size,) or array.dtype.kind not in "uifbUS":
-        raise UserError(f"{path} has {_count(size, 'image')}, but labels of the shape {list(array.shape)}, type {array.dtype}")
-    whole = array.dtype.kind == "f" and (array == np.round(array)).all()
-    return array.astype(int) if whole else np.char.decode(array, errors="replace") if array.dtype.kind == "S" else array
+# What systems, network disks and programs put beside the user's own files
+HIDDEN = re.compile(
+    r"\..+|__MACOSX|lost\+found|\$RECYCLE\.BIN|System Volume Information|Thumbs\.db|desktop\.ini|@eaDir|#recycle|#snapshot"
+)
 
 
 class ImageFile(typing.NamedTuple):
@@ -476,29 +386,23 @@ def _load_image_files(path, prepare):
     if not files:
         about = "".join(f" ({note})" for note in _describe_skipped(path, skipped))
         raise UserError(f"{path} holds no images that can be read{about} and none of Omniglot's zips")
-    if 2 * sum(map(_is_official, files)) > len(files):
-        files = _keep(files, _is_official, "beside Omniglot's", skipped)
-        if any("images_background" in file.folders for file in files):  # parts of it are there a second time
-            files = _keep(files, lambda file: not re.search("images_background_small", file.name), "copies", skipped)
-        # images_background and images_evaluation have no alphabet in common
-        alphabets, characters = zip(*(file.folders[-2:] for file in files), strict=True)
-        characters = [int(folder.removeprefix("character")) for folder in characters]
-        parts, decode = None, read_official
-    else:
-        files, alphabets, parts = _arrange(files, skipped)
-        characters, decode = None, read_image
+    is_official = 2 * sum(map(_is_official, files)) > len(files)
+    files, alphabets, characters, parts = (_arrange_official if is_official else _arrange)(files, skipped)
     notes = _describe_skipped(path, skipped)
-    files = show_progress(files, desc="reading images", unit="", leave=False)
-    found = [_find_or_warn(name, read()) if prepare else [decode(name, read()) >= 0.5] for name, read in files]
+    found = []  # the characters on each file
+    for name, read in show_progress(files, desc="reading images", unit="", leave=False):
+        if prepare:
+            found.append(_find_or_warn(name, read()))
+        else:
+            ink = fit(1 - decode(name, read())) if is_official else read_image(name, read())
+            found.append([ink >= 0.5])
     file_ids = np.repeat(np.arange(len(found)), [len(page) for page in found])  # the file of each character
     if len(file_ids) == 0:
         raise UserError(f"no characters were found on the images in {path}: see the warnings")
-    names = []
-    if alphabets is not None:
-        names, alphabets = np.unique(np.array(alphabets)[file_ids], return_inverse=True)
+    alphabets, characters, parts = (x if x is None else np.array(x)[file_ids] for x in (alphabets, characters, parts))
+    names, alphabet_ids = ([], None) if alphabets is None else np.unique(alphabets, return_inverse=True)
     obs = np.stack([character for page in found for character in page])
-    characters, parts = (None if values is None else np.array(values)[file_ids] for values in (characters, parts))
-    return Source(obs, alphabets, characters, [str(name) for name in names], parts, notes)
+    return Source(obs, alphabet_ids, characters, [str(name) for name in names], parts, notes)
 
 
 def _is_official(file):
@@ -506,43 +410,45 @@ def _is_official(file):
     return re.search(r"(^|/)[^/]+/character\d{1,6}/[^/]+$", file.name, re.ASCII) is not None
 
 
-def _keep(files, is_kept, reason, skipped):
-    """The files to keep; appends the others to the list `skipped`, for that reason"""
-    skipped += [(file.name, reason) for file in files if not is_kept(file)]
-    return [file for file in files if is_kept(file)]
+def _arrange_official(files, skipped):
+    """Returns: files of the official release, their alphabets and characters, and None, since it has no parts"""
+    files = _keep(files, _is_official, "beside Omniglot's", skipped)
+    if any("images_background" in file.folders for file in files):  # parts of it are there a second time
+        files = _keep(files, lambda file: not re.search("images_background_small", file.name), "copies", skipped)
+    # images_background and images_evaluation have no alphabet in common
+    alphabets, characters = zip(*(file.folders[-2:] for file in files), strict=True)
+    return files, alphabets, [int(folder.removeprefix("character")) for folder in characters], None
 
 
 def _arrange(files, skipped):
-    """Takes alphabets and parts from the names of folders. If most files are in folders, those beside them are left out.
-
-    Returns: files, their alphabets or None, and their parts ("train", "valid", "test") or None
-    """
-
-    def get_part(file):
-        return PARTS.get(file.folders[level].lower())
-
-    files, level = _leave_out(files, 0, skipped)
-    if min(len(file.folders) for file in files) <= level:
-        return files, None, None
-    parts = [part for file in files if (part := get_part(file))]
-    if not {"train", "test"} <= set(_complete(np.array(parts))) or 2 * len(parts) <= len(files):
-        return files, [file.folders[level] for file in files], None
-    files = _keep(files, get_part, "beside the parts", skipped)
-    files, below = _leave_out(files, level + 1, skipped)
-    parts = _complete(np.array([get_part(file) for file in files]))
-    have_alphabets = min(len(file.folders) for file in files) > below
-    return files, [file.folders[below] for file in files] if have_alphabets else None, parts
+    """Takes alphabets and parts from the names of folders. Returns: files, alphabets or None, None, parts or None"""
+    num_before = None
+    while len(files) != num_before:
+        num_before, depth = len(files), len(os.path.commonprefix([file.folders for file in files]))
+        files = _leave_out(files, depth, skipped)
+    parts = {PARTS.get(file.folders[depth].lower()) for file in files if len(file.folders) > depth}
+    have_parts = "train" in parts and len(parts - {None}) > 1
+    if have_parts:
+        files = _keep(files, lambda file: file.folders[depth].lower() in PARTS, "beside the parts", skipped)
+        depth += 1
+        files = _leave_out(files, depth, skipped)
+    parts = [PARTS[file.folders[depth - 1].lower()] for file in files] if have_parts else None
+    have_alphabets = all(len(file.folders) > depth for file in files)
+    return files, [file.folders[depth] for file in files] if have_alphabets else None, None, parts
 
 
-def _leave_out(files, level, skipped):
-    """Leaves out files beside the folders that hold most of them. Args: level: of the folders; 0: at which they first differ
-    Returns: the files that remain, and the level"""
-    while True:
-        depth = level or len(os.path.commonprefix([file.folders for file in files]))
-        num_inside = sum(len(file.folders) > depth for file in files)
-        if num_inside == len(files) or 2 * num_inside <= len(files):
-            return files, depth
-        files = _keep(files, lambda file, depth=depth: len(file.folders) > depth, "beside the folders", skipped)
+def _leave_out(files, depth, skipped):
+    """Leaves out files that are in no more than so many folders, one within the other, if most are in more"""
+    num_inside = sum(len(file.folders) > depth for file in files)
+    if 2 * num_inside <= len(files):
+        return files
+    return _keep(files, lambda file: len(file.folders) > depth, "beside the folders", skipped)
+
+
+def _keep(files, is_kept, reason, skipped):
+    """The files to keep; appends the others to the list `skipped`, for that reason"""
+    skipped += [(reason, file.name) for file in files if not is_kept(file)]
+    return [file for file in files if is_kept(file)]
 
 
 def _find_or_warn(name, content):
@@ -556,7 +462,7 @@ def _find_or_warn(name, content):
 
 def list_images(path, skipped=None):
     """Yields every image in a folder or zip, an ImageFile, in order of name; includes those inside the official release's zips.
-    Appends (name, kind) of other files to the list `skipped`"""
+    Appends (kind, name) of other files to the list `skipped`"""
     skipped = [] if skipped is None else skipped
     if path.is_file():
         yield from _list_zip(path, path, skipped)
@@ -570,23 +476,12 @@ def list_images(path, skipped=None):
             yield ImageFile(name, file.read_bytes)
 
 
-OFFICIAL_ZIP = r"images_(background|evaluation)(_small\d)?\.zip"
-
-
 def _is_image(name, skipped):
     suffix = pathlib.PurePosixPath(name).suffix.lower()
     if suffix in get_suffixes():
         return True
-    skipped.append((name, "HEIC" if suffix in (".heic", ".heif", ".hif") else suffix[1:].upper() or "other"))
+    skipped.append(("HEIC" if suffix in (".heic", ".heif") else suffix[1:].upper() or "other", name))
     return False
-
-
-# What systems, network disks and programs put beside the user's own files: hidden files and these
-HIDDEN = re.compile(
-    r"\..+|__MACOSX.*|lost\+found|\$RECYCLE\.BIN|RECYCLER|System Volume Information|FOUND\.\d{3}|Thumbs\.db|ehthumbs.*\.db"
-    r"|desktop\.ini|@eaDir|@tmp|@Recycle|@Recently-Snapshot|#recycle|#snapshot|~snapshot|Network Trash Folder|Temporary Items",
-    re.IGNORECASE,
-)
 
 
 def is_hidden(name):
@@ -595,27 +490,23 @@ def is_hidden(name):
 
 
 def _walk(path, skipped):
-    """Yields every regular file below a folder that is not hidden. Folders to which several links lead are visited once, by
-    their own name if possible; those that may not be read are skipped."""
+    """Yields every file below a folder that is not hidden. Folders to which several links lead are visited once, by their own
+    name if possible."""
 
     def skip(error):
-        skipped.append((os.path.relpath(error.filename, path), "unreadable folder"))
+        skipped.append(("unreadable folder", os.path.relpath(error.filename, path)))
 
     visited, links = set(), [str(path)]
-    while links:
-        for parent, folders, names in os.walk(links.pop(0), onerror=skip):
-            status = os.stat(parent)
-            if (status.st_dev, status.st_ino) in visited:
+    for link in links:
+        for parent, folders, names in os.walk(link, onerror=skip):
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            if os.path.realpath(parent) in visited:
                 folders.clear()
                 continue
-            visited.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            visited.add(os.path.realpath(parent))
             links += [linked for name in folders if os.path.islink(linked := os.path.join(parent, name))]
-            for file in (pathlib.Path(parent, name) for name in names if not is_hidden(name)):
-                if file.is_file():
-                    yield file
-                elif not file.is_symlink():
-                    raise UserError(f"{file} is not a file but a pipe or a device; move it elsewhere")
+            files = [pathlib.Path(parent, name) for name in names if not is_hidden(name)]
+            yield from (file for file in files if file.is_file())  # not a pipe, or a link to nothing
 
 
 def get_names(archive):
@@ -653,6 +544,8 @@ def _split(source):
         train, valid, test = permutation[:cut], permutation[:0], permutation[cut:]
     else:
         train, valid, test = (np.flatnonzero(source.parts == part) for part in ["train", "valid", "test"])
+        if len(test) == 0:
+            valid, test = test, valid
     train = train[np.random.RandomState(123).permutation(len(train))]
     if len(valid) == 0:
         num_valid = round(len(train) * CHARDATA_SIZES["valid"] / CHARDATA_SIZES["train"])
