@@ -87,19 +87,16 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
             characters on each
     Raises: SizeError if the data has no such part; UserError if anything else is wrong with the location or the data
     """
+    if small_dataset and dataset_size is not None:
+        raise UserError("--small-dataset and --dataset-size exclude each other; give one")
     source = _load_source(location, find_characters)
     _check_ink(location, source.obs)
     train, valid, test = _split(source)
     notes, num_alphabets = list(source.notes), len(source.alphabet_names)
-    if small_dataset and dataset_size is not None:
-        raise UserError("--small-dataset and --dataset-size exclude each other; give one")
-    if small_dataset or dataset_size is not None:
-        num_groups = max(num_alphabets, 1)
-        size, flag = (
-            (SMALL_NUM_PER_ALPHABET * num_groups, "--small-dataset") if small_dataset else (dataset_size, "--dataset-size")
-        )
-        train = _take_per_alphabet(train, size, num_groups, flag)
-        notes.append(f"{len(train.obs)} to train on")
+    size = SMALL_NUM_PER_ALPHABET * max(num_alphabets, 1) if small_dataset else dataset_size
+    if size is not None:
+        train = _take_per_alphabet(train, size, max(num_alphabets, 1))
+        notes.append(f"{size} to train on")
     if len(train.obs) == 0 or len(test.obs) == 0:
         raise UserError(f"{location} holds too few images to split into training and test images")
     groups = _count(num_alphabets, "alphabet") if num_alphabets else "no alphabets"
@@ -145,17 +142,17 @@ def get_fingerprint(split):
     return digest.hexdigest()[:12]
 
 
-def _take_per_alphabet(split, size, num_groups, flag):
+def _take_per_alphabet(split, size, num_groups):
     """Selects the first images of each alphabet or, if there are no alphabets, of all images"""
     num, rest = divmod(size, num_groups)
+    if rest:
+        raise SizeError(f"--dataset-size {size} is not a multiple of the {num_groups} alphabets")
     group_ids = torch.zeros(len(split.obs)) if split.alphabet is None else split.alphabet.argmax(1)
     ids = [(group_ids == i).nonzero().squeeze(1)[:num] for i in range(num_groups)]
     fewest = min(map(len, ids))
-    if rest:
-        raise SizeError(f"{flag} {size} is not a multiple of the {num_groups} alphabets")
     if fewest < num:
         raise SizeError(
-            f"{flag} takes {size} training images, {num} of each alphabet, but one has only {fewest}; use fewer or more data"
+            f"a data set of {size} takes {num} training images of each alphabet, but one has only {fewest}; use less or more data"
         )
     return split.select(torch.cat(ids))
 
@@ -165,8 +162,8 @@ def _take_per_alphabet(split, size, num_groups, flag):
 
 def summarise(obs, groups, notes=()):
     """Sums up images [N, 28, 28] in one line. Args: groups: words, such as the number of alphabets; notes: further remarks"""
-    faults = filter(None, [_list_counts(_get_faults(obs))])
-    return "; ".join([f"{_count(len(obs), 'image')}, {groups}, mean ink {obs.mean():.2f}", *notes, *faults])
+    words = [f"{_count(len(obs), 'image')}, {groups}, mean ink {obs.mean():.2f}", *notes, _list_counts(_get_faults(obs))]
+    return "; ".join(filter(None, words))
 
 
 def _count(number, noun):
@@ -292,23 +289,24 @@ def _load_mat(path):
     """Loads what has chardata.mat's format: images, each stored column by column, one-hot alphabets, numbers of characters"""
     with decoding(path):
         mat = scipy.io.loadmat(path)
-    names = [prefix + name for prefix in ["", "test"] for name in ["data", "target", "targetchar"]]
-    arrays = [np.asarray(mat.get(name)) for name in names]
-    rows = [28 * 28, arrays[1].shape[0] if arrays[1].ndim else 0, 1]
-    for name, array, num in zip(names, arrays, [*rows, *rows], strict=True):
-        (num_images,) = arrays[names.index("testdata" if name.startswith("test") else "data")].shape[1:2] or [0]
-        if array.dtype.kind not in "uifb" or array.shape != (num, num_images) or array.size == 0:
+    parts, num_alphabets = [], len(np.atleast_2d(mat.get("target")))
+    for prefix in ["", "test"]:
+        arrays = [np.atleast_2d(mat.get(prefix + name)) for name in ("data", "target", "targetchar")]
+        num, shapes = arrays[0].shape[1], [array.shape for array in arrays]
+        right = shapes == [(NUM_ROWS * NUM_COLS, num), (num_alphabets, num), (1, num)]
+        if not right or any(array.dtype.kind not in "uifb" for array in arrays):
             raise UserError(
-                f"{path} is not in chardata.mat's format: {name} has the shape {list(array.shape)}, type {array.dtype}; expected"
-                " data [784, N], target [L, N] and targetchar [1, N], and the same of test images, testdata and so on"
+                f"{path} is not in chardata.mat's format: {prefix}data, {prefix}target and {prefix}targetchar have the shapes"
+                f" {str(shapes)[1:-1]}; expected numbers (784, N), (L, N) and (1, N), with the same L in both parts"
             )
-    data, target, characters = (np.concatenate(pair, 1) for pair in zip(arrays[:3], arrays[3:], strict=True))
-    if ((target != 0).sum(0) != 1).any() or target.max() != 1:
+        parts.append(arrays)
+    images, alphabets, characters = (np.concatenate(pair, 1) for pair in zip(*parts, strict=True))
+    obs, notes = _to_ink(path, images.T.reshape(-1, NUM_COLS, NUM_ROWS).transpose(0, 2, 1))
+    if ((alphabets != 0).sum(0) != 1).any() or alphabets.max() != 1:
         raise UserError(f"{path}: target or testtarget is not one-hot")
-    obs, notes = _to_ink(path, data.T.reshape(-1, NUM_COLS, NUM_ROWS).transpose(0, 2, 1))
-    parts = np.repeat(["train", "test"], [arrays[0].shape[1], arrays[3].shape[1]])
-    alphabet_names = [f"alphabet {i + 1}" for i in range(len(target))]  # Omniglot's own numbers
-    return Source(obs, target.argmax(0), characters[0], alphabet_names, parts, notes)
+    names = [f"alphabet {i + 1}" for i in range(num_alphabets)]  # chardata.mat has no names
+    sizes = [arrays[0].shape[1] for arrays in parts]
+    return Source(obs, alphabets.argmax(0), characters[0], names, np.repeat(["train", "test"], sizes), notes)
 
 
 def _load_arrays(path):
@@ -387,54 +385,58 @@ def _load_image_files(path, prepare):
         about = "".join(f" ({note})" for note in _describe_skipped(path, skipped))
         raise UserError(f"{path} holds no images that can be read{about} and none of Omniglot's zips")
     is_official = 2 * sum(map(_is_official, files)) > len(files)
-    files, alphabets, characters, parts = (_arrange_official if is_official else _arrange)(files, skipped)
+    files = (_arrange_official if is_official else _arrange)(files, skipped)
     notes = _describe_skipped(path, skipped)
-    found = []  # the characters on each file
-    for name, read in show_progress(files, desc="reading images", unit="", leave=False):
+
+    def read(name, read_bytes):
         if prepare:
-            found.append(_find_or_warn(name, read()))
-        else:
-            ink = fit(1 - decode(name, read())) if is_official else read_image(name, read())
-            found.append([ink >= 0.5])
-    file_ids = np.repeat(np.arange(len(found)), [len(page) for page in found])  # the file of each character
-    if len(file_ids) == 0:
+            return _find_or_warn(name, read_bytes())
+        ink = fit(1 - decode(name, read_bytes())) if is_official else read_image(name, read_bytes())
+        return [ink >= 0.5]
+
+    progress = show_progress(files, desc="reading images", unit="", leave=False)
+    found = [(ink, *labels) for file, *labels in progress for ink in read(*file)]
+    if not found:
         raise UserError(f"no characters were found on the images in {path}: see the warnings")
-    alphabets, characters, parts = (x if x is None else np.array(x)[file_ids] for x in (alphabets, characters, parts))
+    obs, alphabets, characters, parts = (None if x[0] is None else np.array(x) for x in zip(*found, strict=True))
     names, alphabet_ids = ([], None) if alphabets is None else np.unique(alphabets, return_inverse=True)
-    obs = np.stack([character for page in found for character in page])
     return Source(obs, alphabet_ids, characters, [str(name) for name in names], parts, notes)
 
 
 def _is_official(file):
     """Whether it lies in folders of an alphabet and a character, as in the official release"""
-    return re.search(r"(^|/)[^/]+/character\d{1,6}/[^/]+$", file.name, re.ASCII) is not None
+    return len(file.folders) > 1 and re.fullmatch(r"character\d{1,6}", file.folders[-1], re.ASCII) is not None
 
 
 def _arrange_official(files, skipped):
-    """Returns: files of the official release, their alphabets and characters, and None, since it has no parts"""
+    """Returns: (file, alphabet, character, None) of each file of the official release, which has no parts"""
     files = _keep(files, _is_official, "beside Omniglot's", skipped)
     if any("images_background" in file.folders for file in files):  # parts of it are there a second time
-        files = _keep(files, lambda file: not re.search("images_background_small", file.name), "copies", skipped)
+        files = _keep(files, lambda file: "images_background_small" not in file.name, "copies", skipped)
     # images_background and images_evaluation have no alphabet in common
-    alphabets, characters = zip(*(file.folders[-2:] for file in files), strict=True)
-    return files, alphabets, [int(folder.removeprefix("character")) for folder in characters], None
+    return [(file, file.folders[-2], int(file.folders[-1].removeprefix("character")), None) for file in files]
 
 
 def _arrange(files, skipped):
-    """Takes alphabets and parts from the names of folders. Returns: files, alphabets or None, None, parts or None"""
+    """Takes alphabets and parts from the names of folders. Returns: (file, alphabet or None, None, part or None) of each file"""
     num_before = None
     while len(files) != num_before:
         num_before, depth = len(files), len(os.path.commonprefix([file.folders for file in files]))
         files = _leave_out(files, depth, skipped)
-    parts = {PARTS.get(file.folders[depth].lower()) for file in files if len(file.folders) > depth}
+
+    def get_part(file):
+        return PARTS.get(file.folders[depth].lower()) if len(file.folders) > depth else None
+
+    parts = {get_part(file) for file in files}
     have_parts = "train" in parts and len(parts - {None}) > 1
     if have_parts:
-        files = _keep(files, lambda file: file.folders[depth].lower() in PARTS, "beside the parts", skipped)
-        depth += 1
-        files = _leave_out(files, depth, skipped)
-    parts = [PARTS[file.folders[depth - 1].lower()] for file in files] if have_parts else None
-    have_alphabets = all(len(file.folders) > depth for file in files)
-    return files, [file.folders[depth] for file in files] if have_alphabets else None, None, parts
+        files = _keep(files, get_part, "beside the parts", skipped)
+    level = depth + have_parts  # of the alphabets' folders
+    files = _leave_out(files, level, skipped)
+    have_alphabets = all(len(file.folders) > level for file in files)
+    return [
+        (file, file.folders[level] if have_alphabets else None, None, get_part(file) if have_parts else None) for file in files
+    ]
 
 
 def _leave_out(files, depth, skipped):
