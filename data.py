@@ -212,13 +212,13 @@ def _load_source(location, prepare=False):
         raise UserError(f"--find-characters is for a folder of your own images, not for {location}; leave it out")
     if location == "glyphs":
         return Source(*draw_glyphs(), list(ALPHABETS))
-    if location in SITES:
-        return _load_mat(_find_site(location))
-    path = expand_user(location)
+    path = find_site(location) if location in SITES else expand_user(location)
+    if location == "local" and not path.exists():
+        download(CHARDATA_URL, path, CHARDATA_BLOB_ID)
     if not path.exists():
         names = ", ".join([*SITES, "glyphs"])
-        raise UserError(f"--data-location {location}: no such file, folder or name ({names})")
-    if path.suffix == ".mat":
+        raise UserError(f"--data-location {location}: no such file, folder or name ({names}): there is no {path}")
+    if path.suffix == ".mat" or location in SITES:
         return _load_mat(path)
     if path.suffix in (".npy", ".npz"):
         return _load_arrays(path)
@@ -237,15 +237,6 @@ def find_site(name):
     """Where chardata.mat is, or would be"""
     path = expand_user(os.environ.get("OMNIGLOT_PATH") or SITES[name])
     return path / "chardata.mat" if path.is_dir() else path
-
-
-def _find_site(name):
-    path = find_site(name)
-    if not path.exists():
-        if name != "local":
-            raise UserError(f"--data-location {name}: there is no {path}; set $OMNIGLOT_PATH to where the file is")
-        download(CHARDATA_URL, path, CHARDATA_BLOB_ID)
-    return path
 
 
 def download(url, path, blob_id):
@@ -389,10 +380,14 @@ def _load_image_files(path, prepare):
     notes = _describe_skipped(path, skipped)
 
     def read(name, read_bytes):
-        if prepare:
-            return _find_or_warn(name, read_bytes())
-        ink = fit(1 - decode(name, read_bytes())) if is_official else read_image(name, read_bytes())
-        return [ink >= 0.5]
+        if not prepare:
+            ink = fit(1 - decode(name, read_bytes())) if is_official else read_image(name, read_bytes())
+            return [ink >= 0.5]
+        try:
+            return find_characters(name, read_bytes())
+        except UserError as error:
+            warn(f"{error}, skipped")
+            return []
 
     progress = show_progress(files, desc="reading images", unit="", leave=False)
     found = [(ink, *labels) for file, *labels in progress for ink in read(*file)]
@@ -453,37 +448,27 @@ def _keep(files, is_kept, reason, skipped):
     return [file for file in files if is_kept(file)]
 
 
-def _find_or_warn(name, content):
-    """The characters on an image file; none, with a warning, if it cannot be decoded"""
-    try:
-        return find_characters(name, content)
-    except UserError as error:
-        warn(f"{error}, skipped")
-        return []
-
-
 def list_images(path, skipped=None):
     """Yields every image in a folder or zip, an ImageFile, in order of name; includes those inside the official release's zips.
     Appends (kind, name) of other files to the list `skipped`"""
     skipped = [] if skipped is None else skipped
-    if path.is_file():
-        yield from _list_zip(path, path, skipped)
-        return
-    for file in sorted(_walk(path, skipped)):
-        name = file.relative_to(path).as_posix()
-        if re.fullmatch(OFFICIAL_ZIP, file.name):
-            if not file.with_suffix("").exists():
-                yield from _list_zip(file, file, skipped)
-        elif _is_image(name, skipped):
-            yield ImageFile(name, file.read_bytes)
+    files = _list_zip(path, path) if path.is_file() else _list_folder(path, skipped)
+    yield from _choose_images(path, files, skipped)
 
 
-def _is_image(name, skipped):
-    suffix = pathlib.PurePosixPath(name).suffix.lower()
-    if suffix in get_suffixes():
-        return True
-    skipped.append(("HEIC" if suffix in (".heic", ".heif") else suffix[1:].upper() or "other", name))
-    return False
+def _choose_images(path, files, skipped):
+    """The images among files, an iterable of ImageFile, of a folder or zip"""
+    for file in files:
+        suffix = pathlib.PurePosixPath(file.name).suffix.lower()
+        if is_hidden(file.name):
+            continue
+        if re.fullmatch(OFFICIAL_ZIP, file.name.split("/")[-1]):
+            inside = f"{path}: {file.name}"
+            yield from _choose_images(inside, _list_zip(inside, io.BytesIO(file.read())), skipped)
+        elif suffix in get_suffixes():
+            yield file
+        else:
+            skipped.append(("HEIC" if suffix in (".heic", ".heif") else suffix[1:].upper() or "other", file.name))
 
 
 def is_hidden(name):
@@ -491,24 +476,25 @@ def is_hidden(name):
     return any(HIDDEN.fullmatch(part) for part in pathlib.PurePosixPath(name).parts if part != "..")
 
 
-def _walk(path, skipped):
-    """Yields every file below a folder that is not hidden. Folders to which several links lead are visited once, by their own
-    name if possible."""
+def _list_folder(path, skipped):
+    """The files below a folder: a list of ImageFile. Links are followed, but no folder is read twice"""
 
     def skip(error):
         skipped.append(("unreadable folder", os.path.relpath(error.filename, path)))
 
-    visited, links = set(), [str(path)]
-    for link in links:
-        for parent, folders, names in os.walk(link, onerror=skip):
-            folders[:] = sorted(name for name in folders if not is_hidden(name))
-            if os.path.realpath(parent) in visited:
-                folders.clear()
-                continue
-            visited.add(os.path.realpath(parent))
-            links += [linked for name in folders if os.path.islink(linked := os.path.join(parent, name))]
-            files = [pathlib.Path(parent, name) for name in names if not is_hidden(name)]
-            yield from (file for file in files if file.is_file())  # not a pipe, or a link to nothing
+    files, known = [], {os.path.realpath(path)}
+    for parent, folders, names in os.walk(path, onerror=skip, followlinks=True):
+        for folder in sorted(
+            folders, key=lambda name: os.path.islink(os.path.join(parent, name))
+        ):  # by its own name if possible
+            real = os.path.realpath(os.path.join(parent, folder))
+            if is_hidden(folder) or real in known:
+                folders.remove(folder)
+            known.add(real)
+        files += [pathlib.Path(parent, name) for name in names]
+    files = [file for file in files if file.is_file()]  # not a pipe, or a link to nothing
+    unpacked = {file for file in files if re.fullmatch(OFFICIAL_ZIP, file.name) and file.with_suffix("").exists()}
+    return [ImageFile(file.relative_to(path).as_posix(), file.read_bytes) for file in sorted(set(files) - unpacked)]
 
 
 def get_names(archive):
@@ -517,8 +503,8 @@ def get_names(archive):
     return {name: stored for name, stored in names.items() if not name.endswith("/")}
 
 
-def _list_zip(path, file, skipped):
-    """The images of a zip, and those of the official release's zips in it. Args: file: its path, or an open file"""
+def _list_zip(path, file):
+    """The files of a zip: yields ImageFiles. Args: path: for errors; file: its path, or an open file"""
     with decoding(path):
         archive = zipfile.ZipFile(file)
 
@@ -527,12 +513,7 @@ def _list_zip(path, file, skipped):
             return archive.read(name)
 
     for name, stored in sorted(get_names(archive).items()):
-        if is_hidden(name):
-            continue
-        if re.fullmatch(OFFICIAL_ZIP, name.split("/")[-1]):
-            yield from _list_zip(f"{path}: {name}", io.BytesIO(read(stored)), skipped)
-        elif _is_image(name, skipped):
-            yield ImageFile(name, functools.partial(read, stored))
+        yield ImageFile(name, functools.partial(read, stored))
 
 
 # ------------------------------------------------------------------ splits
