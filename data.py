@@ -484,9 +484,8 @@ def _list_folder(path, skipped):
 
     files, known = [], {os.path.realpath(path)}
     for parent, folders, names in os.walk(path, onerror=skip, followlinks=True):
-        for folder in sorted(
-            folders, key=lambda name: os.path.islink(os.path.join(parent, name))
-        ):  # by its own name if possible
+        # By its own name if possible, not by a link's
+        for folder in sorted(folders, key=lambda name: os.path.islink(os.path.join(parent, name))):
             real = os.path.realpath(os.path.join(parent, folder))
             if is_hidden(folder) or real in known:
                 folders.remove(folder)

@@ -159,35 +159,28 @@ def example_figures(obs, examples, names, title, num_rows=12):
         yield figure
 
 
-def matches_figure(tests, characters, best, probs, answers, title, num_cols=2):
+def matches_figure(tests, characters, best, probs, answers, title):
     """Test images, each with its best characters and, over the test image, their strokes as they were varied to fit it.
 
     Args: tests [M, R, R]; characters [N, R, R]; best [M, S], characters, best first; probs [M, S, R, R], of the strokes' ink;
         answers [M], the right characters
     """
-    num_shown, size, gap = best.shape[1], tests.shape[1], get_gap(tests.shape[1])
-    num_rows = math.ceil(len(tests) / num_cols)
-    figure = make_figure(0.55 * num_cols * (2 * num_shown + 1.5) + 0.3, 0.68 * num_rows + 0.2, title)
-    all_axes = np.ravel(figure.subplots(num_rows, num_cols))
-    for axes in all_axes[len(tests) :]:
-        axes.set_axis_off()
-    for i, axes in enumerate(all_axes[: len(tests)]):
-        fits = torch.stack([to_colour(characters[best[i]]), overlay(tests[i], probs[i])], 1)  # [S, 2, R, R, 3]
-        show(axes, tile(torch.cat([to_colour(tests[i : i + 1]), fits.flatten(0, 1)]), 2 * num_shown + 1))
-        is_right = (best[i] == answers[i]).tolist()
-        for rank in range(num_shown):
-            color = RIGHT if is_right[rank] else WRONG if rank == 0 else "none"
-            left, top = place(0, 2 * rank + 1, size)
-            corner = left - (gap + 1) / 2, top - (gap + 1) / 2
-            box = matplotlib.patches.Rectangle(corner, 2 * (size + gap), size + gap, fill=False, ec=color, lw=1)
-            axes.add_patch(box).set_clip_on(False)
-        text, color = ("right", RIGHT) if is_right[0] else ("wrong", WRONG)
-        axes.set_title(f"{i + 1}: {text}", fontsize=6, loc="left", pad=1, color=color)
+    pairs = torch.stack([to_colour(characters[best]), overlay(tests.unsqueeze(1), probs)], 2)  # [M, S, 2, R, R, 3]
+    rows = torch.cat([to_colour(tests.unsqueeze(1)), pairs.flatten(1, 2)], 1)
+    is_right, size = best == answers.unsqueeze(1), tests.shape[1]  # [M, S]
+    labels = [f"{i + 1}: {'right' if right else 'wrong'}" for i, right in enumerate(is_right[:, 0])]
+    ((figure, axes, _),) = row_figures(rows, labels, title, len(rows))
+    for row, rank in np.ndindex(*best.shape):
+        if rank == 0 or is_right[row, rank]:
+            left, top = (x - (get_gap(size) + 1) / 2 for x in place(row, 2 * rank + 1, size))
+            width, height = (n * (size + get_gap(size)) for n in (2, 1))
+            color = RIGHT if is_right[row, rank] else WRONG
+            axes.add_patch(matplotlib.patches.Rectangle((left, top), width, height, fill=False, ec=color, lw=1, clip_on=False))
     return figure
 
 
 def overlay(obs, ink):
-    """Strokes, probabilities of ink [..., R, R], over an image [R, R] in grey: [..., R, R, 3]"""
+    """Strokes, probabilities of ink [..., R, R], over images in grey, likewise: [..., R, R, 3]"""
     page = to_colour(0.35 * obs)
     return page + ink.unsqueeze(-1) * (torch.tensor(matplotlib.colors.to_rgb(NEWEST)) - page)
 

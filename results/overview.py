@@ -76,7 +76,7 @@ def write_overview():
     names = {path.parents[1].name for path in util.SAVE.glob("*/checkpoints/latest.pt")}
     names |= {path.parents[1].name for path in util.SAVE.glob("*/thumbnails/*.png")}
     runs = [
-        f"<h2>{name}</h2>\n<p>{'<br>'.join(map(html.escape, describe(name)))}</p>\n{get_pictures(name)}"
+        f"<h2>{html.escape(name)}</h2>\n<p>{'<br>'.join(map(html.escape, describe(name)))}</p>\n{get_pictures(name)}"
         for name in sorted(names, key=lambda name: (report.is_test_run(name), name))
     ]
     page = f"""<!DOCTYPE html>

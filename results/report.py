@@ -76,7 +76,10 @@ def read_runs(folder):
     by_images = collections.defaultdict(dict)  # images -> algorithm -> result
     for result in load_results(sorted(folder.glob("logp/[!.]*.pt"))):
         by_images[get_images(result)][result["settings"]["algorithm"]] = result
-    return [make_run(folder.name, by_images[images]) for images in sorted(by_images, key=get_rank)]
+    return [
+        make_run(folder.name, by_images[images])
+        for images in sorted(by_images, key=lambda images: list(KINDS).index(images.kind))
+    ]
 
 
 def make_run(name, results):
@@ -109,11 +112,6 @@ def make_run(name, results):
 
 def get_images(result):
     return Images(result["settings"]["kind_of_images"], result["settings"]["images"])
-
-
-def get_rank(images):
-    """A sort key: test images first"""
-    return list(KINDS).index(images.kind), images.fingerprint
 
 
 def choose_comparable(results):
@@ -233,14 +231,10 @@ def get_rows(runs):
     groups = collections.defaultdict(list)
     for run in runs:
         groups[run.images, get_name(run.name)].append(run)
-    num_models = collections.Counter(images for images, name in groups if not is_test_run(name))
-
-    def get_place(key):
-        images, name = key
-        kind, fingerprint = get_rank(images)
-        return kind, -num_models[images], fingerprint, get_order(name)
-
-    return [get_row(key[1], choose_seeds(groups[key])) for key in sorted(groups, key=get_place)]
+    num_models = collections.Counter(images for images, _ in groups)
+    sets = sorted(num_models, key=lambda images: (list(KINDS).index(images.kind), -num_models[images], images))
+    places = sorted(groups, key=lambda place: (sets.index(place[0]), get_order(place[1])))
+    return [get_row(place[1], choose_seeds(groups[place])) for place in places]
 
 
 def choose_seeds(runs):
@@ -419,7 +413,7 @@ def draw_milestones(runs, path):
     Raises: UserError if no model has one
     """
     kinds = collections.Counter(kind for found in runs.values() for kind in found)
-    kind = min(kinds, key=lambda kind: (-kinds[kind], get_rank(kind[0])))
+    kind = min(kinds, key=lambda kind: (-kinds[kind], list(KINDS).index(kind[0].kind)))
     models, rows, lines, texts = collections.defaultdict(list), [], {}, []
     for name in sorted(runs, key=get_order):
         results = runs[name].get(kind)
