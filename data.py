@@ -217,7 +217,7 @@ def _load_source(location, prepare=False):
         download(CHARDATA_URL, path, CHARDATA_BLOB_ID)
     if not path.exists():
         names = ", ".join([*SITES, "glyphs"])
-        raise UserError(f"--data-location {location}: no such file, folder or name ({names}): there is no {path}")
+        raise UserError(f"--data-location {location}: there is no {path}; give a path or one of {names}, or set $OMNIGLOT_PATH")
     if path.suffix == ".mat" or location in SITES:
         return _load_mat(path)
     if path.suffix in (".npy", ".npz"):
