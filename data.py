@@ -73,10 +73,6 @@ class Source(typing.NamedTuple):
     notes: tuple = ()  # remarks for the summary
 
 
-class SizeError(UserError):
-    """Data of another size than asked for"""
-
-
 def load(location="local", small_dataset=False, dataset_size=None, find_characters=False):
     """Loads a data set: `local`, `om`, `glyphs` or a path (docs/data.md).
 
@@ -85,12 +81,17 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
         dataset_size: number of training images, the same for each alphabet
         find_characters: prepare a folder of one's own images as `images.find_characters` does, which may find several
             characters on each
-    Raises: SizeError if the data has no such part; UserError if anything else is wrong with the location or the data
+    Raises: UserError if something is wrong with the location or the data, or the data has no such part
     """
     if small_dataset and dataset_size is not None:
         raise UserError("--small-dataset and --dataset-size exclude each other; give one")
     source = _load_source(location, find_characters)
-    _check_ink(location, source.obs)
+    faults = _get_faults(source.obs)
+    if 2 * sum(faults.values()) > len(source.obs):
+        raise UserError(
+            f"{location}: of {_count(len(source.obs), 'image')}, {_list_counts(faults)}: ink must be clearly darker than paper,"
+            " or lighter, and cover less of it (transparent pixels count as white paper)"
+        )
     train, valid, test = _split(source)
     notes, num_alphabets = list(source.notes), len(source.alphabet_names)
     size = SMALL_NUM_PER_ALPHABET * max(num_alphabets, 1) if small_dataset else dataset_size
@@ -122,7 +123,7 @@ def load_for_model(checkpoint, location=None, load=load_and_tell):
     find = args["find_characters"] and may_hold_pages(location)
     try:
         dataset = load(location, args["small_dataset"], args["dataset_size"], find)
-    except SizeError:
+    except UserError:  # too few images, perhaps
         if location == args["data_location"]:
             raise
         dataset = load(location, False, None, find)
@@ -146,12 +147,12 @@ def _take_per_alphabet(split, size, num_groups):
     """Selects the first images of each alphabet or, if there are no alphabets, of all images"""
     num, rest = divmod(size, num_groups)
     if rest:
-        raise SizeError(f"--dataset-size {size} is not a multiple of the {num_groups} alphabets")
+        raise UserError(f"--dataset-size {size} is not a multiple of the {num_groups} alphabets")
     group_ids = torch.zeros(len(split.obs)) if split.alphabet is None else split.alphabet.argmax(1)
     ids = [(group_ids == i).nonzero().squeeze(1)[:num] for i in range(num_groups)]
     fewest = min(map(len, ids))
     if fewest < num:
-        raise SizeError(
+        raise UserError(
             f"a data set of {size} takes {num} training images of each alphabet, but one has only {fewest}; use less or more data"
         )
     return split.select(torch.cat(ids))
@@ -166,10 +167,6 @@ def summarise(obs, groups, notes=()):
     return "; ".join(filter(None, words))
 
 
-def _count(number, noun):
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
 def _get_faults(obs):
     """Counts images that cannot be characters, by what is wrong with them"""
     ink = obs.reshape(len(obs), -1).mean(1)
@@ -177,23 +174,8 @@ def _get_faults(obs):
     return {name: int(found.sum()) for name, found in faults.items() if found.any()}
 
 
-def _list_counts(counts):
-    return ", ".join(f"{number} {name}" for name, number in counts.items())
-
-
-def _check_ink(location, obs):
-    """Raises: UserError if most images show no character"""
-    faults = _get_faults(obs)
-    if 2 * sum(faults.values()) > len(obs):
-        raise UserError(
-            f"{location}: of {_count(len(obs), 'image')}, {_list_counts(faults)}: ink must be clearly darker than paper, or"
-            " lighter, and cover less of it (transparent pixels count as white paper)"
-        )
-
-
 def _describe_skipped(path, skipped):
-    """Warns of files that were left out. Args: skipped: (kind, name) of each
-    Returns: a list with a remark for the summary, if there are any"""
+    """Warns of files that were left out, (kind, name) each. Returns: a list with a remark for the summary, if there are any"""
     if not skipped:
         return []
     counts = _list_counts(collections.Counter(kind for kind, _ in sorted(skipped)))
@@ -201,6 +183,14 @@ def _describe_skipped(path, skipped):
     advice = "; to read HEIC, pip install pillow-heif, or convert it to JPEG or PNG" * ("HEIC" in counts)
     warn(f"{path}: skipped {counts}: {examples}{advice}")
     return [f"skipped: {_count(len(skipped), 'file')} ({counts})"]
+
+
+def _count(number, noun):
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _list_counts(counts):
+    return ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
 # ------------------------------------------------------------------ locations

@@ -278,17 +278,18 @@ def print_table(rows):
     print(f"{first['images in words']}, {KINDS[first['images']]} (fingerprint {first['fingerprint'].split()[0]}):")
     print(f"{'model':{width}} particles     iteration seeds" + "".join(f"{name:>18}" for name in names))
     for row in rows:
-        values = "".join(f"{format_value(row[name], row.get(f'{name} s.e. over seeds')):>18}" for name in names)
+        values = "".join(f"{describe_value(row, name):>18}" for name in names)
         print(f"{row['model']:{width}} {row['particles']:9} {row['iteration']:>13} {row['seeds']:5}{values}")
     for work in dict.fromkeys(row["evaluated with"] for row in rows):
         names = [row["model"] for row in rows if row["evaluated with"] == work]
         print(f"evaluated with {work}: {'all' if len(names) == len(rows) else ', '.join(names)}")
 
 
-def format_value(value, error):
-    if value is None:
+def describe_value(row, name):
+    if row[name] is None:
         return "missing"
-    return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"
+    error = row.get(f"{name} s.e. over seeds")
+    return f"{row[name]:.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
 def write_csv(path, rows):
