@@ -174,17 +174,6 @@ def _get_faults(obs):
     return {name: int(found.sum()) for name, found in faults.items() if found.any()}
 
 
-def _describe_skipped(path, skipped):
-    """Warns of files that were left out, (kind, name) each. Returns: a list with a remark for the summary, if there are any"""
-    if not skipped:
-        return []
-    counts = _list_counts(collections.Counter(kind for kind, _ in sorted(skipped)))
-    examples = ", ".join(name for _, name in sorted(skipped)[:5]) + ", ..." * (len(skipped) > 5)
-    advice = "; to read HEIC, pip install pillow-heif, or convert it to JPEG or PNG" * ("HEIC" in counts)
-    warn(f"{path}: skipped {counts}: {examples}{advice}")
-    return [f"skipped: {_count(len(skipped), 'file')} ({counts})"]
-
-
 def _count(number, noun):
     return f"{number} {noun}{'s' * (number != 1)}"
 
@@ -348,7 +337,7 @@ HIDDEN = re.compile(
 )
 
 
-class ImageFile(typing.NamedTuple):
+class File(typing.NamedTuple):
     name: str  # relative to the location, with slashes
     read: typing.Callable  # returns its bytes
 
@@ -356,18 +345,23 @@ class ImageFile(typing.NamedTuple):
     def folders(self):
         return self.name.split("/")[:-1]
 
+    @property
+    def suffix(self):
+        return pathlib.PurePosixPath(self.name).suffix.lower()
+
 
 def _load_image_files(path, prepare):
     """Loads a folder or zip of images: Omniglot's official release, or the user's own, whose subfolders, if any, are
     alphabets"""
-    skipped = []
-    files = list(list_images(path, skipped))
-    if not files:
-        about = "".join(f" ({note})" for note in _describe_skipped(path, skipped))
-        raise UserError(f"{path} holds no images that can be read{about} and none of Omniglot's zips")
-    is_official = 2 * sum(map(_is_official, files)) > len(files)
-    files = (_arrange_official if is_official else _arrange)(files, skipped)
-    notes = _describe_skipped(path, skipped)
+    files = list(_list_files(path))
+    images = [file for file in files if file.suffix in get_suffixes()]
+    is_official = 2 * sum(map(_is_official, images)) > len(images)
+    images = _arrange_official(images) if is_official else _arrange(images)
+    notes = _describe_skipped(path, sorted(set(files).difference(file for file, *_ in images), key=lambda file: file.name))
+    if not images:
+        raise UserError(
+            f"{path} holds no images that can be read and none of Omniglot's zips{''.join(f' ({n})' for n in notes)}"
+        )
 
     def read(name, read_bytes):
         if not prepare:
@@ -379,7 +373,7 @@ def _load_image_files(path, prepare):
             warn(f"{error}, skipped")
             return []
 
-    progress = show_progress(files, desc="reading images", unit="", leave=False)
+    progress = show_progress(images, desc="reading images", unit="", leave=False)
     found = [(ink, *labels) for file, *labels in progress for ink in read(*file)]
     if not found:
         raise UserError(f"no characters were found on the images in {path}: see the warnings")
@@ -388,77 +382,77 @@ def _load_image_files(path, prepare):
     return Source(obs, alphabet_ids, characters, [str(name) for name in names], parts, notes)
 
 
+def _describe_skipped(path, files):
+    """Warns of files that are left out. Returns: a list with a remark for the summary, if there are any"""
+    if not files:
+        return []
+    kinds = ["beside the others" if file.suffix in get_suffixes() else file.suffix[1:].upper() or "other" for file in files]
+    counts = _list_counts(collections.Counter(sorted(kinds)))
+    examples = ", ".join(file.name for file in files[:5]) + ", ..." * (len(files) > 5)
+    advice = "; to read HEIC, pip install pillow-heif, or convert it to JPEG or PNG" * (not {"HEIC", "HEIF"}.isdisjoint(kinds))
+    warn(f"{path}: skipped {counts}: {examples}{advice}")
+    return [f"skipped: {_count(len(files), 'file')} ({counts})"]
+
+
 def _is_official(file):
     """Whether it lies in folders of an alphabet and a character, as in the official release"""
     return len(file.folders) > 1 and re.fullmatch(r"character\d{1,6}", file.folders[-1], re.ASCII) is not None
 
 
-def _arrange_official(files, skipped):
-    """Returns: (file, alphabet, character, None) of each file of the official release, which has no parts"""
-    files = _keep(files, _is_official, "beside Omniglot's", skipped)
+def _arrange_official(files):
+    """Returns: (file, alphabet, character, None) of each image of the official release, which has no parts"""
+    files = list(filter(_is_official, files))
     if any("images_background" in file.folders for file in files):  # parts of it are there a second time
-        files = _keep(files, lambda file: "images_background_small" not in file.name, "copies", skipped)
+        files = [file for file in files if "images_background_small" not in file.name]
     # images_background and images_evaluation have no alphabet in common
     return [(file, file.folders[-2], int(file.folders[-1].removeprefix("character")), None) for file in files]
 
 
-def _arrange(files, skipped):
-    """Takes alphabets and parts from the names of folders. Returns: (file, alphabet or None, None, part or None) of each file"""
+def _arrange(files):
+    """Takes alphabets and parts from the names of folders. Returns: (file, alphabet or None, None, part or None) of each image,
+    but not of those beside the folders that hold most"""
     num_before = None
     while len(files) != num_before:
         num_before, depth = len(files), len(os.path.commonprefix([file.folders for file in files]))
-        files = _leave_out(files, depth, skipped)
+        files = _enter(files, depth)
 
     def get_part(file):
         return PARTS.get(file.folders[depth].lower()) if len(file.folders) > depth else None
 
     parts = {get_part(file) for file in files}
     have_parts = "train" in parts and len(parts - {None}) > 1
-    if have_parts:
-        files = _keep(files, get_part, "beside the parts", skipped)
     level = depth + have_parts  # of the alphabets' folders
-    files = _leave_out(files, level, skipped)
+    if have_parts:
+        files = _enter(list(filter(get_part, files)), level)
     have_alphabets = all(len(file.folders) > level for file in files)
     return [
         (file, file.folders[level] if have_alphabets else None, None, get_part(file) if have_parts else None) for file in files
     ]
 
 
-def _leave_out(files, depth, skipped):
-    """Leaves out files that are in no more than so many folders, one within the other, if most are in more"""
-    num_inside = sum(len(file.folders) > depth for file in files)
-    if 2 * num_inside <= len(files):
-        return files
-    return _keep(files, lambda file: len(file.folders) > depth, "beside the folders", skipped)
+def _enter(files, depth):
+    """Those in more than so many folders, one within the other, if they are most"""
+    inside = [file for file in files if len(file.folders) > depth]
+    return inside if 2 * len(inside) > len(files) else files
 
 
-def _keep(files, is_kept, reason, skipped):
-    """The files to keep; appends the others to the list `skipped`, for that reason"""
-    skipped += [(reason, file.name) for file in files if not is_kept(file)]
-    return [file for file in files if is_kept(file)]
+def list_images(path):
+    """Every image in a folder or zip, in order of name, and in the official release's zips in it: a list of File"""
+    return [file for file in _list_files(path) if file.suffix in get_suffixes()]
 
 
-def list_images(path, skipped=None):
-    """Yields every image in a folder or zip, an ImageFile, in order of name; includes those inside the official release's zips.
-    Appends (kind, name) of other files to the list `skipped`"""
-    skipped = [] if skipped is None else skipped
-    files = _list_zip(path, path) if path.is_file() else _list_folder(path, skipped)
-    yield from _choose_images(path, files, skipped)
+def _list_files(path):
+    """Yields every File in a folder or zip that is not hidden, in order of name, and those in the official release's zips"""
+    return _unpack(path, _list_zip(path, path) if path.is_file() else _list_folder(path))
 
 
-def _choose_images(path, files, skipped):
-    """The images among files, an iterable of ImageFile, of a folder or zip"""
+def _unpack(path, files):
     for file in files:
-        suffix = pathlib.PurePosixPath(file.name).suffix.lower()
-        if is_hidden(file.name):
-            continue
-        if re.fullmatch(OFFICIAL_ZIP, file.name.split("/")[-1]):
+        if re.fullmatch(OFFICIAL_ZIP, file.name.split("/")[-1]) and not is_hidden(file.name):
             inside = f"{path}: {file.name}"
-            yield from _choose_images(inside, _list_zip(inside, io.BytesIO(file.read())), skipped)
-        elif suffix in get_suffixes():
+            yield from _unpack(inside, _list_zip(inside, io.BytesIO(file.read())))
+        elif not is_hidden(file.name):
             yield file
-        else:
-            skipped.append(("HEIC" if suffix in (".heic", ".heif") else suffix[1:].upper() or "other", file.name))
 
 
 def is_hidden(name):
@@ -466,14 +460,15 @@ def is_hidden(name):
     return any(HIDDEN.fullmatch(part) for part in pathlib.PurePosixPath(name).parts if part != "..")
 
 
-def _list_folder(path, skipped):
-    """The files below a folder: a list of ImageFile. Links are followed, but no folder is read twice"""
+def _list_folder(path):
+    """The files below a folder: a list of File. Links are followed, but no folder is read twice. Raises: OSError if one may
+    not be read"""
 
-    def skip(error):
-        skipped.append(("unreadable folder", os.path.relpath(error.filename, path)))
+    def fail(error):
+        raise error
 
     files, known = [], {os.path.realpath(path)}
-    for parent, folders, names in os.walk(path, onerror=skip, followlinks=True):
+    for parent, folders, names in os.walk(path, onerror=fail, followlinks=True):
         # By its own name if possible, not by a link's
         for folder in sorted(folders, key=lambda name: os.path.islink(os.path.join(parent, name))):
             real = os.path.realpath(os.path.join(parent, folder))
@@ -483,7 +478,7 @@ def _list_folder(path, skipped):
         files += [pathlib.Path(parent, name) for name in names]
     files = [file for file in files if file.is_file()]  # not a pipe, or a link to nothing
     unpacked = {file for file in files if re.fullmatch(OFFICIAL_ZIP, file.name) and file.with_suffix("").exists()}
-    return [ImageFile(file.relative_to(path).as_posix(), file.read_bytes) for file in sorted(set(files) - unpacked)]
+    return [File(file.relative_to(path).as_posix(), file.read_bytes) for file in sorted(set(files) - unpacked)]
 
 
 def get_names(archive):
@@ -493,7 +488,7 @@ def get_names(archive):
 
 
 def _list_zip(path, file):
-    """The files of a zip: yields ImageFiles. Args: path: for errors; file: its path, or an open file"""
+    """Yields every File in a zip. Args: path: for errors; file: its path, or an open file"""
     with decoding(path):
         archive = zipfile.ZipFile(file)
 
@@ -502,7 +497,7 @@ def _list_zip(path, file):
             return archive.read(name)
 
     for name, stored in sorted(get_names(archive).items()):
-        yield ImageFile(name, functools.partial(read, stored))
+        yield File(name, functools.partial(read, stored))
 
 
 # ------------------------------------------------------------------ splits
