@@ -359,9 +359,7 @@ def _load_image_files(path, prepare):
     images = _arrange_official(images) if is_official else _arrange(images)
     notes = _describe_skipped(path, sorted(set(files).difference(file for file, *_ in images), key=lambda file: file.name))
     if not images:
-        raise UserError(
-            f"{path} holds no images that can be read and none of Omniglot's zips{''.join(f' ({n})' for n in notes)}"
-        )
+        raise UserError(f"{path} holds no images that can be read and none of Omniglot's zips")
 
     def read(name, read_bytes):
         if not prepare:
@@ -431,7 +429,7 @@ def _arrange(files):
 
 
 def _enter(files, depth):
-    """Those in more than so many folders, one within the other, if they are most"""
+    """The files that lie in more than `depth` folders, one within the other, if these are most; else all"""
     inside = [file for file in files if len(file.folders) > depth]
     return inside if 2 * len(inside) > len(files) else files
 
@@ -447,6 +445,7 @@ def _list_files(path):
 
 
 def _unpack(path, files):
+    """Replaces each of the official release's zips by the files in it; leaves out hidden files"""
     for file in files:
         if re.fullmatch(OFFICIAL_ZIP, file.name.split("/")[-1]) and not is_hidden(file.name):
             inside = f"{path}: {file.name}"
@@ -469,7 +468,7 @@ def _list_folder(path):
 
     files, known = [], {os.path.realpath(path)}
     for parent, folders, names in os.walk(path, onerror=fail, followlinks=True):
-        # By its own name if possible, not by a link's
+        # Folders before links to them, since the first name counts
         for folder in sorted(folders, key=lambda name: os.path.islink(os.path.join(parent, name))):
             real = os.path.realpath(os.path.join(parent, folder))
             if is_hidden(folder) or real in known:
