@@ -276,7 +276,8 @@ def split_page(ink):
     pieces = skimage.measure.label(ink)
     if not pieces.any():
         return []
-    sides = np.array([max(region.image.shape) for region in skimage.measure.regionprops(pieces)])
+    boxes = np.array([region.bbox for region in skimage.measure.regionprops(pieces)])
+    sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
     edges = find_edges(pieces, sides)
     longest = sides[~edges].max()
     kept = np.flatnonzero((sides >= max(0.06 * longest, min(3, longest))) & ~edges) + 1
