@@ -622,7 +622,6 @@ def test_large_pictures_are_not_called_damaged(monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 2000)
     with pytest.raises(UserError, match="large.png is .* exceeds limit"):
         images.decode("large.png", encode(draw(100)))
-    assert images.decode("medium.png", encode(draw(60))).shape == (60, 60)  # Pillow's mere warning is not shown
 
 
 def test_the_fingerprint_knows_grey_images():
