@@ -7,11 +7,9 @@ one line. Where they are known, each character comes with its alphabet and its n
 import collections
 import contextlib
 import functools
-import gzip
 import hashlib
 import http.client
 import io
-import math
 import os
 import pathlib
 import re
@@ -22,7 +20,7 @@ import numpy as np
 import scipy.io
 import torch
 
-from images import ALPHABETS, HEIC_ADVICE, draw_glyphs, find_characters, get_suffixes, read_image, read_official, shrink
+from images import ALPHABETS, decode, draw_glyphs, find_characters, fit, get_suffixes, read_image, shrink
 from util import UserError, expand_user, make_folder, show_progress, warn
 
 NUM_ROWS = NUM_COLS = 28
@@ -75,10 +73,6 @@ class Source(typing.NamedTuple):
     notes: tuple = ()  # remarks for the summary
 
 
-class SizeError(UserError):
-    """Data of another size than asked for"""
-
-
 def load(location="local", small_dataset=False, dataset_size=None, find_characters=False):
     """Loads a data set: `local`, `om`, `glyphs` or a path (docs/data.md).
 
@@ -87,28 +81,27 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
         dataset_size: number of training images, the same for each alphabet
         find_characters: prepare a folder of one's own images as `images.find_characters` does, which may find several
             characters on each
-    Raises: SizeError if the data has no such part; UserError if anything else is wrong with the location or the data
+    Raises: UserError if something is wrong with the location or the data, or the data has no such part
     """
-    source = _load_source(location, find_characters)
-    _check_ink(location, source.obs)
-    train, valid, test = _split(source)
-    alphabet_names = source.alphabet_names
-    num_alphabets = len(alphabet_names)
     if small_dataset and dataset_size is not None:
         raise UserError("--small-dataset and --dataset-size exclude each other; give one")
-    if small_dataset:
-        train = _take_per_alphabet(train, SMALL_NUM_PER_ALPHABET, num_alphabets, "--small-dataset")
-    elif dataset_size is not None:
-        if dataset_size % max(num_alphabets, 1):
-            raise SizeError(f"--dataset-size {dataset_size} is not a multiple of the {num_alphabets} alphabets")
-        num_per_alphabet = dataset_size // max(num_alphabets, 1)
-        train = _take_per_alphabet(train, num_per_alphabet, num_alphabets, f"--dataset-size {dataset_size}")
+    source = _load_source(location, find_characters)
+    faults = _get_faults(source.obs)
+    if 2 * sum(faults.values()) > len(source.obs):
+        raise UserError(
+            f"{location}: of {_count(len(source.obs), 'image')}, {_list_counts(faults)}: ink must be clearly darker than paper,"
+            " or lighter, and cover less of it (transparent pixels count as white paper)"
+        )
+    train, valid, test = _split(source)
+    notes, num_alphabets = list(source.notes), len(source.alphabet_names)
+    size = SMALL_NUM_PER_ALPHABET * max(num_alphabets, 1) if small_dataset else dataset_size
+    if size is not None:
+        train = _take_per_alphabet(train, size, max(num_alphabets, 1))
+        notes.append(f"{size} to train on")
     if len(train.obs) == 0 or len(test.obs) == 0:
         raise UserError(f"{location} holds too few images to split into training and test images")
-    notes = [*source.notes, f"{len(train.obs)} to train on"] if small_dataset or dataset_size else source.notes
     groups = _count(num_alphabets, "alphabet") if num_alphabets else "no alphabets"
-    summary = summarise(source.obs, groups, notes)
-    return Dataset(train, valid, test, num_alphabets, tuple(alphabet_names), summary)
+    return Dataset(train, valid, test, num_alphabets, tuple(source.alphabet_names), summarise(source.obs, groups, notes))
 
 
 def load_and_tell(location, *options):
@@ -130,7 +123,7 @@ def load_for_model(checkpoint, location=None, load=load_and_tell):
     find = args["find_characters"] and may_hold_pages(location)
     try:
         dataset = load(location, args["small_dataset"], args["dataset_size"], find)
-    except SizeError:
+    except UserError:  # too few images, perhaps
         if location == args["data_location"]:
             raise
         dataset = load(location, False, None, find)
@@ -150,17 +143,19 @@ def get_fingerprint(split):
     return digest.hexdigest()[:12]
 
 
-def _take_per_alphabet(split, num, num_alphabets, flag):
+def _take_per_alphabet(split, size, num_groups):
     """Selects the first images of each alphabet or, if there are no alphabets, of all images"""
-    ids = [torch.arange(len(split.obs))]
-    if num_alphabets:
-        ids = [split.alphabet[:, i].nonzero().squeeze(1) for i in range(num_alphabets)]
-    fewest = min(len(i) for i in ids)
+    num, rest = divmod(size, num_groups)
+    if rest:
+        raise UserError(f"--dataset-size {size} is not a multiple of the {num_groups} alphabets")
+    group_ids = torch.zeros(len(split.obs)) if split.alphabet is None else split.alphabet.argmax(1)
+    ids = [(group_ids == i).nonzero().squeeze(1)[:num] for i in range(num_groups)]
+    fewest = min(map(len, ids))
     if fewest < num:
-        raise SizeError(
-            f"{flag} takes {num} training images of each alphabet, but one has only {fewest}; use fewer or more data"
+        raise UserError(
+            f"a data set of {size} takes {num} training images of each alphabet, but one has only {fewest}; use less or more data"
         )
-    return split.select(torch.cat([i[:num] for i in ids]))
+    return split.select(torch.cat(ids))
 
 
 # ------------------------------------------------------------------ the summary
@@ -168,49 +163,23 @@ def _take_per_alphabet(split, num, num_alphabets, flag):
 
 def summarise(obs, groups, notes=()):
     """Sums up images [N, 28, 28] in one line. Args: groups: words, such as the number of alphabets; notes: further remarks"""
-    return "; ".join([f"{_count(len(obs), 'image')}, {groups}, mean ink {obs.mean():.2f}", *notes, *_describe_faults(obs)])
+    words = [f"{_count(len(obs), 'image')}, {groups}, mean ink {obs.mean():.2f}", *notes, _list_counts(_get_faults(obs))]
+    return "; ".join(filter(None, words))
+
+
+def _get_faults(obs):
+    """Counts images that cannot be characters, by what is wrong with them"""
+    ink = obs.reshape(len(obs), -1).mean(1)
+    faults = {"blank": ink == 0, "solid": ink > 0.95, "more than half ink": (ink > 0.5) & (ink <= 0.95)}
+    return {name: int(found.sum()) for name, found in faults.items() if found.any()}
 
 
 def _count(number, noun):
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _get_faults(obs):
-    """How many images cannot be characters, by what is wrong with them"""
-    ink = obs.reshape(len(obs), -1).mean(1)
-    solid = int((ink > 0.95).sum())
-    return {"blank": int((ink == 0).sum()), "solid": solid, "more than half ink": int((ink > 0.5).sum()) - solid}
-
-
-def _describe_faults(obs):
-    faults = ", ".join(f"{number} {fault}" for fault, number in _get_faults(obs).items() if number)
-    return [faults] if faults else []
-
-
-def _check_ink(location, obs):
-    """Raises: UserError if most images show no character"""
-    if 2 * sum(_get_faults(obs).values()) > len(obs):
-        raise UserError(
-            f"{location}: of {_count(len(obs), 'image')}, {_describe_faults(obs)[0]}: ink must be clearly darker than paper, or"
-            " lighter, and cover less of it (transparent pixels count as white paper)"
-        )
-
-
-def _describe_skipped(path, skipped):
-    """Warns, by name, of files that were left out. Args: skipped: (name, kind) of each
-    Returns: a list with a remark for the summary, if there are any"""
-    if not skipped:
-        return []
-    names = collections.defaultdict(list)
-    for kind, name in sorted((kind, name) for name, kind in skipped):
-        names[kind].append(name)
-    counts = {kind: f"{len(group)} {kind}" for kind, group in names.items()}
-    details = []
-    for kind, group in names.items():
-        examples = ", ".join(group[:3]) + ", ..." * (len(group) > 3)
-        details.append(f"{counts[kind]} ({examples}{f': {HEIC_ADVICE}' * (kind == 'HEIC')})")
-    warn(f"{path}: skipped {', '.join(details)}")
-    return [f"skipped: {_count(len(skipped), 'file')} ({', '.join(counts.values())})"]
+def _list_counts(counts):
+    return ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
 # ------------------------------------------------------------------ locations
@@ -222,42 +191,31 @@ def _load_source(location, prepare=False):
         raise UserError(f"--find-characters is for a folder of your own images, not for {location}; leave it out")
     if location == "glyphs":
         return Source(*draw_glyphs(), list(ALPHABETS))
-    if location in SITES:
-        return _load_mat(_find_site(location))
-    path = expand_user(location)
+    path = find_site(location) if location in SITES else expand_user(location)
+    if location == "local" and not path.exists():
+        download(CHARDATA_URL, path, CHARDATA_BLOB_ID)
     if not path.exists():
         names = ", ".join([*SITES, "glyphs"])
-        raise UserError(f"--data-location {location}: no such file, folder or name ({names})")
-    if path.suffix == ".mat":
+        raise UserError(f"--data-location {location}: there is no {path}; give a path or one of {names}, or set $OMNIGLOT_PATH")
+    if path.suffix == ".mat" or location in SITES:
         return _load_mat(path)
-    if path.suffix == ".npz":
-        return _load_npz(path)
-    if array_files := _list_array_files(path):
-        return _load_array_files(path, array_files)
+    if path.suffix in (".npy", ".npz"):
+        return _load_arrays(path)
     if path.is_dir() or zipfile.is_zipfile(path):
         return _load_image_files(path, prepare)
-    raise UserError(f"--data-location {location} is not a .mat, .npy, .npz, idx or .zip file or a folder of images")
+    raise UserError(f"--data-location {location} is not a .mat, .npy, .npz or .zip file or a folder of images")
 
 
 def may_hold_pages(location):
     """Whether a location may hold photographs and scans, on which to find characters. Raises: UserError if it begins with
     the home of an unknown user"""
-    return location not in (*SITES, "glyphs") and expand_user(location).suffix not in (".mat", ".npy", ".npz", ".gz")
+    return location not in (*SITES, "glyphs") and expand_user(location).suffix not in (".mat", ".npy", ".npz")
 
 
 def find_site(name):
     """Where chardata.mat is, or would be"""
     path = expand_user(os.environ.get("OMNIGLOT_PATH") or SITES[name])
     return path / "chardata.mat" if path.is_dir() else path
-
-
-def _find_site(name):
-    path = find_site(name)
-    if not path.exists():
-        if name != "local":
-            raise UserError(f"--data-location {name}: there is no {path}; set $OMNIGLOT_PATH to where the file is")
-        download(CHARDATA_URL, path, CHARDATA_BLOB_ID)
-    return path
 
 
 def download(url, path, blob_id):
@@ -298,168 +256,88 @@ def decoding(path):
 
 
 def _load_mat(path):
+    """Loads what has chardata.mat's format: images, each stored column by column, one-hot alphabets, numbers of characters"""
     with decoding(path):
         mat = scipy.io.loadmat(path)
-    keys = ["data", "target", "targetchar", "testdata", "testtarget", "testtargetchar"]
-    missing = [key for key in keys if key not in mat]
-    if missing:
-        raise UserError(f"{path} has no {', '.join(missing)}: it is not in chardata.mat's format")
-    parts = [_read_mat_part(path, mat, prefix) for prefix in ["", "test"]]
-    if len(parts[0][1]) != len(parts[1][1]):
-        raise UserError(f"{path}: target and testtarget have different numbers of alphabets")
-    images, alphabets, characters = (np.concatenate([part[i] for part in parts], axis) for i, axis in enumerate([0, 1, 0]))
-    obs, notes = _to_ink(path, images)
-    names = [f"alphabet {i + 1}" for i in range(len(alphabets))]  # Omniglot's own numbers
-    sizes = [len(images) for images, *_ in parts]
-    return Source(obs, alphabets.argmax(0), characters, names, np.repeat(["train", "test"], sizes), notes)
+    parts, num_alphabets = [], len(np.atleast_2d(mat.get("target")))
+    for prefix in ["", "test"]:
+        arrays = [np.atleast_2d(mat.get(prefix + name)) for name in ("data", "target", "targetchar")]
+        num, shapes = arrays[0].shape[1], [array.shape for array in arrays]
+        right = shapes == [(NUM_ROWS * NUM_COLS, num), (num_alphabets, num), (1, num)]
+        if not right or any(array.dtype.kind not in "uifb" for array in arrays):
+            raise UserError(
+                f"{path} is not in chardata.mat's format: {prefix}data, {prefix}target and {prefix}targetchar have the shapes"
+                f" {str(shapes)[1:-1]}; expected numbers (784, N), (L, N) and (1, N), with the same L in both parts"
+            )
+        parts.append(arrays)
+    images, alphabets, characters = (np.concatenate(pair, 1) for pair in zip(*parts, strict=True))
+    obs, notes = _to_ink(path, images.T.reshape(-1, NUM_COLS, NUM_ROWS).transpose(0, 2, 1))
+    if ((alphabets != 0).sum(0) != 1).any() or alphabets.max() != 1:
+        raise UserError(f"{path}: target or testtarget is not one-hot")
+    names = [f"alphabet {i + 1}" for i in range(num_alphabets)]  # chardata.mat has no names
+    sizes = [arrays[0].shape[1] for arrays in parts]
+    return Source(obs, alphabets.argmax(0), characters[0], names, np.repeat(["train", "test"], sizes), notes)
 
 
-def _read_mat_part(path, mat, prefix):
-    obs, alphabet, character = (mat[prefix + key] for key in ["data", "target", "targetchar"])
-    num_rows = {"data": NUM_ROWS * NUM_COLS, "target": "L", "targetchar": 1}
-    for (name, rows), array in zip(num_rows.items(), (obs, alphabet, character), strict=True):
-        if not isinstance(array, np.ndarray):
-            raise UserError(f"{path}: {prefix}{name} is a {type(array).__name__}, not a plain matrix")
-        right = array.ndim == 2 and array.dtype.kind in "uifb" and array.shape[0] > 0 and array.shape[1] == obs.shape[1] > 0
-        if not right or rows not in ("L", array.shape[0]):
-            shape = f"the shape {list(array.shape)}, type {array.dtype}"
-            raise UserError(f"{path}: {prefix}{name} has {shape}; expected numbers [{rows}, N], with the N of {prefix}data")
-    if ((alphabet != 0).sum(0) != 1).any() or alphabet.max() != 1:
-        raise UserError(f"{path}: {prefix}target is not one-hot")
-    images = obs.T.reshape(-1, NUM_COLS, NUM_ROWS).transpose(0, 2, 1)  # stored column by column
-    return images, alphabet, character[0]
-
-
-# Words in the names of arrays and folders that stand for parts, and those that stand for labels
-PARTS = {
-    "train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test",
-    "testing": "test", "t10k": "test",
-}  # fmt: skip
-LABELS = {"y", "label", "labels", "target", "targets", "alphabet", "alphabets"}
-IDX = re.compile(r"idx[13](-ubyte)?(\.gz)?$")
-
-
-def _list_array_files(path):
-    """The files of arrays that a location consists of: a .npy file, an idx file (MNIST's format) and that of its labels, or
-    those in a folder of such files"""
-    if path.is_file():
-        labels = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-        return [path] if path.suffix == ".npy" else [path, labels][: 1 + labels.exists()] if IDX.search(path.name) else []
-    names = sorted(name for name in os.listdir(path) if not is_hidden(name))
-    files = [path / name for name in names if name.endswith(".npy") or IDX.search(name)]
-    return files if 2 * len(files) > len(names) else []
-
-
-def _load_array_files(path, files):
-    """Loads arrays, one per file. Where their names speak of neither parts nor labels, each file is an alphabet of its own."""
-    if len(files) == 1:
-        return _load_arrays(path, {"images": functools.partial(_read_array, files[0])})
-    files = {file.name.removesuffix(".gz").removesuffix(".npy"): file for file in reversed(files)}
-    readers = {name: functools.partial(_read_array, file) for name, file in sorted(files.items())}
-    if any(_get_role(name) != (None, "images") for name in files):
-        return _load_arrays(path, readers)
-    obs, notes = zip(*(_to_ink(files[name], read()) for name, read in readers.items()), strict=True)
-    alphabet_ids = np.repeat(np.arange(len(obs)), [len(images) for images in obs])
-    return Source(np.concatenate(obs), alphabet_ids, None, list(readers), None, notes[0])
-
-
-def _load_npz(path):
-    with decoding(path), np.load(path, allow_pickle=False) as archive:
-        names = ["images"] if "images" in archive.files and len(archive.files) > 1 else archive.files
-        names = names + [name for name in archive.files if name not in names and _get_role(name) == (None, "labels")]
-        return _load_arrays(path, {name: functools.partial(archive.__getitem__, name) for name in names})
-
-
-def _get_role(name):
-    """What an array's name says about it: its part (None: the whole), and whether it holds images or labels"""
-    words = re.split(r"[\W_]+", name.lower())
-    part = next((PARTS[word] for word in words if word in PARTS), None)
-    return part, "labels" if LABELS.intersection(words) else "images"
-
-
-def _load_arrays(path, readers):
-    """Makes a Source of arrays of images, one or one per part, and perhaps of their labels, which become alphabets.
-
-    Args: readers: name -> a function that returns the array
-    """
-    names = collections.defaultdict(list)
-    for name in readers:
-        names[_get_role(name)].append(name)
-    parts = [part for part in [None, "train", "valid", "test"] if (part, "images") in names]
-    if not parts or None in parts[1:] or max(map(len, names.values())) > 1 or (None in parts and len(parts) > 1):
-        listed = ", ".join(readers)[:200]
-        raise UserError(f"{path} holds {listed}; give one array of images, or one named images, or one per part (x_train)")
-    obs, notes = zip(*(_to_ink(path, readers[names[part, "images"][0]]()) for part in parts), strict=True)
-    sizes = [len(images) for images in obs]
-    labels = [name for part in parts for name in names.get((part, "labels"), [])]
-    alphabet_ids, alphabet_names = None, []
-    if len(labels) == len(parts):
-        each = [_to_labels(path, readers[name](), size) for name, size in zip(labels, sizes, strict=True)]
-        alphabet_names, alphabet_ids = np.unique(np.concatenate(each), return_inverse=True)
-    own = _complete(np.repeat([str(part) for part in parts], sizes)) if len(parts) > 1 else None
-    return Source(np.concatenate(obs), alphabet_ids, None, [str(name) for name in alphabet_names], own, notes[0])
-
-
-def _complete(parts):
-    """Without test images, those of validation take their place"""
-    return parts if "test" in parts else np.where(parts == "valid", "test", parts)
-
-
-def _read_array(path):
-    """Reads a .npy or an idx file"""
+def _load_arrays(path):
+    """Loads a .npy file of images, or a .npz file of images and perhaps `labels` [N], which become alphabets"""
     with decoding(path):
-        if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        types = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
-        shape = np.frombuffer(content, ">i4", content[3], offset=4)
-        array = np.frombuffer(content, types[content[2]], offset=4 + 4 * len(shape)).reshape(shape)
-        # EMNIST's images, but not MNIST's, are stored column by column
-        return array.swapaxes(1, 2) if "emnist" in path.name.lower() and array.ndim == 3 else array
+        loaded = np.load(path, allow_pickle=False)
+        arrays = dict(loaded) if path.suffix == ".npz" else {"images": loaded}
+    labels = arrays.pop("labels", None)
+    if len(arrays) != 1:
+        raise UserError(f"{path} holds {', '.join(arrays)[:200]}; give one array of images and, if there are any, `labels`")
+    obs, notes = _to_ink(path, *arrays.values())
+    if labels is None:
+        return Source(obs, notes=notes)
+    if labels.shape != (len(obs),):
+        raise UserError(f"{path} has {_count(len(obs), 'image')}, but labels of the shape {list(labels.shape)}")
+    names, alphabet_ids = np.unique(labels, return_inverse=True)
+    return Source(obs, alphabet_ids, None, [str(name) for name in names], None, notes)
 
 
 def _to_ink(path, array):
-    """Images as numbers [N, R, C], [N, R, C, 1], [N, 1, R, C] or, square ones, [N, R * C], from 0 to 1, to 255 or to 65535.
+    """Images as numbers [N, R, C], with an axis of 1 more, or [N, 784], from 0 to 1, to 255 or to 65535.
 
     Returns: ink, bool [N, 28, 28], and remarks for the summary. Paper is what most images' edges show.
     Raises: UserError if it is not an array of images, or has values that cannot be ink
     """
-    right = isinstance(array, np.ndarray) and array.dtype.kind in "uifb" and 0 not in array.shape
-    if right and array.ndim == 4 and 1 in (array.shape[1], array.shape[3]):
-        array = array.squeeze(1 if array.shape[1] == 1 else 3)
-    if right and array.ndim == 2 and math.isqrt(array.shape[1]) ** 2 == array.shape[1]:
-        array = array.reshape(len(array), math.isqrt(array.shape[1]), -1)
-    if not right or array.ndim != 3:
-        shape = f"the shape {list(array.shape)}, type {array.dtype}" if isinstance(array, np.ndarray) else "something else"
-        raise UserError(f"{path} has {shape}; expected numbers [N, rows, columns]")
-    largest = _get_largest(path, array)
-    edges = np.concatenate([array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1]], 1) > 0.5 * largest
+    shape = [n for n in array.shape[1:] if n != 1]
+    shape = [NUM_ROWS, NUM_COLS] if shape == [NUM_ROWS * NUM_COLS] else shape
+    if array.dtype.kind not in "uifb" or array.size == 0 or len(shape) != 2:
+        raise UserError(f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]")
+    array = array.reshape(-1, *shape)
+    low, high, rounding = float(array.min()), float(array.max()), 1 + 1e-5  # of averages
+    full = next((full for full in (1, 255, 65535) if high <= full * rounding), 0)  # the value of ink, or of white paper
+    if low < 1 - rounding or high < full / 16 or not full:
+        raise UserError(
+            f"{path} has values outside [0, 1], {low:g} to {high:g}; scale it so that paper is 0 and ink is 1, or 255"
+        )
+    edges = np.concatenate([array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1]], 1) > 0.5 * full
     inverted = np.mean(edges.mean(1) > 0.5) > 0.5
-    if array.shape[1:] == (NUM_ROWS, NUM_COLS):
-        ink = (array >= 0.5 * largest) ^ inverted
+    if shape == [NUM_ROWS, NUM_COLS]:
+        ink = (array >= 0.5 * full) ^ inverted
     else:
-        ink = np.stack([shrink(abs(image.astype(np.float32) / largest - inverted)) >= 0.5 for image in array])
+        ink = np.stack([shrink(abs(image.astype(np.float32) / full - inverted)) >= 0.5 for image in array])
     return ink, ["dark on light"] if inverted else []
 
 
-def _get_largest(path, array):
-    """The value of full ink, or of white paper: 1, 255 or 65535"""
-    low, high, rounding = float(array.min()), float(array.max()), 1e-5  # which averages may be outside
-    if low >= -rounding and high <= 65535 + rounding and not 1 + rounding < high < 64 and not 255 + rounding < high < 4096:
-        return 1 if high <= 1 + rounding else 255 if high < 4096 else 65535
-    raise UserError(f"{path} has values outside [0, 1], {low:g} to {high:g}; scale it so that paper is 0 and ink is 1, or 255")
+# ------------------------------------------------------------------ image files
+
+# Folders whose names say to which part their images belong
+PARTS = {
+    "train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test",
+    "testing": "test",
+}  # fmt: skip
+OFFICIAL_ZIP = r"images_(background|evaluation)(_small\d)?\.zip"
+
+# What systems, network disks and programs put beside the user's own files
+HIDDEN = re.compile(
+    r"\..+|__MACOSX|lost\+found|\$RECYCLE\.BIN|System Volume Information|Thumbs\.db|desktop\.ini|@eaDir|#recycle|#snapshot"
+)
 
 
-def _to_labels(path, array, size):
-    """Labels [N], [N, 1] or one-hot [N, L] -> [N]"""
-    array = array.argmax(1) if array.ndim == 2 and array.shape[1] > 1 else array.reshape(-1)
-    if array.shape != (size,) or array.dtype.kind not in "uifbUS":
-        raise UserError(f"{path} has {_count(size, 'image')}, but labels of the shape {list(array.shape)}, type {array.dtype}")
-    whole = array.dtype.kind == "f" and (array == np.round(array)).all()
-    return array.astype(int) if whole else np.char.decode(array, errors="replace") if array.dtype.kind == "S" else array
-
-
-class ImageFile(typing.NamedTuple):
+class File(typing.NamedTuple):
     name: str  # relative to the location, with slashes
     read: typing.Callable  # returns its bytes
 
@@ -467,126 +345,113 @@ class ImageFile(typing.NamedTuple):
     def folders(self):
         return self.name.split("/")[:-1]
 
+    @property
+    def suffix(self):
+        return pathlib.PurePosixPath(self.name).suffix.lower()
+
 
 def _load_image_files(path, prepare):
     """Loads a folder or zip of images: Omniglot's official release, or the user's own, whose subfolders, if any, are
     alphabets"""
-    skipped = []
-    files = list(list_images(path, skipped))
-    if not files:
-        about = "".join(f" ({note})" for note in _describe_skipped(path, skipped))
-        raise UserError(f"{path} holds no images that can be read{about} and none of Omniglot's zips")
-    if 2 * sum(map(_is_official, files)) > len(files):
-        files = _keep(files, _is_official, "beside Omniglot's", skipped)
-        if any("images_background" in file.folders for file in files):  # parts of it are there a second time
-            files = _keep(files, lambda file: not re.search("images_background_small", file.name), "copies", skipped)
-        # images_background and images_evaluation have no alphabet in common
-        alphabets, characters = zip(*(file.folders[-2:] for file in files), strict=True)
-        characters = [int(folder.removeprefix("character")) for folder in characters]
-        parts, decode = None, read_official
-    else:
-        files, alphabets, parts = _arrange(files, skipped)
-        characters, decode = None, read_image
-    notes = _describe_skipped(path, skipped)
-    files = show_progress(files, desc="reading images", unit="", leave=False)
-    found = [_find_or_warn(name, read()) if prepare else [decode(name, read()) >= 0.5] for name, read in files]
-    file_ids = np.repeat(np.arange(len(found)), [len(page) for page in found])  # the file of each character
-    if len(file_ids) == 0:
+    files = list(_list_files(path))
+    images = [file for file in files if file.suffix in get_suffixes()]
+    is_official = 2 * sum(map(_is_official, images)) > len(images)
+    images = _arrange_official(images) if is_official else _arrange(images)
+    notes = _describe_skipped(path, sorted(set(files).difference(file for file, *_ in images), key=lambda file: file.name))
+    if not images:
+        raise UserError(f"{path} holds no images that can be read and none of Omniglot's zips")
+
+    def read(name, read_bytes):
+        if not prepare:
+            ink = fit(1 - decode(name, read_bytes())) if is_official else read_image(name, read_bytes())
+            return [ink >= 0.5]
+        try:
+            return find_characters(name, read_bytes())
+        except UserError as error:
+            warn(f"{error}, skipped")
+            return []
+
+    progress = show_progress(images, desc="reading images", unit="", leave=False)
+    found = [(ink, *labels) for file, *labels in progress for ink in read(*file)]
+    if not found:
         raise UserError(f"no characters were found on the images in {path}: see the warnings")
-    names = []
-    if alphabets is not None:
-        names, alphabets = np.unique(np.array(alphabets)[file_ids], return_inverse=True)
-    obs = np.stack([character for page in found for character in page])
-    characters, parts = (None if values is None else np.array(values)[file_ids] for values in (characters, parts))
-    return Source(obs, alphabets, characters, [str(name) for name in names], parts, notes)
+    obs, alphabets, characters, parts = (None if x[0] is None else np.array(x) for x in zip(*found, strict=True))
+    names, alphabet_ids = ([], None) if alphabets is None else np.unique(alphabets, return_inverse=True)
+    return Source(obs, alphabet_ids, characters, [str(name) for name in names], parts, notes)
+
+
+def _describe_skipped(path, files):
+    """Warns of files that are left out. Returns: a list with a remark for the summary, if there are any"""
+    if not files:
+        return []
+    kinds = ["beside the others" if file.suffix in get_suffixes() else file.suffix[1:].upper() or "other" for file in files]
+    counts = _list_counts(collections.Counter(sorted(kinds)))
+    examples = ", ".join(file.name for file in files[:5]) + ", ..." * (len(files) > 5)
+    advice = "; to read HEIC, pip install pillow-heif, or convert it to JPEG or PNG" * (not {"HEIC", "HEIF"}.isdisjoint(kinds))
+    warn(f"{path}: skipped {counts}: {examples}{advice}")
+    return [f"skipped: {_count(len(files), 'file')} ({counts})"]
 
 
 def _is_official(file):
     """Whether it lies in folders of an alphabet and a character, as in the official release"""
-    return re.search(r"(^|/)[^/]+/character\d{1,6}/[^/]+$", file.name, re.ASCII) is not None
+    return len(file.folders) > 1 and re.fullmatch(r"character\d{1,6}", file.folders[-1], re.ASCII) is not None
 
 
-def _keep(files, is_kept, reason, skipped):
-    """The files to keep; appends the others to the list `skipped`, for that reason"""
-    skipped += [(file.name, reason) for file in files if not is_kept(file)]
-    return [file for file in files if is_kept(file)]
+def _arrange_official(files):
+    """Returns: (file, alphabet, character, None) of each image of the official release, which has no parts"""
+    files = list(filter(_is_official, files))
+    if any("images_background" in file.folders for file in files):  # parts of it are there a second time
+        files = [file for file in files if "images_background_small" not in file.name]
+    # images_background and images_evaluation have no alphabet in common
+    return [(file, file.folders[-2], int(file.folders[-1].removeprefix("character")), None) for file in files]
 
 
-def _arrange(files, skipped):
-    """Takes alphabets and parts from the names of folders. If most files are in folders, those beside them are left out.
-
-    Returns: files, their alphabets or None, and their parts ("train", "valid", "test") or None
-    """
+def _arrange(files):
+    """Takes alphabets and parts from the names of folders. Returns: (file, alphabet or None, None, part or None) of each image,
+    but not of those beside the folders that hold most"""
+    num_before = None
+    while len(files) != num_before:
+        num_before, depth = len(files), len(os.path.commonprefix([file.folders for file in files]))
+        files = _enter(files, depth)
 
     def get_part(file):
-        return PARTS.get(file.folders[level].lower())
+        return PARTS.get(file.folders[depth].lower()) if len(file.folders) > depth else None
 
-    files, level = _leave_out(files, 0, skipped)
-    if min(len(file.folders) for file in files) <= level:
-        return files, None, None
-    parts = [part for file in files if (part := get_part(file))]
-    if not {"train", "test"} <= set(_complete(np.array(parts))) or 2 * len(parts) <= len(files):
-        return files, [file.folders[level] for file in files], None
-    files = _keep(files, get_part, "beside the parts", skipped)
-    files, below = _leave_out(files, level + 1, skipped)
-    parts = _complete(np.array([get_part(file) for file in files]))
-    have_alphabets = min(len(file.folders) for file in files) > below
-    return files, [file.folders[below] for file in files] if have_alphabets else None, parts
+    parts = {get_part(file) for file in files}
+    have_parts = "train" in parts and len(parts - {None}) > 1
+    level = depth + have_parts  # of the alphabets' folders
+    if have_parts:
+        files = _enter(list(filter(get_part, files)), level)
+    have_alphabets = all(len(file.folders) > level for file in files)
+    return [
+        (file, file.folders[level] if have_alphabets else None, None, get_part(file) if have_parts else None) for file in files
+    ]
 
 
-def _leave_out(files, level, skipped):
-    """Leaves out files beside the folders that hold most of them. Args: level: of the folders; 0: at which they first differ
-    Returns: the files that remain, and the level"""
-    while True:
-        depth = level or len(os.path.commonprefix([file.folders for file in files]))
-        num_inside = sum(len(file.folders) > depth for file in files)
-        if num_inside == len(files) or 2 * num_inside <= len(files):
-            return files, depth
-        files = _keep(files, lambda file, depth=depth: len(file.folders) > depth, "beside the folders", skipped)
+def _enter(files, depth):
+    """The files that lie in more than `depth` folders, one within the other, if these are most; else all"""
+    inside = [file for file in files if len(file.folders) > depth]
+    return inside if 2 * len(inside) > len(files) else files
 
 
-def _find_or_warn(name, content):
-    """The characters on an image file; none, with a warning, if it cannot be decoded"""
-    try:
-        return find_characters(name, content)
-    except UserError as error:
-        warn(f"{error}, skipped")
-        return []
+def list_images(path):
+    """Every image in a folder or zip, in order of name, and in the official release's zips in it: a list of File"""
+    return [file for file in _list_files(path) if file.suffix in get_suffixes()]
 
 
-def list_images(path, skipped=None):
-    """Yields every image in a folder or zip, an ImageFile, in order of name; includes those inside the official release's zips.
-    Appends (name, kind) of other files to the list `skipped`"""
-    skipped = [] if skipped is None else skipped
-    if path.is_file():
-        yield from _list_zip(path, path, skipped)
-        return
-    for file in sorted(_walk(path, skipped)):
-        name = file.relative_to(path).as_posix()
-        if re.fullmatch(OFFICIAL_ZIP, file.name):
-            if not file.with_suffix("").exists():
-                yield from _list_zip(file, file, skipped)
-        elif _is_image(name, skipped):
-            yield ImageFile(name, file.read_bytes)
+def _list_files(path):
+    """Yields every File in a folder or zip that is not hidden, in order of name, and those in the official release's zips"""
+    return _unpack(path, _list_zip(path, path) if path.is_file() else _list_folder(path))
 
 
-OFFICIAL_ZIP = r"images_(background|evaluation)(_small\d)?\.zip"
-
-
-def _is_image(name, skipped):
-    suffix = pathlib.PurePosixPath(name).suffix.lower()
-    if suffix in get_suffixes():
-        return True
-    skipped.append((name, "HEIC" if suffix in (".heic", ".heif", ".hif") else suffix[1:].upper() or "other"))
-    return False
-
-
-# What systems, network disks and programs put beside the user's own files: hidden files and these
-HIDDEN = re.compile(
-    r"\..+|__MACOSX.*|lost\+found|\$RECYCLE\.BIN|RECYCLER|System Volume Information|FOUND\.\d{3}|Thumbs\.db|ehthumbs.*\.db"
-    r"|desktop\.ini|@eaDir|@tmp|@Recycle|@Recently-Snapshot|#recycle|#snapshot|~snapshot|Network Trash Folder|Temporary Items",
-    re.IGNORECASE,
-)
+def _unpack(path, files):
+    """Replaces each of the official release's zips by the files in it; leaves out hidden files"""
+    for file in files:
+        if re.fullmatch(OFFICIAL_ZIP, file.name.split("/")[-1]) and not is_hidden(file.name):
+            inside = f"{path}: {file.name}"
+            yield from _unpack(inside, _list_zip(inside, io.BytesIO(file.read())))
+        elif not is_hidden(file.name):
+            yield file
 
 
 def is_hidden(name):
@@ -594,28 +459,25 @@ def is_hidden(name):
     return any(HIDDEN.fullmatch(part) for part in pathlib.PurePosixPath(name).parts if part != "..")
 
 
-def _walk(path, skipped):
-    """Yields every regular file below a folder that is not hidden. Folders to which several links lead are visited once, by
-    their own name if possible; those that may not be read are skipped."""
+def _list_folder(path):
+    """The files below a folder: a list of File. Links are followed, but no folder is read twice. Raises: OSError if one may
+    not be read"""
 
-    def skip(error):
-        skipped.append((os.path.relpath(error.filename, path), "unreadable folder"))
+    def fail(error):
+        raise error
 
-    visited, links = set(), [str(path)]
-    while links:
-        for parent, folders, names in os.walk(links.pop(0), onerror=skip):
-            status = os.stat(parent)
-            if (status.st_dev, status.st_ino) in visited:
-                folders.clear()
-                continue
-            visited.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(name for name in folders if not is_hidden(name))
-            links += [linked for name in folders if os.path.islink(linked := os.path.join(parent, name))]
-            for file in (pathlib.Path(parent, name) for name in names if not is_hidden(name)):
-                if file.is_file():
-                    yield file
-                elif not file.is_symlink():
-                    raise UserError(f"{file} is not a file but a pipe or a device; move it elsewhere")
+    files, known = [], {os.path.realpath(path)}
+    for parent, folders, names in os.walk(path, onerror=fail, followlinks=True):
+        # Folders before links to them, since the first name counts
+        for folder in sorted(folders, key=lambda name: os.path.islink(os.path.join(parent, name))):
+            real = os.path.realpath(os.path.join(parent, folder))
+            if is_hidden(folder) or real in known:
+                folders.remove(folder)
+            known.add(real)
+        files += [pathlib.Path(parent, name) for name in names]
+    files = [file for file in files if file.is_file()]  # not a pipe, or a link to nothing
+    unpacked = {file for file in files if re.fullmatch(OFFICIAL_ZIP, file.name) and file.with_suffix("").exists()}
+    return [File(file.relative_to(path).as_posix(), file.read_bytes) for file in sorted(set(files) - unpacked)]
 
 
 def get_names(archive):
@@ -624,8 +486,8 @@ def get_names(archive):
     return {name: stored for name, stored in names.items() if not name.endswith("/")}
 
 
-def _list_zip(path, file, skipped):
-    """The images of a zip, and those of the official release's zips in it. Args: file: its path, or an open file"""
+def _list_zip(path, file):
+    """Yields every File in a zip. Args: path: for errors; file: its path, or an open file"""
     with decoding(path):
         archive = zipfile.ZipFile(file)
 
@@ -634,12 +496,7 @@ def _list_zip(path, file, skipped):
             return archive.read(name)
 
     for name, stored in sorted(get_names(archive).items()):
-        if is_hidden(name):
-            continue
-        if re.fullmatch(OFFICIAL_ZIP, name.split("/")[-1]):
-            yield from _list_zip(f"{path}: {name}", io.BytesIO(read(stored)), skipped)
-        elif _is_image(name, skipped):
-            yield ImageFile(name, functools.partial(read, stored))
+        yield File(name, functools.partial(read, stored))
 
 
 # ------------------------------------------------------------------ splits
@@ -653,6 +510,8 @@ def _split(source):
         train, valid, test = permutation[:cut], permutation[:0], permutation[cut:]
     else:
         train, valid, test = (np.flatnonzero(source.parts == part) for part in ["train", "valid", "test"])
+        if len(test) == 0:
+            valid, test = test, valid
     train = train[np.random.RandomState(123).permutation(len(train))]
     if len(valid) == 0:
         num_valid = round(len(train) * CHARDATA_SIZES["valid"] / CHARDATA_SIZES["train"])

@@ -8,15 +8,15 @@ returns letters of a font, each drawn by twenty "hands".
 import contextlib
 import functools
 import importlib
-import math
+import io
 import pathlib
-import warnings
 
-import imageio.v3 as imageio
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import scipy.ndimage
 import scipy.spatial
+import skimage
 
 from util import UserError, warn
 
@@ -26,9 +26,7 @@ STROKE_RADIUS = 3  # on a grid four times as fine: strokes of Omniglot are 1.6 p
 MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the range from black to white
 SHEET_SIDE = 240  # pixels, of the photograph on which a sheet is found
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
-COLOURS = ["P", "PA", "CMYK", "YCbCr", "LAB", "HSV"]  # Pillow's names of modes to be converted to red, green and blue
 ONLY_RECOGNISED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow cannot read without other programs
-HEIC_ADVICE = "convert it to JPEG or PNG, or pip install pillow-heif, which is then used"
 
 ALPHABETS = [  # those of glyphs.npz, in its order
     "Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Lao", "Tifinagh", "N'Ko", "Lisu", "Ogham",
@@ -51,55 +49,26 @@ def decode(name, content):
     """Decodes an image to grey values [rows, columns] in [0, 1], black 0, upright, as its camera held it; transparent pixels
     become white. Of several pictures in a file, such as an animation, the first is read, with a warning.
 
-    Raises: UserError if it cannot be decoded, or has an unexpected shape or type
+    Raises: UserError if it cannot be decoded
     """
-    image = _read_pixels(name, content)
-    if image.dtype == np.int32 and image.size and 0 <= image.min() and image.max() < 2**16:  # how older Pillows read 16 bits
-        image = image.astype(np.uint16)
-    right_shape = 0 not in image.shape and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] <= 4))
-    if image.dtype not in (bool, np.uint8, np.uint16) or not right_shape:
-        raise UserError(
-            f"{name} has pixels of type {image.dtype} in the shape {list(image.shape)}; save it as 8-bit grey or RGB"
-        )
-    image = image.astype(np.float32) / (1 if image.dtype == bool else np.iinfo(image.dtype).max)
-    if image.ndim == 2:
-        return image
-    alpha = image[..., -1] if image.shape[-1] in (2, 4) else np.ones(image.shape[:2], np.float32)
-    grey = image[..., 0] if image.shape[-1] <= 2 else image[..., :3] @ np.float32([0.299, 0.587, 0.114])
-    return grey * alpha + 1 - alpha
-
-
-def _read_pixels(name, content):
-    """The first picture in a file: [rows, columns(, channels)]"""
-    get_suffixes()  # prepares Pillow
+    get_suffixes()  # prepares Pillow for HEIC
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's about large images
-            with imageio.imopen(content, "r", plugin="pillow") as file:
-                num_frames = file.properties(index=...).n_images
-                mode = "RGBA" if file.metadata(index=0)["mode"] in COLOURS else None
-                image = file.read(index=0, mode=mode, rotate=True)
+        with PIL.Image.open(io.BytesIO(content)) as file:
+            num_pictures = getattr(file, "n_frames", 1)
+            image = PIL.ImageOps.exif_transpose(file)
+            deep = image.mode.startswith("I")  # 16 bits
+            pixels = np.asarray(image if deep else image.convert("RGBA"), np.float32) / (65535 if deep else 255)
     except Exception as error:  # decoders raise anything
-        if isinstance(error.__cause__ or error, PIL.Image.DecompressionBombError):
-            most = 2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6
-            raise UserError(f"{name} is too large: it has more than {most} million pixels; scale it down") from None
-        if is_heic(content):
-            raise UserError(f"{name} is a HEIC picture; {HEIC_ADVICE}") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise UserError(f"{name} is damaged or not an image ({reason})") from None
-    if num_frames > 1:
-        warn(f"{name} holds {num_frames} pictures; the first is read")
-    return image
-
-
-def is_heic(content):
-    """Whether a file is in HEIC, the format of most telephones"""
-    return content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-
-
-def read_official(name, content):
-    """Reads an image of Omniglot's official release: ink [28, 28] in [0, 1]"""
-    return fit(1 - decode(name, content))
+        raise UserError(f"{name} is damaged or not an image ({reason}); HEIC needs pip install pillow-heif") from None
+    if image.mode == "F" or not 0 <= pixels.min() <= pixels.max() <= 1:
+        raise UserError(f"{name} has pixels of Pillow's mode {image.mode}; save it as 8-bit grey or RGB")
+    if num_pictures > 1:
+        warn(f"{name} holds {num_pictures} pictures; the first is read")
+    if deep:
+        return pixels
+    alpha = pixels[..., 3]
+    return pixels[..., :3] @ np.float32([0.299, 0.587, 0.114]) * alpha + 1 - alpha
 
 
 def read_image(name, content):
@@ -136,22 +105,19 @@ def get_ink(grey):
 
 def _get_paper(grey):
     """The brightness of the paper, a number, or under uneven light [rows, columns]: fitted to the image's edge"""
-    row, col = (np.linspace(-1, 1, n, dtype=np.float32) for n in grey.shape)
     edge = _get_edge(grey)
     paper = np.median(edge)
     distance = np.abs(edge - paper)
     if np.mean(distance < 1.5 / 255) > 0.5:
         return paper
-    rows, cols = (_get_edge(np.broadcast_to(x, grey.shape)) for x in (row[:, None], col))
-    terms = np.stack([np.ones_like(rows), rows, cols, rows * cols, rows**2, cols**2], 1)
+    row, col = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in grey.shape), indexing="ij")
+    terms = np.stack([np.ones_like(row), row, col, row * col, row**2, col**2], -1)  # [rows, columns, 6]
+    at_edge = _get_edge(terms)
     for _ in range(5):  # leaves out strokes that reach the edge
         near = distance <= 3 * np.median(distance)
-        weights = np.linalg.lstsq(terms[near], edge[near], rcond=None)[0]
-        distance = np.abs(edge - terms @ weights)
-    constant, by_row, by_col, by_both, by_row2, by_col2 = weights.astype(np.float32)
-    row = row[:, None]
-    paper = constant + by_row * row + by_col * col + by_both * row * col + by_row2 * row**2 + by_col2 * col**2
-    return paper.clip(edge.min(), edge.max())
+        weights = np.linalg.lstsq(at_edge[near], edge[near], rcond=None)[0]
+        distance = np.abs(edge - at_edge @ weights)
+    return (terms @ weights.astype(np.float32)).clip(edge.min(), edge.max())
 
 
 def _get_edge(grey):
@@ -161,11 +127,7 @@ def _get_edge(grey):
 def fit(image, side=SIDE):
     """Scales an image [rows, columns] in [0, 1] to [side, side] by area averaging; one that is not square is first
     centred on a square of paper."""
-    square = make_square(image)
-    if len(square) == side:
-        return square
-    average = _get_area_average(len(square), side)
-    return (average @ square @ average.T).clip(0, 1)  # rounding may leave this range
+    return skimage.transform.resize_local_mean(make_square(image), (side, side)).clip(0, 1)  # rounding may leave this range
 
 
 def make_square(image):
@@ -174,14 +136,6 @@ def make_square(image):
     longer = max(rows, cols)
     top, left = (longer - rows) // 2, (longer - cols) // 2
     return np.pad(image, [(top, longer - rows - top), (left, longer - cols - left)])
-
-
-def _get_area_average(num_in, num_out):
-    """[num_out, num_in]: the share of each old cell in each new one"""
-    edges = np.arange(num_out + 1) * num_in / num_out
-    cells = np.arange(num_in)
-    overlap = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
-    return (overlap.clip(0) * num_out / num_in).astype(np.float32)
 
 
 # ------------------------------------------------------------------ characters on a page
@@ -217,12 +171,9 @@ def find_sheet(grey):
     """Cuts out the sheet of paper on a photograph that also shows what it lies on: grey values [rows, columns] -> the same,
     or the part around the sheet, with paper instead of the table in its corners. A sheet is convex, clearly brighter or
     darker than its surroundings all around, mostly empty, and reaches at most one corner of the photograph."""
-    from skimage.transform import resize
-
     if min(grey.shape) < SHEET_SIDE / 2:  # not a photograph
         return grey
-    shape = [max(round(n * min(SHEET_SIDE / max(grey.shape), 1)), 1) for n in grey.shape]
-    small = resize(grey, shape, order=1, anti_aliasing=True)
+    small = _scale_down(grey, SHEET_SIDE)
     best, chosen = 0, None
     for light in (small, 1 - small):
         blank = scipy.ndimage.grey_closing(np.pad(light, 9, "edge"), (9, 9))[9:-9, 9:-9]  # erases what is written
@@ -277,45 +228,43 @@ def _get_step(blank, corners):
 
 def _cut_out(grey, corners, blank):
     """The part of an image around a sheet, whose corners [K, 2] are those on a smaller, blank one"""
-    from skimage.draw import polygon2mask
-    from skimage.transform import resize
-
-    mask = scipy.ndimage.binary_erosion(polygon2mask(blank.shape, corners), iterations=3)
+    mask = scipy.ndimage.binary_erosion(skimage.draw.polygon2mask(blank.shape, corners), iterations=3)
     if not mask.any():
         return grey
     nearest = scipy.ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
-    paper = resize(blank[tuple(nearest)], grey.shape, order=1)
-    mask = resize(mask.astype(np.float32), grey.shape, order=1) > 0.5
+    paper = skimage.transform.resize(blank[tuple(nearest)], grey.shape, order=1)
+    mask = skimage.transform.resize(mask.astype(np.float32), grey.shape, order=1) > 0.5
     (box,) = scipy.ndimage.find_objects(mask.astype(int))
     return np.where(mask, grey, paper)[box].astype(np.float32)
+
+
+def _scale_down(grey, side):
+    """Scales grey values [rows, columns] so that the longer side has at most so many pixels"""
+    scale = min(side / max(grey.shape), 1)
+    shape = [max(round(n * scale), 1) for n in grey.shape]
+    return skimage.transform.resize(grey, shape, order=1, anti_aliasing=True)
 
 
 def find_ink(grey):
     """Finds the ink on a page [rows, columns]: bool. Ink is darker than the paper around it, or lighter, if what stands
     out on the page is lighter. The paper's brightness is estimated by filling in dark things narrower than a third
     of the page."""
-    from skimage.filters import threshold_otsu
-    from skimage.transform import resize
-
-    if max(grey.shape) > MAX_WORKING_SIDE:
-        scale = MAX_WORKING_SIDE / max(grey.shape)
-        grey = resize(grey, [max(round(n * scale), 1) for n in grey.shape], order=1, anti_aliasing=True)
+    grey = _scale_down(grey, MAX_WORKING_SIDE)
     detail = grey - scipy.ndimage.gaussian_filter(grey, max(grey.shape) / 8, mode="nearest")
     light = grey if ((detail - detail.mean()) ** 3).mean() <= 0 else 1 - grey
-    coarse_shape = [max(round(n * min(96 / max(light.shape), 1)), 1) for n in light.shape]
-    coarse = resize(light, coarse_shape, order=1, anti_aliasing=True)
-    window = max(max(coarse_shape) // 3, 3)
+    coarse = _scale_down(light, 96)
+    window = max(max(coarse.shape) // 3, 3)
     # Extrapolate the change in light beyond the edge.
     pad = [min(window, n - 1) for n in coarse.shape]
     coarse = np.pad(coarse, [(n, n) for n in pad], mode="reflect", reflect_type="odd").clip(0, 1)
     paper = scipy.ndimage.gaussian_filter(scipy.ndimage.grey_closing(coarse, (window, window)), window / 8)
     paper = paper[tuple(slice(n, m - n) for n, m in zip(pad, paper.shape, strict=True))]
-    darkness = resize(paper, light.shape, order=1) - light
+    darkness = skimage.transform.resize(paper, light.shape, order=1) - light
     strongest = np.sort(darkness, axis=None)[-max(min(darkness.size // 20, 30), 1)]
     if strongest < MIN_CONTRAST:
         return np.zeros(light.shape, bool)
     # Most of a page is paper: the threshold separates what is clearly darker from the rest.
-    threshold = threshold_otsu(darkness.clip(0, strongest))
+    threshold = skimage.filters.threshold_otsu(darkness.clip(0, strongest))
     return darkness > max(threshold, strongest / 3, MIN_CONTRAST / 2)
 
 
@@ -324,45 +273,36 @@ def split_page(ink):
 
     Returns: a list of bool arrays, each cropped to its ink, in reading order, without specks
     """
-    pieces, num_pieces = scipy.ndimage.label(ink, np.ones((3, 3)))
-    if num_pieces == 0:
+    pieces = skimage.measure.label(ink)
+    if not pieces.any():
         return []
-    boxes = scipy.ndimage.find_objects(pieces)
-    sides = np.array([max(box[0].stop - box[0].start, box[1].stop - box[1].start) for box in boxes])
-    edges = find_edges(pieces, boxes, sides)
+    boxes = np.array([region.bbox for region in skimage.measure.regionprops(pieces)])
+    sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
+    edges = find_edges(pieces, sides)
     longest = sides[~edges].max()
     kept = np.flatnonzero((sides >= max(0.06 * longest, min(3, longest))) & ~edges) + 1
     ink, sides = np.isin(pieces, kept), sides[kept - 1]
     reach = 0.12 * np.median(sides[sides >= sides.max() / 3])  # half of the largest gap within a character
-    groups, num_groups = scipy.ndimage.label(scipy.ndimage.distance_transform_edt(~ink) <= reach, np.ones((3, 3)))
-    groups = join_enclosed(groups * ink)
-    boxes = [box for box in scipy.ndimage.find_objects(groups) if box is not None]
-    numbers = np.unique(groups)[1:]
-    height = np.median([box[0].stop - box[0].start for box in boxes])
-    parts = []
-    for number, box in zip(numbers, boxes, strict=True):
-        row, col = (box[0].start + box[0].stop) / 2, box[1].start
-        parts.append((row, col, groups[box] == number))
+    groups = join_enclosed(skimage.measure.label(scipy.ndimage.distance_transform_edt(~ink) <= reach) * ink)
+    regions = skimage.measure.regionprops(groups)
+    top, left, bottom, _ = np.array([region.bbox for region in regions]).T
     # Lines of text: a new one begins where a character's middle is lower than the previous one's by its height.
-    parts.sort(key=lambda part: part[0])
-    line, lines, last = 0, [], None
-    for row, col, part in parts:
-        line += last is not None and row - last > 0.7 * height
-        last = row
-        lines.append((line, col, part))
-    lines.sort(key=lambda part: part[:2])
-    return [part for _, _, part in lines]
+    middle = (top + bottom) / 2
+    order = middle.argsort(kind="stable")
+    line = np.cumsum(np.diff(middle[order], prepend=middle.min()) > 0.7 * np.median(bottom - top))
+    return [regions[i].image for i in order[np.lexsort([left[order], line])]]
 
 
-def find_edges(pieces, boxes, sides):
+def find_edges(pieces, sides):
     """Finds long straight marks at the border of the photograph, the edges of the paper, say, if it was photographed at an
-    angle, and their crumbs: pieces, numbers [rows, columns], with their boxes and longer sides -> bool, one per piece"""
+    angle, and their crumbs: pieces, numbers [rows, columns], and their longer sides [N] -> bool [N]"""
     longest_page_side = max(pieces.shape)
-    edges = np.zeros(len(boxes), bool)
-    for i, box in enumerate(boxes):
-        gaps = [gap for part, size in zip(box, pieces.shape, strict=True) for gap in (part.start, size - part.stop)]
-        if sides[i] >= longest_page_side / 4 and min(gaps) <= 0.03 * longest_page_side:
-            points = np.argwhere(pieces == i + 1).astype(float)
+    edges = np.zeros(len(sides), bool)
+    for i, region in enumerate(skimage.measure.regionprops(pieces)):
+        top, left, bottom, right = region.bbox
+        gap = min(top, left, pieces.shape[0] - bottom, pieces.shape[1] - right)
+        if sides[i] >= longest_page_side / 4 and gap <= 0.03 * longest_page_side:
+            points = region.coords.astype(float)
             along, across = np.sqrt(np.linalg.eigvalsh(np.cov(points.T)).clip(0)[::-1])
             depth = np.minimum(points, np.array(pieces.shape) - 1 - points).min(1).max()  # two edges meet in a corner
             edges[i] = across < 0.06 * along or depth < 0.08 * longest_page_side
@@ -373,47 +313,37 @@ def find_edges(pieces, boxes, sides):
         edges[:] = False
     if edges.any():
         distance = scipy.ndimage.distance_transform_edt(~np.isin(pieces, np.flatnonzero(edges) + 1))
-        nearest = scipy.ndimage.minimum(distance, pieces, np.arange(1, len(boxes) + 1))
+        nearest = scipy.ndimage.minimum(distance, pieces, np.arange(1, len(sides) + 1))
         edges |= (nearest <= 0.03 * longest_page_side) & (sides <= 0.3 * longest)
     return edges
 
 
 def join_enclosed(groups):
     """What lies within a group's box belongs to it: numbers of groups [rows, columns] -> the same, with fewer groups"""
-    boxes = dict(enumerate(scipy.ndimage.find_objects(groups), start=1))
-    boxes = {number: box for number, box in boxes.items() if box is not None}
-    for number, inner in sorted(boxes.items(), key=lambda item: _get_area(item[1])):
-        outer = [
-            other
-            for other, box in boxes.items()
-            if other != number and all(b.start <= i.start and i.stop <= b.stop for b, i in zip(box, inner, strict=True))
-        ]
-        if outer:
-            groups = np.where(groups == number, min(outer, key=lambda other: _get_area(boxes[other])), groups)
-            del boxes[number]
-    return groups
-
-
-def _get_area(box):
-    return math.prod(part.stop - part.start for part in box)
+    regions = sorted(skimage.measure.regionprops(groups), key=lambda region: region.area_bbox)
+    joined = groups.copy()
+    for i, inner in enumerate(regions):
+        top, left, bottom, right = inner.bbox
+        for outer in regions[i + 1 :]:
+            if outer.bbox[0] <= top and outer.bbox[1] <= left and bottom <= outer.bbox[2] and right <= outer.bbox[3]:
+                joined[joined == inner.label] = outer.label
+                break
+    return joined
 
 
 def normalise(part, side=SIDE):
     """Centres a character's cropped ink [rows, columns] on side x side pixels, with Omniglot's size and stroke width: bool"""
-    from skimage.morphology import dilation, disk, skeletonize
-    from skimage.transform import resize
-
     fine = 4
     scale = fine * CHARACTER_SIDE / max(part.shape)
-    length = max(skeletonize(part).sum(), 1)
+    length = max(skimage.morphology.skeletonize(part).sum(), 1)
     missing = (3 / scale - part.sum() / length) / 2  # strokes must survive the scaling
     pad = max(round(missing), 0) + 1
     part = np.pad(part, pad)
     if missing >= 1:
-        part = dilation(part, disk(round(missing)))
+        part = skimage.morphology.dilation(part, skimage.morphology.disk(round(missing)))
     shape = [max(round(n * scale), 1) for n in part.shape]
-    smooth = resize(part.astype(np.float32), shape, order=1, anti_aliasing=scale < 1) > 0.5
-    points = np.argwhere(skeletonize(np.pad(smooth, 1))).astype(float)  # row, column
+    smooth = skimage.transform.resize(part.astype(np.float32), shape, order=1, anti_aliasing=scale < 1) > 0.5
+    points = np.argwhere(skimage.morphology.skeletonize(np.pad(smooth, 1))).astype(float)  # row, column
     if len(points) == 0:
         return np.zeros((side, side), bool)
     # A skeleton is shorter than its strokes by their thickness, so it is scaled up again, within limits.
@@ -422,7 +352,7 @@ def normalise(part, side=SIDE):
     points = (points - (low + high) / 2) * growth + (fine * SIDE - 1) / 2
     canvas = np.zeros((fine * SIDE, fine * SIDE), bool)
     canvas[tuple(points.round().astype(int).clip(0, fine * SIDE - 1).T)] = True
-    return fit(dilation(canvas, disk(STROKE_RADIUS)).astype(np.float32), side) >= 0.5
+    return fit(skimage.morphology.dilation(canvas, skimage.morphology.disk(STROKE_RADIUS)).astype(np.float32), side) >= 0.5
 
 
 # ------------------------------------------------------------------ built-in characters

@@ -24,22 +24,19 @@ NUM_PROPOSALS = 500
 
 
 class AveragePrior(nn.Module):
-    """The average of a conditional model's prior over its alphabets, all equally probable"""
+    """The average of a conditional model's prior over its alphabets, all equally probable; as a Decoder"""
 
     def __init__(self, prior, num_alphabets):
         super().__init__()
         self.prior, self.alphabet = prior, torch.eye(num_alphabets)  # [L, L]
 
     def sample(self, num_particles, context):
-        """As Decoder.sample: -> [P, B, A, 2]"""
         alphabet_id = torch.randint(len(self.alphabet), (num_particles * len(context),))
         return self.prior.sample(1, self.alphabet[alphabet_id])[0].unflatten(0, (num_particles, len(context)))
 
     def log_prob(self, latent, context):
-        """As Decoder.log_prob: latent [P, B, A, 2] -> [P, B]"""
-        return self.log_prob_by_alphabet(latent.flatten(0, 1)).logsumexp(1).view(latent.shape[:2]) - math.log(
-            len(self.alphabet)
-        )
+        by_alphabet = self.log_prob_by_alphabet(latent.flatten(0, 1))
+        return by_alphabet.logsumexp(1).view(latent.shape[:2]) - math.log(len(self.alphabet))
 
     def log_prob_by_alphabet(self, latent):
         """log p(z | alphabet): latent [N, A, 2] -> [N, L]"""
@@ -52,31 +49,27 @@ def get_bounds(model, network, obs, num_alphabets, effort):
     average = AveragePrior(prior, num_alphabets)
     proposals = network.sample(obs.expand(num_alphabets, -1, -1), math.ceil(NUM_PROPOSALS / num_alphabets), alphabet)
     model.prior, model.num_alphabets = average, 0
-    try:
-        latent, log_joint = search.find(model, obs, None, proposals.flatten(0, 1), NUM_BEST, effort)
-        log_likelihood = log_joint - model.log_prior(latent.unsqueeze(1)).squeeze(1)  # [N]
-    finally:
-        model.prior, model.num_alphabets = prior, num_alphabets
+    latent, log_joint = search.find(model, obs, None, proposals.flatten(0, 1), NUM_BEST, effort)
+    log_likelihood = log_joint - model.log_prior(latent.unsqueeze(1)).squeeze(1)  # [N]
+    model.prior, model.num_alphabets = prior, num_alphabets
     return (log_likelihood.unsqueeze(1) + average.log_prob_by_alphabet(latent)).logsumexp(0)
 
 
 def describe(bounds, right):
     """Sentences about bounds [N, L] and the right alphabets [N]"""
     num_images, num_alphabets = bounds.shape
-    is_right = torch.nn.functional.one_hot(right, num_alphabets).bool()
-    wrong = bounds.masked_fill(is_right, 0).sum(1) / (num_alphabets - 1)
-    gain = bounds[is_right] - wrong  # [N]
+    of_right = bounds.gather(1, right.unsqueeze(1)).squeeze(1)
+    gain = of_right - (bounds.sum(1) - of_right) / (num_alphabets - 1)  # [N]
     half = 1.96 * gain.std() / math.sqrt(num_images)
-    rank = (bounds > bounds[is_right].unsqueeze(1)).sum(1)  # of the right one, from 0
-    evidence = bounds[is_right] - (bounds.logsumexp(1) - math.log(num_alphabets))
-    yield f"{num_images} unseen images, {num_alphabets} alphabets"
-    yield (
+    rank = (bounds > of_right.unsqueeze(1)).sum(1)  # of the right one, from 0
+    evidence = of_right - (bounds.logsumexp(1) - math.log(num_alphabets))
+    return (
+        f"{num_images} unseen images, {num_alphabets} alphabets\n"
         f"log p(x | right alphabet) is {gain.mean():.2f} nats per image above the mean of the wrong ones (95 % interval"
-        f" {gain.mean() - half:.2f} to {gain.mean() + half:.2f}), {evidence.mean():.2f} above log p(x) without knowing it"
-    )
-    yield (
-        f"the right alphabet is the most probable one of {int((rank == 0).sum())} images (by chance {num_images / num_alphabets:.0f})"
-        f", and among the best five of {int((rank < 5).sum())} ({5 * num_images / num_alphabets:.0f})"
+        f" {gain.mean() - half:.2f} to {gain.mean() + half:.2f}), {evidence.mean():.2f} above log p(x) without knowing it\n"
+        f"the right alphabet is the most probable one of {int((rank == 0).sum())} images (by chance"
+        f" {num_images / num_alphabets:.0f}), and among the best five of {int((rank < 5).sum())}"
+        f" ({5 * num_images / num_alphabets:.0f})"
     )
 
 
@@ -101,7 +94,7 @@ def main():
     with torch.no_grad():
         progress = util.show_progress(images.obs, desc="searching", unit="image")
         bounds = torch.stack([get_bounds(model, network, obs, num_alphabets, effort) for obs in progress])
-    print("\n".join(describe(bounds, images.alphabet.argmax(1))))
+    print(describe(bounds, images.alphabet.argmax(1)))
     return 0
 
 

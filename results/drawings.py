@@ -8,6 +8,7 @@ image only through the most probable map. Programs also become SVG files whose a
 import json
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -113,26 +114,6 @@ def vary_strokes(drawing, num_examples, resolution):
     return probs.unflatten(0, (-1, num_examples))
 
 
-@torch.no_grad()
-def draw_examples(generative_model, programs, num_examples, resolution, temperature=None):
-    """Draws new examples of characters: programs sampled from the posterior (the best ones, by their weights), seen
-    through random maps and, with a temperature, with about a third of their strokes resampled from the prior.
-
-    Returns: probabilities of ink [N, E, R, R]
-    """
-    num_images = programs.latent.shape[1]
-    chosen = programs.log_joint.softmax(0).t().multinomial(num_examples, replacement=True)  # [N, E]
-    latent = programs.latent[chosen, torch.arange(num_images).unsqueeze(1)].flatten(0, 1)  # [N * E, A, 2]
-    if temperature is not None:
-        redrawn = (torch.rand(latent.shape[:2]) < 1 / 3) & (latent[..., 1] > 0)
-        alphabet = None
-        if programs.alphabet_id is not None:
-            alphabet = torch.eye(generative_model.num_alphabets)[programs.alphabet_id.repeat_interleave(num_examples)]
-        latent = generative_model.resample(latent, redrawn, temperature, alphabet)
-    maps = draw_maps(generative_model, len(latent))
-    return draw(generative_model, latent, resolution, maps).unflatten(0, (num_images, num_examples))
-
-
 # ------------------------------------------------------------------ primitives
 
 
@@ -170,9 +151,8 @@ def draw_primitives(generative_model, resolution):
 
 
 def get_half_width(sharpness, width, scale, bias):
-    """Half the width of a stroke's ink, in units of the square: the distance at which its
-    probability is half that of the centre line. 0 if there is no ink."""
-
+    """Half the width of a stroke's ink, in units of the square: the distance at which its probability is half that of the
+    centre line. 0 if there is no ink."""
     darkest = math.exp(scale + bias) + 1e-6  # exp of the logit, see rendering.py
     edge = darkest / (1 + darkest) / 2
     ink = (math.log(max(edge / (1 - edge) - 1e-6, 1e-30)) - bias) / scale  # exp(sharpness^2 (width^2 - distance^2))
@@ -198,9 +178,8 @@ def get_path(arc):
 
 def get_program(drawing, latent, map_id=None):
     """A Drawing of one program, latent [A, 2], as plain values: its strokes in order, in coordinates of the unit square, y
-    upwards, each with the primitive that it is or, if it was refitted, that it came from; and the 2 x 3 affine map that it
-    is seen through, which takes points of the picture (from -1 to 1, y downwards) to the points of the drawing that
-    appear there, with its number in the model if it is one of the model's"""
+    upwards, each with the primitive that it is or was refitted from; and the 2 x 3 affine map that it is seen through, from
+    the picture (from -1 to 1, y downwards) to the drawing, with its number if it is one of the model's"""
     names = ["x_start", "y_start", "dx", "dy", "theta", "sharpness", "width"]
     arcs = variation.get_arcs(drawing)[0].tolist()  # [A, 7]
     strokes = [
@@ -213,18 +192,14 @@ def get_program(drawing, latent, map_id=None):
 
 
 def get_transform(affine_map):
-    """An affine map of a program as SVG's matrix(a b c d e f), from the drawing to the picture. None if the map is
-    singular"""
-    (a, b, x), (c, d, y) = affine_map
-    determinant = a * d - b * c
-    if abs(determinant) < 1e-6:
+    """An affine map of a program as SVG's matrix(a b c d e f), from the drawing to the picture; None if it is singular"""
+    affine = np.vstack([affine_map, [0, 0, 1]])
+    if abs(np.linalg.det(affine)) < 1e-6:
         return None
-    # A point u of the drawing, in the SVG's units, is scale * position + middle.
     scale, middle = (NUM_PIXELS - 1) / 2, NUM_PIXELS / 2
-    a, b, c, d = d / determinant, -b / determinant, -c / determinant, a / determinant
-    move_x = middle - (a + b) * middle - scale * (a * x + b * y)
-    move_y = middle - (c + d) * middle - scale * (c * x + d * y)
-    return f"matrix({a:.6f} {c:.6f} {b:.6f} {d:.6f} {move_x:.4f} {move_y:.4f})"
+    units = np.array([[scale, 0, middle], [0, scale, middle], [0, 0, 1]])  # from -1..1 to the SVG's
+    (a, c, x), (b, d, y), _ = units @ np.linalg.inv(affine) @ np.linalg.inv(units)
+    return f"matrix({a:.6f} {b:.6f} {c:.6f} {d:.6f} {x:.4f} {y:.4f})"
 
 
 def to_svg(program):

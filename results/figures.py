@@ -15,7 +15,6 @@ import matplotlib.patches
 import matplotlib.transforms
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from results.drawings import draw_primitives
 
@@ -28,20 +27,41 @@ SETTLED = 0.05  # of a curve: the beginning, which does not determine the axis
 
 
 def tile(images, num_cols, below=0):
-    """Tiles [N, R, C] into one image, row by row; NaN fills the gaps (`below` pixels under each) and the empty tiles"""
-    num_rows = max(math.ceil(len(images) / num_cols), 1)
-    gap = max(images.shape[1] // 14, 1)
-    images = F.pad(images, (0, gap, 0, gap + below, 0, num_rows * num_cols - len(images)), value=math.nan)
-    height, width = images.shape[1:]
-    grid = images.view(num_rows, num_cols, height, width).transpose(1, 2).reshape(num_rows * height, num_cols * width)
-    return F.pad(grid, (gap, 0, gap, 0), value=math.nan).numpy()
+    """Tiles [N, R, C] or, in colour, [N, R, C, 3] into one image, row by row; NaN fills the gaps (`below` pixels more under
+    each tile) and the empty tiles"""
+    size, num_rows = images.shape[1], max(math.ceil(len(images) / num_cols), 1)
+    left, top = place(num_rows, num_cols, size, below)
+    grid = images.new_full((top, left, *images.shape[3:]), math.nan)
+    for i, image in enumerate(images):
+        left, top = place(*divmod(i, num_cols), size, below)
+        grid[top : top + size, left : left + images.shape[2]] = image
+    return grid.numpy()
+
+
+def get_gap(size):
+    """Pixels between tiles of a size"""
+    return max(size // 14, 1)
+
+
+def place(row, col, size, below=0):
+    """The upper left corner of a tile, in pixels: column and row"""
+    gap = get_gap(size)
+    return gap + col * (size + gap), gap + row * (size + gap + below)
+
+
+def to_colour(ink):
+    """Ink [...] in black on white: [..., 3]"""
+    return 1 - ink.unsqueeze(-1).expand(*ink.shape, 3)
 
 
 def show(axes, image):
-    """Shows grey levels unscaled: 0 white, 1 black, pixels as squares"""
-    cmap = matplotlib.colormaps["gray_r"].with_extremes(bad=EMPTY)
-    axes.imshow(np.ma.masked_invalid(image), cmap=cmap, vmin=0, vmax=1, interpolation="none")
+    """Shows ink [H, W], 0 white and 1 black, or colours [H, W, 3], pixels as squares"""
+    if image.ndim == 2:
+        image = to_colour(torch.as_tensor(image)).numpy()
+    image = np.where(np.isnan(image), matplotlib.colors.to_rgb(EMPTY), image.clip(0, 1))
+    axes.imshow(image, interpolation="none")
     axes.set_axis_off()
+    axes.autoscale(False)
 
 
 def make_figure(width, height, title):
@@ -63,18 +83,22 @@ def shorten(text, length):
     return text if len(text) <= length else f"{text[: (length - 2) // 2]}…{text[-(length - 1) // 2 :]}"
 
 
+def write(axes, x, y, text, **options):
+    """Writes a small text into a picture"""
+    axes.text(x, y, literal(text), **{"ha": "center", "va": "center", "fontsize": 7, **options})
+
+
 def grid_figure(images, num_cols, title, labels=()):
     """A grid of images, with labels underneath if there are any"""
-    below = images.shape[1] // 4 if labels else 0
-    image = tile(images, num_cols, below)
+    size = images.shape[1]
+    below = size // 4 if labels else 0
     num_rows = math.ceil(len(images) / num_cols)
     figure = make_figure(0.7 * num_cols + 0.2, 0.7 * num_rows * (1.25 if labels else 1) + 0.3, title)
     axes = figure.subplots()
-    show(axes, image)
-    height, width = image.shape[0] / num_rows, image.shape[1] / num_cols
+    show(axes, tile(images, num_cols, below))
     for i, label in enumerate(labels):
-        row, col = divmod(i, num_cols)
-        axes.text((col + 0.5) * width, (row + 1) * height - below / 2, literal(label), ha="center", va="center", fontsize=6)
+        left, top = place(*divmod(i, num_cols), size, below)
+        write(axes, left + size / 2, top + size + get_gap(size) / 2 + below / 2, label, fontsize=6)
     return figure
 
 
@@ -92,12 +116,8 @@ def primitives_figure(generative_model, resolution, title, usage, source):
     most = int((usage[order].cumsum(0) < 0.9).sum()) + 1
     title += f"\n{most} of {len(order)} make 90 % of the strokes in the {source} (shares below each)"
     figure = grid_figure(probs[order], 8, f"{title}\ndot: start; tile: {side:.2f} characters wide", labels)
-    (axes,) = figure.axes
-    gap = max(resolution // 14, 1)
-    row, col = np.divmod(np.arange(len(order)), 8)
-    x = gap + col * (resolution + gap) + start[order, 0].numpy()
-    y = gap + row * (resolution + gap + resolution // 4) + start[order, 1].numpy()
-    axes.plot(x, y, ".", color=START, ms=3)
+    left, top = place(*np.divmod(np.arange(len(order)), 8), resolution, resolution // 4)
+    figure.axes[0].plot(left + start[order, 0].numpy(), top + start[order, 1].numpy(), ".", color=START, ms=3)
     return figure
 
 
@@ -113,54 +133,55 @@ def panels_figure(panels, num_cols, title):
     return figure
 
 
+def row_figures(rows, labels, title, num_rows, headings=()):
+    """Pages of rows of pictures with a label each, and perhaps a heading for each column.
+
+    Args: rows [N, S, R, R] or [N, S, R, R, 3]; labels: N strings; headings: S strings
+    Yields: a figure, its axes, and the numbers of its rows
+    """
+    num_cols, size, gap = rows.shape[1], rows.shape[2], get_gap(rows.shape[2])
+    for first in range(0, len(rows), num_rows):
+        chosen = range(first, min(first + num_rows, len(rows)))
+        figure = make_figure(0.7 * num_cols + 1.5, 0.7 * len(chosen) + 0.6, title)
+        axes = figure.subplots()
+        show(axes, tile(rows[first : first + num_rows].flatten(0, 1), num_cols))
+        for col, heading in enumerate(headings):
+            write(axes, place(0, col, size)[0] + size / 2, -gap, heading, va="bottom")
+        for row, i in enumerate(chosen):
+            write(axes, -gap, place(row, 0, size)[1] + size / 2, labels[i], ha="right")
+        yield figure, axes, chosen
+
+
 def example_figures(obs, examples, names, title, num_rows=12):
     """Pages of rows: a character's name, its image, and new examples of it: obs [N, R, R], examples [N, E, R, R]"""
-    num_cols, side = examples.shape[1], obs.shape[1]
-    gap = max(side // 14, 1)
-    for first in range(0, len(obs), num_rows):
-        rows = slice(first, first + num_rows)
-        figure = make_figure(0.6 * (num_cols + 1) + 1.2, 0.6 * len(obs[rows]) + 0.4, title)
-        axes = figure.subplots()
-        show(axes, tile(torch.cat([obs[rows].unsqueeze(1), examples[rows]], 1).flatten(0, 1), num_cols + 1))
-        for row, name in enumerate(names[rows]):
-            axes.text(-gap, gap + row * (side + gap) + side / 2, literal(name), ha="right", va="center", fontsize=7)
-        axes.axvline(side + 1.5 * gap - 0.5, color="black", lw=0.8)
+    for figure, axes, _ in row_figures(torch.cat([obs.unsqueeze(1), examples], 1), names, title, num_rows):
+        axes.axvline(place(0, 1, obs.shape[1])[0] - get_gap(obs.shape[1]) / 2 - 0.5, color="black", lw=0.8)
         yield figure
 
 
-def matches_figure(tests, characters, best, probs, answers, title, num_cols=2):
+def matches_figure(tests, characters, best, probs, answers, title):
     """Test images, each with its best characters and, over the test image, their strokes as they were varied to fit it.
 
     Args: tests [M, R, R]; characters [N, R, R]; best [M, S], characters, best first; probs [M, S, R, R], of the strokes' ink;
         answers [M], the right characters
     """
-    num_tests, num_shown = best.shape
-    num_rows, side = math.ceil(num_tests / num_cols), tests.shape[1]
-    figure = make_figure(0.55 * num_cols * (2 * num_shown + 1.5) + 0.3, 0.68 * num_rows + 0.2, title)
-    for i, axes in enumerate(np.ravel(figure.subplots(num_rows, num_cols))):
-        axes.set_axis_off()
-        if i >= num_tests:
-            continue
-        tiles = [tests[i].unsqueeze(-1).expand(-1, -1, 3) * -1 + 1]  # [R, R, 3] each
-        for character, ink in zip(best[i].tolist(), probs[i], strict=True):
-            tiles += [1 - characters[character].unsqueeze(-1).expand(-1, -1, 3), overlay(tests[i], ink)]
-        gap = torch.ones(side, side // 8, 3)
-        axes.imshow(torch.cat([part for x in tiles for part in (x, gap)], 1).numpy(), interpolation="none")
-        for rank, character in enumerate(best[i].tolist()):
-            left = (2 * rank + 1) * (side + side // 8) - side // 16
-            color = RIGHT if character == int(answers[i]) else WRONG if rank == 0 else "none"
-            box = matplotlib.patches.Rectangle((left, -1), 2 * side + side // 4, side + 1, fill=False, ec=color, lw=1)
-            axes.add_patch(box).set_clip_on(False)
-        right = int(best[i, 0]) == int(answers[i])
-        axes.set_title(
-            f"{i + 1}: {'right' if right else 'wrong'}", fontsize=6, loc="left", pad=1, color=RIGHT if right else WRONG
-        )
+    pairs = torch.stack([to_colour(characters[best]), overlay(tests.unsqueeze(1), probs)], 2)  # [M, S, 2, R, R, 3]
+    rows = torch.cat([to_colour(tests.unsqueeze(1)), pairs.flatten(1, 2)], 1)
+    is_right, size = best == answers.unsqueeze(1), tests.shape[1]  # [M, S]
+    labels = [f"{i + 1}: {'right' if right else 'wrong'}" for i, right in enumerate(is_right[:, 0])]
+    ((figure, axes, _),) = row_figures(rows, labels, title, len(rows))
+    for row, rank in np.ndindex(*best.shape):
+        if rank == 0 or is_right[row, rank]:
+            left, top = (x - (get_gap(size) + 1) / 2 for x in place(row, 2 * rank + 1, size))
+            width, height = (n * (size + get_gap(size)) for n in (2, 1))
+            color = RIGHT if is_right[row, rank] else WRONG
+            axes.add_patch(matplotlib.patches.Rectangle((left, top), width, height, fill=False, ec=color, lw=1, clip_on=False))
     return figure
 
 
 def overlay(obs, ink):
-    """Strokes, probabilities of ink [R, R], over an image [R, R] in grey: [R, R, 3]"""
-    page = (1 - 0.35 * obs).unsqueeze(-1).expand(-1, -1, 3)
+    """Strokes, probabilities of ink [..., R, R], over images in grey, likewise: [..., R, R, 3]"""
+    page = to_colour(0.35 * obs)
     return page + ink.unsqueeze(-1) * (torch.tensor(matplotlib.colors.to_rgb(NEWEST)) - page)
 
 
@@ -193,47 +214,29 @@ def stroke_figures(obs, seen, stages, labels, title, paths=None, off_page=None, 
         of each visible stroke's pen-up moves [M, 2, 2], in pixels (column, row); off_page: for each row a list of bools
     """
     headings = ["image", "as the\nmodel\nsees it", *(f"stroke\n{i + 1}" for i in range(stages.shape[1]))]
-    images = [obs.unsqueeze(1), seen.unsqueeze(1)]
-    images = [x.unsqueeze(-1).neg().add(1).expand(-1, -1, -1, -1, 3) for x in images] + [colour_newest(stages)]
+    rows = [to_colour(torch.stack([obs, seen], 1)), colour_newest(stages)]  # [N, columns, R, R, 3] each
     if canonical is not None:
         headings.append("canonical")
-        images.append(1 - canonical[:, None, :, :, None].expand(-1, -1, -1, -1, 3))
-    rows = torch.cat(images, 1)  # [N, columns, R, R, 3]
-    size, gap = rows.shape[2], max(rows.shape[2] // 14, 1)
-    for page in range(0, len(rows), num_rows):
-        chosen = range(page, min(page + num_rows, len(rows)))
-        figure = make_figure(0.7 * rows.shape[1] + 1.5, 0.7 * len(chosen) + 0.6, title)
-        axes = figure.subplots()
-        channels = [tile(rows[page : page + num_rows, ..., c].flatten(0, 1), rows.shape[1]) for c in range(3)]
-        image = np.stack(channels, -1)
-        axes.imshow(np.where(np.isnan(image), matplotlib.colors.to_rgb(EMPTY), image), interpolation="none")
-        axes.set_axis_off()
-        axes.text(-gap, -gap, "log p(x, z)", ha="right", va="bottom", fontsize=7)
-        for col, heading in enumerate(headings):
-            axes.text(gap + col * (size + gap) + size / 2, -gap, heading, ha="center", va="bottom", fontsize=7)
+        rows.append(to_colour(canonical.unsqueeze(1)))
+    rows, size = torch.cat(rows, 1), obs.shape[1]
+    for figure, axes, chosen in row_figures(rows, labels, title, num_rows, headings):
+        write(axes, -get_gap(size), -get_gap(size), "log p(x, z)", ha="right", va="bottom")
         for row, i in enumerate(chosen):
-            top = gap + row * (size + gap)
-            axes.text(-gap, top + size / 2, literal(labels[i]), ha="right", va="center", fontsize=8)
             for step, moves in enumerate(paths[i] if paths else []):
-                left = gap + (2 + step) * (size + gap)
+                left, top = place(row, 2 + step, size)
                 draw_pen(axes, moves, left, top, size)
                 if off_page[i][step]:
                     below = stages[i, step, -size // 4 :].sum() <= stages[i, step, : size // 4].sum()  # beside the ink
-                    height = top + size * (0.9 if below else 0.1)
-                    axes.text(left + size / 2, height, "off page", color=NEWEST, ha="center", va="center", fontsize=7)
+                    write(axes, left + size / 2, top + size * (0.9 if below else 0.1), "off page", color=NEWEST)
         yield figure
 
 
 def draw_pen(axes, moves, left, top, size):
     """Draws pen-up moves [M, 2, 2] as dotted lines, clipped to a tile"""
-    box = matplotlib.transforms.TransformedBbox(
-        matplotlib.transforms.Bbox([[left - 0.5, top - 0.5], [left + size - 0.5, top + size - 0.5]]), axes.transData
-    )
+    corners = [[left - 0.5, top - 0.5], [left + size - 0.5, top + size - 0.5]]
+    box = matplotlib.transforms.TransformedBbox(matplotlib.transforms.Bbox(corners), axes.transData)
     for start, end in moves:
-        (line,) = axes.plot(
-            [left + start[0], left + end[0]], [top + start[1], top + end[1]], ":", color=PEN_UP, lw=0.6, scalex=False,
-            scaley=False,
-        )  # fmt: skip
+        (line,) = axes.plot([left + start[0], left + end[0]], [top + start[1], top + end[1]], ":", color=PEN_UP, lw=0.6)
         line.set_clip_box(box)
 
 
@@ -274,17 +277,13 @@ def smooth(values):
     return np.array([values[max(i - reach, 0) : i + reach + 1].mean() for i in range(len(values))])
 
 
-def plot_curve(axes, curve, label="moving average"):
-    """Plots a Curve, smoothed, in front of the band of its raw values or, if it is short, the values themselves.
-    Returns: the range of the raw values, without the beginning"""
+def plot_curve(axes, curve):
+    """Plots a Curve, smoothed, in front of the band of its raw values. Returns: their range, without the beginning"""
     x, mean, low, high = thin(curve)
-    line = axes.plot(x, smooth(mean), lw=1.3, label=label)[0]
+    (line,) = axes.plot(x, smooth(mean), lw=1.3, label="moving average")
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0.6, label="5th to 95th percentile")
     settled = int(SETTLED * len(x))
-    if len(curve.value) > MAX_POINTS:
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0, label="5th to 95th percentile")
-        return low[settled:].min(), high[settled:].max()
-    axes.plot(x, mean, lw=0.6, alpha=0.4, color=line.get_color(), label="each iteration")
-    return mean[settled:].min(), mean[settled:].max()
+    return low[settled:].min(), high[settled:].max()
 
 
 def losses_figure(statistics, log_num_images, title, log_iterations=False):
@@ -293,54 +292,27 @@ def losses_figure(statistics, log_num_images, title, log_iterations=False):
     Args: statistics: as in a checkpoint; log_num_images: the dashed line of the prior loss, log of the number
         of images (per alphabet, if conditional), or None; log_iterations: whether the axis is logarithmic
     """
-    panels = get_panels(get_curves(statistics))
-    num_rows = math.ceil(len(panels) / 4)
-    in_rows = np.array_split(list(panels), num_rows)  # lengths of rows differ by one, so that no panel is empty
-    figure = make_figure(3.6 * len(in_rows[0]), 2.8 * num_rows, title)
-    rows = np.atleast_1d(figure.subfigures(num_rows, 1))
-    for row, titles in zip(rows, in_rows, strict=True):
-        for axes, title in zip(np.atleast_1d(row.subplots(1, len(titles))), map(str, titles), strict=True):
-            plot_panel(axes, title, panels[title], log_num_images)
-            if log_iterations:
-                axes.set_xscale("log")
+    curves = get_curves(statistics)
+    num_cols = choose_num_cols(len(curves), most=4)
+    num_rows = math.ceil(len(curves) / num_cols)
+    figure = make_figure(3.6 * num_cols, 2.8 * num_rows, title)
+    all_axes = np.ravel(figure.subplots(num_rows, num_cols))
+    for axes in all_axes[len(curves) :]:
+        axes.set_axis_off()
+    for axes, ((phase, name), curve) in zip(all_axes, curves.items(), strict=False):
+        plot_panel(axes, phase, name, curve, log_num_images)
+        if log_iterations:
+            axes.set_xscale("log")
     return figure
 
 
-def get_panels(curves):
-    """The panels of the learning curves, title -> curves by phase and name: shares (of proposals, of images) together, every
-    other statistic by itself"""
-    shares = {
-        (phase, name): curve
-        for (phase, name), curve in curves.items()
-        if phase == "train" and not name.endswith("_loss") and ((0 <= curve.value) & (curve.value <= 1)).all()
-    }
-    panels = {get_words(*key): {key: curves[key]} for key in curves if key[0] == "train" and key not in shares}
-    panels |= {"shares": shares} if shares else {}
-    return panels | {get_words(*key): {key: curves[key]} for key in curves if key[0] != "train"}
-
-
-def get_words(phase, name):
-    """The name of a statistic in words"""
-    greek = {"theta": "θ", "phi": "φ", "p": "p(x)", "map": "best program"}
-    words = " ".join(greek.get(word, word) for word in name.split("_"))
-    return words if phase == "train" or name.startswith(phase) else f"{phase} {words}"
-
-
-def plot_panel(axes, title, curves, log_num_images):
-    """Plots curves, by phase and name, into a panel; the other arguments are those of `losses_figure`"""
-    (phase, name), curve = next(iter(curves.items()))
+def plot_panel(axes, phase, name, curve, log_num_images):
+    """Plots a statistic of a phase of training; the other arguments are those of `losses_figure`"""
+    words = name.replace("_", " ")
+    axes.set_title(words if phase == "train" or name.startswith(phase) else f"{phase} {words}", fontsize=9)
     axes.set_xlabel("iteration of pretraining" if phase == "pretrain" else "iteration")
-    in_nats = name.endswith("_loss") or phase == "test"
-    axes.set_ylabel("share" if title == "shares" else "nats per image" if in_nats else title)
-    axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.25)
-    if title == "shares":
-        for key, share in curves.items():
-            x, mean, *_ = thin(share)
-            axes.plot(x, smooth(mean), lw=1.3, label=get_words(*key))
-        axes.set_ylim(max(get_lowest(curves.values()) / 2, 1e-5), 1.2)  # set first, since zeros alone imply none
-        axes.set_yscale("log", nonpositive="clip")
-    elif phase == "test":
+    if phase == "test":
         axes.plot(*curve, marker=".", label="estimate")
     else:
         low, high = plot_curve(axes, curve)
@@ -349,10 +321,8 @@ def plot_panel(axes, title, curves, log_num_images):
             low, high = min(low, log_num_images), max(high, log_num_images)
         if math.isfinite(high - low) and high > low:
             axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    if name.endswith("_loss") or phase == "test":
+        axes.set_ylabel("nats per image")
+    elif ((0 <= curve.value) & (curve.value <= 1)).all():  # a share
+        axes.set(ylabel="share", yscale="log", ylim=(1e-5, 1.2))
     axes.legend(fontsize=7)
-
-
-def get_lowest(some_curves):
-    """The lowest positive value of the thinned curves; 1 if there is none"""
-    means = np.concatenate([smooth(thin(curve)[1]) for curve in some_curves])
-    return means[means > 0].min(initial=1)

@@ -32,9 +32,7 @@ WORK_BY_ALGORITHM = {
     "own": ["own network {test_num_particles} particles"],
     "mws": ["mws {num_iterations} iterations, {test_num_particles} particles"],
 }
-# Names of the runs of section 4.2
-PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)]
-PAPER_MODELS += ["a_mws_40"]
+PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)] + ["a_mws_40"]
 
 
 # ------------------------------------------------------------------ reading
@@ -50,8 +48,8 @@ class Images(NamedTuple):
 class Run(NamedTuple):
     """What is known about log p of some images under one trained model, from comparable evaluations"""
 
-    name: str  # name of its folder in save/
-    settings: dict  # those of its training
+    name: str  # of its folder in save/
+    settings: dict  # of its training
     iteration: int
     estimates: dict  # ESTIMATES, as far as available: (mean over images, its standard error), nats
     search_error: tuple | None  # see get_search_error
@@ -78,24 +76,27 @@ def read_runs(folder):
     by_images = collections.defaultdict(dict)  # images -> algorithm -> result
     for result in load_results(sorted(folder.glob("logp/[!.]*.pt"))):
         by_images[get_images(result)][result["settings"]["algorithm"]] = result
-    runs = [make_run(folder.name, results) for results in by_images.values()]
-    return sorted(runs, key=lambda run: get_rank(run.images))
+    return [
+        make_run(folder.name, by_images[images])
+        for images in sorted(by_images, key=lambda images: list(KINDS).index(images.kind))
+    ]
 
 
 def make_run(name, results):
     """Makes a Run of a run's evaluations of the same images: algorithm -> result"""
     shown = choose_comparable(results)
     newest = next(iter(shown.values()))
-    for algorithm in [algorithm for algorithm in results if algorithm not in shown]:
-        settings = results[algorithm]["settings"]
-        differences = describe_differences(settings, newest["settings"])
-        path = f"{settings['mode']}_{algorithm}.pt"
-        warn(f"{name}: {path} is left out: its {differences}; eval_logp.py --force repeats it")
-    estimates = {name: (shown[name]["log_p"], shown[name]["standard_error"]) for name in ALGORITHMS if name in shown}
-    estimates["best"] = max(estimates.values())
+    for algorithm, result in results.items():
+        if algorithm not in shown:
+            differences = describe_differences(result["settings"], newest["settings"])
+            path = f"{result['settings']['mode']}_{algorithm}.pt"
+            warn(f"{name}: {path} is left out: its {differences}; eval_logp.py --force repeats it")
+    shown = {algorithm: shown[algorithm] for algorithm in ALGORITHMS if algorithm in shown}
+    estimates = {algorithm: (result["log_p"], result["standard_error"]) for algorithm, result in shown.items()}
     bound = get_joint_bound(shown.values())
+    estimates["best"] = max(estimates.values())
     estimates["enumeration bound"] = bound.mean().item(), get_standard_error(bound.tolist())
-    work = [text.format(**shown[name]["settings"]) for name in ALGORITHMS if name in shown for text in WORK_BY_ALGORITHM[name]]
+    work = [text.format(**result["settings"]) for algorithm, result in shown.items() for text in WORK_BY_ALGORITHM[algorithm]]
     return Run(
         name,
         newest["model_settings"],
@@ -111,11 +112,6 @@ def make_run(name, results):
 
 def get_images(result):
     return Images(result["settings"]["kind_of_images"], result["settings"]["images"])
-
-
-def get_rank(images):
-    """A sort key: test images first"""
-    return list(KINDS).index(images.kind), images.fingerprint
 
 
 def choose_comparable(results):
@@ -145,9 +141,8 @@ def get_joint_bound(results):
     """The enumeration bound over the latents seen in any of a model's evaluations: [N]"""
     some_rows = []
     for result in results:
-        latents = result["latents"]
+        latents, num_images = result["latents"], len(result["log_p_by_image"])
         some_rows.append(scoring.get_rows(latents["obs_id"].long(), latents["codes"], latents["log_joint"]))
-        num_images = len(result["log_p_by_image"])
     return scoring.get_enumeration_bound(scoring.keep_best(scoring.merge(some_rows)), num_images)
 
 
@@ -172,12 +167,11 @@ def get_standard_error(values):
 def describe(path):
     """Describes a result of eval_logp.py in a sentence"""
     result = checkpoints.load_result(path)
-    error, search_error = get_search_error(result), ""
-    if error is not None:
-        search_error = f", search error {error[0]:.2f} (both halves together gain {error[1]:.2f} over one)"
+    error = get_search_error(result)
+    searched = f", search error {error[0]:.2f} (both halves together gain {error[1]:.2f} over one)" if error else ""
     return (
         f"log p(x) = {result['log_p']:.2f} nats per image (standard error over images {result['standard_error']:.2f}),"
-        f" enumeration bound {result['enumeration_bound']:.2f}{search_error}, {describe_images(result)},"
+        f" enumeration bound {result['enumeration_bound']:.2f}{searched}, {describe_images(result)},"
         f" {result['run']} at iteration {result['model_iteration']} by {result['settings']['algorithm']}"
     )
 
@@ -227,25 +221,20 @@ def is_test_run(name):
 
 
 def get_order(name):
-    """A sort key: the paper's models first; numbers by value, as in rws_3, rws_10"""
-    place = PAPER_MODELS.index(name) if name in PAPER_MODELS else len(PAPER_MODELS)
-    return place, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    """A sort key: numbers by value, as in rws_3, rws_10"""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def get_rows(runs):
     """One dict of CSV columns per model and set of images, over its seeds: sets to be shown first at the front, test images
-    and then those of most models; in each the paper's order of models"""
+    and then those of most models"""
     groups = collections.defaultdict(list)
     for run in runs:
         groups[run.images, get_name(run.name)].append(run)
-    num_models = collections.Counter(images for images, name in groups if not is_test_run(name))
-
-    def get_place(key):
-        images, name = key
-        kind, fingerprint = get_rank(images)
-        return kind, -num_models[images], fingerprint, get_order(name)
-
-    return [get_row(key[1], choose_seeds(groups[key])) for key in sorted(groups, key=get_place)]
+    num_models = collections.Counter(images for images, _ in groups)
+    sets = sorted(num_models, key=lambda images: (list(KINDS).index(images.kind), -num_models[images], images))
+    places = sorted(groups, key=lambda place: (sets.index(place[0]), get_order(place[1])))
+    return [get_row(place[1], choose_seeds(groups[place])) for place in places]
 
 
 def choose_seeds(runs):
@@ -284,20 +273,19 @@ def get_row(name, runs):
 
 def print_table(rows):
     """Prints the rows of one set of images, below a line that says which they are, and whether the models know them"""
-    first = rows[0]
+    first, width = rows[0], max(len(row["model"]) for row in rows)
+    names = ESTIMATES + SEARCH_ERRORS * any(row["search error"] is not None for row in rows)
     print(f"{first['images in words']}, {KINDS[first['images']]} (fingerprint {first['fingerprint'].split()[0]}):")
-    width, names = max(len(row["model"]) for row in rows), ESTIMATES
-    names = [*names, *SEARCH_ERRORS] if any(row["search error"] is not None for row in rows) else names
     print(f"{'model':{width}} particles     iteration seeds" + "".join(f"{name:>18}" for name in names))
     for row in rows:
-        values = "".join(f"{format_value(row, name):>18}" for name in names)
+        values = "".join(f"{describe_value(row, name):>18}" for name in names)
         print(f"{row['model']:{width}} {row['particles']:9} {row['iteration']:>13} {row['seeds']:5}{values}")
     for work in dict.fromkeys(row["evaluated with"] for row in rows):
         names = [row["model"] for row in rows if row["evaluated with"] == work]
         print(f"evaluated with {work}: {'all' if len(names) == len(rows) else ', '.join(names)}")
 
 
-def format_value(row, name):
+def describe_value(row, name):
     if row[name] is None:
         return "missing"
     error = row.get(f"{name} s.e. over seeds")
@@ -326,8 +314,9 @@ class Line(NamedTuple):
     dotted: np.ndarray | None = None  # another estimate
 
 
-def draw_lines(lines, title, xlabel):
-    """Draws lines, {label: Line}. Returns: the figure and its axes"""
+def draw_lines(path, lines, title, xlabel, ticks=None, limits=None):
+    """Draws lines, {label: Line}, into a PDF. Args: title: its lines, of which empty ones are left out; ticks: where the
+    x-axis has them; limits: of the y-axis"""
     import matplotlib.figure  # jobs of a sweep, which draw nothing, start sooner without it
 
     figure = matplotlib.figure.Figure(figsize=(6.4, 4.4), layout="constrained")
@@ -338,15 +327,13 @@ def draw_lines(lines, title, xlabel):
         if line.dotted is not None:
             axes.plot(line.x, line.dotted, ":", color=drawn.get_color(), lw=1.3)
     axes.set_xscale("log")
-    axes.set_title(title, fontsize=8)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel("log p(x), nats per image")
+    if ticks:
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+    axes.set(xlabel=xlabel, ylabel="log p(x), nats per image", ylim=limits)
+    axes.set_title("\n".join(filter(None, title)), fontsize=8)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def save_figure(path, figure):
     file = io.BytesIO()
     figure.savefig(file, format="pdf", metadata={"CreationDate": None})
     util.write(path, file.getvalue())
@@ -375,12 +362,9 @@ def write_figure(path, rows):
         best, error = (np.array([row[key] or 0 for row in own]) for key in ("best", "best s.e. over seeds"))
         lines[labels[name]] = Line([row["particles"] for row in own], best, best - error, best + error)
     bands = "band: standard error over seeds" * any(row["best s.e. over seeds"] for row in rows)
-    title = "\n".join(filter(None, [rows[0]["images in words"], common, bands]))
-    figure, axes = draw_lines(lines, title, "latents per image (mws: proposals + memory)")
+    title = [rows[0]["images in words"], common, bands]
     ticks = sorted({row["particles"] for row in rows})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    save_figure(path, figure)
+    draw_lines(path, lines, title, "latents per image (mws: proposals + memory)", ticks)
 
 
 # ------------------------------------------------------------------ log p in the course of training
@@ -411,15 +395,13 @@ def write_milestones(name, mode):
 def compare_milestones(names):
     """Writes log p against iterations of some runs, which evaluated every checkpoint, into save/logp_by_iteration.csv and .pdf.
     Returns: lines of text. Raises: UserError if there are none"""
-    runs = {}
-    for name in names:
-        runs[name] = read_milestones((util.SAVE / name / "logp").glob("*_every_checkpoint"))
-        if not runs[name]:
-            command = f"python eval_logp.py --algorithm own --every-checkpoint --checkpoint-path {name}"
-            warn(f"{name} is left out: none of its checkpoints is evaluated; {command}")
-            del runs[name]
+    runs = {name: read_milestones((util.SAVE / name / "logp").glob("*_every_checkpoint")) for name in names}
+    command = "python eval_logp.py --algorithm own --every-checkpoint --checkpoint-path"
+    for name in [name for name in runs if not runs[name]]:
+        warn(f"{name} is left out: none of its checkpoints is evaluated; {command} {name}")
+        del runs[name]
     if not runs:
-        raise UserError("no checkpoints of these runs are evaluated yet: eval_logp.py --algorithm own --every-checkpoint")
+        raise UserError(f"no checkpoints of these runs are evaluated yet: {command} RUN")
     return draw_milestones(runs, util.SAVE / "logp_by_iteration.pdf")
 
 
@@ -431,19 +413,17 @@ def draw_milestones(runs, path):
     Returns: lines of text, one per model about the last iteration that all its seeds have in common
     Raises: UserError if no model has one
     """
-    kinds = [kind for found in runs.values() for kind in found]
-    latest = {kind: max(max(found[kind]) for found in runs.values() if kind in found) for kind in kinds}
-    kind = min(latest, key=lambda kind: (-kinds.count(kind), list(KINDS).index(kind[0].kind), -latest[kind]))
-    models, rows = collections.defaultdict(list), []
+    kinds = collections.Counter(kind for found in runs.values() for kind in found)
+    kind = min(kinds, key=lambda kind: (-kinds[kind], list(KINDS).index(kind[0].kind)))
+    models, rows, lines, texts = collections.defaultdict(list), [], {}, []
     for name in sorted(runs, key=get_order):
-        if kind not in runs[name]:
+        results = runs[name].get(kind)
+        if results is None:
             warn(f"{name} is left out: its checkpoints were evaluated on other images or with other numbers of particles")
             continue
-        results = runs[name][kind]
         models[get_name(name)].append(results)
         rows += [get_milestone_row(name, results[i]) for i in sorted(results)]
     labels, common = get_labels(models)
-    lines, texts = {}, []
     for name, seeds in models.items():
         x = sorted(set.intersection(*map(set, seeds)))  # iterations that all have
         if not x:
@@ -460,11 +440,9 @@ def draw_milestones(runs, path):
         raise UserError("the seeds of no model have an evaluated iteration in common: evaluate them when they are trained")
     images = describe_images(next(iter(next(iter(models.values()))[0].values())))
     caption = "lines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds"
-    figure, axes = draw_lines(lines, "\n".join(filter(None, [images, common, caption])), "iteration")
-    typical = np.quantile(np.concatenate([line.y for line in lines.values()]), 0.25)
+    typical = np.quantile(np.concatenate([line.y for line in lines.values()]), 0.25)  # the first iterations are far below
     highest = max(max(line.high.max(), line.dotted.max()) for line in lines.values())
-    axes.set_ylim(typical - 10, highest + 3)  # the first iterations are far below
-    save_figure(path, figure)
+    draw_lines(path, lines, [images, common, caption], "iteration", limits=(typical - 10, highest + 3))
     write_csv(path.with_suffix(".csv"), rows)
     return [f"{images} (fingerprint {kind[0].fingerprint.split()[0]}):", *texts, f"{path.with_suffix('.csv')}, {path}"]
 

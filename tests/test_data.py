@@ -1,4 +1,3 @@
-import gzip
 import hashlib
 import http.server
 import io
@@ -76,16 +75,16 @@ def test_small_dataset_and_dataset_size(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(target=None), "has no target"),
+        (dict(target=None), "not in chardata.mat's format"),
         (dict(data=np.zeros((100, 200))), "784"),
         (dict(data=np.full((784, 200), 1.5)), r"outside \[0, 1\]"),
         (dict(data=np.full((784, 200), -0.1)), r"outside \[0, 1\]"),
         (dict(testdata=np.full((784, 40), np.nan)), r"outside \[0, 1\]"),
         (dict(target=np.zeros((5, 200))), "not one-hot"),
-        (dict(target=np.eye(5)), r"target has the shape \[5, 5\], .*; expected numbers \[L, N\]"),
+        (dict(target=np.eye(5)), r"have the shapes \(784, 200\), \(5, 5\), \(1, 200\); expected"),
         (dict(targetchar=np.zeros((1, 7))), "shape"),
         (dict(data=np.array(["text"])), "shape"),
-        (dict(target=np.eye(4)[np.arange(200) % 4].T), "different numbers"),
+        (dict(target=np.eye(4)[np.arange(200) % 4].T), "same L"),
     ],
 )
 def test_bad_mat(tmp_path, changes, message):
@@ -156,10 +155,9 @@ def test_official_release_zipped_and_unpacked(tmp_path):
 
 
 def test_area_average():
-    average = images._get_area_average(105, 28)
-    np.testing.assert_allclose(average.sum(1), 1, rtol=1e-6)
-    np.testing.assert_allclose(average.sum(0), 28 / 105, rtol=1e-5)
-    np.testing.assert_allclose(average[0, :5] * 3.75, [1, 1, 1, 0.75, 0], atol=1e-6)
+    rows = np.arange(105)[:, None] * np.ones((1, 105), np.float32)
+    expected = [(np.arange(15 * i, 15 * (i + 1)) // 4).mean() for i in range(28)]  # in quarters of a pixel
+    np.testing.assert_allclose(images.fit(rows / 105)[:, 3] * 105, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("invert", [False, True])
@@ -346,14 +344,14 @@ def test_files_that_decoders_choke_on(tmp_path):
     scipy.io.savemat(tmp_path / "sparse.mat", {**make_mat(20, 6), "data": scipy.sparse.eye(784, 20)})
     np.savez(tmp_path / "text.npz", images=np.array("no array of numbers"))
     cases = {
-        tmp_path / "sparse.mat": "not a plain matrix",
+        tmp_path / "sparse.mat": "not in chardata.mat's format",
         tmp_path / "text.npz": "expected numbers",
         write_folder("broken", write_zip) / "a.zip": "a.zip: a.png is damaged",
-        write_folder("pipe", lambda folder: os.mkfifo(folder / "a.png")): "a pipe or a device",
+        write_folder("pipe", lambda folder: os.mkfifo(folder / "a.png")): "holds no images",
         write_folder("wide", lambda folder: imageio.imwrite(folder / "a.tif", grey.astype(np.float32))): "holds no images",
     }
     (tmp_path / "wide" / "a.tif").rename(tmp_path / "wide" / "a.png")
-    cases[tmp_path / "wide"] = "pixels of type float32"
+    cases[tmp_path / "wide"] = "pixels of Pillow's mode F"
     for path, words in cases.items():
         with pytest.raises(UserError, match=words) as error:
             data.load(str(path))
@@ -474,14 +472,13 @@ def test_stray_pictures_are_left_out_by_name(tmp_path, capsys):
         (folder / name).write_bytes(encode(draw(), "JPEG"))
     dataset = data.load(str(folder), small_dataset=False)
     assert (
-        dataset.summary
-        == "12 images, 3 alphabets, mean ink 0.13; skipped: 4 files (1 HEIC, 1 PDF, 1 TXT, 1 beside the folders)"
+        dataset.summary == "12 images, 3 alphabets, mean ink 0.13; skipped: 4 files (1 HEIC, 1 PDF, 1 TXT, 1 beside the others)"
     )
     assert dataset.alphabet_names == ("a", "b", "c")
     warning = capsys.readouterr().err.splitlines()[0]
-    assert all(words in warning for words in ["grid.jpg", "phone.HEIC: convert it to JPEG", "pip install pillow-heif"])
+    assert all(words in warning for words in ["grid.jpg", "phone.HEIC", "pip install pillow-heif"])
     (folder / "a/7.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
-    with pytest.raises(UserError, match="7.jpg is a HEIC picture; convert it"):
+    with pytest.raises(UserError, match="7.jpg is damaged or not an image .*; HEIC needs pip install"):
         data.load(str(folder))
     mostly_flat = fill(tmp_path / "flat", alphabets=("", "", "old"))
     assert describe(mostly_flat) == "12 images, no alphabets, mean ink 0.13"
@@ -504,7 +501,7 @@ def test_a_clone_of_omniglots_repository(tmp_path):
     (tmp_path / "python/one-shot/run01/training/class01.png").write_bytes(encode(draw()))
     clone = data.load(str(tmp_path), True)
     counts = "100 images, 2 alphabets, mean ink 0.07; skipped: {}; 20 to train on"
-    assert clone.summary == counts.format("22 files (2 beside Omniglot's, 20 copies)")
+    assert clone.summary == counts.format("22 files (22 beside the others)")
     assert data.get_fingerprint(plain.test) == data.get_fingerprint(data.load(str(tmp_path)).test)
     with zipfile.ZipFile(tmp_path / "images_background.zip", "w") as inner:
         make_release(lambda name, png: inner.writestr(name, png))
@@ -553,7 +550,10 @@ def test_folders_without_permission(tmp_path, monkeypatch):
 
     (folder / "lost+found").mkdir()
     monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
-    assert describe(folder) == "8 images, 2 alphabets, mean ink 0.13; skipped: 1 file (1 unreadable folder)"
+    with pytest.raises(PermissionError):
+        data.load(str(folder))
+    (folder / "b").rename(folder / ".b")
+    assert describe(folder) == "8 images, 2 alphabets, mean ink 0.13"
 
 
 @pytest.mark.parametrize(
@@ -595,38 +595,15 @@ def test_arrays_as_people_have_them(tmp_path):
         with pytest.raises(UserError, match=f"wrong.npy has .*{words}"):
             data.load(str(tmp_path / "wrong.npy"))
     labels = np.arange(12) % 3
-    for name, more in dict(a=labels, b=labels[:, None], c=np.eye(3)[labels], d=np.array(["x", "y", "z"])[labels]).items():
+    for name, more in dict(a=labels, b=np.array(["x", "y", "z"])[labels]).items():
         np.savez(tmp_path / f"{name}.npz", images=ink, labels=more)
         assert describe(tmp_path / f"{name}.npz").startswith("12 images, 3 alphabets"), name
-    np.savez(tmp_path / "keras.npz", x_train=ink, y_train=labels, x_test=ink[:6], y_test=labels[:6])
-    assert len(data.load(str(tmp_path / "keras.npz")).test.obs) == 6
     np.savez(tmp_path / "short.npz", images=ink, labels=labels[:5])
     with pytest.raises(UserError, match="short.npz has 12 images, but labels of the shape"):
         data.load(str(tmp_path / "short.npz"))
-    (tmp_path / "drawings").mkdir()
-    for name in ("cat", "dog"):  # of Quick, Draw!
-        np.save(tmp_path / f"drawings/{name}.npy", forms["flat"])
-    assert data.load(str(tmp_path / "drawings")).alphabet_names == ("cat", "dog")
-
-
-def test_idx_files(tmp_path):
-    def to_idx(array):
-        return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.astype(np.uint8).tobytes()
-
-    ink, labels = np.stack([255 - draw(28, 3)] * 12), np.arange(12) % 3
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(to_idx(ink)))
-    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(to_idx(labels)))
-    one = data.load(str(tmp_path / "train-images-idx3-ubyte.gz"))
-    assert one.alphabet_names == ("0", "1", "2") and len(one.test.obs) == 3
-    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(to_idx(ink[:6]))
-    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(to_idx(labels[:6]))
-    both = data.load(str(tmp_path))
-    assert (len(both.train.obs) + len(both.valid.obs), len(both.test.obs)) == (12, 6) and both.num_alphabets == 3
-    (tmp_path / "emnist-images-idx3-ubyte").write_bytes(to_idx(ink.swapaxes(1, 2)))  # EMNIST's lie on their sides
-    assert (data.load(str(tmp_path / "emnist-images-idx3-ubyte")).test.obs[0] == one.test.obs[0]).all()
-    (tmp_path / "cut-images-idx3-ubyte").write_bytes(to_idx(ink)[:900])
-    with pytest.raises(UserError, match="cut-images-idx3-ubyte is damaged"):
-        data.load(str(tmp_path / "cut-images-idx3-ubyte"))
+    np.savez(tmp_path / "two.npz", a=ink, b=ink)
+    with pytest.raises(UserError, match="two.npz holds a, b; give one array of images"):
+        data.load(str(tmp_path / "two.npz"))
 
 
 def test_zips_of_any_system(tmp_path):
@@ -643,9 +620,8 @@ def test_zips_of_any_system(tmp_path):
 
 def test_large_pictures_are_not_called_damaged(monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 2000)
-    with pytest.raises(UserError, match="large.png is too large: it has more than"):
+    with pytest.raises(UserError, match="large.png is .* exceeds limit"):
         images.decode("large.png", encode(draw(100)))
-    assert images.decode("medium.png", encode(draw(60))).shape == (60, 60)  # Pillow's mere warning is not shown
 
 
 def test_the_fingerprint_knows_grey_images():
