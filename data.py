@@ -21,7 +21,7 @@ import scipy.io
 import torch
 
 from images import ALPHABETS, decode, draw_glyphs, find_characters, fit, get_suffixes, read_image, shrink
-from util import UserError, expand_user, make_folder, show_progress, warn
+from util import UserError, expand_user, show_progress, warn
 
 NUM_ROWS = NUM_COLS = 28
 SMALL_NUM_PER_ALPHABET = 10
@@ -223,7 +223,7 @@ def download(url, path, blob_id):
 
     Raises: UserError if that fails; there is then no file at path
     """
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         torch.hub.download_url_to_file(url, temporary)  # with a progress bar; its own verification takes other hashes

@@ -473,7 +473,6 @@ def get_milestone_row(name, result):
 def main(mode=None, name_missing=False):
     """Args: mode: test or train, or None for all images; name_missing: also list the paper's models that have no value for
     the images shown first"""
-    util.check_links(util.SAVE)
     runs = [run for path in sorted(util.SAVE.glob("*/logp")) for run in read_runs(path.parent)]
     kind = {"test": "test", "train": "training", None: None}[mode]
     rows = get_rows([run for run in runs if kind in (None, run.images.kind)])
