@@ -293,7 +293,10 @@ def describe(task):
             state, words = fields.get("JobState"), ", ".join(f"{name} {value}" for name, value in fields.items())
     except UserError as error:
         return str(error), False
-    return f"job {number}: {words or 'no longer known to Slurm'}; its output: {FOLDER / number}.out", state in FAILURES
+    output = FOLDER / f"{number}.out"
+    lines = output.read_text(errors="replace").split("\n") if output.exists() else []
+    end = next(filter(None, reversed(lines)), "nothing")
+    return f"job {number}: {words or 'no longer known to Slurm'}; the end of {output}: {end}", state in FAILURES
 
 
 # ------------------------------------------------------------------ what a job runs
