@@ -33,7 +33,7 @@ from cluster.tasks import Task
 from results import report
 from runs import checkpoints, locks
 from runs.saving import StopSignal
-from util import UserError, warn
+from util import UserError
 
 NUM_LATENTS = [3, 5, 10, 20, 40]  # per image; for mws, memory plus proposals
 WAIT_SECONDS = 20  # between two looks at Slurm's queue
@@ -43,12 +43,8 @@ TEST_RUN_EVALUATION = ["--effort=0.02", "--num-data=5", "--num-iterations=10", "
 
 
 def get_sweep_argss(test_run=False, data_location=None, large_conditional=False):
-    """Yields main.py's arguments, a namespace for each model of section 4.2: mws, rws and vimco with 3 to 40 latents
-    on the small data set, and the alphabet-conditional mws model, on the small data set as in the authors' sweep.
-
-    Args: test_run: with --test-run; data_location: instead of the default; large_conditional: the conditional model on
-        the whole data set instead
-    """
+    """Yields main.py's arguments, a namespace for each model of section 4.2: mws, rws and vimco with 3 to 40 latents, and the
+    alphabet-conditional mws model, on the small data set or, with large_conditional, on all of it"""
     common = ["--test-run"] * test_run + ["--data-location", data_location] * (data_location is not None)
     for algorithm, num_latents in itertools.product(["mws", "rws", "vimco"], NUM_LATENTS):
         memory_size = (num_latents + 1) // 2 if algorithm == "mws" else 0
@@ -90,24 +86,21 @@ def get_runs(args):
 def get_fingerprint(run_args, load):
     """The fingerprint of a run's data; "" if they are not there, since nothing is downloaded only to name a run"""
     location = run_args.data_location
-    if location in data.SITES and not data.find_site(location).exists():
-        return ""
-    try:
-        dataset = load(location, run_args.small_dataset, run_args.dataset_size, run_args.find_characters)
-    except UserError:
-        return ""
-    return data.get_fingerprint(dataset.train)
+    with contextlib.suppress(UserError):
+        if location not in data.SITES or data.find_site(location).exists():
+            dataset = load(location, run_args.small_dataset, run_args.dataset_size, run_args.find_characters)
+            return data.get_fingerprint(dataset.train)
+    return ""
 
 
 def get_tasks(args):
     """The sweep's tasks: trainings or, with --eval-logp, evaluations"""
     some_tasks = []
     for model, run_args in get_runs(args).items():
-        for kind in args.eval_algorithms if args.eval_logp else ["train"]:
-            if kind == "train":
-                some_tasks.append(Task(model, kind, util.get_flags(run_args), run_args.num_iterations))
-            else:
-                some_tasks.append(get_evaluation(args, model, run_args, kind))
+        if args.eval_logp:
+            some_tasks += [get_evaluation(args, model, run_args, algorithm) for algorithm in args.eval_algorithms]
+        else:
+            some_tasks.append(Task(model, "train", util.get_flags(run_args), run_args.num_iterations))
     return some_tasks
 
 
@@ -170,20 +163,9 @@ def run_here(args):
 # ------------------------------------------------------------------ on Slurm
 
 
-def get_queue(essential):
-    """Slurm's queue; warns if Slurm does not answer but is not essential"""
-    try:
-        return slurm.get_queue()
-    except UserError as error:
-        if essential:
-            raise
-        warn(str(error))
-        return []
-
-
 def submit(args):
     """Submits the remaining tasks to Slurm, unless they are in the queue already"""
-    queue = get_queue(essential=not args.dry_run)
+    queue = slurm.get_queue(essential=not args.dry_run)
     left = choose_tasks(args, queue)
     if left and not args.dry_run:
         check_data(args)
@@ -191,7 +173,7 @@ def submit(args):
         left = [task._replace(flags=[*task.flags, "--cuda"]) for task in left]  # a job without a working GPU fails at once
     if left:
         path = os.environ.get("OMNIGLOT_PATH")
-        environment = {"OMNIGLOT_PATH": os.path.abspath(path)} if path else {}
+        environment = {"OMNIGLOT_PATH": os.path.abspath(os.path.expanduser(path))} if path else {}
         slurm.submit_tasks(left, args, queue, environment)
     else:
         print("nothing to submit")
@@ -224,7 +206,7 @@ def check_data(args):
 
 def cancel(args):
     """Cancels the jobs of the chosen tasks, and prints what else from this folder is in the queue"""
-    queue = get_queue(essential=not args.dry_run)
+    queue = slurm.get_queue(essential=not args.dry_run)
     if args.eval_logp:
         chosen = {task.key for task in get_tasks(args)}
         jobs = [job for job in queue if job.key in chosen]
@@ -254,11 +236,10 @@ def has_choice(args):
 def show_status(args):
     """Prints a table of the chosen tasks or, if no option chooses any, of all that were submitted from this folder as well.
     Returns: 1 if a task has failed, else 0"""
-    some_tasks = get_tasks(args)
+    found = {task.key: task for task in get_tasks(args)}
     if not has_choice(args) and not args.eval_logp:
-        shown = {task.key for task in some_tasks}
-        some_tasks += [task for task in slurm.get_submitted() if task.key not in shown]
-    return status.show(some_tasks, get_queue(essential=False))
+        found |= {task.key: task for task in slurm.get_submitted() if task.key not in found}
+    return status.show(found.values(), slurm.get_queue(essential=False))
 
 
 def plot(args):
@@ -267,36 +248,24 @@ def plot(args):
     return 0
 
 
-def is_run(folder):
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    return (folder / "checkpoints").is_dir() or (folder / "lock").is_file() or (folder / "logs").is_dir()
-
-
 def remove(args):
     """Deletes runs after asking: all of them, or those chosen by options; with --eval-logp only their evaluations.
     Folders that are not runs stay, and so do runs that are in use or in the queue."""
-    folders = sorted(folder for folder in util.SAVE.glob("[!.]*") if is_run(folder))
-    if args.models or args.seeds or args.settings or args.data_location:
-        chosen = get_runs(args)
-        folders = [folder for folder in folders if folder.name in chosen]
-    elif args.test_run:
-        folders = [folder for folder in folders if folder.name.startswith("test_run_")]
-    queued = {job.key[0] for job in get_queue(essential=slurm.FOLDER.exists() and not args.dry_run)}
+    folders = {path.parent for name in ("checkpoints", "lock", "logs") for path in util.SAVE.glob(f"[!.]*/{name}")}
+    if has_choice(args):
+        folders &= {util.SAVE / path_base for path_base in get_runs(args)}
+    queued = {job.key[0] for job in slurm.get_queue(essential=slurm.FOLDER.exists() and not args.dry_run)}
     paths = []
-    for folder in folders:
+    for folder in sorted(folders):
         path = folder / "logp" if args.eval_logp else folder
         if folder.name in queued:
             print(f"{folder} has jobs in the queue and stays")
         elif any(locks.is_locked(lock) for lock in [folder / "lock", *folder.glob("logp/.*.lock")]):
             print(f"{folder} is in use and stays")
-        elif path.is_dir():
+        elif path.is_dir() and not folder.is_symlink():
             paths.append(path)
-    if not paths:
-        print(f"there is nothing to delete in {util.SAVE}/")
-        return 0
-    print("\n".join(map(str, paths)))
-    if args.dry_run:
+    print("\n".join(map(str, paths)) or f"there is nothing to delete in {util.SAVE}/")
+    if args.dry_run or not paths:
         return 0
     what = f"the evaluations of {len(paths)} runs" if args.eval_logp else f"{len(paths)} runs"
     if not args.yes:
@@ -343,15 +312,15 @@ def get_parser():
     add("--cluster", "submit them to Slurm; evaluations start when their training in the queue is complete", action=boolean)
     add("--wait", "with --cluster, return when all are complete (status 0) or no longer in the queue (1)", action=boolean)
     add("--status", "print each task's progress, job and log", action=boolean)
-    curves = "draw log p against iterations, from eval_logp.py --every-checkpoint, with the range over seeds"
-    add("--plot", curves, action=boolean)
+    add(
+        "--plot", "draw log p against iterations, of eval_logp.py --every-checkpoint, with the range over seeds", action=boolean
+    )
     add("--cancel", "cancel the jobs of these runs (with --eval-logp only their evaluations)", action=boolean)
     add("--rm", "delete these runs, after asking (with --eval-logp only their evaluations)", action=boolean)
     add("--yes", "do not ask", action=boolean)
     add("--dry-run", "print what would be run, submitted, cancelled or deleted", action=boolean)
     parser.start_group("how they run")
-    jobs = "tasks at a time (default: 1 here, on Slurm as many as it runs)"
-    add("--jobs", jobs, type=util.in_range(int, 1), default=None)
+    add("--jobs", "tasks at a time (default: 1 here, on Slurm as many as it runs)", type=util.in_range(int, 1), default=None)
     cuda = "use GPUs (default: here if there are any, on Slurm if --gres asks for one; a job that finds none fails)"
     add("--cuda", cuda, action=argparse.BooleanOptionalAction)
     parser.start_group("Slurm")
@@ -376,8 +345,6 @@ def parse_args(argv=None):
     args.settings = argv[cut + 1 :]
     if sum([args.cluster, args.status, args.plot, args.cancel, args.rm]) > 1:
         raise UserError("--cluster, --status, --plot, --cancel and --rm exclude each other; give one")
-    if args.wait and not args.cluster:
-        raise UserError("--wait is for --cluster; without it, sweep.py waits anyway")
     if (args.cluster or args.cancel) and not args.dry_run:
         slurm.call(["sbatch", "--version"])  # is there a Slurm?
     if args.gres is None:

@@ -4,6 +4,8 @@ Large, since a sweep outlives what clusters do to jobs (docs/slurm.md, "What hap
 Nothing passes through a shell here; arguments that om-repeat would mangle are refused.
 """
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -24,7 +26,7 @@ import util
 from cluster import tasks
 from cluster.tasks import ROOT, Task
 from runs.saving import StopSignal, get_job_end
-from util import UserError
+from util import UserError, warn
 
 TIME = "12:00:00"
 TIME_OF_REPEATED = "2:00:00"
@@ -46,15 +48,19 @@ OURS = (
 
 
 def call(command):
-    """Runs one of Slurm's commands. Returns: subprocess.CompletedProcess. Raises: UserError if it is missing, or takes too long"""
+    """Runs one of Slurm's commands. Returns: what it prints, to both streams. Raises: UserError with Slurm's reason if it fails, is
+    missing, or takes too long"""
     environment = {name: value for name, value in os.environ.items() if not UNWANTED.fullmatch(name)}
     options = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
     try:
-        return subprocess.run(command, **options)
+        process = subprocess.run(command, **options)
     except FileNotFoundError:
         raise UserError(f"{command[0]} is not on the PATH; run on a machine of the cluster, or without --cluster") from None
     except subprocess.TimeoutExpired:
         raise UserError(f"Slurm does not answer ({command[0]} takes longer than {TIMEOUT} seconds); try again later") from None
+    if process.returncode != 0:
+        raise UserError(f"{command[0]} failed: {process.stderr[-1000:]}")
+    return process.stdout, process.stderr
 
 
 # ------------------------------------------------------------------ listings of submitted tasks
@@ -86,8 +92,8 @@ def read_listing(path):
 
 
 def get_submitted():
-    """All tasks that were submitted from this folder, the newest first, of runs that are still there"""
-    paths = sorted(FOLDER.glob("*.json"), key=os.path.getmtime, reverse=True)
+    """All tasks that were submitted from this folder, as they were last, of runs that are still there"""
+    paths = sorted(FOLDER.glob("*.json"), key=os.path.getmtime)
     found = {task.key: task for path in paths for task in read_listing(path).tasks}
     return [task for task in found.values() if (util.SAVE / task.model).is_dir()]
 
@@ -135,8 +141,7 @@ def get_job_name(task):
 def get_array(listing, indices, after=(), limit=None):
     """The command that submits some of a listing's tasks as a job array. Args: after: numbers of jobs that must have ended;
     limit: of jobs at a time"""
-    names = {get_job_name(listing.tasks[i]) for i in indices}
-    name = names.pop() if len(names) == 1 else f"{len(names)}_strokes"
+    name = get_job_name(listing.tasks[indices[0]]) if len(indices) == 1 else f"{len(indices)}_strokes"
     options = [f"--array={','.join(map(str, indices))}" + (f"%{limit}" if limit else "")]
     options += [f"--signal=B:USR1@{WARNING}", "--requeue", "--open-mode=append", "-J", name]
     options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", f"--comment={get_tag()}-{listing.path.stem}"]
@@ -201,14 +206,11 @@ def get_trainings(task, queue):
 
 def submit(listing, indices, command):
     """Submits some of a listing's tasks by a command, and notes it in their logs. Returns: the number of the job. Raises:
-    UserError with Slurm's reason if it refuses; om-repeat's exit status does not tell, and it prints more than sbatch does"""
-    answer = call(command)
-    text = answer.stdout + answer.stderr
+    UserError with Slurm's reason if it refuses, which om-repeat's exit status does not tell"""
+    text = "".join(call(command))
     match = re.search(r"^Submitted batch job (\d+)", text, re.M)
-    if answer.returncode != 0 or not match:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        reason = " ".join([line for line in lines if "error" in line.lower()] or lines[-3:])
-        raise UserError(f"{command[0]} refused the job: {reason}")
+    if not match:
+        raise UserError(f"{command[0]} refused the job: {' '.join(re.findall('.*error.*', text))}")
     for i in indices:
         task, job = listing.tasks[i], match[1] if command[0] == "om-repeat" else f"{match[1]}_{i}"
         tasks.open_log(task, f", submitted as job {job}").close()
@@ -229,16 +231,20 @@ class Job(NamedTuple):
     reason: str  # why it is pending
 
 
-def get_queue():
-    """The jobs submitted from this folder, a list of Job. Raises: UserError if Slurm does not answer"""
+def get_queue(essential=True):
+    """The jobs submitted from this folder, a list of Job. If Slurm does not answer: warns if that is not essential, else raises
+    UserError"""
     if shutil.which("squeue") is None:
         return []
-    answer = call(["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%T|%r|%k"])
-    if answer.returncode != 0:
-        *_, reason = ["squeue failed", *answer.stderr.strip().splitlines()]
-        raise UserError(f"Slurm does not answer ({reason})")
+    try:
+        lines, _ = call(["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%T|%r|%k"])
+    except UserError as error:
+        if essential:
+            raise
+        warn(str(error))
+        return []
     jobs, listings = [], {path.stem: read_listing(path) for path in FOLDER.glob("*.json")}
-    for line in answer.stdout.splitlines():
+    for line in lines.splitlines():
         number, array_index, state, reason, comment = line.split("|", 4)
         match = re.fullmatch(rf"{get_tag()}-([0-9a-f]+)(?:-(\d+))?", comment)
         if match and match[1] in listings:
@@ -250,15 +256,10 @@ def get_queue():
 def cancel(jobs):
     """Cancels jobs, and those that om-repeat has queued behind them since. Returns: how many"""
     keys, cancelled = {job.key for job in jobs}, set()
-    for _ in range(10):
-        numbers = {job.number for job in jobs} - cancelled
-        if not numbers:
-            break
-        answer = call(["scancel", *sorted(numbers)])
-        if answer.returncode != 0:
-            raise UserError(f"scancel failed: {' '.join(answer.stderr.split())}")
+    while numbers := {job.number for job in jobs} - cancelled:
+        call(["scancel", *sorted(numbers)])
         cancelled |= numbers
-        jobs = [job for job in get_queue() if job.key in keys and job.state != "COMPLETING"]
+        jobs = [job for job in get_queue() if job.key in keys]
     return len(cancelled)
 
 
@@ -282,21 +283,20 @@ def describe(task):
     number, _ = get_attempts(task)
     if not number:
         return "", False
+    state, words = "", "Slurm no longer knows it"
     try:
-        answer = call(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State,ExitCode"])
-        if answer.returncode == 0 and answer.stdout:
-            state, exit_code = answer.stdout.splitlines()[-1].split("|")
-            words = f"{state}, exit code {exit_code}"
-        else:
-            answer = call(["scontrol", "--oneliner", "show", "job", number])
-            fields = dict(re.findall(r"(JobState|ExitCode|Reason|Restarts)=(\S*)", answer.stdout))
-            state, words = fields.get("JobState"), ", ".join(f"{name} {value}" for name, value in fields.items())
-    except UserError as error:
-        return str(error), False
+        lines, _ = call(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State,ExitCode"])
+        state, exit_code = lines.splitlines()[-1].split("|")
+        words = f"{state}, exit code {exit_code}"
+    except (UserError, IndexError):
+        with contextlib.suppress(UserError):
+            text, _ = call(["scontrol", "--oneliner", "show", "job", number])
+            fields = dict(re.findall(r"(JobState|ExitCode|Reason|Restarts)=(\S*)", text))
+            state, words = fields["JobState"], ", ".join(f"{name} {value}" for name, value in fields.items())
     output = FOLDER / f"{number}.out"
     lines = output.read_text(errors="replace").split("\n") if output.exists() else []
     end = next(filter(None, reversed(lines)), "nothing")
-    return f"job {number}: {words or 'no longer known to Slurm'}; the end of {output}: {end}", state in FAILURES
+    return f"job {number}: {words}; the end of {output}: {end}", state in FAILURES
 
 
 # ------------------------------------------------------------------ what a job runs
@@ -311,7 +311,7 @@ def run_task(where):
     except (UserError, ValueError, TypeError, IndexError):
         raise UserError(f"--task {where!r} is not a task of a sweep; this option is for Slurm jobs, not for people") from None
     os.environ.update(listing.environment)
-    is_chain, number = path != where, os.environ.get("SLURM_JOB_ID", "")
+    is_chain, number = path != where, os.environ.get("SLURM_JOB_ID")
     if not is_chain:
         number = f"{os.environ.get('SLURM_ARRAY_JOB_ID')}_{index}"
     with StopSignal() as stop, tasks.open_log(task, f", job {number} at step {tasks.get_progress(task).steps}") as log:
@@ -362,11 +362,9 @@ def run_command(command, log, stop):
     if num_cpus:  # more would slow each other down several times over
         environment["OMP_NUM_THREADS"] = num_cpus
     start, end = time.time(), get_job_end() or math.inf
-    if end < math.inf:  # else the program would ask Slurm, which may be down by then
-        environment["SLURM_JOB_END_TIME"] = str(int(end))
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=_ignore_warning
-    )
+    ignore_warning = functools.partial(signal.signal, signal.SIGUSR1, signal.SIG_IGN)  # until it can save
+    options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=ignore_warning)
+    process = subprocess.Popen(command, **options)
     due, is_warned = end - min(WARNING, (end - start) / 5), False
     while process.poll() is None:
         number, stop.received = stop.received, None
@@ -382,19 +380,11 @@ def run_command(command, log, stop):
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def _ignore_warning():
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until it can save
-
-
 def requeue(number):
     """Puts a job back into the queue; Slurm may be down for a while, and the job ends at its limit at the latest"""
     while True:
         try:
-            answer = call(["scontrol", "requeue", number])
-            if answer.returncode == 0:
-                return
-            reason = " ".join(answer.stderr.split())
+            return call(["scontrol", "requeue", number])
         except UserError as error:
-            reason = str(error)
-        print(f"job {number} cannot be requeued ({reason}); trying again", flush=True)
-        time.sleep(3)
+            print(f"job {number} cannot be requeued; trying again: {error}", flush=True)
+            time.sleep(3)

@@ -1,5 +1,6 @@
 """The table of a sweep's progress."""
 
+import datetime
 import time
 
 from cluster import slurm, tasks
@@ -13,10 +14,9 @@ def show(some_tasks, queue):
     for job in queue:  # a running job before the one that om-repeat has queued behind it
         if job.key not in jobs or job.state == "RUNNING":
             jobs[job.key] = job
-    trainings = [task for task in some_tasks if task.kind == "train"]
-    evaluations = [task for task in some_tasks if task.kind != "train"]
     failed = False
-    for value, group in [("theta loss", trainings), ("log p", evaluations)]:
+    for value, are_trainings in [("theta loss", True), ("log p", False)]:
+        group = [task for task in some_tasks if (task.kind == "train") == are_trainings]
         rows = [(["run", "state", "iteration", value, "saved before", "on", "job", "log"], [])]
         rows += [get_row(task, jobs.get(task.key)) for task in group]
         widths = [max(map(len, column)) for column in zip(*(cells for cells, _ in rows), strict=True)]
@@ -42,7 +42,7 @@ def get_row(task, job):
         state,
         f"{progress.iteration}/{progress.total}",
         progress.value or "-",
-        format_age(progress.saved),
+        str(datetime.timedelta(seconds=abs(int(time.time() - progress.saved)))) if progress.saved else "-",
         tasks.get_device(task) or "-",
         number,
         str(log) if log.exists() else "-",
@@ -61,11 +61,3 @@ def get_state(task, progress, job):
     if tasks.is_failed(task):
         return "failed"
     return "stopped" if progress.iteration or task.get_path("log").exists() else "waiting"
-
-
-def format_age(saved):
-    """Time elapsed since then, in hours:minutes:seconds"""
-    if saved is None:
-        return "-"
-    seconds = max(int(time.time() - saved), 0)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

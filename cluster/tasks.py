@@ -142,10 +142,8 @@ def was_stopped(status):
 
 def is_failed(task):
     """Whether the last attempt ended with an error"""
-    try:
-        status = int(task.get_path("status").read_text())
-    except (OSError, ValueError):
-        return False
+    path = task.get_path("status")
+    status = int(path.read_text() or 0) if path.exists() else 0
     return status != 0 and not was_stopped(status)
 
 
@@ -167,10 +165,8 @@ def open_log(task, words=""):
 
 def read_log(task):
     """The lines of a task's log, without progress bars"""
-    try:
-        text = task.get_path("log").read_text(errors="replace")
-    except OSError:
-        return []
+    path = task.get_path("log")
+    text = path.read_text(errors="replace") if path.exists() else ""
     lines = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
     return [line for line in lines if line and not re.search(r"\d+/\d+ \[[\d:]+<", line)]
 
@@ -194,7 +190,6 @@ class Worker(NamedTuple):
     task: Task
     process: subprocess.Popen
     slot: int
-    start: float  # by time.monotonic
 
 
 def _prepare_child():
@@ -230,7 +225,7 @@ def start(task, slot, num_slots, num_gpus):
         )
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(process.pid, share)
-    return Worker(task, process, slot, time.monotonic())
+    return Worker(task, process, slot)
 
 
 def finish(worker):
@@ -240,8 +235,7 @@ def finish(worker):
     if status == 0:
         progress = get_progress(task)
         what = "theta loss" if task.kind == "train" else "log p"
-        seconds = time.monotonic() - worker.start
-        print(f"{task}: done, {progress.iteration} iterations, {what} {progress.value}, {seconds:.0f} s", flush=True)
+        print(f"{task}: done, {progress.iteration} iterations, {what} {progress.value}", flush=True)
     elif was_stopped(status):
         print(f"{task}: stopped, resumes when the sweep does", flush=True)
     else:
@@ -272,22 +266,20 @@ def run_all(tasks, num_slots, num_gpus, stop):
     """Runs tasks as child processes, a number of them at a time, until all have ended or a signal arrives, which is passed on
     so that they save. Returns: how many succeeded"""
     waiting, workers, num_done, told = list(tasks), [], 0, False
-    with util.show_progress(total=len(tasks), unit="task", disable=not sys.stderr.isatty()) as bar:
-        while workers or (waiting and stop.received is None):
-            if stop.received is None and waiting and len(workers) < num_slots:
-                task = waiting.pop(0)
-                if wait_for_lock(task):
-                    slot = min(set(range(num_slots)) - {worker.slot for worker in workers})
-                    workers.append(start(task, slot, num_slots, num_gpus))
-                    bar.set_description(", ".join(str(worker.task) for worker in workers))
-                continue
-            if stop.received is not None and not told:
-                told = True
-                for worker in workers:
-                    worker.process.send_signal(stop.received)
-            for worker in [worker for worker in workers if worker.process.poll() is not None]:
-                workers.remove(worker)
-                num_done += finish(worker)
-                bar.update()
-            time.sleep(0.05)
+    while workers or (waiting and stop.received is None):
+        if stop.received is None and waiting and len(workers) < num_slots:
+            task = waiting.pop(0)
+            if wait_for_lock(task):
+                print(f"{task}: started, log {task.get_path('log')}", flush=True)
+                slot = min(set(range(num_slots)) - {worker.slot for worker in workers})
+                workers.append(start(task, slot, num_slots, num_gpus))
+            continue
+        if stop.received is not None and not told:
+            told = True
+            for worker in workers:
+                worker.process.send_signal(stop.received)
+        for worker in [worker for worker in workers if worker.process.poll() is not None]:
+            workers.remove(worker)
+            num_done += finish(worker)
+        time.sleep(0.05)
     return num_done
