@@ -267,13 +267,13 @@ def cancel(jobs):
 
 
 def get_attempts(task):
-    """What a task's log says of its jobs since it was submitted. Returns: the number of the last; the steps that were saved at
-    each start"""
+    """What a task's log says of its jobs since it was submitted. Returns: the number of the last, "" if it has run here since;
+    the steps that were saved at each start"""
     number, starts = "", []
     for line in tasks.read_log(task):
-        if match := re.match(r"--- .*?, (submitted as )?job (\w+)(?: at step (\d+))?: ", line):
-            number = match[2]
-            starts = [] if match[1] else [*starts, int(match[3])]
+        if line.startswith("--- "):
+            submitted, number, step = re.match(r"--- .*?(?:, (submitted as )?job (\w+)(?: at step (\d+))?)?: ", line).groups("")
+            starts = [*starts, int(step)] if step else []
     return number, starts
 
 
