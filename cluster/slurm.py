@@ -48,8 +48,8 @@ OURS = (
 
 
 def call(command):
-    """Runs one of Slurm's commands. Returns: what it prints, to both streams. Raises: UserError with Slurm's reason if it fails, is
-    missing, or takes too long"""
+    """Runs one of Slurm's commands. Returns: what it prints to standard output and error. Raises: UserError with Slurm's reason
+    if it fails, is missing, or takes too long"""
     environment = {name: value for name, value in os.environ.items() if not UNWANTED.fullmatch(name)}
     options = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
     try:
@@ -278,8 +278,8 @@ def get_attempts(task):
 
 
 def describe(task):
-    """What became of a task that is no longer in the queue, in Slurm's words, and whether it failed: from its accounting or, where
-    that does not run, from the scheduler, which remembers a job for a while"""
+    """What became of a task that is no longer in the queue, in Slurm's words, and whether it failed: from its accounting or,
+    where that does not run, from the scheduler, which remembers a job for a while"""
     number, _ = get_attempts(task)
     if not number:
         return "", False
@@ -356,8 +356,8 @@ def get_command(listing, task):
 
 
 def run_command(command, log, stop):
-    """Runs a command with one thread per CPU of the job, and passes signals on; shortly before the job's end, SIGUSR1. Returns: the
-    exit status"""
+    """Runs a command with one thread per CPU of the job, and passes signals on; shortly before the job's end, SIGUSR1.
+    Returns: the exit status"""
     environment, num_cpus = dict(os.environ), os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
     if num_cpus:  # more would slow each other down several times over
         environment["OMP_NUM_THREADS"] = num_cpus
