@@ -13,10 +13,10 @@ Complete tasks are skipped, so rerun the same command to resume a sweep that was
 from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
 import collections
+import contextlib
 import functools
 import itertools
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -28,12 +28,12 @@ import data
 import eval_logp
 import main as training
 import util
-from cluster import attempts, commands, profile, slurm, tasks
+from cluster import slurm, status, tasks
 from cluster.tasks import Task
 from results import report
 from runs import checkpoints, locks
 from runs.saving import StopSignal
-from util import UserError, warn
+from util import UserError
 
 NUM_LATENTS = [3, 5, 10, 20, 40]  # per image; for mws, memory plus proposals
 WAIT_SECONDS = 20  # between two looks at Slurm's queue
@@ -43,12 +43,8 @@ TEST_RUN_EVALUATION = ["--effort=0.02", "--num-data=5", "--num-iterations=10", "
 
 
 def get_sweep_argss(test_run=False, data_location=None, large_conditional=False):
-    """Yields main.py's arguments, a namespace for each model of section 4.2: mws, rws and vimco with 3 to 40 latents
-    on the small data set, and the alphabet-conditional mws model, on the small data set as in the authors' sweep.
-
-    Args: test_run: with --test-run; data_location: instead of the default; large_conditional: the conditional model on
-        the whole data set instead
-    """
+    """Yields main.py's arguments, a namespace for each model of section 4.2: mws, rws and vimco with 3 to 40 latents, and the
+    alphabet-conditional mws model, on the small data set or, with large_conditional, on all of it"""
     common = ["--test-run"] * test_run + ["--data-location", data_location] * (data_location is not None)
     for algorithm, num_latents in itertools.product(["mws", "rws", "vimco"], NUM_LATENTS):
         memory_size = (num_latents + 1) // 2 if algorithm == "mws" else 0
@@ -62,19 +58,13 @@ def get_sweep_argss(test_run=False, data_location=None, large_conditional=False)
 def get_runs(args):
     """main.py's arguments for each run, by the name of its folder: the sweep's models, or those of --models, with each seed
     and the settings given after --. Raises: UserError if a model is not in the sweep, or two runs would share a folder"""
-    return {path_base: run_args for path_base, (_, run_args) in get_models(args).items()}
-
-
-def get_models(args):
-    """As get_runs, but with the name of each run's model: {path base: (model, arguments)}"""
     runs, known, load_data = {}, set(), functools.cache(data.load)
     models = [util.get_path_base(model_args) for model_args in get_sweep_argss(False, None, args.large_conditional)]
+    has_size = any(word.split("=")[0] == "--dataset-size" for word in args.settings)  # in place of the small data set
     for seed in args.seeds or [None]:
         argss = get_sweep_argss(args.test_run, args.data_location, args.large_conditional)
         for model, model_args in zip(models, argss, strict=True):
-            flags = util.get_flags(model_args)
-            if any(word.split("=")[0] == "--dataset-size" for word in args.settings):  # in place of the small data set
-                flags = [flag for flag in flags if flag != "--small-dataset"]
+            flags = [flag for flag in util.get_flags(model_args) if not (has_size and flag == "--small-dataset")]
             flags += [*args.settings, *[f"--seed={seed}"] * (seed is not None)]
             run_args = training.parse_args(flags)
             if run_args.cuda:
@@ -86,7 +76,7 @@ def get_models(args):
                 continue
             if path_base in runs:
                 raise UserError(f"two of the sweep's runs would share {util.SAVE / path_base}; choose one with --models")
-            runs[path_base] = model, run_args
+            runs[path_base] = run_args
     unknown = [model for model in args.models or [] if model not in known]
     if unknown:
         raise UserError(f"--models: {', '.join(unknown)} is not in the sweep, which has {', '.join(models)}")
@@ -96,24 +86,21 @@ def get_models(args):
 def get_fingerprint(run_args, load):
     """The fingerprint of a run's data; "" if they are not there, since nothing is downloaded only to name a run"""
     location = run_args.data_location
-    if location in data.SITES and not data.find_site(location).exists():
-        return ""
-    try:
-        dataset = load(location, run_args.small_dataset, run_args.dataset_size, run_args.find_characters)
-    except UserError:
-        return ""
-    return data.get_fingerprint(dataset.train)
+    with contextlib.suppress(UserError):
+        if location not in data.SITES or data.find_site(location).exists():
+            dataset = load(location, run_args.small_dataset, run_args.dataset_size, run_args.find_characters)
+            return data.get_fingerprint(dataset.train)
+    return ""
 
 
 def get_tasks(args):
     """The sweep's tasks: trainings or, with --eval-logp, evaluations"""
     some_tasks = []
     for model, run_args in get_runs(args).items():
-        for kind in args.eval_algorithms if args.eval_logp else ["train"]:
-            if kind == "train":
-                some_tasks.append(Task(model, kind, util.get_flags(run_args), run_args.num_iterations))
-            else:
-                some_tasks.append(get_evaluation(args, model, run_args, kind))
+        if args.eval_logp:
+            some_tasks += [get_evaluation(args, model, run_args, algorithm) for algorithm in args.eval_algorithms]
+        else:
+            some_tasks.append(Task(model, "train", util.get_flags(run_args), run_args.num_iterations))
     return some_tasks
 
 
@@ -136,17 +123,15 @@ def get_evaluation(args, model, run_args, algorithm):
 def choose_tasks(args, queue=()):
     """Chooses the tasks that are left to do, and prints which are skipped. Args: queue: the jobs in Slurm's queue"""
     left, num_done = [], 0
-    numbers = {(job.model, job.kind): job.number for job in queue}
+    numbers = {job.key: job.number for job in queue}
     for task in get_tasks(args):
-        progress = tasks.get_progress(task)
+        progress, training = tasks.get_progress(task), tasks.get_training_progress(task)
         if progress.done:
             num_done += 1
-        elif (task.model, task.kind) in numbers:
-            number = numbers[task.model, task.kind]
-            print(f"{task}: in the queue already, " + (f"as job {number}" if number else "after its training"))
-        elif task.kind != "train" and not tasks.is_trained(task) and (task.model, "train") not in numbers:
-            iteration = tasks.get_training_progress(task).iteration
-            print(f"{task}: skipped, its model is not trained yet ({iteration} of {task.total} iterations)")
+        elif task.key in numbers:
+            print(f"{task}: in the queue already, as job {numbers[task.key]}")
+        elif task.kind != "train" and not training.done and (task.model, "train") not in numbers:
+            print(f"{task}: skipped, its model is not trained yet ({training.iteration} of {task.total} iterations)")
         else:
             left.append(task._replace(flags=task.flags + ["--force"] * progress.others))
     if num_done:
@@ -154,7 +139,7 @@ def choose_tasks(args, queue=()):
     return left
 
 
-# ------------------------------------------------------------------ what the script does
+# ------------------------------------------------------------------ here
 
 
 def run_here(args):
@@ -175,88 +160,39 @@ def run_here(args):
     return 0 if num_done == len(left) else 1
 
 
-def get_queue(may_fail=True):
-    """Slurm's queue; warns if Slurm does not answer but is not essential"""
-    try:
-        return slurm.get_queue()
-    except UserError as error:
-        if not may_fail:
-            raise
-        warn(str(error))
-        return [], {}
+# ------------------------------------------------------------------ on Slurm
 
 
 def submit(args):
     """Submits the remaining tasks to Slurm, unless they are in the queue already"""
-    queue, _ = get_queue(may_fail=args.dry_run)
+    queue = slurm.get_queue(essential=not args.dry_run)
     left = choose_tasks(args, queue)
-    if not left:
-        print("nothing to submit")
-        return wait(args) if args.wait and not args.dry_run else 0
-    if not args.dry_run:
+    if left and not args.dry_run:
         check_data(args)
-    for task_args, group in group_by_options(left, args):
-        asks_for_gpu = "gpu" in (slurm.get_option(task_args, "gres") or "") or re.search(r"(^| )(-G|--gpus)", task_args.sbatch)
-        if asks_for_gpu if args.cuda is None else args.cuda:  # so that a job without a working GPU fails at once
-            group = [task._replace(flags=[*task.flags, "--cuda"]) for task in group]
-        slurm.submit_tasks([settle(task) for task in group], task_args, queue, get_environment(args), args.dry_run)
-        for task in group if args.dry_run else []:
-            print(f"would submit: {shlex.join(task.get_command())}")
-    if args.wait and not args.dry_run:
-        return wait(args)
-    return 0
-
-
-def get_environment(args):
-    """The variable that tells jobs where chardata.mat is, which a site's jobs may not inherit, if it is needed or set here"""
-    sites = [run_args.data_location for run_args in get_runs(args).values() if run_args.data_location in data.SITES]
-    sites += ["local"] if os.environ.get("OMNIGLOT_PATH") else []
-    return {"OMNIGLOT_PATH": str(data.find_site(sites[0]).absolute())} if sites else {}
-
-
-def settle(task):
-    """A task whose data do not depend on the job's home"""
-    prefix = "--data-location=~"
-    flags = [
-        f"--data-location={util.expand_user(flag[len(prefix) - 1 :])}" if flag.startswith(prefix) else flag
-        for flag in task.flags
-    ]
-    return task._replace(flags=flags)
-
-
-def group_by_options(some_tasks, args):
-    """Groups tasks whose jobs get the same options, of the command line or of a profile: pairs of arguments and tasks. With
-    --dry-run, prints where options come from"""
-    known, groups, models = profile.read(args.profile), {}, get_models(args)
-    for task in some_tasks:
-        model, _ = models.get(task.model, (task.model, None))
-        task_args, sources = profile.apply(args, known, model, task.kind)
-        groups.setdefault(str(sorted(vars(task_args).items(), key=str)), (task_args, [], sources))[1].append(task)
-    for task_args, group, sources in groups.values() if args.dry_run else []:
-        shown = [f"{name.replace('_', '-')} {getattr(task_args, name)} ({where})" for name, where in sources.items()]
-        if known and shown:
-            print(f"{', '.join(map(str, group))}: {', '.join(shown)}")
-    return [(task_args, group) for task_args, group, _ in groups.values()]
+    if slurm.asks_for_gpu(slurm.get_options(args)) if args.cuda is None else args.cuda:
+        left = [task._replace(flags=[*task.flags, "--cuda"]) for task in left]  # a job without a working GPU fails at once
+    if left:
+        path = os.environ.get("OMNIGLOT_PATH")
+        environment = {"OMNIGLOT_PATH": os.path.abspath(os.path.expanduser(path))} if path else {}
+        slurm.submit_tasks(left, args, queue, environment)
+    else:
+        print("nothing to submit")
+    for task in left if args.dry_run else []:
+        print(f"would submit: {shlex.join(task.get_command())}")
+    return wait(args) if args.wait and not args.dry_run else 0
 
 
 def wait(args):
-    """Waits until the chosen tasks are neither in Slurm's queue nor running. Returns: 0 if all are complete, else 1"""
+    """Waits until the chosen tasks are complete or no longer in Slurm's queue. Returns: 0 if all are complete, else 1"""
     some_tasks = get_tasks(args)
-    wanted = {(task.model, task.kind) for task in some_tasks}
-    with util.show_progress(total=len(some_tasks), unit="task") as bar:
-        while True:
-            try:
-                waiting = {(job.model, job.kind) for job in slurm.get_queue()[0]} & wanted
-            except UserError as error:  # it may come back
-                warn(str(error))
-                waiting = wanted
-            done = [tasks.get_progress(task).done for task in some_tasks]
-            bar.update(sum(done) - bar.n)
-            if not waiting or all(done):
+    keys = {task.key for task in some_tasks}
+    while not all(tasks.get_progress(task).done for task in some_tasks):
+        with contextlib.suppress(UserError):  # Slurm may answer next time
+            if not any(job.key in keys for job in slurm.get_queue()):
                 break
-            time.sleep(WAIT_SECONDS)
-    tasks.show_status(some_tasks, [], attempts.describe)
-    return 0 if all(done) else 1
+        time.sleep(WAIT_SECONDS)
+    status.show(some_tasks, [])
+    return 0 if all(tasks.get_progress(task).done for task in some_tasks) else 1
 
 
 def check_data(args):
@@ -268,6 +204,29 @@ def check_data(args):
         training.load_data(run_args)
 
 
+def cancel(args):
+    """Cancels the jobs of the chosen tasks, and prints what else from this folder is in the queue"""
+    queue = slurm.get_queue(essential=not args.dry_run)
+    if args.eval_logp:
+        chosen = {task.key for task in get_tasks(args)}
+        jobs = [job for job in queue if job.key in chosen]
+    else:
+        models = get_runs(args)
+        jobs = [job for job in queue if job.key[0] in models or not has_choice(args)]
+    if args.dry_run:
+        for job in jobs:
+            print(f"would cancel {job.number}: {' '.join(job.key)}")
+    else:
+        print(f"cancelled {slurm.cancel(jobs)} jobs")
+    rest = collections.Counter(job.key[0] for job in queue if job not in jobs)
+    if rest:
+        print(f"other runs from here are in the queue: {', '.join(f'{model} ({n} jobs)' for model, n in rest.items())}")
+    return 0
+
+
+# ------------------------------------------------------------------ runs
+
+
 def has_choice(args):
     """Whether options choose runs"""
     names = ["models", "seeds", "settings", "data_location", "test_run", "large_conditional", "eval_options"]
@@ -277,42 +236,10 @@ def has_choice(args):
 def show_status(args):
     """Prints a table of the chosen tasks or, if no option chooses any, of all that were submitted from this folder as well.
     Returns: 1 if a task has failed, else 0"""
-    queue, _ = get_queue()
-    status = tasks.show_status(get_tasks(args), queue, attempts.describe)
-    if has_choice(args) or args.eval_logp:
-        return status
-    shown = {(task.model, task.kind) for task in get_tasks(args)}
-    for listing, submitted in slurm.get_submitted():
-        others = [task for task in submitted if (task.model, task.kind) not in shown]
-        if others:
-            shown |= {(task.model, task.kind) for task in others}
-            print(f"\nsubmitted {time.strftime('%Y-%m-%d %H:%M', time.localtime(listing.path.stat().st_mtime))}:")
-            status |= tasks.show_status(others, queue, attempts.describe)
-    for job in [job for job in queue if (job.model, job.kind) not in shown]:
-        print(f"job {job.number} ({job.state}) is of {job.model} {job.kind}, which no submission lists any more")
-    return status
-
-
-def cancel(args):
-    """Cancels the jobs of the chosen tasks, and prints what else of ours is in the queue"""
-    queue, others = get_queue(may_fail=args.dry_run)
-    if args.eval_logp:
-        chosen = {(task.model, task.kind) for task in get_tasks(args)}
-        jobs = [job for job in queue if (job.model, job.kind) in chosen]
-    else:
-        models = get_runs(args)
-        jobs = [job for job in queue if job.model in models or not has_choice(args)]
-    if args.dry_run:
-        for job in jobs:
-            print(f"would cancel {job.number or '(not submitted yet)'}: {job.model} {job.kind}")
-    else:
-        print(f"cancelled {slurm.cancel(jobs)} jobs")
-    rest = collections.Counter(job.model for job in queue if job not in jobs)
-    if rest:
-        print(f"other runs from here are in the queue: {', '.join(f'{model} ({n} jobs)' for model, n in rest.items())}")
-    for folder, number in others.items():
-        print(f"{number} jobs of sweeps in {folder} are in the queue")
-    return 0
+    found = {task.key: task for task in get_tasks(args)}
+    if not has_choice(args) and not args.eval_logp:
+        found |= {task.key: task for task in slurm.get_submitted() if task.key not in found}
+    return status.show(found.values(), slurm.get_queue(essential=False))
 
 
 def plot(args):
@@ -321,36 +248,24 @@ def plot(args):
     return 0
 
 
-def is_run(folder):
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    return (folder / "checkpoints").is_dir() or (folder / "lock").is_file() or (folder / "logs").is_dir()
-
-
 def remove(args):
     """Deletes runs after asking: all of them, or those chosen by options; with --eval-logp only their evaluations.
     Folders that are not runs stay, and so do runs that are in use or in the queue."""
-    folders = sorted(folder for folder in util.SAVE.glob("[!.]*") if is_run(folder))
-    if args.models or args.seeds or args.settings or args.data_location:
-        chosen = get_runs(args)
-        folders = [folder for folder in folders if folder.name in chosen]
-    elif args.test_run:
-        folders = [folder for folder in folders if folder.name.startswith("test_run_")]
-    queued = {job.model for job in get_queue(may_fail=args.dry_run or not slurm.FOLDER.exists())[0]}
+    folders = {path.parent for name in ("checkpoints", "lock", "logs") for path in util.SAVE.glob(f"[!.]*/{name}")}
+    if has_choice(args):
+        folders &= {util.SAVE / path_base for path_base in get_runs(args)}
+    queued = {job.key[0] for job in slurm.get_queue(essential=slurm.FOLDER.exists() and not args.dry_run)}
     paths = []
-    for folder in folders:
+    for folder in sorted(folders):
         path = folder / "logp" if args.eval_logp else folder
         if folder.name in queued:
             print(f"{folder} has jobs in the queue and stays")
         elif any(locks.is_locked(lock) for lock in [folder / "lock", *folder.glob("logp/.*.lock")]):
             print(f"{folder} is in use and stays")
-        elif path.is_dir():
+        elif path.is_dir() and not folder.is_symlink():
             paths.append(path)
-    if not paths:
-        print(f"there is nothing to delete in {util.SAVE}/")
-        return 0
-    print("\n".join(map(str, paths)))
-    if args.dry_run:
+    print("\n".join(map(str, paths)) or f"there is nothing to delete in {util.SAVE}/")
+    if args.dry_run or not paths:
         return 0
     what = f"the evaluations of {len(paths)} runs" if args.eval_logp else f"{len(paths)} runs"
     if not args.yes:
@@ -375,12 +290,8 @@ def main(argv=None):
     if args.task is not None:
         return slurm.run_task(args.task)
     util.check_links(util.SAVE)
-    if args.status:
-        return show_status(args)
-    for wanted, action in [(args.rm, remove), (args.cancel, cancel), (args.plot, plot), (args.cluster, submit)]:
-        if wanted:
-            return action(args)
-    return run_here(args)
+    actions = [(args.status, show_status), (args.rm, remove), (args.cancel, cancel), (args.plot, plot), (args.cluster, submit)]
+    return next((action for wanted, action in actions if wanted), run_here)(args)
 
 
 def get_parser():
@@ -402,43 +313,25 @@ def get_parser():
     add("--wait", "with --cluster, return when all are complete (status 0) or no longer in the queue (1)", action=boolean)
     add("--status", "print each task's progress, job and log", action=boolean)
     add(
-        "--plot",
-        "draw log p against iterations, from eval_logp.py --every-checkpoint, with the range over seeds",
-        action=boolean,
+        "--plot", "draw log p against iterations, of eval_logp.py --every-checkpoint, with the range over seeds", action=boolean
     )
     add("--cancel", "cancel the jobs of these runs (with --eval-logp only their evaluations)", action=boolean)
     add("--rm", "delete these runs, after asking (with --eval-logp only their evaluations)", action=boolean)
     add("--yes", "do not ask", action=boolean)
     add("--dry-run", "print what would be run, submitted, cancelled or deleted", action=boolean)
     parser.start_group("how they run")
-    jobs = "tasks at a time (default: 1 here, on Slurm as many as it runs)"
-    add("--jobs", jobs, type=util.in_range(int, 1), default=None)
+    add("--jobs", "tasks at a time (default: 1 here, on Slurm as many as it runs)", type=util.in_range(int, 1), default=None)
     cuda = "use GPUs (default: here if there are any, on Slurm if --gres asks for one; a job that finds none fails)"
     add("--cuda", cuda, action=argparse.BooleanOptionalAction)
     parser.start_group("Slurm")
-    gres = "resources of a job, such as gpu:a100:1, or none (default: gpu:1, with --no-cuda none)"
-    add("--gres", gres, default=None)
+    add("--gres", "resources of a job, such as gpu:a100:1, or none (default: gpu:1, with --no-cuda none)", default=None)
     add("--cpus-per-task", "CPUs, and threads, of a job (default: Slurm's)", type=util.in_range(int, 1), default=None)
-    add("--mem", "memory of a job, or none: the site's default, or that of --sbatch (default: 16G)")
-    add(
-        "--time",
-        f"time limit of a job, or none: the partition's (default: {slurm.TIME_OF_REPEATED} with om-repeat, else {slurm.TIME})",
-        default=None,
-    )
+    add("--mem", "memory of a job, or none: the site's default", default="16G")
+    limits = f"default: {slurm.TIME_OF_REPEATED} with om-repeat, else {slurm.TIME}"
+    add("--time", f"time limit of a job, or none: the partition's ({limits})", default=None)
     add("--partition", "partition", default=None)
-    mail = "address that Slurm emails when a job ends or fails, or address:TYPES, as sbatch's --mail-type takes them"
-    add("--mail", mail, default=None)
-    add(
-        "--tasks-per-job",
-        "tasks that run side by side in one job and share its GPUs and CPUs",
-        type=util.in_range(int, 1, 64),
-        default=1,
-    )
-    requeues = "times that a job is requeued without progress before it gives up"
-    add("--max-requeues", requeues, type=util.in_range(int, 1, 1000), default=attempts.MAX_REQUEUES)
-    add("--sbatch", 'further options of sbatch, as one string: "--account=lab --qos=long"')
-    add("--setup", 'line of shell code to run before each task: "module load cuda"')
-    add("--profile", f"TOML file with a site's defaults for these options (default: {profile.DEFAULT_PATH}, if it exists)")
+    add("--sbatch", 'further options of sbatch, as one string: "--account=lab --qos=long"', default="")
+    add("--setup", 'line of shell code to run before each task: "module load cuda"', default="")
     add("--no-repeat", "do not use om-repeat, even if it is installed", action=boolean)
     parser.add_argument("--task", help=argparse.SUPPRESS)  # what a job runs
     return parser
@@ -452,10 +345,10 @@ def parse_args(argv=None):
     args.settings = argv[cut + 1 :]
     if sum([args.cluster, args.status, args.plot, args.cancel, args.rm]) > 1:
         raise UserError("--cluster, --status, --plot, --cancel and --rm exclude each other; give one")
-    if args.wait and not args.cluster:
-        raise UserError("--wait is for --cluster; without it, sweep.py waits anyway")
-    if args.cluster and not args.dry_run:
-        commands.require("sbatch")
+    if (args.cluster or args.cancel) and not args.dry_run:
+        slurm.call(["sbatch", "--version"])  # is there a Slurm?
+    if args.gres is None:
+        args.gres = "none" if args.cuda is False else "gpu:1"
     return args
 
 

@@ -1,17 +1,19 @@
 """Tasks on Slurm: job arrays that requeue themselves, or chains of jobs repeated by openmind-tools' om-repeat.
 
-Large, since a sweep outlives what clusters do to jobs (docs/slurm.md, "What happens when"), and both kinds differ in all of it.
+Large, since a sweep outlives what clusters do to jobs (docs/slurm.md, "What happens when").
 Nothing passes through a shell here; arguments that om-repeat would mangle are refused.
 """
 
-import argparse
-import collections
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import pathlib
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -21,44 +23,44 @@ import time
 from typing import NamedTuple
 
 import util
-from cluster import attempts, commands
-from cluster.tasks import (
-    ROOT,
-    Task,
-    describe_signal,
-    get_progress,
-    get_visible_gpus,
-    is_trained,
-    open_log,
-    run_all,
-    was_stopped,
-)
+from cluster import tasks
+from cluster.tasks import ROOT, Task
 from runs.saving import StopSignal, get_job_end
-from util import UserError
+from util import UserError, warn
 
 TIME = "12:00:00"
 TIME_OF_REPEATED = "2:00:00"
-WARNING = 120  # seconds before a job's time limit
+WARNING = 120  # seconds before a job's time limit at which it saves, or a fifth of a short limit
 EARLY = 60  # seconds by which Slurm's warning may come too early
-MAX_NAMED = 64  # tasks of an array that get names of their own
+MAX_STARTS = 4  # of a task in the same state: three requeues without progress
 HOLD = 600  # seconds that a task repeated by om-repeat waits to be killed
+TIMEOUT = 120  # seconds that one of Slurm's commands may take
 FOLDER = util.SAVE / ".sweep"  # listings of submitted tasks, and Slurm's own output
+FAILURES = {"BOOT_FAIL", "DEADLINE", "FAILED", "OUT_OF_MEMORY"}  # states after which a job does not start again
+
+# Variables of the user's that would change what Slurm's commands print, or what sweep.py decides
+UNWANTED = re.compile("(SQUEUE|SCANCEL|SCONTROL|SACCT)_.*|SLURM_(TIME_FORMAT|ARRAY_.*)|SBATCH_(ARRAY_INX|ERROR|SIGNAL|WAIT)")
+# Options of sbatch that would do so
+OURS = (
+    "array a job-name J comment output o error e signal open-mode requeue no-requeue parsable quiet Q test-only"
+    " wait W chdir D clusters M wrap"
+).split()
 
 
-class Job(NamedTuple):
-    """A task in Slurm's queue"""
-
-    number: str | None  # the name by which scancel knows it; None if the training's job will submit it
-    model: str
-    kind: str
-    state: str  # Slurm's: PENDING, RUNNING, ...
-    reason: str  # why it is pending
-    repeated: bool  # part of a chain of jobs, by om-repeat
-
-
-def get_tag():
-    """The prefix of the comments of jobs submitted from this folder, by which they are found"""
-    return "strokes-" + hashlib.sha1(os.fsencode(util.SAVE.resolve())).hexdigest()[:8]
+def call(command):
+    """Runs one of Slurm's commands. Returns: what it prints to standard output and error. Raises: UserError with Slurm's reason
+    if it fails, is missing, or takes too long"""
+    environment = {name: value for name, value in os.environ.items() if not UNWANTED.fullmatch(name)}
+    options = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
+    try:
+        process = subprocess.run(command, **options)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]} is not on the PATH; run on a machine of the cluster, or without --cluster") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"Slurm does not answer ({command[0]} takes longer than {TIMEOUT} seconds); try again later") from None
+    if process.returncode != 0:
+        raise UserError(f"{command[0]} failed: {process.stderr[-1000:]}")
+    return process.stdout, process.stderr
 
 
 # ------------------------------------------------------------------ listings of submitted tasks
@@ -68,22 +70,10 @@ class Listing(NamedTuple):
     """The tasks submitted by one call of sweep.py, in which its jobs look up theirs"""
 
     path: pathlib.Path
-    repeated: bool  # whether om-repeat repeats its jobs
-    setup: str  # a line of shell code
-    warning: int  # seconds before a job's time limit at which it should save and stop
     tasks: list
-    packs: list  # for each job, by its index in an array: the indices of the tasks that it runs
-    max_requeues: int = attempts.MAX_REQUEUES  # limit of requeues without progress
-    environment: dict = {}  # variables that the tasks need; a site may pass none of the user's on to jobs
-
-    def get_pack(self, index):
-        """The tasks that a job runs. Raises: IndexError if there is none"""
-        return [self.tasks[i] for i in self.packs[index]]
-
-    @property
-    def name(self):
-        """8 hexadecimal digits"""
-        return self.path.stem
+    options: list  # of sbatch, for all of them
+    setup: str  # a line of shell code
+    environment: dict  # variables that the tasks need; a site may pass none of the user's on to jobs
 
 
 def write_listing(listing):
@@ -98,131 +88,47 @@ def read_listing(path):
         content["tasks"] = [Task(*task) for task in content["tasks"]]
         return Listing(pathlib.Path(path), **content)
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a listing of submitted tasks") from None
+        raise UserError(f"{path} is not a listing of submitted tasks; delete it") from None
 
 
 def get_submitted():
-    """What was submitted from this folder, newest first: pairs of Listing and its tasks of runs that are still there"""
-    found = []
-    for path in FOLDER.glob("*.json"):
-        try:
-            listing = read_listing(path.resolve())
-            tasks = [task for task in listing.tasks if (util.SAVE / task.model).is_dir()]
-            found.append((path.stat().st_mtime, listing, tasks))
-        except (UserError, OSError):
-            continue
-    return [(listing, tasks) for _, listing, tasks in sorted(found, key=lambda item: item[0], reverse=True)]
+    """All tasks that were submitted from this folder, as they were last, of runs that are still there"""
+    paths = sorted(FOLDER.glob("*.json"), key=os.path.getmtime)
+    found = {task.key: task for path in paths for task in read_listing(path).tasks}
+    return [task for task in found.values() if (util.SAVE / task.model).is_dir()]
 
 
-# ------------------------------------------------------------------ options for sbatch
-
-
-def get_seconds(limit):
-    """Parses Slurm's time formats: minutes, minutes:seconds, hours:minutes:seconds, optionally after days-"""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
-    if not match:
-        raise UserError(f"--time {limit} is not a Slurm time limit, such as 2:00:00, 90 or 1-12:00:00")
-    days, *rest = (None if part is None else int(part) for part in match.groups())
-    numbers = [number for number in rest if number is not None]
-    if days is not None:
-        units = [3600, 60, 1]
-    else:
-        units = {1: [60], 2: [60, 1], 3: [3600, 60, 1]}[len(numbers)]
-    return (days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
+# ------------------------------------------------------------------ the commands that submit
 
 
 def is_repeated(args):
     return not args.no_repeat and shutil.which("om-repeat") is not None
 
 
-# Options of sweep.py that --sbatch may override, in all of their forms
-OVERRIDABLE = {
-    "time": ["-t", "--time"],
-    "mem": ["--mem"],
-    "cpus-per-task": ["-c", "--cpus-per-task"],
-    "partition": ["-p", "--partition"],
-    "gres": ["--gres"],
-}
-# Options that would break a sweep, by the reason
-REFUSED = {
-    "it changes what sbatch prints": "parsable quiet Q",
-    "nothing would be submitted; --dry-run shows what would be": "test-only",
-    "use --wait of sweep.py": "wait W",
-    "jobs run in the folder that holds save/": "chdir D",
-    "sweep.py could not find its jobs; set $SLURM_CLUSTERS": "clusters M",
-    "sweep.py gives jobs their commands": "wrap",
-    "sweep.py numbers its tasks": "array a",
-    "sweep.py names its jobs": "job-name J",
-    "sweep.py finds its jobs by it": "comment",
-    "sweep.py shows where it is": "output o",
-    "it is in the output": "error e",
-    "sweep.py sets when a job is warned": "signal",
-    "sweep.py decides it": "requeue no-requeue",
-    "sweep.py sets it": "open-mode",
-}
-
-
-def get_option(args, name):
-    """The value of an option of sweep.py, which --sbatch may override; None if there is none"""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(*OVERRIDABLE[name], dest="value", default=getattr(args, name.replace("-", "_")))
-    try:
-        value = parser.parse_known_args(split_options(args.sbatch))[0].value
-    except argparse.ArgumentError as error:
-        raise UserError(f"--sbatch {args.sbatch!r}: {error}") from None
-    return None if value in (None, "", "none") else value
-
-
-def get_limit(args):
-    """The time limit of a job, or None: that of the partition"""
-    if args.time is None and get_option(args, "time") is None:
-        return TIME_OF_REPEATED if is_repeated(args) else TIME
-    return get_option(args, "time")
-
-
-def get_warning(args):
-    """Seconds before the time limit; a fifth of a short limit"""
-    limit = get_limit(args)
-    if limit is None or limit.upper() in ("UNLIMITED", "INFINITE"):
-        return WARNING
-    return min(WARNING, max(get_seconds(limit) // 5, 1))
-
-
 def get_options(args):
-    """sbatch options that do not depend on the task, each one word; the user's own come last and take precedence"""
-    repeated = is_repeated(args)
-    options = [f"--time={get_limit(args)}"] * (get_limit(args) is not None)
-    options += [f"--mem={args.mem}"] * (args.mem not in ("", "none"))
-    options += [f"--cpus-per-task={args.cpus_per_task}"] * (args.cpus_per_task is not None)
-    options += [f"--partition={args.partition}"] * bool(args.partition)
-    options += [f"--gres={args.gres}"] * (args.gres not in ("", "none"))
-    if args.mail:
-        address, _, types = args.mail.partition(":")
-        options += [f"--mail-user={address}", f"--mail-type={types or 'END,FAIL'}"]
-    if repeated:
-        options += ["--no-requeue"]  # om-repeat's chain goes on with another job
-    else:
-        options += [f"--signal=B:USR1@{get_warning(args)}", "--requeue", "--open-mode=append"]
-    return options + split_options(args.sbatch)
-
-
-def split_options(text):
-    """Splits --sbatch into words. Raises: UserError for an open quote, or for options that would break the sweep"""
-    words = util.split_words("--sbatch", text)
+    """sbatch's options that do not depend on the task, each one word; the user's own come last and take precedence. Raises:
+    UserError for those that would break the sweep"""
+    time_limit = args.time or (TIME_OF_REPEATED if is_repeated(args) else TIME)
+    options = dict(time=time_limit, mem=args.mem, cpus_per_task=args.cpus_per_task, partition=args.partition, gres=args.gres)
+    words = util.split_words("--sbatch", args.sbatch)
     for word in words:
         match = re.match(r"--([\w-]+)|-([A-Za-z])", word)
-        name = match[1] or match[2] if match else None
-        for reason, names in REFUSED.items():
-            if name in names.split():
-                raise UserError(f"--sbatch {word}: leave it out, since {reason}")
-    return words
+        if match and (match[1] or match[2]) in OURS:
+            raise UserError(f"--sbatch {word}: leave it out; sweep.py itself sets it, or relies on its default")
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value not in (None, "none")] + words
 
 
-# ------------------------------------------------------------------ submitting
+def asks_for_gpu(options):
+    return re.search(r"--gres=\S*gpu|--gpus|(^| )-G", " ".join(options)) is not None
+
+
+def get_tag():
+    """The prefix of the comments of jobs submitted from this folder, by which they are found"""
+    return "strokes-" + hashlib.sha1(os.fsencode(util.SAVE.resolve())).hexdigest()[:8]
 
 
 def get_script(listing, index=None):
-    """The command of a job: it runs a pack of a listing, the one at the job's array index or at a given index"""
+    """The command of a job: it runs a task of a listing, the one at the job's array index or at a given index"""
     where = listing.path if index is None else f"{listing.path}:{index}"
     return [str(ROOT / "cluster/slurm_job.sh"), sys.executable, str(ROOT / "sweep.py"), f"--task={where}"]
 
@@ -232,35 +138,22 @@ def get_job_name(task):
     return task.model if task.kind == "train" else f"{task.model}:{task.kind}"
 
 
-def name_jobs(tasks):
-    """Gives the jobs of an array names of their own, if there are not too many to ask Slurm for that. Args: tasks: {job: task}"""
-    if 1 < len(tasks) <= MAX_NAMED:
-        for job, task in tasks.items():
-            with contextlib.suppress(UserError):  # they may be running, or over, already
-                commands.call(["scontrol", "update", f"JobId={job}", f"JobName={get_job_name(task)}"])
+def get_array(listing, indices, after=(), limit=None):
+    """The command that submits some of a listing's tasks as a job array. Args: after: numbers of jobs that must have ended;
+    limit: of jobs at a time"""
+    name = get_job_name(listing.tasks[indices[0]]) if len(indices) == 1 else f"{len(indices)}_strokes"
+    options = [f"--array={','.join(map(str, indices))}" + (f"%{limit}" if limit else "")]
+    options += [f"--signal=B:USR1@{WARNING}", "--requeue", "--open-mode=append", "-J", name]
+    options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", f"--comment={get_tag()}-{listing.path.stem}"]
+    options += [f"--dependency=afterany:{':'.join(after)}"] * bool(after)
+    return ["sbatch", *listing.options, *options, *get_script(listing)]
 
 
-def get_array(listing, indices, args, dependency=None):
-    """The command that submits some of a listing's tasks as a job array, --tasks-per-job of them in each job"""
-    first = len(listing.packs)
-    listing.packs.extend(indices[i : i + args.tasks_per_job] for i in range(0, len(indices), args.tasks_per_job))
-    throttle = f"%{args.jobs}" if args.jobs else ""
-    options = [*get_options(args), f"--array={first}-{len(listing.packs) - 1}{throttle}"]
-    names = {get_job_name(listing.tasks[i]) for i in indices}
-    options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", f"--comment={get_tag()}-{listing.name}"]
-    options += ["-J", names.pop() if len(names) == 1 else f"{len(names)}_strokes"]
-    # an evaluation whose training fails leaves the queue
-    options += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
-    return ["sbatch", *options, *get_script(listing)]
-
-
-def get_repeated(listing, index, args):
+def get_chain(listing, index):
     """The command that submits a task by om-repeat. Raises: UserError if om-repeat would mangle it"""
-    output = (util.SAVE / listing.tasks[index].model / "logs" / "slurm-%j.out").resolve()
-    comment = f"--comment={get_tag()}-{index}-{listing.name}"
-    name = re.sub(r"[^\w./=:,@%+-]", "_", get_job_name(listing.tasks[index]))
-    options = [*get_options(args), f"--output={output}", comment, "-J", name]
-    command = ["om-repeat", "sbatch", *options, *get_script(listing, index)]
+    options = [f"--output={FOLDER.resolve() / '%j.out'}", f"--comment={get_tag()}-{listing.path.stem}-{index}"]
+    options += ["--no-requeue", "-J", get_job_name(listing.tasks[index])]  # the chain goes on with another job
+    command = ["om-repeat", "sbatch", *listing.options, *options, *get_script(listing, index)]
     for word in command:
         if not re.fullmatch(r"[\w./=:,@%+-]+", word, re.ASCII):
             raise UserError(
@@ -270,323 +163,187 @@ def get_repeated(listing, index, args):
     return command
 
 
-def submit_tasks(tasks, args, queue, environment, dry_run=False):
-    """Submits tasks. Evaluations whose training is in the queue (a list of jobs) start after it.
+# ------------------------------------------------------------------ submitting
 
-    Args: environment: variables that the tasks need, a dict
-    Raises: UserError at the first job that Slurm refuses, or if something cannot be submitted
-    """
-    repeated = is_repeated(args)
-    for flag, wanted in {"--tasks-per-job": args.tasks_per_job > 1, "--jobs": args.jobs}.items():
-        if repeated and wanted:
-            raise UserError(f"{flag} is for job arrays, which om-repeat does not submit; give --no-repeat")
-    name = hashlib.sha1(f"{time.time_ns()} {os.getpid()}".encode()).hexdigest()[:8]
-    path, warning = (FOLDER / f"{name}.json").resolve(), get_warning(args)
-    packs = [[i] for i in range(len(tasks))] if repeated else []
-    listing = Listing(path, repeated, args.setup, warning, tasks, packs, args.max_requeues, environment)
-    submissions, later = get_submissions(listing, args, queue)
-    if dry_run:
-        print("\n".join(shlex.join(command) for command in [*(command for _, command in submissions), *later.values()]))
+
+def submit_tasks(some_tasks, args, queue, environment):
+    """Submits tasks, evaluations so that they start after the jobs in the queue that train their models; with --dry-run prints
+    the commands. Raises: UserError at the first job that Slurm refuses, or if something cannot be submitted"""
+    if is_repeated(args) and args.jobs:
+        raise UserError("--jobs is for job arrays, which om-repeat does not submit; give --no-repeat")
+    path = (FOLDER / f"{secrets.token_hex(4)}.json").resolve()
+    listing = Listing(path, some_tasks, get_options(args), args.setup, environment)
+    submissions = get_submissions(listing, args, queue)
+    if args.dry_run:
+        print("\n".join(shlex.join(command) for _, command in submissions))
         return
     write_listing(listing)
-    for task in tasks:
-        util.make_folder(task.get_path("log").parent)
-    submit_commands(listing, submissions)
-    for i, command in later.items():
-        put_after_training(tasks[i].model, [(tasks[i], command)])
-        if is_trained(tasks[i]):  # its training may have ended before its successor was recorded
-            print("\n".join(submit_after_training(tasks[i].model)))
-    for i, task in enumerate(tasks):
-        print(f"{task}: {'will be submitted when its training is complete' if i in later else 'submitted'}")
-    output = util.SAVE / "RUN/logs/slurm-JOB.out" if repeated else FOLDER / "JOB_INDEX.out"
+    for indices, command in submissions:
+        print(f"Submitted batch job {submit(listing, indices, command)}")
+    for task in some_tasks:
+        print(f"{task}: submitted")
     log = "eval_ALGORITHM.log" if args.eval_logp else "train.log"
-    print(f"their logs are {util.SAVE}/RUN/logs/{log}, Slurm's own output {output}; see python sweep.py --status")
+    print(f"their logs are {util.SAVE}/RUN/logs/{log}, Slurm's own output {FOLDER}/JOB.out; see python sweep.py --status")
 
 
 def get_submissions(listing, args, queue):
-    """Returns: pairs of the indices of tasks and the command that submits them now; {index: the command that submits it after
-    its training}, of those whose training, or they themselves, are repeated by om-repeat"""
-    tasks, trainings = listing.tasks, collections.defaultdict(list)  # model -> the jobs that train it
-    for job in queue:
-        trainings[job.model] += [job] * (job.kind == "train")
-    waiting = [i for i, task in enumerate(tasks) if task.kind != "train" and trainings[task.model]]
-    ready = [i for i in range(len(tasks)) if i not in waiting]
-    after = [i for i in waiting if listing.repeated or any(job.repeated for job in trainings[tasks[i].model])]
-    if listing.repeated:
-        chains = [get_repeated(listing, i, args) for i in range(len(tasks))]
-        return [([i], chains[i]) for i in ready], {i: chains[i] for i in after}
-    dependent = [i for i in waiting if i not in after]
-    return get_arrays(listing, ready, dependent, trainings, args), {i: get_array(listing, [i], args) for i in after}
+    """Pairs of the indices of a listing's tasks and the command that submits them"""
+    groups = {}  # numbers of jobs to wait for -> indices
+    for i, task in enumerate(listing.tasks):
+        after = [] if task.kind == "train" else get_trainings(task, queue)
+        groups.setdefault(tuple(after), []).append(i)
+    if args.jobs:  # one array for all, since Slurm limits the jobs of each
+        groups = {tuple(dict.fromkeys(itertools.chain(*groups))): range(len(listing.tasks))}
+    chained = groups.pop((), []) if is_repeated(args) else []
+    chains = [([i], get_chain(listing, i)) for i in chained]
+    return chains + [(indices, get_array(listing, indices, after, args.jobs)) for after, indices in groups.items()]
 
 
-def submit_commands(listing, submissions):
-    """Runs pairs of the indices of tasks and the command that submits them, and records their jobs. Raises: UserError at the
-    first that Slurm refuses"""
-    num_submitted, positions = 0, {i: position for position, pack in enumerate(listing.packs) for i in pack}
-    for indices, command in submissions:
-        try:
-            number = submit_command(command)
-        except UserError as error:
-            before = f"; {num_submitted} jobs were submitted before it" if num_submitted else ""
-            raise UserError(f"{error}{before}") from None
-        num_submitted += 1
-        jobs = {}
-        for i in indices:
-            job, task = number if listing.repeated else f"{number}_{positions[i]}", listing.tasks[i]
-            attempts.note_submission(task, listing.name, job, get_output(listing, i, job))
-            take_after_training(task.model, [task.kind])
-            jobs[job] = task
-        print(f"Submitted batch job {number}")
-        if len(jobs) == len(indices):  # none runs several tasks
-            name_jobs(jobs)
+def get_trainings(task, queue):
+    """The numbers of the jobs that train an evaluation's model"""
+    return [job.number for job in queue if job.key == (task.model, "train")]
 
 
-def get_arrays(listing, ready, waiting, trainings, args):
-    """The tasks and sbatch command of each array. With --jobs everything goes into one, since Slurm limits arrays."""
-    tasks = listing.tasks
-    if args.jobs and waiting:
-        numbers = dict.fromkeys(job.number for i in waiting for job in trainings[tasks[i].model])
-        dependency = "afterany:" + ":".join(numbers)
-        return [(ready + waiting, get_array(listing, ready + waiting, args, dependency))]
-    submissions = [(ready, get_array(listing, ready, args))] if ready else []
-    for model in dict.fromkeys(tasks[i].model for i in waiting):
-        indices = [i for i in waiting if tasks[i].model == model]
-        numbers = [job.number for job in trainings[model]]
-        submissions.append((indices, get_array(listing, indices, args, "afterok:" + ":".join(numbers))))
-    return submissions
-
-
-def submit_command(command):
-    """Returns: the job's number. Raises: UserError with Slurm's reason if there is none; om-repeat's exit status does not
-    tell, and it prints more than sbatch does"""
-    answer = commands.call(command)
-    text = answer.stdout + answer.stderr
+def submit(listing, indices, command):
+    """Submits some of a listing's tasks by a command, and notes it in their logs. Returns: the number of the job. Raises:
+    UserError with Slurm's reason if it refuses, which om-repeat's exit status does not tell"""
+    text = "".join(call(command))
     match = re.search(r"^Submitted batch job (\d+)", text, re.M)
-    if answer.status == 0 and match:
-        return match[1]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    reason = " ".join([line for line in lines if "error" in line.lower()] or lines[-3:]) or "it said nothing"
-    raise UserError(f"{command[0]} refused the job: {reason}")
-
-
-def get_output(listing, index, job):
-    """Path of Slurm's own output of a task"""
-    if listing.repeated:
-        return str((util.SAVE / listing.tasks[index].model / "logs" / f"slurm-{job}.out").resolve())
-    return str(FOLDER.resolve() / f"{job}.out")
-
-
-# ------------------------------------------------------------------ after a training that om-repeat repeats
-
-# Slurm's dependencies refer to single jobs, but a repeated task is a chain of jobs, and om-repeat sets the dependencies
-# of its jobs itself. So the last job of a training submits what comes after it.
-
-
-def get_after_path(model):
-    return util.SAVE / model / "logs" / "after_training.json"
-
-
-def put_after_training(model, left):
-    """Leaves pairs (task, command) for the training of a model to submit"""
-    left = [*take_after_training(model), *left]
-    if left:
-        util.write(get_after_path(model), json.dumps(left, indent=1).encode())
-
-
-def take_after_training(model, kinds=None):
-    """Takes what was left for the training of a model to submit, all of it or the tasks of some kinds; nothing is taken twice.
-    Returns: [(task, command)]"""
-    path = get_after_path(model)
-    taken = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        os.rename(path, taken)
-    except FileNotFoundError:
-        return []
-    left = [(Task(*task), command) for task, command in json.loads(taken.read_text())]
-    taken.unlink()
-    wanted = [(task, command) for task, command in left if kinds is None or task.kind in kinds]
-    if len(wanted) < len(left):
-        put_after_training(model, [pair for pair in left if pair not in wanted])
-    return wanted
-
-
-def submit_after_training(model):
-    """Submits what was left for the training of a model; what Slurm refuses stays on the list, for the next submission to
-    take up. Returns: lines of text that say what was submitted"""
-    lines, refused = [], []
-    for task, command in take_after_training(model):
-        try:
-            number = submit_command(command)
-            lines.append(f"submitted {task} as job {number}")
-            attempts.note_submission(task, "", number, "")
-        except UserError as error:
-            lines.append(f"{task}: {error}")
-            refused.append((task, command))
-            attempts.write(task, attempts.read(task)._replace(refused=str(error)))
-    put_after_training(model, refused)
-    return lines
+    if not match:
+        raise UserError(f"{command[0]} refused the job: {' '.join(re.findall('.*error.*', text))}")
+    for i in indices:
+        task, job = listing.tasks[i], match[1] if command[0] == "om-repeat" else f"{match[1]}_{i}"
+        tasks.open_log(task, f", submitted as job {job}").close()
+        if len(indices) > 1:  # an array has one name for all of its jobs
+            call(["scontrol", "update", f"JobId={job}", f"JobName={get_job_name(task)}"])
+    return match[1]
 
 
 # ------------------------------------------------------------------ the queue
 
 
-def get_queue():
-    """The jobs submitted from this folder, a list of Job, and the number from each other folder, {folder: number}.
-    Raises: UserError if Slurm does not answer"""
+class Job(NamedTuple):
+    """A task in Slurm's queue"""
+
+    number: str  # by which scancel knows it
+    key: tuple  # of the task
+    state: str  # Slurm's: PENDING, RUNNING, ...
+    reason: str  # why it is pending
+
+
+def get_queue(essential=True):
+    """The jobs submitted from this folder, a list of Job. If Slurm does not answer: warns if that is not essential, else raises
+    UserError"""
     if shutil.which("squeue") is None:
-        return [], {}
-    answer = commands.call(["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%T|%r|%k|%Z"])
-    if answer.status != 0:
-        *_, reason = ["squeue failed", *answer.stderr.strip().splitlines()]
-        raise UserError(f"Slurm does not answer ({reason})")
-    jobs, others, listings = [], collections.Counter(), {}
-    for line in answer.stdout.splitlines():
-        number, array_index, state, reason, comment, folder = line.split("|", 5)
-        match = re.fullmatch(r"(strokes-[0-9a-f]{8})-(?:(\d+)-)?([0-9a-f]{8})", comment)
-        if match and match[1] == get_tag():
-            for task in find_tasks(match, array_index, listings):
-                reason = reason if state == "PENDING" else ""
-                jobs.append(Job(number, task.model, task.kind, state, reason, listings[match[3]].repeated))
-        elif match:
-            others[folder] += 1
-    jobs += [job for job in get_waiting() if (job.model, "train") in {(job.model, job.kind) for job in jobs}]
-    return jobs, others
-
-
-def find_tasks(match, array_index, listings):
-    """Finds the tasks of a job by the parts of its comment; none if it is not ours"""
-    if match[3] not in listings:
-        try:
-            listings[match[3]] = read_listing(FOLDER / f"{match[3]}.json")
-        except UserError:
-            listings[match[3]] = None
-    listing = listings[match[3]]
-    index = match[2] if listing and listing.repeated else array_index
-    if not listing or not str(index).isdigit() or int(index) >= len(listing.packs):
         return []
-    return listing.get_pack(int(index))
-
-
-def get_waiting():
-    """The evaluations that trainings will submit"""
-    jobs = []
-    for path in util.SAVE.glob("*/logs/after_training.json"):
-        try:
-            tasks = [Task(*task) for task, _ in json.loads(path.read_text())]
-        except (OSError, ValueError, TypeError):
-            continue
-        jobs += [Job(None, task.model, task.kind, "PENDING", "", False) for task in tasks]
+    try:
+        lines, _ = call(["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%T|%r|%k"])
+    except UserError as error:
+        if essential:
+            raise
+        warn(str(error))
+        return []
+    jobs, listings = [], {path.stem: read_listing(path) for path in FOLDER.glob("*.json")}
+    for line in lines.splitlines():
+        number, array_index, state, reason, comment = line.split("|", 4)
+        match = re.fullmatch(rf"{get_tag()}-([0-9a-f]+)(?:-(\d+))?", comment)
+        if match and match[1] in listings:
+            task = listings[match[1]].tasks[int(match[2] or array_index)]
+            jobs.append(Job(number, task.key, state, reason if state == "PENDING" else ""))
     return jobs
 
 
 def cancel(jobs):
     """Cancels jobs, and those that om-repeat has queued behind them since. Returns: how many"""
-    commands.require("scancel")
-    waiting = [job for job in jobs if job.number is None]
-    for job in waiting:
-        take_after_training(job.model, [job.kind])
-    wanted, cancelled = {(job.model, job.kind) for job in jobs}, set()
-    for _ in range(10):
-        numbers = {job.number for job in jobs if job.number is not None} - cancelled
-        if not numbers:
-            break
-        answer = commands.call(["scancel", *sorted(numbers)])
-        if answer.status != 0:
-            raise UserError(f"scancel failed: {' '.join(answer.stderr.split())}")
+    keys, cancelled = {job.key for job in jobs}, set()
+    while numbers := {job.number for job in jobs} - cancelled:
+        call(["scancel", *sorted(numbers)])
         cancelled |= numbers
-        jobs = [job for job in get_queue()[0] if (job.model, job.kind) in wanted and job.state != "COMPLETING"]
-    return len(cancelled) + len(waiting)
+        jobs = [job for job in get_queue() if job.key in keys]
+    return len(cancelled)
+
+
+# ------------------------------------------------------------------ what became of a job
+
+
+def get_attempts(task):
+    """What a task's log says of its jobs since it was submitted. Returns: the number of the last, "" if it has run here since;
+    the steps that were saved at each start"""
+    number, starts = "", []
+    for line in tasks.read_log(task):
+        if line.startswith("--- "):
+            submitted, number, step = re.match(r"--- .*?(?:, (submitted as )?job (\w+)(?: at step (\d+))?)?: ", line).groups("")
+            starts = [*starts, int(step)] if step else []
+    return number, starts
+
+
+def describe(task):
+    """What became of a task that is no longer in the queue, in Slurm's words, and whether it failed: from its accounting or,
+    where that does not run, from the scheduler, which remembers a job for a while"""
+    number, _ = get_attempts(task)
+    if not number:
+        return "", False
+    state, words = "", "Slurm no longer knows it"
+    try:
+        lines, _ = call(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State,ExitCode"])
+        state, exit_code = lines.splitlines()[-1].split("|")
+        words = f"{state}, exit code {exit_code}"
+    except (UserError, IndexError):
+        with contextlib.suppress(UserError):
+            text, _ = call(["scontrol", "--oneliner", "show", "job", number])
+            fields = dict(re.findall(r"(JobState|ExitCode|Reason|Restarts)=(\S*)", text))
+            state, words = fields["JobState"], ", ".join(f"{name} {value}" for name, value in fields.items())
+    output = FOLDER / f"{number}.out"
+    lines = output.read_text(errors="replace").split("\n") if output.exists() else []
+    end = next(filter(None, reversed(lines)), "nothing")
+    return f"job {number}: {words}; the end of {output}: {end}", state in FAILURES
 
 
 # ------------------------------------------------------------------ what a job runs
 
 
 def run_task(where):
-    """Args: where: FILE:INDEX, or FILE with the array's index. Returns: the exit status"""
-    listing, pack = find_own_tasks(where)
+    """Args: where: FILE:INDEX of a chain of jobs, or FILE with the array's index. Returns: the exit status"""
+    path, _, index = where.rpartition(":") if re.search(r":\d+$", where) else (where, "", os.environ.get("SLURM_ARRAY_TASK_ID"))
+    try:
+        listing, index = read_listing(path), int(index)
+        task = listing.tasks[index]
+    except (UserError, ValueError, TypeError, IndexError):
+        raise UserError(f"--task {where!r} is not a task of a sweep; this option is for Slurm jobs, not for people") from None
     os.environ.update(listing.environment)
-    if len(pack) > 1:
-        return run_pack(listing, pack)
-    (task,), job = pack, get_job_number()
-    with StopSignal() as stop, open_log(task) as log:
-        stopped = attempts.note_start(task, listing.name, job, listing.max_requeues) or check_trained(task)
-        if stopped:
-            log.write(f"{stopped}\n")
-            status = 1
-        else:
-            if listing.repeated:
-                check_successor(task, log)
-            status = run_command(get_command(listing, task), log, stop, listing.warning)
-            if status == 128 + signal.SIGKILL:
-                log.write(f"{describe_signal(signal.SIGKILL)}; Slurm may say more: sweep.py --status\n")
+    is_chain, number = path != where, os.environ.get("SLURM_JOB_ID")
+    if not is_chain:
+        number = f"{os.environ.get('SLURM_ARRAY_JOB_ID')}_{index}"
+    with StopSignal() as stop, tasks.open_log(task, f", job {number} at step {tasks.get_progress(task).steps}") as log:
+        try:
+            status = try_to_run(listing, index, log, stop)
+        except UserError as error:
+            log.write(f"{error}\n")
+            status = 2
         task.get_path("status").write_text(f"{status}\n")
-        if status == 0 and task.kind == "train":
-            log.writelines(f"{line}\n" for line in submit_after_training(task.model))
-        if listing.repeated and was_stopped(status):
-            hold(log)
+        if is_chain and tasks.was_stopped(status):
+            log.write("saved; waiting for Slurm to end this job, so that om-repeat starts the next\n")
+            log.flush()
+            time.sleep(HOLD)  # if the job ended by itself, the chain would end
+        elif status == 128 + signal.SIGUSR1:
+            requeue(number)
     return status
 
 
-def run_pack(listing, pack):
-    """Runs several tasks side by side in one job, as a sweep does on its own machine; warned, all of them save and stop.
-    Returns: the exit status"""
-    left, num_refused = [], 0
-    for task in pack:
-        stopped = get_progress(task).done or attempts.note_start(task, listing.name, get_job_number(), listing.max_requeues)
-        stopped = stopped or check_trained(task)
-        if not stopped:
-            left.append(task)
-        elif stopped is not True:
-            num_refused += 1
-            with open_log(task) as log:
-                log.write(f"{stopped}\n")
-            task.get_path("status").write_text("1\n")
-    with StopSignal() as stop:
-        num_gpus = len(get_visible_gpus()) if any("--cuda" in task.flags for task in left) else 0
-        num_done = run_all(left, len(left), num_gpus, stop, lambda task: get_command(listing, task))
-    for task in pack:
-        if task.kind == "train" and is_trained(task):
-            print("\n".join(submit_after_training(task.model)))
-    if stop.received is not None:
-        return 128 + stop.received
-    return 0 if num_done == len(left) and not num_refused else 1
-
-
-def check_trained(task):
-    """Why a task cannot run yet, or "" """
-    if task.kind != "train" and not is_trained(task):
-        return "its model is not fully trained: nothing to evaluate"
-    return ""
-
-
-def get_job_number():
-    """The number of the job around this process, as scancel takes it"""
-    array, index = (os.environ.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
-    return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID", "")
-
-
-def check_successor(task, log):
-    """om-repeat's chain ends, without a word, if Slurm refuses the next job: then says so in the log and in --status"""
-    try:
-        others = [job for job in get_queue()[0] if (job.model, job.kind) == (task.model, task.kind)]
-    except UserError:
-        return
-    if len(others) == 1:
-        refused = "no job is queued behind this one, so the task ends with it; submit it again if it is not complete then"
-        log.write(f"warning: {refused}\n")
-        log.flush()
-        attempts.write(task, attempts.read(task)._replace(refused=refused))
-
-
-def find_own_tasks(where):
-    """Returns: a Listing, and the tasks of this job. Raises: UserError if there is none"""
-    path, _, index = where.rpartition(":") if re.search(r":\d+$", where) else (where, "", None)
-    index = os.environ.get("SLURM_ARRAY_TASK_ID") if index is None else index
-    try:
-        listing = read_listing(path)
-        return listing, listing.get_pack(int(index))
-    except (UserError, ValueError, TypeError, IndexError):
-        raise UserError(f"--task {where!r} is not a task of a sweep; this option is for Slurm jobs, not for people") from None
+def try_to_run(listing, index, log, stop):
+    """Runs a task, unless it has been started too often without getting any further; an evaluation whose model is still being
+    trained is submitted again. Returns: the exit status. Raises: UserError if it cannot run"""
+    task = listing.tasks[index]
+    _, starts = get_attempts(task)
+    if len(starts) >= MAX_STARTS and len(set(starts[-MAX_STARTS:])) == 1:
+        raise UserError(f"{MAX_STARTS - 1} requeues without progress (at step {starts[-1]}): it does not start again")
+    if task.kind != "train" and not tasks.get_training_progress(task).done:
+        trainings = get_trainings(task, get_queue())
+        if not trainings:
+            raise UserError("its model is not fully trained: nothing to evaluate")
+        submit(listing, [index], get_array(listing, [index], trainings))
+        return 0
+    return run_command(get_command(listing, task), log, stop)
 
 
 def get_command(listing, task):
@@ -598,47 +355,36 @@ def get_command(listing, task):
     return ["bash", "-lc", script, "bash", *task.get_command()]
 
 
-def run_command(command, log, stop, warning):
-    """Runs a command with one thread per CPU of the job, and passes signals on. Returns: the exit status"""
+def run_command(command, log, stop):
+    """Runs a command with one thread per CPU of the job, and passes signals on; shortly before the job's end, SIGUSR1.
+    Returns: the exit status"""
     environment, num_cpus = dict(os.environ), os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
     if num_cpus:  # more would slow each other down several times over
         environment["OMP_NUM_THREADS"] = num_cpus
-    job_end = get_job_end()  # known before the warning, at which Slurm might take its time to answer, or be down
-    if job_end is not None:
-        environment["SLURM_JOB_END_TIME"] = str(int(job_end))
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=_ignore_warning
-    )
-    warn_at = None
+    start, end = time.time(), get_job_end() or math.inf
+    ignore_warning = functools.partial(signal.signal, signal.SIGUSR1, signal.SIG_IGN)  # until it can save
+    options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=ignore_warning)
+    process = subprocess.Popen(command, **options)
+    due, is_warned = end - min(WARNING, (end - start) / 5), False
     while process.poll() is None:
         number, stop.received = stop.received, None
-        if number == signal.SIGUSR1 and warn_at is None:
-            warn_at = time.monotonic() + get_delay(warning, job_end)
-        elif number not in (None, signal.SIGUSR1):
+        if number == signal.SIGUSR1:  # Slurm's warning is at hand in `due`; one that comes earlier is somebody's
+            is_warned |= time.time() < end - WARNING - EARLY
+        elif number is not None:
             process.send_signal(number)
-        if warn_at is not None and time.monotonic() >= warn_at:
+        if is_warned or time.time() >= due:  # again and again, since it may still be starting
             process.send_signal(signal.SIGUSR1)
-            warn_at = time.monotonic() + 5  # again, in case it was still starting
-        try:
-            process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            continue
+        time.sleep(0.5)
+    if process.returncode < 0:
+        log.write(f"{tasks.describe_end(process.returncode)}\n")
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def _ignore_warning():
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until it can save
-
-
-def get_delay(warning, job_end):
-    """Slurm may warn up to a minute early, which could leave nothing of a short job. Returns: seconds to wait until the
-    warning is due; 0 for signals even earlier than that, which somebody sent to stop the job now"""
-    early = 0 if job_end is None else job_end - warning - time.time()
-    return early if 0 < early <= EARLY else 0
-
-
-def hold(log):
-    """Waits to be killed: if the job ended by itself, om-repeat would take it for complete and not repeat it"""
-    log.write("saved; waiting for Slurm to end this job, so that om-repeat starts the next\n")
-    log.flush()
-    time.sleep(HOLD)
+def requeue(number):
+    """Puts a job back into the queue; Slurm may be down for a while, and the job ends at its limit at the latest"""
+    while True:
+        try:
+            return call(["scontrol", "requeue", number])
+        except UserError as error:
+            print(f"job {number} cannot be requeued; trying again: {error}", flush=True)
+            time.sleep(3)

@@ -1,6 +1,8 @@
-"""The tasks of a sweep: what each runs, how far it has got, how tasks run on this machine, and the table of progress."""
+"""The tasks of a sweep: what each runs, how far it has got, and how tasks run on this machine."""
 
+import contextlib
 import ctypes
+import io
 import os
 import pathlib
 import re
@@ -34,6 +36,11 @@ class Task(NamedTuple):
     def __str__(self):
         return self.model if self.kind == "train" else f"{self.model} {self.kind}"
 
+    @property
+    def key(self):
+        """Identifies the task among those of a folder"""
+        return self.model, self.kind
+
     def get_path(self, suffix):
         """Path of the task's log, or of the exit status of its last attempt"""
         stem = "train" if self.kind == "train" else f"eval_{self.kind}"
@@ -41,11 +48,18 @@ class Task(NamedTuple):
 
     def get_evaluation_path(self):
         """Where the result of an evaluation lies"""
-        return pathlib.Path(util.SAVE, self.model, "logp", f"{self.settings['mode']}_{self.settings['algorithm']}.pt")
+        return util.SAVE / self.model / "logp" / f"{self.settings['mode']}_{self.settings['algorithm']}.pt"
 
     def get_state_path(self):
         """Where an evaluation is saved while it runs; of mws, its first half"""
         return checkpoints.get_state_path(self.get_evaluation_path(), 1 if self.settings["algorithm"] == "mws" else None)
+
+    def get_lock(self):
+        """The lock file that the task's process holds"""
+        if self.kind == "train":
+            return util.SAVE / self.model / "lock"
+        path = self.get_evaluation_path()
+        return path.with_name(f".{path.stem}.lock")
 
     def get_command(self):
         script = "main.py" if self.kind == "train" else "eval_logp.py"
@@ -59,81 +73,65 @@ class Progress(NamedTuple):
     """What is saved of a task"""
 
     done: bool
-    iteration: int = 0  # iterations done of the training or of the evaluation
-    total: int = 0
+    iteration: int  # iterations done of the training or of the evaluation
+    total: int
+    steps: int = 0  # steps of any kind, those of pretraining and of searches included
     value: str = ""  # the last loss, or log p
     saved: float | None = None  # when, seconds since the epoch
     others: bool = False  # whether another evaluation, or one of an older model, would be replaced
+    damage: str = ""  # which checkpoint is damaged, in words
 
 
 def get_progress(task):
-    """Reads a task's progress from its files; damaged ones count as missing"""
+    """Reads a task's progress from its files"""
     return get_training_progress(task) if task.kind == "train" else get_evaluation_progress(task)
 
 
 def get_training_progress(task):
-    path = checkpoints.get_path(task.model)
-    try:
-        checkpoint = checkpoints.load(path)
-        losses = curves.get_last(checkpoint["statistics"], "train")
-        value = f"{losses['theta_loss']:.2f}" if "theta_loss" in losses else ""
-        done, saved = checkpoints.is_complete(checkpoint, task.total), path.stat().st_mtime
-        return Progress(done, checkpoint["iteration"], task.total, value, saved)
-    except (UserError, OSError):
-        return Progress(False, 0, task.total)
+    """That of the newest intact checkpoint; a training whose latest.pt is damaged is not done"""
+    checkpoint, latest = None, checkpoints.get_path(task.model)
+    with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.suppress(UserError, OSError):
+        checkpoint = checkpoints.load_newest(task.model)  # which warns of each damaged one
+    damage = stderr.getvalue().partition("\n")[0].removeprefix("warning: ")
+    if checkpoint is None:
+        return Progress(False, 0, task.total, damage=damage)
+    losses = curves.get_last(checkpoint["statistics"], "train")
+    return Progress(
+        done=checkpoints.is_complete(checkpoint, task.total) and checkpoint["path"] == str(latest),
+        iteration=checkpoint["iteration"],
+        total=task.total,
+        steps=checkpoint["pretrain_iteration"] + checkpoint["iteration"],
+        value=f"{losses['theta_loss']:.2f}" if "theta_loss" in losses else "",
+        saved=os.path.getmtime(checkpoint["path"]),
+        damage=damage,
+    )
 
 
 def get_evaluation_progress(task):
-    """Done means: of the current model, with the settings in the task's flags. Others: different evaluations, finished or
-    not, are in its place"""
-    asked, total = task.settings, task.settings["num_iterations"]
-    iteration = get_training_progress(task).iteration
-    progress = Progress(False, 0, total)
-    for path, keys in [(task.get_evaluation_path(), checkpoints.RESULT_KEYS), (task.get_state_path(), {"settings", "log_p"})]:
-        try:
-            saved, when = util.load_checkpoint(path, keys=keys), path.stat().st_mtime
-        except (UserError, OSError):  # missing or damaged
-            continue
-        is_ours = is_as_asked(saved, asked) and saved["settings"]["model"].endswith(f" {iteration}")
-        if "model_iteration" not in saved:
-            return Progress(False, saved["iteration"] * is_ours, total, "", when, others=not is_ours)
-        if is_ours:
-            return Progress(True, total, total, f"{saved['log_p']:.2f}", when)
-        progress = Progress(False, 0, total, f"{saved['log_p']:.2f}", when, others=True)
-    return progress
+    """Done means: of the current model, with the settings that the task asks for"""
+    total, model_iteration = task.settings["num_iterations"], get_training_progress(task).iteration
+    result = load_saved(task.get_evaluation_path(), checkpoints.RESULT_KEYS)
+    state = load_saved(task.get_state_path(), {"settings", "iteration", "log_p", "num_searched"})
+    if result and is_as_asked(result, task, model_iteration):
+        value, saved = f"{result['log_p']:.2f}", task.get_evaluation_path().stat().st_mtime
+        return Progress(True, total, total, total, value, saved)
+    if state and is_as_asked(state, task, model_iteration):
+        steps, saved = state["iteration"] + len(state["log_p"]) + state["num_searched"], task.get_state_path().stat().st_mtime
+        return Progress(False, state["iteration"], total, steps, saved=saved, others=bool(result))
+    return Progress(False, 0, total, others=bool(result or state))
 
 
-def get_position(task):
-    """How many iterations are saved, of pretraining, training or evaluation: what must grow from attempt to attempt"""
-    try:
-        if task.kind == "train":
-            checkpoint = util.load_checkpoint(checkpoints.get_path(task.model))
-            return checkpoint["pretrain_iteration"] + checkpoint["iteration"]
-        if task.get_evaluation_path().exists() and get_evaluation_progress(task).done:
-            return task.settings["num_iterations"]
-        state = util.load_checkpoint(task.get_state_path(), keys={"iteration", "log_p"})
-        return state["iteration"] + len(state["log_p"]) + state["num_searched"]
-    except (UserError, OSError):
-        return 0
+def load_saved(path, keys):
+    """What is saved of an evaluation; None if it is missing or damaged: then it starts over"""
+    with contextlib.suppress(UserError):
+        return util.load_checkpoint(path, keys=keys)
 
 
-def is_trained(task):
-    """Whether the task's model is fully trained"""
-    return get_training_progress(task).done
-
-
-def is_as_asked(saved, asked):
-    """Whether what is saved of an evaluation, finished or not, has the settings that a task asks for"""
+def is_as_asked(saved, task, model_iteration):
+    """Whether what is saved of an evaluation is of this model, and has the settings that a task asks for"""
     settings = {**saved["settings"], **{name: saved["args"].get(name) for name in CHOICE_OF_IMAGES}}
-    return all(settings.get(name) == value for name, value in asked.items())
-
-
-def get_lock(task):
-    """The lock file that the task's process holds"""
-    if task.kind == "train":
-        return util.SAVE / task.model / "lock"
-    path = task.get_evaluation_path()
-    return path.with_name(f".{path.stem}.lock")
+    is_of_model = settings["model"].endswith(f" {model_iteration}")
+    return is_of_model and all(settings.get(name) == value for name, value in task.settings.items())
 
 
 def was_stopped(status):
@@ -144,19 +142,31 @@ def was_stopped(status):
 
 def is_failed(task):
     """Whether the last attempt ended with an error"""
-    try:
-        status = int(task.get_path("status").read_text())
-    except (OSError, ValueError):
-        return False
+    path = task.get_path("status")
+    status = int(path.read_text() or 0) if path.exists() else 0
     return status != 0 and not was_stopped(status)
+
+
+# ------------------------------------------------------------------ logs
+
+
+def open_log(task, words=""):
+    """Opens the task's log for appending, and writes the command. Args: words: what else to say of this attempt"""
+    path = task.get_path("log")
+    util.make_folder(path.parent)
+    task.get_path("status").unlink(missing_ok=True)
+    log = open(path, "a")
+    when, node = time.strftime("%Y-%m-%d %H:%M:%S"), os.uname().nodename
+    log.write("\n" if log.tell() else "")  # after an interrupted progress bar
+    log.write(f"--- {when} on {node}{words}: {shlex.join(task.get_command())}\n")
+    log.flush()
+    return log
 
 
 def read_log(task):
     """The lines of a task's log, without progress bars"""
-    try:
-        text = task.get_path("log").read_text(errors="replace")
-    except OSError:
-        return []
+    path = task.get_path("log")
+    text = path.read_text(errors="replace") if path.exists() else ""
     lines = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
     return [line for line in lines if line and not re.search(r"\d+/\d+ \[[\d:]+<", line)]
 
@@ -171,19 +181,6 @@ def get_device(task):
     return "" if not starts else "GPU" if "--cuda" in starts[-1].split() else "CPU"
 
 
-def open_log(task):
-    """Opens the task's log for appending, and writes the command"""
-    path = task.get_path("log")
-    util.make_folder(path.parent)
-    task.get_path("status").unlink(missing_ok=True)
-    log = open(path, "a")
-    when, node = time.strftime("%Y-%m-%d %H:%M:%S"), os.uname().nodename
-    log.write("\n" if log.tell() else "")  # after an interrupted progress bar
-    log.write(f"--- {when} on {node}: {shlex.join(task.get_command())}\n")
-    log.flush()
-    return log
-
-
 # ------------------------------------------------------------------ running tasks here
 
 
@@ -193,7 +190,6 @@ class Worker(NamedTuple):
     task: Task
     process: subprocess.Popen
     slot: int
-    start: float  # by time.monotonic
 
 
 def _prepare_child():
@@ -209,18 +205,18 @@ def get_visible_gpus():
     return names or [str(number) for number in range(torch.cuda.device_count())]
 
 
-def start(task, slot, num_slots, num_gpus, get_command=lambda task: task.get_command()):
+def start(task, slot, num_slots, num_gpus):
     """Starts a task on its slot's share of the cores, and on its GPU if there are several"""
     cores = util.get_cores()
     share = cores[slot % len(cores) :: num_slots]
     # Processes with as many threads as cores would slow each other down several times over.
     environment = {"OMP_NUM_THREADS": str(len(share)), **os.environ}
     if num_gpus:
-        task = task._replace(flags=[*task.flags, *["--cuda"] * ("--cuda" not in task.flags)])
+        task = task._replace(flags=[*task.flags, "--cuda"])
         environment["CUDA_VISIBLE_DEVICES"] = get_visible_gpus()[slot % num_gpus]
     with open_log(task) as log:
         process = subprocess.Popen(
-            get_command(task),
+            task.get_command(),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -229,7 +225,7 @@ def start(task, slot, num_slots, num_gpus, get_command=lambda task: task.get_com
         )
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(process.pid, share)
-    return Worker(task, process, slot, time.monotonic())
+    return Worker(task, process, slot)
 
 
 def finish(worker):
@@ -239,126 +235,51 @@ def finish(worker):
     if status == 0:
         progress = get_progress(task)
         what = "theta loss" if task.kind == "train" else "log p"
-        seconds = time.monotonic() - worker.start
-        print(f"{task}: done, {progress.iteration} iterations, {what} {progress.value}, {seconds:.0f} s", flush=True)
+        print(f"{task}: done, {progress.iteration} iterations, {what} {progress.value}", flush=True)
     elif was_stopped(status):
         print(f"{task}: stopped, resumes when the sweep does", flush=True)
     else:
-        how = f"failed with status {status}" if status > 0 else describe_signal(-status)
-        print(f"{task}: {how}, see {task.get_path('log')}; its end:\n{get_log_end(task)}", flush=True)
+        print(f"{task}: {describe_end(status)}, see {task.get_path('log')}; its end:\n{get_log_end(task)}", flush=True)
     return status == 0
 
 
-def describe_signal(number):
-    """How a process ended that a signal ended, in words"""
-    return f"killed by {signal.Signals(number).name}" + ", perhaps for want of memory" * (number == signal.SIGKILL)
+def describe_end(status):
+    """How a process failed, in words"""
+    if status > 0:
+        return f"failed with status {status}"
+    return f"killed by {signal.Signals(-status).name}" + ", perhaps for want of memory" * (status == -signal.SIGKILL)
 
 
 def wait_for_lock(task, seconds=5):
     """Waits a moment for a process that is ending and may still be saving. Returns: whether the task is free"""
     end = time.monotonic() + seconds
-    while locks.is_locked(get_lock(task)):
+    while locks.is_locked(task.get_lock()):
         if time.monotonic() > end:
-            holder = get_lock(task).read_text().strip()
+            holder = task.get_lock().read_text().strip()
             print(f"{task}: skipped, {holder} is working on it", flush=True)
             return False
         time.sleep(0.1)
     return True
 
 
-def run_all(tasks, num_slots, num_gpus, stop, get_command=lambda task: task.get_command()):
-    """Runs tasks as child processes, a number of them at a time, until all have ended or a signal
-    arrives, which is passed on so that they save. Args: get_command: gives the command of a task
-    Returns: how many succeeded"""
+def run_all(tasks, num_slots, num_gpus, stop):
+    """Runs tasks as child processes, a number of them at a time, until all have ended or a signal arrives, which is passed on
+    so that they save. Returns: how many succeeded"""
     waiting, workers, num_done, told = list(tasks), [], 0, False
-    with util.show_progress(total=len(tasks), unit="task", disable=not sys.stderr.isatty()) as bar:
-        while workers or (waiting and stop.received is None):
-            if stop.received is None and waiting and len(workers) < num_slots:
-                task = waiting.pop(0)
-                if wait_for_lock(task):
-                    slot = min(set(range(num_slots)) - {worker.slot for worker in workers})
-                    workers.append(start(task, slot, num_slots, num_gpus, get_command))
-                    bar.set_description(", ".join(str(worker.task) for worker in workers))
-                continue
-            if stop.received is not None and not told:
-                told = True
-                for worker in workers:
-                    worker.process.send_signal(stop.received)
-            for worker in [worker for worker in workers if worker.process.poll() is not None]:
-                workers.remove(worker)
-                num_done += finish(worker)
-                bar.update()
-            time.sleep(0.05)
+    while workers or (waiting and stop.received is None):
+        if stop.received is None and waiting and len(workers) < num_slots:
+            task = waiting.pop(0)
+            if wait_for_lock(task):
+                print(f"{task}: started, log {task.get_path('log')}", flush=True)
+                slot = min(set(range(num_slots)) - {worker.slot for worker in workers})
+                workers.append(start(task, slot, num_slots, num_gpus))
+            continue
+        if stop.received is not None and not told:
+            told = True
+            for worker in workers:
+                worker.process.send_signal(stop.received)
+        for worker in [worker for worker in workers if worker.process.poll() is not None]:
+            workers.remove(worker)
+            num_done += finish(worker)
+        time.sleep(0.05)
     return num_done
-
-
-# ------------------------------------------------------------------ the table of progress
-
-HEADINGS = ["run", "state", "iteration", "", "saved before", "on", "job", "log"]
-
-
-def show_status(some_tasks, queue, describe):
-    """Prints a line per task and, under one that does not go on, why. Args: queue: a list of slurm.Job; describe: what
-    Slurm knows of a task that is not in its queue, in words, and whether it has failed
-    Returns: 1 if a task has failed, else 0"""
-    jobs = {}
-    for job in queue:  # a running job before the one that om-repeat has queued behind it
-        if (job.model, job.kind) not in jobs or job.state == "RUNNING":
-            jobs[job.model, job.kind] = job
-    value = "theta loss" if some_tasks[0].kind == "train" else "log p"
-    rows = [[value if heading == "" else heading for heading in HEADINGS]]
-    notes, failed = [""], False
-    for task in some_tasks:
-        row, note = get_row(task, jobs.get((task.model, task.kind)), describe)
-        failed |= row[1] == "failed"
-        rows.append(row)
-        notes.append(note)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row, note in zip(rows, notes, strict=True):
-        print("  ".join(f"{word:{width}}" for word, width in zip(row, widths, strict=True)).rstrip())
-        if note:
-            print(f"    {note}")
-    return int(failed)
-
-
-def get_row(task, job, describe):
-    """Returns: the cells of a task's line, and a line to go under it"""
-    progress = get_progress(task)
-    state = get_state(task, progress, job)
-    log = task.get_path("log")
-    number = "-" if job is None else job.number or "after training"
-    waiting_for = f" ({job.reason})" if job and job.reason and job.reason != "None" else ""
-    row = [
-        str(task),
-        state,
-        f"{progress.iteration}/{progress.total}",
-        progress.value or "-",
-        format_age(progress.saved),
-        get_device(task) or "-",
-        number + waiting_for,
-        str(log) if log.exists() else "-",
-    ]
-    left, failed = describe(task) if state in ("failed", "stopped", "waiting") else ("", False)
-    row[1] = "failed" if failed else state
-    return row, "; ".join(filter(None, [get_log_end(task, 1) if row[1] == "failed" else "", left]))
-
-
-def get_state(task, progress, job):
-    """One of waiting (not started or queued), queued, running, stopped, done, failed"""
-    if progress.done:
-        return "done"
-    if locks.is_locked(get_lock(task)) or (job and job.state in ("RUNNING", "COMPLETING")):
-        return "running"
-    if job:
-        return "queued"
-    if is_failed(task):
-        return "failed"
-    return "stopped" if progress.iteration or task.get_path("log").exists() else "waiting"
-
-
-def format_age(saved):
-    """Time elapsed since then, in hours:minutes:seconds"""
-    if saved is None:
-        return "-"
-    seconds = max(int(time.time() - saved), 0)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -21,7 +21,7 @@ import eval_logp
 import main
 import sweep
 import util
-from cluster import slurm, tasks
+from cluster import tasks
 from runs import checkpoints, locks
 from util import UserError
 
@@ -157,7 +157,7 @@ def test_evaluations_of_a_sweep():
     chosen = ["--eval-logp", "--models", "rws_3", "--eval-algorithms", "own"]
     (task,) = sweep.get_tasks(sweep.parse_args([*chosen, "--eval-options=--mode train --seed 5"]))
     assert (task.kind, task.settings["mode"], task.settings["seed"]) == ("train_own", "train", 5)
-    assert [path.name for path in (task.get_evaluation_path(), task.get_path("log"), tasks.get_lock(task))] == [
+    assert [path.name for path in (task.get_evaluation_path(), task.get_path("log"), task.get_lock())] == [
         "train_own.pt", "eval_train_own.log", ".train_own.lock",
     ]  # fmt: skip
     with pytest.raises(UserError, match="the sweep itself sets"):
@@ -173,13 +173,18 @@ def test_a_run_stopped_before_its_last_test_is_not_complete(make_sweep, monkeypa
     with monkeypatch.context() as context:
         context.setattr(main, "test", lambda run: os.kill(os.getpid(), signal.SIGTERM) or False)
         assert main.main(flags) == 128 + signal.SIGTERM
-    assert load(name)["iteration"] == 4 and not tasks.is_trained(task)
-    assert main.main(flags) == 0 and tasks.is_trained(task)
+    assert load(name)["iteration"] == 4 and not tasks.get_progress(task).done
+    assert main.main(flags) == 0 and tasks.get_progress(task).done
     resumed = load(name)
     assert resumed["statistics"]["test"]["iteration"].tolist() == [4]
     shutil.rmtree(util.SAVE / name)
     assert main.main(flags) == 0
     assert_same(resumed, load(name))
+    latest = checkpoints.get_path(name)
+    latest.write_bytes(latest.read_bytes()[:-1000])  # progress is that of the newest intact checkpoint
+    cells, _ = get_cells()
+    assert (cells["state"], cells["iteration"]) == ("stopped", "3/4")
+    assert run("--status").count(f"{latest} is damaged") == 1
 
 
 def test_sweep_here(make_sweep, monkeypatch):
@@ -263,7 +268,8 @@ def test_failures_and_locks(make_sweep):
         assert f"{models[1]}: failed with status 2, see save/{models[1]}/logs/train.log" in stdout and "is intact" in stdout
         assert "0 of 2 done" in stdout
         assert [cells["state"] for cells in get_cells()] == ["running", "failed"]
-        assert "is intact" in run("--status", status=1).splitlines()[-1]
+        *_, damage, reason = run("--status", status=1).splitlines()
+        assert f"save/{models[1]}/checkpoints/latest.pt is damaged" in damage and "is intact" in reason
         stdout = run("--rm", "--dry-run")
         assert "is in use and stays" in stdout and stdout.splitlines()[-1] == f"save/{models[1]}"
     assert not tasks.get_progress(task).done
@@ -272,9 +278,8 @@ def test_failures_and_locks(make_sweep):
 BAD_INPUT = [
     ("--jobs 0", ["--jobs", "out of range"]),
     ("--cluster", ["sbatch is not on the PATH"]),
-    ("--cancel", ["scancel is not on the PATH"]),
+    ("--cancel", ["sbatch is not on the PATH"]),
     ("--models mws_4", ["mws_4", "not in the sweep"]),
-    ("--cluster --dry-run --time soon", ["--time soon"]),
     ("--status --rm", ["exclude"]),
     ("--eval-logp --eval-options '--seed'", ["--seed"]),
     ("--test-run --models test_run_mws_3", ["save"]),
@@ -290,11 +295,6 @@ def test_bad_input(folder, monkeypatch, capsys):
             util.run_script(sweep.main)
         stderr = capsys.readouterr().err
         assert end.value.code == 2 and stderr.count("\n") == 1 and all(word in stderr for word in words), stderr
-
-
-def test_times():
-    for text, seconds in [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-12", 129600), ("1-00:00:30", 86430)]:
-        assert slurm.get_seconds(text) == seconds
 
 
 def test_tasks_share_the_gpus_that_the_sweep_may_use(folder, monkeypatch):

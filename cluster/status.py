@@ -1,0 +1,63 @@
+"""The table of a sweep's progress."""
+
+import datetime
+import time
+
+from cluster import slurm, tasks
+from runs import locks
+
+
+def show(some_tasks, queue):
+    """Prints a line per task, trainings and evaluations in tables of their own, and notes under those that do not go on. Args:
+    queue: a list of slurm.Job. Returns: 1 if a task has failed, else 0"""
+    jobs = {}
+    for job in queue:  # a running job before the one that om-repeat has queued behind it
+        if job.key not in jobs or job.state == "RUNNING":
+            jobs[job.key] = job
+    failed = False
+    for value, are_trainings in [("theta loss", True), ("log p", False)]:
+        group = [task for task in some_tasks if (task.kind == "train") == are_trainings]
+        rows = [(["run", "state", "iteration", value, "saved before", "on", "job", "log"], [])]
+        rows += [get_row(task, jobs.get(task.key)) for task in group]
+        widths = [max(map(len, column)) for column in zip(*(cells for cells, _ in rows), strict=True)]
+        for cells, notes in rows if group else []:
+            print("  ".join(f"{word:{width}}" for word, width in zip(cells, widths, strict=True)).rstrip())
+            for note in notes:
+                print(f"    {note}")
+            failed |= cells[1] == "failed"
+    return int(failed)
+
+
+def get_row(task, job):
+    """Returns: the cells of a task's line, and the lines to go under it"""
+    progress, log = tasks.get_progress(task), task.get_path("log")
+    state, notes = get_state(task, progress, job), []
+    if state in ("failed", "stopped"):
+        verdict, failed = slurm.describe(task)
+        state = "failed" if failed else state
+        notes = [tasks.get_log_end(task, 1)] * (state == "failed") + [verdict]
+    number = "-" if job is None else job.number + f" ({job.reason})" * (job.reason not in ("", "None"))
+    cells = [
+        str(task),
+        state,
+        f"{progress.iteration}/{progress.total}",
+        progress.value or "-",
+        str(datetime.timedelta(seconds=abs(int(time.time() - progress.saved)))) if progress.saved else "-",
+        tasks.get_device(task) or "-",
+        number,
+        str(log) if log.exists() else "-",
+    ]
+    return cells, list(filter(None, [progress.damage, *notes]))
+
+
+def get_state(task, progress, job):
+    """One of waiting (never started or submitted), queued, running, stopped, done, failed"""
+    if progress.done:
+        return "done"
+    if locks.is_locked(task.get_lock()) or (job and job.state in ("RUNNING", "COMPLETING")):
+        return "running"
+    if job:
+        return "queued"
+    if tasks.is_failed(task):
+        return "failed"
+    return "stopped" if progress.iteration or task.get_path("log").exists() else "waiting"
