@@ -289,7 +289,6 @@ def main(argv=None):
     args = parse_args(argv)
     if args.task is not None:
         return slurm.run_task(args.task)
-    util.check_links(util.SAVE)
     actions = [(args.status, show_status), (args.rm, remove), (args.cancel, cancel), (args.plot, plot), (args.cluster, submit)]
     return next((action for wanted, action in actions if wanted), run_here)(args)
 

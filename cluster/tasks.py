@@ -153,7 +153,7 @@ def is_failed(task):
 def open_log(task, words=""):
     """Opens the task's log for appending, and writes the command. Args: words: what else to say of this attempt"""
     path = task.get_path("log")
-    util.make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     task.get_path("status").unlink(missing_ok=True)
     log = open(path, "a")
     when, node = time.strftime("%Y-%m-%d %H:%M:%S"), os.uname().nodename
