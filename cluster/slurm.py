@@ -5,6 +5,7 @@ Nothing passes through a shell here; arguments that om-repeat would mangle are r
 """
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import itertools
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import util
 from cluster import tasks
 from cluster.tasks import ROOT, Task
-from runs.saving import StopSignal, get_job_end
+from runs.saving import StopSignal
 from util import UserError, warn
 
 TIME = "12:00:00"
@@ -353,6 +354,24 @@ def get_command(listing, task):
         return task.get_command()
     script = "{ " + listing.setup + '\n} || exit\nexec "$@"'
     return ["bash", "-lc", script, "bash", *task.get_command()]
+
+
+def get_job_end():
+    """When the Slurm job around this process must end, in seconds since the epoch; None outside a job or if Slurm
+    does not say. Slurm sets it in the job's environment; versions before 23 have to be asked."""
+    job = os.environ.get("SLURM_JOB_ID")
+    try:
+        if job is None:
+            return None
+        if os.environ.get("SLURM_JOB_END_TIME"):
+            return float(os.environ["SLURM_JOB_END_TIME"])
+        command = ["squeue", "--noheader", f"--jobs={job}", "--format=%A %e"]
+        environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+        process = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        ends = {line.split()[0]: line.split()[1] for line in process.stdout.splitlines()}
+        return datetime.datetime.fromisoformat(ends[job]).timestamp()
+    except (OSError, ValueError, KeyError, IndexError, subprocess.TimeoutExpired):
+        return None
 
 
 def run_command(command, log, stop):
