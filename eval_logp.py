@@ -52,7 +52,7 @@ ALGORITHMS = report.ALGORITHMS
 LEARNING_RATE = 1e-3
 DEFAULTS = {  # by algorithm, where they differ; the first are the paper's
     "num_particles": (100, {"mws": 10}),
-    "num_iterations": (20000, {"mws": 500, "own": 0}),
+    "num_iterations": (20000, {"mws": 1000, "own": 0}),
     "test_batch_size": (1, {"own": 10}),
     "test_num_particles": (5000, {"own": 1000}),
 }
