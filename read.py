@@ -135,7 +135,7 @@ def main(argv=None):
     folder = util.SAVE / name / "read" if args.output is None else util.expand_user(args.output)
     util.set_seed(args.seed)
     found = characters.find(args.images, args.as_is)
-    num_steps = matching.NUM_TRACE_STEPS * math.ceil(len(found) / variation.AT_ONCE)
+    num_steps = matching.TRACING.num_steps * math.ceil(len(found) / variation.AT_ONCE)
     with util.show_progress(total=num_steps, desc=f"reading {len(found)} characters", unit="step") as bar:
         reading = characters.read(model, found, bar.update)
     for i, (stem, file) in enumerate(zip(found.names, found.files, strict=True)):

@@ -99,11 +99,11 @@ def _name(files):
 
 def read(generative_model, characters, tick=lambda: None):
     """Traces Characters with the model's strokes, and refits these to the ink: Reading. `tick` is called after each of
-    matching.NUM_TRACE_STEPS steps of each variation.AT_ONCE characters"""
+    matching.TRACING.num_steps steps of each variation.AT_ONCE characters"""
     strokes = matching.find_strokes(
         generative_model, characters.inks, characters.obs, num_traces=1, deviations=DEVIATIONS, tick=tick
     )
-    drawing, latent = strokes.drawing, strokes.latent[0]
+    drawing, latent = strokes.drawing.select(0), strokes.latent[0]
     used = drawing.on | drawing.displacement.any(2)  # [N, A]
     arcs = torch.cat([drawing.displacement, drawing.theta.unsqueeze(2)], 2).flatten(0, 1)  # [N * A, 3]
     library = generative_model.get_primitives()[:, :3].detach()

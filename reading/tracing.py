@@ -66,21 +66,20 @@ def trace(generative_model, inks, rngs=None):
     """
     primitives = generative_model.get_primitives().detach()  # [P, 5]
     library = primitives[:, :3].double().numpy()
-    rngs = [None] * len(inks) if rngs is None else rngs
-    traces = [_trace(make_square(ink), library, rng) for ink, rng in zip(inks, rngs, strict=True)]
-    num_arcs = max([1, *(len(strokes) for _, strokes in traces)])
+    rngs = rngs or [None] * len(inks)
+    starts, traces = zip(*(_trace(make_square(ink), library, rng) for ink, rng in zip(inks, rngs, strict=True)), strict=True)
+    num_arcs = max([1, *map(len, traces)])
     latent = torch.zeros(len(inks), num_arcs, 2, dtype=torch.long)
     arcs = torch.zeros(len(inks), num_arcs, 3)  # dx, dy, theta
-    start = torch.full((len(inks), 2), 0.5)
-    for n, (begin, strokes) in enumerate(traces):
-        start[n] = torch.as_tensor(begin)
+    for n, strokes in enumerate(traces):
         for a, (primitive, on, arc) in enumerate(strokes):
             latent[n, a] = torch.tensor([primitive, on])
             arcs[n, a] = torch.as_tensor(arc)
-    used = torch.arange(num_arcs) < torch.tensor([len(strokes) for _, strokes in traces]).unsqueeze(1)  # [N, A]
+    used = torch.arange(num_arcs) < torch.tensor([len(strokes) for strokes in traces]).unsqueeze(1)  # [N, A]
     centre = variation.get_drawing(generative_model, latent)
     sharpness, width = (primitives[:, i].mean().expand(len(inks), num_arcs) for i in (3, 4))
     displacement, theta = centre.displacement * used.unsqueeze(2), centre.theta * used
+    start = torch.from_numpy(np.array(starts)).float()
     centre = centre._replace(displacement=displacement, theta=theta, start=start, sharpness=sharpness, width=width)
     moved, turned = (arcs[..., :2] - displacement) / OWN.displacement, (arcs[..., 2] - theta) / OWN.theta
     return Traces(latent, centre, variation.get_none(centre)._replace(displacement=moved, theta=turned))
@@ -88,7 +87,8 @@ def trace(generative_model, inks, rngs=None):
 
 def _trace(ink, library, rng):
     """Returns: where the first stroke begins, and (primitive, on, (dx, dy, theta)) of each stroke"""
-    lines, strokes, start, pen = find_lines(ink, rng), [], None, None
+    lines, strokes, pen = find_lines(ink, rng), [], None
+    start = np.full(2, 0.5)
     while lines:
         line, lines = _take_next(lines, pen, rng)
         if pen is None:
@@ -102,18 +102,17 @@ def _trace(ink, library, rng):
             arc = np.array([DOT, 0, 0]) if dot else np.append(end - pen, theta)
             strokes.append((primitive, 1, arc))
             pen = pen + arc[:2]
-    return (np.full(2, 0.5) if start is None else start), strokes
+    return start, strokes
 
 
 def _take_next(lines, pen, rng):
     """The line, in either direction, whose beginning is closest to the pen, and the rest"""
-
-    def get_distance(line):
-        distance = np.abs(line[0] - [0, 1]).sum() if pen is None else np.linalg.norm(line[0] - pen)
-        return distance * (1 if rng is None else math.exp(ORDER_NOISE * rng.standard_normal()))
-
-    choices = [(get_distance(line), i, line) for i, one in enumerate(lines) for line in (one, one[::-1])]
-    _, i, line = min(choices, key=lambda choice: choice[0])
+    choices = [(i, line) for i, one in enumerate(lines) for line in (one, one[::-1])]
+    first = np.array([line[0] for _, line in choices])  # [2 * lines, 2]
+    distance = np.abs(first - [0, 1]).sum(1) if pen is None else np.linalg.norm(first - pen, axis=1)
+    if rng is not None:
+        distance = distance * np.exp(ORDER_NOISE * rng.standard_normal(len(distance)))
+    i, line = choices[distance.argmin()]
     return line, lines[:i] + lines[i + 1 :]
 
 
@@ -207,21 +206,18 @@ def _get_graph(ink):
     edges, seen = [], set()
 
     def follow(pixel, following):
-        path = [pixel]
-        while True:
-            seen.update([(pixel, following), (following, pixel)])
-            path.append(following)
-            if following in node_of:
-                edges.append((node_of[path[0]], node_of[following], np.array(path, float)))
-                return
-            pixel, following = following, next(other for other in beside[following] if other != pixel)
+        path = [pixel, following]
+        while path[-1] not in node_of:
+            path.append(next(other for other in beside[path[-1]] if other != path[-2]))
+        seen.update([*path[1:-1], tuple(path[:2]), tuple(path[:-3:-1])])
+        edges.append((node_of[pixel], node_of[path[-1]], np.array(path, float)))
 
     for pixel in list(node_of):
         for other in beside[pixel] or [pixel]:  # a dot is an edge to itself
             if (pixel, other) not in seen:
                 follow(pixel, other)
     for pixel, others in beside.items():  # closed lines
-        if pixel not in node_of and (pixel, others[0]) not in seen:
+        if pixel not in node_of and pixel not in seen:
             node_of[pixel] = len(node_of)
             follow(pixel, others[0])
     return [np.array(pixel, float) for pixel in node_of], edges
