@@ -108,12 +108,12 @@ def save_searched(model, network, found, folder, title):
     """Searches for the best programs of the model's own strokes, and writes their drawings"""
     obs = (found.obs >= 0.5).float()
     rendering.set_compile(True)  # which takes a while, and a search longer
-    latent, log_joint, alphabet = search.read(model, network, obs)
+    latent, log_joint, alphabets = search.read(model, network, obs)
     map_id, _ = drawings.get_maps(model, latent, obs)
     drawing = variation.get_drawing(model, latent, obs)
     for i, name in enumerate(found.names):
         program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
-        details = {} if alphabet is None else {"alphabet": alphabet[i].argmax().item()}
+        details = {} if alphabets[i] is None else {"alphabet": alphabets[i].argmax().item()}
         save_program(folder / f"{name}-program", program, image=found.files[i], log_joint=log_joint[i].item(), **details)
     stages = drawings.draw_stages(drawing, RESOLUTION)
     seen = drawings.draw_parts(drawing, drawing.on.unsqueeze(1), RESOLUTION)[:, 0]

@@ -60,8 +60,9 @@ def find(generative_model, obs, alphabet=None, proposals=None, num_best=200, eff
     """
     effort, image = effort or Effort(), Image(generative_model, obs, alphabet)
     codes = [] if proposals is None else [pack(proposals)]
-    empty = torch.empty(1, 0, dtype=torch.long, device=obs.device)
-    for map_id in image.get_groups_of_maps(effort.num_groups):
+    empty, maps = torch.empty(1, 0, dtype=torch.long, device=obs.device), generative_model.likelihood.maps
+    groups = [None] if maps is None else torch.randperm(len(maps), device=obs.device).split(MAPS_PER_GROUP)
+    for map_id in groups[: effort.num_groups]:
         if not is_stopped() and effort.width > 0:
             codes.append(grow(image, empty, map_id, effort.width))
     codes = anneal(image, torch.cat(codes), effort, effort.num_hot_rounds, HOT, num_best, is_stopped)
@@ -72,22 +73,22 @@ def find(generative_model, obs, alphabet=None, proposals=None, num_best=200, eff
 
 
 @torch.no_grad()
-def read(generative_model, inference_network, obs, effort=None, num_proposals=1000, alphabet=None):
+def read(generative_model, inference_network, obs, effort=None, num_proposals=1000):
     """Searches for the most probable program of each image, beginning with proposals of the inference network. A conditional
-    model that is given no alphabet takes that of the most probable proposal.
+    model takes the alphabet of the most probable proposal.
 
-    Args: obs [N, R, C] in {0, 1}; effort: Effort, by default QUICK; alphabet [N, L] one-hot or None
-    Returns: latent [N, A, 2]; log_joint [N], nats; alphabet [N, L], or None if the model is not conditional
+    Args: obs [N, R, C] in {0, 1}; effort: Effort, by default QUICK
+    Returns: latent [N, A, 2]; log_joint [N], nats; alphabets: a list of N, [L] one-hot each, or None if not conditional
     """
-    if alphabet is None and generative_model.num_alphabets:
-        alphabet = torch.stack([guess_alphabet(generative_model, inference_network, x, num_proposals) for x in obs])
-    alphabets = [None] * len(obs) if alphabet is None else alphabet
-    found = []
-    for x, own in zip(show_progress(obs, desc="searching", unit="image"), alphabets, strict=True):
-        proposals = inference_network.sample(x[None], num_proposals, None if own is None else own[None]).squeeze(1)  # [P, A, 2]
-        found.append(find(generative_model, x, own, proposals, 1, effort or QUICK))
-    latent, log_joint = zip(*found, strict=True)
-    return torch.cat(latent), torch.cat(log_joint), alphabet
+    alphabets, found = [None] * len(obs), []
+    if generative_model.num_alphabets:
+        alphabets = [guess_alphabet(generative_model, inference_network, x, num_proposals) for x in obs]
+    for x, alphabet in zip(show_progress(obs, desc="searching", unit="image"), alphabets, strict=True):
+        given = None if alphabet is None else alphabet[None]
+        proposals = inference_network.sample(x[None], num_proposals, given).squeeze(1)  # [P, A, 2]
+        found.append(find(generative_model, x, alphabet, proposals, 1, effort or QUICK))
+    latent, log_joint = map(torch.cat, zip(*found, strict=True))
+    return latent, log_joint, alphabets
 
 
 def guess_alphabet(generative_model, inference_network, obs, num_proposals):
@@ -112,13 +113,6 @@ class Image:
         self.alphabet = None if alphabet is None else alphabet.unsqueeze(0)  # [1, L]
         self.library = get_library(generative_model.get_primitives())
 
-    def get_groups_of_maps(self, num_groups):
-        """Disjoint random groups of maps: a list of [t], or of None if the likelihood has no maps"""
-        maps = self.model.likelihood.maps
-        if maps is None:
-            return [None]
-        return list(torch.randperm(len(maps), device=self.obs.device).split(MAPS_PER_GROUP)[:num_groups])
-
     def score(self, codes, map_id=None):
         """log p(z, x), or given some maps [t] a lower bound: codes [N, A] -> [N]"""
         scores = []
@@ -139,8 +133,7 @@ class Image:
     def score_beginning(self, beginning, map_id):
         """Log prior and log likelihood of the first k strokes alone: beginning [N, k] -> [N], [N]"""
         log_prior = torch.zeros(len(beginning), device=beginning.device)
-        for length in range(beginning.shape[1]):
-            code = beginning[:, length : length + 1]
+        for length, code in enumerate(beginning.unsqueeze(2).unbind(1)):  # [N, 1]
             id_log_prob, on_log_prob = self._get_next_log_probs(beginning[:, :length])
             log_prior = log_prior + (id_log_prob.gather(1, code // 2) + on_log_prob.gather(1, code % 2)).squeeze(1)
         rest = self.model.num_arcs - beginning.shape[1]
