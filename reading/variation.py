@@ -1,22 +1,20 @@
 """Strokes that vary: how another hand, or the same one another time, would draw a program.
 
-The strokes of a program are fixed, but no two drawings of a character are the same. Here a program is only the centre of a
-distribution over drawings. A drawing is determined by v: the displacement d and half angle theta of each stroke, where the
-first one begins, s, the pen, that is the factors exp(b) by which all strokes are sharper and wider, and an affine map W by
-which the picture is warped before it is seen through the program's own map M:
+A program is the centre of a distribution over drawings. A drawing is determined by v: the displacement d and half angle theta
+of each stroke, where the first one begins, s, the pen, that is the factors exp(b) by which all strokes are sharper and wider,
+and an affine map W by which the picture is warped before it is seen through the program's own map M:
 
     v = (d_1, ..., d_A, theta_1, ..., theta_A, s, b, W) = mu + sigma * e,   e ~ N(0, I)     sigma: Deviations
     x_i | v ~ Bernoulli(clamp(q_i(v), f, 1 - f))                                            q(v) = apply_maps(draw(v), M W)
 
-at the centre mu, d and theta are those of the program's primitives, s is the middle of the page, b is 0, and W is the
-identity. `f` keeps single pixels from deciding. A pixel that is partly ink counts as ink in proportion, log p(x_i | v) being
+At the centre mu, d and theta are those of the program's primitives, s is the middle of the page, b is 0, and W is the
+identity. `f` keeps single pixels from deciding. A pixel that is partly ink counts in proportion, log p(x_i | v) being
 x_i log q_i + (1 - x_i) log(1 - q_i). The score of a drawing for an image x is
 
     log p(x | v) - |e|^2 / 2        (nats; log p(x, v) but for the constants of the normal densities)
 
-and `refit` maximises it with Adam, through the renderer. Strokes begin blurred (their sharpness is scaled down), so that
-those beside the ink feel where it is, and become sharp as the fit proceeds; W may begin where it gives the drawing the
-place and the size of the image's ink.
+and `refit` maximises it with Adam, through the renderer. Strokes begin blurred, so that those beside the ink feel where it is,
+and become sharp as the fit proceeds; W may begin where it gives the drawing the place and the size of the image's ink.
 
 Source: programs as distributions over drawings, as in Lake, Salakhutdinov and Tenenbaum (2015); there, strokes are splines.
 """
@@ -244,10 +242,9 @@ def _refit(centre, start, aligned, obs, deviations, schedule, tick):
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - (step + 1) / schedule.num_steps) + 0.01
             tick()
     with torch.no_grad():
-        scores = [score(centre, e, obs, deviations) for e in (variation, start)]
-        better = scores[0] >= scores[1]  # [N]
-        best = [torch.where(better.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(variation, start, strict=True)]
-        best = Variation(*best)
+        better = score(centre, variation, obs, deviations) >= score(centre, start, obs, deviations)  # [N]
+        both = zip(variation, start, strict=True)
+        best = Variation(*(torch.where(better.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in both))
         return best, get_log_likelihood(vary(centre, best, deviations), obs), best.get_distance()
 
 
@@ -261,9 +258,10 @@ def _align(source, target):
 
 def _get_moments(obs):
     """Mean and standard deviation of the ink's (x, y), in affine_grid's coordinates: [N, R, C] -> [N, 2], [N, 2]"""
-    x, y = torch.linspace(-1, 1, obs.shape[2]), torch.linspace(-1, 1, obs.shape[1])
-    weight = obs / obs.sum((1, 2), keepdim=True).clamp(min=1)
-    by_axis = [(weight.sum(1), x), (weight.sum(2), y)]
-    mean = torch.stack([(w * at).sum(1) for w, at in by_axis], 1)
-    square = torch.stack([(w * (at - m.unsqueeze(1)) ** 2).sum(1) for (w, at), m in zip(by_axis, mean.t(), strict=True)], 1)
+    weight, moments = obs / obs.sum((1, 2), keepdim=True).clamp(min=1), []
+    for along in (weight.sum(1), weight.sum(2)):  # x, y
+        at = torch.linspace(-1, 1, along.shape[1])
+        mean = (along * at).sum(1, keepdim=True)
+        moments.append((mean.squeeze(1), (along * (at - mean) ** 2).sum(1)))
+    mean, square = (torch.stack(some, 1) for some in zip(*moments, strict=True))
     return mean, square.clamp(min=0.01).sqrt()  # a straight stroke has no extent along one axis
