@@ -38,18 +38,21 @@ STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # that each frame of an
 # ------------------------------------------------------------------ files
 
 
+def spread(num_all, num):
+    """Evenly spaced indices, at most num: [n]"""
+    return torch.linspace(0, num_all - 1, min(num, num_all)).round().long()
+
+
 def choose_ids(given, num_all, num_default, flag):
     """The given ids or, if there are none, evenly spaced ones. Raises: UserError if an id is out of range"""
-    if given is None:
-        return torch.linspace(0, num_all - 1, min(num_default, num_all)).round().long()
-    if max(given) >= num_all:
+    if given and max(given) >= num_all:
         raise UserError(f"{flag} {max(given)}: there are {num_all}, counted from 0")
-    return torch.tensor(given)
+    return torch.tensor(given) if given else spread(num_all, num_default)
 
 
 def save_figures(trained, kind, some_figures, stem=None):
     """Writes an iterable of figures as the pages of a PDF and, for the newest checkpoint and its own data, the first one
-    as a thumbnail. Returns: the PDF's path"""
+    as a thumbnail"""
     file, thumbnail = io.BytesIO(), io.BytesIO()
     with PdfPages(file, metadata={"CreationDate": None}) as pages:
         for figure in some_figures:
@@ -60,22 +63,12 @@ def save_figures(trained, kind, some_figures, stem=None):
     util.write(path, file.getvalue())
     if trained.is_latest and not trained.other_data:
         util.write(overview.get_thumbnail_path(trained.name, kind), thumbnail.getvalue())
-    return path
 
 
 def save_film(path, frames, milliseconds):
     """Writes frames [H, W, 3] as an animated GIF that holds the last one"""
     durations = [milliseconds] * (len(frames) - 1) + [4 * milliseconds] if len(frames) > 1 else milliseconds
     util.write(path, imageio.imwrite("<bytes>", frames, extension=".gif", duration=durations, loop=0))
-
-
-def save_programs(folder, trained, latent, drawing, map_id, obs_id, log_joint):
-    """Writes SVG and JSON files of each image's latent [N, A, 2] as it is drawn (a Drawing); map_id [N] or None"""
-    for i, (name, score) in enumerate(zip(obs_id, log_joint, strict=True)):
-        program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
-        details = dict(iteration=trained.iteration, obs_id=name, log_joint=score)
-        util.write(folder / f"{name}.svg", drawings.to_svg(program).encode())
-        util.write(folder / f"{name}.json", drawings.to_json(program, **details).encode())
 
 
 # ------------------------------------------------------------------ what is drawn
@@ -116,9 +109,8 @@ def draw_strokes(obs, drawing, labels, title, resolution):
     stages = drawings.draw_stages(drawing, resolution)  # [N, A - 1, R, R]
     seen = drawings.resize(drawings.draw_parts(drawing, drawing.on.unsqueeze(1), 28)[:, 0], resolution)
     paths, off_page = [], []
-    for on, moves, off in zip(
-        drawing.on, drawings.get_pen_path(drawing, resolution), drawings.is_off_page(drawing), strict=True
-    ):
+    all_moves, all_off = drawings.get_pen_path(drawing, resolution), drawings.is_off_page(drawing)
+    for on, moves, off in zip(drawing.on, all_moves, all_off, strict=True):
         visible = on.nonzero().squeeze(1).tolist()
         paths.append([moves[i + 1 : j] for i, j in itertools.pairwise([-1, *visible])])
         off_page.append(off[visible].tolist())
@@ -143,7 +135,11 @@ def draw_reconstructions(trained, args):
     if args.svg:
         folder = trained.folder / trained.get_stem("reconstructions")
         map_id, _ = drawings.get_maps(trained.generative_model, latent, obs)
-        save_programs(folder, trained, latent, drawing, map_id, obs_id.tolist(), log_joint)
+        for i, (name, score) in enumerate(zip(obs_id.tolist(), log_joint, strict=True)):
+            program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
+            text = drawings.to_json(program, iteration=trained.iteration, obs_id=name, log_joint=score)
+            util.write(folder / f"{name}.svg", drawings.to_svg(program).encode())
+            util.write(folder / f"{name}.json", text.encode())
     return obs_id, drawings.resize(obs, args.resolution), stages
 
 
@@ -169,10 +165,9 @@ def film_training(trained, obs_id, args):
     numbered = [path for path in checkpoints.get_numbered(trained.path.parent) if int(path.stem) < trained.iteration]
     if not numbered or not trained.is_latest or trained.other_data:
         return
-    chosen = torch.linspace(0, len(numbered) - 1, min(MAX_FRAMES - 1, len(numbered))).round().long().tolist()
     obs_id, frames = obs_id[:NUM_FILMED], []
     obs = trained.get_images(obs_id)[0]
-    for path in [*(numbered[i] for i in chosen), trained.path]:
+    for path in [*(numbered[i] for i in spread(len(numbered), MAX_FRAMES - 1)), trained.path]:
         try:
             then = TrainedModel(trained.name, path, checkpoints.load(path), trained.dataset)
         except UserError as error:
@@ -190,24 +185,22 @@ def draw_alphabets(trained, args):
     """Draws images of each alphabet, their reconstructions, and new characters"""
     num_cols, num = args.alphabet_num_cols, args.alphabet_num_rows * args.alphabet_num_cols
     alphabet_ids = choose_ids(args.alphabet_ids, trained.num_alphabets, trained.num_alphabets, "--alphabet-ids")
-    model, one_hot = trained.generative_model, torch.eye(trained.num_alphabets)
-
-    def draw_pages():
-        for alphabet_id in alphabet_ids.tolist():
-            members = trained.dataset.train.alphabet[:, alphabet_id].nonzero().squeeze(1)
-            obs_id = members[torch.linspace(0, len(members) - 1, min(num, len(members))).round().long()]
-            new, _ = model.sample(num, one_hot[alphabet_id].expand(num, -1))
-            obs, latent = trained.get_images(obs_id)[0], trained.reconstruct(obs_id)
-            _, maps = drawings.get_maps(model, latent, obs)
-            panels = {
-                "images": drawings.resize(obs, args.resolution),
-                "as the model sees them": drawings.draw(model, latent, args.resolution, maps),
-                "new characters": drawings.draw(model, new, args.resolution),
-            }
-            title = f"{trained.dataset.alphabet_names[alphabet_id]}: {trained.get_title()}"
-            yield figures.panels_figure(panels, num_cols, title)
-
-    save_figures(trained, "alphabets", draw_pages())
+    model, one_hot, pages = trained.generative_model, torch.eye(trained.num_alphabets), []
+    for alphabet_id in alphabet_ids.tolist():
+        members = trained.dataset.train.alphabet[:, alphabet_id].nonzero().squeeze(1)
+        obs_id = members[spread(len(members), num)]
+        new, _ = model.sample(num, one_hot[alphabet_id].expand(num, -1))
+        obs, latent = trained.get_images(obs_id)[0], trained.reconstruct(obs_id)
+        _, maps = drawings.get_maps(model, latent, obs)
+        panels = {
+            "images": drawings.resize(obs, args.resolution),
+            "as the model sees them": drawings.draw(model, latent, args.resolution, maps),
+            "new characters": drawings.draw(model, new, args.resolution),
+        }
+        pages.append(
+            figures.panels_figure(panels, num_cols, f"{trained.dataset.alphabet_names[alphabet_id]}: {trained.get_title()}")
+        )
+    save_figures(trained, "alphabets", pages)
 
 
 # ------------------------------------------------------------------ runs

@@ -13,10 +13,10 @@ from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
 import hashlib
 import io
-import math
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest
 
 import models
 import rendering
@@ -108,16 +108,9 @@ def write_table(path, rows):
     total, lines = sum(row["images"] for row in rows), []
     for key in [key for key in rows[0] if key.startswith("wrong")]:
         num = sum(row[key] for row in rows)
-        low, high = get_wilson_interval(num, total)
+        low, high = binomtest(num, total).proportion_ci(method="wilson")
         lines.append(f"{key}: {num} of {total}, {num / total:.1%} (95 % interval {low:.1%} to {high:.1%})")
     return [*lines, str(path)]
-
-
-def get_wilson_interval(num, total, z=1.96):
-    """The Wilson score interval of a share, with 95 % confidence"""
-    share = num / total
-    middle, reach = share + z**2 / (2 * total), z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    return tuple((middle + sign * reach) / (1 + z**2 / total) for sign in (-1, 1))
 
 
 # ------------------------------------------------------------------ script

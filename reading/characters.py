@@ -104,12 +104,12 @@ def read(generative_model, characters, tick=lambda: None):
     """Traces Characters with the model's strokes, and refits these to the ink: Reading. `tick` is called after each of
     matching.TRACING.num_steps steps of each variation.AT_ONCE characters"""
     strokes = matching.find_strokes(generative_model, characters.inks, characters.obs, 1, deviations=DEVIATIONS, tick=tick)
-    drawing, latent = strokes.drawing.select(0), strokes.latent[0]  # of the only trace
+    drawing = strokes.drawing.select(0)  # the only trace
     used = drawing.on | drawing.displacement.any(2)  # [N, A]
     arcs = torch.cat([drawing.displacement, drawing.theta.unsqueeze(2)], 2).flatten(0, 1)  # [N * A, 3]
     library = generative_model.get_primitives()[:, :3].detach()
     primitive, deviation = tracing.find_nearest(arcs.double().numpy(), library.double().numpy())
     primitive, deviation = (torch.from_numpy(x).view(used.shape) for x in (primitive, deviation))
-    latent = torch.stack([primitive, latent[..., 1]], 2)
+    latent = torch.stack([primitive, drawing.on.long()], 2)
     log_likelihood = variation.get_log_likelihood(drawing, characters.obs)
     return Reading(latent, drawing, log_likelihood, (deviation * used).float(), used.sum(1))

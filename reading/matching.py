@@ -37,15 +37,14 @@ FINE = Schedule(60, 0.6, 1.0, 0.8)  # and in all pixels
 
 
 class Strokes(NamedTuple):
-    """K programs of each of N images, refitted to it"""
+    """K traces of each of N images, refitted to it"""
 
     obs: torch.Tensor  # [N, R, C], the images
-    latent: torch.Tensor  # [K, N, A, 2], the programs
     drawing: Drawing  # of [K, N]
 
     def select(self, ids):
         """Selects images by ids [M]"""
-        return Strokes(self.obs[ids], self.latent[:, ids], self.drawing.select(slice(None), ids))
+        return Strokes(self.obs[ids], self.drawing.select(slice(None), ids))
 
 
 def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, deviations=OWN, tick=lambda: None):
@@ -56,14 +55,13 @@ def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, dev
         seed: of the order of strokes in further traces
         deviations: Deviations from the library's strokes
         tick: called after each step of each variation.AT_ONCE drawings
-    Returns: Strokes, of num_traces programs per image, the first trace the most obvious one
+    Returns: Strokes, of num_traces per image, the first trace the most obvious one
     """
     rng = np.random.default_rng(seed)
     traces = tracing.trace(generative_model, inks * num_traces, [None] * len(inks) + [rng] * len(inks) * (num_traces - 1))
     images = obs.repeat(num_traces, 1, 1)  # [K * N, R, C]
     fit = variation.refit(traces.centre, images, deviations, TRACING, traces.variation, tick=tick)
-    latent, *drawing = (x.unflatten(0, (num_traces, len(inks))) for x in (traces.latent, *fit.drawing[:-1]))
-    return Strokes(obs, latent, Drawing(*drawing, fit.drawing.params))
+    return Strokes(obs, variation.change(fit.drawing, lambda x: x.unflatten(0, (num_traces, len(inks)))))
 
 
 def match(strokes, obs, deviations=HAND):
@@ -71,7 +69,7 @@ def match(strokes, obs, deviations=HAND):
 
     Returns: Fit of [K, M, N] drawings; and log p(x' | v) - |e|^2 / 2 of each, in all pixels: [K, M, N], nats
     """
-    sizes = len(strokes.latent), len(obs), len(strokes.obs)
+    sizes = len(strokes.drawing.on), len(obs), len(strokes.obs)
     trace, image, source = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")  # [K, M, N] each
     centre = strokes.drawing.select(trace, source)
     fit = variation.refit(centre, _halve(obs)[image], deviations, COARSE, aligned_to=_halve(strokes.obs)[source])
