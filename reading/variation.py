@@ -71,6 +71,11 @@ def change(strokes, function):
     return strokes._replace(**{name: function(x) for name, x in strokes._asdict().items() if name != "params"})
 
 
+def get_size(num_arcs):
+    """The least size of drawings that have so many strokes"""
+    return math.ceil(max(num_arcs, 1) / ARCS_PER_SIZE) * ARCS_PER_SIZE
+
+
 def resize(strokes, num):
     """Cuts a Drawing or a Variation to its first strokes, or adds some that draw nothing"""
     names = [name for name in ("displacement", "theta", "on", "sharpness", "width") if hasattr(strokes, name)]
@@ -125,6 +130,7 @@ def get_arcs(drawing):
 
 def get_probs(drawing, num_rows=28, num_cols=28):
     """The probability of ink, seen through the map: Drawing -> [..., R, C]"""
+    drawing = resize(drawing, get_size(drawing.on.shape[-1]))
     arcs, on, maps = get_arcs(drawing).flatten(0, -3), drawing.on.flatten(0, -2), drawing.map.flatten(0, -3)
     logits = rendering.get_logits(arcs, on, drawing.params, num_rows, num_cols)
     return rendering.apply_maps(logits.sigmoid(), maps).view(*drawing.on.shape[:-1], num_rows, num_cols)
@@ -218,7 +224,7 @@ def refit(centre, obs, deviations, schedule, start=None, aligned_to=None, tick=l
     length, parts = (flat.on * torch.arange(1, num_arcs + 1)).amax(1), []  # [N]
     order = length.argsort(stable=True)
     for ids in order.split(AT_ONCE):  # those with few strokes together, so that few draw nothing
-        num = math.ceil(max(int(length[ids].max()), 1) / ARCS_PER_SIZE) * ARCS_PER_SIZE
+        num = get_size(int(length[ids].max()))
         some = [resize(change(x, lambda x, ids=ids: x[ids]), num) for x in (flat, e, aligned)]
         part, *scores = _refit(*some, obs[ids], deviations, schedule, tick)
         parts.append([*resize(part, num_arcs), *scores])
