@@ -9,7 +9,6 @@ unless --host or --share says otherwise.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
-import argparse
 import base64
 import html
 import itertools
@@ -86,20 +85,17 @@ def to_uri(grey):
 
 def animate(program, ink):
     """Strokes as an SVG that draws them one after the other over the ink [H, W], see drawings.get_program"""
-    side, time = drawings.NUM_PIXELS, 0.0
-    lines = [
-        f'<svg class="strokes" viewBox="0 0 {side} {side}" width="{3 * PAGE // 4}" style="border:1px solid #ccc;background:white">'
-    ]
-    lines.append(f'<image href="{to_uri(1 - 0.25 * images.make_square(ink))}" width="{side}" height="{side}"/>')
-    for number, stroke in enumerate((s for s in program["strokes"] if s["on"]), start=1):
+    side, paths = drawings.NUM_PIXELS, []
+    for number, stroke in enumerate(s for s in program["strokes"] if s["on"]):
         path = drawings.get_path([stroke[name] for name in ("x_start", "y_start", "dx", "dy", "theta")])
-        lines.append(
-            f'<path d="{path}" pathLength="1" fill="none" stroke="hsl({47 * number % 360} 80% 40%)" stroke-width="0.7"'
-            f' stroke-linecap="round" stroke-dasharray="1 2" stroke-dashoffset="1.1"><title>stroke {number}</title>'
-            f'<animate attributeName="stroke-dashoffset" from="1" to="0" begin="{time:.2f}s" dur="{SECONDS}s" fill="freeze"/></path>'
+        paths.append(
+            f'<path d="{path}" pathLength="1" fill="none" stroke="hsl({47 * (number + 1) % 360} 80% 40%)" stroke-width="0.7"'
+            f' stroke-linecap="round" stroke-dasharray="1 2" stroke-dashoffset="1.1"><title>stroke {number + 1}</title><animate'
+            f' attributeName="stroke-dashoffset" from="1" to="0" begin="{SECONDS * number}s" dur="{SECONDS}s" fill="freeze"/></path>'
         )
-        time += SECONDS
-    return "\n".join([*lines, "</svg>"])
+    return f"""<svg class="strokes" viewBox="0 0 {side} {side}" width="{3 * PAGE // 4}" style="border:1px solid #ccc;background:white">
+<image href="{to_uri(1 - 0.25 * images.make_square(ink))}" width="{side}" height="{side}"/>
+{"".join(paths)}</svg>"""
 
 
 # ------------------------------------------------------------------ the page
@@ -154,31 +150,24 @@ def build(reader):
     return page
 
 
-def load_known(location):
-    """Known characters: data.Split. Without Omniglot, those that come along"""
-    try:
-        return data.load(location).train
-    except UserError as error:
-        util.warn(f"{error}; the page knows built-in letters instead")
-        return data.load("glyphs").train
-
-
 def main(argv=None):
     args = get_parser().parse_args(argv)
     try:
         import gradio
-
-        new_enough = int(gradio.__version__.split(".")[0]) >= 6
     except ImportError:
-        new_enough = False
-    if not new_enough:
+        gradio = None
+    if gradio is None or int(gradio.__version__.split(".")[0]) < 6:
         raise UserError("the page needs gradio, 6 or newer: pip install 'gradio>=6'")
-    path = checkpoints.find(args.checkpoint_path)
-    model, _ = models.from_checkpoint(checkpoints.load(path))
-    page = build(Reader(model, load_known(args.data_location)))
+    model, _ = models.from_checkpoint(checkpoints.load(checkpoints.find(args.checkpoint_path)))
+    try:
+        known = data.load(args.data_location).train
+    except UserError as error:
+        util.warn(f"{error}; the page knows built-in letters instead")
+        known = data.load("glyphs").train
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from elsewhere
     try:
-        page.launch(server_name=args.host, server_port=args.port, share=args.share, theme=theme, footer_links=[])
+        launch = build(Reader(model, known)).launch
+        launch(server_name=args.host, server_port=args.port, share=args.share, theme=theme, footer_links=[])
     except OSError as error:
         raise UserError(f"--port {args.port}: {error}; give another one") from None
     return 0
@@ -191,12 +180,7 @@ def get_parser():
     add("--data-location", "known characters, as for main.py", default="local")
     add("--host", "address to listen on; 0.0.0.0: any of this machine's", default="127.0.0.1")
     add("--port", "to listen on", type=util.in_range(int, 0, 65535), default=7860)
-    add(
-        "--share",
-        "also open the page to the internet, through gradio.live",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-    )
+    add("--share", "also open the page to the internet, through gradio.live", action="store_true")
     return parser
 
 

@@ -12,8 +12,9 @@ read.py.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
-import argparse
+import functools
 import io
+import itertools
 import math
 import sys
 
@@ -22,7 +23,6 @@ import torch
 from matplotlib.backends.backend_pdf import PdfPages
 
 import data
-import rendering
 import scoring
 import util
 from reading import variation
@@ -32,26 +32,27 @@ from runs import checkpoints
 from util import UserError
 
 NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames in reconstructions.gif
-MOVED = (
-    "images as-is examples vary vary-strokes no-refit num-particles num-best num-rounds num-mutants".split()
-)  # flags of older versions
+MOVED = "images as-is examples vary vary-strokes no-refit num-particles num-best num-rounds num-mutants".split()  # to read.py
 STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # that each frame of an animation is shown
 
 # ------------------------------------------------------------------ files
 
 
+def spread(num_all, num):
+    """Evenly spaced indices, at most num: [n]"""
+    return torch.linspace(0, num_all - 1, min(num, num_all)).round().long()
+
+
 def choose_ids(given, num_all, num_default, flag):
     """The given ids or, if there are none, evenly spaced ones. Raises: UserError if an id is out of range"""
-    if given is None:
-        return torch.linspace(0, num_all - 1, min(num_default, num_all)).round().long()
-    if max(given) >= num_all:
+    if given and max(given) >= num_all:
         raise UserError(f"{flag} {max(given)}: there are {num_all}, counted from 0")
-    return torch.tensor(given)
+    return torch.tensor(given) if given else spread(num_all, num_default)
 
 
 def save_figures(trained, kind, some_figures, stem=None):
     """Writes an iterable of figures as the pages of a PDF and, for the newest checkpoint and its own data, the first one
-    as a thumbnail. Returns: the PDF's path"""
+    as a thumbnail"""
     file, thumbnail = io.BytesIO(), io.BytesIO()
     with PdfPages(file, metadata={"CreationDate": None}) as pages:
         for figure in some_figures:
@@ -62,7 +63,6 @@ def save_figures(trained, kind, some_figures, stem=None):
     util.write(path, file.getvalue())
     if trained.is_latest and not trained.other_data:
         util.write(overview.get_thumbnail_path(trained.name, kind), thumbnail.getvalue())
-    return path
 
 
 def save_film(path, frames, milliseconds):
@@ -71,19 +71,10 @@ def save_film(path, frames, milliseconds):
     util.write(path, imageio.imwrite("<bytes>", frames, extension=".gif", duration=durations, loop=0))
 
 
-def save_programs(folder, trained, latent, drawing, map_id, obs_id, log_joint):
-    """Writes SVG and JSON files of each image's latent [N, A, 2] as it is drawn (a Drawing); map_id [N] or None"""
-    for i, (name, score) in enumerate(zip(obs_id, log_joint, strict=True)):
-        program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
-        util.write(folder / f"{name}.svg", drawings.to_svg(program).encode())
-        text = drawings.to_json(program, iteration=trained.iteration, obs_id=name, log_joint=score)
-        util.write(folder / f"{name}.json", text.encode())
-
-
 # ------------------------------------------------------------------ what is drawn
 
 
-def draw_losses(trained, checkpoint, args):
+def draw_losses(trained, checkpoint):
     """Writes losses.pdf or, for an older checkpoint, losses/<iteration>.pdf"""
     statistics, memory = checkpoint["statistics"], checkpoint["memory"]
     if not any(len(values) for values in statistics.values()):
@@ -92,7 +83,7 @@ def draw_losses(trained, checkpoint, args):
     log_num_images = None
     if memory is not None:  # the entropy of a prior that gave each image one program, all equally often
         log_num_images = math.log(len(memory) / max(checkpoint["num_alphabets"], 1))
-    figure = figures.losses_figure(statistics, log_num_images, trained.get_title(), args.log_iterations)
+    figure = figures.losses_figure(statistics, log_num_images, trained.get_title())
     stem = "losses" if trained.is_latest else f"losses/{trained.iteration}"
     save_figures(trained, "losses", [figure], stem)
 
@@ -105,39 +96,32 @@ def draw_model(trained, args):
     figure = figures.primitives_figure(model, args.resolution, title, trained.get_usage(), source)
     save_figures(trained, "primitives", [figure], f"primitives/{iteration}")
     latent, _ = model.sample(args.num_prior_samples)
-    maps = drawings.draw_maps(model, len(latent)) if args.random_maps else None
+    maps = drawings.draw_maps(model, len(latent))
     probs = drawings.draw(model, latent, args.resolution, maps)
-    seen = ", through random maps" if maps is not None else ""
-    num_cols = figures.choose_num_cols(len(probs))
-    figure = figures.grid_figure(probs, num_cols, f"{name}, iteration {iteration}: samples from the prior{seen}")
+    title = f"{name}, iteration {iteration}: samples from the prior" + ", through random maps" * (maps is not None)
+    figure = figures.grid_figure(probs, figures.choose_num_cols(len(probs)), title)
     save_figures(trained, "prior", [figure], f"prior/{iteration}")
 
 
-def draw_strokes(obs, drawing, labels, title, args):
+def draw_strokes(obs, drawing, labels, title, resolution):
     """Draws programs stroke by stroke. Args: obs [N, R, C]; drawing: a Drawing of N programs
     Returns: an iterable of figures; stages [N, A - 1, R, R]"""
-    resolution = args.resolution
     stages = drawings.draw_stages(drawing, resolution)  # [N, A - 1, R, R]
     seen = drawings.resize(drawings.draw_parts(drawing, drawing.on.unsqueeze(1), 28)[:, 0], resolution)
-    canonical = None
-    if args.canonical:
-        canonical = drawings.draw_arcs(drawing.params, variation.get_arcs(drawing), drawing.on, resolution)
-    pen, off = drawings.get_pen_path(drawing, resolution), drawings.is_off_page(drawing)
     paths, off_page = [], []
-    for on, moves, row_off in zip(drawing.on, pen, off, strict=True):
+    all_moves, all_off = drawings.get_pen_path(drawing, resolution), drawings.is_off_page(drawing)
+    for on, moves, off in zip(drawing.on, all_moves, all_off, strict=True):
         visible = on.nonzero().squeeze(1).tolist()
-        before = [-1, *visible]
-        paths.append([moves[i + 1 : j] for i, j in zip(before, visible, strict=False)])
-        off_page.append(row_off[visible].tolist())
-    obs = drawings.resize(obs, resolution)
-    return figures.stroke_figures(obs, seen, stages, labels, title, paths, off_page, canonical), stages
+        paths.append([moves[i + 1 : j] for i, j in itertools.pairwise([-1, *visible])])
+        off_page.append(off[visible].tolist())
+    return figures.stroke_figures(drawings.resize(obs, resolution), seen, stages, labels, title, paths, off_page), stages
 
 
 def draw_reconstructions(trained, args):
     """Returns: obs_id [N], obs [N, R, R], stages [N, A - 1, R, R], what the films show too"""
     obs_id = choose_ids(args.obs_ids, len(trained.dataset.train.obs), args.num_reconstructions, "--obs-ids")
     obs, alphabet = trained.get_images(obs_id)
-    latent = trained.reconstruct(obs_id, args)  # [N, A, 2]
+    latent = trained.reconstruct(obs_id)  # [N, A, 2]
     log_joint = scoring.score(trained.generative_model, latent.unsqueeze(0), obs, alphabet)[0].tolist()
     source = "memory" if trained.memory is not None else "inference network"
     title = f"{trained.get_title()}: programs of {'' if trained.other_data else 'training '}images ({source})"
@@ -146,12 +130,16 @@ def draw_reconstructions(trained, args):
         for i, score in zip(obs_id.tolist(), log_joint, strict=True)
     ]
     drawing = variation.get_drawing(trained.generative_model, latent, obs)
-    pages, stages = draw_strokes(obs, drawing, labels, title, args)
+    pages, stages = draw_strokes(obs, drawing, labels, title, args.resolution)
     save_figures(trained, "reconstructions", pages)
     if args.svg:
         folder = trained.folder / trained.get_stem("reconstructions")
         map_id, _ = drawings.get_maps(trained.generative_model, latent, obs)
-        save_programs(folder, trained, latent, drawing, map_id, obs_id.tolist(), log_joint)
+        for i, (name, score) in enumerate(zip(obs_id.tolist(), log_joint, strict=True)):
+            program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
+            text = drawings.to_json(program, iteration=trained.iteration, obs_id=name, log_joint=score)
+            util.write(folder / f"{name}.svg", drawings.to_svg(program).encode())
+            util.write(folder / f"{name}.json", text.encode())
     return obs_id, drawings.resize(obs, args.resolution), stages
 
 
@@ -177,10 +165,9 @@ def film_training(trained, obs_id, args):
     numbered = [path for path in checkpoints.get_numbered(trained.path.parent) if int(path.stem) < trained.iteration]
     if not numbered or not trained.is_latest or trained.other_data:
         return
-    chosen = torch.linspace(0, len(numbered) - 1, min(MAX_FRAMES - 1, len(numbered))).round().long().tolist()
     obs_id, frames = obs_id[:NUM_FILMED], []
     obs = trained.get_images(obs_id)[0]
-    for path in [*(numbered[i] for i in chosen), trained.path]:
+    for path in [*(numbered[i] for i in spread(len(numbered), MAX_FRAMES - 1)), trained.path]:
         try:
             then = TrainedModel(trained.name, path, checkpoints.load(path), trained.dataset)
         except UserError as error:
@@ -198,24 +185,22 @@ def draw_alphabets(trained, args):
     """Draws images of each alphabet, their reconstructions, and new characters"""
     num_cols, num = args.alphabet_num_cols, args.alphabet_num_rows * args.alphabet_num_cols
     alphabet_ids = choose_ids(args.alphabet_ids, trained.num_alphabets, trained.num_alphabets, "--alphabet-ids")
-    model, one_hot = trained.generative_model, torch.eye(trained.num_alphabets)
-
-    def draw_pages():
-        for alphabet_id in alphabet_ids.tolist():
-            members = trained.dataset.train.alphabet[:, alphabet_id].nonzero().squeeze(1)
-            obs_id = members[torch.linspace(0, len(members) - 1, min(num, len(members))).round().long()]
-            new, _ = model.sample(num, one_hot[alphabet_id].expand(num, -1))
-            obs, latent = trained.get_images(obs_id)[0], trained.reconstruct(obs_id)
-            _, maps = drawings.get_maps(model, latent, obs)
-            panels = {
-                "images": drawings.resize(obs, args.resolution),
-                "as the model sees them": drawings.draw(model, latent, args.resolution, maps),
-                "new characters": drawings.draw(model, new, args.resolution),
-            }
-            title = f"{trained.dataset.alphabet_names[alphabet_id]}: {trained.get_title()}"
-            yield figures.panels_figure(panels, num_cols, title)
-
-    save_figures(trained, "alphabets", draw_pages())
+    model, one_hot, pages = trained.generative_model, torch.eye(trained.num_alphabets), []
+    for alphabet_id in alphabet_ids.tolist():
+        members = trained.dataset.train.alphabet[:, alphabet_id].nonzero().squeeze(1)
+        obs_id = members[spread(len(members), num)]
+        new, _ = model.sample(num, one_hot[alphabet_id].expand(num, -1))
+        obs, latent = trained.get_images(obs_id)[0], trained.reconstruct(obs_id)
+        _, maps = drawings.get_maps(model, latent, obs)
+        panels = {
+            "images": drawings.resize(obs, args.resolution),
+            "as the model sees them": drawings.draw(model, latent, args.resolution, maps),
+            "new characters": drawings.draw(model, new, args.resolution),
+        }
+        pages.append(
+            figures.panels_figure(panels, num_cols, f"{trained.dataset.alphabet_names[alphabet_id]}: {trained.get_title()}")
+        )
+    save_figures(trained, "alphabets", pages)
 
 
 # ------------------------------------------------------------------ runs
@@ -238,7 +223,7 @@ def draw_run(name, path, checkpoint, args, load_data):
     if dataset is not None and not other_data:
         checkpoints.check_num_images(checkpoint, len(dataset.train.obs))
     trained = TrainedModel(name, path, checkpoint, dataset, other_data)
-    draw_losses(trained, checkpoint, args)
+    draw_losses(trained, checkpoint)
     if args.loss_only:
         return
     draw_model(trained, args)
@@ -254,8 +239,7 @@ def draw_run(name, path, checkpoint, args, load_data):
 def draw_all(args, load_data):
     """Draws every run in save/, and names what cannot be drawn"""
     util.check_links(util.SAVE)
-    folders = [path for path in util.SAVE.glob("[!.]*") if path.is_dir() or not path.exists()]
-    names = sorted(path.name for path in folders)
+    names = sorted(path.name for path in util.SAVE.glob("[!.]*") if path.is_dir() or path.is_symlink())
     if not names:
         print(f"there is no run in {util.SAVE}/ yet; train one with python main.py")
     for name in names:
@@ -264,35 +248,16 @@ def draw_all(args, load_data):
             checkpoint = checkpoints.load_newest(name)
             if checkpoint is None:
                 print(f"{name}: no checkpoint yet, skipped")
-            else:
-                with checkpoints.using(checkpoint):
-                    draw_run(name, checkpoints.get_path(name), checkpoint, args, load_data)
+                continue
+            with checkpoints.using(checkpoint):
+                draw_run(name, checkpoints.get_path(name), checkpoint, args, load_data)
         except UserError as error:
             print(f"{name}: {error}", file=sys.stderr)
 
 
-def get_loader():
-    """data.load_and_tell, cached: it loads (or fails to) only once for the same arguments"""
-    known = {}
-
-    def load(*given):
-        if given not in known:
-            try:
-                known[given] = data.load_and_tell(*given)
-            except UserError as error:
-                known[given] = error
-        if isinstance(known[given], UserError):
-            raise known[given]
-        return known[given]
-
-    return load
-
-
 def main(argv=None):
     args = parse_args(argv)
-    if args.search:
-        rendering.set_compile(True)
-    load_data = get_loader()
+    load_data = functools.cache(data.load_and_tell)
     if args.checkpoint_path is None:
         draw_all(args, load_data)
     else:
@@ -320,16 +285,7 @@ def get_parser():
     add("--alphabet-num-cols", "columns of characters per alphabet", type=util.in_range(int, 1, 50), default=5)
     parser.start_group("how to draw it")
     add("--resolution", "side of a drawing in pixels", type=util.in_range(int, 8, 1024), default=28)
-    add("--canonical", "also show each program's drawing without the affine map", action="store_true")
-    add(
-        "--random-maps",
-        "draw samples from the prior as the model sees them, through random affine maps (default: yes)",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-    )
-    add("--log-iterations", "logarithmic iteration axis", action="store_true")
     add("--svg", "also write each reconstruction as SVG, with its program as JSON", action="store_true")
-    add("--search", "improve reconstructions by search, seconds each (for models without a memory)", action="store_true")
     return parser
 
 

@@ -13,10 +13,10 @@ from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
 import hashlib
 import io
-import math
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest
 
 import models
 import rendering
@@ -28,18 +28,17 @@ from util import UserError, warn
 
 NUM_SHOWN = 3  # best characters, in figures
 RESOLUTION = 56  # of figures
-RESULT_KEYS = {"settings", "forward", "backward", "answers"}
+RESULT_KEYS = {"settings", "forward", "backward"}
 
 # ------------------------------------------------------------------ a run
 
 
-def classify(run, model, args, tick):
+def classify(run, model, args):
     """Classifies the test images of an oneshot_runs.Run. Returns: matching.Comparison"""
     obs = torch.cat([run.characters, run.tests])
-    strokes = matching.find_strokes(model, run.inks, obs, args.num_traces, seed=args.seed, tick=tick)
-    split = torch.arange(len(obs)).split([len(run.characters), len(run.tests)])
-    characters, tests = (strokes.select(ids) for ids in split)
-    return matching.compare(tests, characters, num_steps=args.num_steps, tick=tick)
+    strokes = matching.find_strokes(model, run.inks, obs, args.num_traces, seed=args.seed)
+    characters, tests = (strokes.select(ids) for ids in torch.arange(len(obs)).tensor_split([len(run.characters)]))
+    return matching.compare(tests, characters, matching.FINE._replace(num_steps=args.num_steps))
 
 
 def draw(run, name, result):
@@ -47,10 +46,8 @@ def draw(run, name, result):
     total = matching.combine(result.forward, result.backward).gather(1, result.candidates)
     order = total.topk(min(NUM_SHOWN, total.shape[1]), 1).indices  # [M, S], among the candidates
     best, test = result.candidates.gather(1, order), torch.arange(len(order)).unsqueeze(1)
-    shown = result.drawing.select((test * total.shape[1] + order).flatten())
-    probs = variation.get_probs(shown, RESOLUTION, RESOLUTION).unflatten(0, order.shape)
-    tests = F.interpolate(run.tests.unsqueeze(1), size=RESOLUTION)[:, 0]  # [M, R, R]
-    characters = F.interpolate(run.characters.unsqueeze(1), size=RESOLUTION)[:, 0]
+    probs = variation.get_probs(result.drawing.select(test, order), RESOLUTION, RESOLUTION)  # [M, S, R, R]
+    tests, characters = (F.interpolate(x.unsqueeze(1), size=RESOLUTION)[:, 0] for x in (run.tests, run.characters))
     num_wrong = int((best[:, 0] != run.answers).sum())
     title = (
         f"{name}, {run.name}: {num_wrong} of {len(tests)} wrong\ntest image; best characters, their strokes varied to fit it"
@@ -75,27 +72,14 @@ def get_settings(checkpoint, run, args):
     }
 
 
-def load_result(path, run):
-    """A run's result. Raises: UserError if it cannot be read or is invalid"""
-    result = util.load_checkpoint(path, keys=RESULT_KEYS)
-    shape = len(run.tests), len(run.characters)
-    right = isinstance(result["settings"], dict) and isinstance(result["answers"], torch.Tensor)
-    for scores in (result["forward"], result["backward"]):
-        right = right and isinstance(scores, torch.Tensor) and scores.layout == torch.strided and scores.shape == shape
-        right = right and scores.dtype == torch.float32 and bool(scores.isfinite().all())
-    if not right or not torch.equal(result["answers"], run.answers):
-        raise UserError(f"{path} is not a valid result of this run")
-    return result
-
-
-def find_result(path, run, settings, force):
+def find_result(path, settings):
     """A complete result, or None; a damaged one counts as missing. Raises: UserError if there is one with other settings"""
-    if force or not path.exists():
+    if not path.exists():
         return None
     try:
-        result = load_result(path, run)
+        result = util.load_checkpoint(path, keys=RESULT_KEYS)
     except UserError as error:
-        warn(f"{error}; {run.name} is classified again")
+        warn(f"{error}; the run is classified again")
         return None
     differences = util.describe_differences(result["settings"], settings)
     if differences:
@@ -124,16 +108,9 @@ def write_table(path, rows):
     total, lines = sum(row["images"] for row in rows), []
     for key in [key for key in rows[0] if key.startswith("wrong")]:
         num = sum(row[key] for row in rows)
-        low, high = get_wilson_interval(num, total)
+        low, high = binomtest(num, total).proportion_ci(method="wilson")
         lines.append(f"{key}: {num} of {total}, {num / total:.1%} (95 % interval {low:.1%} to {high:.1%})")
     return [*lines, str(path)]
-
-
-def get_wilson_interval(num, total, z=1.96):
-    """The Wilson score interval of a share, with 95 % confidence"""
-    share = num / total
-    middle, reach = share + z**2 / (2 * total), z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    return tuple((middle + sign * reach) / (1 + z**2 / total) for sign in (-1, 1))
 
 
 # ------------------------------------------------------------------ script
@@ -143,20 +120,9 @@ def choose_runs(args):
     """The runs that --run-ids names. Raises: UserError if there is none of that number"""
     runs = oneshot_runs.load(args.runs)
     print(f"{args.runs}: {oneshot_runs.summarise(runs)}", flush=True)
-    wrong = [number for number in args.run_ids or [] if number > len(runs)]
-    if wrong:
-        raise UserError(f"--run-ids {wrong[0]}: {args.runs} has {len(runs)} runs, counted from 1")
+    if args.run_ids and max(args.run_ids) > len(runs):
+        raise UserError(f"--run-ids {max(args.run_ids)}: {args.runs} has {len(runs)} runs, counted from 1")
     return [run for number, run in enumerate(runs, start=1) if not args.run_ids or number in args.run_ids]
-
-
-def get_num_ticks(run, args):
-    """The number of gradient steps that a run takes, on at most variation.AT_ONCE drawings each"""
-    num_characters, num_tests, num_traces = len(run.characters), len(run.tests), args.num_traces
-    num_refined = min(num_traces, matching.NUM_REFINED) * num_tests * min(num_characters, matching.NUM_CANDIDATES)
-    own = num_traces * (num_characters + num_tests)
-    pairs, among = num_traces * num_characters * num_tests, num_traces * num_characters**2
-    own, pairs, among, refined = (math.ceil(num / variation.AT_ONCE) for num in (own, pairs, among, num_refined))
-    return own * matching.NUM_TRACE_STEPS + (2 * pairs + among) * matching.NUM_COARSE_STEPS + 2 * refined * args.num_steps
 
 
 def main(argv=None):
@@ -172,20 +138,17 @@ def main(argv=None):
     folder, rows = util.SAVE / name / "oneshot", []
     with locks.lock(folder / ".lock", f"{name} is classifying"):
         settings = [get_settings(checkpoint, run, args) for run in runs]
-        results = [
-            find_result(folder / f"{run.name}.pt", run, own, args.force) for run, own in zip(runs, settings, strict=True)
-        ]
-        total = sum(get_num_ticks(run, args) for run, result in zip(runs, results, strict=True) if result is None)
-        with util.show_progress(total=total, unit="step", disable=total == 0) as bar:
-            for run, own, result in zip(runs, settings, results, strict=True):
-                bar.set_description(run.name)
-                path = folder / f"{run.name}.pt"
+        paths = [folder / f"{run.name}.pt" for run in runs]
+        results = [None if args.force else find_result(*both) for both in zip(paths, settings, strict=True)]
+        with util.show_progress(total=results.count(None), unit="run", disable=None not in results) as bar:
+            for run, path, own, result in zip(runs, paths, settings, results, strict=True):
                 if result is None:
                     rendering.set_compile(args.compile)
-                    found = classify(run, model, args, bar.update)
+                    found = classify(run, model, args)
                     util.write(path.with_suffix(".pdf"), draw(run, name, found))
                     result = dict(settings=own, forward=found.forward, backward=found.backward, answers=run.answers)
                     util.save_checkpoint(path, result)
+                    bar.update()
                 row = get_row(name, run, result)
                 bar.write(f"{run.name}: {row['wrong']} of {row['images']} wrong: {path.with_suffix('.pdf')}")
                 rows.append(row)
@@ -200,7 +163,12 @@ def get_parser():
     add("--runs", "Omniglot's all_runs.zip, or the folder that it unpacks to", required=True)
     add("--run-ids", "numbers of the runs to classify (default: all)", nargs="+", type=positive)
     add("--num-traces", "traces of each image", type=positive, default=matching.NUM_TRACES)
-    add("--num-steps", "last gradient steps that vary strokes to fit another image", type=positive, default=matching.NUM_STEPS)
+    add(
+        "--num-steps",
+        "last gradient steps that vary strokes to fit another image",
+        type=positive,
+        default=matching.FINE.num_steps,
+    )
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--compile", "compile the hot path (default: yes)", action=argparse.BooleanOptionalAction, default=True)
     add("--force", "repeat runs that are complete, or replace those with other settings", action="store_true")

@@ -37,10 +37,9 @@ PER_PAGE = 20  # rows of a figure
 
 def strokes_figures(found, reading, title):
     """Pages of rows: a character, and its strokes after each that leaves ink, the newest in colour, the pen's way to it dotted"""
-    num_cols = 1 + int(reading.drawing.on.sum(1).max())
-    arcs = variation.get_arcs(reading.drawing)  # [N, A, 7]
-    x, y = drawings.get_points(arcs[..., 2:].flatten(0, 1))  # [N * A, T], from where each starts
-    lines = (torch.stack([x, y], 2).unflatten(0, arcs.shape[:2]) + arcs[..., None, :2]).numpy()  # [N, A, T, 2]
+    num_cols, arcs = 1 + int(reading.drawing.on.sum(1).max()), variation.get_arcs(reading.drawing)  # [N, A, 7]
+    points = torch.stack(drawings.get_points(arcs[..., 2:].flatten(0, 1)), 2)  # [N * A, T, 2], from where each starts
+    lines = (points.unflatten(0, arcs.shape[:2]) + arcs[..., None, :2]).numpy()  # [N, A, T, 2]
     lines = lines * [1, -1] + [0, 1]  # y downwards
     for first in range(0, len(found), PER_PAGE):
         rows = range(first, min(first + PER_PAGE, len(found)))
@@ -49,7 +48,8 @@ def strokes_figures(found, reading, title):
         axes.set(xlim=(-0.05, 1.1 * num_cols), ylim=(1.1 * len(rows), -0.2), aspect="equal")
         axes.set_axis_off()
         for row, i in enumerate(rows):
-            axes.text(-0.1, 1.1 * row + 0.5, figures.literal(get_label(found, reading, i)), ha="right", va="center", fontsize=6)
+            label = f"{found.names[i]}\nlog p(x | strokes) {reading.log_likelihood[i]:.0f}\ndeviation {reading.deviation[i].sum():.1f}"
+            axes.text(-0.1, 1.1 * row + 0.5, figures.literal(label), ha="right", va="center", fontsize=6)
             on = reading.drawing.on[i].nonzero().squeeze(1).tolist()
             for col in range(len(on) + 1):
                 draw_cell(axes, (1.1 * col, 1.1 * row), found.obs[i].numpy(), lines[i], on[:col])
@@ -66,11 +66,6 @@ def draw_cell(axes, corner, ink, lines, on):
     for strokes, colour, style, width in styles:
         some = lines[list(strokes)] + [left, top]
         axes.add_collection(LineCollection(some, colors=colour, ls=style, lw=width, capstyle="round"))
-
-
-def get_label(found, reading, i):
-    log_p, deviation = reading.log_likelihood[i], reading.deviation[i].sum()
-    return f"{found.names[i]}\nlog p(x | strokes) {log_p:.0f}\ndeviation {deviation:.1f}"
 
 
 def save_pages(path, pages):
@@ -108,12 +103,11 @@ def save_searched(model, network, found, folder, title):
     """Searches for the best programs of the model's own strokes, and writes their drawings"""
     obs = (found.obs >= 0.5).float()
     rendering.set_compile(True)  # which takes a while, and a search longer
-    latent, log_joint, alphabet = search.read(model, network, obs)
-    map_id, _ = drawings.get_maps(model, latent, obs)
-    drawing = variation.get_drawing(model, latent, obs)
+    latent, log_joint, alphabets = search.read(model, network, obs)
+    (map_id, _), drawing = drawings.get_maps(model, latent, obs), variation.get_drawing(model, latent, obs)
     for i, name in enumerate(found.names):
         program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
-        details = {} if alphabet is None else {"alphabet": alphabet[i].argmax().item()}
+        details = {} if alphabets[i] is None else {"alphabet": alphabets[i].argmax().item()}
         save_program(folder / f"{name}-program", program, image=found.files[i], log_joint=log_joint[i].item(), **details)
     stages = drawings.draw_stages(drawing, RESOLUTION)
     seen = drawings.draw_parts(drawing, drawing.on.unsqueeze(1), RESOLUTION)[:, 0]
@@ -135,7 +129,7 @@ def main(argv=None):
     folder = util.SAVE / name / "read" if args.output is None else util.expand_user(args.output)
     util.set_seed(args.seed)
     found = characters.find(args.images, args.as_is)
-    num_steps = matching.NUM_TRACE_STEPS * math.ceil(len(found) / variation.AT_ONCE)
+    num_steps = matching.TRACING.num_steps * math.ceil(len(found) / variation.AT_ONCE)
     with util.show_progress(total=num_steps, desc=f"reading {len(found)} characters", unit="step") as bar:
         reading = characters.read(model, found, bar.update)
     for i, (stem, file) in enumerate(zip(found.names, found.files, strict=True)):

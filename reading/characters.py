@@ -48,46 +48,49 @@ class Reading(NamedTuple):
 def find(paths, as_is=False):
     """Finds characters in image files (images.find_characters) or takes each file as one. Warns about files that cannot be
     read. Raises: UserError if nothing is left"""
-    found = []
-    for path in paths:
+    inks, files = [], []
+    for path in map(str, paths):
         try:
-            found.append(take(str(path), read_file(path), as_is))
+            found = take(path, read_file(path), as_is)
+            inks += found.inks
+            files += found.files
         except OSError as error:
             warn(f"cannot read {path} ({error.strerror}), skipped")
         except UserError as error:
             warn(f"{error}, skipped")
-    files = [file for some in found for file in some.files]
     if not files:
         raise UserError("there is no character to read; give images of characters, or --as-is")
-    return Characters(
-        [ink for some in found for ink in some.inks], torch.cat([some.obs for some in found]), _name(files), files
-    )
+    return _describe(inks, files)
 
 
 def take(name, content, as_is=False):
     """The characters in the bytes of one file. Raises: UserError if they are no image"""
     if not as_is:
-        return from_inks(images.find_characters(name, content, FINE), name)
-    ink = images.get_ink(images.decode(name, content)) >= 0.5
-    if not ink.any():
-        raise UserError(f"{name} is blank")
-    return from_inks([ink], name)
+        inks = images.find_characters(name, content, FINE)
+    else:
+        inks = [images.get_ink(images.decode(name, content)) >= 0.5]
+        if not inks[0].any():
+            raise UserError(f"{name} is blank")
+    return from_inks(inks, name)
 
 
 def from_inks(inks, name):
     """Characters of arrays [H, W] of bool, of one each in Omniglot's size and stroke; those without ink are left out"""
     inks = [ink for ink in inks if ink.any()]
-    obs = [images.shrink(ink.astype(np.float32)) for ink in inks]
-    names = [name] * len(inks)
-    return Characters(inks, torch.from_numpy(np.array(obs).reshape(-1, images.SIDE, images.SIDE)).float(), names, names)
+    return _describe(inks, [name] * len(inks))
+
+
+def _describe(inks, files):
+    obs = np.array([images.shrink(ink.astype(np.float32)) for ink in inks]).reshape(-1, images.SIDE, images.SIDE)
+    return Characters(inks, torch.from_numpy(obs).float(), _name(files), files)
 
 
 def _name(files):
     """The stems of the files, numbered where one holds several characters, and distinct, so that none overwrites another"""
     names = []
     for i, file in enumerate(files):
-        stem = pathlib.Path(file).stem[:LONGEST_NAME]
-        name = f"{stem}-{files[:i].count(file) + 1}" if files.count(file) > 1 else stem
+        number = f"-{files[:i].count(file) + 1}" if files.count(file) > 1 else ""
+        name = pathlib.Path(file).stem[:LONGEST_NAME] + number
         while name in names:
             name += "-again"
         names.append(name)
@@ -99,20 +102,14 @@ def _name(files):
 
 def read(generative_model, characters, tick=lambda: None):
     """Traces Characters with the model's strokes, and refits these to the ink: Reading. `tick` is called after each of
-    matching.NUM_TRACE_STEPS steps of each variation.AT_ONCE characters"""
-    strokes = matching.find_strokes(
-        generative_model, characters.inks, characters.obs, num_traces=1, deviations=DEVIATIONS, tick=tick
-    )
-    drawing, latent = strokes.drawing, strokes.latent[0]
+    matching.TRACING.num_steps steps of each variation.AT_ONCE characters"""
+    strokes = matching.find_strokes(generative_model, characters.inks, characters.obs, 1, deviations=DEVIATIONS, tick=tick)
+    drawing = strokes.drawing.select(0)  # the only trace
     used = drawing.on | drawing.displacement.any(2)  # [N, A]
     arcs = torch.cat([drawing.displacement, drawing.theta.unsqueeze(2)], 2).flatten(0, 1)  # [N * A, 3]
     library = generative_model.get_primitives()[:, :3].detach()
     primitive, deviation = tracing.find_nearest(arcs.double().numpy(), library.double().numpy())
     primitive, deviation = (torch.from_numpy(x).view(used.shape) for x in (primitive, deviation))
-    return Reading(
-        torch.stack([primitive, latent[..., 1]], 2),
-        drawing,
-        variation.get_log_likelihood(drawing, characters.obs),
-        (deviation * used).float(),
-        used.sum(1),
-    )
+    latent = torch.stack([primitive, drawing.on.long()], 2)
+    log_likelihood = variation.get_log_likelihood(drawing, characters.obs)
+    return Reading(latent, drawing, log_likelihood, (deviation * used).float(), used.sum(1))

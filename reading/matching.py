@@ -26,29 +26,25 @@ import torch
 import torch.nn.functional as F
 
 from reading import tracing, variation
-from reading.variation import HAND, OWN, Drawing, Variation
+from reading.variation import HAND, OWN, Drawing, Schedule
 
 NUM_TRACES = 4  # of each image
-NUM_TRACE_STEPS = 60  # of the refit to the image itself
-NUM_COARSE_STEPS, NUM_STEPS = 50, 60  # of the refit to another image, on a coarse grid and in all pixels
 NUM_CANDIDATES, NUM_REFINED = 6, 2  # characters of a test image, and their traces, that are fitted in all pixels
-LEARNING_RATE = 0.1  # of all
-TRACE_BLUR, COARSE_BLUR, FINE_BLUR = (0.5, 1.0), (0.25, 0.6), (0.6, 1.0)  # traces lie on the ink already
 FLOOR = 0.03  # f'
+TRACING = Schedule(60, 0.5, 1.0, 0.6)  # of the refit to the image itself, whose ink traces lie on already
+COARSE = Schedule(50, 0.25, 0.6, 0.8)  # to another image, on a coarse grid
+FINE = Schedule(60, 0.6, 1.0, 0.8)  # and in all pixels
 
 
 class Strokes(NamedTuple):
-    """K programs of each of N images, refitted to it"""
+    """K traces of each of N images, refitted to it"""
 
     obs: torch.Tensor  # [N, R, C], the images
-    latent: torch.Tensor  # [K, N, A, 2], the programs
-    drawing: Drawing  # of K * N drawings
-    score: torch.Tensor  # [K, N], log p(x | v) - |e|^2 / 2, nats
+    drawing: Drawing  # of [K, N]
 
     def select(self, ids):
         """Selects images by ids [M]"""
-        rows = (torch.arange(len(self.score)).unsqueeze(1) * len(self.obs) + ids).flatten()  # [K * M]
-        return Strokes(self.obs[ids], self.latent[:, ids], self.drawing.select(rows), self.score[:, ids])
+        return Strokes(self.obs[ids], self.drawing.select(slice(None), ids))
 
 
 def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, deviations=OWN, tick=lambda: None):
@@ -59,58 +55,38 @@ def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, dev
         seed: of the order of strokes in further traces
         deviations: Deviations from the library's strokes
         tick: called after each step of each variation.AT_ONCE drawings
-    Returns: Strokes, of num_traces programs per image, the first trace the most obvious one
+    Returns: Strokes, of num_traces per image, the first trace the most obvious one
     """
     rng = np.random.default_rng(seed)
     traces = tracing.trace(generative_model, inks * num_traces, [None] * len(inks) + [rng] * len(inks) * (num_traces - 1))
     images = obs.repeat(num_traces, 1, 1)  # [K * N, R, C]
-    fit = variation.refit(
-        traces.centre,
-        images,
-        deviations,
-        NUM_TRACE_STEPS,
-        start=traces.variation,
-        blur=TRACE_BLUR,
-        lr=LEARNING_RATE,
-        tick=tick,
-    )
-    shape = num_traces, len(inks)
-    return Strokes(obs, traces.latent.unflatten(0, shape), fit.drawing, (fit.log_likelihood - fit.distance).view(shape))
+    fit = variation.refit(traces.centre, images, deviations, TRACING, traces.variation, tick=tick)
+    return Strokes(obs, variation.change(fit.drawing, lambda x: x.unflatten(0, (num_traces, len(inks)))))
 
 
-def match(strokes, obs, deviations=HAND, num_steps=NUM_COARSE_STEPS, tick=lambda: None):
+def match(strokes, obs, deviations=HAND):
     """Refits the strokes of N images to each of M other images [M, R, C], blurred, and on a grid half as fine.
 
-    Returns: Variation of K * M * N drawings; and log p(x' | v) - |e|^2 / 2 of each, in all pixels: [K, M, N], nats
+    Returns: Fit of [K, M, N] drawings; and log p(x' | v) - |e|^2 / 2 of each, in all pixels: [K, M, N], nats
     """
-    num_kept, num_images = strokes.score.shape
-    grid = torch.cartesian_prod(torch.arange(num_kept), torch.arange(len(obs)), torch.arange(num_images))
-    program, image, source = grid.unbind(1)  # [K * M * N] each
-    centre = strokes.drawing.select(program * num_images + source)
-    coarse, aligned_to = (_halve(x)[ids] for x, ids in [(obs, image), (strokes.obs, source)])
-    fit = variation.refit(
-        centre, coarse, deviations, num_steps, aligned_to=aligned_to, blur=COARSE_BLUR, sharp_after=0.8, lr=LEARNING_RATE,
-        tick=tick,
-    )  # fmt: skip
-    score = _score(fit, obs[image])
-    return fit.variation, score.view(num_kept, len(obs), num_images)
+    sizes = len(strokes.drawing.on), len(obs), len(strokes.obs)
+    trace, image, source = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")  # [K, M, N] each
+    centre = strokes.drawing.select(trace, source)
+    fit = variation.refit(centre, _halve(obs)[image], deviations, COARSE, aligned_to=_halve(strokes.obs)[source])
+    return fit, _score(fit, obs[image])
 
 
-def refine(strokes, obs, start, score, pairs, deviations=HAND, num_steps=NUM_STEPS, tick=lambda: None):
+def refine(strokes, obs, fit, score, image, source, deviations=HAND, schedule=FINE):
     """Refits the strokes of some of N images to some of M others, beginning where `match` ended.
 
-    Args: start, score: from `match`; pairs [P, 2], image and source
-    Returns: Fit of T * P drawings, the best NUM_REFINED traces of each pair, and log p(x' | v) - |e|^2 / 2, [T, P], nats
+    Args: fit, score: from `match`; image, source [...]: which of the M is to be explained by which of the N
+    Returns: Fit of [T, ...] drawings, the best NUM_REFINED traces of each pair, and log p(x' | v) - |e|^2 / 2, the same shape
     """
-    num_images, (image, source) = len(strokes.obs), pairs.unbind(1)
-    trace = score[:, image, source].topk(min(NUM_REFINED, len(score)), 0).indices  # [T, P]
-    rows = (trace * len(obs) + image) * num_images + source
-    start = Variation(*(x[rows.flatten()] for x in start))
-    centre, images = strokes.drawing.select((trace * num_images + source).flatten()), obs[image.expand_as(trace).flatten()]
-    fit = variation.refit(
-        centre, images, deviations, num_steps, start, blur=FINE_BLUR, sharp_after=0.8, lr=LEARNING_RATE, tick=tick
-    )
-    return fit, _score(fit, images).view_as(trace)
+    trace = score[:, image, source].topk(min(NUM_REFINED, len(score)), 0).indices  # [T, ...]
+    image, source = image.expand_as(trace), source.expand_as(trace)
+    start = variation.change(fit.variation, lambda x: x[trace, image, source])
+    fit = variation.refit(strokes.drawing.select(trace, source), obs[image], deviations, schedule, start)
+    return fit, _score(fit, obs[image])
 
 
 def _halve(obs):
@@ -120,9 +96,11 @@ def _halve(obs):
 
 
 def _score(fit, obs):
-    """log p(x' | v) - |e|^2 / 2 of Fits, as classification counts it: [N], nats"""
+    """log p(x' | v) - |e|^2 / 2 of a Fit, as classification counts it: obs [..., R, C] -> [...], nats"""
+    drawing, obs = variation.change(fit.drawing, lambda x: x.flatten(0, fit.distance.dim() - 1)), obs.flatten(0, -3)
     rows = torch.arange(len(obs)).split(variation.AT_ONCE)
-    return torch.cat([variation.get_log_likelihood(fit.drawing.select(some), obs[some], FLOOR) for some in rows]) - fit.distance
+    log_p = torch.cat([variation.get_log_likelihood(drawing.select(some), obs[some], FLOOR) for some in rows])
+    return log_p.view_as(fit.distance) - fit.distance
 
 
 class Comparison(NamedTuple):
@@ -131,38 +109,34 @@ class Comparison(NamedTuple):
     forward: torch.Tensor  # [M, N], the score of each test image under the strokes of each character, nats
     backward: torch.Tensor  # [M, N], that of each character under the strokes of each test image, less what it takes, nats
     candidates: torch.Tensor  # [M, S], the characters that were refined; the scores of others are lower bounds
-    drawing: Drawing  # of M * S drawings, the strokes of each candidate as they were varied to fit the test image
+    drawing: Drawing  # of [M, S], the strokes of each candidate as they were varied to fit the test image
 
 
 @torch.no_grad()
-def compare(tests, characters, num_coarse_steps=NUM_COARSE_STEPS, num_steps=NUM_STEPS, tick=lambda: None):
+def compare(tests, characters, schedule=FINE):
     """Compares test images with characters, both Strokes. Returns: Comparison"""
-    (start, scores), (back_start, back_scores), (_, among) = (
-        match(strokes, obs, num_steps=num_coarse_steps, tick=tick)
-        for strokes, obs in [(characters, tests.obs), (tests, characters.obs), (characters, characters.obs)]
-    )  # [K, M, N], [K, N, M], [K, N, N]
-    images = characters.obs.repeat(len(characters.score), 1, 1)  # [K * N, R, C]
-    own = variation.get_log_likelihood(characters.drawing, images, FLOOR).view_as(characters.score)  # [K, N]
+    fit, score = match(characters, tests.obs)  # [K, M, N]
+    back_fit, back_score = match(tests, characters.obs)  # [K, N, M]
+    _, among = match(characters, characters.obs)  # [K, N, N]
+    own = variation.get_log_likelihood(characters.drawing, characters.obs.expand(len(among), -1, -1, -1), FLOOR)  # [K, N]
     effort = get_effort(own.amax(0), among.logsumexp(0))
-    forward, backward = scores.logsumexp(0), back_scores.logsumexp(0).t() - effort
+    forward, backward = score.logsumexp(0), back_score.logsumexp(0).t() - effort
     candidates = combine(forward, backward).topk(min(NUM_CANDIDATES, forward.shape[1]), 1).indices  # [M, S]
     test = torch.arange(len(candidates)).unsqueeze(1).expand_as(candidates)
-    pairs = torch.stack([test, candidates], 2).flatten(0, 1)  # [M * S, 2]
-    fit, refined = refine(characters, tests.obs, start, scores, pairs, num_steps=num_steps, tick=tick)  # [T, M * S]
-    _, back_refined = refine(tests, characters.obs, back_start, back_scores, pairs.flip(1), num_steps=num_steps, tick=tick)
-    forward[test, candidates] = refined.logsumexp(0).view_as(test)
-    backward[test, candidates] = back_refined.logsumexp(0).view_as(test) - effort[candidates]
-    best = refined.argmax(0) * len(pairs) + torch.arange(len(pairs))
-    return Comparison(forward, backward, candidates, fit.drawing.select(best))
+    fit, refined = refine(characters, tests.obs, fit, score, test, candidates, schedule=schedule)  # [T, M, S]
+    _, back_refined = refine(tests, characters.obs, back_fit, back_score, candidates, test, schedule=schedule)
+    forward[test, candidates] = refined.logsumexp(0)
+    backward[test, candidates] = back_refined.logsumexp(0) - effort[candidates]
+    best = fit.drawing.select(refined.argmax(0), test, torch.arange(test.shape[1]).expand_as(test))
+    return Comparison(forward, backward, candidates, best)
 
 
 def get_effort(own, among):
     """What it takes to explain each character: own [N], log p under its own strokes; among [N, N], the score of each under
     the strokes of each -> [N]"""
-    num = len(own)
-    if num == 1:
+    if len(own) == 1:
         return own
-    others = (among.sum(1) - among.diagonal()) / (num - 1)
+    others = (among.sum(1) - among.diagonal()) / (len(own) - 1)
     return (own + others) / 2
 
 

@@ -10,8 +10,8 @@ have other names and formats, and show scanned or photographed paper.
 makes runs of the same kind from the official release's images, to choose settings on.
 """
 
-import codecs
 import collections
+import functools
 import pathlib
 import random
 import re
@@ -42,16 +42,15 @@ class Run(NamedTuple):
 
 def load(path):
     """Loads all runs, in order of their names: a list of Run. Raises: UserError if a run is incomplete or damaged"""
-    read, names = _open(path)
-    names = {name for name in names if not data.is_hidden(name)}
-    labels = sorted(pathlib.PurePosixPath(name) for name in names if pathlib.PurePosixPath(name).name.lower() == LABELS)
-    folders = [file.parent for file in labels]
+    files = _list_files(util.expand_user(path))
+    labels = sorted(name for name in files if pathlib.PurePosixPath(name).name.lower() == LABELS)
     if not labels:
         raise UserError(f"{path} holds no runs: give Omniglot's all_runs.zip, or the folder that it unpacks to")
-    (name, number), *_ = collections.Counter(folder.name for folder in folders).most_common()
+    runs = [_load_run(path, pathlib.PurePosixPath(name), files) for name in labels]
+    (name, number), *_ = collections.Counter(run.name for run in runs).most_common()
     if number > 1:
         raise UserError(f"{path} holds {number} runs called {name}; give the folder of one of them")
-    return [_load_run(path, file, read, names) for file in labels]
+    return runs
 
 
 def summarise(runs):
@@ -60,101 +59,68 @@ def summarise(runs):
     return data.summarise(obs.numpy() >= 0.5, f"{len(runs)} run{'s' * (len(runs) != 1)}")
 
 
-def _load_run(path, labels, read, names):
+def _list_files(path):
+    """The files in a folder or zip: name -> a function that reads it"""
+    if path.is_dir():
+        names = {file.relative_to(path).as_posix(): file.read_bytes for file in path.rglob("*") if file.is_file()}
+    elif path.exists():
+        with data.decoding(path):
+            archive = zipfile.ZipFile(path)
+        names = {name: functools.partial(archive.read, stored) for name, stored in data.get_names(archive).items()}
+    else:
+        raise UserError(f"there is no {path}; get all_runs.zip from https://github.com/brendenlake/omniglot")
+    return {name: read for name, read in names.items() if not data.is_hidden(name)}
+
+
+def _load_run(path, labels, files):
     folder = labels.parent
-    known = {name.lower(): name for name in names if name.startswith(f"{folder}/") and _is_picture(name)}
-    known |= {name.rsplit(".", 1)[0]: known[name] for name in known}  # labels may leave out the suffix
-    try:
-        pairs = _read_labels(read(str(labels)), str(folder).lower(), known)
-    except UserError as error:
-        raise UserError(f"{path}: {labels} {error}") from None
-    characters = sorted({name for name in known.values() if _is_training(name)})
-    tests, answers = list(pairs), list(pairs.values())
-    others = sorted(set(known.values()) - {*characters, *tests})
+    pictures = [name for name in files if name.startswith(f"{folder}/") and _get_suffix(name) in get_suffixes()]
+    pairs = _read_labels(f"{path}: {labels}", files[str(labels)], pictures)
+    characters, tests = sorted(filter(_is_training, pictures)), list(pairs)
+    others = sorted({*pictures} - {*characters, *tests})
     if others:
         warn(f"{path}: {labels} does not name {', '.join(others[:3])}{', ...' * (len(others) > 3)}; left out")
-    inks = [get_ink(decode(name, read(name))) >= 0.5 for name in [*characters, *tests]]
+    inks = []
+    for name in [*characters, *tests]:
+        with data.decoding(f"{path}: {name}"):
+            inks.append(get_ink(decode(name, files[name]())) >= 0.5)
+        if not 0 < inks[-1].mean() <= 0.5:
+            raise UserError(f"{path}: {name} is {'more than half ink' if inks[-1].any() else 'blank'}")
     images = torch.from_numpy(np.stack([shrink(ink.astype(np.float64)) for ink in inks])).float()
-    for name, ink in zip([*characters, *tests], inks, strict=True):
-        if not ink.any():
-            raise UserError(f"{path}: {name} is blank")
-        if ink.mean() > 0.5:
-            raise UserError(f"{path}: {name} is more than half ink")
-    answers = torch.tensor([characters.index(name) for name in answers])
+    answers = torch.tensor([characters.index(name) for name in pairs.values()])
     return Run(folder.name, *images.tensor_split([len(characters)]), answers, inks)
 
 
-def _is_picture(name):
-    return pathlib.PurePosixPath(name).suffix.lower() in get_suffixes()
+def _get_suffix(name):
+    return pathlib.PurePosixPath(name).suffix.lower()
 
 
 def _is_training(name):
     return pathlib.PurePosixPath(name).parent.name.lower() in ("training", "train")
 
 
-def _read_labels(content, folder, known):
-    """Reads the lines of class_labels.txt, as Omniglot's or as people write them: with names relative to whatever folder, in
-    either order, with spaces, commas or tabs, in any of Windows' encodings, below a heading.
-
-    Args: known: lower-case name -> name of each picture of the run. Returns: test image -> training image
-    Raises: UserError
-    """
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    lines = content.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").splitlines()
-    lines = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    pairs = {}
-    for number, line in enumerate(lines):
-        split = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"[\s,;]+", line)]
-        found = [[_find(name, folder, known) for name in names] for names in split]
-        pair = next(filter(all, found), None)
-        if pair is None and number == 0 and len(lines) > 1 and "." not in line:
-            continue  # a heading
-        if pair is None and len(split) == 1:
-            missing = split[0][found[0].index(None)]
-            raise UserError(f"names {missing}, which is missing")
-        if pair is None:
-            raise UserError(f"does not name a test and a training image in each line, as in {line[:80]!r}")
-        test, answer = sorted(pair, key=_is_training)
-        if not _is_training(answer):
-            raise UserError(f"names {answer}, which is no training image of this run")
-        if _is_training(test):
-            raise UserError(f"names two training images, {test} and {answer}, in a line")
-        if pairs.setdefault(test, answer) != answer:
-            raise UserError(f"names {test} twice, with different answers")
+def _read_labels(source, read, pictures):
+    """The pairs that lines name, in either order: test image -> training image. Raises: UserError"""
+    with data.decoding(source):
+        text, pairs = read().decode("utf-8-sig", errors="replace"), {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        names = re.split(r"\s*[,\t]\s*" if re.search(r"[,\t]", line) else r"\s+", line)
+        pair = sorted((_find(name, pictures) for name in names), key=_is_training)
+        if list(map(_is_training, pair)) != [False, True] or "" in pair:
+            raise UserError(f"{source}: a line does not name a test and a training image that are there: {line[:80]!r}")
+        if pairs.setdefault(*pair) != pair[1]:
+            raise UserError(f"{source}: {pair[0]} is named twice, with different answers")
     if not pairs:
-        raise UserError("does not name a test and a training image in each line")
+        raise UserError(f"{source}: no line names a test and a training image")
     return pairs
 
 
-def _find(name, folder, known):
-    """The picture that a label means, or None"""
-    parts = [part for part in re.split(r"[\\/]+", name.strip("\"' ").lower()) if part not in ("", ".")]
-    own = folder.rsplit("/", 1)[-1]
-    if own in parts[:-1]:  # relative to a folder above
-        parts = parts[parts.index(own) + 1 :]
-    tail = "/".join(parts)
-    places = [f"{folder}/{place}{tail}" for place in ("", "test/", "training/", "train/")]
-    return next((known[place] for place in places if place in known), None)
-
-
-def _open(path):
-    """Returns: a function that reads a file by its name within the path, and the names"""
-    path = util.expand_user(path)
-    if path.is_dir():
-        names = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-        return lambda name: util.read_file(path / name), names
-    util.check_regular(path)
-    if not path.exists():
-        raise UserError(f"there is no {path}; get all_runs.zip from https://github.com/brendenlake/omniglot")
-    with data.decoding(path):
-        archive = zipfile.ZipFile(path)
-    names = data.get_names(archive)
-
-    def read(name):
-        with data.decoding(f"{path}: {name}"):
-            return archive.read(names[name])
-
-    return read, set(names)
+def _find(name, pictures):
+    """The picture that a name relative to whatever folder means, or "" if there is none, or more than one"""
+    parts = re.split(r"[\\/]+", name.lower())
+    tails = ["/" + "/".join(parts[i:]) for i in range(len(parts))]
+    found = ([picture for picture in pictures if f"/{picture.lower()}".endswith(tail)] for tail in tails)
+    return next((some[0] for some in found if len(some) == 1), "")
 
 
 # ------------------------------------------------------------------ making runs
@@ -170,13 +136,13 @@ def make(path, out, num_runs, seed):
     alphabets = sorted(name for name in images if len(images[name]) >= NUM_CHARACTERS)
     if not alphabets:
         raise UserError(f"{path} has no alphabet with {NUM_CHARACTERS} characters: give Omniglot's images_background.zip")
-    moments = random.Random(seed)
-    moments.shuffle(alphabets)
+    rng = random.Random(seed)
+    rng.shuffle(alphabets)
     with zipfile.ZipFile(out, "w") as archive:
         for number in range(num_runs):
             alphabet = images[alphabets[number % len(alphabets)]]
-            characters = moments.sample(sorted(alphabet), NUM_CHARACTERS)
-            people = moments.sample(sorted(set.intersection(*(set(alphabet[c]) for c in characters))), 2)
+            characters = rng.sample(sorted(alphabet), NUM_CHARACTERS)
+            people = rng.sample(sorted(set.intersection(*(set(alphabet[c]) for c in characters))), 2)
             order = random.Random(f"{seed} {number}").sample(range(NUM_CHARACTERS), NUM_CHARACTERS)
             name, lines = f"run{number + 1:02}", []
             for i, character in enumerate(characters):

@@ -10,6 +10,7 @@ search polishes the result. Most scores along the way are of a few maps alone, w
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,9 +33,9 @@ class Effort(NamedTuple):
 
     def scale(self, factor):
         """Makes beams wider and evolutionary searches longer by a factor; one below 1 also makes populations smaller"""
-        factors = dict.fromkeys(["width", "num_hot_rounds", "num_cold_rounds"], factor)
-        factors |= dict.fromkeys(["population", "num_mutants"], min(factor, 1))
-        return self._replace(**{name: math.ceil(factor * getattr(self, name)) for name, factor in factors.items()})
+        shorter = min(factor, 1)
+        factors = Effort(factor, 1, shorter, shorter, factor, factor)
+        return Effort(*(math.ceil(factor * num) for factor, num in zip(factors, self, strict=True)))
 
 
 QUICK = Effort(10, 2, 100, 100, 60, 20)  # seconds an image, where it is compiled
@@ -59,8 +60,9 @@ def find(generative_model, obs, alphabet=None, proposals=None, num_best=200, eff
     """
     effort, image = effort or Effort(), Image(generative_model, obs, alphabet)
     codes = [] if proposals is None else [pack(proposals)]
-    empty = torch.empty(1, 0, dtype=torch.long, device=obs.device)
-    for map_id in image.get_groups_of_maps(effort.num_groups):
+    empty, maps = torch.empty(1, 0, dtype=torch.long, device=obs.device), generative_model.likelihood.maps
+    groups = [None] if maps is None else torch.randperm(len(maps), device=obs.device).split(MAPS_PER_GROUP)
+    for map_id in groups[: effort.num_groups]:
         if not is_stopped() and effort.width > 0:
             codes.append(grow(image, empty, map_id, effort.width))
     codes = anneal(image, torch.cat(codes), effort, effort.num_hot_rounds, HOT, num_best, is_stopped)
@@ -71,22 +73,22 @@ def find(generative_model, obs, alphabet=None, proposals=None, num_best=200, eff
 
 
 @torch.no_grad()
-def read(generative_model, inference_network, obs, effort=None, num_proposals=1000, alphabet=None):
+def read(generative_model, inference_network, obs, effort=None, num_proposals=1000):
     """Searches for the most probable program of each image, beginning with proposals of the inference network. A conditional
-    model that is given no alphabet takes that of the most probable proposal.
+    model takes the alphabet of the most probable proposal.
 
-    Args: obs [N, R, C] in {0, 1}; effort: Effort, by default QUICK; alphabet [N, L] one-hot or None
-    Returns: latent [N, A, 2]; log_joint [N], nats; alphabet [N, L], or None if the model is not conditional
+    Args: obs [N, R, C] in {0, 1}; effort: Effort, by default QUICK
+    Returns: latent [N, A, 2]; log_joint [N], nats; alphabets: a list of N, [L] one-hot each, or None if not conditional
     """
-    if alphabet is None and generative_model.num_alphabets:
-        alphabet = torch.stack([guess_alphabet(generative_model, inference_network, x, num_proposals) for x in obs])
-    found = []
-    for i in show_progress(range(len(obs)), desc="searching", unit="image"):
-        given = None if alphabet is None else alphabet[i : i + 1]
-        proposals = inference_network.sample(obs[i : i + 1], num_proposals, given).squeeze(1)  # [P, A, 2]
-        found.append(find(generative_model, obs[i], None if given is None else given[0], proposals, 1, effort or QUICK))
-    latent, log_joint = zip(*found, strict=True)
-    return torch.cat(latent), torch.cat(log_joint), alphabet
+    alphabets, found = [None] * len(obs), []
+    if generative_model.num_alphabets:
+        alphabets = [guess_alphabet(generative_model, inference_network, x, num_proposals) for x in obs]
+    for x, alphabet in zip(show_progress(obs, desc="searching", unit="image"), alphabets, strict=True):
+        given = None if alphabet is None else alphabet[None]
+        proposals = inference_network.sample(x[None], num_proposals, given).squeeze(1)  # [P, A, 2]
+        found.append(find(generative_model, x, alphabet, proposals, 1, effort or QUICK))
+    latent, log_joint = map(torch.cat, zip(*found, strict=True))
+    return latent, log_joint, alphabets
 
 
 def guess_alphabet(generative_model, inference_network, obs, num_proposals):
@@ -111,23 +113,12 @@ class Image:
         self.alphabet = None if alphabet is None else alphabet.unsqueeze(0)  # [1, L]
         self.library = get_library(generative_model.get_primitives())
 
-    def get_groups_of_maps(self, num_groups):
-        """Disjoint random groups of maps: a list of [t], or of None if the likelihood has no maps"""
-        maps = self.model.likelihood.maps
-        if maps is None:
-            return [None]
-        return list(torch.randperm(len(maps), device=self.obs.device).split(MAPS_PER_GROUP)[:num_groups])
-
-    def get_likelihood(self, map_id):
-        """The model's or, given some of its maps [t], a lower bound of it"""
-        return self.model.likelihood if map_id is None else self.model.likelihood.restrict(map_id)
-
     def score(self, codes, map_id=None):
         """log p(z, x), or given some maps [t] a lower bound: codes [N, A] -> [N]"""
-        scores, likelihood = [], self.get_likelihood(map_id)
+        scores = []
         for latent in unpack(codes).split(scoring.ROWS_AT_ONCE):
             log_prior = self.model.log_prior(latent.unsqueeze(1), self.alphabet).squeeze(1)
-            scores.append(log_prior + self._log_likelihood(likelihood, self.model.get_logits(latent)))
+            scores.append(log_prior + self._log_likelihood(self.model.get_logits(latent), map_id))
         return torch.cat(scores)
 
     def choose_maps(self, codes, num_maps):
@@ -136,20 +127,18 @@ class Image:
         if maps is None or len(maps) <= num_maps:
             return None
         latent = unpack(codes)
-        logits, obs = self.model.get_logits(latent), self.obs.expand(len(latent), -1, -1)
-        log_posterior = self.model.likelihood.map_log_posterior(logits, obs)  # [N, T]
+        log_posterior = self.model.get_map_log_posterior(latent, self.obs.expand(len(latent), -1, -1))  # [N, T]
         return log_posterior.amax(0).topk(num_maps).indices
 
     def score_beginning(self, beginning, map_id):
         """Log prior and log likelihood of the first k strokes alone: beginning [N, k] -> [N], [N]"""
         log_prior = torch.zeros(len(beginning), device=beginning.device)
-        for length in range(beginning.shape[1]):
-            code = beginning[:, length : length + 1]
+        for length, code in enumerate(beginning.unsqueeze(2).unbind(1)):  # [N, 1]
             id_log_prob, on_log_prob = self._get_next_log_probs(beginning[:, :length])
             log_prior = log_prior + (id_log_prob.gather(1, code // 2) + on_log_prob.gather(1, code % 2)).squeeze(1)
         rest = self.model.num_arcs - beginning.shape[1]
         logits = self.model.get_logits(unpack(F.pad(beginning, (0, rest))))  # 0 leaves no ink
-        return log_prior, self._log_likelihood(self.get_likelihood(map_id), logits)
+        return log_prior, self._log_likelihood(logits, map_id)
 
     def score_next(self, beginning, log_prior, log_likelihood, map_id):
         """Log prior and log likelihood of programs that continue beginnings by a stroke, the pen up or down.
@@ -163,10 +152,10 @@ class Image:
         log_prior = log_prior[:, None, None] + id_log_prob.unsqueeze(2) + on_log_prob.unsqueeze(1)
         up = down = log_likelihood.unsqueeze(1).expand_as(id_log_prob)  # [N, J]
         if beginning.shape[1] > 0:  # else the stroke leaves no ink
-            likelihood, size = self.get_likelihood(map_id), max(scoring.ROWS_AT_ONCE // up.shape[1], 2)
+            size = max(scoring.ROWS_AT_ONCE // up.shape[1], 2)
             parts = zip(unpack(beginning).split(size), primitive_id.split(size), strict=True)
             logits = (self.model.get_next_logits(*part).flatten(0, 1) for part in parts)  # each [n * J, R, C]
-            down = torch.cat([self._log_likelihood(likelihood, some) for some in logits]).view_as(up)
+            down = torch.cat([self._log_likelihood(some, map_id) for some in logits]).view_as(up)
         codes = torch.stack([2 * primitive_id, 2 * primitive_id + 1], 2)
         return codes, log_prior, torch.stack([up, down], 2)
 
@@ -174,7 +163,9 @@ class Image:
         alphabet = None if self.alphabet is None else self.alphabet.expand(len(beginning), -1)
         return self.model.get_next_log_probs(unpack(beginning), alphabet)
 
-    def _log_likelihood(self, likelihood, logits):
+    def _log_likelihood(self, logits, map_id):
+        """The model's or, under some of its maps [t], a lower bound of it: logits [N, R, C] -> [N]"""
+        likelihood = self.model.likelihood if map_id is None else self.model.likelihood.restrict(map_id)
         return likelihood.log_prob(logits, self.obs.expand(len(logits), -1, -1))
 
 
@@ -287,46 +278,19 @@ def mutate(population, library, num_mutants):
 # Kinds of mutation: codes [N, A], other [N, A], library -> [N, A]
 
 
-def _draw_places(codes, num=1):
-    """Distinct random positions in each program: [N, num], sorted"""
-    return torch.rand(codes.shape, device=codes.device).argsort(1)[:, : min(num, codes.shape[1])].sort(1).values
-
-
-def _draw_codes(place, library):
-    return torch.randint(2 * len(library.offset), place.shape, device=place.device)
-
-
-def _find_near(distance):
-    """Mostly, but not always, the nearest: squared distances [..., K] -> [...]"""
-    return (distance * torch.empty_like(distance).exponential_()).argmin(-1)
-
-
-def _find_offset(wanted, library):
-    """A primitive that moves the pen by about as much: wanted [..., 2] -> [...]"""
-    return _find_near((wanted.unsqueeze(-2) - library.offset).square().sum(-1) + 1e-6)
-
-
 def _replace(codes, other, library, num=1):
-    """Replaces a primitive; mostly keeps the pen up or down"""
+    """Replaces primitives; mostly keeps the pen up or down"""
     place = _draw_places(codes, num)
     new, old = _draw_codes(place, library), codes.gather(1, place)
     keep = torch.rand(place.shape, device=codes.device) < 0.8
     return codes.scatter(1, place, torch.where(keep, new - new % 2 + old % 2, new))
 
 
-def _replace_two(codes, other, library):
-    return _replace(codes, other, library, num=2)
-
-
 def _alter(codes, other, library, num=1):
-    """Replaces a primitive by a similar one"""
+    """Replaces primitives by similar ones"""
     place = _draw_places(codes, num)
     old = codes.gather(1, place)
     return codes.scatter(1, place, 2 * _find_near(library.distance[old // 2] ** 1.5) + old % 2)
-
-
-def _alter_two(codes, other, library):
-    return _alter(codes, other, library, num=2)
 
 
 def _balance(codes, other, library):
@@ -336,7 +300,7 @@ def _balance(codes, other, library):
     old_first, old_second = codes.gather(1, first), codes.gather(1, second)
     new = _draw_codes(first, library)
     offset = library.offset[torch.cat([old_first, old_second, new], 1) // 2]  # [N, 3, 2]
-    compensating = _find_offset(offset[:, 0] + offset[:, 1] - offset[:, 2], library).unsqueeze(1)
+    compensating = _find_offset(offset[:, :1] + offset[:, 1:2] - offset[:, 2:], library)
     codes = codes.scatter(1, first, new - new % 2 + old_first % 2)
     return codes.scatter(1, second, 2 * compensating + old_second % 2)
 
@@ -345,20 +309,6 @@ def _lift(codes, other, library):
     """Lifts or lowers the pen"""
     place = _draw_places(codes)
     return codes.scatter(1, place, codes.gather(1, place) ^ 1)
-
-
-def _make_room(codes, place):
-    """Strokes after a place move back; the last one is dropped"""
-    position = torch.arange(codes.shape[1], device=codes.device)
-    return codes.gather(1, (position - (position > place).long()).clamp(min=0))
-
-
-def _close_gap(codes, place):
-    """The stroke at a place is dropped, later ones move forward, and an invisible one fills the last place"""
-    position = torch.arange(codes.shape[1], device=codes.device)
-    moved = codes.gather(1, (position + (position >= place).long()).clamp(max=codes.shape[1] - 1))
-    moved[:, -1] -= moved[:, -1] % 2
-    return moved
 
 
 def _insert(codes, other, library):
@@ -372,19 +322,18 @@ def _remove(codes, other, library):
 
 def _split(codes, other, library):
     """Two strokes take the place of one, and lead to about the same point"""
-    place = torch.randint(max(codes.shape[1] - 1, 1), (len(codes), 1), device=codes.device)
+    place, following = _draw_neighbours(codes)
     old, first = codes.gather(1, place), _draw_codes(place, library) // 2
-    second = _find_offset((library.offset[old // 2] - library.offset[first]).squeeze(1), library).unsqueeze(1)
+    second = _find_offset(library.offset[old // 2] - library.offset[first], library)
     codes = _make_room(codes, place).scatter(1, place, 2 * first + old % 2)
-    return codes.scatter(1, (place + 1).clamp(max=codes.shape[1] - 1), 2 * second + old % 2)
+    return codes.scatter(1, following, 2 * second + old % 2)
 
 
 def _merge(codes, other, library):
     """One stroke takes the place of two, and leads to about the same point"""
-    place = torch.randint(max(codes.shape[1] - 1, 1), (len(codes), 1), device=codes.device)
-    second = codes.gather(1, (place + 1).clamp(max=codes.shape[1] - 1))
-    wanted = library.offset[codes.gather(1, place) // 2] + library.offset[second // 2]
-    new = _find_offset(wanted.squeeze(1), library).unsqueeze(1)
+    place, following = _draw_neighbours(codes)
+    first, second = codes.gather(1, place), codes.gather(1, following)
+    new = _find_offset(library.offset[first // 2] + library.offset[second // 2], library)
     return _close_gap(codes, place).scatter(1, place, 2 * new + second % 2)
 
 
@@ -401,6 +350,48 @@ def _cross(codes, other, library):
 
 # Mutations, and how often each is tried
 MUTATIONS = {
-    _replace: 0.15, _replace_two: 0.07, _alter: 0.16, _alter_two: 0.06, _balance: 0.2, _lift: 0.08, _insert: 0.08,
-    _remove: 0.08, _split: 0.05, _merge: 0.04, _swap: 0.04, _cross: 0.05,
+    _replace: 0.15, partial(_replace, num=2): 0.07, _alter: 0.16, partial(_alter, num=2): 0.06, _balance: 0.2, _lift: 0.08,
+    _insert: 0.08, _remove: 0.08, _split: 0.05, _merge: 0.04, _swap: 0.04, _cross: 0.05,
 }  # fmt: skip
+
+# What mutations are made of
+
+
+def _draw_places(codes, num=1):
+    """Distinct random positions in each program: [N, num], sorted"""
+    return torch.rand(codes.shape, device=codes.device).argsort(1)[:, : min(num, codes.shape[1])].sort(1).values
+
+
+def _draw_neighbours(codes):
+    """A random position in each program and the next one: [N, 1], [N, 1]"""
+    last = codes.shape[1] - 1
+    place = torch.randint(max(last, 1), (len(codes), 1), device=codes.device)
+    return place, (place + 1).clamp(max=last)
+
+
+def _draw_codes(place, library):
+    return torch.randint(2 * len(library.offset), place.shape, device=place.device)
+
+
+def _find_near(distance):
+    """Mostly, but not always, the nearest: squared distances [..., K] -> [...]"""
+    return (distance * torch.empty_like(distance).exponential_()).argmin(-1)
+
+
+def _find_offset(wanted, library):
+    """A primitive that moves the pen by about as much: wanted [..., 2] -> [...]"""
+    return _find_near((wanted.unsqueeze(-2) - library.offset).square().sum(-1) + 1e-6)
+
+
+def _make_room(codes, place):
+    """Strokes after a place move back; the last one is dropped"""
+    position = torch.arange(codes.shape[1], device=codes.device)
+    return codes.gather(1, (position - (position > place).long()).clamp(min=0))
+
+
+def _close_gap(codes, place):
+    """The stroke at a place is dropped, later ones move forward, and an invisible one fills the last place"""
+    position = torch.arange(codes.shape[1], device=codes.device)
+    moved = codes.gather(1, (position + (position >= place).long()).clamp(max=codes.shape[1] - 1))
+    moved[:, -1] -= moved[:, -1] % 2
+    return moved

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.ndimage
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from images import make_square
 from reading import variation
@@ -66,54 +67,45 @@ def trace(generative_model, inks, rngs=None):
     """
     primitives = generative_model.get_primitives().detach()  # [P, 5]
     library = primitives[:, :3].double().numpy()
-    rngs = [None] * len(inks) if rngs is None else rngs
-    traces = [_trace(make_square(ink), library, rng) for ink, rng in zip(inks, rngs, strict=True)]
-    num_arcs = max([1, *(len(strokes) for _, strokes in traces)])
-    latent = torch.zeros(len(inks), num_arcs, 2, dtype=torch.long)
-    arcs = torch.zeros(len(inks), num_arcs, 3)  # dx, dy, theta
-    start = torch.full((len(inks), 2), 0.5)
-    for n, (begin, strokes) in enumerate(traces):
-        start[n] = torch.as_tensor(begin)
-        for a, (primitive, on, arc) in enumerate(strokes):
-            latent[n, a] = torch.tensor([primitive, on])
-            arcs[n, a] = torch.as_tensor(arc)
-    used = torch.arange(num_arcs) < torch.tensor([len(strokes) for _, strokes in traces]).unsqueeze(1)  # [N, A]
+    rngs = rngs or [None] * len(inks)
+    starts, *lists = zip(*(_trace(make_square(ink), library, rng) for ink, rng in zip(inks, rngs, strict=True)), strict=True)
+    latent, arcs, used = (pad_sequence(tensors, batch_first=True) for tensors in lists)
     centre = variation.get_drawing(generative_model, latent)
-    sharpness, width = (primitives[:, i].mean().expand(len(inks), num_arcs) for i in (3, 4))
-    displacement, theta = centre.displacement * used.unsqueeze(2), centre.theta * used
+    sharpness, width = (primitives[:, i].mean().expand(used.shape) for i in (3, 4))
+    displacement, theta, start = centre.displacement * used.unsqueeze(2), centre.theta * used, torch.stack(starts)
     centre = centre._replace(displacement=displacement, theta=theta, start=start, sharpness=sharpness, width=width)
     moved, turned = (arcs[..., :2] - displacement) / OWN.displacement, (arcs[..., 2] - theta) / OWN.theta
     return Traces(latent, centre, variation.get_none(centre)._replace(displacement=moved, theta=turned))
 
 
 def _trace(ink, library, rng):
-    """Returns: where the first stroke begins, and (primitive, on, (dx, dy, theta)) of each stroke"""
-    lines, strokes, start, pen = find_lines(ink, rng), [], None, None
+    """Returns: where the first stroke begins [2]; of each stroke, primitive and pen [A, 2], dx, dy and theta [A, 3], and True"""
+    lines, latent, arcs, pen, start = find_lines(ink, rng), [], [], None, [0.5, 0.5]
     while lines:
         line, lines = _take_next(lines, pen, rng)
         if pen is None:
             start = pen = line[0]
         if np.linalg.norm(line[0] - pen) > PEN_UP:
-            gap = np.append(line[0] - pen, 0.0)
-            strokes.append((int(find_nearest(gap[None], library)[0][0]), 0, gap))
+            arcs.append(np.append(line[0] - pen, 0.0))
+            latent.append([find_nearest(arcs[-1][None], library)[0][0], 0])
             pen = line[0]
         for primitive, end, theta in divide(line, library):
             dot = np.linalg.norm(end - pen) < DOT
-            arc = np.array([DOT, 0, 0]) if dot else np.append(end - pen, theta)
-            strokes.append((primitive, 1, arc))
-            pen = pen + arc[:2]
-    return (np.full(2, 0.5) if start is None else start), strokes
+            arcs.append(np.array([DOT, 0, 0]) if dot else np.append(end - pen, theta))
+            latent.append([primitive, 1])
+            pen = pen + arcs[-1][:2]
+    latent, arcs = np.array(latent, dtype=int).reshape(-1, 2), np.array(arcs, dtype=np.float32).reshape(-1, 3)
+    return torch.tensor(start).float(), torch.tensor(latent), torch.tensor(arcs), torch.ones(len(arcs), dtype=torch.bool)
 
 
 def _take_next(lines, pen, rng):
     """The line, in either direction, whose beginning is closest to the pen, and the rest"""
-
-    def get_distance(line):
-        distance = np.abs(line[0] - [0, 1]).sum() if pen is None else np.linalg.norm(line[0] - pen)
-        return distance * (1 if rng is None else math.exp(ORDER_NOISE * rng.standard_normal()))
-
-    choices = [(get_distance(line), i, line) for i, one in enumerate(lines) for line in (one, one[::-1])]
-    _, i, line = min(choices, key=lambda choice: choice[0])
+    choices = [(i, line) for i, one in enumerate(lines) for line in (one, one[::-1])]
+    first = np.array([line[0] for _, line in choices])  # [2 * lines, 2]
+    distance = np.abs(first - [0, 1]).sum(1) if pen is None else np.linalg.norm(first - pen, axis=1)
+    if rng is not None:
+        distance = distance * np.exp(ORDER_NOISE * rng.standard_normal(len(distance)))
+    i, line = choices[distance.argmin()]
     return line, lines[:i] + lines[i + 1 :]
 
 
@@ -202,120 +194,102 @@ def _get_graph(ink):
     from skimage.morphology import skeletonize
 
     thin = skeletonize(np.ascontiguousarray(np.pad(ink, 1) > 0))[1:-1, 1:-1]  # older versions take no transposed arrays
-    beside = _get_neighbours({tuple(pixel) for pixel in np.argwhere(thin).tolist()})
-    node_of = {pixel: i for i, pixel in enumerate(p for p, others in beside.items() if len(others) != 2)}
+    pixels = sorted(map(tuple, np.argwhere(thin).tolist()))
+    beside = {pixel: _get_neighbours(pixel, set(pixels)) for pixel in pixels}
+    node_of = {pixel: i for i, pixel in enumerate(p for p in pixels if len(beside[p]) != 2)}
     edges, seen = [], set()
 
     def follow(pixel, following):
-        path = [pixel]
-        while True:
-            seen.update([(pixel, following), (following, pixel)])
-            path.append(following)
-            if following in node_of:
-                edges.append((node_of[path[0]], node_of[following], np.array(path, float)))
-                return
-            pixel, following = following, next(other for other in beside[following] if other != pixel)
+        path = [pixel, following]
+        while path[-1] not in node_of:
+            path.append(next(other for other in beside[path[-1]] if other != path[-2]))
+        seen.update([*path[1:-1], tuple(path[:2]), tuple(path[:-3:-1])])
+        edges.append((node_of[pixel], node_of[path[-1]], np.array(path, float)))
 
     for pixel in list(node_of):
         for other in beside[pixel] or [pixel]:  # a dot is an edge to itself
             if (pixel, other) not in seen:
                 follow(pixel, other)
-    for pixel, others in beside.items():  # closed lines
-        if pixel not in node_of and (pixel, others[0]) not in seen:
+    for pixel in pixels:  # closed lines
+        if pixel not in node_of and pixel not in seen:
             node_of[pixel] = len(node_of)
-            follow(pixel, others[0])
+            follow(pixel, beside[pixel][0])
     return [np.array(pixel, float) for pixel in node_of], edges
 
 
-def _get_neighbours(pixels):
-    """The neighbours of each pixel of thinned ink (row, column), in order; those that touch at a corner alone are none if
-    another pixel touches both along a side"""
-
-    def get_neighbours(row, col):
-        for down, right in [(-1, 0), (0, 1), (1, 0), (0, -1), (-1, 1), (1, 1), (1, -1), (-1, -1)]:
-            between = {(row + down, col), (row, col + right)} if down and right else set()
-            if (row + down, col + right) in pixels and not between & pixels:
-                yield row + down, col + right
-
-    return {pixel: list(get_neighbours(*pixel)) for pixel in sorted(pixels)}
-
-
-def _get_length(points):
-    return np.linalg.norm(np.diff(points, axis=0), axis=1).sum()
+def _get_neighbours(pixel, pixels):
+    """The neighbours (row, column) of one of the pixels of thinned ink; those that touch it at a corner alone are none if another
+    pixel touches both along a side"""
+    (row, col), found = pixel, []
+    for down, right in [(-1, 0), (0, 1), (1, 0), (0, -1), (-1, 1), (1, 1), (1, -1), (-1, -1)]:
+        between = {(row + down, col), (row, col + right)} if down and right else set()
+        if (row + down, col + right) in pixels and not between & pixels:
+            found.append((row + down, col + right))
+    return found
 
 
 def _simplify(nodes, edges, spur, crossing):
     """Joins junctions closer than `crossing`, and removes lines shorter than `spur` that lead nowhere. Returns: edges"""
     while True:
-        degree = np.bincount([end for edge in edges for end in edge[:2]], minlength=len(nodes))
-        for a, b, points in sorted(edges, key=lambda edge: _get_length(edge[2])):
-            length, degrees = _get_length(points), sorted([degree[a], degree[b]])
-            joins = a != b and length < crossing and degrees[0] >= 3
+        edges = [(a, b, np.concatenate([[nodes[a]], points[1:-1], [nodes[b]]])) for a, b, points in edges]
+        lengths = np.array([np.linalg.norm(np.diff(points, axis=0), axis=1).sum() for _, _, points in edges])
+        degree = np.bincount([node for edge in edges for node in edge[:2]], minlength=len(nodes))
+        for i in lengths.argsort(kind="stable"):
+            a, b, points = edges[i]
+            degrees = sorted([degree[a], degree[b]])
+            joins = a != b and lengths[i] < crossing and degrees[0] >= 3
             if a == b:  # a small hole
                 leads_nowhere = degree[a] > 2 and np.linalg.norm(points - nodes[a], axis=1).max() < crossing
             else:
-                leads_nowhere = degrees[0] == 1 and degrees[1] >= 3 and length < spur
+                leads_nowhere = degrees[0] == 1 and degrees[1] >= 3 and lengths[i] < spur
             if joins or leads_nowhere:
-                edges = [edge for edge in edges if edge[2] is not points]
-                if joins:
-                    edges = _merge(nodes, edges, a, b)
                 break
         else:
             return edges
-
-
-def _merge(nodes, edges, a, b):
-    """Puts node b and node a in one place"""
-    nodes[a] = (nodes[a] + nodes[b]) / 2
-    merged = []
-    for first, last, points in edges:
-        first, last = (a if node == b else node for node in (first, last))
-        if first == a:
-            points = np.concatenate([nodes[a][None], points[1:]])
-        if last == a:
-            points = np.concatenate([points[:-1], nodes[a][None]])
-        merged.append((first, last, points))
-    return merged
-
-
-def _get_turns(edges, ends, reach, rng):
-    """How sharp the turn from each of a node's edges to each other one is: a list of (radians, end, end), least first"""
-
-    def get_direction(edge, end):
-        points = edges[edge][2][:: 1 if end == 0 else -1]
-        near, far = (min(n, m) for n, m in [(reach // 2, (len(points) - 1) // 2), (reach + reach // 2, len(points) - 1)])
-        way = points[far] - points[near]  # closer to the junction, thinned ink is bent
-        return way / max(np.linalg.norm(way), 1e-9)
-
-    turns = []
-    for one, other in itertools.combinations(ends, 2):
-        turn = math.acos(np.clip(-get_direction(*one) @ get_direction(*other), -1, 1))
-        turns.append((turn + (0 if rng is None else TURN_NOISE * rng.standard_normal()), one, other))
-    return sorted(turns, key=lambda turn: turn[0])
+        del edges[i]
+        if joins:  # node b goes to node a
+            nodes[a] = (nodes[a] + nodes[b]) / 2
+            edges = [(*(a if node == b else node for node in ends), points) for *ends, points in edges]
 
 
 def _join(edges, reach, rng):
     """Joins edges that go on straight across a node, and both where there are just two: a list of lines, [n, 2] each"""
-    ends_of, following = {}, {}
-    for i, (a, b, _) in enumerate(edges):
-        ends_of.setdefault(a, []).append((i, 0))
-        ends_of.setdefault(b, []).append((i, 1))
-    for ends in ends_of.values():
-        for turn, one, other in _get_turns(edges, ends, reach, rng):
-            if one not in following and other not in following and (turn < STRAIGHT or len(ends) == 2):
+    ways = [way for _, _, points in edges for way in (points, points[::-1])]  # of edge i: 2 i and, back, 2 i + 1
+    ways_from, following = {}, {}
+    for way, node in enumerate(node for edge in edges for node in edge[:2]):
+        ways_from.setdefault(node, []).append(way)
+    for some in ways_from.values():
+        for turn, one, other in _get_turns(ways, some, reach, rng):
+            if one not in following and other not in following and (turn < STRAIGHT or len(some) == 2):
                 following[one], following[other] = other, one
     lines, done = [], set()
-    free = [end for end in itertools.product(range(len(edges)), (0, 1)) if end not in following]
-    for edge, end in free + [(edge, 0) for edge in range(len(edges))]:  # closed lines last
-        if edge in done:
-            continue
+    for way in [way for way in range(len(ways)) if way not in following] + list(range(0, len(ways), 2)):  # closed lines last
         line = []
-        while edge not in done:
-            done.add(edge)
-            line.append(edges[edge][2][:: 1 if end == 0 else -1][1 if line else 0 :])
-            edge, end = following.get((edge, 1 - end), (edge, end))
-        lines.append(np.concatenate(line))
+        while way // 2 not in done:
+            done.add(way // 2)
+            line.append(ways[way][1 if line else 0 :])
+            way = following.get(way ^ 1, way)  # from where it ends
+        if line:
+            lines.append(np.concatenate(line))
     return lines
+
+
+def _get_turns(ways, some, reach, rng):
+    """How sharp the turn from each of some ways that leave a node to each other one is: a list of (radians, way, way), least
+    first"""
+
+    def get_direction(points):
+        last = len(points) - 1
+        difference = (
+            points[min(reach + reach // 2, last)] - points[min(reach // 2, last // 2)]
+        )  # thinned ink is bent at the end
+        return difference / max(np.linalg.norm(difference), 1e-9)
+
+    turns = []
+    for one, other in itertools.combinations(some, 2):
+        turn = math.acos(np.clip(-get_direction(ways[one]) @ get_direction(ways[other]), -1, 1))
+        turns.append((turn + (0 if rng is None else TURN_NOISE * rng.standard_normal()), one, other))
+    return sorted(turns, key=lambda turn: turn[0])
 
 
 def _smooth(line, sigma):

@@ -1,22 +1,20 @@
 """Strokes that vary: how another hand, or the same one another time, would draw a program.
 
-The strokes of a program are fixed, but no two drawings of a character are the same. Here a program is only the centre of a
-distribution over drawings. A drawing is determined by v: the displacement d and half angle theta of each stroke, where the
-first one begins, s, the pen, that is the factors exp(b) by which all strokes are sharper and wider, and an affine map W by
-which the picture is warped before it is seen through the program's own map M:
+A program is the centre of a distribution over drawings. A drawing is determined by v: the displacement d and half angle theta
+of each stroke, where the first one begins, s, the pen, that is the factors exp(b) by which all strokes are sharper and wider,
+and an affine map W by which the picture is warped before it is seen through the program's own map M:
 
     v = (d_1, ..., d_A, theta_1, ..., theta_A, s, b, W) = mu + sigma * e,   e ~ N(0, I)     sigma: Deviations
     x_i | v ~ Bernoulli(clamp(q_i(v), f, 1 - f))                                            q(v) = apply_maps(draw(v), M W)
 
-at the centre mu, d and theta are those of the program's primitives, s is the middle of the page, b is 0, and W is the
-identity. `f` keeps single pixels from deciding. A pixel that is partly ink counts as ink in proportion, log p(x_i | v) being
+At the centre mu, d and theta are those of the program's primitives, s is the middle of the page, b is 0, and W is the
+identity. `f` keeps single pixels from deciding. A pixel that is partly ink counts in proportion, log p(x_i | v) being
 x_i log q_i + (1 - x_i) log(1 - q_i). The score of a drawing for an image x is
 
     log p(x | v) - |e|^2 / 2        (nats; log p(x, v) but for the constants of the normal densities)
 
-and `refit` maximises it with Adam, through the renderer. Strokes begin blurred (their sharpness is scaled down), so that
-those beside the ink feel where it is, and become sharp as the fit proceeds; W may begin where it gives the drawing the
-place and the size of the image's ink.
+and `refit` maximises it with Adam, through the renderer. Strokes begin blurred, so that those beside the ink feel where it is,
+and become sharp as the fit proceeds; W may begin where it gives the drawing the place and the size of the image's ink.
 
 Source: programs as distributions over drawings, as in Lake, Salakhutdinov and Tenenbaum (2015); there, strokes are splines.
 """
@@ -31,30 +29,59 @@ import rendering
 
 FLOOR = 0.01  # f
 FARTHEST = 4.0  # deviations at which a fit may begin
+LEARNING_RATE = 0.1  # of Adam at first, on e; it falls to a tenth
 AT_ONCE = 800  # drawings fitted at a time
 ARCS_PER_SIZE = 8  # their number of strokes is a multiple of it, since each other number would be compiled separately
 
 
 class Drawing(NamedTuple):
-    """N drawings of A strokes, in coordinates of the unit square (y upwards)"""
+    """Drawings of A strokes, in coordinates of the unit square (y upwards). They may be in any order, [...]: N of them, or [K, N]"""
 
-    displacement: torch.Tensor  # [N, A, 2]
-    theta: torch.Tensor  # [N, A], half the angle that a stroke spans, in radians
-    start: torch.Tensor  # [N, 2], of the first stroke
-    map: torch.Tensor  # [N, 2, 3], takes points of the picture to points of the drawing, in affine_grid's coordinates
-    on: torch.Tensor  # [N, A], bool: which strokes leave ink
-    sharpness: torch.Tensor  # [N, A]
-    width: torch.Tensor  # [N, A]
+    displacement: torch.Tensor  # [..., A, 2]
+    theta: torch.Tensor  # [..., A], half the angle that a stroke spans, in radians
+    start: torch.Tensor  # [..., 2], of the first stroke
+    map: torch.Tensor  # [..., 2, 3], takes points of the picture to points of the drawing, in affine_grid's coordinates
+    on: torch.Tensor  # [..., A], bool: which strokes leave ink
+    sharpness: torch.Tensor  # [..., A]
+    width: torch.Tensor  # [..., A]
     params: torch.Tensor  # [2], scale and bias of the ink's logit
 
-    def select(self, ids):
-        """Selects drawings by ids [M] or a slice"""
-        return Drawing(*(field[ids] for field in self[:-1]), self.params)
+    def select(self, *ids):
+        """Selects drawings as ids, for each dimension in order, select elements of a tensor"""
+        return change(self, lambda x: x[ids])
 
 
-def concatenate(drawings):
-    """Joins Drawings into one, in order"""
-    return Drawing(*(torch.cat(fields) for fields in zip(*(d[:-1] for d in drawings), strict=True)), drawings[0].params)
+class Variation(NamedTuple):
+    """e, what drawings deviate from their centres, in units of sigma"""
+
+    displacement: torch.Tensor  # [..., A, 2]
+    theta: torch.Tensor  # [..., A]
+    start: torch.Tensor  # [..., 2]
+    pen: torch.Tensor  # [..., 2]
+    warp: torch.Tensor  # [..., 2, 3]
+
+    def get_distance(self):
+        """|e|^2 / 2: [...], nats"""
+        num_dims = self.theta.dim() - 1
+        return sum(x.square().flatten(num_dims).sum(num_dims) for x in self) / 2
+
+
+def change(strokes, function):
+    """Applies a function to what a Drawing or a Variation says of each drawing"""
+    return strokes._replace(**{name: function(x) for name, x in strokes._asdict().items() if name != "params"})
+
+
+def get_size(num_arcs):
+    """The least size of drawings that have so many strokes"""
+    return math.ceil(max(num_arcs, 1) / ARCS_PER_SIZE) * ARCS_PER_SIZE
+
+
+def resize(strokes, num):
+    """Cuts a Drawing or a Variation to its first strokes, or adds some that draw nothing"""
+    names = [name for name in ("displacement", "theta", "on", "sharpness", "width") if hasattr(strokes, name)]
+    more, num_dims = num - strokes.theta.shape[-1], strokes.theta.dim()
+    resized = {name: F.pad(x, (0, 0) * (x.dim() - num_dims) + (0, more)) for name in names for x in [getattr(strokes, name)]}
+    return strokes._replace(**resized)
 
 
 class Deviations(NamedTuple):
@@ -73,20 +100,6 @@ OWN = Deviations(0.1, 0.5, 0.1, 0.5, 0.1, 0.1, 0.1)  # from the program to the i
 HAND = Deviations(0.04, 0.3, 0.06, 0.2, 0.15, 0.1, 0.15)  # from one hand to another: what a fit may use up
 # for new examples: a little less than pairs of drawings of a character differ
 SAMPLED = Deviations(0.02, 0.15, 0.02, 0.0, 0.1, 0.06, 0.06)
-
-
-class Variation(NamedTuple):
-    """e, what a drawing deviates from its centre, in units of sigma"""
-
-    displacement: torch.Tensor  # [N, A, 2]
-    theta: torch.Tensor  # [N, A]
-    start: torch.Tensor  # [N, 2]
-    pen: torch.Tensor  # [N, 2]
-    warp: torch.Tensor  # [N, 2, 3]
-
-    def get_distance(self):
-        """|e|^2 / 2: [N], nats"""
-        return sum(x.square().flatten(1).sum(1) for x in self) / 2
 
 
 # ------------------------------------------------------------------ drawings
@@ -108,23 +121,25 @@ def get_drawing(generative_model, latent, obs=None):
 
 
 def get_arcs(drawing):
-    """Drawing -> arcs [N, A, 7], as rendering.get_logits takes them"""
-    end = drawing.start.unsqueeze(1) + drawing.displacement.cumsum(1)  # [N, A, 2]
-    start = torch.cat([drawing.start.unsqueeze(1), end[:, :-1]], 1)
+    """Drawing -> arcs [..., A, 7], as rendering.get_logits takes them"""
+    end = drawing.start.unsqueeze(-2) + drawing.displacement.cumsum(-2)  # [..., A, 2]
+    start = torch.cat([drawing.start.unsqueeze(-2), end[..., :-1, :]], -2)
     rest = [drawing.theta, drawing.sharpness, drawing.width]
     return torch.cat([start, drawing.displacement, torch.stack(rest, -1)], -1)
 
 
 def get_probs(drawing, num_rows=28, num_cols=28):
-    """The probability of ink, seen through the map: Drawing -> [N, R, C]"""
-    logits = rendering.get_logits(get_arcs(drawing), drawing.on, drawing.params, num_rows, num_cols)
-    return rendering.apply_maps(logits.sigmoid(), drawing.map)
+    """The probability of ink, seen through the map: Drawing -> [..., R, C]"""
+    drawing = resize(drawing, get_size(drawing.on.shape[-1]))
+    arcs, on, maps = get_arcs(drawing).flatten(0, -3), drawing.on.flatten(0, -2), drawing.map.flatten(0, -3)
+    logits = rendering.get_logits(arcs, on, drawing.params, num_rows, num_cols)
+    return rendering.apply_maps(logits.sigmoid(), maps).view(*drawing.on.shape[:-1], num_rows, num_cols)
 
 
 def get_log_likelihood(drawing, obs, floor=FLOOR):
-    """log p(x | v): Drawing, obs [N, R, C] in [0, 1] -> [N], nats"""
-    probs = get_probs(drawing, *obs.shape[1:]).clamp(floor, 1 - floor)
-    return (obs * probs.log() + (1 - obs) * (-probs).log1p()).flatten(1).sum(1)
+    """log p(x | v): Drawing, obs [..., R, C] in [0, 1] -> [...], nats"""
+    probs = get_probs(drawing, *obs.shape[-2:]).clamp(floor, 1 - floor)
+    return (obs * probs.log() + (1 - obs) * (-probs).log1p()).flatten(-2).sum(-1)
 
 
 # ------------------------------------------------------------------ variation
@@ -138,40 +153,45 @@ def get_warp_deviations(deviations):
 
 def vary(centre, variation, deviations):
     """The drawings mu + sigma * e: Drawing, Variation, Deviations -> Drawing"""
-    warp = torch.eye(3)[:2].to(centre.map) + get_warp_deviations(deviations).to(centre.map) * variation.warp  # [N, 2, 3]
-    outer, shift = centre.map[:, :, :2], centre.map[:, :, 2:]
-    sharper, wider = (deviations.pen * variation.pen).exp().unsqueeze(1).unbind(2)  # [N, 1] each
+    warp = torch.eye(3)[:2].to(centre.map) + get_warp_deviations(deviations).to(centre.map) * variation.warp  # [..., 2, 3]
+    outer, shift = centre.map[..., :2], centre.map[..., 2:]
+    sharper, wider = (deviations.pen * variation.pen).exp().unsqueeze(-2).unbind(-1)  # [..., 1] each
     return centre._replace(
         displacement=centre.displacement + deviations.displacement * variation.displacement,
         theta=centre.theta + deviations.theta * variation.theta,
         start=centre.start + deviations.start * variation.start,
-        map=torch.cat([outer @ warp[:, :, :2], outer @ warp[:, :, 2:] + shift], 2),
+        map=torch.cat([outer @ warp[..., :2], outer @ warp[..., 2:] + shift], -1),
         sharpness=centre.sharpness * sharper,
         width=centre.width * wider,
     )
 
 
-def get_shapes(centre):
-    """The shapes of a Variation of a Drawing"""
-    return Variation(centre.displacement.shape, centre.theta.shape, centre.start.shape, centre.start.shape, centre.map.shape)
-
-
 def get_none(centre):
     """The Variation that leaves a Drawing as it is"""
-    return Variation(*map(torch.zeros, get_shapes(centre)))
+    like = Variation(centre.displacement, centre.theta, centre.start, centre.start, centre.map)
+    return change(like, torch.zeros_like)
 
 
 def sample(centre, deviations=SAMPLED):
     """Draws how other hands would: Drawing -> Drawing"""
-    return vary(centre, Variation(*map(torch.randn, get_shapes(centre))), deviations)
+    return vary(centre, change(get_none(centre), torch.randn_like), deviations)
 
 
-def score(centre, variation, obs, deviations, floor=FLOOR):
-    """log p(x | v) - |e|^2 / 2: Drawing, Variation, obs [N, R, C], Deviations -> [N], nats"""
-    return get_log_likelihood(vary(centre, variation, deviations), obs, floor) - variation.get_distance()
+def score(centre, variation, obs, deviations):
+    """log p(x | v) - |e|^2 / 2: Drawing, Variation, obs [..., R, C], Deviations -> [...], nats"""
+    return get_log_likelihood(vary(centre, variation, deviations), obs) - variation.get_distance()
 
 
 # ------------------------------------------------------------------ fitting
+
+
+class Schedule(NamedTuple):
+    """Of a fit"""
+
+    num_steps: int
+    blur: float  # factor of the strokes' sharpness at first
+    last_blur: float  # and in the end
+    when: float  # share of the steps after which it is the last one
 
 
 class Fit(NamedTuple):
@@ -179,75 +199,59 @@ class Fit(NamedTuple):
 
     drawing: Drawing
     variation: Variation
-    log_likelihood: torch.Tensor  # log p(x | v), [N], nats
-    distance: torch.Tensor  # |e|^2 / 2, [N], nats
+    log_likelihood: torch.Tensor  # log p(x | v), [...], nats
+    distance: torch.Tensor  # |e|^2 / 2, [...], nats
 
 
-def refit(
-    centre, obs, deviations, num_steps=50, start=None, aligned_to=None, blur=(0.25, 1.0), sharp_after=0.6, lr=0.15,
-    floor=FLOOR, tick=lambda: None,
-):  # fmt: skip
+def refit(centre, obs, deviations, schedule, start=None, aligned_to=None, tick=lambda: None):
     """Fits drawings to images.
 
     Args:
-        centre: Drawing, mu; obs [N, R, C] in [0, 1]
-        deviations: Deviations; num_steps: of Adam, on e, with a learning rate that falls from lr to nearly 0
+        centre: Drawing, mu; obs [..., R, C] in [0, 1], for each drawing; deviations: Deviations; schedule: Schedule
         start: Variation that e begins as; if None, 0
-        aligned_to [N, R, C]: images that the centres fit; W then begins where it takes the place and size of
+        aligned_to [..., R, C]: images that the centres fit; W then begins where it takes the place and size of
             their ink to that of obs. If None, W begins as the identity
-        blur: factors of the sharpness, at first and from the share sharp_after of the steps on
         tick: called after each step of each AT_ONCE drawings
     Returns: Fit, whose score is at least that of the start (without regard to aligned_to)
     """
-    start, num_arcs = start or get_none(centre), centre.on.shape[1]
-    aligned = start
+    shape, start = centre.on.shape[:-1], start or get_none(centre)
+    flat, e = (change(x, lambda x: x.flatten(0, len(shape) - 1)) for x in (centre, start))
+    obs, aligned = obs.flatten(0, -3), e
     if aligned_to is not None:
-        warp = _align(aligned_to, obs) / get_warp_deviations(deviations)
-        aligned = start._replace(warp=warp.clamp(-FARTHEST, FARTHEST))
-    length = (centre.on * torch.arange(1, num_arcs + 1)).amax(1)  # [N]
-    order, parts = length.argsort(stable=True), []
+        warp = _align(aligned_to.flatten(0, -3), obs) / get_warp_deviations(deviations)
+        aligned = e._replace(warp=warp.clamp(-FARTHEST, FARTHEST))
+    num_arcs = flat.on.shape[1]
+    length, parts = (flat.on * torch.arange(1, num_arcs + 1)).amax(1), []  # [N]
+    order = length.argsort(stable=True)
     for ids in order.split(AT_ONCE):  # those with few strokes together, so that few draw nothing
-        num = math.ceil(max(int(length[ids].max()), 1) / ARCS_PER_SIZE) * ARCS_PER_SIZE
-        some = [resize(Variation(*(x[ids] for x in e)), num) for e in (start, aligned)]
-        fit = _refit(
-            resize(centre.select(ids), num), obs[ids], deviations, num_steps, *some, blur, sharp_after, lr, floor, tick
-        )
-        parts.append(fit._replace(drawing=resize(fit.drawing, num_arcs), variation=resize(fit.variation, num_arcs)))
-    drawings, variations, log_likelihood, distance = zip(*parts, strict=True)
-    back = order.argsort()
-    variation = Variation(*(torch.cat(fields)[back] for fields in zip(*variations, strict=True)))
-    return Fit(concatenate(drawings).select(back), variation, torch.cat(log_likelihood)[back], torch.cat(distance)[back])
+        num = get_size(int(length[ids].max()))
+        some = [resize(change(x, lambda x, ids=ids: x[ids]), num) for x in (flat, e, aligned)]
+        part, *scores = _refit(*some, obs[ids], deviations, schedule, tick)
+        parts.append([*resize(part, num_arcs), *scores])
+    *e, log_likelihood, distance = (torch.cat(some)[order.argsort()].unflatten(0, shape) for some in zip(*parts, strict=True))
+    return Fit(vary(centre, Variation(*e), deviations), Variation(*e), log_likelihood, distance)
 
 
-def resize(strokes, num):
-    """Cuts a Drawing or Variation to its first strokes, or adds some that draw nothing"""
-    names = [name for name in ("displacement", "theta", "on", "sharpness", "width") if hasattr(strokes, name)]
-    change = num - strokes.theta.shape[1]
-    resized = {name: F.pad(x, (0, 0) * (x.dim() - 2) + (0, change)) for name in names for x in [getattr(strokes, name)]}
-    return strokes._replace(**resized)
-
-
-def _refit(centre, obs, deviations, num_steps, start, aligned, blur, sharp_after, lr, floor, tick):
-    variation = Variation(*(x.clone().requires_grad_() for x in aligned))
-    optimizer, (first, last) = torch.optim.Adam(variation, lr=lr), blur
+def _refit(centre, start, aligned, obs, deviations, schedule, tick):
+    """As `refit`, of N drawings. Returns: Variation, and log p(x | v) and |e|^2 / 2, [N] each"""
+    variation = change(aligned, lambda x: x.clone().requires_grad_())
+    optimizer = torch.optim.Adam(variation, lr=LEARNING_RATE)
     with torch.enable_grad():
-        for step in range(num_steps):
-            sharp = first + (last - first) * min(step / max(sharp_after * num_steps, 1), 1.0)
+        for step in range(schedule.num_steps):
+            share = min(step / max(schedule.when * schedule.num_steps, 1), 1.0)
+            sharp = schedule.blur + (schedule.last_blur - schedule.blur) * share
             blurred = centre._replace(sharpness=centre.sharpness * sharp)
-            loss = -score(blurred, variation, obs, deviations, floor).sum()
+            loss = -score(blurred, variation, obs, deviations).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            optimizer.param_groups[0]["lr"] = lr * (1 - (step + 1) / num_steps) + 0.01
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - (step + 1) / schedule.num_steps) + 0.01
             tick()
     with torch.no_grad():
-        scores = torch.stack([score(centre, e, obs, deviations, floor) for e in (variation, start)])
-        better = scores[0] >= scores[1]  # [N]
-        variation = Variation(
-            *(torch.where(better.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(variation, start, strict=True))
-        )
-        drawing = vary(centre, variation, deviations)
-        return Fit(drawing, variation, get_log_likelihood(drawing, obs, floor), variation.get_distance())
+        better = score(centre, variation, obs, deviations) >= score(centre, start, obs, deviations)  # [N]
+        both = zip(variation, start, strict=True)
+        best = Variation(*(torch.where(better.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in both))
+        return best, get_log_likelihood(vary(centre, best, deviations), obs), best.get_distance()
 
 
 def _align(source, target):
@@ -260,9 +264,10 @@ def _align(source, target):
 
 def _get_moments(obs):
     """Mean and standard deviation of the ink's (x, y), in affine_grid's coordinates: [N, R, C] -> [N, 2], [N, 2]"""
-    x, y = torch.linspace(-1, 1, obs.shape[2]), torch.linspace(-1, 1, obs.shape[1])
-    weight = obs / obs.sum((1, 2), keepdim=True).clamp(min=1)
-    by_axis = [(weight.sum(1), x), (weight.sum(2), y)]
-    mean = torch.stack([(w * at).sum(1) for w, at in by_axis], 1)
-    square = torch.stack([(w * (at - m.unsqueeze(1)) ** 2).sum(1) for (w, at), m in zip(by_axis, mean.t(), strict=True)], 1)
+    weight, moments = obs / obs.sum((1, 2), keepdim=True).clamp(min=1), []
+    for along in (weight.sum(1), weight.sum(2)):  # x, y
+        at = torch.linspace(-1, 1, along.shape[1])
+        mean = (along * at).sum(1, keepdim=True)
+        moments.append((mean.squeeze(1), (along * (at - mean) ** 2).sum(1)))
+    mean, square = (torch.stack(some, 1) for some in zip(*moments, strict=True))
     return mean, square.clamp(min=0.01).sqrt()  # a straight stroke has no extent along one axis
