@@ -12,7 +12,7 @@ from fast import before_torch  # noqa: F401  # isort: skip
 import base64
 import html
 import itertools
-import os
+import pathlib
 import threading
 
 import imageio.v3 as imageio
@@ -127,7 +127,7 @@ def build(reader):
 
     def read_file(path):
         try:
-            return reader.read(characters.take(os.path.basename(path), util.read_file(path)))
+            return reader.read(characters.take(pathlib.Path(path).name, pathlib.Path(path).read_bytes()))
         except UserError as error:
             return f"<p>{html.escape(str(error))}</p>"
 

@@ -238,13 +238,11 @@ def draw_run(name, path, checkpoint, args, load_data):
 
 def draw_all(args, load_data):
     """Draws every run in save/, and names what cannot be drawn"""
-    util.check_links(util.SAVE)
     names = sorted(path.name for path in util.SAVE.glob("[!.]*") if path.is_dir() or path.is_symlink())
     if not names:
         print(f"there is no run in {util.SAVE}/ yet; train one with python main.py")
     for name in names:
         try:
-            util.check_links(checkpoints.get_path(name).parent)
             checkpoint = checkpoints.load_newest(name)
             if checkpoint is None:
                 print(f"{name}: no checkpoint yet, skipped")

@@ -615,20 +615,3 @@ def get_device(cuda):
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--cuda: there is no usable GPU ({reason}); run without --cuda") from None
     return torch.device("cuda")
-
-
-# until callers have changed
-def make_folder(path):
-    pathlib.Path(path).mkdir(parents=True, exist_ok=True)
-
-
-def check_links(path):
-    pass
-
-
-def check_regular(path):
-    pass
-
-
-def read_file(path):
-    return pathlib.Path(path).read_bytes()

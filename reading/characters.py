@@ -12,7 +12,7 @@ import torch
 
 import images
 from reading import matching, tracing, variation
-from util import UserError, read_file, warn
+from util import UserError, warn
 
 LONGEST_NAME = 50  # letters of an image's name that go into those of the files written for it
 FINE = 4 * images.SIDE  # pixels, of the side of the ink that is traced
@@ -51,7 +51,7 @@ def find(paths, as_is=False):
     inks, files = [], []
     for path in map(str, paths):
         try:
-            found = take(path, read_file(path), as_is)
+            found = take(path, pathlib.Path(path).read_bytes(), as_is)
             inks += found.inks
             files += found.files
         except OSError as error:
