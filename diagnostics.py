@@ -1,4 +1,4 @@
-"""Draws what models have learned, into save/<path_base>/.
+"""Draws what models have learned, into save/<run>/.
 
     python diagnostics.py                                        # every run in save/
     python diagnostics.py --checkpoint-path save/mws_20/checkpoints/latest.pt
@@ -83,7 +83,7 @@ def draw_losses(trained, checkpoint):
     log_num_images = None
     if memory is not None:  # the entropy of a prior that gave each image one program, all equally often
         log_num_images = math.log(len(memory) / max(checkpoint["num_alphabets"], 1))
-    figure = figures.losses_figure(statistics, log_num_images, trained.get_title())
+    figure = figures.losses_figure(statistics, log_num_images, f"{trained.name}, iteration {trained.iteration}")
     stem = "losses" if trained.is_latest else f"losses/{trained.iteration}"
     save_figures(trained, "losses", [figure], stem)
 
@@ -278,7 +278,7 @@ def get_parser():
     add("--num-reconstructions", "number of training images", type=positive, default=100)
     add("--num-prior-samples", "number of samples from the prior", type=positive, default=100)
     add("--obs-ids", "indices of training images (default: evenly spaced)", type=natural, nargs="+")
-    add("--alphabet-ids", "indices of alphabets (default: all)", type=natural, nargs="+")
+    add("--alphabet-ids", "indices of alphabets, from 0 (default: all)", type=natural, nargs="+")
     add("--alphabet-num-rows", "rows of characters per alphabet", type=util.in_range(int, 1, 50), default=4)
     add("--alphabet-num-cols", "columns of characters per alphabet", type=util.in_range(int, 1, 50), default=5)
     parser.start_group("how to draw it")

@@ -6,13 +6,12 @@
     python eval_logp.py --checkpoint-path mws_20 --algorithm own --every-checkpoint # in the course of training
     python eval_logp.py --report
 
-The images are the first 50 of the data's own test part, which no model has seen, or with --mode train those that the
-model was trained on. The generative model stays fixed. The model's own inference network (own), a new one that is trained for
-the evaluated images (sleep, rws, vimco), or two that are trained on programs found by search (mws), proposes the particles of
-the importance-weighted bound
-log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016). The sum of p(z, x) over the distinct programs
-that were seen, which include the memory of MWS, is a guaranteed lower bound. Results go to
-save/<path_base>/logp/<mode>_<algorithm>.pt. If stopped, rerun the same command to resume.
+The images are the first 50 of the data's own test part, on which models are not trained, or with --mode train those that
+the model was trained on. The generative model stays fixed. The model's own inference network (own), a new one that is trained
+for the evaluated images (sleep, rws, vimco), or two that are trained on programs found by search (mws), proposes the particles
+of the importance-weighted bound log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016). The sum of p(z, x)
+over the distinct programs that were seen, which include the memory of MWS, is a guaranteed lower bound. Results go to
+save/<run>/logp/<mode>_<algorithm>.pt. If stopped, rerun the same command to resume.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
@@ -418,6 +417,9 @@ def evaluate_every_checkpoint(args):
 def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_and_tell):
     """Runs one evaluation, from where it was stopped, and writes its result. Returns: the exit status"""
     images, memory, kind = load_images(args, checkpoint, load_data)
+    if kind == "other":
+        location = args.data_location or checkpoint["args"]["data_location"]
+        path = path.with_name(f"{path.stem}-{util.get_location_name(location)}.pt")
     with checkpoints.using(checkpoint):
         settings = get_settings(args, checkpoint, images, kind)
     with locks.lock(path.parent / f".{path.stem}.lock", f"{name} is being evaluated by {args.algorithm}", stop):

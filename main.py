@@ -32,7 +32,7 @@ from util import UserError, warn
 
 
 class Run:
-    """A run's data and everything that a checkpoint holds, on the device. Lives in save/<path_base>, by default where the
+    """A run's data and everything that a checkpoint holds, on the device. Lives in save/<run>, by default where the
     arguments say"""
 
     def __init__(self, args, dataset, device, path_base=None):
@@ -347,11 +347,9 @@ def main(argv=None):
         name, progress = signal.Signals(stop.received).name, f"{run.iteration} ({run.pretrain_iteration} of pretraining)"
         print(f"stopped by {name} at iteration {progress}, saved {path}; rerun the same command to resume")
         return 128 + stop.received
-    print(
-        f"trained {run.iteration} iterations{f', stopped because {run.reason}' if run.reason else ''}: {path}; next, to see"
-        f" what it learned: python diagnostics.py --checkpoint-path {path}, and for log p: python eval_logp.py"
-        f" --checkpoint-path {path} --algorithm mws"
-    )
+    print(f"trained {run.iteration} iterations{f', stopped because {run.reason}' if run.reason else ''}: {path}")
+    print(f"next, to see what it learned: python diagnostics.py --checkpoint-path {path_base}")
+    print(f"and for log p: python eval_logp.py --checkpoint-path {path_base} --algorithm mws")
     return 0
 
 

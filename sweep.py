@@ -75,7 +75,9 @@ def get_runs(args):
             if args.models and not names & set(args.models):
                 continue
             if path_base in runs:
-                raise UserError(f"two of the sweep's runs would share {util.SAVE / path_base}; choose one with --models")
+                raise UserError(
+                    f"two of these runs would share {util.SAVE / path_base}; choose others by --models, --seeds or settings"
+                )
             runs[path_base] = run_args
     unknown = [model for model in args.models or [] if model not in known]
     if unknown:
@@ -303,7 +305,7 @@ def get_parser():
     add("--data-location", "as for main.py (default: main.py's)", default=None)
     add("--large-conditional", "train the conditional model on the whole data set (a_mws_40_large)", action=boolean)
     add("--eval-logp", "evaluate trained models instead, on test images: a task for each of --eval-algorithms", action=boolean)
-    algorithms = "algorithms of eval_logp.py by which to evaluate"
+    algorithms = "algorithms of eval_logp.py by which to evaluate (default: sleep, rws and vimco)"
     add("--eval-algorithms", algorithms, nargs="+", choices=eval_logp.ALGORITHMS, default=report.TRAINED)
     options = 'options of eval_logp.py for all evaluations, as one string: "--mode train" for training images'
     add("--eval-options", options, default="")
@@ -339,11 +341,17 @@ def get_parser():
 def parse_args(argv=None):
     """Raises: UserError if arguments are out of range, missing, or exclude each other"""
     argv = sys.argv[1:] if argv is None else list(argv)
+    for flag in ["--sbatch", "--eval-options", "--setup"]:  # argparse takes a value that is one option for another flag
+        if flag in argv[:-1]:
+            at = argv.index(flag)
+            argv[at : at + 2] = [f"{flag}={argv[at + 1]}"]
     cut = argv.index("--") if "--" in argv else len(argv)
     args = get_parser().parse_args(argv[:cut])
     args.settings = argv[cut + 1 :]
     if sum([args.cluster, args.status, args.plot, args.cancel, args.rm]) > 1:
         raise UserError("--cluster, --status, --plot, --cancel and --rm exclude each other; give one")
+    if args.wait and not args.cluster:
+        raise UserError("--wait is for --cluster; here, a sweep waits anyway")
     if (args.cluster or args.cancel) and not args.dry_run:
         slurm.call(["sbatch", "--version"])  # is there a Slurm?
     if args.gres is None:

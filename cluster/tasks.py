@@ -172,7 +172,8 @@ def read_log(task):
 
 
 def get_log_end(task, num_lines=4):
-    return "\n".join(read_log(task)[-num_lines:])
+    """The last lines of its log, but for those of the sweep itself"""
+    return "\n".join([line for line in read_log(task) if not line.startswith("--- ")][-num_lines:])
 
 
 def get_device(task):

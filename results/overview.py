@@ -40,7 +40,11 @@ def describe(name):
     lines = [
         f"iteration {iteration} of {args.get('num_iterations', iteration)}, saved {saved}",
         f"{args['data_location']}: {checkpoint['data_summary']}",
-        ", ".join(f"{key} {value:.4g}" for phase in statistics for key, value in get_last(statistics, phase).items()),
+        ", ".join(
+            f"{'pretraining: ' * (phase == 'pretrain')}{key} {value:.4g}"
+            for phase in statistics
+            for key, value in get_last(statistics, phase).items()
+        ),
     ]
     for run in report.read_runs(util.SAVE / name)[:1]:
         log_p = ", ".join(f"{key} {value:.2f}" for key, (value, _) in run.estimates.items())

@@ -47,7 +47,7 @@ def find(path):
     Raises: UserError if there is none; the message lists the existing runs
     """
     pretrained = pathlib.Path(__file__).resolve().parents[1] / "pretrained" / f"{pathlib.Path(path).stem}.pt"
-    candidates = [pathlib.Path(path), pathlib.Path(path, "checkpoints/latest.pt"), get_path(path)]
+    candidates = [pathlib.Path(path), pathlib.Path(f"{path}.pt"), pathlib.Path(path, "checkpoints/latest.pt"), get_path(path)]
     candidates += [pretrained] * (pathlib.Path(path).parent == pathlib.Path("pretrained"))
     if found := next(filter(pathlib.Path.is_file, candidates), None):
         return found
