@@ -2,7 +2,6 @@
 
     python benchmark.py                     # a table: about ten minutes on two CPU cores
     python benchmark.py --quick             # smaller batches, under a minute
-    python benchmark.py --profile           # where the time of a step goes
     python benchmark.py --cuda              # on a GPU; also counts a step's kernels and launches
 
 Both run in one process on the same characters, alternating, and medians are compared. The reference is fast/reference.py,
@@ -27,7 +26,6 @@ from fast.cuda_graph import NUM_WARM_UPS, ReplayedStep
 from main import get_adam, get_optimizer, update
 from scoring import ScoreTable
 
-NUM_LONGEST = 25  # operations of a step that --profile shows
 ALGORITHMS = ["mws", "rws", "vimco", "pretrain", "eval rws", "eval vimco", "eval sharp"]
 SHARPNESS = 1000  # "eval sharp" is eval rws with a network whose logits are this many times larger, as after long training
 
@@ -140,16 +138,6 @@ def compare(algorithm, batch_size, num_particles, device, num_runs):
     )
 
 
-def profile(algorithm, batch_size, num_particles, device):
-    """Prints the operations of a step that take longest"""
-    steps = Steps(algorithm, batch_size, num_particles, device)
-    steps.warm_up()
-    with torch.profiler.profile(acc_events=True) as profiler:  # without acc_events, torch warns
-        steps.step()
-    order = f"self_{device.type}_time_total"
-    print(f"{algorithm}:", profiler.key_averages().table(sort_by=order, row_limit=NUM_LONGEST), sep="\n")
-
-
 # ------------------------------------------------------------------ on a GPU
 
 NUM_IN_A_ROW = 200  # steps
@@ -184,8 +172,6 @@ def get_parser():
     positive = util.in_range(int, 1)
     parser.add_argument("--cuda", action="store_true", help="measure a GPU")
     parser.add_argument("--quick", action="store_true", help="a fifth of the batch, one run of each")
-    profile_help = f"print the {NUM_LONGEST} longest operations of each step instead"
-    parser.add_argument("--profile", action="store_true", help=profile_help)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="measure plain PyTorch")
     parser.add_argument(
         "--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS, help="what to measure (default: all)"
@@ -201,10 +187,6 @@ def run(argv=None):
     device = util.get_device(args.cuda)
     setting = args.batch_size or (50 if args.quick else 250), args.num_particles, device
     rendering.set_compile(args.compile, device)
-    if args.profile:
-        for algorithm in args.algorithms:
-            profile(algorithm, *setting)
-        return 0
     print("algorithm   images x latents   seconds   reference   ratio   x convolutions")
     for algorithm in args.algorithms:
         print(compare(algorithm, *setting, num_runs=1 if args.quick else args.num_runs), flush=True)

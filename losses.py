@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 import util
 from fast import gpu
 from models import LookupInferenceNetwork, pack, sample_categorical, unpack
-from scoring import can_select, find_distinct, get_log_weight, log_mean_weight, needs_gradients, propose, score  # noqa: F401
+from scoring import can_select, find_distinct, log_mean_weight, needs_gradients, propose, score
 from util import Setting
 
 MEMORY_AT_ONCE = 2**26  # bytes, for comparing latents

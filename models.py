@@ -59,8 +59,8 @@ class Decoder(nn.Module):
     input is the previous stroke's one-hot id and on/off (zeros in the first step), followed by the context.
 
     To change all of them, change this class. To change the prior alone, let `GenerativeModel.prior` be of another class: any
-    nn.Module with `sample(num_particles, context)` and `log_prob(latent, context)` as below will do. Its `get_next_log_probs`,
-    `complete` and `resample` are used as well, if it has them: the first tells the search which strokes to try.
+    nn.Module with `sample(num_particles, context)` and `log_prob(latent, context)` as below will do. Its `get_next_log_probs`
+    and `complete` are used as well, if it has them: the first tells the search which strokes to try.
 
     On a GPU, the kernels of fast/triton_decoder.py compute the same steps, but not for a class with its own `_get_inputs`,
     `_step` or `_get_log_probs`, or another cell (see `has_kernels`). Whoever edits these here lets `has_kernels` return False;
@@ -98,24 +98,14 @@ class Decoder(nn.Module):
     def complete(self, beginning, context, temperature=1.0):
         """Continues programs of which the first k strokes are given: beginning [N, k, 2], context [N, H] -> [N, A, 2].
         Below a temperature of 1 strokes are more typical, above it more varied. Raises: ValueError if k > A"""
-        num_given = beginning.shape[1]
-        if num_given > self.num_arcs:
-            raise ValueError(f"{num_given} strokes are given, but programs have {self.num_arcs}")
-        given = F.pad(beginning, (0, 0, 0, self.num_arcs - num_given))
-        is_free = (torch.arange(self.num_arcs, device=given.device) >= num_given).view(-1, 1).expand_as(given)
-        return self._draw(*self._get_inputs(context), given, is_free, temperature)[0]
+        if beginning.shape[1] > self.num_arcs:
+            raise ValueError(f"{beginning.shape[1]} strokes are given, but programs have {self.num_arcs}")
+        return self._draw(*self._get_inputs(context), beginning.unbind(1), temperature)[0]
 
-    @torch.no_grad()
-    def resample(self, latent, context, chosen, temperature=1.0):
-        """Draws the primitives of chosen strokes anew, each given the strokes before it: latent [N, A, 2], context [N, H],
-        chosen [N, A], bool -> [N, A, 2]"""
-        is_free = torch.stack([chosen, torch.zeros_like(chosen)], -1)
-        return self._draw(*self._get_inputs(context), latent, is_free, temperature)[0]
+    def _draw(self, table, context_input, given=(), temperature=1.0):
+        """Draws strokes one after the other, but for the first few, which may be given.
 
-    def _draw(self, table, context_input, given=None, is_free=None, temperature=1.0):
-        """Draws strokes one after the other, or only those numbers that are free, the others being given.
-
-        Args: table, context_input [N, 4 * hidden]: see _get_inputs; given, is_free [N, A, 2]
+        Args: table, context_input [N, 4 * hidden]: see _get_inputs; given: strokes, [N, 2] each
         Returns: latent [N, A, 2]; log_prob [N], of all strokes, at the temperature
         """
         x, state, latent, log_prob = context_input, None, [], 0
@@ -126,9 +116,7 @@ class Decoder(nn.Module):
                 id_log_prob, on_log_prob = ((y / temperature).log_softmax(1) for y in (id_log_prob, on_log_prob))
             primitive_id = sample_categorical(id_log_prob)  # [N, 1]
             on = torch.zeros_like(primitive_id) if arc_id == 0 else sample_categorical(on_log_prob)
-            stroke = torch.cat([primitive_id, on], 1)
-            if given is not None:
-                stroke = torch.where(is_free[:, arc_id], stroke, given[:, arc_id])
+            stroke = given[arc_id] if arc_id < len(given) else torch.cat([primitive_id, on], 1)
             log_prob = log_prob + id_log_prob.gather(1, stroke[:, :1])
             log_prob = log_prob + on_log_prob.gather(1, stroke[:, 1:]) if arc_id > 0 else log_prob
             latent.append(stroke)
@@ -496,13 +484,6 @@ class GenerativeModel(nn.Module):
     def complete(self, beginning, temperature=1.0, alphabet=None):
         """As Decoder.complete, by the prior: beginning [N, k, 2], alphabet [N, L] one-hot -> [N, A, 2]"""
         return self.prior.complete(beginning, self._get_context(len(beginning), alphabet), temperature)
-
-    def resample(self, latent, chosen, temperature=1.0, alphabet=None):
-        """As Decoder.resample, from the prior: latent [N, A, 2], chosen [N, A] bool, alphabet [N, L] one-hot -> [N, A, 2].
-        They stay as they are if the prior has no such method."""
-        if not hasattr(self.prior, "resample"):
-            return latent
-        return self.prior.resample(latent, self._get_context(len(latent), alphabet), chosen, temperature)
 
     def sample_alphabet(self, num_samples):
         """Samples alphabets uniformly, one-hot: [S, L]"""
