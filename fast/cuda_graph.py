@@ -7,10 +7,9 @@ values from the GPU, and those in losses.py do not.
 
 import collections
 import contextlib
+import sys
 
 import torch
-
-from util import warn
 
 NUM_WARM_UPS = 3  # calls before a step is recorded, which compile kernels and allocate what persists
 
@@ -71,4 +70,4 @@ class ReplayedStep:
         self.can_record = False
         cause = error.__context__ or error  # ending the capture fails as well, and hides why it had to end
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:100]
-        warn(f"no CUDA graph, training is slower: {reason}")
+        print(f"warning: no CUDA graph, training is slower: {reason}", file=sys.stderr)

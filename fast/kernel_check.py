@@ -17,7 +17,6 @@ import torch
 
 from fast import gpu
 from fast.gpu import kernels
-from util import warn
 
 NUM_COMPARED = 64  # rows
 MOST_ROWS = 2**16  # latents to try kernels on; a run may have more, and scores them a few at a time
@@ -56,6 +55,10 @@ def check(build, device, num_particles, batch_size, memory_size=0, init_memory=N
         broken = ", ".join(name for name in names if faults[name] == fault)
         warn(f"the kernels of {broken} do not work here ({fault}); plain PyTorch takes their place, which is slower")
     kernels.use([name for name in names if faults[name] is None])
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
 
 
 @torch.no_grad()
