@@ -2,18 +2,14 @@
 
     python benchmark.py                     # a table: about ten minutes on two CPU cores
     python benchmark.py --quick             # smaller batches, under a minute
-    python benchmark.py --profile           # where the time of a step goes
     python benchmark.py --cuda              # on a GPU; also counts a step's kernels and launches
 
-Both run in one process on the same characters, alternating, and medians are compared.
-The reference is fast/reference.py, which scores everything with gradients. A third
-column is the forward and backward pass of PyTorch's convolutions alone.
+Both run in one process on the same characters, alternating, and medians are compared. The reference is fast/reference.py,
+which scores everything with gradients. A third column is the forward and backward pass of PyTorch's convolutions alone.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
-import collections
 import functools
-import json
 import re
 import statistics
 import time
@@ -30,29 +26,26 @@ from fast.cuda_graph import NUM_WARM_UPS, ReplayedStep
 from main import get_adam, get_optimizer, update
 from scoring import ScoreTable
 
-NUM_LONGEST = 25  # operations of a step that --profile shows
 ALGORITHMS = ["mws", "rws", "vimco", "pretrain", "eval rws", "eval vimco", "eval sharp"]
 SHARPNESS = 1000  # "eval sharp" is eval rws with a network whose logits are this many times larger, as after long training
 
 # ------------------------------------------------------------------ steps
 
 
-Setting = collections.namedtuple("Setting", "batch_size num_particles device")  # num_particles: None for the algorithm's own
-
-
 class Steps:
     """The steps of one algorithm on embedded characters, networks as initialised: `step` is the project's, `reference`
-    the straightforward one; each takes an optimiser's step. `convolve` runs the convolutions."""
+    the straightforward one; each takes an optimiser's step. `convolve` runs the convolutions.
 
-    def __init__(self, algorithm, setting):
-        batch_size, num_particles, device = setting
+    Args: as on the command line; num_particles: None for the algorithm's own"""
+
+    def __init__(self, algorithm, batch_size, num_particles, device):
         util.set_seed(0, device)
         self.algorithm, self.device, self.is_evaluation = algorithm, device, algorithm.startswith("eval")
         self.obs = data.load("glyphs").train.obs[: 50 if self.is_evaluation else batch_size].to(device)
         self.model, self.network = self.build()
         self.model.requires_grad_(not self.is_evaluation)
         self.obs_id = torch.arange(len(self.obs), device=device)
-        self.given = self.obs_id if self.is_evaluation else None
+        self.given = self.obs_id if self.is_evaluation else None  # what the lookup network takes in place of images
         self.memory = losses.init_memory(len(self.obs)).to(device)
         self.plain_memory = losses.unpack(self.memory)
         if self.is_evaluation:
@@ -110,56 +103,39 @@ class Steps:
             for chunk in obs.split(64 if self.device.type == "cpu" else len(obs)):
                 reference.embed(self.network, chunk).sum().backward()
 
+    def warm_up(self):
+        """Takes steps until they are compiled and, on a GPU, replayed as in a run"""
+        for _ in range(NUM_WARM_UPS + 2 if self.device.type == "cuda" else 1):
+            self.step()
 
-def get_warm_steps(algorithm, setting):
-    """Steps that are compiled and, on a GPU, replayed as in a run"""
-    steps = Steps(algorithm, setting)
-    for _ in range(NUM_WARM_UPS + 2):
-        steps.step()
-    return steps
-
-
-def get_seconds(function, device):
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    def get_seconds(self, name, repeats=1):
+        """How long a method takes, on average of calls in a row"""
+        start = time.perf_counter()
+        for _ in range(repeats):
+            getattr(self, name)()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / repeats
 
 
 # ------------------------------------------------------------------ measurements
 
 
-def compare(algorithm, setting, num_runs):
+def compare(algorithm, batch_size, num_particles, device, num_runs):
     """Alternates step, reference and convolutions. Returns: a row of the table"""
-    steps, device = Steps(algorithm, setting), setting.device
+    steps = Steps(algorithm, batch_size, num_particles, device)
+    steps.warm_up()
+    Steps(algorithm, 2, num_particles, device).reference()  # a short warm-up
     seconds = {"step": [], "reference": [], "convolve": []}
-    for _ in range(NUM_WARM_UPS + 2 if device.type == "cuda" else 1):  # a short warm-up for the reference
-        steps.step()
-    Steps(algorithm, setting._replace(batch_size=2)).reference()
     for _ in range(num_runs):
         for name, times in seconds.items():
-            repeats = 1 if name == "reference" else 3
-            times += [get_seconds(getattr(steps, name), device) for _ in range(repeats)]
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    return {
-        "algorithm": algorithm,
-        "batch_size": len(steps.obs),
-        "num_particles": steps.num_particles,
-        "seconds": median["step"],
-        "reference_seconds": median["reference"],
-        "ratio": median["reference"] / median["step"],
-        "ratio_to_convolutions": None if algorithm.startswith("eval") else median["step"] / median["convolve"],
-    }
-
-
-def profile(algorithm, setting):
-    """Prints the operations of a step that take longest"""
-    steps = get_warm_steps(algorithm, setting)
-    with torch.profiler.profile(acc_events=True) as profiler:  # without acc_events, torch warns
-        steps.step()
-    order = "self_cuda_time_total" if setting.device.type == "cuda" else "self_cpu_time_total"
-    print(f"{algorithm}:", profiler.key_averages().table(sort_by=order, row_limit=NUM_LONGEST), sep="\n")
+            times += [steps.get_seconds(name) for _ in range(1 if name == "reference" else 3)]
+    step, plain, convolve = map(statistics.median, seconds.values())
+    to_convolutions = "-" if steps.is_evaluation else f"{step / convolve:.2f}"
+    return (
+        f"{algorithm:11} {len(steps.obs):6} x {steps.num_particles:<9} {step:8.4g} {plain:11.3f} {plain / step:7.1f}"
+        f" {to_convolutions:>16}"
+    )
 
 
 # ------------------------------------------------------------------ on a GPU
@@ -167,88 +143,58 @@ def profile(algorithm, setting):
 NUM_IN_A_ROW = 200  # steps
 
 
-def trace(function):
-    """Profiles a call on a GPU. Returns: kernels, a dict of name -> [seconds of each launch]; the number of launches by
-    the CPU"""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # else torch warns of one cycle
-        function()
-        torch.cuda.synchronize()
-    return count_kernels(profiler.events())
-
-
 def count_kernels(events):
-    """As `trace`, given the profiler's events"""
-    kernels, num_launches = collections.defaultdict(list), 0
-    for event in events:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            if not event.name.startswith(("Memcpy", "Memset")):
-                kernels[event.name].append(event.time_range.elapsed_us() / 1e6)
-        elif re.match(r"cu(da)?(Launch|GraphLaunch|Memcpy|Memset)", event.name):
-            num_launches += 1
-    return kernels, num_launches
+    """Of a profiler's events: the seconds of each kernel; the number of launches by the CPU"""
+    on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    launches = [event for event in events if re.match(r"cu(da)?(Launch|GraphLaunch|Memcpy|Memset)", event.name)]
+    kernels = [event for event in on_gpu if not event.name.startswith(("Memcpy", "Memset"))]
+    return [event.time_range.elapsed_us() / 1e6 for event in kernels], len(launches)
 
 
-def show_kernels(algorithms, setting):
-    """Prints the number of kernels and launches in a step of each algorithm, and how long they take."""
-    print(f"algorithm     kernels  launches  milliseconds of kernels  of a step, {NUM_IN_A_ROW} in a row")
-    for algorithm in algorithms:
-        steps = get_warm_steps(algorithm, setting)
+def show_kernels(algorithm, batch_size, num_particles, device):
+    """Prints the number of kernels and launches in a step, and how long they take"""
+    steps = Steps(algorithm, batch_size, num_particles, device)
+    steps.warm_up()
+    torch.cuda.synchronize()
+    seconds = steps.get_seconds("step", NUM_IN_A_ROW)
+    with torch.profiler.profile(acc_events=True) as profiler:
+        steps.step()
         torch.cuda.synchronize()
-        seconds = get_seconds(lambda: [steps.step() for _ in range(NUM_IN_A_ROW)], setting.device) / NUM_IN_A_ROW  # noqa: B023
-        kernels, num_launches = trace(steps.step)
-        milliseconds = 1e3 * sum(map(sum, kernels.values()))
-        num_kernels = sum(map(len, kernels.values()))
-        print(f"{algorithm:11} {num_kernels:9} {num_launches:9} {milliseconds:24.3f} {1e3 * seconds:25.3f}")
+    kernels, num_launches = count_kernels(profiler.events())
+    print(f"{algorithm:11} {len(kernels):9} {num_launches:9} {1e3 * sum(kernels):24.3f} {1e3 * seconds:25.3f}")
 
 
 # ------------------------------------------------------------------ script
-
-
-def format_row(row):
-    ratio = row["ratio_to_convolutions"]
-    return (
-        f"{row['algorithm']:11} {row['batch_size']:6} x {row['num_particles']:<9} {row['seconds']:8.4g}"
-        f" {row['reference_seconds']:11.3f} {row['ratio']:7.1f} {'-' if ratio is None else f'{ratio:.2f}':>16}"
-    )
-
-
-def run(argv=None):
-    args = get_parser().parse_args(argv)
-    device = util.get_device(args.cuda)
-    setting = Setting(args.batch_size or (50 if args.quick else 250), args.num_particles, device)
-    num_runs = 1 if args.quick else args.num_runs
-    rendering.set_compile(args.compile, device)
-    if args.profile:
-        for algorithm in args.algorithms or ALGORITHMS:
-            profile(algorithm, setting)
-        return 0
-    if not args.json:
-        print("algorithm   images x latents   seconds   reference   ratio   x convolutions")
-    for algorithm in args.algorithms or ALGORITHMS:
-        row = compare(algorithm, setting, num_runs)
-        print(json.dumps(row) if args.json else format_row(row), flush=True)
-    if device.type == "cuda" and not args.json:
-        show_kernels(args.algorithms or ALGORITHMS, setting)
-    return 0
 
 
 def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     positive = util.in_range(int, 1)
     parser.add_argument("--cuda", action="store_true", help="measure a GPU")
-    parser.add_argument("--json", action="store_true", help="print lines of JSON, not a table")
     parser.add_argument("--quick", action="store_true", help="a fifth of the batch, one run of each")
-    parser.add_argument(
-        "--profile", action="store_true", help=f"print the {NUM_LONGEST} longest operations of each step instead"
-    )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="measure plain PyTorch")
-    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, help="what to measure (default: all)")
+    parser.add_argument(
+        "--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS, help="what to measure (default: all)"
+    )
     parser.add_argument("--batch-size", type=positive, help="images (default: 250, the paper's)")
     parser.add_argument("--num-particles", type=util.in_range(int, 2), help="latents per image (default: 10; evaluations: 100)")
     parser.add_argument("--num-runs", type=positive, default=3, help="runs of each (default: %(default)s)")
     return parser
+
+
+def run(argv=None):
+    args = get_parser().parse_args(argv)
+    device = util.get_device(args.cuda)
+    setting = args.batch_size or (50 if args.quick else 250), args.num_particles, device
+    rendering.set_compile(args.compile, device)
+    print("algorithm   images x latents   seconds   reference   ratio   x convolutions")
+    for algorithm in args.algorithms:
+        print(compare(algorithm, *setting, num_runs=1 if args.quick else args.num_runs), flush=True)
+    if device.type == "cuda":
+        print(f"algorithm     kernels  launches  milliseconds of kernels  of a step, {NUM_IN_A_ROW} in a row")
+        for algorithm in args.algorithms:
+            show_kernels(algorithm, *setting)
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ import math
 from typing import Annotated, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 import util
 from fast import gpu
 from models import LookupInferenceNetwork, pack, sample_categorical, unpack
-from scoring import can_select, find_distinct, get_log_weight, log_mean_weight, needs_gradients, propose, score  # noqa: F401
+from scoring import can_select, find_distinct, log_mean_weight, needs_gradients, propose, score
 from util import Setting
 
 MEMORY_AT_ONCE = 2**26  # bytes, for comparing latents
@@ -42,7 +43,7 @@ def sleep(generative_model, inference_network, num_samples=500, alphabet=None):
 
 
 def sleep_in_parts(generative_model, inference_network, num_samples, at_once=500):
-    """As `sleep`, with memory that does not grow with the number of samples: at_once of them at a time"""
+    """As `sleep`, at_once samples at a time, so that memory does not grow with their number"""
     parameters = [parameter for parameter in inference_network.parameters() if parameter.requires_grad]
     gradients, loss = [torch.zeros_like(parameter) for parameter in parameters], 0
     for start in range(0, num_samples, at_once):
@@ -56,7 +57,7 @@ def sleep_in_parts(generative_model, inference_network, num_samples, at_once=500
 
 
 def get_num_dreams(batch_size, num_particles):
-    """The number of dreams in a training step of sleep, given the batch size and number of particles of the algorithm"""
+    """The number of samples of the model in a training step of sleep"""
     return min(500, batch_size * num_particles)
 
 
@@ -85,9 +86,7 @@ def particle_objective(function):
         loss, statistics = function(*scores, **{name: available[name] for name in own if name in available})
         gradients = torch.autograd.grad(loss, scores, materialize_grads=True)  # each [P, B]
         zero = differentiate(generative_model, inference_network, particles, obs, alphabet, *gradients)
-        return loss.detach() + zero, {
-            name: value.detach() if torch.is_tensor(value) else value for name, value in statistics.items()
-        }
+        return loss.detach() + zero, tree_map_only(torch.Tensor, torch.Tensor.detach, statistics)
 
     return objective
 
@@ -158,12 +157,12 @@ def tvo(
 
 
 def get_effective_sample_size(log_weight):
-    """1 / sum_k of the squared normalised weights, averaged over images: [P, B] -> scalar between 1 and P"""
+    """1 / sum_k of the squared normalised weights, mean over images: [P, B] -> scalar between 1 and P"""
     return (1 / log_weight.softmax(0).square().sum(0)).mean()
 
 
 def wake_sleep(generative_model, inference_network, obs, num_particles=10, alphabet=None, num_dreams=500):
-    """RWS with the sleep update of phi, on num_dreams samples of the model. Other arguments and results as for `rws`."""
+    """RWS with the sleep update of phi, on num_dreams samples of the model"""
     theta_loss, theta_statistics = wake_theta(generative_model, inference_network, obs, num_particles, alphabet)
     phi_loss, phi_statistics = sleep(generative_model, inference_network, num_dreams)
     return theta_loss + phi_loss, {**theta_statistics, **phi_statistics}
@@ -173,12 +172,11 @@ def wake_sleep(generative_model, inference_network, obs, num_particles=10, alpha
 
 
 def differentiate(generative_model, inference_network, particles, obs, alphabet, grad_log_p, grad_log_q):
-    """A scalar that is zero and whose gradient is that of
-    sum(grad_log_p * log p(z, x) + grad_log_q * log q(z|x)), with the factors [P, B] held constant.
+    """A scalar that is zero and whose gradient is that of sum(grad_log_p * log p(z, x) + grad_log_q * log q(z|x)), with the
+    factors [P, B] held constant.
 
-    Few of them matter, often one per image: on a CPU only particles of non-negligible factors are scored again,
-    with gradients. On a GPU selecting takes longer than computing, so all are, but the backward pass leaves out
-    those whose factor is zero.
+    Few of them matter, often one per image: on a CPU only these particles are scored again, with gradients. On a GPU selecting
+    takes longer than computing, so all are, but the backward pass leaves out those whose factor is zero.
     """
     latent, log_p, log_q, context = particles
     num_particles, batch_size = latent.shape[:2]
@@ -186,9 +184,7 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
     threshold = negligible / batch_size  # the factors are weights divided by the batch size
     if can_select(latent):
         obs_id = torch.arange(batch_size).repeat(num_particles)  # [P * B]
-        latent, obs_id, grad_log_p, grad_log_q = _select_heavy(
-            latent, obs_id, grad_log_p, grad_log_q, threshold
-        )  # [1, N, A, 2], [N], [1, N], [1, N]
+        latent, obs_id, grad_log_p, grad_log_q = _select_heavy(latent, obs_id, grad_log_p, grad_log_q, threshold)
         obs, context = obs[obs_id], context.index_select(0, obs_id)  # [N, R, C], [N, H]
         alphabet = None if alphabet is None else alphabet[obs_id]  # [N, L]
     else:
@@ -206,9 +202,8 @@ def _select_heavy(latent, obs_id, grad_log_p, grad_log_q, threshold):
     grad_log_p, grad_log_q [P, B] -> [1, N, A, 2], [N], [1, N], [1, N]"""
     latent = latent.flatten(0, 1)
     chosen, key = find_distinct(pack(latent, torch.int16), obs_id)
-    grad_log_p, grad_log_q = (
-        grad.new_zeros(len(chosen)).index_add(0, key, grad.flatten()) for grad in (grad_log_p, grad_log_q)
-    )
+    grads = grad_log_p.flatten(), grad_log_q.flatten()
+    grad_log_p, grad_log_q = (grad.new_zeros(len(chosen)).index_add(0, key, grad) for grad in grads)
     # NaN counts as heavy, so that it reaches the loss.
     light = (grad_log_p.abs() <= threshold) & (grad_log_q.abs() <= threshold)
     heavy = (~light).nonzero().squeeze(1)  # [N]
@@ -236,12 +231,7 @@ def keeps(init_state):
 MEMORY_SIZE = Setting("latents remembered per image", 1, 10**5, limit=40)  # for any objective with a memory
 
 
-def _init_run_memory(
-    num_data,
-    num_arcs,
-    num_primitives,
-    memory_size: Annotated[int, MEMORY_SIZE] = 10,
-):
+def _init_run_memory(num_data, num_arcs, num_primitives, memory_size: Annotated[int, MEMORY_SIZE] = 10):
     return {"memory": init_memory(num_data, memory_size, num_arcs, num_primitives)}
 
 
@@ -249,12 +239,9 @@ def _init_run_memory(
 def mws(generative_model, inference_network, memory, obs, obs_id, num_particles=10, alphabet=None):
     """Memoised Wake-Sleep: updates the memory in place and trains on a sample from it.
 
-    Args:
-        memory [N, M, A]: packed latents (see `init_memory`), or plain ones [N, M, A, 2];
-            rows obs_id are changed
-        obs [B, R, C]; obs_id [B]: distinct rows of the memory; alphabet [B, L] one-hot
-    Returns: loss; statistics {theta_loss, phi_loss, prior_loss, novel_proportion and
-        new_map (shares, 0 to 1)}
+    Args: memory [N, M, A]: packed latents (see `init_memory`), or plain ones [N, M, A, 2]; obs [B, R, C]; obs_id [B]: distinct
+        rows of the memory; alphabet [B, L] one-hot
+    Returns: loss; statistics {theta_loss, phi_loss, prior_loss, novel_proportion and new_map (shares, 0 to 1)}
     """
     context = inference_network.get_context(obs, alphabet)  # [B, H]
     with torch.no_grad():
@@ -270,10 +257,11 @@ def mws(generative_model, inference_network, memory, obs, obs_id, num_particles=
 
 @torch.no_grad()
 def remember(memory, obs_id, proposal, get_scores):
-    """Updates the memory as `update_memory` does, and draws one of each image's latents from it, in proportion to p(z, x).
+    """Keeps the M best distinct latents of each image's memory and the proposals, and draws one in proportion to p(z, x).
 
-    Args: memory, obs_id, proposal: as there; get_scores: a function from latents [M + P, B, A, 2] to their log p(z, x), [M + P, B]
-    Returns: latent [1, B, A, 2]; log_r [B], log of the probability with which it was drawn; statistics, as there
+    Args: memory, obs_id: as for `mws`; proposal [P, B, A, 2]; get_scores: a function from latents [M + P, B, A, 2] to their
+        log p(z, x), [M + P, B]
+    Returns: latent [1, B, A, 2]; log_r [B], log of its probability; statistics {novel_proportion, new_map}
     """
     candidate = get_candidates(memory, obs_id, proposal)  # [M + P, B, A, 2]
     log_joint = get_scores(candidate)  # [M + P, B]
@@ -290,13 +278,7 @@ def remember(memory, obs_id, proposal, get_scores):
 
 @torch.no_grad()
 def update_memory(generative_model, memory, obs, obs_id, proposal, alphabet=None, scorer=score):
-    """Keeps, for each image, the M best distinct latents among its memory and the proposals.
-
-    Args: proposal [P, B, A, 2]; scorer: `score`, or an equivalent; the others as for `mws`.
-        Distinct means different programs, even if they draw the same image.
-    Returns: kept [M, B, A, 2], best first; log_joint [M, B], their log p(z, x);
-        statistics {novel_proportion, new_map}
-    """
+    """As `remember`, but returns all that is kept: latents [M, B, A, 2], best first; their log p(z, x) [M, B]; statistics"""
     candidate = get_candidates(memory, obs_id, proposal)  # [M + P, B, A, 2]
     return keep_best(memory, obs_id, candidate, scorer(generative_model, candidate, obs, alphabet))
 
@@ -310,7 +292,8 @@ def get_candidates(memory, obs_id, proposal):
 
 
 def keep_best(memory, obs_id, candidate, log_joint):
-    """Updates the memory, given candidates as of `get_candidates` and their log_joint [M + P, B]. Returns: as `update_memory`"""
+    """Updates the memory, given `get_candidates` and their log_joint [M + P, B]. Latents are distinct if the programs are, even
+    if they draw the same image. Returns: as `update_memory`"""
     memory_size = memory.shape[1]
     codes, log_joint = pack(candidate, memory.dtype).transpose(0, 1), log_joint.t()  # [B, M + P, A], [B, M + P]
     repeated = find_repeated(codes)  # [B, M + P]
@@ -319,23 +302,17 @@ def keep_best(memory, obs_id, candidate, log_joint):
     kept_log_joint, kept_id = distinct.topk(memory_size, 1)  # [B, M]
     kept = codes.gather(1, kept_id.unsqueeze(-1).expand(-1, -1, codes.shape[2]))  # [B, M, A]
     memory[obs_id] = kept if memory.dim() == 3 else unpack(kept).to(memory.dtype)
-    statistics = {
-        "novel_proportion": (~repeated[:, memory_size:]).float().mean(),
-        "new_map": (best_novel > best_remembered).float().mean(),
-    }
-    return unpack(kept).transpose(0, 1), kept_log_joint.t(), statistics
+    novel_proportion, new_map = (~repeated[:, memory_size:]).float().mean(), (best_novel > best_remembered).float().mean()
+    return unpack(kept).transpose(0, 1), kept_log_joint.t(), {"novel_proportion": novel_proportion, "new_map": new_map}
 
 
 def init_memory(num_data, memory_size=10, num_arcs=10, num_primitives=64):
-    """A memory of distinct random latents for each image: ids uniform, on/off fair,
-    the first arc off. If there are fewer than memory_size latents, it holds all of them.
-
-    Returns: [N, M, A], each arc as 2 * id + on/off in one byte (two if K > 128)
-    """
+    """A memory of distinct random latents for each image: ids uniform, on/off fair, the first arc off. If there are fewer than
+    memory_size latents, it holds all of them. Returns: [N, M, A], each arc as 2 * id + on/off in one byte (two if K > 128)"""
     dtype = torch.uint8 if num_primitives <= 128 else torch.int16
     num_latents = num_primitives**num_arcs * 2 ** (num_arcs - 1)
     if num_latents <= 2 * memory_size:
-        # So few that random draws would keep colliding: choose from the list of all.
+        # so few that random draws would keep colliding: choose from the list of all
         codes = [torch.arange(0, 2 * num_primitives, 2)] + [torch.arange(2 * num_primitives)] * (num_arcs - 1)
         every = torch.cartesian_prod(*codes).view(-1, num_arcs).to(dtype)
         chosen = torch.rand(num_data, num_latents).argsort(1)[:, :memory_size]

@@ -9,7 +9,9 @@ Source: Hewitt, Le and Tenenbaum (2020), section 4.2.
 """
 
 import argparse
+import functools
 import math
+import types
 
 import torch
 import torch.nn as nn
@@ -40,12 +42,10 @@ def unpack(codes):
 
 
 def match_images(obs, latent):
-    """Expands images, or whatever has a row for each of them, to those of latents [P, B, A, 2]: [B, ...] stays as it is, [1, ...]
-    is repeated, without copying. Raises: ValueError if there is another number of rows"""
-    if latent.dim() != 4 or latent.shape[-1] != 2:
-        raise ValueError(f"latents have the shape {list(latent.shape)}; expected [particles, images, arcs, 2]")
-    if len(obs) not in (1, latent.shape[1]):
-        raise ValueError(f"latents of the shape {list(latent.shape)} are of {latent.shape[1]} images, but there are {len(obs)}")
+    """Expands images, or whatever has a row for each of them, to those of latents [P, B, A, 2]: [1, ...] is repeated, without
+    copying. Raises: ValueError if there is another number of rows"""
+    if latent.dim() != 4 or latent.shape[-1] != 2 or len(obs) not in (1, latent.shape[1]):
+        raise ValueError(f"latents have the shape {list(latent.shape)}; expected [particles, {len(obs)} images, arcs, 2]")
     return obs.expand(latent.shape[1], *obs.shape[1:])
 
 
@@ -55,17 +55,16 @@ def match_images(obs, latent):
 class Decoder(nn.Module):
     """Autoregressive distribution over latents: an LSTM over strokes.
 
-    Used for the prior (context: the alphabet, if any) and the inference networks
-    (context: alphabet and image). Each step's input is the one-hot id and on/off of
-    the previous stroke (zeros in the first step), followed by the context.
+    Used for the prior (context: the alphabet, if any) and the inference networks (context: alphabet and image). A step's
+    input is the previous stroke's one-hot id and on/off (zeros in the first step), followed by the context.
 
     To change all of them, change this class. To change the prior alone, let `GenerativeModel.prior` be of another class: any
-    nn.Module with `sample(num_particles, context)` and `log_prob(latent, context)` as below will do. Its `get_next_log_probs`,
-    `complete` and `resample` are used as well, if it has them: the first tells the search which strokes to try.
+    nn.Module with `sample(num_particles, context)` and `log_prob(latent, context)` as below will do. Its `get_next_log_probs`
+    and `complete` are used as well, if it has them: the first tells the search which strokes to try.
 
-    On a GPU, the kernels of fast/triton_decoder.py compute the same steps. They are not used for a class that has its own
-    `_get_inputs`, `_step` or `_get_log_probs`, or another cell (see `has_kernels`). Whoever edits one of these three here
-    lets `has_kernels` return False; fast/kernel_check.py compares both before a run, in case that is forgotten.
+    On a GPU, the kernels of fast/triton_decoder.py compute the same steps, but not for a class with its own `_get_inputs`,
+    `_step` or `_get_log_probs`, or another cell (see `has_kernels`). Whoever edits these here lets `has_kernels` return False;
+    fast/kernel_check.py compares both before a run, in case that is forgotten.
     """
 
     def __init__(self, num_primitives, num_arcs, lstm_hidden_size, context_size, uniform_mixture):
@@ -98,29 +97,15 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def complete(self, beginning, context, temperature=1.0):
         """Continues programs of which the first k strokes are given: beginning [N, k, 2], context [N, H] -> [N, A, 2].
-        Log-probabilities are divided by the temperature: below 1 strokes are more typical, above 1 more varied.
-        Raises: ValueError if there are more than A strokes"""
-        num_given = beginning.shape[1]
-        if num_given > self.num_arcs:
-            raise ValueError(f"{num_given} strokes are given, but programs have {self.num_arcs}")
-        given = F.pad(beginning, (0, 0, 0, self.num_arcs - num_given))
-        is_free = (torch.arange(self.num_arcs, device=given.device) >= num_given).view(-1, 1).expand_as(given)
-        return self._draw(*self._get_inputs(context), given, is_free, temperature)[0]
+        Below a temperature of 1 strokes are more typical, above it more varied. Raises: ValueError if k > A"""
+        if beginning.shape[1] > self.num_arcs:
+            raise ValueError(f"{beginning.shape[1]} strokes are given, but programs have {self.num_arcs}")
+        return self._draw(*self._get_inputs(context), beginning.unbind(1), temperature)[0]
 
-    @torch.no_grad()
-    def resample(self, latent, context, chosen, temperature=1.0):
-        """Draws the primitives of chosen strokes anew, each given the strokes before it, at a temperature as in `complete`.
+    def _draw(self, table, context_input, given=(), temperature=1.0):
+        """Draws strokes one after the other, but for the first few, which may be given.
 
-        Args: latent [N, A, 2]; context [N, H]; chosen [N, A], bool
-        Returns: [N, A, 2]
-        """
-        is_free = torch.stack([chosen, torch.zeros_like(chosen)], -1)
-        return self._draw(*self._get_inputs(context), latent, is_free, temperature)[0]
-
-    def _draw(self, table, context_input, given=None, is_free=None, temperature=1.0):
-        """Draws strokes one after the other, or only those numbers that are free, the others being given.
-
-        Args: table, context_input [N, 4 * hidden]: see _get_inputs; given, is_free [N, A, 2]
+        Args: table, context_input [N, 4 * hidden]: see _get_inputs; given: strokes, [N, 2] each
         Returns: latent [N, A, 2]; log_prob [N], of all strokes, at the temperature
         """
         x, state, latent, log_prob = context_input, None, [], 0
@@ -131,9 +116,7 @@ class Decoder(nn.Module):
                 id_log_prob, on_log_prob = ((y / temperature).log_softmax(1) for y in (id_log_prob, on_log_prob))
             primitive_id = sample_categorical(id_log_prob)  # [N, 1]
             on = torch.zeros_like(primitive_id) if arc_id == 0 else sample_categorical(on_log_prob)
-            stroke = torch.cat([primitive_id, on], 1)
-            if given is not None:
-                stroke = torch.where(is_free[:, arc_id], stroke, given[:, arc_id])
+            stroke = given[arc_id] if arc_id < len(given) else torch.cat([primitive_id, on], 1)
             log_prob = log_prob + id_log_prob.gather(1, stroke[:, :1])
             log_prob = log_prob + on_log_prob.gather(1, stroke[:, 1:]) if arc_id > 0 else log_prob
             latent.append(stroke)
@@ -165,8 +148,7 @@ class Decoder(nn.Module):
         return id_log_prob, forbid_ink(on_log_prob) if beginning.shape[1] == 0 else on_log_prob
 
     def _read(self, codes, table, context_input):
-        """The hidden states before each of the first k + 1 strokes: codes [N, k], the others as for _draw -> k + 1 of
-        [N, hidden]"""
+        """The hidden states before each of the first k + 1 strokes, given the codes of k: [N, k] -> k + 1 of [N, hidden]"""
         state = self._step(context_input, None)
         hidden = [state[0]]
         for code in codes.unbind(1):
@@ -177,9 +159,8 @@ class Decoder(nn.Module):
     # -------------------------------------------------------------- a step
 
     def _get_inputs(self, context):
-        """The LSTM's inputs are one-hot, so a stroke's contribution to the gates is a row of a
-        table with a row per id and on/off; the context's contribution is the same for all
-        steps and particles: [2 * K, 4 * hidden] and [B, 4 * hidden]."""
+        """Inputs are one-hot, so a stroke's contribution to the gates is a row of a table with a row per id and on/off; the
+        context's is the same for all steps and particles: [2 * K, 4 * hidden] and [B, 4 * hidden]"""
         weight = self.lstm.weight_ih.split([self.num_primitives, 2, self.context_size], 1)
         table = weight[0].t().unsqueeze(1) + weight[1].t()  # [K, 2, 4 * hidden]
         return table.flatten(0, 1), F.linear(context, weight[2], self.lstm.bias_ih + self.lstm.bias_hh)
@@ -203,10 +184,9 @@ class Decoder(nn.Module):
 
     @property
     def has_kernels(self):
-        """Whether the kernels compute what this decoder does: steps of an LSTM and a linear layer, of sizes that they support"""
-        is_ours = all(
-            getattr(type(self), name) is getattr(Decoder, name) for name in ("_get_inputs", "_step", "_get_log_probs")
-        )
+        """Whether the kernels compute what this decoder does"""
+        steps = ["_get_inputs", "_step", "_get_log_probs"]
+        is_ours = all(getattr(type(self), name) is getattr(Decoder, name) for name in steps)
         return is_ours and gpu.can_decode(getattr(self, "lstm", None), getattr(self, "linear", None))
 
     def _uses_kernels(self, context):
@@ -217,7 +197,7 @@ class Decoder(nn.Module):
 
 
 def forbid_ink(on_log_prob):
-    """The pen of the first stroke is up: log-probabilities of up and down, of the shape of on_log_prob [N, 2]"""
+    """The pen of the first stroke is up: on_log_prob [N, 2] -> log-probabilities of up and down [N, 2]"""
     return on_log_prob.new_tensor([0.0, -math.inf]).expand_as(on_log_prob)
 
 
@@ -229,8 +209,7 @@ def _mix_with_uniform(log_probs, weight):
 
 
 def sample_categorical(log_probs):
-    """Draws one sample per row by inverting the distribution function: one random number per
-    sample, and on a GPU no synchronisation. log_probs [N, K] -> [N, 1]"""
+    """One sample per row, by inverting the distribution function, without synchronising: log_probs [N, K] -> [N, 1]"""
     cumulative = log_probs.exp().cumsum(1)
     threshold = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
     return (cumulative <= threshold).sum(1, keepdim=True).clamp(max=log_probs.shape[1] - 1)
@@ -242,15 +221,15 @@ def sample_categorical(log_probs):
 class Likelihood(nn.Module):
     """p(x|z), given the drawing of z.
 
-    A new one is a class and an entry in LIKELIHOODS. It needs `log_prob` and `sample`, as `Bernoulli` has them; its parameters
-    are learned, and have names of their own in the generative model, whose state_dict holds them. Settings are keyword
-    arguments of its constructor. One that sees drawings through affine maps is best derived from `AffineMixture`.
+    A new one is a class and an entry in LIKELIHOODS. It needs `log_prob` and `sample`, as `Bernoulli` has them. Its parameters
+    are learned; settings are keyword arguments of its constructor. One that sees drawings through affine maps is best derived
+    from `AffineMixture`.
     """
 
     maps = None  # [T, 2, 3], the affine maps through one of which it sees drawings, if it does
 
     def sample_maps(self, num):
-        """Draws maps for drawings that are to look like the model's: [num, 2, 3], or None if it has none"""
+        """Draws maps through which to see drawings: [num, 2, 3], or None if it has none"""
         return None
 
     def restrict(self, map_id):
@@ -259,7 +238,7 @@ class Likelihood(nn.Module):
 
 
 class Bernoulli(Likelihood):
-    """Independent pixels. A grey image scores what binary images do on average, if their pixels are 1 with that probability"""
+    """Independent pixels. A grey image scores what binary images do on average, if its pixels are their probabilities of 1"""
 
     def log_prob(self, logits, obs):
         """logits, obs [N, R, C] in [0, 1] -> [N], nats"""
@@ -294,10 +273,15 @@ class AffineMixture(Likelihood):
         """log p(map), [T], in nats; None stands for equal weights"""
         return None
 
-    def log_prob(self, logits, obs):
-        """logits, obs [N, R, C] in {0, 1} -> [N], nats"""
+    def log_prob(self, logits, obs, map_id=None):
+        """logits, obs [N, R, C] in {0, 1} -> [N], nats; of the terms of some maps alone, if map_id [t] names them"""
         _check_binary(obs)
-        return rendering.affine_log_prob(logits, obs, self.maps, self.get_log_weights())
+        maps, log_weights = self.maps, self.get_log_weights()
+        if map_id is None:
+            return rendering.affine_log_prob(logits, obs, maps, log_weights)
+        if log_weights is not None:
+            return rendering.affine_log_prob(logits, obs, maps[map_id], log_weights[map_id])
+        return rendering.affine_log_prob(logits, obs, maps[map_id]) + math.log(len(map_id) / len(maps))
 
     def map_log_posterior(self, logits, obs):
         """log p(map | x, z): logits, obs [N, R, C] in {0, 1} -> [N, T], nats"""
@@ -306,11 +290,10 @@ class AffineMixture(Likelihood):
         return (by_map if log_weights is None else by_map + log_weights).log_softmax(1)
 
     def restrict(self, map_id):
-        """As Likelihood.restrict; takes t / T of the time"""
-        return PartOfMixture(self, map_id)
+        """The terms that some maps contribute, in t / T of the time: see Likelihood.restrict"""
+        return types.SimpleNamespace(log_prob=functools.partial(self.log_prob, map_id=map_id))
 
     def sample_maps(self, num):
-        """As Likelihood.sample_maps"""
         log_weights = self.get_log_weights()
         if log_weights is None:
             return self.maps[torch.randint(len(self.maps), (num,), device=self.maps.device)]
@@ -321,29 +304,12 @@ class AffineMixture(Likelihood):
         return _sample_pixels(rendering.apply_maps(logits.sigmoid(), self.sample_maps(len(logits))))
 
 
-class PartOfMixture:
-    """The terms that some maps contribute to an AffineMixture: map_id [t]"""
-
-    def __init__(self, mixture, map_id):
-        self.maps, self.log_weights = mixture.maps[map_id], mixture.get_log_weights()
-        self.log_share = 0.0
-        if self.log_weights is None:
-            self.log_share = math.log(len(self.maps) / len(mixture.maps))
-        else:
-            self.log_weights = self.log_weights[map_id]
-
-    def log_prob(self, logits, obs):
-        """logits, obs [N, R, C] in {0, 1} -> [N], nats"""
-        _check_binary(obs)
-        return rendering.affine_log_prob(logits, obs, self.maps, self.log_weights) + self.log_share
-
-
 def _check_binary(obs):
     _check_values(obs, lambda x: (x == 0) | (x == 1), "other than 0 and 1")
 
 
 def _check_values(obs, is_right, what):
-    """Raises: ValueError unless all values of images are right. Not checked on a GPU, where a step would have to wait for them"""
+    """Raises: ValueError if images have other values. Not checked on a GPU, where a step would have to wait for them"""
     obs = obs[:1] if obs.stride(0) == 0 else obs  # many views of one image
     if not gpu.is_gpu(obs.device) and not is_right(obs).all():
         raise ValueError(f"images have values {what}; binarise them")
@@ -355,10 +321,7 @@ def _sample_pixels(probs):
 
 
 class LearnedAffine(AffineMixture):
-    """Learned maps, which begin near the identity
-
-    Args: num_maps (T)
-    """
+    """Learned maps, which begin near the identity"""
 
     def __init__(self, num_maps=40):
         super().__init__(nn.Parameter(torch.eye(3)[:2] + 0.03 * torch.randn(num_maps, 2, 3)))
@@ -374,10 +337,7 @@ class FixedAffine(AffineMixture):
 
 
 class Translation(AffineMixture):
-    """All shifts by up to some pixels
-
-    Args: max_shift: pixels of 28
-    """
+    """All shifts by up to max_shift pixels of 28"""
 
     def __init__(self, max_shift=3):
         super().__init__(rendering.get_shifts(max_shift))
@@ -388,22 +348,15 @@ LIKELIHOODS = {"learned-affine": LearnedAffine, "affine": FixedAffine, "translat
 util.CHOICES["likelihood"] = LIKELIHOODS
 
 
-def get_likelihood_class(name):
-    """Raises: ValueError if there is none of this name"""
-    if name not in LIKELIHOODS:
-        raise ValueError(f"likelihood is {name!r}; it is one of {', '.join(LIKELIHOODS)}")
-    return LIKELIHOODS[name]
-
-
 # ------------------------------------------------------------------ generative model
 
 
 class GenerativeModel(nn.Module):
     """p(z) p(x|z): a prior over programs, a library of strokes, a renderer, a likelihood.
 
-    Args: as on main.py's command line; num_alphabets (L): 0 if unconditional; likelihood_settings: keyword arguments of the
-        likelihood's class, if it has any
-    Raises: ValueError if initial_max_curve > 1/2 (without big_arcs), if the likelihood is unknown
+    Args: as on main.py's command line; num_alphabets (L): 0 if unconditional; likelihood_settings: keyword arguments of its
+        class
+    Raises: ValueError if initial_max_curve > 1/2 (without big_arcs), or the likelihood is unknown
     """
 
     def __init__(
@@ -414,6 +367,8 @@ class GenerativeModel(nn.Module):
         super().__init__()
         if initial_max_curve > 0.5 and not big_arcs:
             raise ValueError(f"initial_max_curve is {initial_max_curve}; without big arcs it is at most 0.5")
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood is {likelihood!r}; it is one of {', '.join(LIKELIHOODS)}")
         self.num_rows, self.num_cols, self.num_arcs, self.num_primitives = num_rows, num_cols, num_arcs, num_primitives
         self.big_arcs, self.num_alphabets = big_arcs, num_alphabets
         self.prior = Decoder(num_primitives, num_arcs, lstm_hidden_size, num_alphabets, uniform_mixture)
@@ -425,7 +380,7 @@ class GenerativeModel(nn.Module):
         self.pre_sharpness = nn.Parameter(torch.full((num_primitives,), 20.0))
         self.pre_width = nn.Parameter(torch.full((num_primitives,), -2.0))
         self.pre_rendering_params = nn.Parameter(torch.tensor([3.0, -3.0]))
-        self.likelihood = get_likelihood_class(likelihood)(**(likelihood_settings or {}))
+        self.likelihood = LIKELIHOODS[likelihood](**(likelihood_settings or {}))
         self.register_state_dict_post_hook(_shorten_names)
         self.register_load_state_dict_pre_hook(_lengthen_names)
 
@@ -460,15 +415,14 @@ class GenerativeModel(nn.Module):
         """latent [..., A, 2] -> logits of ink [..., R, C], at the model's resolution or a given one"""
         flat = latent.reshape(-1, *latent.shape[-2:])  # [N, A, 2]
         num_rows, num_cols = num_rows or self.num_rows, num_cols or self.num_cols
-        logits = rendering.get_logits(
-            self.get_arcs(flat), flat[..., 1], self.get_rendering_params(), num_rows, num_cols
-        )  # [N, R, C]
+        arcs, params = self.get_arcs(flat), self.get_rendering_params()
+        logits = rendering.get_logits(arcs, flat[..., 1], params, num_rows, num_cols)  # [N, R, C]
         return logits.view(*latent.shape[:-2], num_rows, num_cols)
 
     @torch.no_grad()
     def get_next_logits(self, beginning, primitive_id):
-        """Logits of drawings that continue by one stroke, pen down: beginning [N, k, 2], 0 < k < A; primitive_id [N, J], of
-        the J strokes that continue each -> [N, J, R, C]"""
+        """Logits of drawings that continue by one of J strokes, pen down: beginning [N, k, 2], 0 < k < A; primitive_id [N, J]
+        -> [N, J, R, C]"""
         primitives = self.get_primitives()  # [K, 5]
         end = 0.5 + look_up(primitives, beginning[..., 0])[..., :2].sum(1, keepdim=True)  # [N, 1, 2]
         more = torch.cat([end.expand(*primitive_id.shape, 2), look_up(primitives, primitive_id)], 2)  # [N, J, 7]
@@ -482,9 +436,7 @@ class GenerativeModel(nn.Module):
 
     def log_likelihood(self, latent, obs):
         """log p(x|z): latent [P, B, A, 2], obs [B, R, C], or [1, R, C] for all B -> [P, B]
-
-        Raises: ValueError if their shapes do not fit, or the likelihood is not for such images
-        """
+        Raises: ValueError if their shapes do not fit, or the likelihood is not for such images"""
         obs = match_images(obs, latent)
         if obs.shape[1:] != (self.num_rows, self.num_cols):
             raise ValueError(f"images have the shape {list(obs.shape)}; the model draws {self.num_rows} x {self.num_cols}")
@@ -502,14 +454,14 @@ class GenerativeModel(nn.Module):
 
         Args: latent [P, B, A, 2]; obs [B, R, C] or [1, R, C]; alphabet [B, L] one-hot (conditional models only)
         Returns: log_prior [P, B], log_likelihood [P, B]
-        Raises: ValueError if a conditional model gets no alphabet, or an unconditional one does; and as log_likelihood does
+        Raises: ValueError as log_likelihood does, or if a conditional model gets no alphabet, or an unconditional one does
         """
         return self.log_prior(latent, alphabet), self.log_likelihood(latent, obs)
 
     @torch.no_grad()
     def sample(self, num_samples, alphabet=None):
-        """Draws characters: latent [S, A, 2] and obs [S, R, C]. A conditional model
-        samples alphabets uniformly unless alphabet [S, L] is given, one row per sample."""
+        """Draws characters: latent [S, A, 2] and obs [S, R, C]. A conditional model draws alphabets uniformly unless
+        alphabet [S, L] is given."""
         latent = self.sample_latent(num_samples, alphabet)  # [S, A, 2]
         return latent, self.likelihood.sample(self.get_logits(latent))
 
@@ -521,9 +473,8 @@ class GenerativeModel(nn.Module):
         return self.prior.sample(1, self._get_context(num_samples, alphabet))[0]
 
     def get_next_log_probs(self, beginning, alphabet=None):
-        """The prior of the stroke that follows the first k: beginning [N, k, 2], k < A; alphabet [N, L] one-hot ->
-        log-probabilities of its primitive [N, K], and of the pen being up or down [N, 2]. Uniform
-        if the prior has no such method, so that a search tries all strokes alike."""
+        """As Decoder.get_next_log_probs, of the prior: alphabet [N, L] one-hot. Uniform if the prior has no such method, so
+        that a search tries all strokes alike."""
         if hasattr(self.prior, "get_next_log_probs"):
             return self.prior.get_next_log_probs(beginning, self._get_context(len(beginning), alphabet))
         id_log_prob = self.pre_theta.new_full((len(beginning), self.num_primitives), -math.log(self.num_primitives))
@@ -531,21 +482,12 @@ class GenerativeModel(nn.Module):
         return id_log_prob, forbid_ink(on_log_prob) if beginning.shape[1] == 0 else on_log_prob
 
     def complete(self, beginning, temperature=1.0, alphabet=None):
-        """Continues programs of which the first k strokes are given, by the prior at a temperature (see Decoder.complete):
-        beginning [N, k, 2], alphabet [N, L] one-hot -> [N, A, 2]"""
+        """As Decoder.complete, by the prior: beginning [N, k, 2], alphabet [N, L] one-hot -> [N, A, 2]"""
         return self.prior.complete(beginning, self._get_context(len(beginning), alphabet), temperature)
-
-    def resample(self, latent, chosen, temperature=1.0, alphabet=None):
-        """Draws the primitives of chosen strokes anew from the prior at a temperature: latent [N, A, 2], chosen [N, A]
-        bool, alphabet [N, L] one-hot -> [N, A, 2]. They stay as they are if the prior has no such method."""
-        if not hasattr(self.prior, "resample"):
-            return latent
-        return self.prior.resample(latent, self._get_context(len(latent), alphabet), chosen, temperature)
 
     def sample_alphabet(self, num_samples):
         """Samples alphabets uniformly, one-hot: [S, L]"""
-        device = self.pre_theta.device
-        alphabet_id = torch.randint(self.num_alphabets, (num_samples,), device=device)
+        alphabet_id = torch.randint(self.num_alphabets, (num_samples,), device=self.pre_theta.device)
         return F.one_hot(alphabet_id, self.num_alphabets).to(self.pre_theta.dtype)
 
     def _get_context(self, batch_size, alphabet):
@@ -573,25 +515,37 @@ def _lengthen_names(model, state, prefix, *_):
 
 def _prepend_alphabet(context, alphabet, num_alphabets):
     """Puts the alphabet in front of the rest of a decoder's context: [B, L + ...]"""
-    if (alphabet is not None) != (num_alphabets > 0):
-        raise ValueError(
-            "a conditional model needs alphabets" if num_alphabets else "the model is not conditional, but got alphabets"
-        )
-    if alphabet is None:
+    if alphabet is None and num_alphabets == 0:
         return context
-    if alphabet.shape != (len(context), num_alphabets):
-        raise ValueError(f"alphabet has the shape {list(alphabet.shape)}, not {[len(context), num_alphabets]}")
+    if alphabet is None or num_alphabets == 0 or alphabet.shape != (len(context), num_alphabets):
+        got = "none" if alphabet is None else list(alphabet.shape)
+        raise ValueError(f"alphabets of the shape {[len(context), num_alphabets]} are needed, but got {got}")
     return torch.cat([alphabet.to(context), context], -1)
 
 
 # ------------------------------------------------------------------ inference networks
 
 
-class InferenceNetwork(nn.Module):
-    """q(z|x): a convolutional network encodes the image, an autoregressive decoder gives the program.
+class _Network(nn.Module):
+    """q(z|x): an autoregressive decoder of programs, given what `embed` makes of the images. Its methods take obs [B, R, C], or
+    whatever else `embed` takes, and alphabet [B, L] one-hot, if it is conditional."""
 
-    Raises: ValueError if images are not 28 x 28, the size that the convolutions are made for
-    """
+    def get_context(self, obs, alphabet=None):
+        """The decoder's context for each image: [B, L + E]"""
+        return _prepend_alphabet(self.embed(obs), alphabet, self.num_alphabets)
+
+    @torch.no_grad()
+    def sample(self, obs, num_particles, alphabet=None):
+        """latent [P, B, A, 2]"""
+        return self.decoder.sample(num_particles, self.get_context(obs, alphabet))
+
+    def log_prob(self, latent, obs, alphabet=None):
+        """log q(z|x), in nats: latent [P, B, A, 2] -> [P, B]"""
+        return self.decoder.log_prob(latent, self.get_context(obs, alphabet))
+
+
+class InferenceNetwork(_Network):
+    """Encodes images by convolutions. Raises: ValueError if they are not 28 x 28, the size that these are made for"""
 
     def __init__(
         self, num_primitives=64, lstm_hidden_size=64, num_rows=28, num_cols=28, num_arcs=10,
@@ -614,48 +568,25 @@ class InferenceNetwork(nn.Module):
         x = self.conv3(self.conv2(x).relu()).relu()  # [B, E, 2, 2]
         return F.max_pool2d(x, 2, 2).flatten(1)  # [B, E]
 
-    def get_context(self, obs, alphabet=None):
-        """The decoder's context for each image: [B, L + E]"""
-        return _prepend_alphabet(self.embed(obs), alphabet, self.num_alphabets)
 
-    def sample(self, obs, num_particles, alphabet=None):
-        """obs [B, R, C], alphabet [B, L] one-hot -> latent [P, B, A, 2]"""
-        with torch.no_grad():
-            return self.decoder.sample(num_particles, self.get_context(obs, alphabet))
-
-    def log_prob(self, latent, obs, alphabet=None):
-        """log q(z|x), in nats: latent [P, B, A, 2], obs [B, R, C] -> [P, B]"""
-        return self.decoder.log_prob(latent, self.get_context(obs, alphabet))
-
-
-class LookupInferenceNetwork(nn.Module):
-    """q(z|i): a separate distribution over programs for each of N images. Takes obs_id [B]
-    (integers below N) where InferenceNetwork takes obs. Used for evaluation only."""
+class LookupInferenceNetwork(_Network):
+    """A separate distribution for each of N images: takes obs_id [B], integers below N, in place of obs. For evaluation"""
 
     def __init__(self, num_data, num_primitives=64, lstm_hidden_size=128, num_arcs=10, uniform_mixture=0.0, num_alphabets=0):
         super().__init__()
         self.num_data, self.num_alphabets = num_data, num_alphabets
         self.decoder = Decoder(num_primitives, num_arcs, lstm_hidden_size, num_alphabets + num_data, uniform_mixture)
 
-    def get_context(self, obs_id, alphabet=None):
-        """The decoder's context for each image: [B, L + N]"""
-        one_hot = F.one_hot(obs_id, self.num_data).to(next(self.decoder.parameters()).dtype)
-        return _prepend_alphabet(one_hot, alphabet, self.num_alphabets)
-
-    def sample(self, obs_id, num_particles, alphabet=None):
-        """obs_id [B], alphabet [B, L] one-hot -> latent [P, B, A, 2]"""
-        return self.decoder.sample(num_particles, self.get_context(obs_id, alphabet))
-
-    def log_prob(self, latent, obs_id, alphabet=None):
-        """log q(z|i), in nats: latent [P, B, A, 2], obs_id [B] -> [P, B]"""
-        return self.decoder.log_prob(latent, self.get_context(obs_id, alphabet))
+    def embed(self, obs_id):
+        """obs_id [B] -> one-hot [B, N]"""
+        return F.one_hot(obs_id, self.num_data).to(next(self.decoder.parameters()).dtype)
 
 
 # ------------------------------------------------------------------ from arguments
 
 
 def get_parameter_groups(generative_model, inference_network):
-    """The two groups of parameters that an optimiser distinguishes: everything else, and the prior's"""
+    """The two groups that an optimiser distinguishes: everything else, and the prior's"""
     prior = list(generative_model.prior.parameters())
     others = [p for p in generative_model.parameters() if all(p is not other for other in prior)]
     return [[*others, *inference_network.parameters()], prior]
@@ -691,16 +622,14 @@ def build(args, num_alphabets, device="cpu"):
 def from_checkpoint(checkpoint, device="cpu"):
     """Builds the models of a checkpoint of main.py, a dict from `runs.checkpoints.load`.
 
-    Returns: GenerativeModel, InferenceNetwork, on the device, their parameters fixed (requires_grad is False), so that
-        nothing computed with them needs `detach`
+    Returns: GenerativeModel, InferenceNetwork, on the device, their parameters fixed (requires_grad is False)
     Raises: UserError if its contents are inconsistent
     """
     args, num_alphabets = argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"]
+    saved = checkpoint["generative_model"], checkpoint["inference_network"]
     try:
-        saved = [checkpoint["generative_model"], checkpoint["inference_network"]]
-        expected = _get_expected_shapes(args, num_alphabets)  # compared before anything is allocated
-        if expected is not None and [_get_shapes(state) for state in saved] != expected:
-            raise ValueError("its parameters are not those that its arguments imply")
+        for model, state in zip(_build_without_values(args, num_alphabets), saved, strict=False):
+            model.load_state_dict(state, assign=True)  # compares sizes before anything is allocated
         models = build(args, num_alphabets, device)
         for model, state in zip(models, saved, strict=True):
             model.to(next(iter(state.values())).dtype).load_state_dict(state)
@@ -711,14 +640,10 @@ def from_checkpoint(checkpoint, device="cpu"):
     return models
 
 
-def _get_expected_shapes(args, num_alphabets):
-    """Those of the models' parameters; None if a model cannot be built without values"""
+def _build_without_values(args, num_alphabets):
+    """As `build`, on the meta device; () if a model cannot be built there"""
     try:
         with torch.device("meta"):
-            return [_get_shapes(model.state_dict()) for model in build(args, num_alphabets, "meta")]
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
-def _get_shapes(state):
-    return {name: value.shape for name, value in state.items()}
+            return build(args, num_alphabets, "meta")
+    except RuntimeError:
+        return ()

@@ -1,17 +1,16 @@
 """From strokes to pixels, and from pixels to log-probabilities: the hot path.
 
-Two functions take nearly all the time of a training step, and both live here:
-`get_logits` draws arcs, `affine_log_prob` scores images under a mixture over
-affine maps of the drawing. Both are plain tensor code that works in float32 and
-float64, with and without gradients; on a GPU they become Triton kernels (fast/gpu.py).
+Nearly all the time of a training step goes to `get_logits`, which draws arcs, and `affine_log_prob`, which scores images
+under a mixture over affine maps of the drawing. Both work in float32 and float64, with and without gradients; on a GPU
+they are Triton kernels (fast/gpu.py).
 """
 
 import functools
 import math
-import re
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
 from fast import gpu
 from fast.gpu import LOG_PAPER, kernels
@@ -24,22 +23,20 @@ MOST_SAMPLED = 2**15  # images seen through maps at a time: cuDNN takes at most 
 
 # ------------------------------------------------------------------ how kernels are called
 
-# Kernels save only their inputs for the backward pass, and both passes work on one chunk at a
-# time. However many latents are scored, with or without gradients, memory therefore grows by no
-# more than the few kilobytes of each latent's image.
+# Kernels save only their inputs for the backward pass, and both passes work on one chunk at a time: however many latents are
+# scored, memory grows by no more than the few kilobytes of each latent's image.
 
 
 def _get_chunk_size(device):
-    """How many latents are scored at a time: on a GPU enough to need few launches; on a CPU, in plain PyTorch,
-    as many as fit the cache"""
+    """How many latents are scored at a time: on a GPU, for few launches; on a CPU, what fits the cache"""
     if gpu.is_gpu(device):
         return 8192
     return 1024 if kernels.compiled else 64
 
 
 def _get_gradient_chunk_size(device):
-    """As _get_chunk_size, for backward passes, which take more memory per latent: on a CPU, no buffer is larger than the
-    32 MB up to which malloc keeps freed memory, instead of having each page zeroed by the kernel again"""
+    """As _get_chunk_size, for backward passes, which take more memory per latent: on a CPU, no buffer exceeds the 32 MB up
+    to which malloc keeps freed memory"""
     return 2500 if gpu.is_gpu(device) else 256
 
 
@@ -51,19 +48,14 @@ def _split(size, *batched):
 
 
 def _run_in_chunks(kernel, batched, rest, size):
-    """As _run, `size` rows at a time, for kernels whose arguments and results have the batch in dimension 0"""
+    """As _run, `size` rows at a time: the batch is dimension 0 of all results"""
     results = [_run(kernel, 0, chunk, rest) for chunk in _split(size, *batched)]
-    if len(results) == 1:
-        return results[0]
-    if torch.is_tensor(results[0]):
-        return torch.cat(results)
-    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+    return results[0] if len(results) == 1 else tree_map(lambda *parts: torch.cat(parts), *results)
 
 
 def _run(kernel, batch_dim, batched, rest):
-    """Calls a kernel, compiled or not. Its first arguments, `batched`, have the batch (of at
-    least two) in dimension batch_dim. Inputs are detached and made contiguous, since others
-    would be compiled separately."""
+    """Calls a kernel, compiled or not. Its first arguments, `batched`, have the batch (of at least two, if it is compiled)
+    in dimension batch_dim. Inputs are detached and made contiguous, since others would be compiled separately."""
     if kernel not in kernels.compiled:
         return kernel(*batched, *rest)
     batched, rest = ([x.detach().contiguous() for x in args] for args in (batched, rest))
@@ -86,36 +78,22 @@ def get_arc_constants(arcs):
     """What `get_exponent` needs to know of an arc, computed per arc rather than per pixel:
     arcs [..., 7] -> [..., 10]"""
     x_start, y_start, dx, dy, theta, sharpness, width = arcs.unbind(-1)
-    constants = [
-        x_start + dx / 2,
-        y_start + dy / 2,
-        dx,
-        dy,
-        theta.sin(),
-        theta.cos(),
-        _norm(dx, dy),
-        dx * dx + dy * dy,
-        sharpness**2,
-        width**2,
-    ]
-    return torch.stack(constants, -1)
+    middle, chord = (x_start + dx / 2, y_start + dy / 2), (_norm(dx, dy), dx * dx + dy * dy)
+    return torch.stack([*middle, dx, dy, theta.sin(), theta.cos(), *chord, sharpness**2, width**2], -1)
 
 
 def get_squared_distance(x, y, dx, dy, sin, cos, chord, squared_chord):
-    """Squared distance of points to an arc, given relative to the middle of the
-    arc's chord. All arguments broadcast.
+    """Squared distance of points to an arc, given relative to the middle of the arc's chord. All arguments broadcast.
 
-    The arc is the part of a circle over the chord (dx, dy) of length `chord`; sin and cos
-    are those of theta, half its signed angle. The textbook formula uses the circle's centre,
-    which runs off to infinity as the arc straightens. This form avoids it by rationalising
-    the distance to the circle, so values and gradients are finite for any theta in
-    [-pi, pi] and any chord, even one of length zero.
+    The arc is the part of a circle over the chord (dx, dy); sin and cos are those of theta, half its signed angle. The
+    textbook's formula uses the circle's centre, which runs off to infinity as the arc straightens. Here the distance to the
+    circle is rationalised: values and gradients are finite for any theta in [-pi, pi] and any chord, even of length zero.
     """
     squared = x * x + y * y
     along = (x * dx + y * dy).abs()
     across = x * dy - y * dx
-    # Strictly on the arc's side: for a chord of length 0 both sides agree, and
-    # only the other one is free of 0/0. NaN counts as the arc's side, and so propagates.
+    # For a chord of length 0 both sides agree, and only the other one than the arc's is free of 0/0. NaN counts as the
+    # arc's side, and so propagates.
     away = cos * (squared_chord / 2 - along) - sin * across <= 0
     numerator = (squared - squared_chord / 4) * sin - cos * across
     denominator = _norm(x * sin - cos / 2 * dy, y * sin + cos / 2 * dx) + chord / 2
@@ -140,10 +118,9 @@ def get_pixel_centres(num_rows, num_cols, like):
 
 
 def _draw(constants, on, x, y, rendering_params):
-    """Logits of ink, and the arc that each pixel's ink belongs to; fast, without gradients.
+    """Logits of ink [B, R * C], and the arc that each pixel's ink belongs to [B, R * C], one that is off where none is on.
 
     Args: constants [B, A, 10]; on [B, A], bool; x, y [R * C]; rendering_params [2]
-    Returns: logits [B, R * C]; arc_id [B, R * C], an arc that is off where none is on
     """
     exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, A, R * C]
     exponent, arc_id = exponent.masked_fill(~on.unsqueeze(-1), -math.inf).max(1)
@@ -151,7 +128,7 @@ def _draw(constants, on, x, y, rendering_params):
 
 
 def _draw_ink(constants, on, x, y, rendering_params):
-    """As _draw without arc_id, for callers who need no gradients: [B, R * C], the same bits in less time"""
+    """As _draw without arc_id, in less time: [B, R * C]"""
     arcs = zip(constants.unbind(1), on.unbind(1), strict=True)  # unrolled, so that no pixel is written more than once
     exponents = [get_exponent(x, y, c.unsqueeze(-1).unbind(1)).masked_fill(~o.unsqueeze(-1), -math.inf) for c, o in arcs]
     strongest = functools.reduce(torch.maximum, exponents)  # [B, R * C]
@@ -174,12 +151,8 @@ def _get_ink_logits(exponent, on, rendering_params):
 
 
 def _differentiate_draw(strongest, on, grad, rendering_params, x, y):
-    """The backward pass of _draw, through the arc that each pixel belongs to.
-
-    Args: strongest [B, 10, R * C], the constants of that arc; on [B, R * C]; grad [B, R * C], of the
-        logits; rendering_params [B, 2]
-    Returns: the gradients of strongest and of rendering_params
-    """
+    """The gradients of strongest [B, 10, R * C], the constants of the arc that each pixel belongs to, and of
+    rendering_params [B, 2]; on [B, R * C]; grad [B, R * C], of the logits"""
 
     def draw(strongest, rendering_params):
         return _get_ink_logits(get_exponent(x, y, strongest.unbind(1)), on, rendering_params.split(1, 1))
@@ -247,7 +220,7 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
 
 @torch.no_grad()
 def get_logits_with_one_more(arcs, on_offs, more, rendering_params, num_rows, num_cols):
-    """As `get_logits`, without gradients, for drawings that continue by one of K arcs; takes as long as to draw these arcs alone.
+    """As `get_logits`, for drawings that continue by one of K arcs, in the time of drawing these alone.
 
     Args: arcs [B, A, 7], on_offs [B, A]: what has been drawn (A may be 0); more [B, K, 7]
     Returns: logits [B, K, R, C]
@@ -268,8 +241,7 @@ def get_logits_with_one_more(arcs, on_offs, more, rendering_params, num_rows, nu
 
 
 def get_fixed_maps():
-    """The 3^7 = 2187 maps of the `affine` likelihood, [2187, 2, 3]: shear, then
-    rotation, scaling and translation, with three values for each of the seven numbers."""
+    """Shear, then rotation, scaling and translation, with three values for each of seven numbers: [2187, 2, 3]"""
     angle, scale, shift = [-0.1 * math.pi, 0.0, 0.1 * math.pi], [0.9, 1.0, 1.1], [-0.2, 0.0, 0.2]
     tx, ty, sx, sy, rotation, shear_x, shear_y = torch.cartesian_prod(
         *[torch.tensor(values) for values in [shift, shift, scale, scale, angle, angle, angle]]
@@ -297,18 +269,13 @@ def get_shifts(most):
 
 
 def apply_maps(probs, maps):
-    """Images seen through affine maps, one per image, with bilinear sampling and zeros outside.
-
-    Args: probs [N, R, C]; maps [N, 2, 3]
-    Returns: [N, R, C], clamped so that logarithms are finite
-    """
-    return _run_in_chunks(_apply_maps, (probs, maps), (), MOST_SAMPLED)
-
-
-def _apply_maps(probs, maps):
-    grid = F.affine_grid(maps, (len(maps), 1, *probs.shape[1:]), align_corners=True)
-    sampled = F.grid_sample(probs.unsqueeze(1), grid, align_corners=True).squeeze(1)
-    return _clamp(sampled)
+    """Images seen through affine maps, one per image, with bilinear sampling and zeros outside: probs [N, R, C],
+    maps [N, 2, 3] -> [N, R, C], clamped so that logarithms are finite"""
+    seen = []
+    for some, some_maps in zip(probs.unsqueeze(1).split(MOST_SAMPLED), maps.split(MOST_SAMPLED), strict=True):
+        grid = F.affine_grid(some_maps, some.shape, align_corners=True)
+        seen.append(F.grid_sample(some, grid, align_corners=True))
+    return _clamp(torch.cat(seen).squeeze(1))
 
 
 def _clamp(probs):
@@ -316,11 +283,10 @@ def _clamp(probs):
 
 
 def get_taps(maps, num_rows, num_cols):
-    """Bilinear sampling written out: the four source pixels of each of a map's pixels.
+    """Bilinear sampling written out: the four pixels that each of a map's pixels is made of.
 
     Args: maps [T, 2, 3]
-    Returns: index [4, T, R * C] into the R * C pixels; weight, the same shape,
-        0 where the tap lies outside the image
+    Returns: index [4, T, R * C] into the R * C pixels; weight, of the same shape, 0 outside the image
     """
     grid = F.affine_grid(maps, (len(maps), 1, num_rows, num_cols), align_corners=True)
     # Positions far outside have no weight wherever they are; clamping keeps them valid integers.
@@ -338,11 +304,10 @@ def get_taps(maps, num_rows, num_cols):
 
 
 def _log_prob_by_map(probs, paper, index, weight):
-    """log p(x | map) of every image under every map; fast, without gradients.
+    """log p(x | map) of every image under every map.
 
-    Images are columns of blocks of 16, pixels are rows, so that a bilinear tap is a
-    contiguous row times a number, and a block stays in the cache for all maps. Four pixels
-    share a logarithm: the product of their probabilities is at least eps^4, which float32 holds.
+    Images are columns of blocks of 16, pixels are rows: a bilinear tap is a contiguous row times a number, and a block stays
+    in the cache for all maps. Four pixels share a logarithm: float32 holds the product of their probabilities.
 
     Args: probs, paper (1 - obs) [blocks, pixels, 16]; index, weight [4, T, 4, pixels / 4]
     Returns: [blocks, T, 16]
@@ -421,8 +386,7 @@ def _make_blocks(images, rest, value):
 
 
 def _sum_over_taps(grad_q, index, weight):
-    """Sends the gradient of sampled pixels back to the pixels they were sampled from, in a
-    fixed order: grad_q [T, pixels, N] -> [pixels, N]"""
+    """The gradient of the pixels sampled from, added up in a fixed order: grad_q [T, pixels, N] -> [pixels, N]"""
     num_maps, num_pixels, _ = grad_q.shape
     target, order = index.flatten().sort(stable=True)
     first = torch.searchsorted(target, torch.arange(num_pixels, device=target.device))
@@ -465,33 +429,23 @@ def affine_log_prob_by_map(logits, obs, maps):
 
 
 def set_compile(enabled, device="cpu"):
-    """Turns compilation of the kernels on or off, for all batch sizes at once: on a CPU with
-    torch.compile, on a GPU with Triton, whose kernels fast/kernel_check.py tries.
-    If it fails (without a C++ compiler, say), warns in one line."""
-    if enabled and kernels.compiled and not gpu.is_gpu(device):
+    """Turns compilation of the kernels on or off: on a CPU with torch.compile, for all batch sizes at once, on a GPU with
+    Triton, whose kernels fast/kernel_check.py tries. If it fails (without a C++ compiler, say), warns in one line."""
+    on_gpu = gpu.is_gpu(device)
+    if enabled and kernels.compiled and not on_gpu:
         return
-    kernels.compiled = {}
-    kernels.use(gpu.OPERATORS if enabled and gpu.is_gpu(device) else [])
-    if not enabled or gpu.is_gpu(device):
+    kernels.use(gpu.OPERATORS if enabled and on_gpu else [])
+    kernels.compiled = _compile_for_cpu() if enabled and not on_gpu else {}
+    if not kernels.compiled:
         return
-    kernels.compiled = _compile_for_cpu()
     try:
         with torch.inference_mode(False), torch.enable_grad():  # also within a notebook's torch.no_grad()
             _try_kernels()
     except Exception as error:  # torch raises many types
         kernels.compiled = {}
-        warn(f"not compiled, training is slower: {_get_reason(error)}")
-
-
-def _get_reason(error):
-    """Why the compiler failed, in its own words, and where its files go, if they may be the reason"""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    reason = next((line for line in lines if re.search(r"\berror: ", line)), lines[0])[:400]
-    if "Errno" in reason or "/" in reason:  # it is about a file
-        reason += f" (compiled code goes to {cache_dir()}; TORCHINDUCTOR_CACHE_DIR names another folder)"
-    return reason
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if " error: " in line), lines[0])  # the compiler's own words, if there are any
+        warn(f"not compiled, training is slower: {reason[:400]}")
 
 
 def _try_kernels():

@@ -31,11 +31,9 @@ def score(generative_model, latent, obs, alphabet=None):
     obs = match_images(obs, latent)
     num_particles, batch_size = latent.shape[:2]
     if not can_select(latent):
-
-        def score_some(part):
-            return sum(generative_model.log_prob(latent[part], obs, alphabet))
-
-        return _score_a_few_at_a_time(score_some, num_particles, batch_size, like=latent)
+        return _score_a_few_at_a_time(
+            lambda part: sum(generative_model.log_prob(latent[part], obs, alphabet)), num_particles, batch_size, like=latent
+        )
     codes, obs_id = pack(latent.flatten(0, 1), torch.int16), torch.arange(batch_size).repeat(num_particles)
     return score_rows(generative_model, codes, obs, alphabet, obs_id).view(num_particles, batch_size)
 
@@ -55,10 +53,8 @@ def score_rows(generative_model, codes, obs, alphabet, obs_id):
 
 
 def _score_a_few_at_a_time(score_some, num_rows, num_latents, like):
-    """Scores rows of num_latents latents each. Whenever a GPU's memory runs out, half as many are scored at a time from then on.
-
-    Args: score_some: a function from a slice of the rows to their scores; like: a tensor on the device
-    """
+    """Scores rows of num_latents latents each, by score_some(slice of the rows). Whenever a GPU's memory runs out, half as many
+    are scored at a time from then on. like: a tensor on the device"""
     log_joint, done = [], 0
     while done < num_rows or not log_joint:
         at_once = max((ROWS_AT_ONCE if can_select(like) else gpu.kernels.scored_at_once) // num_latents, 1)
@@ -75,14 +71,14 @@ def _score_a_few_at_a_time(score_some, num_rows, num_latents, like):
 
 
 def can_select(latent):
-    """Whether latents may be left out depending on their values. On a GPU the CPU would have to wait to learn how
-    many remain, and the step could not be recorded; computing all of them is faster."""
+    """Whether latents may be left out depending on their values. On a GPU the CPU would have to wait to learn how many remain,
+    and the step could not be recorded"""
     return not gpu.is_gpu(latent.device)
 
 
 def find_distinct(codes, obs_id):
-    """Finds distinct latents of each image: codes [N, A], obs_id [N] -> chosen [D], a row for each; key [N]: row i
-    equals row chosen[key[i]]"""
+    """The distinct latents of each image: codes [N, A], obs_id [N] -> chosen [D], a row for each; key [N]: row i equals row
+    chosen[key[i]]"""
     distinct, key = get_hash(codes, obs_id).unique(return_inverse=True)
     rows = torch.arange(len(key), device=key.device)
     chosen = torch.empty_like(distinct).scatter_(0, key, rows)
@@ -92,8 +88,7 @@ def find_distinct(codes, obs_id):
 
 
 def get_hash(codes, obs_id):
-    """A 64-bit hash of each latent and image: codes [N, A], obs_id [N] -> [N]. Two different
-    ones collide with a probability below 1e-17."""
+    """A 64-bit hash of each latent and image: codes [N, A], obs_id [N] -> [N]"""
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**63), 2**63 - 1, (codes.shape[1] + 1,), generator=generator).to(codes.device)
     return (codes * factors[1:]).sum(1) + obs_id * factors[0]
@@ -112,11 +107,8 @@ class Particles(NamedTuple):
 
 
 def propose(generative_model, inference_network, obs, num_particles, alphabet=None, obs_id=None, scorer=score):
-    """Draws Particles.
-
-    Args: obs [B, R, C]; alphabet [B, L] one-hot; obs_id [B] if q is a LookupInferenceNetwork;
-        scorer: `score`, or a faster equivalent
-    """
+    """Draws Particles: obs [B, R, C]; alphabet [B, L] one-hot; obs_id [B] if q is a LookupInferenceNetwork; scorer: `score`, or
+    a faster equivalent"""
     context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)
     latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)
     if can_select(latent) or not needs_gradients(generative_model):
@@ -127,7 +119,7 @@ def propose(generative_model, inference_network, obs, num_particles, alphabet=No
 
 
 def needs_gradients(model):
-    """Whether gradients of a model are wanted"""
+    """Whether gradients for the model are wanted"""
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -196,10 +188,7 @@ class ScoreTable:
         self.num_scored = 0
 
     def score(self, image_id, generative_model, latent, obs, alphabet=None):
-        """As `score`; known scores are looked up, new ones computed and remembered.
-
-        Args: image_id [B]: the images' indices in the table; the others as for `score`
-        """
+        """As `score`; known scores are looked up, new ones computed and remembered. image_id [B]: indices in the table"""
         obs = match_images(obs, latent)
         num_particles, batch_size = latent.shape[:2]
         obs_id = torch.arange(batch_size, device=obs.device).repeat(num_particles)  # [P * B]

@@ -1,8 +1,7 @@
 """What must be in the environment before torch is imported; scripts import this module first.
 
-By default torch's OpenMP threads spin for milliseconds while they wait for work. Where other processes
-need the cores as well, everyone ends up waiting for everyone else, and a run can become ten times slower.
-Here they go to sleep after a few microseconds, which costs nothing measurable on an idle machine.
+By default torch's OpenMP threads spin for milliseconds while they wait for work: where other processes need the cores as well,
+a run can become ten times slower. Here they go to sleep after a few microseconds.
 
 torch and Triton keep compiled code in folders that may not be writable (in a container, say); then a temporary
 folder takes their place.
@@ -25,21 +24,17 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _can_write(folder):
-    """Creates the folder, if need be, to find out"""
+def _choose_cache(variable, default=None):
+    """Lets the variable name a temporary folder if the user's choice, or the default, cannot be written"""
+    chosen = os.environ.get(variable, default)
+    if not chosen:
+        return
     try:
-        folder = pathlib.Path(folder).expanduser()
+        folder = pathlib.Path(chosen).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return True
+            pass
     except (OSError, RuntimeError, ValueError):
-        return False
-
-
-def _choose_cache(variable, default=None):
-    """Lets the variable name a folder that can be written: the user's choice, the default, or a temporary one"""
-    chosen = os.environ.get(variable, default)
-    if chosen and not _can_write(chosen):
         name = f"{variable.split('_')[0].lower()}_cache_{os.getuid()}"
         os.environ[variable] = os.path.join(tempfile.gettempdir(), name)
 

@@ -1,9 +1,8 @@
 """What rendering.py, models.py and losses.py compute on a CPU, by Triton kernels on a GPU.
 
-`is_gpu` and `kernels` decide what is computed the GPU's way. A GPU wants few and large kernels
-and no synchronisation, so nothing is looked up or left out depending on its value. All devices but
-the CPU count as GPUs, so that tests can run whole steps on torch's meta device, which has no values
-and where nothing is launched; in the tests a CPU carries out what Triton compiled for a GPU (tests/ptx.py).
+`is_gpu` and `kernels` decide what is computed the GPU's way. A GPU wants few and large kernels and no synchronisation, so
+nothing is looked up or left out depending on its value. All devices but the CPU count as GPUs: tests run whole steps on the
+meta device, which has no values and where nothing is launched, and a CPU carries out compiled kernels (tests/ptx.py).
 
 It is large since each of five operations needs its kernels' sizes, results and gradients.
 """
@@ -50,19 +49,15 @@ def is_gpu(device):
 
 
 def launch(kernel, grid, *args, get_options=None, **options):
-    """Launches a kernel, which writes its results into some of its arguments, on the device of the first, which need not be the
-    current one.
-
-    Args: kernel: its module and name; get_options: a function from the module to more options
-    """
+    """Launches a kernel ("module.name"), which writes its results into some of its arguments, on the device of the first.
+    get_options: a function from the module to more options"""
     if args[0].is_meta or 0 in grid:
         return
     from fast import triton_convolution, triton_decoder, triton_memory, triton_rendering
 
+    modules = dict(convolution=triton_convolution, decoder=triton_decoder, memory=triton_memory, rendering=triton_rendering)
     module, name = kernel.split(".")
-    module = dict(convolution=triton_convolution, decoder=triton_decoder, memory=triton_memory, rendering=triton_rendering)[
-        module
-    ]
+    module = modules[module]
     options.update(get_options(module) if get_options else {})
     with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
         getattr(module, name)[grid](*args, **options, enable_fp_fusion=True)
@@ -175,8 +170,7 @@ DIFFERENTIATE_POOL = dict(POSITIONS=16, num_warps=4)
 
 
 class Convolve(torch.autograd.Function):
-    """The first convolution, pooled and rectified: obs [B, 28, 28], weight [C, 1, 3, 3], bias [C] -> [B, C, 14, 14], channels
-    last"""
+    """The first layer, pooled, rectified: obs [B, 28, 28], weight [C, 1, 3, 3], bias [C] -> [B, C, 14, 14], channels last"""
 
     @staticmethod
     def forward(ctx, obs, weight, bias):
@@ -200,8 +194,7 @@ class Convolve(torch.autograd.Function):
 
 
 class Pool(torch.autograd.Function):
-    """The second convolution's result, pooled, with its bias, rectified: x [B, C, 14, 14], bias [C] -> [B, C, 6, 6], channels
-    last"""
+    """The second one's result, pooled, with its bias, rectified: x [B, C, 14, 14], bias [C] -> [B, C, 6, 6], channels last"""
 
     @staticmethod
     def forward(ctx, x, bias):

@@ -1,9 +1,9 @@
 """Tries a GPU's kernels before a run relies on them.
 
-The kernels that a run will use are compiled side by side. Then each operator is run on new models, at the run's sizes,
-forwards and backwards, and compared with plain PyTorch on the same device for some of the rows. An operator that fails or gives
-other numbers is turned off, with a warning; the others stay. After an error that leaves the GPU unusable for this process (an
-illegal access, say), the program is started anew, once, without kernels.
+The kernels of a run are compiled side by side. Then each operator is run on new models, at the run's sizes, forwards and
+backwards, and compared with plain PyTorch for some of the rows. One that fails or gives other numbers is turned off, with a
+warning; the others stay. After an error that leaves the GPU unusable for this process (an illegal access, say), the program is
+started anew, once, without kernels.
 """
 
 import concurrent.futures
@@ -48,13 +48,12 @@ def check(build, device, num_particles, batch_size, memory_size=0, init_memory=N
             checks["memory"] = [get_memory_check(memory, proposal, remember, device)]
         if device.type == "cuda" and importlib.util.find_spec("triton"):
             compile_side_by_side([function for name in names for function in checks.get(name, [])], device)
-        faults = {name: find_first_fault(name, checks.get(name, []), device) for name in names}
+        faults = {name: find_fault(name, checks.get(name, []), device) for name in names}
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the run needs less, and other runs may share the GPU
     for fault in dict.fromkeys(filter(None, faults.values())):
         broken = ", ".join(name for name in names if faults[name] == fault)
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-        warn(f"the kernels of {broken} do not work on {where} ({fault}); plain PyTorch takes their place, which is slower")
+        warn(f"the kernels of {broken} do not work here ({fault}); plain PyTorch takes their place, which is slower")
     kernels.use([name for name in names if faults[name] is None])
 
 
@@ -90,19 +89,19 @@ def compile_side_by_side(functions, device):
             JITFunction.run = launch
 
 
-def find_first_fault(name, functions, device):
-    """As find_fault, of several functions of one operator"""
-    return next(filter(None, (find_fault(name, function, device) for function in functions)), None)
-
-
-def find_fault(name, function, device):
-    """Compares function() by the kernels of one operator and by plain PyTorch. Returns: what is wrong, in words, or None"""
+def find_fault(name, functions, device):
+    """Compares what functions compute by the kernels of one operator and by plain PyTorch. Returns: what is wrong, in words,
+    or None"""
     try:
-        kernels.use([name])
-        got = function()
-        synchronize(device)
-        kernels.use([])
-        return find_difference(got, function())
+        for function in functions:
+            kernels.use([name])
+            got = function()
+            synchronize(device)
+            kernels.use([])
+            for ours, plain in zip(got, function(), strict=True):
+                difference = (ours - plain).norm() / plain.norm().clamp(min=1e-12)
+                if not difference <= TOLERANCE:
+                    return f"the result differs by {difference.item():.1%}"
     except Exception as error:  # from Triton, from CUDA, or from this program
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         try:
@@ -110,15 +109,6 @@ def find_fault(name, function, device):
         except RuntimeError:
             start_anew(reason)
         return reason
-
-
-def find_difference(got, want):
-    """Compares two lists of tensors. Returns: by how much the first that differs does, in words, or None"""
-    for ours, plain in zip(got, want, strict=True):
-        difference = (ours - plain).norm() / plain.norm().clamp(min=1e-12)
-        if not difference <= TOLERANCE:
-            return f"the result differs by {difference.item():.1%}"
-    return None
 
 
 def synchronize(device):
@@ -148,36 +138,29 @@ def get_checks(generative_model, inference_network, num_particles, batch_size, d
     latent[..., 0, 1] = 0
     size = generative_model.num_rows, generative_model.num_cols
     obs = (torch.rand(batch_size, *size, device=device) < 0.1).float()
-    flat = latent.flatten(0, 1)  # [N, A, 2]
-    decoders = [generative_model.prior, inference_network.decoder]
-    decoders = [decoder for decoder in decoders if getattr(decoder, "has_kernels", False)]
-    checks = {"decoder": [function for decoder in decoders for function in get_decoder_checks(decoder, latent)]}
+    logits, likelihood = torch.randn(num_rows, *size, device=device) * 3, generative_model.likelihood
 
     def draw():
-        rows = get_rows(num_rows, "drawing")
-        logits = generative_model.get_logits(flat[rows])
-        return compare(logits, list(generative_model.parameters()))
+        return compare(generative_model.get_logits(choose(latent.flatten(0, 1), "drawing")), generative_model.parameters())
 
-    checks["drawing"] = [draw]
-    likelihood = generative_model.likelihood
-    if likelihood.maps is not None:
-        logits, seen = torch.randn(num_rows, *size, device=device) * 3, obs.repeat(num_particles, 1, 1)
+    def score():
+        drawn, seen = (choose(x, "scoring") for x in (logits, obs.repeat(num_particles, 1, 1)))
+        drawn.requires_grad_()
+        return compare(likelihood.log_prob(drawn, seen), [drawn, *likelihood.parameters()])
 
-        def score():
-            rows = get_rows(num_rows, "scoring")
-            given = logits[rows].requires_grad_()
-            return compare(likelihood.log_prob(given, seen[rows]), [given, *likelihood.parameters()])
+    def embed():
+        layers = inference_network.conv0, inference_network.conv1
+        embedding = inference_network.embed(choose(obs, "convolution"))
+        return compare(embedding, [parameter for layer in layers for parameter in layer.parameters()])
 
-        checks["scoring"] = [score]
-    if hasattr(inference_network, "conv0"):
-
-        def embed():
-            rows = get_rows(batch_size, "convolution")
-            layers = inference_network.conv0, inference_network.conv1
-            return compare(inference_network.embed(obs[rows]), [p for layer in layers for p in layer.parameters()])
-
-        checks["convolution"] = [embed]
-    return checks
+    decoders = [generative_model.prior, inference_network.decoder]
+    decoders = [decoder for decoder in decoders if getattr(decoder, "has_kernels", False)]
+    return {
+        "decoder": [function for decoder in decoders for function in get_decoder_checks(decoder, latent)],
+        "drawing": [draw],
+        "scoring": [score] if likelihood.maps is not None else [],
+        "convolution": [embed] if hasattr(inference_network, "conv0") else [],
+    }
 
 
 def get_decoder_checks(decoder, latent):
@@ -186,22 +169,20 @@ def get_decoder_checks(decoder, latent):
     drawn = {}
 
     def score(with_gradients):
-        rows = get_rows(len(context), "decoder")
-        particles = slice(1) if rows.stop is not None else slice(None)
-        with torch.set_grad_enabled(with_gradients):
-            log_prob = decoder.log_prob(latent[particles, rows], context[rows])[:1]  # the other particles are only compiled
-            return compare(log_prob.t(), parameters)
+        used = latent if "decoder" in kernels.operators else latent[:1, :NUM_COMPARED]
+        with torch.set_grad_enabled(with_gradients):  # of all particles but the first the kernels are only tried
+            return compare(decoder.log_prob(used, choose(context, "decoder"))[0], parameters)
 
     def sample(with_gradients):
         with torch.set_grad_enabled(with_gradients):
-            if "decoder" not in kernels.operators:  # plain PyTorch would draw others, and so scores these
-                ids, on = drawn[with_gradients][0].unbind(-1)
-                if not (((0 <= ids) & (ids < decoder.num_primitives)).all() and ((0 <= on) & (on < 2)).all()):
-                    raise ValueError("what is drawn are no programs")  # which must not be looked up on a GPU
-                return compare(decoder.log_prob(*drawn[with_gradients]).t(), parameters)
-            some, log_prob = decoder.sample_and_log_prob(len(latent), context)
-            drawn[with_gradients] = some[:1, :NUM_COMPARED], context[:NUM_COMPARED]
-            return compare(log_prob[:1].t(), parameters)
+            if "decoder" in kernels.operators:
+                some, log_prob = decoder.sample_and_log_prob(len(latent), context)
+                drawn[with_gradients] = some[:1, :NUM_COMPARED]
+                return compare(log_prob[0], parameters)
+            ids, on = drawn[with_gradients][0].unbind(-1)  # plain PyTorch would draw others, and so scores these
+            if not (((0 <= ids) & (ids < decoder.num_primitives)).all() and ((0 <= on) & (on < 2)).all()):
+                raise ValueError("what is drawn are no programs")  # which must not be looked up on a GPU
+            return compare(decoder.log_prob(drawn[with_gradients], context[:NUM_COMPARED])[0], parameters)
 
     return [functools.partial(function, with_gradients) for function in (score, sample) for with_gradients in (True, False)]
 
@@ -225,9 +206,9 @@ def get_memory_check(memory, proposal, remember, device):
     return remember_them
 
 
-def get_rows(num_rows, name):
+def choose(rows, name):
     """All rows for kernels, the compared ones for plain PyTorch"""
-    return slice(None) if name in kernels.operators else slice(min(NUM_COMPARED, num_rows))
+    return rows[:] if name in kernels.operators else rows[:NUM_COMPARED]
 
 
 def compare(value, inputs):

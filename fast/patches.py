@@ -1,11 +1,9 @@
 """The first two layers of the inference network: on a CPU, each distinct patch of a batch is convolved once.
 
-After the first convolution and its pooling, a position depends on 5 x 5 pixels. Pixels are
-binary and characters consist of lines, so a batch holds few distinct patches: about one for
-every eight positions. The second convolution multiplies each patch by its nine taps once, and
-each position only adds up the products in its neighbourhood. Values and gradients equal those
-of the convolutions, with a fraction of the multiplications. On a GPU multiplying is faster
-than looking things up, so it uses the convolutions.
+After the first convolution and its pooling, a position depends on 5 x 5 binary pixels, and characters consist of lines: there
+is about one distinct patch for every eight positions. The second convolution multiplies each patch by its nine taps once, and each
+position only adds up the products in its neighbourhood. Values and gradients equal those of the convolutions, which a GPU
+uses, where multiplying is faster than looking things up.
 """
 
 import torch
@@ -19,15 +17,12 @@ PATCH_CHUNK_SIZE = 4096  # patches that are convolved at a time
 
 
 def convolve(obs, conv0, conv1):
-    """Two convolutions, each pooled by max_pool2d(x, 3, 2) and then rectified.
-
-    Args: obs [B, 28, 28]; conv0 = Conv2d(1, C, 3, padding=2); conv1 = Conv2d(C, D, 3, padding=1)
-    Returns: [B, D, 6, 6]
-    """
+    """Two convolutions, each pooled by max_pool2d(x, 3, 2) and then rectified: obs [B, 28, 28],
+    conv0 = Conv2d(1, C, 3, padding=2), conv1 = Conv2d(C, D, 3, padding=1) -> [B, D, 6, 6]"""
     obs = obs.to(conv0.weight.dtype)
     if not are_ours(conv0, conv1) or obs.shape[1:] != (28, 28):  # somebody's own layers or images
         return F.max_pool2d(conv1(F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()), 3, 2).relu()
-    if not can_share(obs):
+    if gpu.is_gpu(obs.device) or not ((obs == 0) | (obs == 1)).all():
         return _convolve_each(obs, conv0, conv1)
     return torch.cat([_convolve_shared(chunk, conv0, conv1) for chunk in obs.split(IMAGE_CHUNK_SIZE)])
 
@@ -38,11 +33,6 @@ def are_ours(conv0, conv1):
     same = all(getattr(conv, name, None) == value for conv in (conv0, conv1) for name, value in ours.items())
     has_bias = same and conv0.bias is not None and conv1.bias is not None
     return has_bias and conv0.in_channels == 1 and (conv0.padding, conv1.padding) == ((2, 2), (1, 1))
-
-
-def can_share(obs):
-    """Whether images [B, 28, 28] are binary, and on a CPU"""
-    return not gpu.is_gpu(obs.device) and bool(((obs == 0) | (obs == 1)).all())
 
 
 def _convolve_each(obs, conv0, conv1):
@@ -104,8 +94,8 @@ class _SumOfProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """A product's gradient is summed over the positions it was added to: for each tap, the
-        neighbours on the tap's opposite side of all positions with that patch."""
+        """A product's gradient is summed over the positions it was added to: for each tap, the neighbours on its opposite side
+        of all positions with that patch"""
         x, taps, order, counts = ctx.saved_tensors
         nowhere = SIZE**2 - 1  # an image's last position: pooling ignores it, so its gradient is 0
         position = torch.arange(len(grad), dtype=torch.int).view(-1, SIZE, SIZE)

@@ -1,7 +1,6 @@
-"""What the project does fast, as one would first write it: the renderer from the
-textbook's formulas (wrong in float32 for nearly straight arcs), the likelihood of
-every image under every map, one-hot inputs to the LSTM, and training steps that
-score everything with gradients. Tests compare with it, and `benchmark.py`."""
+"""What the project does fast, as one would first write it: the renderer from the textbook's formulas (wrong in float32 for
+nearly straight arcs), every image under every map, one-hot inputs to the LSTM, and training steps that score everything with
+gradients. Tests compare with it, and `benchmark.py`."""
 
 import math
 
@@ -11,8 +10,7 @@ import torch.nn.functional as F
 
 def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     """As rendering.get_logits: arcs [B, A, 7], on_offs [B, A] -> [B, R, C]"""
-    x_start, y_start, dx, dy, theta, sharpness, width = (a[..., None, None] for a in arcs.unbind(-1))
-    # each [B, A, 1, 1]
+    x_start, y_start, dx, dy, theta, sharpness, width = (a[..., None, None] for a in arcs.unbind(-1))  # [B, A, 1, 1] each
     x = torch.arange(num_cols).to(arcs) / (num_cols - 1)
     y = 1 - torch.arange(num_rows).to(arcs)[:, None] / (num_rows - 1)  # [R, 1]
 

@@ -493,10 +493,10 @@ def test_an_unusable_gpu_starts_the_program_anew_once(monkeypatch, capsys):
     started = []
     monkeypatch.setattr(kernel_check.os, "execv", lambda *command: started.append(command) or sys.exit(0))
     with pytest.raises(SystemExit):
-        kernel_check.find_fault("drawing", fail, device)
+        kernel_check.find_fault("drawing", [fail], device)
     assert started == [(sys.executable, sys.orig_argv)] and "illegal memory access" in capsys.readouterr().err
     assert gpu.WITHOUT_KERNELS in os.environ
     gpu.kernels.use(gpu.OPERATORS)
     assert gpu.kernels.operators == []  # in the new program
     with pytest.raises(RuntimeError, match="illegal"):
-        kernel_check.find_fault("drawing", fail, device)
+        kernel_check.find_fault("drawing", [fail], device)

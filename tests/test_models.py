@@ -441,7 +441,6 @@ def test_another_prior_needs_samples_and_a_density():
         id_log_prob, on_log_prob = model.get_next_log_probs(latent[:5, :length])
         torch.testing.assert_close(id_log_prob, torch.full((5, K), -math.log(K)))
         torch.testing.assert_close(on_log_prob[0].exp(), torch.tensor([1.0, 0.0] if length == 0 else [0.5, 0.5]))
-    assert torch.equal(model.resample(latent[:5], latent[:5, :, 1] > 0, 0.5), latent[:5])
 
 
 class MixtureWeights(models.LearnedAffine):

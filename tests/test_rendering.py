@@ -199,14 +199,12 @@ NOEXEC = (
 
 
 def test_no_compiler_is_one_warning_with_its_own_reason(monkeypatch, capsys):
-    for message, expected, is_about_files in [
-        ("there is no compiler\nand much more", "there is no compiler", False),
-        (f"{NOEXEC}\n\nSet TORCHDYNAMO_VERBOSE=1", NOEXEC.replace("  ", " "), True),
-        ("OSError: [Errno 28] No space left on device\n\nSet", "OSError: [Errno 28] No space left on device", True),
+    for message, expected in [
+        ("there is no compiler\nand much more", "there is no compiler"),
+        (f"{NOEXEC}\n\nSet TORCHDYNAMO_VERBOSE=1", NOEXEC.replace("  ", " ")),
         (
             "CppCompileError: C++ compile error\n\nCommand:\ng++ x.cpp\n\nOutput:\n/tmp/x.cpp:2:10: fatal error: omp.h: none\n",
             "/tmp/x.cpp:2:10: fatal error: omp.h: none",
-            True,
         ),
     ]:
 
@@ -215,6 +213,5 @@ def test_no_compiler_is_one_warning_with_its_own_reason(monkeypatch, capsys):
 
         monkeypatch.setattr(rendering, "_compile_for_cpu", lambda refuse=refuse: {rendering._draw: refuse})
         rendering.set_compile(True)
-        stderr = capsys.readouterr().err
-        assert stderr.startswith(f"warning: not compiled, training is slower: {expected}") and stderr.count("\n") == 1
-        assert ("TORCHINDUCTOR_CACHE_DIR" in stderr) == is_about_files and not gpu.kernels.compiled
+        assert capsys.readouterr().err == f"warning: not compiled, training is slower: {expected}\n"
+        assert not gpu.kernels.compiled
