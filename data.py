@@ -310,7 +310,8 @@ def _to_ink(path, array):
     low, high, rounding = float(array.min()), float(array.max()), 1 + 1e-5  # of averages
     full = next((full for full in (1, 255, 65535) if high <= full * rounding), 0)  # the value of ink, or of white paper
     if low < 1 - rounding or high < full / 16 or not full:
-        raise UserError(f"{path} has values from {low:g} to {high:g}; scale it so that paper is 0 and ink is 1, or 255")
+        what = f"values outside [0, 1], {low:g} to {high:g}" if low != high else f"the value {low:g} everywhere"
+        raise UserError(f"{path} has {what}; scale it so that paper is 0 and ink is 1, or 255")
     edges = np.concatenate([array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1]], 1) > 0.5 * full
     inverted = np.mean(edges.mean(1) > 0.5) > 0.5
     if shape == [NUM_ROWS, NUM_COLS]:
