@@ -58,9 +58,10 @@ def decode(name, content):
             image = PIL.ImageOps.exif_transpose(file)
             deep = image.mode.startswith("I")  # 16 bits
             pixels = np.asarray(image if deep else image.convert("RGBA"), np.float32) / (65535 if deep else 255)
-    except Exception:  # decoders raise anything
+    except Exception as error:  # decoders raise anything
+        reason = str(error).partition("<")[0][:80].strip()  # without the name of the buffer
         advice = "HEIC needs pip install pillow-heif" if b"ftyp" in content[:12] else "repair or remove it"
-        raise UserError(f"{name} is damaged or not an image; {advice}") from None
+        raise UserError(f"{name} is damaged or not an image ({reason}); {advice}") from None
     if image.mode == "F" or not 0 <= pixels.min() <= pixels.max() <= 1:
         raise UserError(f"{name} has pixels of Pillow's mode {image.mode}; save it as 8-bit grey or RGB")
     if num_pictures > 1:
