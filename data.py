@@ -196,7 +196,8 @@ def _load_source(location, prepare=False):
         download(CHARDATA_URL, path, CHARDATA_BLOB_ID)
     if not path.exists():
         names = ", ".join([*SITES, "glyphs"])
-        raise UserError(f"--data-location {location}: there is no {path}; give a path or one of {names}, or set $OMNIGLOT_PATH")
+        advice = "set $OMNIGLOT_PATH to where chardata.mat is" if location in SITES else f"give a path, or one of {names}"
+        raise UserError(f"--data-location {location}: no such file or folder as {path}; {advice}")
     if path.suffix == ".mat" or location in SITES:
         return _load_mat(path)
     if path.suffix in (".npy", ".npz"):

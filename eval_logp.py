@@ -417,9 +417,6 @@ def evaluate_every_checkpoint(args):
 def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_and_tell):
     """Runs one evaluation, from where it was stopped, and writes its result. Returns: the exit status"""
     images, memory, kind = load_images(args, checkpoint, load_data)
-    if kind == "other":
-        location = args.data_location or checkpoint["args"]["data_location"]
-        path = path.with_name(f"{path.stem}-{util.get_location_name(location)}.pt")
     with checkpoints.using(checkpoint):
         settings = get_settings(args, checkpoint, images, kind)
     with locks.lock(path.parent / f".{path.stem}.lock", f"{name} is being evaluated by {args.algorithm}", stop):

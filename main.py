@@ -348,8 +348,8 @@ def main(argv=None):
         print(f"stopped by {name} at iteration {progress}, saved {path}; rerun the same command to resume")
         return 128 + stop.received
     print(f"trained {run.iteration} iterations{f', stopped because {run.reason}' if run.reason else ''}: {path}")
-    print(f"next, to see what it learned: python diagnostics.py --checkpoint-path {path_base}")
-    print(f"and for log p: python eval_logp.py --checkpoint-path {path_base} --algorithm mws")
+    print(f"next, to see what it learned: python diagnostics.py --checkpoint-path {path}")
+    print(f"and for log p: python eval_logp.py --checkpoint-path {path} --algorithm mws")
     return 0
 
 

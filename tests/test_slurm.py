@@ -191,7 +191,7 @@ def test_memory(cluster, monkeypatch):
     monkeypatch.setattr(sweep, "WAIT_SECONDS", 0.5)
     stdout = run("--cluster", "--mem=1200M", "--gres=none", *chosen, eat, "--wait", status=1)
     assert not list_jobs() and " failed " in stdout
-    *_, row, _, note = run("--status", *chosen, status=1).splitlines()
+    *_, row, note = run("--status", *chosen, status=1).splitlines()
     assert " failed " in row and re.search(r"ExitCode 0:9; the end of save/.sweep/\d+_0.out: .*memory limit", note)
     assert run(*HELD, *chosen).count(": submitted") == 1  # a new submission starts over
 
