@@ -190,10 +190,12 @@ def find_lines(ink, rng=None):
 
 
 def find_ends(ink):
-    """Where the lines of ink [H, H] end: points (row, column), [n, 2]"""
-    ends = [end for a, b, points in _get_edges(ink) for end in ((a, points[0]), (b, points[-1]))]
-    degree = collections.Counter(node for node, _ in ends)
-    return np.array([point for node, point in ends if degree[node] == 1]).reshape(-1, 2)
+    """Where the lines of ink [H, H] end: points (row, column), [n, 2]; a dot has two ends"""
+    edges = _get_edges(ink)
+    degree = collections.Counter(node for edge in edges for node in edge[:2])
+    dots = [point for a, b, points in edges if a == b and degree[a] == 2 and len(points) == 2 for point in points]
+    ends = [point for a, b, points in edges for node, point in ((a, points[0]), (b, points[-1])) if degree[node] == 1]
+    return np.array(ends + dots).reshape(-1, 2)
 
 
 def _get_edges(ink):
