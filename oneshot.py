@@ -28,22 +28,25 @@ from util import UserError, warn
 
 NUM_SHOWN = 3  # best characters, in figures
 RESOLUTION = 56  # of figures
-RESULT_KEYS = {"settings", "forward", "backward"}
+RESULT_KEYS = {"settings", "forward", "backward", "structure"}
 
 # ------------------------------------------------------------------ a run
 
 
 def classify(run, model, args):
-    """Classifies the test images of an oneshot_runs.Run. Returns: matching.Comparison"""
+    """Classifies the test images of an oneshot_runs.Run. Returns: matching.Comparison; structural distances [M, N]"""
     obs = torch.cat([run.characters, run.tests])
     strokes = matching.find_strokes(model, run.inks, obs, args.num_traces, seed=args.seed)
-    characters, tests = (strokes.select(ids) for ids in torch.arange(len(obs)).tensor_split([len(run.characters)]))
-    return matching.compare(tests, characters, matching.FINE._replace(num_steps=args.num_steps))
+    num, structures = len(run.characters), [matching.get_structure(ink) for ink in run.inks]
+    structure = [[matching.get_structural_distance(test, other) for other in structures[:num]] for test in structures[num:]]
+    structure = torch.tensor(structure, dtype=torch.float32)  # [M, N]
+    characters, tests = (strokes.select(ids) for ids in torch.arange(len(obs)).tensor_split([num]))
+    return matching.compare(tests, characters, structure, matching.FINE._replace(num_steps=args.num_steps)), structure
 
 
-def draw(run, name, result):
+def draw(run, name, result, structure):
     """A page: each test image, and its best characters with the strokes that were varied to fit it. Returns: PDF bytes"""
-    total = matching.combine(result.forward, result.backward).gather(1, result.candidates)
+    total = matching.combine(result.forward, result.backward, structure).gather(1, result.candidates)
     order = total.topk(min(NUM_SHOWN, total.shape[1]), 1).indices  # [M, S], among the candidates
     best, test = result.candidates.gather(1, order), torch.arange(len(order)).unsqueeze(1)
     probs = variation.get_probs(result.drawing.select(test, order), RESOLUTION, RESOLUTION)  # [M, S, R, R]
@@ -66,8 +69,8 @@ def get_settings(checkpoint, run, args):
     images = b"".join(str(ink.shape).encode() + ink.tobytes() for ink in run.inks)
     return {
         "model": checkpoints.get_digest(checkpoint),
-        "images": f"grey {hashlib.sha1(images).hexdigest()[:12]}",  # those of older results were black and white
-        "grids": 2,  # older versions fitted all characters in all pixels
+        "images": hashlib.sha1(images).hexdigest()[:12],
+        "method": 3,  # changes whenever the same images and settings would give other numbers
         **{name: getattr(args, name) for name in ("num_traces", "num_steps", "seed")},
     }
 
@@ -93,9 +96,11 @@ def get_row(name, run, result):
     characters, tests = points[: len(run.characters)], points[len(run.characters) :]
     distance = torch.tensor([[matching.get_hausdorff_distance(x, c) for c in characters] for x in tests])  # [M, N]
     scores = {
-        "wrong": matching.combine(result["forward"], result["backward"]),
+        "wrong": matching.combine(result["forward"], result["backward"], result["structure"]),
         "wrong forward alone": result["forward"],
         "wrong backward alone": result["backward"],
+        "wrong without structure": result["forward"] + result["backward"],
+        "wrong by structure alone": -result["structure"],
         "wrong by distance": -distance,
     }
     wrong = {key: int((value.argmax(1) != run.answers).sum()) for key, value in scores.items()}
@@ -144,9 +149,10 @@ def main(argv=None):
             for run, path, own, result in zip(runs, paths, settings, results, strict=True):
                 if result is None:
                     rendering.set_compile(args.compile)
-                    found = classify(run, model, args)
-                    util.write(path.with_suffix(".pdf"), draw(run, name, found))
-                    result = dict(settings=own, forward=found.forward, backward=found.backward, answers=run.answers)
+                    found, structure = classify(run, model, args)
+                    util.write(path.with_suffix(".pdf"), draw(run, name, found, structure))
+                    scores = dict(forward=found.forward, backward=found.backward, structure=structure)
+                    result = dict(settings=own, **scores, answers=run.answers)
                     util.save_checkpoint(path, result)
                     bar.update()
                 row = get_row(name, run, result)

@@ -15,22 +15,33 @@ character's own best strokes do, and how well those of the other characters do, 
     s(c | t) - (max_k log p(c | v_k of c) + mean_{c' != c} s(c | c')) / 2
 
 All pairs are fitted blurred, and on a coarse grid (`match`); the best few characters of each test image also sharply, in 28 x 28
-pixels (`refine`). `combine` adds both directions.
+pixels (`refine`).
+
+Strokes can be varied until they hide what another hand would hardly change: how many parts the ink has and how many holes, and
+where its lines end. `get_structural_distance` counts that. `combine` adds both directions, and subtracts it.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+import scipy.ndimage
+import scipy.optimize
 import scipy.spatial
 import torch
 import torch.nn.functional as F
 
+from images import make_square
 from reading import tracing, variation
 from reading.variation import HAND, OWN, Drawing, Schedule
 
 NUM_TRACES = 4  # of each image
 NUM_CANDIDATES, NUM_REFINED = 6, 2  # characters of a test image, and their traces, that are fitted in all pixels
 FLOOR = 0.03  # f'
+
+# Nats: how much less probable the same character becomes, by maximum likelihood on forty runs of background alphabets
+PART, HOLE = 8.0, 4.0  # with each part or hole of the ink more or less
+MOST = 3  # of which count
+END, UNMATCHED = 18.0, 0.45  # with each end of a line, by how far it is from its partner; by how far one without is taken to be
 TRACING = Schedule(60, 0.5, 1.0, 0.6)  # of the refit to the image itself, whose ink traces lie on already
 COARSE = Schedule(50, 0.25, 0.6, 0.8)  # to another image, on a coarse grid
 FINE = Schedule(60, 0.6, 1.0, 0.8)  # and in all pixels
@@ -113,15 +124,15 @@ class Comparison(NamedTuple):
 
 
 @torch.no_grad()
-def compare(tests, characters, schedule=FINE):
-    """Compares test images with characters, both Strokes. Returns: Comparison"""
+def compare(tests, characters, structure, schedule=FINE):
+    """Compares M test images with N characters, both Strokes; structure [M, N], structural distances. Returns: Comparison"""
     fit, score = match(characters, tests.obs)  # [K, M, N]
     back_fit, back_score = match(tests, characters.obs)  # [K, N, M]
     _, among = match(characters, characters.obs)  # [K, N, N]
     own = variation.get_log_likelihood(characters.drawing, characters.obs.expand(len(among), -1, -1, -1), FLOOR)  # [K, N]
     effort = get_effort(own.amax(0), among.logsumexp(0))
     forward, backward = score.logsumexp(0), back_score.logsumexp(0).t() - effort
-    candidates = combine(forward, backward).topk(min(NUM_CANDIDATES, forward.shape[1]), 1).indices  # [M, S]
+    candidates = combine(forward, backward, structure).topk(min(NUM_CANDIDATES, forward.shape[1]), 1).indices  # [M, S]
     test = torch.arange(len(candidates)).unsqueeze(1).expand_as(candidates)
     fit, refined = refine(characters, tests.obs, fit, score, test, candidates, schedule=schedule)  # [T, M, S]
     _, back_refined = refine(tests, characters.obs, back_fit, back_score, candidates, test, schedule=schedule)
@@ -140,9 +151,42 @@ def get_effort(own, among):
     return (own + others) / 2
 
 
-def combine(forward, backward):
+def combine(forward, backward, structure):
     """The match of each test image and character: [M, N] each -> [M, N], nats"""
-    return forward + backward
+    return forward + backward - structure
+
+
+# ------------------------------------------------------------------ structure
+
+
+class Structure(NamedTuple):
+    """What another hand hardly changes"""
+
+    ends: np.ndarray  # of lines, about the middle of the ink's box, in units of its longer side: [n, 2]
+    num_parts: int
+    num_holes: int
+
+
+def get_structure(ink):
+    """ink [H, W], bool -> Structure"""
+    ink = make_square(ink)
+    place = np.argwhere(ink)
+    low, high = place.min(0), place.max(0)
+    ends = (tracing.find_ends(ink) - (low + high) / 2) / max((high - low).max(), 1)
+    _, num_parts = scipy.ndimage.label(ink, np.ones((3, 3)))
+    _, num_empty = scipy.ndimage.label(~np.pad(ink, 1))
+    return Structure(ends, num_parts, num_empty - 1)
+
+
+def get_structural_distance(one, other):
+    """How much less probable it is that two Structures are of one character than if they were alike, in nats: ends are matched
+    one to one, as cheaply as possible"""
+    num, num_other = len(one.ends), len(other.ends)
+    cost = np.full([max(num, num_other)] * 2, UNMATCHED)
+    cost[:num, :num_other] = scipy.spatial.distance.cdist(one.ends, other.ends).clip(max=2 * UNMATCHED)  # then, both have none
+    ends = cost[scipy.optimize.linear_sum_assignment(cost)].sum()
+    num_parts, num_holes = (min(abs(a - b), MOST) for a, b in zip(one[1:], other[1:], strict=True))
+    return END * ends + PART * num_parts + HOLE * num_holes
 
 
 # ------------------------------------------------------------------ without strokes

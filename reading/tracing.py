@@ -17,6 +17,7 @@ many strokes as its ink takes.
 Source: thinning and the graph of lines are as in the inference of Lake, Salakhutdinov and Tenenbaum (2015), in outline.
 """
 
+import collections
 import itertools
 import math
 from typing import NamedTuple
@@ -184,9 +185,23 @@ def find_nearest(arcs, library):
 def find_lines(ink, rng=None):
     """The lines of ink [H, H]: a list of arrays [n, 2], points (x, y) of the unit square, y upwards"""
     side, scale = len(ink), len(ink) / PAGE
-    edges = _simplify(*_get_graph(ink), SPUR * scale, CROSSING * scale)
-    lines = [_smooth(line, SMOOTH * scale) for line in _join(edges, max(round(REACH * scale), 1), rng)]
+    lines = [_smooth(line, SMOOTH * scale) for line in _join(_get_edges(ink), max(round(REACH * scale), 1), rng)]
     return [np.column_stack([line[:, 1] + 0.5, side - 0.5 - line[:, 0]]) / side for line in lines]
+
+
+def find_ends(ink):
+    """Where the lines of ink [H, H] end: points (row, column), [n, 2]; a dot has two ends"""
+    edges = _get_edges(ink)
+    degree = collections.Counter(node for edge in edges for node in edge[:2])
+    dots = [point for a, b, points in edges if a == b and degree[a] == 2 and len(points) == 2 for point in points]
+    ends = [point for a, b, points in edges for node, point in ((a, points[0]), (b, points[-1])) if degree[node] == 1]
+    return np.array(ends + dots).reshape(-1, 2)
+
+
+def _get_edges(ink):
+    """Thinned ink, less what is frayed, as edges (node, node, points [n, 2])"""
+    scale = len(ink) / PAGE
+    return _simplify(*_get_graph(ink), SPUR * scale, CROSSING * scale)
 
 
 def _get_graph(ink):

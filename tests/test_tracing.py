@@ -9,7 +9,7 @@ import torch
 
 import images
 import models
-from reading import tracing, variation
+from reading import matching, tracing, variation
 from reading.variation import OWN
 
 SIDE = 105
@@ -150,3 +150,20 @@ def test_any_image_has_a_trace():
     drawing = variation.vary(traces.centre, traces.variation, OWN)
     torch.testing.assert_close(drawing.start[2], torch.tensor([10.5 / 60, 0.5]), atol=0.02, rtol=0)  # in the middle of a square
     torch.testing.assert_close(drawing.displacement[2].sum(0), torch.tensor([39 / 60, 0]), atol=0.02, rtol=0)
+
+
+def test_structure_of_ink():
+    """Parts, holes and ends of a T, a T with a dot, and a circle; and the nats between them"""
+    dotted, wide = (
+        [*LINES["T"], get_line((0.3, 0.5), (0.3, 0.5))],
+        draw_ink(*LINES["T"])[5:, :],
+    )  # is put in the middle of a square
+    t, with_dot, circle, moved = map(
+        matching.get_structure, [draw_ink(*LINES["T"]), draw_ink(*dotted), draw_ink(*LINES["circle"]), wide]
+    )
+    assert [(s.num_parts, s.num_holes, len(s.ends)) for s in (t, with_dot, circle)] == [(1, 0, 3), (2, 0, 5), (1, 1, 0)]
+    np.testing.assert_allclose(t.ends[t.ends.sum(1).argsort()], [[-0.5, -0.5], [-0.5, 0.5], [0.5, 0]], atol=0.05)
+    distances = [matching.get_structural_distance(t, other) for other in (t, moved, with_dot, circle)]
+    unmatched = matching.END * matching.UNMATCHED
+    assert distances == pytest.approx([0, 0, matching.PART + 2 * unmatched, 3 * unmatched + matching.HOLE])
+    assert distances == pytest.approx([matching.get_structural_distance(other, t) for other in (t, moved, with_dot, circle)])

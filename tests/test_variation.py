@@ -251,7 +251,11 @@ def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_scr
     rows = list(csv.DictReader(open(tmp_path / "save/mws_20/oneshot.csv")))
     assert [row["run"] for row in rows] == ["run01", "run02"]
     result = util.load_checkpoint(results / "run02.pt", keys=oneshot.RESULT_KEYS)
-    wrong = (matching.combine(result["forward"], result["backward"]).argmax(1) != result["answers"]).sum().item()
+    wrong = (
+        (matching.combine(result["forward"], result["backward"], result["structure"]).argmax(1) != result["answers"])
+        .sum()
+        .item()
+    )
     assert int(rows[1]["wrong"]) == wrong < 2 and "95 % interval" in stdout
     assert (results / "run02.pdf").stat().st_size > 10_000
     (results / "run02.pt").unlink()
