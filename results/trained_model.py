@@ -5,7 +5,6 @@ import torch
 import models
 import scoring
 import util
-from reading import search
 from runs import checkpoints
 from util import UserError
 
@@ -42,13 +41,11 @@ class TrainedModel:
         split = self.dataset.train
         return split.obs[obs_id], split.alphabet[obs_id] if self.num_alphabets else None
 
-    def reconstruct(self, obs_id, args=None):
+    def reconstruct(self, obs_id):
         """Programs of training images, the best ones of the memory or else inferred: [N, A, 2]"""
         if self.memory is not None:
             return models.unpack(self.memory[obs_id, 0])
-        networks, (obs, alphabet) = (self.generative_model, self.inference_network), self.get_images(obs_id)
-        if args is not None and args.search:
-            return search.read(*networks, obs, search.QUICK, NUM_PROPOSALS, alphabet)[0]
+        obs, alphabet = self.get_images(obs_id)
         best = []
         for ids in torch.arange(len(obs)).split(BATCH_SIZE):
             given = None if alphabet is None else alphabet[ids]
