@@ -20,7 +20,6 @@ import sys
 
 import imageio.v3 as imageio
 import torch
-from matplotlib.backends.backend_pdf import PdfPages
 
 import data
 import scoring
@@ -53,14 +52,15 @@ def choose_ids(given, num_all, num_default, flag):
 def save_figures(trained, kind, some_figures, stem=None):
     """Writes an iterable of figures as the pages of a PDF and, for the newest checkpoint and its own data, the first one
     as a thumbnail"""
-    file, thumbnail = io.BytesIO(), io.BytesIO()
-    with PdfPages(file, metadata={"CreationDate": None}) as pages:
+    thumbnail = io.BytesIO()
+
+    def get_figures():
         for figure in some_figures:
-            pages.savefig(figure)
             if thumbnail.tell() == 0:
                 figure.savefig(thumbnail, format="png", dpi=overview.THUMBNAIL_PIXELS / figure.get_size_inches()[0])
-    path = trained.folder / f"{stem or trained.get_stem(kind)}.pdf"
-    util.write(path, file.getvalue())
+            yield figure
+
+    util.write(trained.folder / f"{stem or trained.get_stem(kind)}.pdf", figures.to_pdf(get_figures()))
     if trained.is_latest and not trained.other_data:
         util.write(overview.get_thumbnail_path(trained.name, kind), thumbnail.getvalue())
 

@@ -184,6 +184,7 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
     threshold = negligible / batch_size  # the factors are weights divided by the batch size
     if can_select(latent):
         obs_id = torch.arange(batch_size).repeat(num_particles)  # [P * B]
+        # [1, N, A, 2], [N], [1, N], [1, N]
         latent, obs_id, grad_log_p, grad_log_q = _select_heavy(latent, obs_id, grad_log_p, grad_log_q, threshold)
         obs, context = obs[obs_id], context.index_select(0, obs_id)  # [N, R, C], [N, H]
         alphabet = None if alphabet is None else alphabet[obs_id]  # [N, L]

@@ -12,7 +12,6 @@ fit it. Complete runs are not repeated, so rerun the same command to resume.
 from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
 import hashlib
-import io
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +54,7 @@ def draw(run, name, result, structure):
     title = (
         f"{name}, {run.name}: {num_wrong} of {len(tests)} wrong\ntest image; best characters, their strokes varied to fit it"
     )
-    figure = figures.matches_figure(tests, characters, best, probs, run.answers, title)
-    file = io.BytesIO()
-    figure.savefig(file, format="pdf", metadata={"CreationDate": None})
-    return file.getvalue()
+    return figures.to_pdf([figures.matches_figure(tests, characters, best, probs, run.answers, title)])
 
 
 # ------------------------------------------------------------------ results

@@ -13,12 +13,10 @@ that the program is seen through.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
-import io
 import math
 import pathlib
 
 import torch
-from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.collections import LineCollection
 
 import models
@@ -70,11 +68,7 @@ def draw_cell(axes, corner, ink, lines, on):
 
 def save_pages(path, pages):
     """Writes an iterable of figures as the pages of a PDF"""
-    file = io.BytesIO()
-    with PdfPages(file, metadata={"CreationDate": None}) as pdf:
-        for page in pages:
-            pdf.savefig(page)
-    util.write(path, file.getvalue())
+    util.write(path, figures.to_pdf(pages))
     return path
 
 

@@ -78,7 +78,8 @@ def get_arc_constants(arcs):
     """What `get_exponent` needs to know of an arc, computed per arc rather than per pixel:
     arcs [..., 7] -> [..., 10]"""
     x_start, y_start, dx, dy, theta, sharpness, width = arcs.unbind(-1)
-    middle, chord = (x_start + dx / 2, y_start + dy / 2), (_norm(dx, dy), dx * dx + dy * dy)
+    middle = x_start + dx / 2, y_start + dy / 2
+    chord = _norm(dx, dy), dx * dx + dy * dy  # its length, and that squared
     return torch.stack([*middle, dx, dy, theta.sin(), theta.cos(), *chord, sharpness**2, width**2], -1)
 
 
@@ -92,8 +93,8 @@ def get_squared_distance(x, y, dx, dy, sin, cos, chord, squared_chord):
     squared = x * x + y * y
     along = (x * dx + y * dy).abs()
     across = x * dy - y * dx
-    # For a chord of length 0 both sides agree, and only the other one than the arc's is free of 0/0. NaN counts as the
-    # arc's side, and so propagates.
+    # Strictly on the arc's side: for a chord of length 0 both sides agree, and only the other one is free of 0/0. NaN counts
+    # as the arc's side, and so propagates.
     away = cos * (squared_chord / 2 - along) - sin * across <= 0
     numerator = (squared - squared_chord / 4) * sin - cos * across
     denominator = _norm(x * sin - cos / 2 * dy, y * sin + cos / 2 * dx) + chord / 2

@@ -248,7 +248,7 @@ def describe_end(status):
     """How a process failed, in words"""
     if status > 0:
         return f"failed with status {status}"
-    return f"killed by {signal.Signals(-status).name}" + ", perhaps for want of memory" * (status == -signal.SIGKILL)
+    return f"killed by {signal.Signals(-status).name}" + ", perhaps because memory ran out" * (status == -signal.SIGKILL)
 
 
 def wait_for_lock(task, seconds=5):

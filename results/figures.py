@@ -4,6 +4,7 @@ Drawings are probabilities of ink, [..., R, C], from 0 (white) to 1 (black); NaN
 Figures are made without pyplot, so that they are freed once nothing refers to them.
 """
 
+import io
 import math
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import matplotlib.patches
 import matplotlib.transforms
 import numpy as np
 import torch
+from matplotlib.backends.backend_pdf import PdfPages
 
 from results.drawings import draw_primitives
 
@@ -70,6 +72,15 @@ def make_figure(width, height, title):
     figure = matplotlib.figure.Figure(figsize=(width, height + 0.17 * len(lines)), layout="constrained")
     figure.suptitle(literal("\n".join(lines)), fontsize=9)
     return figure
+
+
+def to_pdf(some_figures):
+    """The bytes of a PDF with a page for each of an iterable of figures"""
+    file = io.BytesIO()
+    with PdfPages(file, metadata={"CreationDate": None}) as pages:
+        for figure in some_figures:
+            pages.savefig(figure)
+    return file.getvalue()
 
 
 def literal(text):
@@ -206,18 +217,15 @@ def colour_newest(stages):
     return 1 - stages.unsqueeze(-1) * (1 - new * colour)
 
 
-def stroke_figures(obs, seen, stages, labels, title, paths=None, off_page=None, canonical=None, num_rows=20):
+def stroke_figures(obs, seen, stages, labels, title, paths=None, off_page=None, num_rows=20):
     """Pages of rows: an image, its program as the model sees it, and the drawing after each visible stroke, with the
     newest one in colour and the pen's path to it dotted.
 
-    Args: obs, seen, canonical (or None) [N, R, R]; stages [N, S, R, R]; labels: N strings; paths: for each row, a list
+    Args: obs, seen [N, R, R]; stages [N, S, R, R]; labels: N strings; paths: for each row, a list
         of each visible stroke's pen-up moves [M, 2, 2], in pixels (column, row); off_page: for each row a list of bools
     """
     headings = ["image", "as the\nmodel\nsees it", *(f"stroke\n{i + 1}" for i in range(stages.shape[1]))]
     rows = [to_colour(torch.stack([obs, seen], 1)), colour_newest(stages)]  # [N, columns, R, R, 3] each
-    if canonical is not None:
-        headings.append("canonical")
-        rows.append(to_colour(canonical.unsqueeze(1)))
     rows, size = torch.cat(rows, 1), obs.shape[1]
     for figure, axes, chosen in row_figures(rows, labels, title, num_rows, headings):
         write(axes, -get_gap(size), -get_gap(size), "log p(x, z)", ha="right", va="bottom")
@@ -286,11 +294,11 @@ def plot_curve(axes, curve):
     return low[settled:].min(), high[settled:].max()
 
 
-def losses_figure(statistics, log_num_images, title, log_iterations=False):
+def losses_figure(statistics, log_num_images, title):
     """The learning curves.
 
     Args: statistics: as in a checkpoint; log_num_images: the dashed line of the prior loss, log of the number
-        of images (per alphabet, if conditional), or None; log_iterations: whether the axis is logarithmic
+        of images (per alphabet, if conditional), or None
     """
     curves = get_curves(statistics)
     num_cols = choose_num_cols(len(curves), most=4)
@@ -301,8 +309,6 @@ def losses_figure(statistics, log_num_images, title, log_iterations=False):
         axes.set_axis_off()
     for axes, ((phase, name), curve) in zip(all_axes, curves.items(), strict=False):
         plot_panel(axes, phase, name, curve, log_num_images)
-        if log_iterations:
-            axes.set_xscale("log")
     return figure
 
 

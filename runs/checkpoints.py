@@ -305,7 +305,9 @@ def restore_optimizer(name, optimizer, state, ours, theirs):
     """
     name = name.replace("_", " ")
     if any(
-        our.get(key) != their.get(key) for our, their in zip(ours, theirs, strict=False) for key in ("optimiser", "amsgrad")
+        our.get(key) != their.get(key, our.get(key))
+        for our, their in zip(ours, theirs, strict=False)
+        for key in ("optimiser", "amsgrad")
     ):
         warn(f"{name}: another kind of optimiser than in the checkpoint; its state is initialised afresh")
         return
