@@ -42,6 +42,8 @@ QUICK = Effort(10, 2, 100, 100, 60, 20)  # seconds an image, where it is compile
 NUM_EXPECTED = 24  # primitives that a beam search tries as the next stroke; the best programs seldom have another
 MAPS_PER_GROUP = 4  # seen by a beam search
 BEAM_TEMPERATURE = 2.0  # nats
+BEAM_FLOOR = -2.0  # logit of paper in a beam search: ink that is not drawn yet costs 2 nats a pixel instead of 14
+CELL, BUCKET = 1.5 / 28, 3.0  # what a beam search takes for the same place (of the page), and for the same ink (nats)
 UP_SHARE = 0.25  # of a beam's programs that lift the pen, which is worth its price only one stroke later
 HOT, COLD = 12.0, 3.0  # nats: temperatures at which evolutionary searches begin
 NUM_MAPS = 8  # seen by an evolutionary search
@@ -131,14 +133,14 @@ class Image:
         return log_posterior.amax(0).topk(num_maps).indices
 
     def score_beginning(self, beginning, map_id):
-        """Log prior and log likelihood of the first k strokes alone: beginning [N, k] -> [N], [N]"""
+        """Log prior and log likelihood, under BEAM_FLOOR, of the first k strokes alone: beginning [N, k] -> [N], [N]"""
         log_prior = torch.zeros(len(beginning), device=beginning.device)
         for length, code in enumerate(beginning.unsqueeze(2).unbind(1)):  # [N, 1]
             id_log_prob, on_log_prob = self._get_next_log_probs(beginning[:, :length])
             log_prior = log_prior + (id_log_prob.gather(1, code // 2) + on_log_prob.gather(1, code % 2)).squeeze(1)
         rest = self.model.num_arcs - beginning.shape[1]
         logits = self.model.get_logits(unpack(F.pad(beginning, (0, rest))))  # 0 leaves no ink
-        return log_prior, self._log_likelihood(logits, map_id)
+        return log_prior, self._log_likelihood(logits.clamp(min=BEAM_FLOOR), map_id)
 
     def score_next(self, beginning, log_prior, log_likelihood, map_id):
         """Log prior and log likelihood of programs that continue beginnings by a stroke, the pen up or down.
@@ -155,7 +157,7 @@ class Image:
             size = max(scoring.ROWS_AT_ONCE // up.shape[1], 2)
             parts = zip(unpack(beginning).split(size), primitive_id.split(size), strict=True)
             logits = (self.model.get_next_logits(*part).flatten(0, 1) for part in parts)  # each [n * J, R, C]
-            down = torch.cat([self._log_likelihood(some, map_id) for some in logits]).view_as(up)
+            down = torch.cat([self._log_likelihood(some.clamp(min=BEAM_FLOOR), map_id) for some in logits]).view_as(up)
         codes = torch.stack([2 * primitive_id, 2 * primitive_id + 1], 2)
         return codes, log_prior, torch.stack([up, down], 2)
 
@@ -173,17 +175,32 @@ class Image:
 
 
 def grow(image, beginning, map_id, width):
-    """Continues programs to their end by a stochastic beam search, under some maps [t]: beginning [N, k] -> [at most width, A]"""
+    """Continues programs to their end by a stochastic beam search, under some maps [t]: beginning [N, k] -> [at most width, A].
+    Of programs that lead to about the same place, with about the same ink, only the best go on."""
     log_prior, log_likelihood = image.score_beginning(beginning, map_id)
     for length in range(beginning.shape[1], image.model.num_arcs):
         codes, *scores = image.score_next(beginning, log_prior, log_likelihood, map_id)  # each [N, J, 2]
-        up, down = add_gumbel_noise(sum(scores), BEAM_TEMPERATURE).unbind(2)
-        num_up = round(UP_SHARE * width) if length > 0 else width
-        up, down = (x.flatten().topk(min(num, x.numel())).indices for x, num in [(up, num_up), (down, width - num_up)])
-        chosen = torch.cat([2 * up, 2 * down + 1])  # among N * J * 2
+        noisy = add_gumbel_noise(sum(scores), BEAM_TEMPERATURE)
+        alike = get_likeness(image, beginning, codes, scores[1])  # [N * J, 2, 3]
+        num_up, chosen = round(UP_SHARE * width) if length > 0 else width, []
+        for on, num in enumerate([num_up, width - num_up]):
+            best = noisy[..., on].flatten().argsort(descending=True)
+            if length < image.model.num_arcs - 1:
+                best = best[find_first(alike[best, on])]
+            chosen.append(2 * best[:num] + on)  # among N * J * 2
+        chosen = torch.cat(chosen)
+        parents = beginning[chosen // codes[0].numel()]
         codes, log_prior, log_likelihood = (x.flatten()[chosen] for x in (codes, *scores))
-        beginning = torch.cat([beginning[chosen // scores[0][0].numel()], codes.unsqueeze(1)], 1)
+        beginning = torch.cat([parents, codes.unsqueeze(1)], 1)
     return beginning
+
+
+def get_likeness(image, beginning, codes, log_likelihood):
+    """What tells programs apart in a beam: where they lead, and how well they explain the image. beginning [N, k]; codes and
+    log_likelihood of their next strokes [N, J, 2] -> whole numbers [N * J, 2, 3]"""
+    offset = image.library.offset
+    place = offset[beginning // 2].sum(1)[:, None, None] + offset[codes // 2]  # [N, J, 2, 2]
+    return torch.cat([place / CELL, log_likelihood.unsqueeze(3) / BUCKET], 3).round().long().flatten(0, 1)
 
 
 def regrow(image, codes, width):
@@ -344,14 +361,23 @@ def _swap(codes, other, library):
 
 
 def _cross(codes, other, library):
-    """Joins the beginning of one program to the end of another"""
-    return torch.where(torch.arange(codes.shape[1], device=codes.device) < _draw_places(codes), codes, other)
+    """Joins the beginning of one program to the end of another, where it is about as far; invisible strokes fill the rest"""
+    num_arcs = codes.shape[1]
+    place, other_place = (F.pad(library.offset[some // 2].cumsum(1), (0, 0, 1, 0)) for some in (codes, other))  # [N, A + 1, 2]
+    distance = torch.cdist(place, other_place).square() + 1e-4  # [N, A + 1, A + 1], after i and j strokes
+    fits = torch.ones(distance.shape[1:], dtype=torch.bool, device=codes.device).triu()  # i <= j, so that the end has room
+    fits[0] = fits[:, -1] = False  # one of both would be all
+    chosen = _find_near(distance.masked_fill(~fits, math.inf).flatten(1)).unsqueeze(1)  # [N, 1]
+    i, j, position = chosen // (num_arcs + 1), chosen % (num_arcs + 1), torch.arange(num_arcs, device=codes.device)
+    moved = position - i + j  # [N, A], where the end is in the other program
+    end = other.gather(1, moved.clamp(0, num_arcs - 1))
+    return torch.where(position < i, codes, torch.where(moved < num_arcs, end, end - end % 2))
 
 
 # Mutations, and how often each is tried
 MUTATIONS = {
-    _replace: 0.15, partial(_replace, num=2): 0.07, _alter: 0.16, partial(_alter, num=2): 0.06, _balance: 0.2, _lift: 0.08,
-    _insert: 0.08, _remove: 0.08, _split: 0.05, _merge: 0.04, _swap: 0.04, _cross: 0.05,
+    _replace: 0.13, partial(_replace, num=2): 0.06, _alter: 0.14, partial(_alter, num=2): 0.05, _balance: 0.17, _lift: 0.07,
+    _insert: 0.07, _remove: 0.07, _split: 0.05, _merge: 0.04, _swap: 0.04, _cross: 0.11,
 }  # fmt: skip
 
 # What mutations are made of

@@ -1,6 +1,7 @@
 """Search for programs, and the characters of one's own that it is for."""
 
 import io
+import math
 
 import imageio.v3 as imageio
 import numpy as np
@@ -32,8 +33,9 @@ def test_the_best_programs_where_all_can_be_listed(likelihood, num_alphabets):
 
 
 @pytest.mark.parametrize("likelihood, num_alphabets", [("learned-affine", 3), ("bernoulli", 0)])
-def test_beginnings_and_their_continuations_are_scored_as_programs_are(likelihood, num_alphabets):
+def test_beginnings_and_their_continuations_are_scored_as_programs_are(likelihood, num_alphabets, monkeypatch):
     """Programs of up to six strokes, from their beginnings of up to five; under some of the maps from below"""
+    monkeypatch.setattr(search, "BEAM_FLOOR", -math.inf)
     options = dict(num_primitives=7, likelihood=likelihood, num_alphabets=num_alphabets)
     model = models.GenerativeModel(num_arcs=6, **options)
     alphabet = model.sample_alphabet(1) if num_alphabets else None
@@ -52,6 +54,12 @@ def test_beginnings_and_their_continuations_are_scored_as_programs_are(likelihoo
     want = losses.score(model, latent.unsqueeze(1), obs[:1], alphabet)[:, 0]
     torch.testing.assert_close(scores[True], want)
     assert (scores.get(False, want - 1) < want).all()
+    monkeypatch.setattr(search, "BEAM_FLOOR", -2.0)  # cheaper is only ink that is not drawn
+    log_prior, log_likelihood = image.score_beginning(codes, None)
+    logits = model.get_logits(latent).clamp(min=-2.0)
+    want = want + model.likelihood.log_prob(logits, obs[:1].expand(20, -1, -1))
+    want = want - model.likelihood.log_prob(model.get_logits(latent), obs[:1].expand(20, -1, -1))
+    torch.testing.assert_close(log_prior + log_likelihood, want, atol=1e-3, rtol=1e-5)
 
 
 def test_selection_keeps_distinct_programs_and_prefers_probable_ones():
