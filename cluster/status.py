@@ -10,10 +10,8 @@ from runs import locks
 def show(some_tasks, queue):
     """Prints a line per task, trainings and evaluations in tables of their own, and notes under those that do not go on. Args:
     queue: a list of slurm.Job. Returns: 1 if a task has failed, else 0"""
-    jobs = {}
-    for job in queue:  # a running job before the one that om-repeat has queued behind it
-        if job.key not in jobs or job.state == "RUNNING":
-            jobs[job.key] = job
+    queue = sorted(queue, key=lambda job: job.state == "RUNNING")  # rather than the job that om-repeat has queued behind it
+    jobs = {job.key: job for job in queue}
     failed = False
     for value, are_trainings in [("theta loss", True), ("log p", False)]:
         group = [task for task in some_tasks if (task.kind == "train") == are_trainings]

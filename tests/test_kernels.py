@@ -482,7 +482,7 @@ def test_strokes_of_a_new_model_may_tie(use_kernels, capsys):
     assert gpu.kernels.operators == ["drawing"] and capsys.readouterr().err == ""
 
 
-def test_an_unusable_gpu_starts_the_program_anew_once(monkeypatch, capsys):
+def test_an_unusable_gpu_starts_the_program_anew(monkeypatch, capsys):
     """A stand-in for an illegal access, after which every call to CUDA fails"""
 
     def fail(*_):
@@ -498,5 +498,3 @@ def test_an_unusable_gpu_starts_the_program_anew_once(monkeypatch, capsys):
     assert gpu.WITHOUT_KERNELS in os.environ
     gpu.kernels.use(gpu.OPERATORS)
     assert gpu.kernels.operators == []  # in the new program
-    with pytest.raises(RuntimeError, match="illegal"):
-        kernel_check.find_fault("drawing", [fail], device)

@@ -278,7 +278,7 @@ def test_failures_and_locks(make_sweep):
 BAD_INPUT = [
     ("--jobs 0", ["--jobs", "out of range"]),
     ("--cluster", ["sbatch is not on the PATH"]),
-    ("--cancel", ["sbatch is not on the PATH"]),
+    ("--cuda", ["--cuda", "no usable GPU"]),
     ("--models mws_4", ["mws_4", "not in the sweep"]),
     ("--status --rm", ["exclude"]),
     ("--eval-logp --eval-options '--seed'", ["--seed"]),
@@ -288,6 +288,7 @@ BAD_INPUT = [
 
 def test_bad_input(folder, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     pathlib.Path("save").write_text("a file where the folder should be")
     for flags, words in BAD_INPUT:
         with pytest.raises(SystemExit) as end:
