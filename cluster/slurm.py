@@ -133,9 +133,8 @@ def get_tag():
     return "strokes-" + hashlib.sha1(os.fsencode(util.SAVE.resolve())).hexdigest()[:8]
 
 
-def get_script(listing, index=None):
-    """The command of a job: it runs a task of a listing, the one at the job's array index or at a given index"""
-    where = listing.path if index is None else f"{listing.path}:{index}"
+def get_script(where):
+    """The command of a job, which runs a task: see run_task"""
     return [str(ROOT / "cluster/slurm_job.sh"), sys.executable, str(ROOT / "sweep.py"), f"--task={where}"]
 
 
@@ -152,14 +151,14 @@ def get_array(listing, indices, after=(), limit=None):
     options += [f"--signal=B:USR1@{WARNING}", "--requeue", "--open-mode=append", "-J", name]
     options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", f"--comment={get_tag()}-{listing.path.stem}"]
     options += [f"--dependency=afterany:{':'.join(after)}"] * bool(after)
-    return ["sbatch", *listing.options, *options, *get_script(listing)]
+    return ["sbatch", *listing.options, *options, *get_script(listing.path)]
 
 
 def get_chain(listing, index):
     """The command that submits a task by om-repeat. Raises: UserError if om-repeat would mangle it"""
     options = [f"--output={FOLDER.resolve() / '%j.out'}", f"--comment={get_tag()}-{listing.path.stem}-{index}"]
     options += ["--no-requeue", "-J", get_job_name(listing.tasks[index])]  # the chain goes on with another job
-    command = ["om-repeat", "sbatch", *listing.options, *options, *get_script(listing, index)]
+    command = ["om-repeat", "sbatch", *listing.options, *options, *get_script(f"{listing.path}:{index}")]
     for word in command:
         if not re.fullmatch(r"[\w./=:,@%+-]+", word, re.ASCII):
             raise UserError(
@@ -308,7 +307,8 @@ def describe(task):
 
 
 def run_task(where):
-    """Args: where: FILE:INDEX of a chain of jobs, or FILE with the array's index. Returns: the exit status"""
+    """Runs a task of a listing. Args: where: FILE:INDEX, in a chain of jobs, or FILE with the array's index. Returns: the exit
+    status"""
     path, _, index = where.rpartition(":") if re.search(r":\d+$", where) else (where, "", os.environ.get("SLURM_ARRAY_TASK_ID"))
     try:
         listing, index = read_listing(path), int(index)
