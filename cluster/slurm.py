@@ -83,16 +83,15 @@ class Listing(NamedTuple):
 
 
 def write_listing(listing):
-    content = {name: value for name, value in listing._asdict().items() if name != "path"}
-    util.write(listing.path, json.dumps(content, indent=1).encode())
+    util.write(listing.path, json.dumps(listing._asdict(), indent=1, default=str).encode())
 
 
 def read_listing(path):
     """Raises: UserError if there is none"""
     try:
         content = json.loads(pathlib.Path(path).read_text())
-        content["tasks"] = [Task(*task) for task in content["tasks"]]
-        return Listing(pathlib.Path(path), **content)
+        content |= {"path": pathlib.Path(path), "tasks": [Task(*task) for task in content["tasks"]]}
+        return Listing(**content)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a listing of submitted tasks; delete it") from None
 

@@ -28,24 +28,17 @@ def show(some_tasks, queue):
 
 def get_row(task, job):
     """Returns: the cells of a task's line, and the lines to go under it"""
-    progress, log = tasks.get_progress(task), task.get_path("log")
+    progress = tasks.get_progress(task)
     state, notes = get_state(task, progress, job), []
     if state in ("failed", "stopped"):
         verdict, failed = slurm.describe(task)
         state = "failed" if failed else state
         notes = [tasks.get_log_end(task, 1)] * (state == "failed") + [verdict]
-    number = "-" if job is None else job.number + f" ({job.reason})" * (job.reason not in ("", "None"))
-    cells = [
-        str(task),
-        state,
-        f"{progress.iteration}/{progress.total}",
-        progress.value or "-",
-        str(datetime.timedelta(seconds=abs(int(time.time() - progress.saved)))) if progress.saved else "-",
-        tasks.get_device(task) or "-",
-        number,
-        str(log) if log.exists() else "-",
-    ]
-    return cells, list(filter(None, [progress.damage, *notes]))
+    iteration, log = f"{progress.iteration}/{progress.total}", task.get_path("log")
+    age = datetime.timedelta(seconds=abs(int(time.time() - progress.saved))) if progress.saved else ""
+    number = job.number + f" ({job.reason})" * (job.reason not in ("", "None")) if job else ""
+    cells = [task, state, iteration, progress.value, age, tasks.get_device(task), number, log if log.exists() else ""]
+    return [str(cell) or "-" for cell in cells], list(filter(None, [progress.damage, *notes]))
 
 
 def get_state(task, progress, job):
