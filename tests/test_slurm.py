@@ -101,10 +101,7 @@ def read_log(model, name="train"):
 def assert_bits_of_a_run_here(model, settings):
     finished = load(model)
     shutil.rmtree(util.SAVE / model)
-    (args,) = [
-        args for args in sweep.get_runs(sweep.parse_args(["--", *settings])).values() if util.get_path_base(args) == model
-    ]
-    main.main(util.get_flags(args))
+    main.main(util.get_flags(sweep.get_runs(sweep.parse_args(["--", *settings]))[model]))
     assert_same(finished, load(model))
 
 
@@ -117,7 +114,7 @@ def test_job_arrays(cluster):
     training, with as many threads as Slurm gives it CPUs"""
     chosen = ["--models", *cluster[:2]]
     settings = ["--pretrain-iterations=0", "--num-iterations=300", "--save-interval=100"]
-    names = [util.get_path_base(args) for args in sweep.get_runs(sweep.parse_args([*chosen, "--", *settings])).values()]
+    names = list(sweep.get_runs(sweep.parse_args([*chosen, "--", *settings])))
     stdout = run(*HELD, "--time=10", *chosen, "--", *settings)
     number = re.search(r"Submitted batch job (\d+)", stdout)[1]
     assert run(*SUBMIT, *chosen, "--", *settings).count("in the queue already, as job") == 2
@@ -154,7 +151,7 @@ def test_om_repeat(cluster, om_repeat):
     bits of a run here; its evaluation waits for the end of the chain; nothing stays in the queue"""
     settings = ["--pretrain-iterations=0", "--num-iterations=250", "--save-minutes=0.01"]
     chosen = ["--models", cluster[0]]
-    (name,) = [util.get_path_base(args) for args in sweep.get_runs(sweep.parse_args([*chosen, "--", *settings])).values()]
+    (name,) = sweep.get_runs(sweep.parse_args([*chosen, "--", *settings]))
     stdout = run(*SUBMIT, *chosen, "--", *settings)
     assert "DeprecationWarning" not in stdout
     evaluation = [*chosen, "--eval-logp", "--eval-algorithms", "sleep", "--eval-options", EVALUATION]
