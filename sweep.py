@@ -96,7 +96,7 @@ def get_tasks(args):
     runs = get_runs(args).items()
     if not args.eval_logp:
         return [Task(model, "train", util.get_flags(run_args), run_args.num_iterations) for model, run_args in runs]
-    return [get_evaluation(args, *run, algorithm) for run in runs for algorithm in args.eval_algorithms]
+    return [get_evaluation(args, *run, algorithm) for run in runs for algorithm in dict.fromkeys(args.eval_algorithms)]
 
 
 def get_evaluation(args, model, run_args, algorithm):
