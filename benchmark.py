@@ -169,16 +169,14 @@ def show_kernels(algorithm, batch_size, num_particles, device):
 
 def get_parser():
     parser = util.ArgumentParser(description=__doc__)
-    positive = util.in_range(int, 1)
-    parser.add_argument("--cuda", action="store_true", help="measure a GPU")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the batch, one run of each")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="measure plain PyTorch")
-    parser.add_argument(
-        "--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS, help="what to measure (default: all)"
-    )
-    parser.add_argument("--batch-size", type=positive, help="images (default: 250, the paper's)")
-    parser.add_argument("--num-particles", type=util.in_range(int, 2), help="latents per image (default: 10; evaluations: 100)")
-    parser.add_argument("--num-runs", type=positive, default=3, help="runs of each (default: %(default)s)")
+    add, positive = parser.add, util.in_range(int, 1)
+    add("--cuda", "measure a GPU", action="store_true")
+    add("--quick", "a fifth of the batch, one run of each", action="store_true")
+    add("--no-compile", "measure plain PyTorch", dest="compile", action="store_false")
+    add("--algorithms", "what to measure (default: all)", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
+    add("--batch-size", "images (default: 250, the paper's)", type=positive)
+    add("--num-particles", "latents per image (default: 10; evaluations: 100)", type=util.in_range(int, 2))
+    add("--num-runs", "runs of each", type=positive, default=3)
     return parser
 
 

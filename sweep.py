@@ -16,7 +16,6 @@ import collections
 import contextlib
 import functools
 import itertools
-import os
 import shlex
 import shutil
 import sys
@@ -61,24 +60,21 @@ def get_runs(args):
     runs, known, load_data = {}, set(), functools.cache(data.load)
     models = [util.get_path_base(model_args) for model_args in get_sweep_argss(False, None, args.large_conditional)]
     has_size = any(word.split("=")[0] == "--dataset-size" for word in args.settings)  # in place of the small data set
-    for seed in args.seeds or [None]:
-        argss = get_sweep_argss(args.test_run, args.data_location, args.large_conditional)
-        for model, model_args in zip(models, argss, strict=True):
-            flags = [flag for flag in util.get_flags(model_args) if not (has_size and flag == "--small-dataset")]
-            flags += [*args.settings, *[f"--seed={seed}"] * (seed is not None)]
-            run_args = training.parse_args(flags)
-            if run_args.cuda:
-                raise UserError("give --cuda before the --: it is no setting of a run")
-            path_base = checkpoints.find_run(run_args, functools.partial(get_fingerprint, run_args, load_data))
-            names = {model, util.get_path_base(model_args), util.get_path_base(run_args), path_base}
-            known |= names
-            if args.models and not names & set(args.models):
-                continue
-            if path_base in runs:
-                raise UserError(
-                    f"two of these runs would share {util.SAVE / path_base}; choose others by --models, --seeds or settings"
-                )
-            runs[path_base] = run_args
+    argss = get_sweep_argss(args.test_run, args.data_location, args.large_conditional)
+    for seed, (model, model_args) in itertools.product(args.seeds or [None], zip(models, argss, strict=True)):
+        flags = [flag for flag in util.get_flags(model_args) if not (has_size and flag == "--small-dataset")]
+        flags += [*args.settings, *[f"--seed={seed}"] * (seed is not None)]
+        run_args = training.parse_args(flags)
+        if run_args.cuda:
+            raise UserError("give --cuda before the --: it is no setting of a run")
+        path_base = checkpoints.find_run(run_args, functools.partial(get_fingerprint, run_args, load_data))
+        names = {model, util.get_path_base(model_args), util.get_path_base(run_args), path_base}
+        known |= names
+        if args.models and not names & set(args.models):
+            continue
+        if path_base in runs:
+            raise UserError(f"two of these runs would share {util.SAVE / path_base}; give other --models, --seeds or settings")
+        runs[path_base] = run_args
     unknown = [model for model in args.models or [] if model not in known]
     if unknown:
         raise UserError(f"--models: {', '.join(unknown)} is not in the sweep, which has {', '.join(models)}")
@@ -97,13 +93,10 @@ def get_fingerprint(run_args, load):
 
 def get_tasks(args):
     """The sweep's tasks: trainings or, with --eval-logp, evaluations"""
-    some_tasks = []
-    for model, run_args in get_runs(args).items():
-        if args.eval_logp:
-            some_tasks += [get_evaluation(args, model, run_args, algorithm) for algorithm in args.eval_algorithms]
-        else:
-            some_tasks.append(Task(model, "train", util.get_flags(run_args), run_args.num_iterations))
-    return some_tasks
+    runs = get_runs(args).items()
+    if not args.eval_logp:
+        return [Task(model, "train", util.get_flags(run_args), run_args.num_iterations) for model, run_args in runs]
+    return [get_evaluation(args, *run, algorithm) for run in runs for algorithm in dict.fromkeys(args.eval_algorithms)]
 
 
 def get_evaluation(args, model, run_args, algorithm):
@@ -145,10 +138,13 @@ def choose_tasks(args, queue=()):
 
 
 def run_here(args):
-    """Runs the remaining tasks on this machine. Returns: 0 if all succeeded, else 1, or 128 + the signal that stopped it"""
+    """Runs the remaining tasks on this machine. Returns: 0 if all succeeded, else 1, or 128 + the signal that stopped it.
+    Raises: UserError if GPUs are requested and there are none"""
+    has_gpus = torch.cuda.is_available()
+    if args.cuda and not has_gpus:
+        raise UserError("--cuda: there is no usable GPU; run without --cuda")
     left = choose_tasks(args)
-    use_cuda = torch.cuda.is_available() if args.cuda is None else args.cuda
-    num_gpus = len(tasks.get_visible_gpus()) if use_cuda else 0
+    num_gpus = len(tasks.get_visible_gpus()) if has_gpus and args.cuda is not False else 0
     if args.dry_run:
         for task in left:
             print(shlex.join(task.get_command() + ["--cuda"] * (num_gpus > 0)))
@@ -174,9 +170,7 @@ def submit(args):
     if slurm.asks_for_gpu(slurm.get_options(args)) if args.cuda is None else args.cuda:
         left = [task._replace(flags=[*task.flags, "--cuda"]) for task in left]  # a job without a working GPU fails at once
     if left:
-        path = os.environ.get("OMNIGLOT_PATH")
-        environment = {"OMNIGLOT_PATH": os.path.abspath(os.path.expanduser(path))} if path else {}
-        slurm.submit_tasks(left, args, queue, environment)
+        slurm.submit_tasks(left, args, queue)
     else:
         print("nothing to submit")
     for task in left if args.dry_run else []:
@@ -313,9 +307,7 @@ def get_parser():
     add("--cluster", "submit them to Slurm; evaluations start when their training in the queue is complete", action=boolean)
     add("--wait", "with --cluster, return when all are complete (status 0) or no longer in the queue (1)", action=boolean)
     add("--status", "print each task's progress, job and log", action=boolean)
-    add(
-        "--plot", "draw log p against iterations, of eval_logp.py --every-checkpoint, with the range over seeds", action=boolean
-    )
+    add("--plot", "draw log p against iterations, by eval_logp.py --every-checkpoint, and its range over seeds", action=boolean)
     add("--cancel", "cancel the jobs of these runs (with --eval-logp only their evaluations)", action=boolean)
     add("--rm", "delete these runs, after asking (with --eval-logp only their evaluations)", action=boolean)
     add("--yes", "do not ask", action=boolean)

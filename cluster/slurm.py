@@ -49,7 +49,7 @@ OURS = (
 
 
 def call(command):
-    """Runs one of Slurm's commands. Returns: what it prints to standard output and error. Raises: UserError with Slurm's reason
+    """Runs one of Slurm's commands. Returns: the process, with its stdout and stderr. Raises: UserError with Slurm's reason
     if it fails, is missing, or takes too long"""
     environment = {name: value for name, value in os.environ.items() if not UNWANTED.fullmatch(name)}
     options = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
@@ -61,7 +61,12 @@ def call(command):
         raise UserError(f"Slurm does not answer ({command[0]} takes longer than {TIMEOUT} seconds); try again later") from None
     if process.returncode != 0:
         raise UserError(f"{command[0]} failed: {process.stderr[-1000:]}")
-    return process.stdout, process.stderr
+    return process
+
+
+def get_record(number):
+    """What Slurm's scheduler knows of a job: a dict of words. Raises: UserError if it does not know it (any longer)"""
+    return dict(re.findall(r"(\w+)=(\S*)", call(["scontrol", "--oneliner", "show", "job", number]).stdout))
 
 
 # ------------------------------------------------------------------ listings of submitted tasks
@@ -78,16 +83,15 @@ class Listing(NamedTuple):
 
 
 def write_listing(listing):
-    content = {name: value for name, value in listing._asdict().items() if name != "path"}
-    util.write(listing.path, json.dumps(content, indent=1).encode())
+    util.write(listing.path, json.dumps(listing._asdict(), indent=1, default=str).encode())
 
 
 def read_listing(path):
     """Raises: UserError if there is none"""
     try:
         content = json.loads(pathlib.Path(path).read_text())
-        content["tasks"] = [Task(*task) for task in content["tasks"]]
-        return Listing(pathlib.Path(path), **content)
+        content |= {"path": pathlib.Path(path), "tasks": [Task(*task) for task in content["tasks"]]}
+        return Listing(**content)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a listing of submitted tasks; delete it") from None
 
@@ -107,8 +111,8 @@ def is_repeated(args):
 
 
 def get_options(args):
-    """sbatch's options that do not depend on the task, each one word; the user's own come last and take precedence. Raises:
-    UserError for those that would break the sweep"""
+    """sbatch's options that do not depend on the task, each one word; the user's own come last and take precedence.
+    Raises: UserError for those that would break the sweep"""
     time_limit = args.time or (TIME_OF_REPEATED if is_repeated(args) else TIME)
     options = dict(time=time_limit, mem=args.mem, cpus_per_task=args.cpus_per_task, partition=args.partition, gres=args.gres)
     words = util.split_words("--sbatch", args.sbatch)
@@ -128,9 +132,8 @@ def get_tag():
     return "strokes-" + hashlib.sha1(os.fsencode(util.SAVE.resolve())).hexdigest()[:8]
 
 
-def get_script(listing, index=None):
-    """The command of a job: it runs a task of a listing, the one at the job's array index or at a given index"""
-    where = listing.path if index is None else f"{listing.path}:{index}"
+def get_script(where):
+    """The command of a job, which runs a task: see run_task"""
     return [str(ROOT / "cluster/slurm_job.sh"), sys.executable, str(ROOT / "sweep.py"), f"--task={where}"]
 
 
@@ -147,14 +150,14 @@ def get_array(listing, indices, after=(), limit=None):
     options += [f"--signal=B:USR1@{WARNING}", "--requeue", "--open-mode=append", "-J", name]
     options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", f"--comment={get_tag()}-{listing.path.stem}"]
     options += [f"--dependency=afterany:{':'.join(after)}"] * bool(after)
-    return ["sbatch", *listing.options, *options, *get_script(listing)]
+    return ["sbatch", *listing.options, *options, *get_script(listing.path)]
 
 
 def get_chain(listing, index):
     """The command that submits a task by om-repeat. Raises: UserError if om-repeat would mangle it"""
     options = [f"--output={FOLDER.resolve() / '%j.out'}", f"--comment={get_tag()}-{listing.path.stem}-{index}"]
     options += ["--no-requeue", "-J", get_job_name(listing.tasks[index])]  # the chain goes on with another job
-    command = ["om-repeat", "sbatch", *listing.options, *options, *get_script(listing, index)]
+    command = ["om-repeat", "sbatch", *listing.options, *options, *get_script(f"{listing.path}:{index}")]
     for word in command:
         if not re.fullmatch(r"[\w./=:,@%+-]+", word, re.ASCII):
             raise UserError(
@@ -167,12 +170,14 @@ def get_chain(listing, index):
 # ------------------------------------------------------------------ submitting
 
 
-def submit_tasks(some_tasks, args, queue, environment):
-    """Submits tasks, evaluations so that they start after the jobs in the queue that train their models; with --dry-run prints
-    the commands. Raises: UserError at the first job that Slurm refuses, or if something cannot be submitted"""
+def submit_tasks(some_tasks, args, queue):
+    """Submits tasks, evaluations so that they start after the jobs in the queue that train their models; with --dry-run only
+    prints the commands. Raises: UserError at the first job that Slurm refuses, or that cannot be submitted"""
     if is_repeated(args) and args.jobs:
         raise UserError("--jobs is for job arrays, which om-repeat does not submit; give --no-repeat")
     path = (FOLDER / f"{secrets.token_hex(4)}.json").resolve()
+    location = os.environ.get("OMNIGLOT_PATH")
+    environment = {"OMNIGLOT_PATH": os.path.abspath(os.path.expanduser(location))} if location else {}
     listing = Listing(path, some_tasks, get_options(args), args.setup, environment)
     submissions = get_submissions(listing, args, queue)
     if args.dry_run:
@@ -191,24 +196,23 @@ def get_submissions(listing, args, queue):
     """Pairs of the indices of a listing's tasks and the command that submits them"""
     groups = {}  # numbers of jobs to wait for -> indices
     for i, task in enumerate(listing.tasks):
-        after = [] if task.kind == "train" else get_trainings(task, queue)
-        groups.setdefault(tuple(after), []).append(i)
+        groups.setdefault(tuple(get_trainings(task, queue)), []).append(i)
     if args.jobs:  # one array for all, since Slurm limits the jobs of each
         groups = {tuple(dict.fromkeys(itertools.chain(*groups))): range(len(listing.tasks))}
-    chained = groups.pop((), []) if is_repeated(args) else []
-    chains = [([i], get_chain(listing, i)) for i in chained]
+    chains = [([i], get_chain(listing, i)) for i in groups.pop((), [])] if is_repeated(args) else []
     return chains + [(indices, get_array(listing, indices, after, args.jobs)) for after, indices in groups.items()]
 
 
 def get_trainings(task, queue):
-    """The numbers of the jobs that train an evaluation's model"""
+    """The numbers of the jobs in the queue that train an evaluation's model"""
     return [job.number for job in queue if job.key == (task.model, "train")]
 
 
 def submit(listing, indices, command):
-    """Submits some of a listing's tasks by a command, and notes it in their logs. Returns: the number of the job. Raises:
-    UserError with Slurm's reason if it refuses, which om-repeat's exit status does not tell"""
-    text = "".join(call(command))
+    """Submits some of a listing's tasks by a command, and notes it in their logs. Returns: the number of the job.
+    Raises: UserError with Slurm's reason if it refuses, which om-repeat's exit status does not tell"""
+    process = call(command)
+    text = process.stdout + process.stderr
     match = re.search(r"^Submitted batch job (\d+)", text, re.M)
     if not match:
         raise UserError(f"{command[0]} refused the job: {' '.join(re.findall('.*error.*', text))}")
@@ -233,19 +237,18 @@ class Job(NamedTuple):
 
 
 def get_queue(essential=True):
-    """The jobs submitted from this folder, a list of Job. If Slurm does not answer: warns if that is not essential, else raises
-    UserError"""
+    """The jobs submitted from this folder, a list of Job. Raises: UserError if Slurm does not answer and that is essential"""
     if shutil.which("squeue") is None:
         return []
     try:
-        lines, _ = call(["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%T|%r|%k"])
+        lines = call(["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%T|%r|%k"]).stdout.splitlines()
     except UserError as error:
         if essential:
             raise
         warn(str(error))
         return []
     jobs, listings = [], {path.stem: read_listing(path) for path in FOLDER.glob("*.json")}
-    for line in lines.splitlines():
+    for line in lines:
         number, array_index, state, reason, comment = line.split("|", 4)
         match = re.fullmatch(rf"{get_tag()}-([0-9a-f]+)(?:-(\d+))?", comment)
         if match and match[1] in listings:
@@ -286,25 +289,25 @@ def describe(task):
         return "", False
     state, words = "", "Slurm no longer knows it"
     try:
-        lines, _ = call(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State,ExitCode"])
-        state, exit_code = lines.splitlines()[-1].split("|")
+        command = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State,ExitCode"]
+        state, exit_code = call(command).stdout.splitlines()[-1].split("|")
         words = f"{state}, exit code {exit_code}"
     except (UserError, IndexError):
-        with contextlib.suppress(UserError):
-            text, _ = call(["scontrol", "--oneliner", "show", "job", number])
-            fields = dict(re.findall(r"(JobState|ExitCode|Reason|Restarts)=(\S*)", text))
-            state, words = fields["JobState"], ", ".join(f"{name} {value}" for name, value in fields.items())
+        with contextlib.suppress(UserError, KeyError):
+            record = get_record(number)
+            state = record["JobState"]
+            words = ", ".join(f"{name} {record[name]}" for name in ("JobState", "Reason", "Restarts", "ExitCode"))
     output = FOLDER / f"{number}.out"
-    lines = output.read_text(errors="replace").split("\n") if output.exists() else []
-    end = next(filter(None, reversed(lines)), "nothing")
-    return f"job {number}: {words}; the end of {output}: {end}", state in FAILURES
+    end = output.read_text(errors="replace").strip().split("\n")[-1] if output.exists() else ""
+    return f"job {number}: {words}; the end of {output}: {end or 'nothing'}", state in FAILURES
 
 
 # ------------------------------------------------------------------ what a job runs
 
 
 def run_task(where):
-    """Args: where: FILE:INDEX of a chain of jobs, or FILE with the array's index. Returns: the exit status"""
+    """Runs a task of a listing. Args: where: FILE:INDEX, in a chain of jobs, or FILE with the array's index. Returns: the exit
+    status"""
     path, _, index = where.rpartition(":") if re.search(r":\d+$", where) else (where, "", os.environ.get("SLURM_ARRAY_TASK_ID"))
     try:
         listing, index = read_listing(path), int(index)
@@ -312,12 +315,11 @@ def run_task(where):
     except (UserError, ValueError, TypeError, IndexError):
         raise UserError(f"--task {where!r} is not a task of a sweep; this option is for Slurm jobs, not for people") from None
     os.environ.update(listing.environment)
-    is_chain, number = path != where, os.environ.get("SLURM_JOB_ID")
-    if not is_chain:
-        number = f"{os.environ.get('SLURM_ARRAY_JOB_ID')}_{index}"
+    is_chain = path != where
+    number = os.environ.get("SLURM_JOB_ID", "") if is_chain else f"{os.environ.get('SLURM_ARRAY_JOB_ID')}_{index}"
     with StopSignal() as stop, tasks.open_log(task, f", job {number} at step {tasks.get_progress(task).steps}") as log:
         try:
-            status = try_to_run(listing, index, log, stop)
+            status = try_to_run(listing, index, number, log, stop)
         except UserError as error:
             log.write(f"{error}\n")
             status = 2
@@ -331,9 +333,9 @@ def run_task(where):
     return status
 
 
-def try_to_run(listing, index, log, stop):
-    """Runs a task, unless it has been started too often without getting any further; an evaluation whose model is still being
-    trained is submitted again. Returns: the exit status. Raises: UserError if it cannot run"""
+def try_to_run(listing, index, number, log, stop):
+    """Runs a task as the job of that number, unless it has been started too often without getting any further; an evaluation
+    whose model is still being trained is submitted again. Returns: the exit status. Raises: UserError if it cannot run"""
     task = listing.tasks[index]
     _, starts = get_attempts(task)
     if len(starts) >= MAX_STARTS and len(set(starts[-MAX_STARTS:])) == 1:
@@ -344,7 +346,7 @@ def try_to_run(listing, index, log, stop):
             raise UserError("its model is not fully trained: nothing to evaluate")
         submit(listing, [index], get_array(listing, [index], trainings))
         return 0
-    return run_command(get_command(listing, task), log, stop)
+    return run_command(get_command(listing, task), log, stop, get_job_end(number))
 
 
 def get_command(listing, task):
@@ -356,31 +358,23 @@ def get_command(listing, task):
     return ["bash", "-lc", script, "bash", *task.get_command()]
 
 
-def get_job_end():
-    """When the Slurm job around this process must end, in seconds since the epoch; None outside a job or if Slurm
-    does not say. Slurm sets it in the job's environment; versions before 23 have to be asked."""
-    job = os.environ.get("SLURM_JOB_ID")
-    try:
-        if job is None:
-            return None
-        if os.environ.get("SLURM_JOB_END_TIME"):
-            return float(os.environ["SLURM_JOB_END_TIME"])
-        command = ["squeue", "--noheader", f"--jobs={job}", "--format=%A %e"]
-        environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
-        process = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
-        ends = {line.split()[0]: line.split()[1] for line in process.stdout.splitlines()}
-        return datetime.datetime.fromisoformat(ends[job]).timestamp()
-    except (OSError, ValueError, KeyError, IndexError, subprocess.TimeoutExpired):
-        return None
+def get_job_end(number):
+    """When a job must end, in seconds since the epoch; infinity if Slurm does not say. Slurm sets it in the job's environment;
+    versions before 23 have to be asked"""
+    if os.environ.get("SLURM_JOB_END_TIME"):
+        return float(os.environ["SLURM_JOB_END_TIME"])
+    with contextlib.suppress(UserError, KeyError, ValueError):
+        return datetime.datetime.fromisoformat(get_record(number)["EndTime"]).timestamp()
+    return math.inf
 
 
-def run_command(command, log, stop):
+def run_command(command, log, stop, end):
     """Runs a command with one thread per CPU of the job, and passes signals on; shortly before the job's end, SIGUSR1.
-    Returns: the exit status"""
+    Args: end: of the job, in seconds since the epoch. Returns: the exit status"""
     environment, num_cpus = dict(os.environ), os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
     if num_cpus:  # more would slow each other down several times over
         environment["OMP_NUM_THREADS"] = num_cpus
-    start, end = time.time(), get_job_end() or math.inf
+    start = time.time()
     ignore_warning = functools.partial(signal.signal, signal.SIGUSR1, signal.SIG_IGN)  # until it can save
     options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=ignore_warning)
     process = subprocess.Popen(command, **options)

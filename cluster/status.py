@@ -10,10 +10,8 @@ from runs import locks
 def show(some_tasks, queue):
     """Prints a line per task, trainings and evaluations in tables of their own, and notes under those that do not go on. Args:
     queue: a list of slurm.Job. Returns: 1 if a task has failed, else 0"""
-    jobs = {}
-    for job in queue:  # a running job before the one that om-repeat has queued behind it
-        if job.key not in jobs or job.state == "RUNNING":
-            jobs[job.key] = job
+    queue = sorted(queue, key=lambda job: job.state == "RUNNING")  # rather than the job that om-repeat has queued behind it
+    jobs = {job.key: job for job in queue}
     failed = False
     for value, are_trainings in [("theta loss", True), ("log p", False)]:
         group = [task for task in some_tasks if (task.kind == "train") == are_trainings]
@@ -30,24 +28,17 @@ def show(some_tasks, queue):
 
 def get_row(task, job):
     """Returns: the cells of a task's line, and the lines to go under it"""
-    progress, log = tasks.get_progress(task), task.get_path("log")
+    progress = tasks.get_progress(task)
     state, notes = get_state(task, progress, job), []
     if state in ("failed", "stopped"):
         verdict, failed = slurm.describe(task)
         state = "failed" if failed else state
         notes = [tasks.get_log_end(task, 1)] * (state == "failed") + [verdict]
-    number = "-" if job is None else job.number + f" ({job.reason})" * (job.reason not in ("", "None"))
-    cells = [
-        str(task),
-        state,
-        f"{progress.iteration}/{progress.total}",
-        progress.value or "-",
-        str(datetime.timedelta(seconds=abs(int(time.time() - progress.saved)))) if progress.saved else "-",
-        tasks.get_device(task) or "-",
-        number,
-        str(log) if log.exists() else "-",
-    ]
-    return cells, list(filter(None, [progress.damage, *notes]))
+    iteration, log = f"{progress.iteration}/{progress.total}", task.get_path("log")
+    age = datetime.timedelta(seconds=abs(int(time.time() - progress.saved))) if progress.saved else ""
+    number = job.number + f" ({job.reason})" * (job.reason not in ("", "None")) if job else ""
+    cells = [task, state, iteration, progress.value, age, tasks.get_device(task), number, log if log.exists() else ""]
+    return [str(cell) or "-" for cell in cells], list(filter(None, [progress.damage, *notes]))
 
 
 def get_state(task, progress, job):

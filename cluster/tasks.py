@@ -230,8 +230,8 @@ def start(task, slot, num_slots, num_gpus):
 
 
 def finish(worker):
-    """Prints how a task ended. Returns: whether it succeeded"""
-    task, status = worker.task, worker.process.returncode
+    """Waits until a task has ended, and prints how. Returns: whether it succeeded"""
+    task, status = worker.task, worker.process.wait()
     task.get_path("status").write_text(f"{status}\n")
     if status == 0:
         progress = get_progress(task)
@@ -264,23 +264,21 @@ def wait_for_lock(task, seconds=5):
 
 
 def run_all(tasks, num_slots, num_gpus, stop):
-    """Runs tasks as child processes, a number of them at a time, until all have ended or a signal arrives, which is passed on
-    so that they save. Returns: how many succeeded"""
-    waiting, workers, num_done, told = list(tasks), [], 0, False
-    while workers or (waiting and stop.received is None):
-        if stop.received is None and waiting and len(workers) < num_slots:
+    """Runs tasks as child processes, num_slots at a time, until all have ended or a signal arrives, which is passed on so that
+    they save. Returns: how many succeeded"""
+    waiting, workers, num_done = list(tasks), [], 0
+    while stop.received is None and (waiting or workers):
+        if waiting and len(workers) < num_slots:
             task = waiting.pop(0)
             if wait_for_lock(task):
                 print(f"{task}: started, log {task.get_path('log')}", flush=True)
                 slot = min(set(range(num_slots)) - {worker.slot for worker in workers})
                 workers.append(start(task, slot, num_slots, num_gpus))
             continue
-        if stop.received is not None and not told:
-            told = True
-            for worker in workers:
-                worker.process.send_signal(stop.received)
         for worker in [worker for worker in workers if worker.process.poll() is not None]:
             workers.remove(worker)
             num_done += finish(worker)
         time.sleep(0.05)
-    return num_done
+    for worker in workers:
+        worker.process.send_signal(stop.received)
+    return num_done + sum([finish(worker) for worker in workers])

@@ -8,6 +8,7 @@ It is large since each of five operations needs its kernels' sizes, results and 
 """
 
 import contextlib
+import importlib
 import math
 import os
 
@@ -49,15 +50,12 @@ def is_gpu(device):
 
 
 def launch(kernel, grid, *args, get_options=None, **options):
-    """Launches a kernel ("module.name"), which writes its results into some of its arguments, on the device of the first.
-    get_options: a function from the module to more options"""
+    """Launches a kernel ("rendering._draw" of triton_rendering.py), which writes its results into some of its arguments, on
+    the device of the first. Args: get_options: a function from the module to more options"""
     if args[0].is_meta or 0 in grid:
         return
-    from fast import triton_convolution, triton_decoder, triton_memory, triton_rendering
-
-    modules = dict(convolution=triton_convolution, decoder=triton_decoder, memory=triton_memory, rendering=triton_rendering)
     module, name = kernel.split(".")
-    module = modules[module]
+    module = importlib.import_module(f".triton_{module}", __package__)  # where there is Triton
     options.update(get_options(module) if get_options else {})
     with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
         getattr(module, name)[grid](*args, **options, enable_fp_fusion=True)

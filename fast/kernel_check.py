@@ -1,9 +1,8 @@
 """Tries a GPU's kernels before a run relies on them.
 
 The kernels of a run are compiled side by side. Then each operator is run on new models, at the run's sizes, forwards and
-backwards, and compared with plain PyTorch for some of the rows. One that fails or gives other numbers is turned off, with a
-warning; the others stay. After an error that leaves the GPU unusable for this process (an illegal access, say), the program is
-started anew, once, without kernels.
+backwards, and compared with plain PyTorch for some of the rows. One that fails or differs is turned off, with a warning.
+After an error that leaves the GPU unusable for this process, the program is started anew, once, without kernels.
 """
 
 import concurrent.futures
@@ -70,8 +69,8 @@ def make_strokes_differ(generative_model):
 
 
 def compile_side_by_side(functions, device):
-    """Compiles the kernels that functions would launch, in threads and without launching them, so that finding faults
-    one after the other need not wait for the compiler. What fails here fails there again, and is reported there"""
+    """Compiles the kernels that functions would launch, in threads and without launching them. What fails here fails again
+    in find_fault, and is reported there"""
     from triton.runtime.jit import JITFunction
 
     def compile_kernel(*args, **options):
@@ -117,9 +116,8 @@ def synchronize(device):
 
 
 def start_anew(reason):
-    """Replaces this process by the same program without kernels; its checkpoints are where they were"""
-    if gpu.WITHOUT_KERNELS in os.environ:
-        raise RuntimeError(reason)
+    """Replaces this process by the same program without kernels, which therefore tries none; its checkpoints are where they
+    were"""
     warn(f"a kernel left the GPU unusable ({reason}); starting anew without kernels, which is slower")
     os.environ[gpu.WITHOUT_KERNELS] = "1"
     sys.stdout.flush()
@@ -141,16 +139,16 @@ def get_checks(generative_model, inference_network, num_particles, batch_size, d
     logits, likelihood = torch.randn(num_rows, *size, device=device) * 3, generative_model.likelihood
 
     def draw():
-        return compare(generative_model.get_logits(choose(latent.flatten(0, 1), "drawing")), generative_model.parameters())
+        return compare(generative_model.get_logits(choose(latent.flatten(0, 1))), generative_model.parameters())
 
     def score():
-        drawn, seen = (choose(x, "scoring") for x in (logits, obs.repeat(num_particles, 1, 1)))
+        drawn, seen = (choose(x) for x in (logits, obs.repeat(num_particles, 1, 1)))
         drawn.requires_grad_()
         return compare(likelihood.log_prob(drawn, seen), [drawn, *likelihood.parameters()])
 
     def embed():
         layers = inference_network.conv0, inference_network.conv1
-        embedding = inference_network.embed(choose(obs, "convolution"))
+        embedding = inference_network.embed(choose(obs))
         return compare(embedding, [parameter for layer in layers for parameter in layer.parameters()])
 
     decoders = [generative_model.prior, inference_network.decoder]
@@ -169,13 +167,13 @@ def get_decoder_checks(decoder, latent):
     drawn = {}
 
     def score(with_gradients):
-        used = latent if "decoder" in kernels.operators else latent[:1, :NUM_COMPARED]
+        used = latent if kernels.operators else latent[:1, :NUM_COMPARED]
         with torch.set_grad_enabled(with_gradients):  # of all particles but the first the kernels are only tried
-            return compare(decoder.log_prob(used, choose(context, "decoder"))[0], parameters)
+            return compare(decoder.log_prob(used, choose(context))[0], parameters)
 
     def sample(with_gradients):
         with torch.set_grad_enabled(with_gradients):
-            if "decoder" in kernels.operators:
+            if kernels.operators:
                 some, log_prob = decoder.sample_and_log_prob(len(latent), context)
                 drawn[with_gradients] = some[:1, :NUM_COMPARED]
                 return compare(log_prob[0], parameters)
@@ -206,9 +204,9 @@ def get_memory_check(memory, proposal, remember, device):
     return remember_them
 
 
-def choose(rows, name):
+def choose(rows):
     """All rows for kernels, the compared ones for plain PyTorch"""
-    return rows[:] if name in kernels.operators else rows[:NUM_COMPARED]
+    return rows[:] if kernels.operators else rows[:NUM_COMPARED]
 
 
 def compare(value, inputs):

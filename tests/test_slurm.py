@@ -101,10 +101,7 @@ def read_log(model, name="train"):
 def assert_bits_of_a_run_here(model, settings):
     finished = load(model)
     shutil.rmtree(util.SAVE / model)
-    (args,) = [
-        args for args in sweep.get_runs(sweep.parse_args(["--", *settings])).values() if util.get_path_base(args) == model
-    ]
-    main.main(util.get_flags(args))
+    main.main(util.get_flags(sweep.get_runs(sweep.parse_args(["--", *settings]))[model]))
     assert_same(finished, load(model))
 
 
@@ -117,7 +114,7 @@ def test_job_arrays(cluster):
     training, with as many threads as Slurm gives it CPUs"""
     chosen = ["--models", *cluster[:2]]
     settings = ["--pretrain-iterations=0", "--num-iterations=300", "--save-interval=100"]
-    names = [util.get_path_base(args) for args in sweep.get_runs(sweep.parse_args([*chosen, "--", *settings])).values()]
+    names = list(sweep.get_runs(sweep.parse_args([*chosen, "--", *settings])))
     stdout = run(*HELD, "--time=10", *chosen, "--", *settings)
     number = re.search(r"Submitted batch job (\d+)", stdout)[1]
     assert run(*SUBMIT, *chosen, "--", *settings).count("in the queue already, as job") == 2
@@ -154,7 +151,7 @@ def test_om_repeat(cluster, om_repeat):
     bits of a run here; its evaluation waits for the end of the chain; nothing stays in the queue"""
     settings = ["--pretrain-iterations=0", "--num-iterations=250", "--save-minutes=0.01"]
     chosen = ["--models", cluster[0]]
-    (name,) = [util.get_path_base(args) for args in sweep.get_runs(sweep.parse_args([*chosen, "--", *settings])).values()]
+    (name,) = sweep.get_runs(sweep.parse_args([*chosen, "--", *settings]))
     stdout = run(*SUBMIT, *chosen, "--", *settings)
     assert "DeprecationWarning" not in stdout
     evaluation = [*chosen, "--eval-logp", "--eval-algorithms", "sleep", "--eval-options", EVALUATION]
@@ -325,15 +322,14 @@ def test_a_job_waits_for_the_one_before_it(folder, monkeypatch, capsys):  # noqa
         pass
 
 
-def test_a_job_saves_before_its_end(monkeypatch, tmp_path):
+def test_a_job_saves_before_its_end(tmp_path):
     """A fifth of its short limit before that; a signal long before the end, which is somebody's, counts at once"""
     code = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(138)); time.sleep(30)"
     for seconds, least, most in [(3, 2.4, 3.5), (500, 0, 2)]:
         start = time.time()
-        monkeypatch.setattr(slurm, "get_job_end", lambda: start + seconds)  # noqa: B023
         with open(tmp_path / "log", "w") as log, saving.StopSignal() as stop:
             stop.received = signal.SIGUSR1
-            assert slurm.run_command([sys.executable, "-c", code], log, stop) == 138
+            assert slurm.run_command([sys.executable, "-c", code], log, stop, start + seconds) == 138
         assert least <= time.time() - start <= most
 
 

@@ -62,11 +62,11 @@ def make_sweep(folder, monkeypatch):
     return make
 
 
-def run(*flags, status=0):
-    """Runs sweep.py in this process; status: what it must end with, None for any. Returns: what it printed"""
+def run(*flags, status=0, script=sweep):
+    """Runs a script in this process; status: what it must end with, None for any. Returns: what it printed"""
     stdout = io.StringIO()
     with contextlib.redirect_stdout(stdout):
-        ended_with = sweep.main(list(flags))
+        ended_with = script.main(list(flags))
     assert status is None or ended_with == status, stdout.getvalue()
     return stdout.getvalue()
 
@@ -86,13 +86,6 @@ def start_fork(*flags):
         finally:
             os._exit(99)
     return pid, stdout
-
-
-def report():
-    stdout = io.StringIO()
-    with contextlib.redirect_stdout(stdout):
-        eval_logp.main(["--report"])
-    return stdout.getvalue()
 
 
 def load(name):
@@ -218,7 +211,7 @@ def test_sweep_here(make_sweep, monkeypatch):
     value = f"{torch.load(f'save/{models[1]}/logp/test_rws.pt', weights_only=True)['log_p']:.2f}"
     some_cells = get_cells(*evaluation)
     assert [(cells["state"], cells["iteration"], cells["log p"]) for cells in some_cells] == [("done", "5/5", value)]
-    assert value in report()
+    assert value in run("--report", script=eval_logp)
     for option in ["--seed=7", "--images=spread", "--num-data=6"]:  # other evaluations, which are still to be done
         (cells,) = get_cells(*evaluation, f"--eval-options={option}")
         assert (cells["state"], cells["iteration"]) == ("stopped", "0/5")
@@ -278,7 +271,7 @@ def test_failures_and_locks(make_sweep):
 BAD_INPUT = [
     ("--jobs 0", ["--jobs", "out of range"]),
     ("--cluster", ["sbatch is not on the PATH"]),
-    ("--cancel", ["sbatch is not on the PATH"]),
+    ("--cuda", ["--cuda", "no usable GPU"]),
     ("--models mws_4", ["mws_4", "not in the sweep"]),
     ("--status --rm", ["exclude"]),
     ("--eval-logp --eval-options '--seed'", ["--seed"]),
@@ -288,6 +281,7 @@ BAD_INPUT = [
 
 def test_bad_input(folder, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     pathlib.Path("save").write_text("a file where the folder should be")
     for flags, words in BAD_INPUT:
         with pytest.raises(SystemExit) as end:
