@@ -5,6 +5,8 @@ primitives, through another affine map. `find` therefore begins with programs fr
 of maps, each of whose steps scores all primitives that the prior expects as the next stroke; an evolutionary search mutates
 and crosses them, as a temperature falls; their beginnings are continued by beam search once more; and a second evolutionary
 search polishes the result. Most scores along the way are of a few maps alone, which is a lower bound in a fraction of the time.
+A pixel of ink that is not drawn costs 14 nats: a beam search takes it as cheap, or else it would prefer whatever draws most
+soonest to what draws well.
 
     latent, log_joint = search.find(generative_model, obs)
 """
