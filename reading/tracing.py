@@ -20,7 +20,6 @@ Source: thinning and the graph of lines are as in the inference of Lake, Salakhu
 import collections
 import itertools
 import math
-from typing import NamedTuple
 
 import numpy as np
 import scipy.ndimage
@@ -29,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from images import make_square
 from reading import variation
-from reading.variation import OWN, Drawing, Variation
+from reading.variation import OWN
 
 # Pixels of a page of 105 x 105, as Omniglot's are; on other pages in proportion
 PAGE = 105
@@ -50,21 +49,14 @@ LONGEST = 40  # steps that a stroke may take
 TURN_NOISE, ORDER_NOISE = 0.3, 0.5  # of further traces: radians, and of the logarithm of distances
 
 
-class Traces(NamedTuple):
-    """N images' programs of A strokes, as many as the longest takes; the others end with strokes of no length"""
-
-    latent: torch.Tensor  # [N, A, 2]
-    centre: Drawing  # the library's strokes, beginning where the trace does, drawn with one pen
-    variation: Variation  # which lays them on the ink
-
-
 def trace(generative_model, inks, rngs=None):
-    """Traces images.
+    """Traces N images with A strokes each, as many as the longest trace takes; the others end with strokes of no length.
 
     Args:
         inks: a list of arrays [H, W] of bool, of any size
         rngs: for each, None for the most obvious trace or a numpy.random.Generator for another one
-    Returns: Traces
+    Returns: Drawing of the library's strokes, beginning where the trace does, drawn with one pen; Variation that lays them on
+        the ink
     """
     primitives = generative_model.get_primitives().detach()  # [P, 5]
     library = primitives[:, :3].double().numpy()
@@ -76,7 +68,7 @@ def trace(generative_model, inks, rngs=None):
     displacement, theta, start = centre.displacement * used.unsqueeze(2), centre.theta * used, torch.stack(starts)
     centre = centre._replace(displacement=displacement, theta=theta, start=start, sharpness=sharpness, width=width)
     moved, turned = (arcs[..., :2] - displacement) / OWN.displacement, (arcs[..., 2] - theta) / OWN.theta
-    return Traces(latent, centre, variation.get_none(centre)._replace(displacement=moved, theta=turned))
+    return centre, variation.get_none(centre)._replace(displacement=moved, theta=turned)
 
 
 def _trace(ink, library, rng):
