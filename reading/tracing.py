@@ -201,26 +201,22 @@ def _get_graph(ink):
     from skimage.morphology import skeletonize
 
     thin = skeletonize(np.ascontiguousarray(np.pad(ink, 1) > 0))[1:-1, 1:-1]  # older versions take no transposed arrays
-    pixels = sorted(map(tuple, np.argwhere(thin).tolist()))
-    beside = {pixel: _get_neighbours(pixel, set(pixels)) for pixel in pixels}
+    pixels = dict.fromkeys(map(tuple, np.argwhere(thin).tolist()))  # in order
+    beside = {pixel: _get_neighbours(pixel, pixels) for pixel in pixels}
     node_of = {pixel: i for i, pixel in enumerate(p for p in pixels if len(beside[p]) != 2)}
-    edges, seen = [], set()
-
-    def follow(pixel, following):
-        path = [pixel, following]
-        while path[-1] not in node_of:
-            path.append(next(other for other in beside[path[-1]] if other != path[-2]))
-        seen.update([*path[1:-1], tuple(path[:2]), tuple(path[:-3:-1])])
-        edges.append((node_of[pixel], node_of[path[-1]], np.array(path, float)))
-
-    for pixel in list(node_of):
-        for other in beside[pixel] or [pixel]:  # a dot is an edge to itself
-            if (pixel, other) not in seen:
-                follow(pixel, other)
-    for pixel in pixels:  # closed lines
-        if pixel not in node_of and pixel not in seen:
-            node_of[pixel] = len(node_of)
-            follow(pixel, beside[pixel][0])
+    edges, seen = [], set()  # inner pixels of edges, and the first two from either end
+    for pixel in [*node_of, *pixels]:
+        if pixel in seen:
+            continue
+        node_of.setdefault(pixel, len(node_of))  # a closed line begins anywhere
+        for following in beside[pixel] or [pixel]:  # a dot is an edge to itself
+            if (pixel, following) in seen:
+                continue
+            path = [pixel, following]
+            while path[-1] not in node_of:
+                path.append(next(other for other in beside[path[-1]] if other != path[-2]))
+            seen.update([*path[1:-1], tuple(path[:2]), tuple(path[:-3:-1])])
+            edges.append((node_of[pixel], node_of[path[-1]], np.array(path, float)))
     return [np.array(pixel, float) for pixel in node_of], edges
 
 
@@ -229,8 +225,8 @@ def _get_neighbours(pixel, pixels):
     pixel touches both along a side"""
     (row, col), found = pixel, []
     for down, right in [(-1, 0), (0, 1), (1, 0), (0, -1), (-1, 1), (1, 1), (1, -1), (-1, -1)]:
-        between = {(row + down, col), (row, col + right)} if down and right else set()
-        if (row + down, col + right) in pixels and not between & pixels:
+        at_corner = down != 0 and right != 0 and ((row + down, col) in pixels or (row, col + right) in pixels)
+        if (row + down, col + right) in pixels and not at_corner:
             found.append((row + down, col + right))
     return found
 
@@ -287,9 +283,8 @@ def _get_turns(ways, some, reach, rng):
 
     def get_direction(points):
         last = len(points) - 1
-        difference = (
-            points[min(reach + reach // 2, last)] - points[min(reach // 2, last // 2)]
-        )  # thinned ink is bent at the end
+        first = min(reach // 2, last // 2)  # thinned ink is bent at the end
+        difference = points[min(reach + reach // 2, last)] - points[first]
         return difference / max(np.linalg.norm(difference), 1e-9)
 
     turns = []

@@ -172,9 +172,9 @@ def get_none(centre):
     return change(like, torch.zeros_like)
 
 
-def sample(centre, deviations=SAMPLED):
+def sample(centre):
     """Draws how other hands would: Drawing -> Drawing"""
-    return vary(centre, change(get_none(centre), torch.randn_like), deviations)
+    return vary(centre, change(get_none(centre), torch.randn_like), SAMPLED)
 
 
 def score(centre, variation, obs, deviations):
