@@ -93,9 +93,10 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
         )
     train, valid, test = _split(source)
     notes, num_alphabets = list(source.notes), len(source.alphabet_names)
-    size = SMALL_NUM_PER_ALPHABET * max(num_alphabets, 1) if small_dataset else dataset_size
+    num_groups = max(num_alphabets, 1)
+    size = SMALL_NUM_PER_ALPHABET * num_groups if small_dataset else dataset_size
     if size is not None:
-        train = _take_per_alphabet(train, size, max(num_alphabets, 1))
+        train = _take_per_alphabet(train, size, num_groups)
         notes.append(f"{size} to train on")
     if len(train.obs) == 0 or len(test.obs) == 0:
         raise UserError(f"{location} holds too few images to split into training and test images")
@@ -244,12 +245,10 @@ def download(url, path, blob_id):
 
 
 @contextlib.contextmanager
-def decoding(path):
+def _decoding(path):
     """The boundary to third-party decoders: whatever they raise becomes one line that names the file"""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
         raise UserError(f"{path} is damaged, or not what its name says ({reason})") from None
@@ -257,7 +256,7 @@ def decoding(path):
 
 def _load_mat(path):
     """Loads what has chardata.mat's format: images, each stored column by column, one-hot alphabets, numbers of characters"""
-    with decoding(path):
+    with _decoding(path):
         mat = scipy.io.loadmat(path)
     parts, num_alphabets = [], len(np.atleast_2d(mat.get("target")))
     for prefix in ["", "test"]:
@@ -281,7 +280,7 @@ def _load_mat(path):
 
 def _load_arrays(path):
     """Loads a .npy file of images, or a .npz file of images and perhaps `labels` [N], which become alphabets"""
-    with decoding(path):
+    with _decoding(path):
         loaded = np.load(path, allow_pickle=False)
         arrays = dict(loaded) if path.suffix == ".npz" else {"images": loaded}
     labels = arrays.pop("labels", None)
@@ -440,7 +439,7 @@ def list_files(path, archive=None):
     those in it. Args: path: for errors, if an open archive is given"""
     in_zip = archive is not None or path.is_file()
     for file in _list_zip(path, archive or path) if in_zip else _list_folder(path):
-        if is_hidden(file.name):
+        if _is_hidden(file.name):
             continue
         if re.fullmatch(OFFICIAL_ZIP, file.name.split("/")[-1]):
             yield from list_files(f"{path}: {file.name}", io.BytesIO(file.read()))
@@ -448,7 +447,7 @@ def list_files(path, archive=None):
             yield file
 
 
-def is_hidden(name):
+def _is_hidden(name):
     """Whether a file, named relative to a folder or in a zip, is one that systems put beside the user's own"""
     return any(HIDDEN.fullmatch(part) for part in pathlib.PurePosixPath(name).parts if part != "..")
 
@@ -465,7 +464,7 @@ def _list_folder(path):
         # Folders before links to them, since the first name counts
         for folder in sorted(folders, key=lambda name: os.path.islink(os.path.join(parent, name))):
             real = os.path.realpath(os.path.join(parent, folder))
-            if is_hidden(folder) or real in known:
+            if _is_hidden(folder) or real in known:
                 folders.remove(folder)
             known.add(real)
         files += [pathlib.Path(parent, name) for name in names]
@@ -476,11 +475,11 @@ def _list_folder(path):
 
 def _list_zip(path, file):
     """Yields every File in a zip. Args: path: for errors; file: its path, or an open file"""
-    with decoding(path):
+    with _decoding(path):
         archive = zipfile.ZipFile(file)
 
     def read(name):
-        with decoding(f"{path}: {name}"):  # encrypted, broken, or compressed by an unknown method
+        with _decoding(f"{path}: {name}"):  # encrypted, broken, or compressed by an unknown method
             return archive.read(name)
 
     # Some Windows programs write backslashes
