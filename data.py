@@ -323,10 +323,7 @@ def _to_ink(path, array):
 # ------------------------------------------------------------------ image files
 
 # Folders whose names say to which part their images belong
-PARTS = {
-    "train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test",
-    "testing": "test",
-}  # fmt: skip
+PARTS = dict(train="train", training="train", val="valid", valid="valid", validation="valid", test="test", testing="test")
 OFFICIAL_ZIP = r"images_(background|evaluation)(_small\d)?\.zip"
 
 # What systems, network disks and programs put beside the user's own files
@@ -468,9 +465,9 @@ def _list_folder(path):
                 folders.remove(folder)
             known.add(real)
         files += [pathlib.Path(parent, name) for name in names]
-    files = [file for file in files if file.is_file()]  # not a pipe, or a link to nothing
+    files = [file for file in sorted(files) if file.is_file()]  # not a pipe, or a link to nothing
     unpacked = {file for file in files if re.fullmatch(OFFICIAL_ZIP, file.name) and file.with_suffix("").exists()}
-    return [File(file.relative_to(path).as_posix(), file.read_bytes) for file in sorted(set(files) - unpacked)]
+    return [File(file.relative_to(path).as_posix(), file.read_bytes) for file in files if file not in unpacked]
 
 
 def _list_zip(path, file):

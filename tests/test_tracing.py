@@ -153,13 +153,9 @@ def test_any_image_has_a_trace():
 
 def test_structure_of_ink():
     """Parts, holes and ends of a T, a T with a dot, and a circle; and the nats between them"""
-    dotted, wide = (
-        [*LINES["T"], get_line((0.3, 0.5), (0.3, 0.5))],
-        draw_ink(*LINES["T"])[5:, :],
-    )  # is put in the middle of a square
-    t, with_dot, circle, moved = map(
-        matching.get_structure, [draw_ink(*LINES["T"]), draw_ink(*dotted), draw_ink(*LINES["circle"]), wide]
-    )
+    inks = [draw_ink(*lines) for lines in (LINES["T"], [*LINES["T"], *LINES["dot"]], LINES["circle"])]
+    wide = inks[0][5:, :]  # is put in the middle of a square
+    t, with_dot, circle, moved = map(matching.get_structure, [*inks, wide])
     assert [(s.num_parts, s.num_holes, len(s.ends)) for s in (t, with_dot, circle)] == [(1, 0, 3), (2, 0, 5), (1, 1, 0)]
     np.testing.assert_allclose(t.ends[t.ends.sum(1).argsort()], [[-0.5, -0.5], [-0.5, 0.5], [0.5, 0]], atol=0.05)
     distances = [matching.get_structural_distance(t, other) for other in (t, moved, with_dot, circle)]
