@@ -72,7 +72,7 @@ def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, dev
     rngs = [None] * len(inks) + [rng] * len(inks) * (num_traces - 1)
     centre, start = tracing.trace(generative_model, inks * num_traces, rngs)
     images = obs.repeat(num_traces, 1, 1)  # [K * N, R, C]
-    drawing, _ = variation.refit(centre, images, deviations, TRACING, start, tick=tick)
+    drawing, _, _ = variation.refit(centre, images, deviations, TRACING, start, tick=tick)
     return Strokes(obs, variation.change(drawing, lambda x: x.unflatten(0, (num_traces, len(inks)))))
 
 
@@ -84,8 +84,9 @@ def match(strokes, obs, deviations=HAND):
     sizes = len(strokes.drawing.on), len(obs), len(strokes.obs)
     trace, image, source = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")  # [K, M, N] each
     centre = strokes.drawing.select(trace, source)
-    drawing, e = variation.refit(centre, _halve(obs)[image], deviations, COARSE, aligned_to=_halve(strokes.obs)[source])
-    return e, _score(drawing, e, obs[image])
+    sources = _halve(strokes.obs)[source]
+    drawing, e, distance = variation.refit(centre, _halve(obs)[image], deviations, COARSE, aligned_to=sources)
+    return e, _score(drawing, distance, obs[image])
 
 
 def refine(strokes, obs, e, score, image, source, deviations=HAND, schedule=FINE):
@@ -97,8 +98,9 @@ def refine(strokes, obs, e, score, image, source, deviations=HAND, schedule=FINE
     trace = score[:, image, source].topk(min(NUM_REFINED, len(score)), 0).indices  # [T, ...]
     image, source = image.expand_as(trace), source.expand_as(trace)
     start = variation.change(e, lambda x: x[trace, image, source])
-    drawing, e = variation.refit(strokes.drawing.select(trace, source), obs[image], deviations, schedule, start)
-    return drawing, _score(drawing, e, obs[image])
+    centre = strokes.drawing.select(trace, source)
+    drawing, _, distance = variation.refit(centre, obs[image], deviations, schedule, start)
+    return drawing, _score(drawing, distance, obs[image])
 
 
 def _halve(obs):
@@ -107,13 +109,12 @@ def _halve(obs):
     return F.interpolate(F.avg_pool2d(obs.unsqueeze(1), 3, 1, 1), size, mode="bilinear", align_corners=True).squeeze(1)
 
 
-def _score(drawing, e, obs):
-    """log p(x' | v) - |e|^2 / 2, as classification counts it: Drawing, Variation, obs [..., R, C] -> [...], nats"""
-    shape = obs.shape[:-2]
-    drawing, obs = variation.change(drawing, lambda x: x.flatten(0, len(shape) - 1)), obs.flatten(0, -3)
+def _score(drawing, distance, obs):
+    """log p(x' | v) - |e|^2 / 2, as classification counts it: Drawing, distance [...], obs [..., R, C] -> [...], nats"""
+    drawing, obs = variation.change(drawing, lambda x: x.flatten(0, distance.dim() - 1)), obs.flatten(0, -3)
     rows = torch.arange(len(obs)).split(variation.AT_ONCE)
     log_p = torch.cat([variation.get_log_likelihood(drawing.select(some), obs[some], FLOOR) for some in rows])
-    return log_p.view(shape) - e.get_distance()
+    return log_p.view_as(distance) - distance
 
 
 class Comparison(NamedTuple):

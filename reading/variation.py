@@ -203,8 +203,8 @@ def refit(centre, obs, deviations, schedule, start=None, aligned_to=None, tick=l
         aligned_to [..., R, C]: images that the centres fit; W then begins where it takes the place and size of
             their ink to that of obs. If None, W begins as the identity
         tick: called after each step of each AT_ONCE drawings
-    Returns: Drawing, and the Variation e that makes it of the centre, whose score is at least that of the start (without
-        regard to aligned_to)
+    Returns: Drawing; the Variation e that makes it of the centre, whose score is at least that of the start (without regard
+        to aligned_to); |e|^2 / 2, [...], nats
     """
     shape, start = centre.on.shape[:-1], start or get_none(centre)
     flat, e = (change(x, lambda x: x.flatten(0, len(shape) - 1)) for x in (centre, start))
@@ -218,9 +218,10 @@ def refit(centre, obs, deviations, schedule, start=None, aligned_to=None, tick=l
     for ids in order.split(AT_ONCE):  # those with few strokes together, so that few draw nothing
         num = get_size(int(length[ids].max()))
         some = [resize(change(x, lambda x, ids=ids: x[ids]), num) for x in (flat, e, aligned)]
-        parts.append(resize(_refit(*some, obs[ids], deviations, schedule, tick), num_arcs))
-    e = Variation(*(torch.cat(some)[order.argsort()].unflatten(0, shape) for some in zip(*parts, strict=True)))
-    return vary(centre, e, deviations), e
+        part = _refit(*some, obs[ids], deviations, schedule, tick)
+        parts.append([*resize(part, num_arcs), part.get_distance()])
+    *e, distance = (torch.cat(some)[order.argsort()].unflatten(0, shape) for some in zip(*parts, strict=True))
+    return vary(centre, Variation(*e), deviations), Variation(*e), distance
 
 
 def _refit(centre, start, aligned, obs, deviations, schedule, tick):
