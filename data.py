@@ -20,10 +20,9 @@ import numpy as np
 import scipy.io
 import torch
 
-from images import ALPHABETS, decode, draw_glyphs, find_characters, fit, get_suffixes, read_image, shrink
+from images import ALPHABETS, SIDE, decode, draw_glyphs, find_characters, fit, get_suffixes, read_image, shrink
 from util import UserError, expand_user, show_progress, warn
 
-NUM_ROWS = NUM_COLS = 28
 SMALL_NUM_PER_ALPHABET = 10
 
 CHARDATA_URL = "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/chardata.mat"
@@ -68,9 +67,9 @@ class Source(typing.NamedTuple):
     obs: np.ndarray  # [N, 28, 28], bool, ink True
     alphabet_ids: np.ndarray | None = None  # [N]
     characters: np.ndarray | None = None  # [N], from 1 within an alphabet
-    alphabet_names: list = []  # L strings
+    alphabet_names: typing.Sequence = ()  # L strings
     parts: np.ndarray | None = None  # [N], "train", "valid" or "test", where the location has them
-    notes: tuple = ()  # remarks for the summary
+    notes: typing.Sequence = ()  # remarks for the summary
 
 
 def load(location="local", small_dataset=False, dataset_size=None, find_characters=False):
@@ -94,9 +93,10 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
         )
     train, valid, test = _split(source)
     notes, num_alphabets = list(source.notes), len(source.alphabet_names)
-    size = SMALL_NUM_PER_ALPHABET * max(num_alphabets, 1) if small_dataset else dataset_size
+    num_groups = max(num_alphabets, 1)
+    size = SMALL_NUM_PER_ALPHABET * num_groups if small_dataset else dataset_size
     if size is not None:
-        train = _take_per_alphabet(train, size, max(num_alphabets, 1))
+        train = _take_per_alphabet(train, size, num_groups)
         notes.append(f"{size} to train on")
     if len(train.obs) == 0 or len(test.obs) == 0:
         raise UserError(f"{location} holds too few images to split into training and test images")
@@ -190,7 +190,7 @@ def _load_source(location, prepare=False):
     if prepare and not may_hold_pages(location):
         raise UserError(f"--find-characters is for a folder of your own images, not for {location}; leave it out")
     if location == "glyphs":
-        return Source(*draw_glyphs(), list(ALPHABETS))
+        return Source(*draw_glyphs(), ALPHABETS)
     path = find_site(location) if location in SITES else expand_user(location)
     if location == "local" and not path.exists():
         download(CHARDATA_URL, path, CHARDATA_BLOB_ID)
@@ -245,12 +245,10 @@ def download(url, path, blob_id):
 
 
 @contextlib.contextmanager
-def decoding(path):
+def _decoding(path):
     """The boundary to third-party decoders: whatever they raise becomes one line that names the file"""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
         raise UserError(f"{path} is damaged, or not what its name says ({reason})") from None
@@ -258,13 +256,13 @@ def decoding(path):
 
 def _load_mat(path):
     """Loads what has chardata.mat's format: images, each stored column by column, one-hot alphabets, numbers of characters"""
-    with decoding(path):
+    with _decoding(path):
         mat = scipy.io.loadmat(path)
     parts, num_alphabets = [], len(np.atleast_2d(mat.get("target")))
     for prefix in ["", "test"]:
         arrays = [np.atleast_2d(mat.get(prefix + name)) for name in ("data", "target", "targetchar")]
         num, shapes = arrays[0].shape[1], [array.shape for array in arrays]
-        right = shapes == [(NUM_ROWS * NUM_COLS, num), (num_alphabets, num), (1, num)]
+        right = shapes == [(SIDE * SIDE, num), (num_alphabets, num), (1, num)]
         if not right or any(array.dtype.kind not in "uifb" for array in arrays):
             raise UserError(
                 f"{path} is not in chardata.mat's format: {prefix}data, {prefix}target and {prefix}targetchar have the shapes"
@@ -272,7 +270,7 @@ def _load_mat(path):
             )
         parts.append(arrays)
     images, alphabets, characters = (np.concatenate(pair, 1) for pair in zip(*parts, strict=True))
-    obs, notes = _to_ink(path, images.T.reshape(-1, NUM_COLS, NUM_ROWS).transpose(0, 2, 1))
+    obs, notes = _to_ink(path, images.T.reshape(-1, SIDE, SIDE).transpose(0, 2, 1))
     if ((alphabets != 0).sum(0) != 1).any() or alphabets.max() != 1:
         raise UserError(f"{path}: target or testtarget is not one-hot")
     names = [f"alphabet {i + 1}" for i in range(num_alphabets)]  # chardata.mat has no names
@@ -282,7 +280,7 @@ def _load_mat(path):
 
 def _load_arrays(path):
     """Loads a .npy file of images, or a .npz file of images and perhaps `labels` [N], which become alphabets"""
-    with decoding(path):
+    with _decoding(path):
         loaded = np.load(path, allow_pickle=False)
         arrays = dict(loaded) if path.suffix == ".npz" else {"images": loaded}
     labels = arrays.pop("labels", None)
@@ -294,7 +292,7 @@ def _load_arrays(path):
     if labels.shape != (len(obs),):
         raise UserError(f"{path} has {_count(len(obs), 'image')}, but labels of the shape {list(labels.shape)}")
     names, alphabet_ids = np.unique(labels, return_inverse=True)
-    return Source(obs, alphabet_ids, None, [str(name) for name in names], None, notes)
+    return Source(obs, alphabet_ids, alphabet_names=[str(name) for name in names], notes=notes)
 
 
 def _to_ink(path, array):
@@ -304,7 +302,7 @@ def _to_ink(path, array):
     Raises: UserError if it is not an array of images, or has values that cannot be ink
     """
     shape = [n for n in array.shape[1:] if n != 1]
-    shape = [NUM_ROWS, NUM_COLS] if shape == [NUM_ROWS * NUM_COLS] else shape
+    shape = [SIDE, SIDE] if shape == [SIDE * SIDE] else shape
     if array.dtype.kind not in "uifb" or array.size == 0 or len(shape) != 2:
         raise UserError(f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]")
     array = array.reshape(-1, *shape)
@@ -315,7 +313,7 @@ def _to_ink(path, array):
         raise UserError(f"{path} has {what}; scale it so that paper is 0 and ink is 1, or 255")
     edges = np.concatenate([array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1]], 1) > 0.5 * full
     inverted = np.mean(edges.mean(1) > 0.5) > 0.5
-    if shape == [NUM_ROWS, NUM_COLS]:
+    if shape == [SIDE, SIDE]:
         ink = (array >= 0.5 * full) ^ inverted
     else:
         ink = np.stack([shrink(abs(image.astype(np.float32) / full - inverted)) >= 0.5 for image in array])
@@ -325,10 +323,7 @@ def _to_ink(path, array):
 # ------------------------------------------------------------------ image files
 
 # Folders whose names say to which part their images belong
-PARTS = {
-    "train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test",
-    "testing": "test",
-}  # fmt: skip
+PARTS = dict(train="train", training="train", val="valid", valid="valid", validation="valid", test="test", testing="test")
 OFFICIAL_ZIP = r"images_(background|evaluation)(_small\d)?\.zip"
 
 # What systems, network disks and programs put beside the user's own files
@@ -353,11 +348,12 @@ class File(typing.NamedTuple):
 def _load_image_files(path, prepare):
     """Loads a folder or zip of images: Omniglot's official release, or the user's own, whose subfolders, if any, are
     alphabets"""
-    files = list(_list_files(path))
+    files = list(list_files(path))
     images = [file for file in files if file.suffix in get_suffixes()]
     is_official = 2 * sum(map(_is_official, images)) > len(images)
     images = _arrange_official(images) if is_official else _arrange(images)
-    notes = _describe_skipped(path, sorted(set(files).difference(file for file, *_ in images), key=lambda file: file.name))
+    used = {file for file, *_ in images}
+    notes = _describe_skipped(path, [file for file in files if file not in used])
     if not images:
         raise UserError(f"{path} holds no images that can be read and none of Omniglot's zips")
 
@@ -435,27 +431,20 @@ def _enter(files, depth):
     return inside if 2 * len(inside) > len(files) else files
 
 
-def list_images(path):
-    """Every image in a folder or zip, in order of name, and in the official release's zips in it: a list of File"""
-    return [file for file in _list_files(path) if file.suffix in get_suffixes()]
-
-
-def _list_files(path):
-    """Yields every File in a folder or zip that is not hidden, in order of name, and those in the official release's zips"""
-    return _unpack(path, _list_zip(path, path) if path.is_file() else _list_folder(path))
-
-
-def _unpack(path, files):
-    """Replaces each of the official release's zips by the files in it; leaves out hidden files"""
-    for file in files:
-        if re.fullmatch(OFFICIAL_ZIP, file.name.split("/")[-1]) and not is_hidden(file.name):
-            inside = f"{path}: {file.name}"
-            yield from _unpack(inside, _list_zip(inside, io.BytesIO(file.read())))
-        elif not is_hidden(file.name):
+def list_files(path, archive=None):
+    """Yields every File in a folder or zip that is not hidden, in order of name; in place of one of the official release's zips,
+    those in it. Args: path: for errors, if an open archive is given"""
+    in_zip = archive is not None or path.is_file()
+    for file in _list_zip(path, archive or path) if in_zip else _list_folder(path):
+        if _is_hidden(file.name):
+            continue
+        if re.fullmatch(OFFICIAL_ZIP, file.name.split("/")[-1]):
+            yield from list_files(f"{path}: {file.name}", io.BytesIO(file.read()))
+        else:
             yield file
 
 
-def is_hidden(name):
+def _is_hidden(name):
     """Whether a file, named relative to a folder or in a zip, is one that systems put beside the user's own"""
     return any(HIDDEN.fullmatch(part) for part in pathlib.PurePosixPath(name).parts if part != "..")
 
@@ -472,32 +461,28 @@ def _list_folder(path):
         # Folders before links to them, since the first name counts
         for folder in sorted(folders, key=lambda name: os.path.islink(os.path.join(parent, name))):
             real = os.path.realpath(os.path.join(parent, folder))
-            if is_hidden(folder) or real in known:
+            if _is_hidden(folder) or real in known:
                 folders.remove(folder)
             known.add(real)
         files += [pathlib.Path(parent, name) for name in names]
-    files = [file for file in files if file.is_file()]  # not a pipe, or a link to nothing
+    files = [file for file in sorted(files) if file.is_file()]  # not a pipe, or a link to nothing
     unpacked = {file for file in files if re.fullmatch(OFFICIAL_ZIP, file.name) and file.with_suffix("").exists()}
-    return [File(file.relative_to(path).as_posix(), file.read_bytes) for file in sorted(set(files) - unpacked)]
-
-
-def get_names(archive):
-    """The files in a zip: name -> the name in the zip, which has backslashes if some Windows programs made it"""
-    names = {name.replace("\\", "/").lstrip("/"): name for name in archive.namelist()}
-    return {name: stored for name, stored in names.items() if not name.endswith("/")}
+    return [File(file.relative_to(path).as_posix(), file.read_bytes) for file in files if file not in unpacked]
 
 
 def _list_zip(path, file):
     """Yields every File in a zip. Args: path: for errors; file: its path, or an open file"""
-    with decoding(path):
+    with _decoding(path):
         archive = zipfile.ZipFile(file)
 
     def read(name):
-        with decoding(f"{path}: {name}"):  # encrypted, broken, or compressed by an unknown method
+        with _decoding(f"{path}: {name}"):  # encrypted, broken, or compressed by an unknown method
             return archive.read(name)
 
-    for name, stored in sorted(get_names(archive).items()):
-        yield File(name, functools.partial(read, stored))
+    # Some Windows programs write backslashes
+    names = {name.replace("\\", "/").lstrip("/"): name for name in archive.namelist()}
+    for name in sorted(name for name in names if not name.endswith("/")):
+        yield File(name, functools.partial(read, names[name]))
 
 
 # ------------------------------------------------------------------ splits
@@ -517,14 +502,7 @@ def _split(source):
     if len(valid) == 0:
         num_valid = round(len(train) * CHARDATA_SIZES["valid"] / CHARDATA_SIZES["train"])
         train, valid = np.split(train, [len(train) - num_valid])
-    return [_make_split(source, ids) for ids in (train, valid, test)]
-
-
-def _make_split(source, ids):
-    alphabet = character = None
-    if source.alphabet_ids is not None:
-        alphabet_ids = torch.from_numpy(source.alphabet_ids[ids].astype(np.int64))
-        alphabet = torch.eye(len(source.alphabet_names))[alphabet_ids]
-    if source.characters is not None:
-        character = torch.from_numpy(source.characters[ids].astype(np.int64))
-    return Split(torch.from_numpy(np.ascontiguousarray(source.obs[ids], dtype=np.float32)), alphabet, character)
+    alphabet = None if source.alphabet_ids is None else torch.eye(len(source.alphabet_names))[source.alphabet_ids]
+    character = None if source.characters is None else torch.from_numpy(source.characters.astype(np.int64))
+    whole = Split(torch.from_numpy(np.ascontiguousarray(source.obs, dtype=np.float32)), alphabet, character)
+    return [whole.select(ids) for ids in (train, valid, test)]

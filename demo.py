@@ -51,7 +51,7 @@ class Reader:
 
     def read(self, found):
         """HTML about Characters"""
-        found = characters.Characters(*(field[:MOST] for field in found))
+        found = characters.Characters(found.inks[:MOST], found.files[:MOST])
         if not len(found):
             return "<p>There is no character on this page.</p>"
         with self.lock:  # for the seed

@@ -149,18 +149,14 @@ def find_characters(name, content, side=SIDE):
     Raises: UserError if the file cannot be decoded
     """
     ink = find_ink(find_sheet(decode(name, content)))
-    characters, hopeless = [], 0
-    for part in split_page(ink):
-        character = normalise(part, side)
-        if 4 / SIDE**2 <= character.mean() <= 0.5 and not _is_patch(part, ink):
-            characters.append(character)
-        else:
-            hopeless += 1
+    parts = split_page(ink)
+    characters = [normalise(part, side) for part in parts if not _is_patch(part, ink)]
+    legible = [character for character in characters if 4 / SIDE**2 <= character.mean() <= 0.5]
     if not ink.any():
         warn(f"{name} is blank; skipped")
-    elif hopeless:
-        warn(f"{name}: {hopeless} parts have no legible strokes (a table, a shadow?); skipped")
-    return characters
+    elif len(legible) < len(parts):
+        warn(f"{name}: {len(parts) - len(legible)} parts have no legible strokes (a table, a shadow?); skipped")
+    return legible
 
 
 def _is_patch(part, page):

@@ -14,14 +14,13 @@ import argparse
 import hashlib
 
 import torch
-import torch.nn.functional as F
 from scipy.stats import binomtest
 
 import models
 import rendering
 import util
 from reading import matching, oneshot_runs, variation
-from results import figures, report
+from results import drawings, figures, report
 from runs import checkpoints, locks
 from util import UserError, warn
 
@@ -36,11 +35,16 @@ def classify(run, model, args):
     """Classifies the test images of an oneshot_runs.Run. Returns: matching.Comparison; structural distances [M, N]"""
     obs = torch.cat([run.characters, run.tests])
     strokes = matching.find_strokes(model, run.inks, obs, args.num_traces, seed=args.seed)
-    num, structures = len(run.characters), [matching.get_structure(ink) for ink in run.inks]
-    structure = [[matching.get_structural_distance(test, other) for other in structures[:num]] for test in structures[num:]]
-    structure = torch.tensor(structure, dtype=torch.float32)  # [M, N]
-    characters, tests = (strokes.select(ids) for ids in torch.arange(len(obs)).tensor_split([num]))
+    structure = compare_inks(run, matching.get_structure, matching.get_structural_distance).float()
+    characters, tests = (strokes.select(ids) for ids in torch.arange(len(obs)).tensor_split([len(run.characters)]))
     return matching.compare(tests, characters, structure, matching.FINE._replace(num_steps=args.num_steps)), structure
+
+
+def compare_inks(run, describe, get_distance):
+    """The distance between what a function says of the ink of each test image and of each character: [M, N]"""
+    described = [describe(ink) for ink in run.inks]
+    characters, tests = described[: len(run.characters)], described[len(run.characters) :]
+    return torch.tensor([[get_distance(test, character) for character in characters] for test in tests])
 
 
 def draw(run, name, result, structure):
@@ -49,11 +53,9 @@ def draw(run, name, result, structure):
     order = total.topk(min(NUM_SHOWN, total.shape[1]), 1).indices  # [M, S], among the candidates
     best, test = result.candidates.gather(1, order), torch.arange(len(order)).unsqueeze(1)
     probs = variation.get_probs(result.drawing.select(test, order), RESOLUTION, RESOLUTION)  # [M, S, R, R]
-    tests, characters = (F.interpolate(x.unsqueeze(1), size=RESOLUTION)[:, 0] for x in (run.tests, run.characters))
-    num_wrong = int((best[:, 0] != run.answers).sum())
-    title = (
-        f"{name}, {run.name}: {num_wrong} of {len(tests)} wrong\ntest image; best characters, their strokes varied to fit it"
-    )
+    tests, characters = (drawings.resize(obs, RESOLUTION) for obs in (run.tests, run.characters))
+    title = f"{name}, {run.name}: {int((best[:, 0] != run.answers).sum())} of {len(tests)} wrong"
+    title += "\ntest image; best characters, their strokes varied to fit it"
     return figures.to_pdf([figures.matches_figure(tests, characters, best, probs, run.answers, title)])
 
 
@@ -88,16 +90,13 @@ def find_result(path, settings):
 
 def get_row(name, run, result):
     """A run's numbers of wrong answers: CSV columns. By distance: the modified Hausdorff distance of the ink, without strokes"""
-    points = [matching.get_points(ink) for ink in run.inks]
-    characters, tests = points[: len(run.characters)], points[len(run.characters) :]
-    distance = torch.tensor([[matching.get_hausdorff_distance(x, c) for c in characters] for x in tests])  # [M, N]
     scores = {
         "wrong": matching.combine(result["forward"], result["backward"], result["structure"]),
         "wrong forward alone": result["forward"],
         "wrong backward alone": result["backward"],
         "wrong without structure": result["forward"] + result["backward"],
         "wrong by structure alone": -result["structure"],
-        "wrong by distance": -distance,
+        "wrong by distance": -compare_inks(run, matching.get_points, matching.get_hausdorff_distance),
     }
     wrong = {key: int((value.argmax(1) != run.answers).sum()) for key, value in scores.items()}
     return {"model": name, "run": run.name, "images": len(run.tests), **wrong}

@@ -5,11 +5,9 @@
     python read.py page.jpg --program               # also searches for the best program of the model's own, fixed strokes
 
 Writes into save/<model>/read/: strokes.pdf, every character stroke by stroke; for each one <name>.svg, its strokes as real arcs,
-and <name>.json, its strokes in order, each with the nearest primitive of the library and whether the pen is down. Two numbers
-say how well it was read: log p(x | strokes), how probable the strokes make the ink (closer to 0 is better), and the deviation of
-the strokes from the nearest ones of the library (0: they are in it), in nats. --program writes programs.pdf,
-<name>-program.svg and .json, with log p(z, x), the probability of the program and the ink under the model, and the affine map
-that the program is seen through.
+and <name>.json, its strokes in order, with log p(x | strokes), how probable they make the ink (closer to 0 is better), and their
+deviation from the nearest ones of the library (0: they are in it), in nats. --program writes programs.pdf, <name>-program.svg
+and .json, with log p(z, x), the probability of the program and the ink under the model. docs/reading.md explains the numbers.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip

@@ -4,6 +4,8 @@ found = characters.find(["page.jpg"])
 reading = characters.read(model, found)
 """
 
+import dataclasses
+import functools
 import pathlib
 from typing import NamedTuple
 
@@ -20,16 +22,34 @@ FINE = 4 * images.SIDE  # pixels, of the side of the ink that is traced
 DEVIATIONS = variation.OWN._replace(scale=0.0, shear=0.0, shift=0.0)
 
 
-class Characters(NamedTuple):
+@dataclasses.dataclass
+class Characters:
     """N characters found in image files"""
 
     inks: list  # of N arrays of bool, to be traced, of any size
-    obs: torch.Tensor  # [N, 28, 28] in [0, 1], the same, scaled down
-    names: list  # of the files written for each
     files: list  # that they are from
 
     def __len__(self):
-        return len(self.names)
+        return len(self.inks)
+
+    @functools.cached_property
+    def obs(self):
+        """The same, scaled down: [N, 28, 28] in [0, 1]"""
+        obs = np.array([images.shrink(ink.astype(np.float32)) for ink in self.inks])
+        return torch.from_numpy(obs.reshape(-1, images.SIDE, images.SIDE)).float()
+
+    @functools.cached_property
+    def names(self):
+        """Of the files written for each: the stems of `files`, numbered where one holds several characters, and distinct, so
+        that none overwrites another"""
+        names = []
+        for i, file in enumerate(self.files):
+            number = f"-{self.files[:i].count(file) + 1}" if self.files.count(file) > 1 else ""
+            name = pathlib.Path(file).stem[:LONGEST_NAME] + number
+            while name in names:
+                name += "-again"
+            names.append(name)
+        return names
 
 
 class Reading(NamedTuple):
@@ -60,7 +80,7 @@ def find(paths, as_is=False):
             warn(f"{error}, skipped")
     if not files:
         raise UserError("there is no character to read; give images of characters, or --as-is")
-    return _describe(inks, files)
+    return Characters(inks, files)
 
 
 def take(name, content, as_is=False):
@@ -77,24 +97,7 @@ def take(name, content, as_is=False):
 def from_inks(inks, name):
     """Characters of arrays [H, W] of bool, of one each in Omniglot's size and stroke; those without ink are left out"""
     inks = [ink for ink in inks if ink.any()]
-    return _describe(inks, [name] * len(inks))
-
-
-def _describe(inks, files):
-    obs = np.array([images.shrink(ink.astype(np.float32)) for ink in inks]).reshape(-1, images.SIDE, images.SIDE)
-    return Characters(inks, torch.from_numpy(obs).float(), _name(files), files)
-
-
-def _name(files):
-    """The stems of the files, numbered where one holds several characters, and distinct, so that none overwrites another"""
-    names = []
-    for i, file in enumerate(files):
-        number = f"-{files[:i].count(file) + 1}" if files.count(file) > 1 else ""
-        name = pathlib.Path(file).stem[:LONGEST_NAME] + number
-        while name in names:
-            name += "-again"
-        names.append(name)
-    return names
+    return Characters(inks, [name] * len(inks))
 
 
 # ------------------------------------------------------------------ reading

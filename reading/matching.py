@@ -69,35 +69,38 @@ def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, dev
     Returns: Strokes, of num_traces per image, the first trace the most obvious one
     """
     rng = np.random.default_rng(seed)
-    traces = tracing.trace(generative_model, inks * num_traces, [None] * len(inks) + [rng] * len(inks) * (num_traces - 1))
+    rngs = [None] * len(inks) + [rng] * len(inks) * (num_traces - 1)
+    centre, start = tracing.trace(generative_model, inks * num_traces, rngs)
     images = obs.repeat(num_traces, 1, 1)  # [K * N, R, C]
-    fit = variation.refit(traces.centre, images, deviations, TRACING, traces.variation, tick=tick)
-    return Strokes(obs, variation.change(fit.drawing, lambda x: x.unflatten(0, (num_traces, len(inks)))))
+    drawing, _, _ = variation.refit(centre, images, deviations, TRACING, start, tick=tick)
+    return Strokes(obs, variation.change(drawing, lambda x: x.unflatten(0, (num_traces, len(inks)))))
 
 
 def match(strokes, obs, deviations=HAND):
     """Refits the strokes of N images to each of M other images [M, R, C], blurred, and on a grid half as fine.
 
-    Returns: Fit of [K, M, N] drawings; and log p(x' | v) - |e|^2 / 2 of each, in all pixels: [K, M, N], nats
+    Returns: Variation of [K, M, N] drawings; and log p(x' | v) - |e|^2 / 2 of each, in all pixels: [K, M, N], nats
     """
     sizes = len(strokes.drawing.on), len(obs), len(strokes.obs)
     trace, image, source = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")  # [K, M, N] each
     centre = strokes.drawing.select(trace, source)
-    fit = variation.refit(centre, _halve(obs)[image], deviations, COARSE, aligned_to=_halve(strokes.obs)[source])
-    return fit, _score(fit, obs[image])
+    sources = _halve(strokes.obs)[source]
+    drawing, e, distance = variation.refit(centre, _halve(obs)[image], deviations, COARSE, aligned_to=sources)
+    return e, _score(drawing, distance, obs[image])
 
 
-def refine(strokes, obs, fit, score, image, source, deviations=HAND, schedule=FINE):
+def refine(strokes, obs, e, score, image, source, deviations=HAND, schedule=FINE):
     """Refits the strokes of some of N images to some of M others, beginning where `match` ended.
 
-    Args: fit, score: from `match`; image, source [...]: which of the M is to be explained by which of the N
-    Returns: Fit of [T, ...] drawings, the best NUM_REFINED traces of each pair, and log p(x' | v) - |e|^2 / 2, the same shape
+    Args: e, score: from `match`; image, source [...]: which of the M is to be explained by which of the N
+    Returns: Drawing of [T, ...], the best NUM_REFINED traces of each pair, and log p(x' | v) - |e|^2 / 2, the same shape
     """
     trace = score[:, image, source].topk(min(NUM_REFINED, len(score)), 0).indices  # [T, ...]
     image, source = image.expand_as(trace), source.expand_as(trace)
-    start = variation.change(fit.variation, lambda x: x[trace, image, source])
-    fit = variation.refit(strokes.drawing.select(trace, source), obs[image], deviations, schedule, start)
-    return fit, _score(fit, obs[image])
+    start = variation.change(e, lambda x: x[trace, image, source])
+    centre = strokes.drawing.select(trace, source)
+    drawing, _, distance = variation.refit(centre, obs[image], deviations, schedule, start)
+    return drawing, _score(drawing, distance, obs[image])
 
 
 def _halve(obs):
@@ -106,12 +109,12 @@ def _halve(obs):
     return F.interpolate(F.avg_pool2d(obs.unsqueeze(1), 3, 1, 1), size, mode="bilinear", align_corners=True).squeeze(1)
 
 
-def _score(fit, obs):
-    """log p(x' | v) - |e|^2 / 2 of a Fit, as classification counts it: obs [..., R, C] -> [...], nats"""
-    drawing, obs = variation.change(fit.drawing, lambda x: x.flatten(0, fit.distance.dim() - 1)), obs.flatten(0, -3)
+def _score(drawing, distance, obs):
+    """log p(x' | v) - |e|^2 / 2, as classification counts it: Drawing, distance [...], obs [..., R, C] -> [...], nats"""
+    drawing, obs = variation.change(drawing, lambda x: x.flatten(0, distance.dim() - 1)), obs.flatten(0, -3)
     rows = torch.arange(len(obs)).split(variation.AT_ONCE)
     log_p = torch.cat([variation.get_log_likelihood(drawing.select(some), obs[some], FLOOR) for some in rows])
-    return log_p.view_as(fit.distance) - fit.distance
+    return log_p.view_as(distance) - distance
 
 
 class Comparison(NamedTuple):
@@ -126,19 +129,19 @@ class Comparison(NamedTuple):
 @torch.no_grad()
 def compare(tests, characters, structure, schedule=FINE):
     """Compares M test images with N characters, both Strokes; structure [M, N], structural distances. Returns: Comparison"""
-    fit, score = match(characters, tests.obs)  # [K, M, N]
-    back_fit, back_score = match(tests, characters.obs)  # [K, N, M]
+    e, score = match(characters, tests.obs)  # [K, M, N]
+    back_e, back_score = match(tests, characters.obs)  # [K, N, M]
     _, among = match(characters, characters.obs)  # [K, N, N]
     own = variation.get_log_likelihood(characters.drawing, characters.obs.expand(len(among), -1, -1, -1), FLOOR)  # [K, N]
     effort = get_effort(own.amax(0), among.logsumexp(0))
     forward, backward = score.logsumexp(0), back_score.logsumexp(0).t() - effort
     candidates = combine(forward, backward, structure).topk(min(NUM_CANDIDATES, forward.shape[1]), 1).indices  # [M, S]
     test = torch.arange(len(candidates)).unsqueeze(1).expand_as(candidates)
-    fit, refined = refine(characters, tests.obs, fit, score, test, candidates, schedule=schedule)  # [T, M, S]
-    _, back_refined = refine(tests, characters.obs, back_fit, back_score, candidates, test, schedule=schedule)
+    drawing, refined = refine(characters, tests.obs, e, score, test, candidates, schedule=schedule)  # [T, M, S]
+    _, back_refined = refine(tests, characters.obs, back_e, back_score, candidates, test, schedule=schedule)
     forward[test, candidates] = refined.logsumexp(0)
     backward[test, candidates] = back_refined.logsumexp(0) - effort[candidates]
-    best = fit.drawing.select(refined.argmax(0), test, torch.arange(test.shape[1]).expand_as(test))
+    best = drawing.select(refined.argmax(0), test, torch.arange(test.shape[1]).expand_as(test))
     return Comparison(forward, backward, candidates, best)
 
 

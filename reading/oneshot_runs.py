@@ -11,7 +11,6 @@ makes runs of the same kind from the official release's images, to choose settin
 """
 
 import collections
-import functools
 import pathlib
 import random
 import re
@@ -42,7 +41,10 @@ class Run(NamedTuple):
 
 def load(path):
     """Loads all runs, in order of their names: a list of Run. Raises: UserError if a run is incomplete or damaged"""
-    files = _list_files(util.expand_user(path))
+    source = util.expand_user(path)
+    if not source.exists():
+        raise UserError(f"there is no {path}; get all_runs.zip from https://github.com/brendenlake/omniglot")
+    files = {file.name: file for file in data.list_files(source)}
     labels = sorted(name for name in files if pathlib.PurePosixPath(name).name.lower() == LABELS)
     if not labels:
         raise UserError(f"{path} holds no runs: give Omniglot's all_runs.zip, or the folder that it unpacks to")
@@ -59,31 +61,17 @@ def summarise(runs):
     return data.summarise(obs.numpy() >= 0.5, f"{len(runs)} run{'s' * (len(runs) != 1)}")
 
 
-def _list_files(path):
-    """The files in a folder or zip: name -> a function that reads it"""
-    if path.is_dir():
-        names = {file.relative_to(path).as_posix(): file.read_bytes for file in path.rglob("*") if file.is_file()}
-    elif path.exists():
-        with data.decoding(path):
-            archive = zipfile.ZipFile(path)
-        names = {name: functools.partial(archive.read, stored) for name, stored in data.get_names(archive).items()}
-    else:
-        raise UserError(f"there is no {path}; get all_runs.zip from https://github.com/brendenlake/omniglot")
-    return {name: read for name, read in names.items() if not data.is_hidden(name)}
-
-
 def _load_run(path, labels, files):
     folder = labels.parent
-    pictures = [name for name in files if name.startswith(f"{folder}/") and _get_suffix(name) in get_suffixes()]
-    pairs = _read_labels(f"{path}: {labels}", files[str(labels)], pictures)
+    pictures = [name for name, file in files.items() if name.startswith(f"{folder}/") and file.suffix in get_suffixes()]
+    pairs = _read_labels(f"{path}: {labels}", files[str(labels)].read(), pictures)
     characters, tests = sorted(filter(_is_training, pictures)), list(pairs)
     others = sorted({*pictures} - {*characters, *tests})
     if others:
         warn(f"{path}: {labels} does not name {', '.join(others[:3])}{', ...' * (len(others) > 3)}; left out")
     inks = []
     for name in [*characters, *tests]:
-        with data.decoding(f"{path}: {name}"):
-            inks.append(get_ink(decode(name, files[name]())) >= 0.5)
+        inks.append(get_ink(decode(f"{path}: {name}", files[name].read())) >= 0.5)
         if not 0 < inks[-1].mean() <= 0.5:
             raise UserError(f"{path}: {name} is {'more than half ink' if inks[-1].any() else 'blank'}")
     images = torch.from_numpy(np.stack([shrink(ink.astype(np.float64)) for ink in inks])).float()
@@ -91,19 +79,14 @@ def _load_run(path, labels, files):
     return Run(folder.name, *images.tensor_split([len(characters)]), answers, inks)
 
 
-def _get_suffix(name):
-    return pathlib.PurePosixPath(name).suffix.lower()
-
-
 def _is_training(name):
     return pathlib.PurePosixPath(name).parent.name.lower() in ("training", "train")
 
 
-def _read_labels(source, read, pictures):
+def _read_labels(source, content, pictures):
     """The pairs that lines name, in either order: test image -> training image. Raises: UserError"""
-    with data.decoding(source):
-        text, pairs = read().decode("utf-8-sig", errors="replace"), {}
-    for line in filter(None, map(str.strip, text.splitlines())):
+    pairs = {}
+    for line in filter(None, map(str.strip, content.decode("utf-8-sig", errors="replace").splitlines())):
         names = re.split(r"\s*[,\t]\s*" if re.search(r"[,\t]", line) else r"\s+", line)
         pair = sorted((_find(name, pictures) for name in names), key=_is_training)
         if list(map(_is_training, pair)) != [False, True] or "" in pair:
@@ -129,7 +112,7 @@ def _find(name, pictures):
 def make(path, out, num_runs, seed):
     """Writes runs of random characters and pairs of people to a zip; alphabets, in random order, take turns"""
     images = collections.defaultdict(lambda: collections.defaultdict(dict))  # alphabet -> character -> person -> bytes
-    for name, read in data.list_images(pathlib.Path(path)):
+    for name, read in data.list_files(util.expand_user(path)):
         match = re.fullmatch(r"(?:.*/)?([^/]+)/character(\d+)/\d+_(\d+)\.png", name)
         if match:
             images[match[1]][int(match[2])][int(match[3])] = read

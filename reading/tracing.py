@@ -20,7 +20,6 @@ Source: thinning and the graph of lines are as in the inference of Lake, Salakhu
 import collections
 import itertools
 import math
-from typing import NamedTuple
 
 import numpy as np
 import scipy.ndimage
@@ -29,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from images import make_square
 from reading import variation
-from reading.variation import OWN, Drawing, Variation
+from reading.variation import OWN
 
 # Pixels of a page of 105 x 105, as Omniglot's are; on other pages in proportion
 PAGE = 105
@@ -50,21 +49,14 @@ LONGEST = 40  # steps that a stroke may take
 TURN_NOISE, ORDER_NOISE = 0.3, 0.5  # of further traces: radians, and of the logarithm of distances
 
 
-class Traces(NamedTuple):
-    """N images' programs of A strokes, as many as the longest takes; the others end with strokes of no length"""
-
-    latent: torch.Tensor  # [N, A, 2]
-    centre: Drawing  # the library's strokes, beginning where the trace does, drawn with one pen
-    variation: Variation  # which lays them on the ink
-
-
 def trace(generative_model, inks, rngs=None):
-    """Traces images.
+    """Traces N images with A strokes each, as many as the longest trace takes; the others end with strokes of no length.
 
     Args:
         inks: a list of arrays [H, W] of bool, of any size
         rngs: for each, None for the most obvious trace or a numpy.random.Generator for another one
-    Returns: Traces
+    Returns: Drawing of the library's strokes, beginning where the trace does, drawn with one pen; Variation that lays them on
+        the ink
     """
     primitives = generative_model.get_primitives().detach()  # [P, 5]
     library = primitives[:, :3].double().numpy()
@@ -76,7 +68,7 @@ def trace(generative_model, inks, rngs=None):
     displacement, theta, start = centre.displacement * used.unsqueeze(2), centre.theta * used, torch.stack(starts)
     centre = centre._replace(displacement=displacement, theta=theta, start=start, sharpness=sharpness, width=width)
     moved, turned = (arcs[..., :2] - displacement) / OWN.displacement, (arcs[..., 2] - theta) / OWN.theta
-    return Traces(latent, centre, variation.get_none(centre)._replace(displacement=moved, theta=turned))
+    return centre, variation.get_none(centre)._replace(displacement=moved, theta=turned)
 
 
 def _trace(ink, library, rng):
@@ -209,26 +201,22 @@ def _get_graph(ink):
     from skimage.morphology import skeletonize
 
     thin = skeletonize(np.ascontiguousarray(np.pad(ink, 1) > 0))[1:-1, 1:-1]  # older versions take no transposed arrays
-    pixels = sorted(map(tuple, np.argwhere(thin).tolist()))
-    beside = {pixel: _get_neighbours(pixel, set(pixels)) for pixel in pixels}
+    pixels = dict.fromkeys(map(tuple, np.argwhere(thin).tolist()))  # in order
+    beside = {pixel: _get_neighbours(pixel, pixels) for pixel in pixels}
     node_of = {pixel: i for i, pixel in enumerate(p for p in pixels if len(beside[p]) != 2)}
-    edges, seen = [], set()
-
-    def follow(pixel, following):
-        path = [pixel, following]
-        while path[-1] not in node_of:
-            path.append(next(other for other in beside[path[-1]] if other != path[-2]))
-        seen.update([*path[1:-1], tuple(path[:2]), tuple(path[:-3:-1])])
-        edges.append((node_of[pixel], node_of[path[-1]], np.array(path, float)))
-
-    for pixel in list(node_of):
-        for other in beside[pixel] or [pixel]:  # a dot is an edge to itself
-            if (pixel, other) not in seen:
-                follow(pixel, other)
-    for pixel in pixels:  # closed lines
-        if pixel not in node_of and pixel not in seen:
-            node_of[pixel] = len(node_of)
-            follow(pixel, beside[pixel][0])
+    edges, seen = [], set()  # inner pixels of edges, and the first two from either end
+    for pixel in [*node_of, *pixels]:
+        if pixel in seen:
+            continue
+        node_of.setdefault(pixel, len(node_of))  # a closed line begins anywhere
+        for following in beside[pixel] or [pixel]:  # a dot is an edge to itself
+            if (pixel, following) in seen:
+                continue
+            path = [pixel, following]
+            while path[-1] not in node_of:
+                path.append(next(other for other in beside[path[-1]] if other != path[-2]))
+            seen.update([*path[1:-1], tuple(path[:2]), tuple(path[:-3:-1])])
+            edges.append((node_of[pixel], node_of[path[-1]], np.array(path, float)))
     return [np.array(pixel, float) for pixel in node_of], edges
 
 
@@ -237,8 +225,8 @@ def _get_neighbours(pixel, pixels):
     pixel touches both along a side"""
     (row, col), found = pixel, []
     for down, right in [(-1, 0), (0, 1), (1, 0), (0, -1), (-1, 1), (1, 1), (1, -1), (-1, -1)]:
-        between = {(row + down, col), (row, col + right)} if down and right else set()
-        if (row + down, col + right) in pixels and not between & pixels:
+        at_corner = down != 0 and right != 0 and ((row + down, col) in pixels or (row, col + right) in pixels)
+        if (row + down, col + right) in pixels and not at_corner:
             found.append((row + down, col + right))
     return found
 
@@ -295,9 +283,8 @@ def _get_turns(ways, some, reach, rng):
 
     def get_direction(points):
         last = len(points) - 1
-        difference = (
-            points[min(reach + reach // 2, last)] - points[min(reach // 2, last // 2)]
-        )  # thinned ink is bent at the end
+        first = min(reach // 2, last // 2)  # thinned ink is bent at the end
+        difference = points[min(reach + reach // 2, last)] - points[first]
         return difference / max(np.linalg.norm(difference), 1e-9)
 
     turns = []

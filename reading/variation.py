@@ -172,9 +172,9 @@ def get_none(centre):
     return change(like, torch.zeros_like)
 
 
-def sample(centre, deviations=SAMPLED):
+def sample(centre):
     """Draws how other hands would: Drawing -> Drawing"""
-    return vary(centre, change(get_none(centre), torch.randn_like), deviations)
+    return vary(centre, change(get_none(centre), torch.randn_like), SAMPLED)
 
 
 def score(centre, variation, obs, deviations):
@@ -194,15 +194,6 @@ class Schedule(NamedTuple):
     when: float  # share of the steps after which it is the last one
 
 
-class Fit(NamedTuple):
-    """Drawings fitted to images; `log_likelihood - distance` is their score"""
-
-    drawing: Drawing
-    variation: Variation
-    log_likelihood: torch.Tensor  # log p(x | v), [...], nats
-    distance: torch.Tensor  # |e|^2 / 2, [...], nats
-
-
 def refit(centre, obs, deviations, schedule, start=None, aligned_to=None, tick=lambda: None):
     """Fits drawings to images.
 
@@ -212,7 +203,8 @@ def refit(centre, obs, deviations, schedule, start=None, aligned_to=None, tick=l
         aligned_to [..., R, C]: images that the centres fit; W then begins where it takes the place and size of
             their ink to that of obs. If None, W begins as the identity
         tick: called after each step of each AT_ONCE drawings
-    Returns: Fit, whose score is at least that of the start (without regard to aligned_to)
+    Returns: Drawing; the Variation e that makes it of the centre, whose score is at least that of the start (without regard
+        to aligned_to); |e|^2 / 2, [...], nats
     """
     shape, start = centre.on.shape[:-1], start or get_none(centre)
     flat, e = (change(x, lambda x: x.flatten(0, len(shape) - 1)) for x in (centre, start))
@@ -226,14 +218,14 @@ def refit(centre, obs, deviations, schedule, start=None, aligned_to=None, tick=l
     for ids in order.split(AT_ONCE):  # those with few strokes together, so that few draw nothing
         num = get_size(int(length[ids].max()))
         some = [resize(change(x, lambda x, ids=ids: x[ids]), num) for x in (flat, e, aligned)]
-        part, *scores = _refit(*some, obs[ids], deviations, schedule, tick)
-        parts.append([*resize(part, num_arcs), *scores])
-    *e, log_likelihood, distance = (torch.cat(some)[order.argsort()].unflatten(0, shape) for some in zip(*parts, strict=True))
-    return Fit(vary(centre, Variation(*e), deviations), Variation(*e), log_likelihood, distance)
+        part = _refit(*some, obs[ids], deviations, schedule, tick)
+        parts.append([*resize(part, num_arcs), part.get_distance()])
+    *e, distance = (torch.cat(some)[order.argsort()].unflatten(0, shape) for some in zip(*parts, strict=True))
+    return vary(centre, Variation(*e), deviations), Variation(*e), distance
 
 
 def _refit(centre, start, aligned, obs, deviations, schedule, tick):
-    """As `refit`, of N drawings. Returns: Variation, and log p(x | v) and |e|^2 / 2, [N] each"""
+    """The Variation that `refit` finds, of N drawings"""
     variation = change(aligned, lambda x: x.clone().requires_grad_())
     optimizer = torch.optim.Adam(variation, lr=LEARNING_RATE)
     with torch.enable_grad():
@@ -249,9 +241,8 @@ def _refit(centre, start, aligned, obs, deviations, schedule, tick):
             tick()
     with torch.no_grad():
         better = score(centre, variation, obs, deviations) >= score(centre, start, obs, deviations)  # [N]
-        both = zip(variation, start, strict=True)
-        best = Variation(*(torch.where(better.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in both))
-        return best, get_log_likelihood(vary(centre, best, deviations), obs), best.get_distance()
+    both = zip(variation, start, strict=True)
+    return Variation(*(torch.where(better.view(-1, *[1] * (x.dim() - 1)), x.detach(), y) for x, y in both))
 
 
 def _align(source, target):

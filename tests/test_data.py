@@ -2,6 +2,7 @@ import hashlib
 import http.server
 import io
 import os
+import pathlib
 import re
 import threading
 import zipfile
@@ -39,6 +40,32 @@ def save_mat(path, **changes):
     mat = {key: value for key, value in {**make_mat(), **changes}.items() if value is not None}
     scipy.io.savemat(path, mat)
     return str(path)
+
+
+def draw(size=100, width=6, paper=255, ink=0, light=0.0, noise=0.0):
+    """An L on paper, 0 to 255 [size, size], unevenly lit if `light` is not 0"""
+    rows, cols = np.mgrid[:size, :size] / size
+    strokes = (abs(cols - 0.3) * size <= width / 2) & (rows > 0.2) & (rows < 0.8)
+    strokes |= (abs(rows - 0.8) * size <= width / 2) & (cols > 0.3) & (cols < 0.75)
+    grey = np.where(strokes, ink, paper) * (1 - light * (0.7 * cols + 0.3 * rows))
+    return grey + noise * np.random.RandomState(0).randn(size, size)
+
+
+def encode(grey, kind="PNG", **options):
+    PIL.Image.fromarray(np.clip(grey, 0, 255).round().astype(np.uint8)).save(file := io.BytesIO(), kind, **options)
+    return file.getvalue()
+
+
+def fill(folder, num=12, alphabets=("a", "b", "c"), **options):
+    """Writes images of as many alphabets in turn; "": in no folder. Returns: the folder"""
+    for i in range(num):
+        (folder / alphabets[i % len(alphabets)]).mkdir(parents=True, exist_ok=True)
+        (folder / alphabets[i % len(alphabets)] / f"{i}.png").write_bytes(encode(draw(40 + i), **options))
+    return folder
+
+
+def describe(location, **options):
+    return data.load(str(location), **options).summary
 
 
 def test_mat(tmp_path):
@@ -92,25 +119,6 @@ def test_bad_mat(tmp_path, changes, message):
         data.load(save_mat(tmp_path / "bad.mat", **changes))
 
 
-def test_damaged_and_missing_files(tmp_path):
-    whole = tmp_path / "whole.mat"
-    save_mat(whole)
-    (tmp_path / "cut.mat").write_bytes(whole.read_bytes()[:5000])
-    (tmp_path / "noise.mat").write_bytes(bytes(range(256)) * 20)
-    (tmp_path / "empty.npy").write_bytes(b"")
-    (tmp_path / "text.txt").write_text("hello")
-    (tmp_path / "empty").mkdir()
-    np.save(tmp_path / "objects.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
-    np.save(tmp_path / "flat.npy", np.zeros((5, 784)))
-    np.save(tmp_path / "bytes.npy", np.full((5, 28, 28), 255, np.uint8))
-    with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
-        archive.writestr("a.txt", "no image")
-    for name in "cut.mat noise.mat empty.npy text.txt empty objects.npy flat.npy bytes.npy none.zip missing".split():
-        with pytest.raises(UserError) as error:
-            data.load(str(tmp_path / name))
-        assert name in str(error.value)
-
-
 def make_release(write, num_hands=20):
     """write(name, png bytes): two alphabets of 105 x 105 black strokes on white, one in each half"""
     for half, alphabet, num_characters in [("images_background", "Aaa", 3), ("images_evaluation", "Bbb", 2)]:
@@ -160,27 +168,16 @@ def test_area_average():
     np.testing.assert_allclose(images.fit(rows / 105)[:, 3] * 105, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("invert", [False, True])
-def test_own_images(tmp_path, invert):
+def test_where_ink_goes(tmp_path):
+    """90 wide, 15 rows of paper above and below: ink in rows 25 to 45 of 90, columns 20 to 70"""
+    grey = np.full((60, 90), 250)
+    grey[10:30, 20:70] = 5
     for i in range(8):
-        grey = np.full((60, 90), 250, np.uint8)
-        grey[10:30, 20:70] = 5
-        folder = tmp_path / "all"
-        folder.mkdir(exist_ok=True)
-        imageio.imwrite(folder / f"{i}.{'jpg' if i % 2 else 'png'}", 255 - grey if invert else grey)
-        folder = tmp_path / "sorted" / "ab"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        imageio.imwrite(folder / f"{i}.png", np.stack([grey] * 3, -1))
-    dataset = data.load(str(tmp_path / "all"))
+        (tmp_path / f"{i}.png").write_bytes(encode(grey))
+    dataset = data.load(str(tmp_path))
     assert dataset.num_alphabets == 0 and dataset.train.alphabet is None
-    # 90 wide, 15 rows of paper above: ink in rows 25-45 of 90, columns 20-70
     assert dataset.train.obs[:, 8:13, 7:21].all()
     assert not dataset.train.obs[:, :7].any() and not dataset.train.obs[:, 15:].any()
-    dataset = data.load(str(tmp_path / "sorted"))
-    assert dataset.num_alphabets == 2 and len(dataset.train.obs) == 6
-    (tmp_path / "all" / "0.png").write_bytes(b"not an image")
-    with pytest.raises(UserError, match="0.png"):
-        data.load(str(tmp_path / "all"))
 
 
 def test_photographs_are_searched_for_characters(tmp_path):
@@ -199,25 +196,6 @@ def test_photographs_are_searched_for_characters(tmp_path):
     assert dataset.num_alphabets == 2 and dataset.train.obs.sum((1, 2)).min() > 20
     with pytest.raises(UserError, match="--find-characters is for a folder"):
         data.load("glyphs", find_characters=True)
-
-
-def test_arrays(tmp_path):
-    images = (np.random.RandomState(0).rand(12, 28, 28) < 0.2).astype(np.float32)
-    np.save(tmp_path / "a.npy", images)
-    np.savez(tmp_path / "a.npz", images)
-    np.save(tmp_path / "large.npy", images.repeat(2, 1).repeat(2, 2))
-    datasets = [data.load(str(tmp_path / name)) for name in ("a.npy", "a.npz", "large.npy")]
-    for dataset in datasets:
-        assert dataset.num_alphabets == 0
-        assert (dataset.train.obs == datasets[0].train.obs).all()
-    assert {image.tobytes() for image in images} >= {image.numpy().tobytes() for image in datasets[0].train.obs}
-    with pytest.raises(UserError, match="has only"):
-        data.load(str(tmp_path / "a.npy"), small_dataset=True)
-    solid = np.pad(np.ones((12, 60, 60), np.uint8), [(0, 0), (20, 25), (20, 25)])  # averages of ones, rounded, are no more
-    np.save(tmp_path / "solid.npy", solid)
-    np.save(tmp_path / "rounded.npy", images * np.float32(1.000001))
-    assert data.load(str(tmp_path / "solid.npy")).train.obs.mean() == pytest.approx((60 / 105) ** 2, abs=0.02)
-    assert (data.load(str(tmp_path / "rounded.npy")).train.obs == datasets[0].train.obs).all()
 
 
 def test_glyphs():
@@ -324,38 +302,46 @@ def test_thin_strokes_survive():
         assert ink.any(0).all() and ink.sum() < 90  # unbroken from left to right, and still thin
 
 
-def test_files_that_decoders_choke_on(tmp_path):
+def test_damaged_and_missing_files(tmp_path):
     """One line that names the file, whatever the decoder raises"""
-    grey = np.full((30, 30), 255, np.uint8)
-    grey[5:25, 14:16] = 0
-    png = imageio.imwrite("<bytes>", grey, extension=".png")
+    png = encode(draw(30))
 
     def write_folder(name, write):
         (tmp_path / name).mkdir()
         write(tmp_path / name)
-        return tmp_path / name
 
-    def write_zip(path):
-        with zipfile.ZipFile(path / "a.zip", "w") as archive:
+    def write_broken_zip(folder):
+        with zipfile.ZipFile(folder / "a.zip", "w") as archive:
             archive.writestr("a.png", png)
-        content = (path / "a.zip").read_bytes()
-        (path / "a.zip").write_bytes(content.replace(png[20:60], bytes(40)))
+        content = (folder / "a.zip").read_bytes()
+        (folder / "a.zip").write_bytes(content.replace(png[20:60], bytes(40)))
 
+    whole = pathlib.Path(save_mat(tmp_path / "whole.mat")).read_bytes()
+    (tmp_path / "cut.mat").write_bytes(whole[:5000])
+    (tmp_path / "noise.mat").write_bytes(bytes(range(256)) * 20)
     scipy.io.savemat(tmp_path / "sparse.mat", {**make_mat(20, 6), "data": scipy.sparse.eye(784, 20)})
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.save(tmp_path / "objects.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "zeros.npy", np.zeros((5, 784)))
+    np.save(tmp_path / "full.npy", np.full((5, 28, 28), 255, np.uint8))
     np.savez(tmp_path / "text.npz", images=np.array("no array of numbers"))
-    cases = {
-        tmp_path / "sparse.mat": "not in chardata.mat's format",
-        tmp_path / "text.npz": "expected numbers",
-        write_folder("broken", write_zip) / "a.zip": "a.zip: a.png is damaged",
-        write_folder("pipe", lambda folder: os.mkfifo(folder / "a.png")): "holds no images",
-        write_folder("wide", lambda folder: imageio.imwrite(folder / "a.tif", grey.astype(np.float32))): "holds no images",
-    }
-    (tmp_path / "wide" / "a.tif").rename(tmp_path / "wide" / "a.png")
-    cases[tmp_path / "wide"] = "pixels of Pillow's mode F"
-    for path, words in cases.items():
+    (tmp_path / "text.txt").write_text("hello")
+    with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
+        archive.writestr("a.txt", "no image")
+    write_folder("empty", lambda _: None)
+    write_folder("broken", write_broken_zip)
+    write_folder("pipe", lambda folder: os.mkfifo(folder / "a.png"))
+    wide = PIL.Image.fromarray(draw(30).astype(np.float32))
+    write_folder("wide", lambda folder: wide.save(folder / "a.png", "TIFF"))
+    for name, words in {
+        "cut.mat": "is damaged", "noise.mat": "is damaged", "sparse.mat": "not in chardata.mat's format", "empty.npy": "is damaged",
+        "objects.npy": "is damaged", "zeros.npy": "the value 0 everywhere", "full.npy": "5 blank", "text.npz": "expected numbers",
+        "text.txt": "is not a .mat, .npy", "none.zip": "holds no images", "empty": "holds no images",
+        "broken/a.zip": "a.png is damaged", "pipe": "holds no images", "wide": "pixels of Pillow's mode F", "missing": "no such file",
+    }.items():  # fmt: skip
         with pytest.raises(UserError, match=words) as error:
-            data.load(str(path))
-        assert len(str(error.value).splitlines()) == 1 and str(tmp_path) in str(error.value) or "a.png" in str(error.value)
+            data.load(str(tmp_path / name))
+        assert len(str(error.value).splitlines()) == 1 and str(tmp_path / name) in str(error.value)
     with pytest.raises(UserError, match="there is no such user"):
         data.load("~nosuchuser/x")
 
@@ -391,38 +377,7 @@ def test_images_are_decoded_as_one_sees_them(capsys):
     assert capsys.readouterr().err == "warning: phone.jpg holds 2 pictures; the first is read\n"
 
 
-def test_hidden_files():
-    hidden = [".a.png", "x/._a.png", "__MACOSX/x/a.png", ".git/a.png"]
-    assert all(map(data.is_hidden, hidden)) and not any(map(data.is_hidden, ["a.png", "./x/a.png", "../x/a.b.png"]))
-
-
 # ------------------------------------------------------------------ what people bring
-
-
-def draw(size=100, width=6, paper=255, ink=0, light=0.0, noise=0.0):
-    """An L on paper, 0 to 255 [size, size], unevenly lit if `light` is not 0"""
-    rows, cols = np.mgrid[:size, :size] / size
-    strokes = (abs(cols - 0.3) * size <= width / 2) & (rows > 0.2) & (rows < 0.8)
-    strokes |= (abs(rows - 0.8) * size <= width / 2) & (cols > 0.3) & (cols < 0.75)
-    grey = np.where(strokes, ink, paper) * (1 - light * (0.7 * cols + 0.3 * rows))
-    return grey + noise * np.random.RandomState(0).randn(size, size)
-
-
-def encode(grey, kind="PNG", **options):
-    PIL.Image.fromarray(np.clip(grey, 0, 255).round().astype(np.uint8)).save(file := io.BytesIO(), kind, **options)
-    return file.getvalue()
-
-
-def fill(folder, num=12, alphabets=("a", "b", "c"), **options):
-    """Writes images of as many alphabets in turn; "": in no folder. Returns: the folder"""
-    for i in range(num):
-        (folder / alphabets[i % len(alphabets)]).mkdir(parents=True, exist_ok=True)
-        (folder / alphabets[i % len(alphabets)] / f"{i}.png").write_bytes(encode(draw(40 + i), **options))
-    return folder
-
-
-def describe(location, **options):
-    return data.load(str(location), **options).summary
 
 
 @pytest.mark.parametrize("width", [1, 4, 20])
@@ -582,6 +537,7 @@ def test_arrays_as_people_have_them(tmp_path):
     forms = dict(
         bytes=ink, paper_one=1 - ink / 255, paper_255=255 - ink, floats=ink.astype(np.float64), share=ink / 255, bools=ink > 127,
         first=ink[:, None], last=ink[..., None], flat=ink.reshape(12, 784), wide=ink.astype(np.uint16) * 257, binary=(ink > 127) * 1,
+        large=ink.repeat(2, 1).repeat(2, 2), rounded=ink / 255 * 1.000001,
     )  # fmt: skip
     expected = None
     for name, array in forms.items():
@@ -590,6 +546,11 @@ def test_arrays_as_people_have_them(tmp_path):
         expected = expected or data.get_fingerprint(dataset.train)
         assert data.get_fingerprint(dataset.train) == expected, name
         assert ("dark on light" in dataset.summary) == name.startswith("paper"), dataset.summary
+    assert {image.bool().numpy().tobytes() for image in dataset.train.obs} <= {(image > 127).tobytes() for image in ink}
+    with pytest.raises(UserError, match="has only"):
+        data.load(str(tmp_path / "bytes.npy"), small_dataset=True)
+    np.save(tmp_path / "solid.npy", np.pad(np.ones((12, 60, 60), np.uint8), [(0, 0), (20, 25), (20, 25)]))
+    assert data.load(str(tmp_path / "solid.npy")).train.obs.mean() == pytest.approx((60 / 105) ** 2, abs=0.02)
     for wrong, words in [(ink / 255 * 1.5, "0 to 1.5"), (ink / 255 - 0.5, "outside"), (ink[..., None].repeat(3, 3), "shape")]:
         np.save(tmp_path / "wrong.npy", wrong)
         with pytest.raises(UserError, match=f"wrong.npy has .*{words}"):
@@ -598,6 +559,8 @@ def test_arrays_as_people_have_them(tmp_path):
     for name, more in dict(a=labels, b=np.array(["x", "y", "z"])[labels]).items():
         np.savez(tmp_path / f"{name}.npz", images=ink, labels=more)
         assert describe(tmp_path / f"{name}.npz").startswith("12 images, 3 alphabets"), name
+    np.savez(tmp_path / "alone.npz", ink)
+    assert data.get_fingerprint(data.load(str(tmp_path / "alone.npz")).train) == expected
     np.savez(tmp_path / "short.npz", images=ink, labels=labels[:5])
     with pytest.raises(UserError, match="short.npz has 12 images, but labels of the shape"):
         data.load(str(tmp_path / "short.npz"))

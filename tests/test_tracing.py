@@ -121,15 +121,14 @@ def test_traces_lie_on_the_ink():
     inks = [np.kron(image.bool().numpy(), np.ones((4, 4), bool)) for image in obs]
     rng = np.random.default_rng(0)
     for rngs in (None, [rng] * 12):
-        traces = tracing.trace(model, inks, rngs)
-        drawing = variation.vary(traces.centre, traces.variation, OWN)
+        centre, start = tracing.trace(model, inks, rngs)
+        drawing = variation.vary(centre, start, OWN)
         log_p = variation.get_log_likelihood(drawing, obs)
         blank = variation.get_log_likelihood(drawing._replace(on=torch.zeros_like(drawing.on)), obs)
         assert (log_p > blank / 2).all(), (log_p, blank)
-        primitives = model.get_primitives()[traces.latent[..., 0]]
-        used = traces.centre.displacement.any(2)
-        assert torch.equal(traces.centre.displacement[used], primitives[..., :2][used])
-        assert not drawing.on[~used].any() and not traces.variation.displacement[~used].any()
+        used = centre.displacement.any(2)
+        assert (centre.displacement[used].unsqueeze(1) == model.get_primitives()[:, :2]).all(2).any(1).all()
+        assert not drawing.on[~used].any() and not start.displacement[~used].any()
 
 
 def test_any_image_has_a_trace():
@@ -144,23 +143,19 @@ def test_any_image_has_a_trace():
         np.eye(1, dtype=bool),
         np.random.RandomState(0).rand(50, 50) < 0.3,
     ]
-    traces = tracing.trace(model, inks)
-    assert not traces.centre.on[0].any() and traces.centre.on[1:].any(1).all()
-    assert all(x.isfinite().all() for x in traces.variation)
-    drawing = variation.vary(traces.centre, traces.variation, OWN)
+    centre, start = tracing.trace(model, inks)
+    assert not centre.on[0].any() and centre.on[1:].any(1).all()
+    assert all(x.isfinite().all() for x in start)
+    drawing = variation.vary(centre, start, OWN)
     torch.testing.assert_close(drawing.start[2], torch.tensor([10.5 / 60, 0.5]), atol=0.02, rtol=0)  # in the middle of a square
     torch.testing.assert_close(drawing.displacement[2].sum(0), torch.tensor([39 / 60, 0]), atol=0.02, rtol=0)
 
 
 def test_structure_of_ink():
     """Parts, holes and ends of a T, a T with a dot, and a circle; and the nats between them"""
-    dotted, wide = (
-        [*LINES["T"], get_line((0.3, 0.5), (0.3, 0.5))],
-        draw_ink(*LINES["T"])[5:, :],
-    )  # is put in the middle of a square
-    t, with_dot, circle, moved = map(
-        matching.get_structure, [draw_ink(*LINES["T"]), draw_ink(*dotted), draw_ink(*LINES["circle"]), wide]
-    )
+    inks = [draw_ink(*lines) for lines in (LINES["T"], [*LINES["T"], *LINES["dot"]], LINES["circle"])]
+    wide = inks[0][5:, :]  # is put in the middle of a square
+    t, with_dot, circle, moved = map(matching.get_structure, [*inks, wide])
     assert [(s.num_parts, s.num_holes, len(s.ends)) for s in (t, with_dot, circle)] == [(1, 0, 3), (2, 0, 5), (1, 1, 0)]
     np.testing.assert_allclose(t.ends[t.ends.sum(1).argsort()], [[-0.5, -0.5], [-0.5, 0.5], [0.5, 0]], atol=0.05)
     distances = [matching.get_structural_distance(t, other) for other in (t, moved, with_dot, circle)]
