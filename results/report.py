@@ -414,6 +414,7 @@ def draw_milestones(runs, path):
         results = runs[name][kind]
         models[get_name(name)].append(results)
         rows += [get_milestone_row(name, results[i]) for i in sorted(results)]
+        images = describe_images(next(iter(results.values())))
     labels, common = get_labels(models)
     for name, seeds in models.items():
         x = sorted(set.intersection(*map(set, seeds)))  # iterations that all have
@@ -429,7 +430,6 @@ def draw_milestones(runs, path):
         texts.append(f"{name}: log p {ends[0]}, enumeration bound {ends[1]}, {num_seeds}, at iteration {x[-1]}")
     if not lines:
         raise UserError("the seeds of no model have an evaluated iteration in common: evaluate them when they are trained")
-    images = describe_images(next(iter(next(iter(models.values()))[0].values())))
     caption = "lines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds"
     typical = np.quantile(np.concatenate([line.y for line in lines.values()]), 0.25)  # the first iterations are far below
     highest = max(max(line.high.max(), line.dotted.max()) for line in lines.values())
