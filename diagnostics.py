@@ -31,7 +31,6 @@ from runs import checkpoints
 from util import UserError
 
 NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames in reconstructions.gif
-MOVED = "images as-is examples vary vary-strokes no-refit num-particles num-best num-rounds num-mutants".split()  # to read.py
 STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # that each frame of an animation is shown
 
 # ------------------------------------------------------------------ files
@@ -49,9 +48,9 @@ def choose_ids(given, num_all, num_default, flag):
     return torch.tensor(given) if given else spread(num_all, num_default)
 
 
-def save_figures(trained, kind, some_figures, stem=None):
-    """Writes an iterable of figures as the pages of a PDF and, for the newest checkpoint and its own data, the first one
-    as a thumbnail"""
+def save_figures(trained, stem, some_figures):
+    """Writes an iterable of figures as the pages of a PDF in the run's folder and, for the newest checkpoint and its own data,
+    the first one as a thumbnail. Args: stem: <kind>, or <kind>/<name>"""
     thumbnail = io.BytesIO()
 
     def get_figures():
@@ -60,9 +59,9 @@ def save_figures(trained, kind, some_figures, stem=None):
                 figure.savefig(thumbnail, format="png", dpi=overview.THUMBNAIL_PIXELS / figure.get_size_inches()[0])
             yield figure
 
-    util.write(trained.folder / f"{stem or trained.get_stem(kind)}.pdf", figures.to_pdf(get_figures()))
+    util.write(trained.folder / f"{stem}.pdf", figures.to_pdf(get_figures()))
     if trained.is_latest and not trained.other_data:
-        util.write(overview.get_thumbnail_path(trained.name, kind), thumbnail.getvalue())
+        util.write(overview.get_thumbnail_path(trained.name, stem.split("/")[0]), thumbnail.getvalue())
 
 
 def save_film(path, frames, milliseconds):
@@ -82,25 +81,23 @@ def draw_losses(trained, checkpoint):
         return
     log_num_images = None
     if memory is not None:  # the entropy of a prior that gave each image one program, all equally often
-        log_num_images = math.log(len(memory) / max(checkpoint["num_alphabets"], 1))
+        log_num_images = math.log(len(memory) / max(trained.num_alphabets, 1))
     figure = figures.losses_figure(statistics, log_num_images, f"{trained.name}, iteration {trained.iteration}")
-    stem = "losses" if trained.is_latest else f"losses/{trained.iteration}"
-    save_figures(trained, "losses", [figure], stem)
+    save_figures(trained, "losses" if trained.is_latest else f"losses/{trained.iteration}", [figure])
 
 
 def draw_model(trained, args):
     """Draws what needs no data: the library of strokes and samples from the prior"""
-    model, name, iteration = trained.generative_model, trained.name, trained.iteration
+    model, iteration = trained.generative_model, trained.iteration
     source = "memory" if trained.memory is not None else "prior"
-    title = f"{name}, iteration {iteration}: primitives"
-    figure = figures.primitives_figure(model, args.resolution, title, trained.get_usage(), source)
-    save_figures(trained, "primitives", [figure], f"primitives/{iteration}")
+    title = f"{trained.name}, iteration {iteration}: "
+    figure = figures.primitives_figure(model, args.resolution, f"{title}primitives", trained.get_usage(), source)
+    save_figures(trained, f"primitives/{iteration}", [figure])
     latent, _ = model.sample(args.num_prior_samples)
-    maps = drawings.draw_maps(model, len(latent))
+    maps = model.likelihood.sample_maps(len(latent))
     probs = drawings.draw(model, latent, args.resolution, maps)
-    title = f"{name}, iteration {iteration}: samples from the prior" + ", through random maps" * (maps is not None)
-    figure = figures.grid_figure(probs, figures.choose_num_cols(len(probs)), title)
-    save_figures(trained, "prior", [figure], f"prior/{iteration}")
+    title += "samples from the prior" + ", through random maps" * (maps is not None)
+    save_figures(trained, f"prior/{iteration}", [figures.grid_figure(probs, figures.choose_num_cols(len(probs)), title)])
 
 
 def draw_strokes(obs, drawing, labels, title, resolution):
@@ -131,13 +128,13 @@ def draw_reconstructions(trained, args):
     ]
     drawing = variation.get_drawing(trained.generative_model, latent, obs)
     pages, stages = draw_strokes(obs, drawing, labels, title, args.resolution)
-    save_figures(trained, "reconstructions", pages)
+    save_figures(trained, trained.get_stem("reconstructions"), pages)
     if args.svg:
         folder = trained.folder / trained.get_stem("reconstructions")
         map_id, _ = drawings.get_maps(trained.generative_model, latent, obs)
-        for i, (name, score) in enumerate(zip(obs_id.tolist(), log_joint, strict=True)):
+        for i, name in enumerate(obs_id.tolist()):
             program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
-            text = drawings.to_json(program, iteration=trained.iteration, obs_id=name, log_joint=score)
+            text = drawings.to_json(program, iteration=trained.iteration, obs_id=name, log_joint=log_joint[i])
             util.write(folder / f"{name}.svg", drawings.to_svg(program).encode())
             util.write(folder / f"{name}.json", text.encode())
     return obs_id, drawings.resize(obs, args.resolution), stages
@@ -169,7 +166,7 @@ def film_training(trained, obs_id, args):
     obs = trained.get_images(obs_id)[0]
     for path in [*(numbered[i] for i in spread(len(numbered), MAX_FRAMES - 1)), trained.path]:
         try:
-            then = TrainedModel(trained.name, path, checkpoints.load(path), trained.dataset)
+            then = TrainedModel(trained.name, checkpoints.load(path), trained.dataset)
         except UserError as error:
             print(f"{trained.name}: {error}, left out of the animation")
             continue
@@ -197,18 +194,16 @@ def draw_alphabets(trained, args):
             "as the model sees them": drawings.draw(model, latent, args.resolution, maps),
             "new characters": drawings.draw(model, new, args.resolution),
         }
-        pages.append(
-            figures.panels_figure(panels, num_cols, f"{trained.dataset.alphabet_names[alphabet_id]}: {trained.get_title()}")
-        )
-    save_figures(trained, "alphabets", pages)
+        title = f"{trained.dataset.alphabet_names[alphabet_id]}: {trained.get_title()}"
+        pages.append(figures.panels_figure(panels, num_cols, title))
+    save_figures(trained, trained.get_stem("alphabets"), pages)
 
 
 # ------------------------------------------------------------------ runs
 
 
-def draw_run(name, path, checkpoint, args, load_data):
-    """Draws everything that can be drawn of a run, and names what needs missing data"""
-    util.set_seed(0)
+def read_run(name, checkpoint, args, load_data):
+    """Returns: a TrainedModel, with its data if they are there; names what cannot be drawn without them"""
     dataset, other_data = None, ""
     if not args.loss_only:
         try:
@@ -220,19 +215,26 @@ def draw_run(name, path, checkpoint, args, load_data):
         location = args.data_location or checkpoint["args"]["data_location"]
         other_data = util.get_location_name(location)
         print(f"{name}: {location} is not its training data; programs are inferred by the network, the memory is left out")
-    if dataset is not None and not other_data:
+    elif dataset is not None:
         checkpoints.check_num_images(checkpoint, len(dataset.train.obs))
-    trained = TrainedModel(name, path, checkpoint, dataset, other_data)
-    draw_losses(trained, checkpoint)
-    if args.loss_only:
-        return
-    draw_model(trained, args)
-    if dataset is not None:
-        obs_id, obs, stages = draw_reconstructions(trained, args)
-        film_strokes(trained, obs, stages)
-        film_training(trained, obs_id, args)
-        if trained.num_alphabets:
-            draw_alphabets(trained, args)
+    return TrainedModel(name, checkpoint, dataset, other_data)
+
+
+def draw_run(name, checkpoint, args, load_data):
+    """Draws everything that can be drawn of a run"""
+    util.set_seed(0)
+    with checkpoints.using(checkpoint):
+        trained = read_run(name, checkpoint, args, load_data)
+        draw_losses(trained, checkpoint)
+        if args.loss_only:
+            return
+        draw_model(trained, args)
+        if trained.dataset is not None:
+            obs_id, obs, stages = draw_reconstructions(trained, args)
+            film_strokes(trained, obs, stages)
+            film_training(trained, obs_id, args)
+            if trained.num_alphabets:
+                draw_alphabets(trained, args)
     print(f"{name}: drawn at iteration {trained.iteration}")
 
 
@@ -246,23 +248,22 @@ def draw_all(args, load_data):
             checkpoint = checkpoints.load_newest(name)
             if checkpoint is None:
                 print(f"{name}: no checkpoint yet, skipped")
-                continue
-            with checkpoints.using(checkpoint):
-                draw_run(name, checkpoints.get_path(name), checkpoint, args, load_data)
+            else:
+                draw_run(name, checkpoint, args, load_data)
         except UserError as error:
             print(f"{name}: {error}", file=sys.stderr)
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    load_data = functools.cache(data.load_and_tell)
+    if any(word.split("=")[0] == "--images" for word in (sys.argv[1:] if argv is None else argv)):
+        raise UserError("--images is gone: characters of your own are read by python read.py my/*.png; see its --help")
+    args, load_data = get_parser().parse_args(argv), functools.cache(data.load_and_tell)
     if args.checkpoint_path is None:
         draw_all(args, load_data)
     else:
         path = checkpoints.find(args.checkpoint_path)
         checkpoint = checkpoints.load(path)
-        with checkpoints.using(checkpoint):
-            draw_run(checkpoints.get_run_name(path, checkpoint["args"]), path, checkpoint, args, load_data)
+        draw_run(checkpoints.get_run_name(path, checkpoint["args"]), checkpoint, args, load_data)
     if util.SAVE.is_dir():
         print(f"overview: {overview.write_overview()}")
     return 0
@@ -285,15 +286,6 @@ def get_parser():
     add("--resolution", "side of a drawing in pixels", type=util.in_range(int, 8, 1024), default=28)
     add("--svg", "also write each reconstruction as SVG, with its program as JSON", action="store_true")
     return parser
-
-
-def parse_args(argv=None):
-    """Raises: UserError if arguments are out of range, or have moved to read.py"""
-    flags = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
-    moved = [flag for flag in flags if flag.removeprefix("--") in MOVED and flag.startswith("--")]
-    if moved:
-        raise UserError(f"{moved[0]} is gone: characters of your own are read by python read.py my/*.png; see its --help")
-    return get_parser().parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,11 @@ NUM_PROPOSALS = 500
 
 
 class AveragePrior(nn.Module):
-    """The average of a conditional model's prior over its alphabets, all equally probable; as a Decoder"""
+    """The average of a conditional model's prior over its alphabets, all equally probable; what a search needs of a prior"""
 
     def __init__(self, prior, num_alphabets):
         super().__init__()
         self.prior, self.alphabet = prior, torch.eye(num_alphabets)  # [L, L]
-
-    def sample(self, num_particles, context):
-        alphabet_id = torch.randint(len(self.alphabet), (num_particles * len(context),))
-        return self.prior.sample(1, self.alphabet[alphabet_id])[0].unflatten(0, (num_particles, len(context)))
 
     def log_prob(self, latent, context):
         by_alphabet = self.log_prob_by_alphabet(latent.flatten(0, 1))

@@ -33,12 +33,6 @@ def get_maps(generative_model, latent, obs):
     return map_id, generative_model.likelihood.maps[map_id].detach()
 
 
-def draw_maps(generative_model, num):
-    """Samples maps from the model: [N, 2, 3], or None if the likelihood has none"""
-    maps = generative_model.likelihood.sample_maps(num)
-    return None if maps is None else maps.detach()
-
-
 @torch.no_grad()
 def draw(generative_model, latent, resolution, maps=None):
     """latent [..., A, 2] -> probabilities of ink [..., R, R] at a resolution, canonical, or through maps [..., 2, 3]"""

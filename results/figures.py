@@ -11,12 +11,12 @@ from typing import NamedTuple
 import matplotlib
 import matplotlib.backends.backend_agg
 import matplotlib.colors
-import matplotlib.figure
 import matplotlib.patches
 import matplotlib.transforms
 import numpy as np
 import torch
 from matplotlib.backends.backend_pdf import PdfPages
+from matplotlib.figure import Figure
 
 from results.drawings import draw_primitives
 
@@ -69,7 +69,7 @@ def show(axes, image):
 def make_figure(width, height, title):
     """A figure of the given size in inches; a title too long for its line loses its middle"""
     lines = [shorten(line, int(13 * width)) for line in title.split("\n")]
-    figure = matplotlib.figure.Figure(figsize=(width, height + 0.17 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(width, height + 0.17 * len(lines)), layout="constrained")
     figure.suptitle(literal("\n".join(lines)), fontsize=9)
     return figure
 

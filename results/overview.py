@@ -54,11 +54,7 @@ def describe(name):
 
 def get_pictures(name):
     """HTML of a run's thumbnails, each linked to its newest PDF, and of its animations"""
-    folder, pictures = util.SAVE / name, []
-
-    def add(path, source):
-        link = urllib.parse.quote(str(path.relative_to(util.SAVE)))
-        pictures.append(f'<a href="{link}"><img alt="{path.stem}" src="{source or link}"></a>')
+    folder, shown = util.SAVE / name, {}  # file -> the picture that links to it
 
     def find_newest(pattern):
         numbered = [path for path in folder.glob(pattern) if path.stem.isdigit()]
@@ -67,12 +63,13 @@ def get_pictures(name):
     for kind in KINDS:
         thumbnail = get_thumbnail_path(name, kind)
         pdf = folder / "losses.pdf" if kind == "losses" else find_newest(f"{kind}/*.pdf")
-        if pdf.exists() and thumbnail.exists():
-            add(pdf, f"data:image/png;base64,{base64.b64encode(thumbnail.read_bytes()).decode()}")
-    for film in [find_newest("reconstructions/*.gif"), folder / "reconstructions.gif"]:
-        if film.exists():
-            add(film, None)
-    return "\n".join(pictures)
+        if thumbnail.exists():
+            shown[pdf] = f"data:image/png;base64,{base64.b64encode(thumbnail.read_bytes()).decode()}"
+    films = [find_newest("reconstructions/*.gif"), folder / "reconstructions.gif"]
+    links = {path: urllib.parse.quote(str(path.relative_to(util.SAVE))) for path in [*shown, *films] if path.exists()}
+    return "\n".join(
+        f'<a href="{link}"><img alt="{path.stem}" src="{shown.get(path, link)}"></a>' for path, link in links.items()
+    )
 
 
 def write_overview():

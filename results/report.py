@@ -70,71 +70,68 @@ def load_results(paths):
     return results
 
 
+def get_images(result):
+    return Images(result["settings"]["kind_of_images"], result["settings"]["images"])
+
+
+def get_place(images):
+    """A sort key: test images first"""
+    return list(KINDS).index(images.kind)
+
+
 def read_runs(folder):
-    """Reads the evaluations of one run. Returns: a Run for each set of images, the one to show first at the front; warns about
-    each evaluation that is damaged or left out"""
+    """Reads the evaluations of one run: a Run for each set of images, test images first"""
     by_images = collections.defaultdict(dict)  # images -> algorithm -> result
     for result in load_results(sorted(folder.glob("logp/[!.]*.pt"))):
         by_images[get_images(result)][result["settings"]["algorithm"]] = result
-    return [
-        make_run(folder.name, by_images[images])
-        for images in sorted(by_images, key=lambda images: list(KINDS).index(images.kind))
-    ]
+    return [make_run(folder.name, images, by_images[images]) for images in sorted(by_images, key=get_place)]
 
 
-def make_run(name, results):
-    """Makes a Run of a run's evaluations of the same images: algorithm -> result"""
-    shown = choose_comparable(results)
-    newest = next(iter(shown.values()))
-    for algorithm, result in results.items():
-        if algorithm not in shown:
-            differences = describe_differences(result["settings"], newest["settings"])
-            path = f"{result['settings']['mode']}_{algorithm}.pt"
-            warn(f"{name}: {path} is left out: its {differences}; eval_logp.py --force repeats it")
-    shown = {algorithm: shown[algorithm] for algorithm in ALGORITHMS if algorithm in shown}
-    estimates = {algorithm: (result["log_p"], result["standard_error"]) for algorithm, result in shown.items()}
+def make_run(name, images, results):
+    """Makes a Run of evaluations of the same images: algorithm -> result"""
+    shown = choose_comparable(name, results)
+    first = next(iter(shown.values()))
     bound = get_joint_bound(shown.values())
+    estimates = {algorithm: (result["log_p"], result["standard_error"]) for algorithm, result in shown.items()}
     estimates["best"] = max(estimates.values())
     estimates["enumeration bound"] = bound.mean().item(), get_standard_error(bound.tolist())
     work = [text.format(**result["settings"]) for algorithm, result in shown.items() for text in WORK_BY_ALGORITHM[algorithm]]
     return Run(
         name,
-        newest["model_settings"],
-        newest["model_iteration"],
+        first["model_settings"],
+        first["model_iteration"],
         estimates,
         get_search_error(shown.get("mws", {})),
         ", ".join(dict.fromkeys(work)),
-        get_images(newest),
-        describe_images(newest),
+        images,
+        describe_images(first),
         bound if "mws" in shown else None,
     )
 
 
-def get_images(result):
-    return Images(result["settings"]["kind_of_images"], result["settings"]["images"])
-
-
-def choose_comparable(results):
+def choose_comparable(name, results):
     """Chooses the evaluations of a run and some images (algorithm -> result) that may share a row: of the same model and,
-    among those of TRAINED, with the same effort. Takes the latest model, then the most iterations and particles."""
+    among those of TRAINED, with the same effort. Takes the latest model, then the most iterations and particles; warns about
+    the others."""
 
     def get_rank(result):
         settings = result["settings"]
-        effort = [settings[name] for name in ("num_iterations", "test_num_particles", "num_particles")]
+        effort = [settings[key] for key in ("num_iterations", "test_num_particles", "num_particles")]
         return [result["model_iteration"], settings["algorithm"] in TRAINED, *effort]
 
-    best = max(results.values(), key=get_rank)["settings"]
-    return {name: result for name, result in results.items() if not describe_differences(result["settings"], best)}
-
-
-def describe_differences(settings, shown):
-    """Describes in words why an evaluation cannot share a row with one that is shown; "" if it can"""
-    trained = settings["algorithm"] in TRAINED and shown["algorithm"] in TRAINED
-    return ", ".join(
-        f"{name.replace('_', '-')} is {settings[name]}, not {shown[name]}"
-        for name in ["model", *EFFORT * trained]
-        if settings[name] != shown[name]
-    )
+    best, shown = max(results.values(), key=get_rank)["settings"], {}
+    for algorithm in [algorithm for algorithm in ALGORITHMS if algorithm in results]:
+        settings = results[algorithm]["settings"]
+        keys = ["model", *EFFORT * (algorithm in TRAINED and best["algorithm"] in TRAINED)]
+        differences = [
+            f"{key.replace('_', '-')} is {settings[key]}, not {best[key]}" for key in keys if settings[key] != best[key]
+        ]
+        if differences:
+            path = f"{settings['mode']}_{algorithm}.pt"
+            warn(f"{name}: {path} is left out: its {', '.join(differences)}; eval_logp.py --force repeats it")
+        else:
+            shown[algorithm] = results[algorithm]
+    return shown
 
 
 def get_joint_bound(results):
@@ -188,14 +185,12 @@ def describe_images(result):
     return f"{chosen} images of the {part} part of {source}"
 
 
-def describe_leads(runs):
+def describe_leads(models):
     """How far the best model is ahead of each other one, by the guaranteed bounds of memoised evaluations of the same images:
-    lines of text. Intervals are paired over images, whose choice moves all models together, and say nothing of other seeds."""
-    by_model = collections.defaultdict(list)
-    for run in runs:
-        if run.bound_by_image is not None:
-            by_model[get_name(run.name)].append(run.bound_by_image)
-    bounds = {name: torch.stack(seeds).mean(0) for name, seeds in by_model.items()}  # [N] each
+    lines of text. Intervals are paired over images, whose choice moves all models together, and say nothing of other seeds.
+    Args: models: {name: Runs with different seeds}"""
+    found = {name: [run.bound_by_image for run in runs if run.bound_by_image is not None] for name, runs in models.items()}
+    bounds = {name: torch.stack(seeds).mean(0) for name, seeds in found.items() if seeds}  # [N] each
     names = sorted(bounds, key=lambda name: -bounds[name].mean())
     lines = []
     for name in names[1:]:
@@ -204,7 +199,7 @@ def describe_leads(runs):
         if len(lead) > 1:
             half = scipy.special.stdtrit(len(lead) - 1, 0.975) * get_standard_error(lead.tolist())
             text += f"; 95 % interval over images {lead.mean() - half:.1f} to {lead.mean() + half:.1f}"
-        lines.append(f"{text}; {len(by_model[names[0]])} and {len(by_model[name])} seeds")
+        lines.append(f"{text}; {len(found[names[0]])} and {len(found[name])} seeds")
     return lines
 
 
@@ -225,16 +220,14 @@ def get_order(name):
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def get_rows(runs):
-    """One dict of CSV columns per model and set of images, over its seeds: sets to be shown first at the front, test images
-    and then those of most models"""
-    groups = collections.defaultdict(list)
-    for run in runs:
-        groups[run.images, get_name(run.name)].append(run)
-    num_models = collections.Counter(images for images, _ in groups)
-    sets = sorted(num_models, key=lambda images: (list(KINDS).index(images.kind), -num_models[images], images))
-    places = sorted(groups, key=lambda place: (sets.index(place[0]), get_order(place[1])))
-    return [get_row(place[1], choose_seeds(groups[place])) for place in places]
+def group(runs):
+    """Groups runs by what a table and its rows are about: {images: {name of the model: Runs with different seeds}}. Test images
+    come first, and then those of most models."""
+    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    for run in sorted(runs, key=lambda run: get_order(get_name(run.name))):
+        groups[run.images][get_name(run.name)].append(run)
+    order = sorted(groups, key=lambda images: (get_place(images), -len(groups[images]), images))
+    return {images: {name: choose_seeds(seeds) for name, seeds in groups[images].items()} for images in order}
 
 
 def choose_seeds(runs):
@@ -315,11 +308,11 @@ class Line(NamedTuple):
 
 
 def draw_lines(path, lines, title, xlabel, ticks=None, limits=None):
-    """Draws lines, {label: Line}, into a PDF. Args: title: its lines, of which empty ones are left out; ticks: where the
-    x-axis has them; limits: of the y-axis"""
-    import matplotlib.figure  # jobs of a sweep, which draw nothing, start sooner without it
+    """Draws lines, {label: Line}, into a PDF. Args: title: its lines, some of which may be empty; ticks: of the x-axis; limits:
+    of the y-axis"""
+    from results import figures  # jobs of a sweep, which draw nothing, start sooner without matplotlib
 
-    figure = matplotlib.figure.Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = figures.Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for label, line in lines.items():
         (drawn,) = axes.plot(line.x, line.y, marker="o", markersize=2.5, lw=1.3, label=textwrap.fill(label, 60))
@@ -334,9 +327,7 @@ def draw_lines(path, lines, title, xlabel, ticks=None, limits=None):
     axes.set_title("\n".join(filter(None, title)), fontsize=8)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
-    file = io.BytesIO()
-    figure.savefig(file, format="pdf", metadata={"CreationDate": None})
-    util.write(path, file.getvalue())
+    util.write(path, figures.to_pdf([figure]))
 
 
 def get_labels(names):
@@ -414,15 +405,16 @@ def draw_milestones(runs, path):
     Raises: UserError if no model has one
     """
     kinds = collections.Counter(kind for found in runs.values() for kind in found)
-    kind = min(kinds, key=lambda kind: (-kinds[kind], list(KINDS).index(kind[0].kind)))
+    kind = min(kinds, key=lambda kind: (-kinds[kind], get_place(kind[0])))
     models, rows, lines, texts = collections.defaultdict(list), [], {}, []
     for name in sorted(runs, key=get_order):
-        results = runs[name].get(kind)
-        if results is None:
+        if kind not in runs[name]:
             warn(f"{name} is left out: its checkpoints were evaluated on other images or with other numbers of particles")
             continue
+        results = runs[name][kind]
         models[get_name(name)].append(results)
         rows += [get_milestone_row(name, results[i]) for i in sorted(results)]
+        images = describe_images(next(iter(results.values())))
     labels, common = get_labels(models)
     for name, seeds in models.items():
         x = sorted(set.intersection(*map(set, seeds)))  # iterations that all have
@@ -438,7 +430,6 @@ def draw_milestones(runs, path):
         texts.append(f"{name}: log p {ends[0]}, enumeration bound {ends[1]}, {num_seeds}, at iteration {x[-1]}")
     if not lines:
         raise UserError("the seeds of no model have an evaluated iteration in common: evaluate them when they are trained")
-    images = describe_images(next(iter(next(iter(models.values()))[0].values())))
     caption = "lines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds"
     typical = np.quantile(np.concatenate([line.y for line in lines.values()]), 0.25)  # the first iterations are far below
     highest = max(max(line.high.max(), line.dotted.max()) for line in lines.values())
@@ -473,28 +464,26 @@ def get_milestone_row(name, result):
 def main(mode=None, name_missing=False):
     """Args: mode: test or train, or None for all images; name_missing: also list the paper's models that have no value for
     the images shown first"""
+    kind = {"test": "test", "train": "training"}.get(mode)
     runs = [run for path in sorted(util.SAVE.glob("*/logp")) for run in read_runs(path.parent)]
-    kind = {"test": "test", "train": "training", None: None}[mode]
-    rows = get_rows([run for run in runs if kind in (None, run.images.kind)])
-    if not rows:
+    groups = group([run for run in runs if kind in (None, run.images.kind)])
+    if not groups:
         print(
             f"nothing in {util.SAVE}/ has been evaluated{f' on {kind} images' if kind else ''} yet; evaluate a model with"
             " python eval_logp.py --checkpoint-path CHECKPOINT --algorithm mws"
         )
         return 0
-    tables = collections.defaultdict(list)
-    for row in rows:
-        tables[row["images"], row["fingerprint"]].append(row)
-    for images, table in tables.items():
-        print_table(table)
-        print("\n".join([*describe_leads([run for run in runs if run.images == images]), ""]))
-    first = next(iter(tables.values()))
-    missing = [name for name in PAPER_MODELS if name not in {row["model"] for row in first}]
+    tables = []
+    for models in groups.values():
+        tables.append([get_row(name, seeds) for name, seeds in models.items()])
+        print_table(tables[-1])
+        print("\n".join([*describe_leads(models), ""]))
+    missing = [name for name in PAPER_MODELS if name not in {row["model"] for row in tables[0]}]
     if name_missing and missing:
         print(f"models of the paper without a value: {', '.join(missing)}")
     path = util.SAVE / ("logp_train.csv" if mode == "train" else "logp.csv")
-    write_csv(path, rows)
-    write_figure(path.with_suffix(".pdf"), first)
-    images = first[0]["images in words"]
+    write_csv(path, [row for table in tables for row in table])
+    write_figure(path.with_suffix(".pdf"), tables[0])
+    images = tables[0][0]["images in words"]
     print(f"nats per image, means over images; also in {path}; a figure of {images} is in {path.with_suffix('.pdf')}")
     return 0

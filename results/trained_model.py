@@ -1,5 +1,8 @@
 """A trained model with its data and its memory: what pictures are drawn of."""
 
+import functools
+import pathlib
+
 import torch
 
 import models
@@ -16,17 +19,25 @@ NUM_COUNTED = 2000  # samples from the prior, to estimate how often it uses each
 class TrainedModel:
     """A model to draw, with its data and its memory, if any.
 
-    Args: path: of the checkpoint; dataset: None if unavailable; other_data: the name of the data set if the model
+    Args: checkpoint: of checkpoints.load; dataset: None if unavailable; other_data: the name of the data set if the model
         was not trained on it, else ""
     """
 
-    def __init__(self, name, path, checkpoint, dataset=None, other_data=""):
-        self.name, self.folder, self.path = name, util.SAVE / name, path
+    def __init__(self, name, checkpoint, dataset=None, other_data=""):
+        self.name, self.folder, self.path = name, util.SAVE / name, pathlib.Path(checkpoint["path"])
         self.dataset, self.other_data = dataset, other_data
         self.memory = None if other_data else checkpoint["memory"]
         self.iteration, self.num_alphabets = checkpoint["iteration"], checkpoint["num_alphabets"]
-        self.is_latest = is_latest(name, checkpoint)
         self.generative_model, self.inference_network = models.from_checkpoint(checkpoint)
+
+    @functools.cached_property
+    def is_latest(self):
+        """Whether this is the newest checkpoint of the run"""
+        try:
+            newest = checkpoints.load_newest(self.name)
+        except UserError:
+            return True
+        return newest is None or self.iteration >= newest["iteration"]
 
     def get_title(self):
         data_name = f", reading {self.other_data}, which it was not trained on" if self.other_data else ""
@@ -37,7 +48,7 @@ class TrainedModel:
         return f"{kind}/{self.iteration}" + (f"-{self.other_data}" if self.other_data else "")
 
     def get_images(self, obs_id):
-        """Training images by index: obs [N, R, C], alphabet [N, L] or None"""
+        """Training images by index: obs [N, R, C]; their alphabets [N, L], None if the model knows none"""
         split = self.dataset.train
         return split.obs[obs_id], split.alphabet[obs_id] if self.num_alphabets else None
 
@@ -69,12 +80,3 @@ class TrainedModel:
         visible = latent[..., 0][latent[..., 1] > 0]
         counts = visible.bincount(minlength=len(self.generative_model.pre_theta))
         return counts / counts.sum().clamp(min=1)
-
-
-def is_latest(name, checkpoint):
-    """Whether this is the newest checkpoint of the run"""
-    try:
-        newest = checkpoints.load_newest(name)
-    except UserError:
-        return True
-    return newest is None or checkpoint["iteration"] >= newest["iteration"]

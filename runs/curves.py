@@ -79,58 +79,53 @@ class Curves:
                 raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
             # TensorBoard hides what was logged before from this step on: the iterations of training that a killed run had
             # not saved, but those of pretraining as well, which are logged again
-            start = max([0, *statistics.get("train", {}).get("iteration", torch.zeros(0)).tolist()[-1:]]) + 1
-            self.writer = SummaryWriter(folder / "tensorboard", purge_step=start)
             rows = get_rows(statistics)
+            start = max((iteration for phase, iteration, _ in rows if phase == "train"), default=0) + 1
+            self.writer = SummaryWriter(folder / "tensorboard", purge_step=start)
             self._log([row for row in rows if row[0] == "pretrain" and row[1] >= start])
 
     def update(self, statistics):
         """Writes what is new in the statistics; all of it if there are new columns"""
-        rows = get_rows(statistics, self.num_written)
-        self._log(rows)
-        names = [
-            name
-            for phase in dict.fromkeys(["train", "test", *statistics])
-            for name in statistics.get(phase, {})
-            if name != "iteration"
-        ]
-        columns = list(dict.fromkeys(["theta_loss", "phi_loss", *names]))
+        new = get_rows(statistics, self.num_written)
+        self._log(new)
+        names = [name for phase in dict.fromkeys(["train", "test", *statistics]) for name in statistics.get(phase, {})]
+        columns = [name for name in dict.fromkeys(["theta_loss", "phi_loss", *names]) if name != "iteration"]
         try:
             if columns == self.columns:
-                with open(self.path, "a", newline="") as file:
-                    self._write_rows(file, rows)
+                with open(self.path, "ab") as file:
+                    file.write(to_csv(columns, new))
             else:
-                self.columns, rows = columns, get_rows(statistics)
-                file = io.StringIO()
-                csv.writer(file, lineterminator="\n").writerow(["phase", "iteration", *columns])
-                self._write_rows(file, rows)
-                util.write(self.path, file.getvalue().encode())
+                util.write(self.path, to_csv(columns, get_rows(statistics), with_heading=True))
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}); what was saved before is intact") from None
-        self.num_written = {phase: len(table["iteration"]) for phase, table in statistics.items()}
-
-    def _write_rows(self, file, rows):
-        writer = csv.writer(file, lineterminator="\n")
-        for phase, iteration, values in rows:
-            cells = [values.get(name, math.nan) for name in self.columns]
-            writer.writerow([phase, iteration, *("" if math.isnan(x) else f"{x:.9g}" for x in cells)])
+        self.columns, self.num_written = columns, {phase: len(table["iteration"]) for phase, table in statistics.items()}
 
     def _log(self, rows):
         """Sends rows to TensorBoard"""
         if self.writer:
             for phase, iteration, values in rows:
                 for name, value in values.items():
-                    if not math.isnan(value):
-                        self.writer.add_scalar(f"{phase}/{name}", value, iteration)
+                    self.writer.add_scalar(f"{phase}/{name}", value, iteration)
             self.writer.flush()
 
 
+def to_csv(columns, rows, with_heading=False):
+    """The bytes of a table of rows, of `get_rows`"""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows([["phase", "iteration", *columns]] * with_heading)
+    for phase, iteration, values in rows:
+        writer.writerow([phase, iteration, *(f"{values[name]:.9g}" if name in values else "" for name in columns)])
+    return file.getvalue().encode()
+
+
 def get_rows(statistics, start=None):
-    """[(phase, iteration, {name: value})] from the start[phase]-th entry of each phase on (by default, the first); tests come
-    after their iteration"""
+    """[(phase, iteration, {name: value, unless it is NaN})] from the start[phase]-th entry of each phase on (by default, the
+    first); tests come after their iteration"""
     rows = []
     for phase, table in statistics.items():
         columns = {name: values[(start or {}).get(phase, 0) :].tolist() for name, values in table.items()}
-        iterations = columns.pop("iteration")
-        rows += [(phase, i, {name: values[row] for name, values in columns.items()}) for row, i in enumerate(iterations)]
+        for i, iteration in enumerate(columns.pop("iteration")):
+            values = {name: column[i] for name, column in columns.items() if not math.isnan(column[i])}
+            rows.append((phase, iteration, values))
     return sorted(rows, key=lambda row: (row[0] != "pretrain", row[1], row[0] == "test"))

@@ -127,10 +127,9 @@ def test_vectors(folder):  # noqa: F811
         diagnostics.main([*flags, "--obs-ids", "1000"])
 
 
-@pytest.mark.parametrize("flag", diagnostics.MOVED)
-def test_flags_that_moved(flag):
-    with pytest.raises(UserError, match=f"--{flag} is gone: .* read by python read.py"):
-        diagnostics.main(["--checkpoint-path", "mws_20", f"--{flag}=1"])
+def test_images_have_moved():
+    with pytest.raises(UserError, match="--images is gone: .* read by python read.py"):
+        diagnostics.main(["--checkpoint-path", "mws_20", "--images=x.png", "--examples=9"])
 
 
 def count_figures():
@@ -209,10 +208,10 @@ def test_learns_real_characters(omniglot, folder):  # noqa: F811
     flags = [*flags.split(), *"--num-particles 2 --memory-size 2 --no-compile --data-location".split(), location]
     main.main(flags)
     name = util.get_path_base(main.parse_args(flags))
-    checkpoint = util.load_checkpoint(checkpoints.find(name))
+    checkpoint = checkpoints.load(checkpoints.find(name))
     loss = checkpoint["statistics"]["train"]["theta_loss"]
     assert loss[:5].mean() - loss[-5:].mean() > 20
-    subject = diagnostics.TrainedModel(name, checkpoints.get_path(name), checkpoint, data.load(location, False, 50))
+    subject = diagnostics.TrainedModel(name, checkpoint, data.load(location, False, 50))
     obs_id = torch.arange(50)
     obs = subject.get_images(obs_id)[0]
     probs = drawings.draw(subject.generative_model, subject.reconstruct(obs_id), 28)

@@ -316,14 +316,18 @@ def test_an_evaluation_in_progress_is_not_replaced_by_another(model, monkeypatch
     assert_same(resumed["log_p_by_image"], load(model, "rws")["log_p_by_image"])
 
 
-def test_leads_are_paired_over_images():
-    """The best model's, with the interval of Student's t: 2 ± 4.303 * 1 / sqrt(3) for differences of 1, 2 and 3"""
-    runs = []
-    for name, bounds in {"mws_5": [-3, -1, -5], "mws_5_seed=1": [-1, 1, -3], "rws_5": [-3, -2, -7], "own": None}.items():
-        bounds = None if bounds is None else torch.tensor(bounds, dtype=torch.double)
-        runs.append(get_fake_run(name, "cc", -140.0)._replace(bound_by_image=bounds))
+def test_leads_are_paired_over_images(capsys):
+    """The best model's, with the interval of Student's t: 2 ± 4.303 * 1 / sqrt(3) for differences of 1, 2 and 3; of the seeds
+    that were evaluated alike"""
+    runs, bounds = [], {"mws_5": [-3, -1, -5], "mws_5_seed=1": [-1, 1, -3], "mws_5_seed=2": [9, 9, 9], "rws_5": [-3, -2, -7]}
+    for name, bound in {**bounds, "own": None}.items():
+        bound = None if bound is None else torch.tensor(bound, dtype=torch.double)
+        runs.append(get_fake_run(name, "cc", -140.0)._replace(bound_by_image=bound))
+    runs[2] = runs[2]._replace(work="mws, less")
+    (models,) = report.group(runs).values()
     lines = ["mws_5 is 2.0 nats per image ahead of rws_5; 95 % interval over images -0.5 to 4.5; 2 and 1 seeds"]
-    assert report.describe_leads(runs) == lines
+    assert report.describe_leads(models) == lines
+    assert "mws_5_seed=2 is left out of its row: it was evaluated by mws, less, the others by mws" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ memoised evaluation
@@ -483,7 +487,7 @@ def test_different_images_share_no_row_and_no_table(monkeypatch, capsys, folder)
     runs = [get_fake_run("mws_5", "aa", -100.0, "training"), get_fake_run("mws_5_seed=1", "bb", -130.0)]
     runs += [get_fake_run("mws_5_seed=2", "cc", -140.0, search_error=(0.25, 1.0)), get_fake_run("rws_5", "cc", -150.0)]
     runs += [get_fake_run("mws_5_seed=3", "cc", -142.0, search_error=(0.75, 2.0))]
-    rows = report.get_rows(runs)
+    rows = [report.get_row(*model) for models in report.group(runs).values() for model in models.items()]
     assert [(row["model"], row["fingerprint"][:2], row["mws"], row["seeds"]) for row in rows] == [
         ("mws_5", "cc", -141.0, 2), ("rws_5", "cc", -150.0, 1), ("mws_5", "bb", -130.0, 1), ("mws_5", "aa", -100.0, 1),
     ]  # fmt: skip
@@ -499,26 +503,27 @@ def test_different_images_share_no_row_and_no_table(monkeypatch, capsys, folder)
     assert re.search(r"^mws_5 .* 0.50 +1.50$", tables[0], re.M) and re.search(r"^rws_5 .* missing$", tables[0], re.M)
 
 
-def test_only_comparable_evaluations_share_a_row():
-    def get_result(model, num_particles, algorithm="rws"):
+def test_only_comparable_evaluations_share_a_row(capsys):
+    def get_result(model, num_particles, algorithm):
         settings = dict.fromkeys(report.EFFORT, 1) | dict(model=model, num_particles=num_particles, algorithm=algorithm)
-        return dict(settings=settings, model_iteration=7)
+        return dict(settings={**settings, "mode": "test"}, model_iteration=7)
 
-    results = dict(sleep=get_result("a", 10), rws=get_result("b", 100), vimco=get_result("b", 100))
-    assert report.choose_comparable(results).keys() == {"rws", "vimco"}
-    results["rws"] = get_result("a", 100)
-    results["vimco"] = get_result("b", 200)
-    shown = report.choose_comparable(results)
-    assert shown.keys() == {"vimco"}
-    differences = report.describe_differences(results["sleep"]["settings"], shown["vimco"]["settings"])
-    assert differences == "model is a, not b, num-particles is 10, not 200"
-    for algorithm in ("own", "mws"):  # whose effort is not that of a training
-        results[algorithm] = get_result("b", 7, algorithm)
-    assert report.choose_comparable(results).keys() == {"vimco", "own", "mws"}
-    own = get_result("a", 7, "own")["settings"]
-    assert report.describe_differences(own, shown["vimco"]["settings"]) == "model is a, not b"
-    alone = {name: results[name] for name in ("own", "mws")}
-    assert report.choose_comparable(alone).keys() == {"own", "mws"}
+    def choose(**results):
+        """Returns: those that share a row; the reasons why others are left out"""
+        shown = report.choose_comparable("run", {name: get_result(*about, name) for name, about in results.items()})
+        return list(shown), re.findall(r"its (.*); eval_logp.py --force repeats it\n", capsys.readouterr().err)
+
+    assert choose(sleep=("a", 10), rws=("b", 100), vimco=("b", 100)) == (
+        ["rws", "vimco"],
+        ["model is a, not b, num-particles is 10, not 100"],
+    )
+    others = dict(mws=("b", 7), own=("b", 7))  # whose effort is not that of a training
+    assert choose(**others) == (["own", "mws"], [])
+    assert choose(**others, rws=("b", 100), vimco=("b", 200)) == (
+        ["vimco", "own", "mws"],
+        ["num-particles is 100, not 200"],
+    )
+    assert choose(own=("a", 7), vimco=("b", 200)) == (["vimco"], ["model is a, not b"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.pt")), ids=lambda path: path.stem)
