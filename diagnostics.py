@@ -31,6 +31,7 @@ from runs import checkpoints
 from util import UserError
 
 NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames in reconstructions.gif
+MOVED = "images as-is examples vary vary-strokes no-refit num-particles num-best num-rounds num-mutants".split()  # to read.py
 STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # that each frame of an animation is shown
 
 # ------------------------------------------------------------------ files
@@ -255,8 +256,10 @@ def draw_all(args, load_data):
 
 
 def main(argv=None):
-    if any(word.split("=")[0] == "--images" for word in (sys.argv[1:] if argv is None else argv)):
-        raise UserError("--images is gone: characters of your own are read by python read.py my/*.png; see its --help")
+    flags = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+    moved = [flag for flag in flags if flag.startswith("--") and flag[2:] in MOVED]
+    if moved:
+        raise UserError(f"{moved[0]} is gone: characters of your own are read by python read.py my/*.png; see its --help")
     args, load_data = get_parser().parse_args(argv), functools.cache(data.load_and_tell)
     if args.checkpoint_path is None:
         draw_all(args, load_data)

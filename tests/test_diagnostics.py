@@ -127,9 +127,10 @@ def test_vectors(folder):  # noqa: F811
         diagnostics.main([*flags, "--obs-ids", "1000"])
 
 
-def test_images_have_moved():
-    with pytest.raises(UserError, match="--images is gone: .* read by python read.py"):
-        diagnostics.main(["--checkpoint-path", "mws_20", "--images=x.png", "--examples=9"])
+@pytest.mark.parametrize("flags", [["--images=x.png", "--examples=9"], ["--no-refit"]])
+def test_flags_that_moved(flags):
+    with pytest.raises(UserError, match=f"{flags[0].split('=')[0]} is gone: .* read by python read.py"):
+        diagnostics.main(["--checkpoint-path", "mws_20", *flags])
 
 
 def count_figures():
