@@ -81,6 +81,39 @@ def test_mutants_are_programs(num_primitives, num_arcs):
     assert (mutants[:, 0] % 2 == 0).all() and (num_arcs == 1 or len(mutants.unique(dim=0)) > 300)
 
 
+def test_crossing_joins_programs_where_they_meet():
+    model = models.GenerativeModel(num_primitives=10, num_arcs=6)
+    library = search.get_library(model.get_primitives())
+    codes, other = search.pack(model.sample_latent(400)), search.pack(model.sample_latent(400))
+    children = search._cross(codes, other, library)
+
+    def get_end(program):
+        return library.offset[program // 2].sum(0)
+
+    jumps = []
+    for child, first, second in zip(children, codes, other, strict=True):
+        joined = {
+            (i, j): torch.cat([first[:i], second[j:], child[6 - j + i :]]) for i in range(1, 6) for j in range(i, 6)
+        }  # the rest is invisible
+        places = [place for place, program in joined.items() if torch.equal(program, child)]
+        assert places and (child[6 - min(j - i for i, j in places) :] % 2 == 0).all()
+        jumps.append(min((get_end(first[:i]) - get_end(second[:j])).norm() for i, j in places))
+    anywhere = (library.offset[codes[:, :3] // 2].sum(1) - library.offset[other[:, :3] // 2].sum(1)).norm(dim=1)
+    assert torch.stack(jumps).mean() < 0.7 * anywhere.mean()
+
+
+def test_of_programs_alike_in_a_beam_only_one_goes_on():
+    """With two copies of each primitive, no two beginnings differ in the copy alone"""
+    model = models.GenerativeModel(num_primitives=6, num_arcs=4)
+    for name in ("pre_dxdy", "pre_theta"):
+        parameter = getattr(model, name).data
+        parameter[3:] = parameter[:3]
+    _, obs = model.sample(1)
+    programs = search.grow(search.Image(model, obs[0]), torch.empty(1, 0, dtype=torch.long), torch.tensor([0, 1]), 60)
+    beginnings = programs[:, :3].unique(dim=0)
+    assert len(beginnings) > 15 and len((beginnings % 6).unique(dim=0)) == len(beginnings)
+
+
 # ------------------------------------------------------------------ characters on a page
 
 
