@@ -256,11 +256,7 @@ def draw_all(args, load_data):
 
 
 def main(argv=None):
-    flags = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
-    moved = [flag for flag in flags if flag.startswith("--") and flag[2:] in MOVED]
-    if moved:
-        raise UserError(f"{moved[0]} is gone: characters of your own are read by python read.py my/*.png; see its --help")
-    args, load_data = get_parser().parse_args(argv), functools.cache(data.load_and_tell)
+    args, load_data = parse_args(argv), functools.cache(data.load_and_tell)
     if args.checkpoint_path is None:
         draw_all(args, load_data)
     else:
@@ -289,6 +285,15 @@ def get_parser():
     add("--resolution", "side of a drawing in pixels", type=util.in_range(int, 8, 1024), default=28)
     add("--svg", "also write each reconstruction as SVG, with its program as JSON", action="store_true")
     return parser
+
+
+def parse_args(argv=None):
+    """Raises: UserError if arguments are out of range, or have moved to read.py"""
+    flags = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+    moved = [flag for flag in flags if flag.startswith("--") and flag[2:] in MOVED]
+    if moved:
+        raise UserError(f"{moved[0]} is gone: characters of your own are read by python read.py my/*.png; see its --help")
+    return get_parser().parse_args(argv)
 
 
 if __name__ == "__main__":
