@@ -135,9 +135,7 @@ def draw_reconstructions(trained, args):
         map_id, _ = drawings.get_maps(trained.generative_model, latent, obs)
         for i, name in enumerate(obs_id.tolist()):
             program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
-            text = drawings.to_json(program, iteration=trained.iteration, obs_id=name, log_joint=log_joint[i])
-            util.write(folder / f"{name}.svg", drawings.to_svg(program).encode())
-            util.write(folder / f"{name}.json", text.encode())
+            drawings.save_program(folder / str(name), program, iteration=trained.iteration, obs_id=name, log_joint=log_joint[i])
     return obs_id, drawings.resize(obs, args.resolution), stages
 
 

@@ -82,12 +82,6 @@ def get_strokes(reading, i):
     return program
 
 
-def save_program(path, program, **details):
-    """Writes <path>.svg and <path>.json of a program from drawings.get_program"""
-    util.write(path.with_name(f"{path.name}.svg"), drawings.to_svg(program).encode())
-    util.write(path.with_name(f"{path.name}.json"), drawings.to_json(program, **details).encode())
-
-
 # ------------------------------------------------------------------ programs of fixed strokes
 
 
@@ -100,7 +94,9 @@ def save_searched(model, network, found, folder, title):
     for i, name in enumerate(found.names):
         program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
         details = {} if alphabets[i] is None else {"alphabet": alphabets[i].argmax().item()}
-        save_program(folder / f"{name}-program", program, image=found.files[i], log_joint=log_joint[i].item(), **details)
+        drawings.save_program(
+            folder / f"{name}-program", program, image=found.files[i], log_joint=log_joint[i].item(), **details
+        )
     stages = drawings.draw_stages(drawing, RESOLUTION)
     seen = drawings.draw_parts(drawing, drawing.on.unsqueeze(1), RESOLUTION)[:, 0]
     labels = [f"{name}\n{score:.0f} nats" for name, score in zip(found.names, log_joint.tolist(), strict=True)]
@@ -126,7 +122,7 @@ def main(argv=None):
         reading = characters.read(model, found, bar.update)
     for i, (stem, file) in enumerate(zip(found.names, found.files, strict=True)):
         details = dict(image=file, model=name, log_likelihood=reading.log_likelihood[i].item())
-        save_program(folder / stem, get_strokes(reading, i), deviation=reading.deviation[i].sum().item(), **details)
+        drawings.save_program(folder / stem, get_strokes(reading, i), deviation=reading.deviation[i].sum().item(), **details)
         print(f"{file}: {int(reading.drawing.on[i].sum())} strokes: {folder / stem}.svg, {stem}.json")
     title = f"strokes of {name}'s library, varied to lie on the ink"
     title += "\nlog p(x | strokes): the ink under them; deviation: theirs from the library, nats"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import rendering
+import util
 from reading import variation
 
 PIXELS_AT_ONCE = 64 * 28 * 28
@@ -218,6 +219,7 @@ def to_svg(program):
     return "\n".join([*lines, *["</g>"] * bool(transform), "</svg>"]) + "\n"
 
 
-def to_json(program, **details):
-    """The text of a JSON file for a program and what else is known about it"""
-    return json.dumps({**details, **program}, indent=1) + "\n"
+def save_program(path, program, **details):
+    """Writes <path>.svg, and <path>.json with what else is known about a program from `get_program`"""
+    util.write(path.with_name(f"{path.name}.svg"), to_svg(program).encode())
+    util.write(path.with_name(f"{path.name}.json"), (json.dumps({**details, **program}, indent=1) + "\n").encode())
