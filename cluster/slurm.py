@@ -361,9 +361,9 @@ def get_command(listing, task):
 def get_job_end(number):
     """When a job must end, in seconds since the epoch; infinity if Slurm does not say. Slurm sets it in the job's environment;
     versions before 23 have to be asked"""
-    if os.environ.get("SLURM_JOB_END_TIME"):
-        return float(os.environ["SLURM_JOB_END_TIME"])
     with contextlib.suppress(UserError, KeyError, ValueError):
+        if os.environ.get("SLURM_JOB_END_TIME"):
+            return float(os.environ["SLURM_JOB_END_TIME"])
         return datetime.datetime.fromisoformat(get_record(number)["EndTime"]).timestamp()
     return math.inf
 

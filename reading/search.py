@@ -5,8 +5,8 @@ primitives, through another affine map. `find` therefore begins with programs fr
 of maps, each of whose steps scores all primitives that the prior expects as the next stroke; an evolutionary search mutates
 and crosses them, as a temperature falls; their beginnings are continued by beam search once more; and a second evolutionary
 search polishes the result. Most scores along the way are of a few maps alone, which is a lower bound in a fraction of the time.
-A pixel of ink that is not drawn costs 14 nats: a beam search takes it as cheap, or else it would prefer whatever draws most
-soonest to what draws well.
+A pixel of ink that is not drawn costs 14 nats; beam searches take it as cheap, or else they would prefer programs that cover
+much ink with few strokes to programs that draw it well.
 
     latent, log_joint = search.find(generative_model, obs)
 """
@@ -45,7 +45,7 @@ NUM_EXPECTED = 24  # primitives that a beam search tries as the next stroke; the
 MAPS_PER_GROUP = 4  # seen by a beam search
 BEAM_TEMPERATURE = 2.0  # nats
 BEAM_FLOOR = -2.0  # logit of paper in a beam search: ink that is not drawn yet costs 2 nats a pixel instead of 14
-CELL, BUCKET = 1.5 / 28, 3.0  # what a beam search takes for the same place (of the page), and for the same ink (nats)
+CELL, BUCKET = 1.5 / 28, 3.0  # how far apart a beam search tells places (of the page), and log likelihoods (nats)
 UP_SHARE = 0.25  # of a beam's programs that lift the pen, which is worth its price only one stroke later
 HOT, COLD = 12.0, 3.0  # nats: temperatures at which evolutionary searches begin
 NUM_MAPS = 8  # seen by an evolutionary search
@@ -183,12 +183,12 @@ def grow(image, beginning, map_id, width):
     for length in range(beginning.shape[1], image.model.num_arcs):
         codes, *scores = image.score_next(beginning, log_prior, log_likelihood, map_id)  # each [N, J, 2]
         noisy = add_gumbel_noise(sum(scores), BEAM_TEMPERATURE)
-        alike = get_likeness(image, beginning, codes, scores[1])  # [N * J, 2, 3]
         num_up, chosen = round(UP_SHARE * width) if length > 0 else width, []
         for on, num in enumerate([num_up, width - num_up]):
             best = noisy[..., on].flatten().argsort(descending=True)
             if length < image.model.num_arcs - 1:
-                best = best[find_first(alike[best, on])]
+                likeness = get_likeness(image, beginning, codes[..., on], scores[1][..., on])
+                best = best[find_first(likeness[best])]
             chosen.append(2 * best[:num] + on)  # among N * J * 2
         chosen = torch.cat(chosen)
         parents = beginning[chosen // codes[0].numel()]
@@ -198,11 +198,12 @@ def grow(image, beginning, map_id, width):
 
 
 def get_likeness(image, beginning, codes, log_likelihood):
-    """What tells programs apart in a beam: where they lead, and how well they explain the image. beginning [N, k]; codes and
-    log_likelihood of their next strokes [N, J, 2] -> whole numbers [N * J, 2, 3]"""
+    """What tells programs apart in a beam: where the pen is, and how well they explain the image. Args: beginning [N, k]; codes
+    and log_likelihood of their next strokes [N, J]. Returns: [N * J, 3], whole numbers that are equal for programs that are
+    alike"""
     offset = image.library.offset
-    place = offset[beginning // 2].sum(1)[:, None, None] + offset[codes // 2]  # [N, J, 2, 2]
-    return torch.cat([place / CELL, log_likelihood.unsqueeze(3) / BUCKET], 3).round().long().flatten(0, 1)
+    place = offset[beginning // 2].sum(1).unsqueeze(1) + offset[codes // 2]  # [N, J, 2]
+    return torch.cat([place / CELL, log_likelihood.unsqueeze(2) / BUCKET], 2).round().long().flatten(0, 1)
 
 
 def regrow(image, codes, width):
@@ -363,7 +364,8 @@ def _swap(codes, other, library):
 
 
 def _cross(codes, other, library):
-    """Joins the beginning of one program to the end of another, where it is about as far; invisible strokes fill the rest"""
+    """Joins the beginning of one program to the end of another where both are at about the same place; invisible strokes fill
+    the rest"""
     num_arcs = codes.shape[1]
     place, other_place = (F.pad(library.offset[some // 2].cumsum(1), (0, 0, 1, 0)) for some in (codes, other))  # [N, A + 1, 2]
     distance = torch.cdist(place, other_place).square() + 1e-4  # [N, A + 1, A + 1], after i and j strokes
