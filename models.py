@@ -426,6 +426,8 @@ class GenerativeModel(nn.Module):
         primitives = self.get_primitives()  # [K, 5]
         end = 0.5 + look_up(primitives, beginning[..., 0])[..., :2].sum(1, keepdim=True)  # [N, 1, 2]
         more = torch.cat([end.expand(*primitive_id.shape, 2), look_up(primitives, primitive_id)], 2)  # [N, J, 7]
+        # Invisible strokes fill the rest, so that one compiled kernel serves all lengths
+        beginning = F.pad(beginning, (0, 0, 0, self.num_arcs - beginning.shape[1]))  # [N, A, 2]
         return rendering.get_logits_with_one_more(
             self.get_arcs(beginning), beginning[..., 1], more, self.get_rendering_params(), self.num_rows, self.num_cols
         )

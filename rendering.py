@@ -130,10 +130,15 @@ def _draw(constants, on, x, y, rendering_params):
 
 def _draw_ink(constants, on, x, y, rendering_params):
     """As _draw without arc_id, in less time: [B, R * C]"""
+    strongest = _get_strongest(constants, on, x, y)
+    return _get_ink_logits(strongest, strongest != -math.inf, rendering_params)
+
+
+def _get_strongest(constants, on, x, y):
+    """The exponent of the strongest arc that is on, -inf where none is: [B, R * C]; arguments as for _draw"""
     arcs = zip(constants.unbind(1), on.unbind(1), strict=True)  # unrolled, so that no pixel is written more than once
     exponents = [get_exponent(x, y, c.unsqueeze(-1).unbind(1)).masked_fill(~o.unsqueeze(-1), -math.inf) for c, o in arcs]
-    strongest = functools.reduce(torch.maximum, exponents)  # [B, R * C]
-    return _get_ink_logits(strongest, strongest != -math.inf, rendering_params)
+    return functools.reduce(torch.maximum, exponents)
 
 
 def _draw_one_more(constants, strongest, x, y, rendering_params):
@@ -223,17 +228,19 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
 def get_logits_with_one_more(arcs, on_offs, more, rendering_params, num_rows, num_cols):
     """As `get_logits`, for drawings that continue by one of K arcs, in the time of drawing these alone.
 
-    Args: arcs [B, A, 7], on_offs [B, A]: what has been drawn (A may be 0); more [B, K, 7]
+    Args: arcs [B, A, 7], on_offs [B, A]: what has been drawn; more [B, K, 7]
     Returns: logits [B, K, R, C]
     """
     if kernels.compiled and len(more) == 1:
         arguments = (torch.cat([x, x]) for x in (arcs, on_offs, more))
         return get_logits_with_one_more(*arguments, rendering_params, num_rows, num_cols)[:1]
     x, y = get_pixel_centres(num_rows, num_cols, more)
-    exponent = get_exponent(x, y, get_arc_constants(arcs).unsqueeze(-1).unbind(-2))  # [B, A, R * C]
-    exponent = exponent.masked_fill((on_offs == 0).unsqueeze(-1), -math.inf)
-    strongest = F.pad(exponent, (0, 0, 0, 1), value=-math.inf).amax(1)  # [B, R * C]
-    batched, size = (get_arc_constants(more), strongest), max(_get_chunk_size(more.device) // more.shape[1], 2)
+    drawn, size = (get_arc_constants(arcs), on_offs != 0), _get_chunk_size(more.device)
+    if arcs.shape[1] <= MOST_UNROLLED:
+        strongest = _run_in_chunks(_get_strongest, drawn, (x, y), size)  # [B, R * C]
+    else:
+        strongest = _get_strongest(*drawn, x, y)
+    batched, size = (get_arc_constants(more), strongest), max(size // more.shape[1], 2)
     logits = _run_in_chunks(_draw_one_more, batched, (x, y, rendering_params), size)  # [B, K, R * C]
     return logits.unflatten(-1, (num_rows, num_cols))
 
@@ -460,7 +467,7 @@ def _try_kernels():
     get_logits(arcs.detach(), torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)
 
 
-FULLY_FUSED = [_draw, _draw_ink, _draw_one_more, _log_prob_by_map, _differentiate_by_map]
+FULLY_FUSED = [_draw, _draw_ink, _get_strongest, _draw_one_more, _log_prob_by_map, _differentiate_by_map]
 
 
 @functools.cache  # turned off and on again, nothing is compiled again

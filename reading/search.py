@@ -256,7 +256,7 @@ def add_gumbel_noise(scores, temperature):
 
 def find_first(codes):
     """Indices of the rows of codes [N, k] that equal no earlier one, in order"""
-    distinct, inverse = codes.unique(dim=0, return_inverse=True)
+    distinct, inverse = scoring.get_hash(codes, obs_id=0).unique(return_inverse=True)
     place = torch.arange(len(codes), device=codes.device)
     first = torch.full_like(place[: len(distinct)], len(codes)).scatter_reduce(0, inverse, place, "amin")
     return first.sort().values
