@@ -506,7 +506,7 @@ def get_choices(args):
     """What a result depends on besides the model and the images, as plain values"""
     choices = {name: getattr(args, name) for name in CHOICES}
     if args.algorithm == "mws":
-        choices |= {name: getattr(args, name) for name in ("memory_size", "effort")}
+        choices |= {"memory_size": args.memory_size, "effort": args.effort, "search": search.VERSION}
     return choices | ({"num_dreams": get_num_dreams(args)} if args.algorithm == "sleep" else {})
 
 

@@ -22,6 +22,8 @@ import scoring
 from models import pack, unpack
 from util import show_progress
 
+VERSION = 2  # to be raised when searches find other programs: reports do not average evaluations by different ones
+
 
 class Effort(NamedTuple):
     """How long a search goes on. The default takes 10 to 15 seconds an image on one core."""

@@ -30,7 +30,9 @@ WORK_BY_ALGORITHM = {
     "rws": [WORK],
     "vimco": [WORK],
     "own": ["own network {test_num_particles} particles"],
-    "mws": ["mws {num_iterations} iterations, {test_num_particles} particles"],
+    "mws": [
+        "mws {num_iterations} iterations, {test_num_particles} particles, {memory_size} programs of search {search}, effort {effort:g}"
+    ],
 }
 PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)] + ["a_mws_40"]
 
@@ -95,7 +97,11 @@ def make_run(name, images, results):
     estimates = {algorithm: (result["log_p"], result["standard_error"]) for algorithm, result in shown.items()}
     estimates["best"] = max(estimates.values())
     estimates["enumeration bound"] = bound.mean().item(), get_standard_error(bound.tolist())
-    work = [text.format(**result["settings"]) for algorithm, result in shown.items() for text in WORK_BY_ALGORITHM[algorithm]]
+    work = [
+        text.format(**{"search": 1, **result["settings"]})  # the first version of the search had no number
+        for algorithm, result in shown.items()
+        for text in WORK_BY_ALGORITHM[algorithm]
+    ]
     return Run(
         name,
         first["model_settings"],

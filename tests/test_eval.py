@@ -27,6 +27,7 @@ import scoring
 import sweep
 import util
 from cluster import tasks
+from reading import search
 from results import report
 from runs import checkpoints, convert
 from util import UserError
@@ -352,6 +353,21 @@ def test_memoised_evaluation_of_an_enumerable_model(model, memory_size, num_thre
     assert result["log_p"] == pytest.approx(exact.mean().item(), abs=0.02)
     torch.testing.assert_close(result["log_p_by_half"], exact.expand(2, -1), atol=0.3, rtol=0)
     assert not list((util.SAVE / model / "logp/checkpoints").glob("*.pt"))
+
+
+def test_evaluations_by_other_searches_share_no_row(model, monkeypatch):
+    """Nor those of other efforts; results of a search without a number are of the first"""
+    flags, path = [*MWS, "--test-num-particles", "1"], util.SAVE / model
+    evaluate(model, "mws", *flags, num_iterations=0)
+    (run,) = report.read_runs(path)
+    assert run.work == f"mws 0 iterations, 1 particles, 8 programs of search {search.VERSION}, effort 0.02"
+    monkeypatch.setattr(search, "VERSION", 99)
+    with pytest.raises(UserError, match=r"effort is 0\.02 there and 0\.03 here, search is \d there and 99 here; --force"):
+        evaluate(model, "mws", *flags, "--effort", "0.03", num_iterations=0)
+    first = load(model, "mws")
+    del first["settings"]["search"]
+    monkeypatch.setattr(report, "load_results", lambda paths: [first])
+    assert "8 programs of search 1, effort 0.02" in report.read_runs(path)[0].work
 
 
 def test_the_mixture_of_both_networks_estimates_what_neither_alone_can(monkeypatch):
