@@ -177,7 +177,7 @@ def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     add = parser.add
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one", default=MODEL)
-    add("--data-location", "known characters, as for main.py", default="local")
+    add("--data-location", "known characters, as for main.py", type=util.to_location, default="local")
     add("--host", "address to listen on; 0.0.0.0: any of this machine's", default="127.0.0.1")
     add("--port", "to listen on", type=util.in_range(int, 0, 65535), default=7860)
     add("--share", "also open the page to the internet, through gradio.live", action="store_true")

@@ -271,7 +271,7 @@ def get_parser():
     add, positive, natural = parser.add, util.in_range(int, 1), util.in_range(int, 0)
     parser.start_group("what to draw")
     add("--checkpoint-path", "a checkpoint, or a run's folder or name (default: every run in save/)")
-    add("--data-location", "as for main.py (default: where each model was trained)", default=None)
+    add("--data-location", "as for main.py (default: where each model was trained)", type=util.to_location, default=None)
     add("--loss-only", "draw only losses.pdf", action="store_true")
     add("--num-reconstructions", "number of training images", type=positive, default=100)
     add("--num-prior-samples", "number of samples from the prior", type=positive, default=100)

@@ -52,9 +52,13 @@ LEARNING_RATE = 1e-3
 DEFAULTS = {  # by algorithm, where they differ; the first are the paper's
     "num_particles": (100, {"mws": 10}),
     "num_iterations": (20000, {"mws": 1000, "own": 0}),
+    "batch_size": (50, {}),
+    "lstm_hidden_size": (128, {}),
     "test_batch_size": (1, {"own": 10}),
     "test_num_particles": (5000, {"own": 1000}),
 }
+# What changes nothing keeps its default, and so makes no other evaluation
+UNUSED = {"own": ["num_particles", "num_iterations", "batch_size", "lstm_hidden_size"], "mws": ["test_batch_size"]}
 # Memoised evaluation
 LEARNING_RATES = 5e-3, 1e-4  # the first and the last
 NUM_HALVES = 2
@@ -355,7 +359,9 @@ def get_half(args, half):
 def run_in_background(num_threads, args, *what):
     """Runs a half in a process of its own, which ends with this one; the others as for `run_one`. Returns: the process"""
     process = multiprocessing.get_context("spawn").Process(target=_run_half, args=(num_threads, args, *what), daemon=True)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which it inherits: Ctrl-C reaches it through this process alone
     process.start()
+    signal.signal(signal.SIGINT, handler)
     return process
 
 
@@ -381,7 +387,7 @@ def evaluate(args):
     checkpoint_path = checkpoints.find(args.checkpoint_path)
     checkpoint = checkpoints.load(checkpoint_path, util.get_device(args.cuda))
     name = checkpoints.get_run_name(checkpoint_path, checkpoint["args"])
-    path = util.SAVE / name / "logp" / f"{args.mode}_{args.algorithm}.pt"
+    path = util.SAVE / name / "logp" / report.get_file_name(vars(args))
     with StopSignal() as stop:
         status = evaluate_checkpoint(args, checkpoint, name, path, stop)
     if status == 0:
@@ -616,14 +622,14 @@ def get_parser():
     add("--mode", mode, choices=["test", "train"], default=None)
     add("--images", "the first --num-data images, or evenly spread ones", choices=["first", "spread"], default="first")
     add("--every-checkpoint", "evaluate each of a run's milestones; writes a CSV and a figure (own)", action="store_true")
-    add("--data-location", "as for main.py (default: where the model was trained)", default=None)
+    add("--data-location", "as for main.py (default: where the model was trained)", type=util.to_location, default=None)
     add("--num-data", "number of images", type=positive, default=50)
     particles = "particles per image in training; mws: proposals, and programs drawn from the memory"
     add("--num-particles", particles + describe_default("num_particles"), type=positive, default=None)
     iterations = "iterations of training" + describe_default("num_iterations")
     add("--num-iterations", iterations, type=util.in_range(int, 0))
-    add("--batch-size", "images per step of training", type=positive, default=50)
-    add("--lstm-hidden-size", "hidden units of the new network's LSTM", type=positive, default=128)
+    add("--batch-size", "images per step of training" + describe_default("batch_size"), type=positive)
+    add("--lstm-hidden-size", "hidden units of the new network's LSTM" + describe_default("lstm_hidden_size"), type=positive)
     add("--test-batch-size", "images per step of the estimate" + describe_default("test_batch_size"), type=positive)
     particles = "particles per image in the estimate" + describe_default("test_num_particles")
     add("--test-num-particles", particles, type=positive)
@@ -653,17 +659,15 @@ def describe_default(name):
 def parse_args(argv=None):
     """Raises: UserError if arguments are out of range or something is missing"""
     args = get_parser().parse_args(argv)
-    if not args.report and args.checkpoint_path is None:
-        raise UserError("give --checkpoint-path, the model to evaluate, or --report")
+    if args.report == (args.checkpoint_path is not None):
+        raise UserError("give either --checkpoint-path, the model to evaluate, or --report, of all evaluations")
     if args.mode is None and not args.report:
         args.mode = "test"
     if args.every_checkpoint and args.algorithm != "own":
         raise UserError("--every-checkpoint is for --algorithm own; the others would take hours")
     for name, (default, others) in DEFAULTS.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None or name in UNUSED.get(args.algorithm, []):
             setattr(args, name, others.get(args.algorithm, default))
-    if args.algorithm == "own":
-        args.num_iterations = 0
     if args.algorithm == "vimco" and args.num_particles < 2:
         raise UserError("--algorithm vimco needs --num-particles of at least 2")
     if args.compile is None:

@@ -127,8 +127,11 @@ def choose_tasks(args, queue=()):
             print(f"{task}: in the queue already, as job {numbers[task.key]}")
         elif task.kind != "train" and not training.done and (task.model, "train") not in numbers:
             print(f"{task}: skipped, its model is not trained yet ({training.iteration} of {task.total} iterations)")
+        elif progress.others and "--force" not in task.flags:
+            path = task.get_evaluation_path()
+            print(f"{task}: skipped, {path} is a different evaluation: {progress.others}; --eval-options=--force replaces it")
         else:
-            left.append(task._replace(flags=task.flags + ["--force"] * progress.others))
+            left.append(task._replace(flags=task.flags + ["--force"] * progress.replaces))
     if num_done:
         print(f"{num_done} are complete already")
     return left
@@ -296,11 +299,11 @@ def get_parser():
     add("--models", "only these models, by name (default: all)", nargs="+")
     add("--seeds", "train each model with each of these seeds (default: main.py's)", nargs="+", type=seed)
     add("--test-run", "make everything small, as main.py --test-run does", action=boolean)
-    add("--data-location", "as for main.py (default: main.py's)", default=None)
+    add("--data-location", "as for main.py (default: main.py's)", type=util.to_location, default=None)
     add("--large-conditional", "train the conditional model on the whole data set (a_mws_40_large)", action=boolean)
     add("--eval-logp", "evaluate trained models instead, on test images: a task for each of --eval-algorithms", action=boolean)
     algorithms = "algorithms of eval_logp.py by which to evaluate (default: sleep, rws and vimco)"
-    add("--eval-algorithms", algorithms, nargs="+", choices=eval_logp.ALGORITHMS, default=report.TRAINED)
+    add("--eval-algorithms", algorithms, nargs="+", choices=eval_logp.ALGORITHMS)
     options = 'options of eval_logp.py for all evaluations, as one string: "--mode train" for training images'
     add("--eval-options", options, default="")
     parser.start_group("what to do (default: run them here)")
@@ -342,6 +345,9 @@ def parse_args(argv=None):
     args.settings = argv[cut + 1 :]
     if sum([args.cluster, args.status, args.plot, args.cancel, args.rm]) > 1:
         raise UserError("--cluster, --status, --plot, --cancel and --rm exclude each other; give one")
+    if (args.eval_algorithms or args.eval_options) and not args.eval_logp:
+        raise UserError("--eval-algorithms and --eval-options are for evaluations; give --eval-logp as well")
+    args.eval_algorithms = args.eval_algorithms or report.TRAINED
     if args.wait and not args.cluster:
         raise UserError("--wait is for --cluster; here, a sweep waits anyway")
     if (args.cluster or args.cancel) and not args.dry_run:

@@ -78,7 +78,8 @@ class Progress(NamedTuple):
     steps: int = 0  # steps of any kind, those of pretraining and of searches included
     value: str = ""  # the last loss, or log p
     saved: float | None = None  # when, seconds since the epoch
-    others: bool = False  # whether another evaluation, or one of an older model, would be replaced
+    replaces: bool = False  # whether the evaluation takes the place of another one
+    others: str = ""  # how the settings of that one differ, if it is of the same model
     damage: str = ""  # which checkpoint is damaged, in words
 
 
@@ -110,28 +111,26 @@ def get_training_progress(task):
 def get_evaluation_progress(task):
     """Done means: of the current model, with the settings that the task asks for"""
     total, model_iteration = task.settings["num_iterations"], get_training_progress(task).iteration
-    result = load_saved(task.get_evaluation_path(), checkpoints.RESULT_KEYS)
-    state = load_saved(task.get_state_path(), {"settings", "iteration", "log_p", "num_searched"})
-    if result and is_as_asked(result, task, model_iteration):
-        value, saved = f"{result['log_p']:.2f}", task.get_evaluation_path().stat().st_mtime
-        return Progress(True, total, total, total, value, saved)
-    if state and is_as_asked(state, task, model_iteration):
-        steps, saved = state["iteration"] + len(state["log_p"]) + state["num_searched"], task.get_state_path().stat().st_mtime
-        return Progress(False, state["iteration"], total, steps, saved=saved, others=bool(result))
-    return Progress(False, 0, total, others=bool(result or state))
+    path, state_path = task.get_evaluation_path(), task.get_state_path()
+    result = load_saved(path, checkpoints.RESULT_KEYS)
+    state = load_saved(state_path, {"settings", "iteration", "log_p", "num_searched"})
+    others = ""
+    for saved in [saved for saved in (result, state) if saved and saved["settings"]["model"].endswith(f" {model_iteration}")]:
+        settings = {**saved["settings"], **{name: saved["args"].get(name) for name in CHOICE_OF_IMAGES}}
+        others = util.describe_differences({name: settings.get(name) for name in task.settings}, task.settings)
+        if not others and saved is result:
+            return Progress(True, total, total, total, f"{result['log_p']:.2f}", path.stat().st_mtime)
+        if not others:
+            steps = state["iteration"] + len(state["log_p"]) + state["num_searched"]
+            done = state["iteration"], total, steps
+            return Progress(False, *done, saved=state_path.stat().st_mtime, replaces=result is not None)
+    return Progress(False, 0, total, replaces=bool(result or state), others=others)
 
 
 def load_saved(path, keys):
     """What is saved of an evaluation; None if it is missing or damaged: then it starts over"""
     with contextlib.suppress(UserError):
         return util.load_checkpoint(path, keys=keys)
-
-
-def is_as_asked(saved, task, model_iteration):
-    """Whether what is saved of an evaluation is of this model, and has the settings that a task asks for"""
-    settings = {**saved["settings"], **{name: saved["args"].get(name) for name in CHOICE_OF_IMAGES}}
-    is_of_model = settings["model"].endswith(f" {model_iteration}")
-    return is_of_model and all(settings.get(name) == value for name, value in task.settings.items())
 
 
 def was_stopped(status):

@@ -17,10 +17,12 @@ import models
 import rendering
 import util
 from reading import search
+from results import report
 from runs import checkpoints
 
 NUM_BEST = 200  # programs of an image
 NUM_PROPOSALS = 500
+NUM_RANKS = 5
 
 
 class AveragePrior(nn.Module):
@@ -56,16 +58,16 @@ def describe(bounds, right):
     num_images, num_alphabets = bounds.shape
     of_right = bounds.gather(1, right.unsqueeze(1)).squeeze(1)
     gain = of_right - (bounds.sum(1) - of_right) / (num_alphabets - 1)  # [N]
-    half = 1.96 * gain.std() / math.sqrt(num_images)
-    rank = (bounds > of_right.unsqueeze(1)).sum(1)  # of the right one, from 0
+    half = report.get_half_width(gain)
+    rank, num_best = (bounds > of_right.unsqueeze(1)).sum(1), min(NUM_RANKS, num_alphabets - 1)  # of the right one, from 0
     evidence = of_right - (bounds.logsumexp(1) - math.log(num_alphabets))
     return (
         f"{num_images} unseen images, {num_alphabets} alphabets\n"
         f"log p(x | right alphabet) is {gain.mean():.2f} nats per image above the mean of the wrong ones (95 % interval"
         f" {gain.mean() - half:.2f} to {gain.mean() + half:.2f}), {evidence.mean():.2f} above log p(x) without knowing it\n"
         f"the right alphabet is the most probable one of {int((rank == 0).sum())} images (by chance"
-        f" {num_images / num_alphabets:.0f}), and among the best five of {int((rank < 5).sum())}"
-        f" ({5 * num_images / num_alphabets:.0f})"
+        f" {num_images / num_alphabets:.0f}), and among the best {num_best} of {int((rank < num_best).sum())}"
+        f" ({num_best * num_images / num_alphabets:.0f})"
     )
 
 
@@ -74,7 +76,7 @@ def main():
     parser.add("--checkpoint-path", "a conditional model", required=True)
     parser.add("--num-data", "number of test images, evenly spread", type=util.in_range(int, 2), default=50)
     parser.add("--effort", "as for eval_logp.py", type=util.in_range(float, 0.01), default=0.05)
-    parser.add("--data-location", "as for main.py (default: where the model was trained)", default=None)
+    parser.add("--data-location", "as for main.py (default: where the model was trained)", type=util.to_location, default=None)
     parser.add("--seed", "seed of all random numbers", type=util.in_range(int), default=0)
     args = parser.parse_args()
     checkpoint = checkpoints.load(checkpoints.find(args.checkpoint_path))
@@ -82,7 +84,8 @@ def main():
     if not num_alphabets:
         raise util.UserError(f"{args.checkpoint_path} is not conditional on the alphabet; give one that is")
     images = data.load_for_model(checkpoint, args.data_location).test
-    images = images.select(torch.linspace(0, len(images.obs) - 1, args.num_data).round().long())
+    num_data = min(args.num_data, len(images.obs))
+    images = images.select(torch.linspace(0, len(images.obs) - 1, num_data).round().long())
     model, network = models.from_checkpoint(checkpoint)
     rendering.set_compile(True)
     util.set_seed(args.seed)

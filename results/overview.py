@@ -47,7 +47,8 @@ def describe(name):
         ),
     ]
     for run in report.read_runs(util.SAVE / name)[:1]:
-        log_p = ", ".join(f"{key} {value:.2f}" for key, (value, _) in run.estimates.items())
+        row = report.get_row(run.name, [run])
+        log_p = ", ".join(f"{key} {row[key]:.2f}" for key in report.ESTIMATES if row[key] is not None)
         lines.append(f"log p, {run.images_in_words}: {log_p}")
     return lines
 

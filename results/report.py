@@ -23,16 +23,13 @@ ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
 SEARCH_ERRORS = ["search error", "gain of two"]  # see get_search_error
 # Kinds of images, those to show first at the front, and what the models know of them
 KINDS = {"test": "unseen", "training": "on which the models were trained", "other": "of other data than the models'"}
-EFFORT = ["num_particles", "num_iterations", "batch_size", "test_num_particles"]  # equal for all of TRAINED in a row
-WORK = "{num_iterations} iterations, {num_particles} and {test_num_particles} particles"
+# What an evaluation's numbers depend on besides the model, the images and the seed: those that differ in it are not averaged
+WORK = ["num_iterations", "num_particles", "batch_size", "lstm_hidden_size", "test_num_particles"]
 WORK_BY_ALGORITHM = {
-    "sleep": [WORK, "{num_dreams} samples a step of sleep"],
-    "rws": [WORK],
-    "vimco": [WORK],
-    "own": ["own network {test_num_particles} particles"],
-    "mws": [
-        "mws {num_iterations} iterations, {test_num_particles} particles, {memory_size} programs of search {search}, effort {effort:g}"
-    ],
+    **dict.fromkeys(TRAINED, WORK),
+    "sleep": [*WORK, "num_dreams"],
+    "own": ["test_num_particles"],
+    "mws": [*WORK, "memory_size", "effort", "search"],
 }
 PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)] + ["a_mws_40"]
 
@@ -48,25 +45,26 @@ class Images(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What is known about log p of some images under one trained model, from comparable evaluations"""
+    """What is known about log p of some images under one trained model"""
 
     name: str  # of its folder in save/
     settings: dict  # of its training
     iteration: int
-    estimates: dict  # ESTIMATES, as far as available: (mean over images, its standard error), nats
-    search_error: tuple | None  # see get_search_error
-    work: str  # the evaluations' particles and iterations, in words
     images: Images
     images_in_words: str
-    bound_by_image: torch.Tensor | None = None  # [N], the guaranteed bound, if there is a memoised evaluation
+    estimates: dict  # algorithm: (mean over images, its standard error), nats
+    work: dict  # algorithm: what describe_work says
+    bound: torch.Tensor  # guaranteed, by all programs that any of its evaluations has seen: [N], nats
+    bound_by_search: torch.Tensor | None = None  # [N], by those that the one by mws has seen, if there is one
+    search_error: tuple | None = None  # see get_search_error
 
 
 def load_results(paths):
-    """Loads results of eval_logp.py; warns about those that are damaged, and leaves them out"""
-    results = []
+    """Loads results of eval_logp.py, by path; warns about those that are damaged, and leaves them out"""
+    results = {}
     for path in paths:
         try:
-            results.append(checkpoints.load_result(path))
+            results[path] = checkpoints.load_result(path)
         except UserError as error:
             warn(f"{error}; left out")
     return results
@@ -84,34 +82,36 @@ def get_place(images):
 def read_runs(folder):
     """Reads the evaluations of one run: a Run for each set of images, test images first"""
     by_images = collections.defaultdict(dict)  # images -> algorithm -> result
-    for result in load_results(sorted(folder.glob("logp/[!.]*.pt"))):
-        by_images[get_images(result)][result["settings"]["algorithm"]] = result
+    paths = sorted(folder.glob("logp/[!.]*.pt"))
+    for path, result in load_results(paths).items():
+        name = get_file_name(result["settings"])
+        if path.name == name:
+            by_images[get_images(result)][result["settings"]["algorithm"]] = result
+        else:
+            warn(f"{path} is left out: a result by this name would be {name}")
     return [make_run(folder.name, images, by_images[images]) for images in sorted(by_images, key=get_place)]
+
+
+def get_file_name(settings):
+    """Of the result of an evaluation with these settings, or arguments"""
+    return f"{settings['mode']}_{settings['algorithm']}.pt"
 
 
 def make_run(name, images, results):
     """Makes a Run of evaluations of the same images: algorithm -> result"""
     shown = choose_comparable(name, results)
-    first = next(iter(shown.values()))
-    bound = get_joint_bound(shown.values())
-    estimates = {algorithm: (result["log_p"], result["standard_error"]) for algorithm, result in shown.items()}
-    estimates["best"] = max(estimates.values())
-    estimates["enumeration bound"] = bound.mean().item(), get_standard_error(bound.tolist())
-    work = [
-        text.format(**{"search": 1, **result["settings"]})  # the first version of the search had no number
-        for algorithm, result in shown.items()
-        for text in WORK_BY_ALGORITHM[algorithm]
-    ]
+    first, searched = next(iter(shown.values())), shown.get("mws", {})
     return Run(
         name,
         first["model_settings"],
         first["model_iteration"],
-        estimates,
-        get_search_error(shown.get("mws", {})),
-        ", ".join(dict.fromkeys(work)),
         images,
         describe_images(first),
-        bound if "mws" in shown else None,
+        {algorithm: (result["log_p"], result["standard_error"]) for algorithm, result in shown.items()},
+        {algorithm: describe_work(result["settings"]) for algorithm, result in shown.items()},
+        get_joint_bound(shown.values()),
+        searched.get("enumeration_bound_by_image"),
+        get_search_error(searched),
     )
 
 
@@ -128,13 +128,14 @@ def choose_comparable(name, results):
     best, shown = max(results.values(), key=get_rank)["settings"], {}
     for algorithm in [algorithm for algorithm in ALGORITHMS if algorithm in results]:
         settings = results[algorithm]["settings"]
-        keys = ["model", *EFFORT * (algorithm in TRAINED and best["algorithm"] in TRAINED)]
+        keys = ["model", *WORK * (algorithm in TRAINED and best["algorithm"] in TRAINED)]
         differences = [
             f"{key.replace('_', '-')} is {settings[key]}, not {best[key]}" for key in keys if settings[key] != best[key]
         ]
         if differences:
-            path = f"{settings['mode']}_{algorithm}.pt"
-            warn(f"{name}: {path} is left out: its {', '.join(differences)}; eval_logp.py --force repeats it")
+            warn(
+                f"{name}: {get_file_name(settings)} is left out: its {', '.join(differences)}; eval_logp.py --force repeats it"
+            )
         else:
             shown[algorithm] = results[algorithm]
     return shown
@@ -164,6 +165,11 @@ def get_standard_error(values):
     return (torch.tensor(values, dtype=torch.double).std() / math.sqrt(len(values))).item()
 
 
+def get_half_width(values):
+    """Of the 95 % interval of the mean, by Student's t: [N] -> scalar"""
+    return scipy.special.stdtrit(len(values) - 1, 0.975) * get_standard_error(values.tolist())
+
+
 # ------------------------------------------------------------------ in words
 
 
@@ -179,6 +185,13 @@ def describe(path):
     )
 
 
+def describe_work(settings):
+    """The algorithm of an evaluation, and everything that WORK_BY_ALGORITHM names"""
+    names = WORK_BY_ALGORITHM[settings["algorithm"]]
+    settings = {"search": 1, **settings}  # the first version of the search had no number
+    return f"{settings['algorithm']}: " + ", ".join(f"{name.replace('_', '-')} {settings[name]}" for name in names)
+
+
 def describe_images(result):
     """The images of an evaluation, in words"""
     args, kind, number = result["args"], result["settings"]["kind_of_images"], len(result["log_p_by_image"])
@@ -192,20 +205,23 @@ def describe_images(result):
 
 
 def describe_leads(models):
-    """How far the best model is ahead of each other one, by the guaranteed bounds of memoised evaluations of the same images:
+    """How far the best model is ahead of each other one, by the guaranteed bounds of memoised evaluations with equal settings:
     lines of text. Intervals are paired over images, whose choice moves all models together, and say nothing of other seeds.
-    Args: models: {name: Runs with different seeds}"""
-    found = {name: [run.bound_by_image for run in runs if run.bound_by_image is not None] for name, runs in models.items()}
-    bounds = {name: torch.stack(seeds).mean(0) for name, seeds in found.items() if seeds}  # [N] each
-    names = sorted(bounds, key=lambda name: -bounds[name].mean())
-    lines = []
-    for name in names[1:]:
-        lead = bounds[names[0]] - bounds[name]
-        text = f"{names[0]} is {lead.mean():.1f} nats per image ahead of {name}"
-        if len(lead) > 1:
-            half = scipy.special.stdtrit(len(lead) - 1, 0.975) * get_standard_error(lead.tolist())
-            text += f"; 95 % interval over images {lead.mean() - half:.1f} to {lead.mean() + half:.1f}"
-        lines.append(f"{text}; {len(found[names[0]])} and {len(found[name])} seeds")
+    Args: models: {name: Runs with different seeds}, of the same images"""
+    searched, lines = collections.defaultdict(dict), []  # what describe_work says -> {name: bounds [S, N]}
+    for name, runs in models.items():
+        for run in [run for run in runs if run.bound_by_search is not None]:
+            searched[run.work["mws"]].setdefault(name, []).append(run.bound_by_search)
+    for found in searched.values():
+        bounds = {name: torch.stack(seeds).mean(0) for name, seeds in found.items()}  # [N] each
+        best, *others = sorted(bounds, key=lambda name: -bounds[name].mean())
+        for name in others:
+            lead = bounds[best] - bounds[name]
+            text = f"{best} is {lead.mean():.1f} nats per image ahead of {name}"
+            if len(lead) > 1:
+                half = get_half_width(lead)
+                text += f"; 95 % interval over images {lead.mean() - half:.1f} to {lead.mean() + half:.1f}"
+            lines.append(f"{text}; {len(found[best])} and {len(found[name])} seeds")
     return lines
 
 
@@ -237,11 +253,16 @@ def group(runs):
 
 
 def choose_seeds(runs):
-    """The runs of a model that were evaluated with the same effort, as most of them were; others must not be averaged"""
-    most = collections.Counter(run.work for run in runs).most_common(1)[0][0]
-    for run in [run for run in runs if run.work != most]:
-        warn(f"{run.name} is left out of its row: it was evaluated by {run.work}, the others by {most}")
-    return [run for run in runs if run.work == most]
+    """The runs of a model without the evaluations that were made otherwise than those of most seeds"""
+    runs = [run._replace(work=dict(run.work), estimates=dict(run.estimates)) for run in runs]
+    for algorithm in ALGORITHMS:
+        evaluated = [run for run in runs if algorithm in run.work]
+        most = collections.Counter(run.work[algorithm] for run in evaluated).most_common(1)
+        for run in [run for run in evaluated if run.work[algorithm] != most[0][0]]:
+            warn(f"{run.name} is left out of its row by {run.work[algorithm]}; the row is by {most[0][0]}")
+            del run.work[algorithm], run.estimates[algorithm]
+    runs = [run if "mws" in run.work else run._replace(bound_by_search=None, search_error=None) for run in runs]
+    return [run for run in runs if run.work]
 
 
 def get_row(name, runs):
@@ -256,10 +277,15 @@ def get_row(name, runs):
         "images": runs[0].images.kind,
         "fingerprint": runs[0].images.fingerprint,
         "images in words": runs[0].images_in_words,
-        "evaluated with": runs[0].work,
+        "evaluated by": "; ".join(dict.fromkeys(work for run in runs for work in run.work.values())),
     }
-    for estimate in ESTIMATES:
-        found = [run.estimates[estimate] for run in runs if estimate in run.estimates]
+    by_all = [algorithm for algorithm in ALGORITHMS if all(algorithm in run.estimates for run in runs)]
+    estimates = {
+        algorithm: [run.estimates[algorithm] for run in runs if algorithm in run.estimates] for algorithm in ALGORITHMS
+    }
+    estimates["best"] = [max(run.estimates[algorithm] for algorithm in by_all) for run in runs if by_all]
+    estimates["enumeration bound"] = [(run.bound.mean().item(), get_standard_error(run.bound.tolist())) for run in runs]
+    for estimate, found in estimates.items():
         values = [value for value, _ in found]
         row[estimate] = sum(values) / len(values) if values else None
         row[f"{estimate} s.e. over seeds"] = get_standard_error(values) if len(values) > 1 else None
@@ -279,9 +305,9 @@ def print_table(rows):
     for row in rows:
         values = "".join(f"{describe_value(row, name):>18}" for name in names)
         print(f"{row['model']:{width}} {row['particles']:9} {row['iteration']:>13} {row['seeds']:5}{values}")
-    for work in dict.fromkeys(row["evaluated with"] for row in rows):
-        names = [row["model"] for row in rows if row["evaluated with"] == work]
-        print(f"evaluated with {work}: {'all' if len(names) == len(rows) else ', '.join(names)}")
+    for work in dict.fromkeys(work for row in rows for work in row["evaluated by"].split("; ")):
+        names = [row["model"] for row in rows if work in row["evaluated by"].split("; ")]
+        print(f"evaluated by {work}" + f" ({', '.join(names)})" * (len(names) < len(rows)))
 
 
 def describe_value(row, name):
@@ -350,6 +376,11 @@ def write_figure(path, rows):
     errors over seeds. Those over images are in the CSV alone: the models are evaluated on the same images, whose choice moves
     all of them together."""
     rows = [row for row in rows if not is_test_run(row["model"])] or rows
+    most = collections.Counter(row["evaluated by"] for row in rows).most_common(1)[0][0]
+    others = [row["model"] for row in rows if row["evaluated by"] != most]
+    if others:
+        warn(f"the figure is of the models evaluated by {most}, and leaves out {', '.join(others)}")
+    rows = [row for row in rows if row["evaluated by"] == most]
     models = collections.defaultdict(list)
     for row in sorted(rows, key=lambda row: row["particles"]):
         models[re.sub(rf"_{row['particles']}(?=_|$)", "", row["model"], count=1)].append(row)
@@ -374,12 +405,11 @@ def get_milestones_folder(name, mode):
 
 def read_milestones(folders):
     """The evaluations of a run's milestones in these folders, by what they must share in a figure:
-    {(images, *effort): {iteration: result}}"""
+    {(images, what describe_work says): {iteration: result}}"""
     groups = collections.defaultdict(dict)
-    for result in load_results(path for folder in folders for path in folder.glob("[!.]*.pt")):
+    for result in load_results(path for folder in folders for path in folder.glob("[!.]*.pt")).values():
         if result["model_iteration"] > 0:  # 0, in pretraining, is on no logarithmic axis
-            kind = get_images(result), *(result["settings"][name] for name in EFFORT)
-            groups[kind][result["model_iteration"]] = result
+            groups[get_images(result), describe_work(result["settings"])][result["model_iteration"]] = result
     return groups
 
 
@@ -489,7 +519,9 @@ def main(mode=None, name_missing=False):
         print(f"models of the paper without a value: {', '.join(missing)}")
     path = util.SAVE / ("logp_train.csv" if mode == "train" else "logp.csv")
     write_csv(path, [row for table in tables for row in table])
-    write_figure(path.with_suffix(".pdf"), tables[0])
-    images = tables[0][0]["images in words"]
-    print(f"nats per image, means over images; also in {path}; a figure of {images} is in {path.with_suffix('.pdf')}")
+    drawn, figure = [row for row in tables[0] if row["best"] is not None], ""  # others have no estimate of all seeds
+    if drawn:
+        write_figure(path.with_suffix(".pdf"), drawn)
+        figure = f"; a figure of {drawn[0]['images in words']} is in {path.with_suffix('.pdf')}"
+    print(f"nats per image, means over images; also in {path}{figure}")
     return 0

@@ -28,7 +28,7 @@ import sweep
 import util
 from cluster import tasks
 from reading import search
-from results import report
+from results import conditioning, report
 from runs import checkpoints, convert
 from util import UserError
 
@@ -317,18 +317,35 @@ def test_an_evaluation_in_progress_is_not_replaced_by_another(model, monkeypatch
     assert_same(resumed["log_p_by_image"], load(model, "rws")["log_p_by_image"])
 
 
-def test_leads_are_paired_over_images(capsys):
-    """The best model's, with the interval of Student's t: 2 ± 4.303 * 1 / sqrt(3) for differences of 1, 2 and 3; of the seeds
-    that were evaluated alike"""
+def test_leads_are_paired_over_images():
+    """The best model's, with the interval of Student's t: 2 ± 4.303 * 1 / sqrt(3) for differences of 1, 2 and 3; only among
+    memoised evaluations with equal settings"""
     runs, bounds = [], {"mws_5": [-3, -1, -5], "mws_5_seed=1": [-1, 1, -3], "mws_5_seed=2": [9, 9, 9], "rws_5": [-3, -2, -7]}
-    for name, bound in {**bounds, "own": None}.items():
-        bound = None if bound is None else torch.tensor(bound, dtype=torch.double)
-        runs.append(get_fake_run(name, "cc", -140.0)._replace(bound_by_image=bound))
-    runs[2] = runs[2]._replace(work="mws, less")
+    for name, bound in {**bounds, "vimco_5": [0, 0, 0], "mws_10": [0, 0, 0]}.items():
+        runs.append(get_fake_run(name, "cc", -140.0)._replace(bound_by_search=torch.tensor(bound, dtype=torch.double)))
+    for run, work in zip(runs, ["mws: 1", "mws: 1", "mws: 2", "mws: 1", "mws: 3", "mws: 2"], strict=True):
+        run.work["mws"] = work
     (models,) = report.group(runs).values()
     lines = ["mws_5 is 2.0 nats per image ahead of rws_5; 95 % interval over images -0.5 to 4.5; 2 and 1 seeds"]
     assert report.describe_leads(models) == lines
-    assert "mws_5_seed=2 is left out of its row: it was evaluated by mws, less, the others by mws" in capsys.readouterr().err
+
+
+def test_a_row_averages_what_all_of_its_seeds_have(capsys):
+    """An evaluation more of one seed, or one of another effort, leaves the others in the row"""
+    first, second, third = (
+        get_fake_run(name, "cc", value) for name, value in [("a", -3.0), ("a_seed=1", -5.0), ("a_seed=2", -9.0)]
+    )
+    first.estimates["own"], first.work["own"] = (-1.0, 1.0), "own: 7"
+    (row,) = get_rows(first, second, third)
+    assert [row[key] for key in ("mws", "own", "best", "seeds")] == [pytest.approx(-17 / 3), -1.0, pytest.approx(-17 / 3), 3]
+    assert row["evaluated by"] == "mws: 1; own: 7" and not capsys.readouterr().err
+    second.work["mws"] = "mws: 2"
+    (row,) = get_rows(first, second, third)
+    assert [row[key] for key in ("mws", "best", "seeds")] == [-6.0, -6.0, 2]
+    assert capsys.readouterr().err == "warning: a_seed=1 is left out of its row by mws: 2; the row is by mws: 1\n"
+    del first.work["mws"], first.estimates["mws"]
+    (row,) = get_rows(first, third)
+    assert [row[key] for key in ("own", "mws", "best")] == [-1.0, -9.0, None]  # no algorithm has evaluated both
 
 
 # ------------------------------------------------------------------ memoised evaluation
@@ -355,19 +372,26 @@ def test_memoised_evaluation_of_an_enumerable_model(model, memory_size, num_thre
     assert not list((util.SAVE / model / "logp/checkpoints").glob("*.pt"))
 
 
-def test_evaluations_by_other_searches_share_no_row(model, monkeypatch):
+def test_evaluations_by_other_searches_share_no_row(model, monkeypatch, capsys):
     """Nor those of other efforts; results of a search without a number are of the first"""
     flags, path = [*MWS, "--test-num-particles", "1"], util.SAVE / model
     evaluate(model, "mws", *flags, num_iterations=0)
     (run,) = report.read_runs(path)
-    assert run.work == f"mws 0 iterations, 1 particles, 8 programs of search {search.VERSION}, effort 0.02"
+    settings = "num-iterations 0, num-particles 4, batch-size 50, lstm-hidden-size 8, test-num-particles 1, memory-size 8"
+    assert run.work == {"mws": f"mws: {settings}, effort 0.02, search {search.VERSION}"}
     monkeypatch.setattr(search, "VERSION", 99)
     with pytest.raises(UserError, match=r"effort is 0\.02 there and 0\.03 here, search is \d there and 99 here; --force"):
         evaluate(model, "mws", *flags, "--effort", "0.03", num_iterations=0)
     first = load(model, "mws")
     del first["settings"]["search"]
-    monkeypatch.setattr(report, "load_results", lambda paths: [first])
-    assert "8 programs of search 1, effort 0.02" in report.read_runs(path)[0].work
+    util.save_checkpoint(path / "logp" / "test_mws.pt", first)
+    util.save_checkpoint(path / "logp" / "copy.pt", first)
+    (run,) = report.read_runs(path)
+    assert run.work["mws"].endswith("effort 0.02, search 1")
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == f"warning: {path}/logp/copy.pt is left out: a result by this name would be test_mws.pt"
+    )
 
 
 def test_the_mixture_of_both_networks_estimates_what_neither_alone_can(monkeypatch):
@@ -493,9 +517,14 @@ def get_evaluation_tasks(model, monkeypatch):
 
 def get_fake_run(name, fingerprint, log_p, kind="test", search_error=None):
     settings = dict(algorithm="mws", num_particles=2, memory_size=3)
-    estimates = {"mws": (log_p, 1.0), "best": (log_p, 1.0), "enumeration bound": (log_p, 1.0)}
-    images = report.Images(kind, f"{fingerprint} (50)")
-    return report.Run(name, settings, 7, estimates, search_error, "mws", images, "50 images")
+    images, bound = report.Images(kind, f"{fingerprint} (50)"), torch.full((50,), log_p)
+    return report.Run(
+        name, settings, 7, images, "50 images", {"mws": (log_p, 1.0)}, {"mws": "mws: 1"}, bound, bound, search_error
+    )
+
+
+def get_rows(*runs):
+    return [report.get_row(*model) for models in report.group(runs).values() for model in models.items()]
 
 
 def test_different_images_share_no_row_and_no_table(monkeypatch, capsys, folder):  # noqa: F811
@@ -503,7 +532,7 @@ def test_different_images_share_no_row_and_no_table(monkeypatch, capsys, folder)
     runs = [get_fake_run("mws_5", "aa", -100.0, "training"), get_fake_run("mws_5_seed=1", "bb", -130.0)]
     runs += [get_fake_run("mws_5_seed=2", "cc", -140.0, search_error=(0.25, 1.0)), get_fake_run("rws_5", "cc", -150.0)]
     runs += [get_fake_run("mws_5_seed=3", "cc", -142.0, search_error=(0.75, 2.0))]
-    rows = [report.get_row(*model) for models in report.group(runs).values() for model in models.items()]
+    rows = get_rows(*runs)
     assert [(row["model"], row["fingerprint"][:2], row["mws"], row["seeds"]) for row in rows] == [
         ("mws_5", "cc", -141.0, 2), ("rws_5", "cc", -150.0, 1), ("mws_5", "bb", -130.0, 1), ("mws_5", "aa", -100.0, 1),
     ]  # fmt: skip
@@ -521,7 +550,9 @@ def test_different_images_share_no_row_and_no_table(monkeypatch, capsys, folder)
 
 def test_only_comparable_evaluations_share_a_row(capsys):
     def get_result(model, num_particles, algorithm):
-        settings = dict.fromkeys(report.EFFORT, 1) | dict(model=model, num_particles=num_particles, algorithm=algorithm)
+        settings = dict.fromkeys([*report.WORK, *report.WORK_BY_ALGORITHM["mws"]], 1) | dict(
+            model=model, num_particles=num_particles, algorithm=algorithm
+        )
         return dict(settings={**settings, "mode": "test"}, model_iteration=7)
 
     def choose(**results):
@@ -540,6 +571,15 @@ def test_only_comparable_evaluations_share_a_row(capsys):
         ["num-particles is 100, not 200"],
     )
     assert choose(own=("a", 7), vimco=("b", 200)) == (["vimco"], ["model is a, not b"])
+
+
+def test_what_the_alphabet_is_worth():
+    """The right one's lead over the mean of the others is 3 and 1.5 nats; 2.25 ± 12.706 * 0.75"""
+    bounds = torch.tensor([[0.0, -2.0, -4.0], [-4.0, -1.0, -1.0]])
+    lines = conditioning.describe(bounds, torch.tensor([0, 1])).splitlines()
+    assert lines[0] == "2 unseen images, 3 alphabets"
+    assert "is 2.25 nats per image above the mean of the wrong ones (95 % interval -7.28 to 11.78), 0.67 above" in lines[1]
+    assert lines[2] == "the right alphabet is the most probable one of 2 images (by chance 1), and among the best 2 of 2 (1)"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.pt")), ids=lambda path: path.stem)
