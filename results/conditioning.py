@@ -1,6 +1,6 @@
 """What it is worth to a conditional model to know the alphabet of unseen drawings.
 
-    python -m results.conditioning --checkpoint-path "pretrained/a_mws_5_batch-size=50"     # ten minutes
+    python -m results.conditioning --checkpoint-path "pretrained/a_mws_5_batch-size=50"     # two minutes
 
 Programs of test images are sought under the prior's average over alphabets, which favours none. The sum of p(z, x | alphabet) over
 them bounds log p(x | alphabet) from below, for every alphabet by the same programs. Printed are the mean of the right alphabet's

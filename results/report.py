@@ -205,13 +205,13 @@ def describe_images(result):
 
 
 def describe_leads(models):
-    """How far the best model is ahead of each other one, by the guaranteed bounds of memoised evaluations with equal settings:
-    lines of text. Intervals are paired over images, whose choice moves all models together, and say nothing of other seeds.
-    Args: models: {name: Runs with different seeds}, of the same images"""
-    searched, lines = collections.defaultdict(dict), []  # what describe_work says -> {name: bounds [S, N]}
+    """How far the best of the models with as many latents is ahead of each other one, by the guaranteed bounds of memoised
+    evaluations with equal settings: lines of text. Intervals are paired over images, whose choice moves all models together, and
+    say nothing of other seeds. Args: models: {name: Runs with different seeds}, of the same images"""
+    searched, lines = collections.defaultdict(dict), []  # latents, what describe_work says -> {name: bounds [S, N]}
     for name, runs in models.items():
         for run in [run for run in runs if run.bound_by_search is not None]:
-            searched[run.work["mws"]].setdefault(name, []).append(run.bound_by_search)
+            searched[get_num_latents(run), run.work["mws"]].setdefault(name, []).append(run.bound_by_search)
     for found in searched.values():
         bounds = {name: torch.stack(seeds).mean(0) for name, seeds in found.items()}  # [N] each
         best, *others = sorted(bounds, key=lambda name: -bounds[name].mean())
@@ -265,13 +265,18 @@ def choose_seeds(runs):
     return [run for run in runs if run.work]
 
 
+def get_num_latents(run):
+    """Of an image in training: proposals and those remembered"""
+    return run.settings["num_particles"] + run.settings.get("memory_size", 0)
+
+
 def get_row(name, runs):
     """CSV columns for the runs of a model, which differ only in the seed; None where there is no value"""
     iterations, settings = [run.iteration for run in runs], runs[0].settings
     row = {
         "model": name,
         "algorithm": settings["algorithm"],
-        "particles": settings["num_particles"] + settings.get("memory_size", 0),
+        "particles": get_num_latents(runs[0]),
         "iteration": "-".join(map(str, sorted({min(iterations), max(iterations)}))),
         "seeds": len(runs),
         "images": runs[0].images.kind,

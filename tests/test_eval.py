@@ -319,12 +319,13 @@ def test_an_evaluation_in_progress_is_not_replaced_by_another(model, monkeypatch
 
 def test_leads_are_paired_over_images():
     """The best model's, with the interval of Student's t: 2 ± 4.303 * 1 / sqrt(3) for differences of 1, 2 and 3; only among
-    memoised evaluations with equal settings"""
+    memoised evaluations with equal settings, of models with as many latents"""
     runs, bounds = [], {"mws_5": [-3, -1, -5], "mws_5_seed=1": [-1, 1, -3], "mws_5_seed=2": [9, 9, 9], "rws_5": [-3, -2, -7]}
     for name, bound in {**bounds, "vimco_5": [0, 0, 0], "mws_10": [0, 0, 0]}.items():
         runs.append(get_fake_run(name, "cc", -140.0)._replace(bound_by_search=torch.tensor(bound, dtype=torch.double)))
     for run, work in zip(runs, ["mws: 1", "mws: 1", "mws: 2", "mws: 1", "mws: 3", "mws: 2"], strict=True):
         run.work["mws"] = work
+    runs[-1].settings["num_particles"], runs[-1].work["mws"] = 7, "mws: 1"
     (models,) = report.group(runs).values()
     lines = ["mws_5 is 2.0 nats per image ahead of rws_5; 95 % interval over images -0.5 to 4.5; 2 and 1 seeds"]
     assert report.describe_leads(models) == lines
