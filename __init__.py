@@ -1,11 +1,11 @@
-"""Lets other code import this repository as one package, beside modules of its own that are called `data` or `images`:
+"""Lets other code import this repository as one package, even if it has its own modules called `data` or `images`:
 
     sys.path.append("the folder that holds this one")
     strokes = importlib.import_module("the name of this folder")
     strokes.models.GenerativeModel()
 
-Scripts and notebooks in this folder do not need it: they import `models`, `data` and so on directly. Here the same
-import statements, executed in modules of this package, find the package's modules.
+Scripts and notebooks in this folder do not need it: they import `models`, `data` and so on directly. When modules of this
+package execute the same import statements, these find the package's modules.
 """
 
 import builtins
@@ -24,7 +24,7 @@ _OURS = {
 
 
 def _import(name, globals=None, locals=None, fromlist=(), level=0):
-    """As the built-in __import__, but the repository's modules are this package's"""
+    """Like the built-in __import__, but finds the repository's modules in this package"""
     first = name.partition(".")[0]
     if level or first not in _OURS:
         return builtins.__import__(name, globals, locals, fromlist, level)
@@ -36,7 +36,7 @@ def _import(name, globals=None, locals=None, fromlist=(), level=0):
 
 
 def _import_part(package, name):
-    """A module of a package, when it is first asked for as an attribute"""
+    """Imports a module of a package when it is first accessed as an attribute"""
     try:
         return importlib.import_module(f"{package}.{name}")
     except ModuleNotFoundError:

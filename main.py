@@ -4,8 +4,7 @@
     python main.py --small-dataset             # the paper's MWS model
     python main.py --small-dataset --cuda      # on a GPU
 
-A run lives in save/<run>/. However it is stopped, rerun the same command to resume it from
-its latest checkpoint.
+A run lives in save/<run>/. However it was stopped, rerun the same command to resume from its latest checkpoint.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
@@ -32,8 +31,8 @@ from util import UserError, warn
 
 
 class Run:
-    """A run's data and everything that a checkpoint holds, on the device. Lives in save/<run>, by default where the
-    arguments say"""
+    """A run's data and everything that a checkpoint holds, on the device. It lives in save/<path_base>, by default named by
+    the arguments"""
 
     def __init__(self, args, dataset, device, path_base=None):
         util.set_seed(args.seed, device)
@@ -46,9 +45,9 @@ class Run:
         self.generative_model, self.inference_network = models.build(args, self.num_alphabets, device)
         self.optimizer = get_optimizer(self.generative_model, self.inference_network, args.prior_lr_factor)
         self.pretrain_optimizer = get_adam(self.inference_network.parameters(), device)
-        self.state = losses.init_state(args, len(dataset.train.obs), device)  # the objective's own: the memory of mws, for one
-        # All that is saved and restored: tensors, and everything with a state_dict. Learning-rate schedulers among them are
-        # stepped after each iteration of training
+        self.state = losses.init_state(args, len(dataset.train.obs), device)  # the objective's, such as the memory of mws
+        # All that is saved and restored: tensors and objects with a state_dict. Learning-rate schedulers among them are stepped
+        # after each iteration of training
         self.parts = dict(
             generative_model=self.generative_model,
             inference_network=self.inference_network,
@@ -58,8 +57,8 @@ class Run:
         )
         self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
         self.callbacks = [(args.test_interval, test)] if args.test_interval else []  # (iterations between calls, function)
-        self.num_called = 0  # callbacks made at this iteration
-        self.reason = ""  # to stop early; a callback that gives one completes the run
+        self.num_called = 0  # callbacks already called at this iteration
+        self.reason = ""  # why the run ends early; a callback sets it to complete the run
         self.stop = None  # a StopSignal
         self.curves = None
         self.pretrain_iteration = self.iteration = 0
@@ -97,7 +96,7 @@ class Run:
         )
 
     def restore(self, checkpoint):
-        """Restores a checkpoint. Raises: UserError if its run had other settings, or its parts do not fit"""
+        """Restores a checkpoint. Raises: UserError if its run had other settings or its parts do not fit"""
         differences = util.describe_differences(checkpoint["settings"], self.settings)
         if differences:
             folder = util.SAVE / self.path_base
@@ -105,7 +104,7 @@ class Run:
                 f"{folder} holds a run with other settings: {differences}; use its settings, or move that folder away"
             )
         for name, value in checkpoint["removed"].items():
-            warn(f"the checkpoint has a setting {name.replace('_', '-')} ({value}), which no longer exists; it is ignored")
+            warn(f"the checkpoint has a setting {name.replace('_', '-')} ({value}), which no longer exists and is ignored")
         with checkpoints.using(checkpoint):
             checkpoints.restore_parts(self.parts, checkpoint, self.hyperparameters)
             for name in ["statistics", "pretrain_iteration", "iteration", "num_called", "reason"]:
@@ -114,7 +113,7 @@ class Run:
             util.set_random_state(checkpoint["random_state"], self.device)
 
     def get_schedulers(self):
-        """Those that need no value to step"""
+        """The learning-rate schedulers that step without a value"""
         kinds = torch.optim.lr_scheduler
         schedulers = [part for part in self.parts.values() if isinstance(part, kinds.LRScheduler)]
         return [part for part in schedulers if not isinstance(part, kinds.ReduceLROnPlateau)]
@@ -142,8 +141,8 @@ def get_adam(groups, device, lr=1e-3):
 
 
 def update(optimizer, loss):
-    """Takes one optimiser step on the loss. A parameter that the loss does not depend on (of strokes that leave no ink,
-    say) has a gradient of zero, so that all parameters have the same history."""
+    """Takes one optimiser step on the loss. Parameters that the loss does not depend on (those of strokes that leave no ink,
+    say) get zero gradients, so that all parameters have the same history."""
     optimizer.zero_grad()
     loss.backward()
     for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
@@ -170,7 +169,7 @@ def get_obs_id(run):
 
 
 def pretrain_step(run):
-    """A step of sleep. Returns: the statistics to record"""
+    """Takes a step of sleep. Returns: the statistics to record"""
     num_samples = losses.get_num_dreams(run.args.batch_size, run.args.num_particles)
     loss, statistics = losses.sleep(run.generative_model, run.inference_network, num_samples)
     update(run.pretrain_optimizer, loss)
@@ -178,7 +177,7 @@ def pretrain_step(run):
 
 
 def train_step(run, obs_id):
-    """A step of the algorithm on the images obs_id [B]. Returns: the statistics to record"""
+    """Takes a step of the algorithm on the images obs_id [B]. Returns: the statistics to record"""
     args = run.args
     step = losses.Step(
         generative_model=run.generative_model,
@@ -202,7 +201,7 @@ def get_steps(run):
     if run.device.type != "cuda" or not run.args.compile:
         return steps
     for group in run.optimizer.param_groups if run.get_schedulers() else []:
-        group["lr"] = torch.tensor(group["lr"], device=run.device)  # which a graph reads anew in each step
+        group["lr"] = torch.tensor(group["lr"], device=run.device)  # a graph reads it anew in each step
     return [ReplayedStep(step) for step in steps]
 
 
@@ -230,8 +229,8 @@ def test(run):
 
 
 def call_back(run):
-    """Calls the first callback that is due, with the run and all of its statistics so far. What it draws leaves the run's random
-    numbers as they are. One that a signal interrupts may return False: it is called again when the run resumes"""
+    """Calls the first callback that is due, with the run and all its statistics so far. Random numbers drawn in it do not
+    affect the run. A callback interrupted by a signal may return False, to be called again when the run resumes"""
     run.flush_statistics()
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
         if run.get_due()[0](run) is not False or run.stop.received is None:
@@ -252,7 +251,7 @@ def save(run, name="latest"):
 
 
 def save_if_due(run, clock):
-    """Writes the milestone first: a run killed between the two then writes it again when it resumes"""
+    """Saves a milestone, then latest.pt, if they are due. A run killed in between rewrites the milestone when it resumes"""
     if run.iteration > 0 and is_milestone(run.iteration):
         save(run, run.iteration)
     if (run.iteration or run.pretrain_iteration) % run.args.save_interval == 0 or clock.is_due():
@@ -278,8 +277,7 @@ def show(run, bar):
 
 
 def train(run):
-    """Takes steps until the run is complete or a signal arrives. A run can resume from the
-    state between any two steps."""
+    """Takes steps until the run is complete or a signal arrives. It can resume from its state between any two steps."""
     args, clock = run.args, SaveClock(run.args.save_minutes)
     pretrain, step = get_steps(run)
     total, done = args.pretrain_iterations + args.num_iterations, run.pretrain_iteration + run.iteration
@@ -293,7 +291,7 @@ def train(run):
                 run.pretrain_iteration += 1
                 run.record("pretrain", statistics)
             elif run.iteration < args.num_iterations:
-                pretrain = None  # a CUDA graph's memory is released
+                pretrain = None  # releases a CUDA graph's memory
                 statistics = step(get_obs_id(run))
                 run.iteration += 1
                 run.num_called = 0
@@ -310,8 +308,8 @@ def train(run):
 
 
 def try_to_resume(run):
-    """Saves, loads and restores the run, in memory, and builds its models anew, as evaluations and pictures will. Raises:
-    UserError, before the first step, if anything cannot be"""
+    """Before the first step, saves, loads and restores the run in memory, and rebuilds its models as evaluations and pictures
+    will. Raises: UserError if any of this fails"""
     checkpoint = checkpoints.complete(checkpoints.copy(run.get_checkpoint(), run.parts))
     models.from_checkpoint(checkpoint)
     run.restore(checkpoint)
@@ -354,8 +352,8 @@ def main(argv=None):
 
 
 def load_data(args):
-    """Loads the data set; a small one is tested on its training images, as in the authors' code. Raises: UserError if it does
-    not fit the arguments"""
+    """Loads the data set; --small-dataset is tested on its training images, as in the authors' code. Raises: UserError if the
+    data do not fit the arguments"""
     dataset = data.load_and_tell(args.data_location, args.small_dataset, args.dataset_size, args.find_characters)
     if args.condition_on_alphabet and dataset.num_alphabets < 2:
         raise UserError(f"--condition-on-alphabet: {args.data_location} has fewer than two alphabets")
@@ -385,7 +383,7 @@ def parse_args(argv=None):
         for name, limit in util.get_test_run_limits(args).items():
             value = getattr(args, name)
             setattr(args, name, limit if value is None else min(value, limit))
-    if args.compile is None:  # regardless of the number of iterations, which changes no bits
+    if args.compile is None:  # whatever the number of iterations, so that bits do not depend on it
         args.compile = not args.test_run
     check_args(args)
     return args

@@ -1,4 +1,4 @@
-"""What every script needs: errors of one line, settings, command lines, files, randomness and devices."""
+"""What every script needs: one-line errors, settings, command lines, files, randomness and devices."""
 
 import argparse
 import contextlib
@@ -29,16 +29,16 @@ SAVE = pathlib.Path("save")
 
 # ------------------------------------------------------------------ errors
 
-# Scripts fail with one line that says what is wrong and what to do, wherever their output goes.
+# Wherever their output goes, scripts fail with one line that says what is wrong and what to do.
 
 
 class UserError(ValueError):
-    """A problem that the user can fix; the message says in one line what it is and how."""
+    """A problem that the user can fix; the message says what is wrong and how to fix it, in one line."""
 
 
 def run_script(main):
-    """Calls main() and exits. Errors that the user can fix become one line on standard error
-    and exit status 2; --debug shows where they come from."""
+    """Calls main() and exits. Errors that the user can fix become one line on standard error and exit status 2; --debug shows
+    their traceback."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see fast/before_torch.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -81,9 +81,9 @@ class Stream:
 
     def write(self, text):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            encoding = self.stream.encoding or "utf-8"  # names of files may hold bytes that are no text
+            encoding = self.stream.encoding or "utf-8"  # file names may hold bytes that are not text
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            if "\n" in text:  # a log shows what happened when it happened
+            if "\n" in text:  # so that a log is always up to date
                 self.stream.flush()
         return len(text)
 
@@ -105,15 +105,15 @@ def warn(message):
 
 # ------------------------------------------------------------------ settings
 
-# A setting is declared once: as a field of Config or, if it belongs to one algorithm or likelihood, as a keyword argument
-# of it, annotated with a type and a Setting. The command line, names of runs, checkpoints, comparisons of runs, the limits
-# of test runs and the sweep follow from that.
+# A setting is declared once, annotated with a type and a Setting: as a field of Config or, if it belongs to one algorithm or
+# likelihood, as a keyword argument of that. The command line, run names, checkpoints, comparisons of runs, the limits of test
+# runs and the sweep follow from the declaration.
 
-CHOICES = {}  # field of Config -> {choice: function or class, whose own settings its annotated arguments are}
+CHOICES = {}  # field of Config -> {choice: function or class, whose annotated arguments are its own settings}
 
 
 class Setting(NamedTuple):
-    """What there is to say about a setting, besides its name, type and default"""
+    """Describes a setting, beyond its name, type and default"""
 
     help: str
     low: float | None = None  # the least a number may be
@@ -121,8 +121,8 @@ class Setting(NamedTuple):
     parse: Callable | None = None  # from the command line's text; raises argparse.ArgumentTypeError
     group: str = "training"  # in the help
     limit: float | None = None  # the most that --test-run leaves of it
-    changes_result: bool = True  # what a run computes, so that its name tells
-    formerly: str | None = None  # its name before it was renamed: older checkpoints and names of runs have this one
+    changes_result: bool = True  # whether it affects what a run computes, and so belongs in its name
+    formerly: str | None = None  # its name before it was renamed, used in older checkpoints and in run names
 
 
 class Field(NamedTuple):
@@ -132,16 +132,16 @@ class Field(NamedTuple):
     type: type
     default: object
     setting: Setting
-    owners: tuple  # (field of Config, choice) pairs to which alone it belongs; () if to all runs
+    owners: tuple  # the (field of Config, choice) pairs that it belongs to; () for all runs
 
     def get_parser(self):
-        """What turns a text into the value; it raises ValueError or argparse.ArgumentTypeError"""
+        """The function that parses a value; it raises ValueError or argparse.ArgumentTypeError"""
         is_number = self.type in (int, float)
         return self.setting.parse or (in_range(self.type, self.setting.low, self.setting.high) if is_number else self.type)
 
 
 def in_range(number, low=None, high=None):
-    """The type of an argument: an int or float between low and high (by default zero, and the largest 32-bit integer or a
+    """The type of an argument: an int or float between low and high (by default, zero and the largest 32-bit integer or a
     million)"""
     low, high = 0 if low is None else low, (2**31 - 1 if number is int else 1e6) if high is None else high
 
@@ -177,7 +177,7 @@ _saving = functools.partial(Setting, group="saving and logging", changes_result=
 
 @dataclasses.dataclass
 class Config:
-    """The configuration of a run. The order of the fields is that in names of runs."""
+    """The configuration of a run. Run names list settings in the order of these fields."""
 
     test_run: Annotated[bool, _run("shrink everything, to try out a whole run in under two minutes")] = False
     cuda: Annotated[bool, _run("use a GPU")] = False
@@ -211,11 +211,11 @@ class Config:
     pretrain_iterations: Annotated[int, Setting("sleep steps that train the inference network first", limit=20)] = 10000
     num_iterations: Annotated[int, Setting("steps of the algorithm", 1, limit=40, changes_result=False)] = 200000
     save_interval: Annotated[int, _saving("iterations between checkpoints", 1, limit=20)] = 1000
-    save_minutes: Annotated[float, _saving("minutes between checkpoints, if that is sooner", 0.01)] = 5.0
+    save_minutes: Annotated[float, _saving("minutes between checkpoints, if sooner", 0.01)] = 5.0
     log_interval: Annotated[int, _saving("iterations between updates of the progress bar and losses.csv", 1, limit=5)] = 10
     tensorboard: Annotated[bool, _saving("also log for TensorBoard")] = False
     test_interval: Annotated[
-        int | None, _saving("iterations between tests; of --small-dataset on its training images (default: never)", 1, limit=20)
+        int | None, _saving("iterations between tests; of --small-dataset, on training images (default: never)", 1, limit=20)
     ] = None
     test_batch_size: Annotated[int, _saving("images per step of a test", 1, limit=5)] = 5
     test_num_particles: Annotated[int, _saving("samples per image in a test", 1, limit=10)] = 1000
@@ -240,7 +240,7 @@ def get_fields():
 
 @functools.cache
 def get_own_fields(function):
-    """The settings that an algorithm or a likelihood declares: a list of Fields"""
+    """The settings that an algorithm or likelihood declares: a list of Fields"""
     declared = [
         (parameter.name, parameter.annotation, parameter.default)
         for part in [function, getattr(function, "init_state", None)]
@@ -255,7 +255,7 @@ def get_own_fields(function):
 
 
 def make_field(name, kind, default):
-    """Raises: ValueError if the default is missing, or not one that the setting may have"""
+    """Raises: ValueError if the default is missing or not a valid value"""
     setting = kind.__metadata__[0]
     plain = next((x for x in get_args(kind.__origin__) if x is not type(None)), kind.__origin__)  # of float | None
     field = Field(name, plain, default, setting, ())
@@ -270,14 +270,13 @@ def make_field(name, kind, default):
 
 
 def get_own_settings(args, name):
-    """The values of the settings that the chosen algorithm or likelihood alone has, by name. Args: name: algorithm or
-    likelihood"""
+    """The values of the chosen algorithm's or likelihood's own settings, by name. Args: name: algorithm or likelihood"""
     return {own.name: getattr(args, own.name) for own in get_own_fields(CHOICES[name][getattr(args, name)])}
 
 
 def make_args(saved):
-    """Makes arguments, a namespace, of those in a checkpoint, a dict: settings that it lacks have their defaults, those that
-    were renamed their values, and those that no longer exist stay as they are"""
+    """Converts a checkpoint's arguments, a dict, to a namespace: missing settings get their defaults, renamed ones their
+    values, and those that no longer exist stay as they are"""
     args = dict(saved)
     for name, field in get_fields().items():
         if name not in args:
@@ -286,7 +285,7 @@ def make_args(saved):
 
 
 def get_settings(args):
-    """The settings that change what a run with these arguments, a namespace, learns, as a dict of plain values"""
+    """The settings that affect what a run with these arguments, a namespace, learns: a dict of plain values"""
     settings = {}
     for name, field in get_fields().items():
         if field.setting.changes_result and (not field.owners or is_owner(args, field)):
@@ -302,21 +301,20 @@ def is_owner(args, field):
 
 
 def describe_differences(theirs, ours):
-    """Describes in words how two dicts of settings differ, those saved and those of this run; "" if they agree. Where the
-    data are does not matter, only what they are."""
+    """Describes how two dicts of settings, the saved ones and this run's, differ; "" if they agree. The data matter, but not
+    their location."""
     names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name) and name != "data_location"]
     return ", ".join(f"{name.replace('_', '-')} is {theirs.get(name)} there and {ours.get(name)} here" for name in names)
 
 
 def get_path_base(args):
-    """The name of a run's folder in save/. Runs that differ in any argument that changes
-    the result never share one.
+    """The name of a run's folder in save/. Runs that differ in any argument that affects the result never share one.
 
-    a_ if conditional, the algorithm, its number of latents per image (particles and, if it has a memory, those
-    remembered), _large unless small_dataset; then _<flag>=<value> for each other argument that is not at its default; or
-    what --name says.
+    It is what --name says, or consists of a_ if conditional, the algorithm, its number of latents per image (particles and,
+    if it has a memory, those remembered), _large unless small_dataset, and _<flag>=<value> for each other argument that is
+    not at its default.
 
-    Raises: UserError if that is not a valid folder name, as the arguments of a foreign file may have it
+    Raises: UserError if it is not a valid folder name, which the arguments of a foreign file may imply
     """
     settings, fields = get_settings(args), get_fields()
     test_run = "test_run_" * bool(settings.pop("test_run"))
@@ -345,7 +343,7 @@ def get_path_base(args):
 
 
 def check_name(name):
-    """Returns: the name of a folder. Raises: UserError if it is none"""
+    """Returns: the name. Raises: UserError if it is not a valid folder name"""
     try:
         return to_run_name(name)
     except argparse.ArgumentTypeError as error:
@@ -353,8 +351,8 @@ def check_name(name):
 
 
 def get_location_name(location):
-    """A name for a data location that can be part of a folder's name. The named copies of
-    chardata.mat are the same data; paths that lead to the same place get the same name."""
+    """A name for a data location that can be part of a folder's name. Named copies of chardata.mat are the same data; paths
+    that lead to the same place get the same name."""
     if location in ("local", "om"):
         return "local"
     if location == "glyphs":
@@ -376,7 +374,7 @@ def expand_user(path):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, but errors take one line, flags cannot be abbreviated, and --help shows them in groups"""
+    """Like argparse's, but errors take one line, flags cannot be abbreviated, and --help shows them in groups"""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
@@ -388,7 +386,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.group = self.add_argument_group(title)
 
     def add(self, flag, help, **options):
-        """As add_argument, but the default is shown in the help"""
+        """Like add_argument, but the help shows the default"""
         if options.get("action") not in ("store_true", argparse.BooleanOptionalAction):
             shows_default = options.get("default") not in (None, "") and "(default" not in help
             help += " (default: %(default)s)" * shows_default
@@ -424,7 +422,7 @@ def get_test_run_limits(args):
 
 
 def get_flags(args):
-    """The flags of main.py, a list of words, that give these arguments, a namespace"""
+    """The flags of main.py, a list of words, that yield these arguments, a namespace"""
     flags = []
     for name, field in get_fields().items():
         value, flag = getattr(args, name, field.default), f"--{name.replace('_', '-')}"
@@ -450,7 +448,7 @@ LOG_FORMAT = "{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{pos
 
 
 def show_progress(*args, **kwargs):
-    """A tqdm bar on standard error; where that is no terminal, lines of a log"""
+    """A tqdm bar on standard error or, if that is not a terminal, lines of a log"""
     if sys.stderr.isatty():
         return tqdm(*args, mininterval=0.2, dynamic_ncols=True, **kwargs)
     interval = dict(mininterval=LOG_INTERVAL, maxinterval=LOG_INTERVAL)
@@ -458,7 +456,7 @@ def show_progress(*args, **kwargs):
 
 
 class Lines:
-    """A stream on which each state of a tqdm bar becomes a line of its own, without carriage returns"""
+    """A stream that writes each state of a tqdm bar as a line of its own, without carriage returns"""
 
     def __init__(self, stream):
         self.stream, self.last = stream, ""
@@ -476,9 +474,9 @@ class Lines:
 
 # ------------------------------------------------------------------ files
 
-FORMAT = 1  # the layout of files, which all versions 1.x of the program read
-LEFTOVER_SECONDS = 600  # after which a temporary file has been left by a process that was killed
-DIGEST = b"sha256 "  # begins the comment at the end of a file, which the digest of all before it completes
+FORMAT = 1  # the layout of files, which all versions 1.x read
+LEFTOVER_SECONDS = 600  # after which a temporary file counts as left behind by a killed process
+DIGEST = b"sha256 "  # begins the comment at the end of a file; the digest of everything before follows
 
 
 def save_checkpoint(path, checkpoint):
@@ -487,17 +485,17 @@ def save_checkpoint(path, checkpoint):
 
 
 def encode(checkpoint):
-    """The bytes of a file: torch.save's zip archive, whose comment is a digest of all that comes before it"""
+    """The bytes of a file: torch.save's zip archive, with a digest of everything before it as its comment"""
     buffer = io.BytesIO()
     torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, {"format": FORMAT, **checkpoint}), buffer)
-    content = buffer.getvalue()[:-2]  # without the length of its comment, which is empty
+    content = buffer.getvalue()[:-2]  # without the length of its empty comment
     length = len(DIGEST) + 2 * hashlib.sha256().digest_size
     content += length.to_bytes(2, "little") + DIGEST
     return content + hashlib.sha256(content).hexdigest().encode()
 
 
 def decode(content, device="cpu"):
-    """What encode was given. Nothing in it is executed. Raises: ValueError if the digest is missing or wrong"""
+    """The inverse of `encode`. Nothing in the file is executed. Raises: ValueError if the digest is missing or wrong"""
     digest = content[-2 * hashlib.sha256().digest_size :]
     content_before = memoryview(content)[: -len(digest)]
     if bytes(content_before[-len(DIGEST) :]) != DIGEST or hashlib.sha256(content_before).hexdigest().encode() != digest:
@@ -506,7 +504,7 @@ def decode(content, device="cpu"):
 
 
 def write(path, content):
-    """Writes a file atomically: at any moment the path holds either the old file or the new one, also if several processes
+    """Writes a file atomically: at any moment the path holds either the old file or the new one, even if several processes
     write it.
 
     Raises: UserError if it cannot be written; the old file stays
@@ -534,9 +532,9 @@ def write(path, content):
 
 
 def remove_leftovers(path):
-    """Removes the temporary files of processes that were killed while they wrote this file"""
+    """Removes the temporary files of processes that were killed while writing this file"""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):  # another process has removed it
+        with contextlib.suppress(OSError):  # another process removed it
             if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
                 leftover.unlink()
 
@@ -552,7 +550,7 @@ def sync_folder(path):
 def load_checkpoint(path, device="cpu", keys=frozenset({"args", "generative_model", "iteration"})):
     """Reads a dict that save_checkpoint wrote. Nothing in the file is executed.
 
-    Raises: UserError if the file is missing, damaged, from elsewhere, or of another kind, without `keys`
+    Raises: UserError if the file is missing, damaged, or of another version or kind (without `keys`)
     """
     try:
         checkpoint = decode(pathlib.Path(path).read_bytes(), device)
@@ -560,10 +558,11 @@ def load_checkpoint(path, device="cpu", keys=frozenset({"args", "generative_mode
         raise UserError(f"there is no checkpoint {path}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except Exception as error:  # a broken file can make the readers raise anything
+    except Exception as error:  # a broken file can make readers raise anything
         reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
         raise UserError(
-            f"{path} is damaged or not a checkpoint ({reason}); if a version before 1.0 wrote it, python -m runs.convert rewrites it"
+            f"{path} is damaged or not a checkpoint ({reason}); if a version before 1.0 wrote it,"
+            " python -m runs.convert rewrites it"
         ) from None
     if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of this program, or one of another kind")
@@ -594,19 +593,19 @@ def get_random_state(device):
 
 
 def set_random_state(state, device):
-    """Restores what get_random_state returned, on whatever device."""
+    """Restores what get_random_state returned, on any device."""
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def get_cores():
-    """The numbers of the cores that this process may use"""
+    """The indices of the cores that this process may use"""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def get_device(cuda):
-    """Raises: UserError if a GPU is requested and none is usable"""
+    """Raises: UserError if a GPU is requested but none is usable"""
     if not cuda:
         return torch.device("cpu")
     try:
