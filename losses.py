@@ -1,13 +1,13 @@
 """The objectives: sleep, RWS, VIMCO, TVO and Memoised Wake-Sleep with its memory.
 
-Each takes the models and a batch, and returns a scalar to call `.backward()` on, averaged over the batch,
-and a dict of statistics (detached scalars, in nats unless stated otherwise), all of which are recorded.
+Each takes the models and a batch, and returns a scalar to call `.backward()` on, averaged over the batch, and a dict of
+statistics (detached scalars, in nats unless stated otherwise), all of which are recorded.
 
-RWS, VIMCO and TVO are written as their papers write them: losses of two matrices [P, B], log p(z, x) and log q(z|x) of
-the particles. What they share, drawing particles and sending gradients through the models, is `particle_objective`.
+RWS, VIMCO and TVO are written as in their papers: losses of two matrices [P, B], log p(z, x) and log q(z|x) of the particles.
+What they share, drawing particles and backpropagating through the models, is in `particle_objective`.
 
-To add one, write such a function, or one whose arguments name whatever else it needs of a Step, and enter it in OBJECTIVES.
-Arguments annotated with a Setting are settings of its own; `keeps` gives it a state that a run saves.
+To add an objective, write such a function, whose arguments name the fields of Step that it needs, and enter it in OBJECTIVES.
+Arguments annotated with a Setting are its own settings; `keeps` gives it a state that a run saves.
 """
 
 import functools
@@ -32,7 +32,7 @@ MEMORY_AT_ONCE = 2**26  # bytes, for comparing latents
 def sleep(generative_model, inference_network, num_samples=500, alphabet=None):
     """Sleep: -log q(z|x) of characters sampled from the generative model; trains q only.
 
-    Args: alphabet [S, L] one-hot; for a conditional model, if None, drawn uniformly
+    Args: alphabet [S, L] one-hot; if None, drawn uniformly for a conditional model
     Returns: loss; statistics {phi_loss}
     """
     if alphabet is None and generative_model.num_alphabets:
@@ -43,7 +43,7 @@ def sleep(generative_model, inference_network, num_samples=500, alphabet=None):
 
 
 def sleep_in_parts(generative_model, inference_network, num_samples, at_once=500):
-    """As `sleep`, at_once samples at a time, so that memory does not grow with their number"""
+    """Like `sleep`, at_once samples at a time, so that memory does not grow with their number"""
     parameters = [parameter for parameter in inference_network.parameters() if parameter.requires_grad]
     gradients, loss = [torch.zeros_like(parameter) for parameter in parameters], 0
     for start in range(0, num_samples, at_once):
@@ -66,7 +66,7 @@ def get_num_dreams(batch_size, num_particles):
 
 def particle_objective(function):
     """Makes an objective of the models from a loss of the particles' scores: function(log_p, log_q, ...) -> loss, statistics,
-    given log p(z, x) and log q(z|x), each [P, B], with gradients, and whatever else it names of a Step."""
+    given log p(z, x) and log q(z|x), each [P, B], with gradients, and any fields of Step that it names."""
     own = list(inspect.signature(function).parameters)[2:]
 
     @functools.wraps(function)
@@ -141,7 +141,7 @@ def tvo(
     of E[log w] under p^beta q^(1 - beta), bounded from below by its left Riemann sum; gradients by the covariance
     estimator (their equation 10). Statistics: theta_loss, phi_loss (the same), effective_sample_size.
 
-    Args: num_partitions: of [0, 1]; log_beta_min: log10 of the end of the first; further ends are log-uniform
+    Args: num_partitions: of [0, 1]; log_beta_min: log10 of the first one's end; further ends are log-uniform
     """
     log_weight = log_p - log_q  # [P, B]
     between = torch.logspace(log_beta_min, 0, num_partitions, dtype=log_p.dtype, device=log_p.device)[:-1]
@@ -175,12 +175,12 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
     """A scalar that is zero and whose gradient is that of sum(grad_log_p * log p(z, x) + grad_log_q * log q(z|x)), with the
     factors [P, B] held constant.
 
-    Few of them matter, often one per image: on a CPU only these particles are scored again, with gradients. On a GPU selecting
-    takes longer than computing, so all are, but the backward pass leaves out those whose factor is zero.
+    Few particles matter, often one per image: on a CPU, only these are scored again, with gradients. On a GPU selecting takes
+    longer than computing, so all are scored again, but the backward pass skips those whose factor is zero.
     """
     latent, log_p, log_q, context = particles
     num_particles, batch_size = latent.shape[:2]
-    negligible = torch.finfo(grad_log_p.dtype).eps / 2  # a weight that a sum of weights, which is one, has no bits for
+    negligible = torch.finfo(grad_log_p.dtype).eps / 2  # too small to change a sum of weights, which is one
     threshold = negligible / batch_size  # the factors are weights divided by the batch size
     if can_select(latent):
         obs_id = torch.arange(batch_size).repeat(num_particles)  # [P * B]
@@ -216,10 +216,9 @@ def _select_heavy(latent, obs_id, grad_log_p, grad_log_q, threshold):
 
 
 def keeps(init_state):
-    """Declares the state of an objective: parts that a run keeps for it, saves, restores, and passes to it by name.
+    """Declares the state of an objective: parts that a run keeps for it, saves, restores and passes to it by name.
 
-    Args: init_state(num_data, num_arcs, num_primitives, settings of its own ...) -> {name: tensor, or anything with a
-        state_dict}
+    Args: init_state(num_data, num_arcs, num_primitives, own settings ...) -> {name: tensor or object with a state_dict}
     """
 
     def declare(objective):
@@ -240,7 +239,7 @@ def _init_run_memory(num_data, num_arcs, num_primitives, memory_size: Annotated[
 def mws(generative_model, inference_network, memory, obs, obs_id, num_particles=10, alphabet=None):
     """Memoised Wake-Sleep: updates the memory in place and trains on a sample from it.
 
-    Args: memory [N, M, A]: packed latents (see `init_memory`), or plain ones [N, M, A, 2]; obs [B, R, C]; obs_id [B]: distinct
+    Args: memory: packed latents [N, M, A] (see `init_memory`) or plain ones [N, M, A, 2]; obs [B, R, C]; obs_id [B]: distinct
         rows of the memory; alphabet [B, L] one-hot
     Returns: loss; statistics {theta_loss, phi_loss, prior_loss, novel_proportion and new_map (shares, 0 to 1)}
     """
@@ -279,13 +278,13 @@ def remember(memory, obs_id, proposal, get_scores):
 
 @torch.no_grad()
 def update_memory(generative_model, memory, obs, obs_id, proposal, alphabet=None, scorer=score):
-    """As `remember`, but returns all that is kept: latents [M, B, A, 2], best first; their log p(z, x) [M, B]; statistics"""
+    """Like `remember`, but returns all that is kept: latents [M, B, A, 2], best first; their log p(z, x) [M, B]; statistics"""
     candidate = get_candidates(memory, obs_id, proposal)  # [M + P, B, A, 2]
     return keep_best(memory, obs_id, candidate, scorer(generative_model, candidate, obs, alphabet))
 
 
 def get_candidates(memory, obs_id, proposal):
-    """What images remember, and what is proposed for them: [M + P, B, A, 2]"""
+    """The latents remembered and proposed for each image: [M + P, B, A, 2]"""
     if gpu.can_remember(memory, len(proposal)):
         return gpu.get_candidates(memory, obs_id, proposal)
     remembered = memory[obs_id] if memory.dim() == 4 else unpack(memory[obs_id])  # [B, M, A, 2]
@@ -293,8 +292,8 @@ def get_candidates(memory, obs_id, proposal):
 
 
 def keep_best(memory, obs_id, candidate, log_joint):
-    """Updates the memory, given `get_candidates` and their log_joint [M + P, B]. Latents are distinct if the programs are, even
-    if they draw the same image. Returns: as `update_memory`"""
+    """Updates the memory, given the candidates of `get_candidates` and their log_joint [M + P, B]. Latents are distinct if their
+    programs are, even if they draw the same image. Returns: as `update_memory`"""
     memory_size = memory.shape[1]
     codes, log_joint = pack(candidate, memory.dtype).transpose(0, 1), log_joint.t()  # [B, M + P, A], [B, M + P]
     repeated = find_repeated(codes)  # [B, M + P]
@@ -313,7 +312,7 @@ def init_memory(num_data, memory_size=10, num_arcs=10, num_primitives=64):
     dtype = torch.uint8 if num_primitives <= 128 else torch.int16
     num_latents = num_primitives**num_arcs * 2 ** (num_arcs - 1)
     if num_latents <= 2 * memory_size:
-        # so few that random draws would keep colliding: choose from the list of all
+        # so few that random draws would keep colliding: choose among all of them
         codes = [torch.arange(0, 2 * num_primitives, 2)] + [torch.arange(2 * num_primitives)] * (num_arcs - 1)
         every = torch.cartesian_prod(*codes).view(-1, num_arcs).to(dtype)
         chosen = torch.rand(num_data, num_latents).argsort(1)[:, :memory_size]
@@ -342,7 +341,7 @@ def _random_codes(shape, num_primitives, dtype):
 
 
 class Step(NamedTuple):
-    """What an objective can be given of a training step, by these names; and its state, by the names that `keeps` declares"""
+    """What an objective can take of a training step, by name; it also gets its state, by the names declared with `keeps`"""
 
     generative_model: torch.nn.Module
     inference_network: torch.nn.Module
@@ -351,7 +350,7 @@ class Step(NamedTuple):
     alphabet: torch.Tensor | None  # one-hot, if the model is conditional: [B, L]
     num_particles: int  # P
     num_dreams: int  # samples of the model for an update by sleep
-    iteration: torch.Tensor  # done before, a scalar on the device, so that a CUDA graph reads it anew in each step
+    iteration: torch.Tensor  # number done before; a scalar on the device, so that a CUDA graph reads it anew in each step
 
 
 def init_state(args, num_data, device):
@@ -364,20 +363,20 @@ def init_state(args, num_data, device):
 
 def get_loss(args, step, state):
     """The scalar to differentiate and the statistics to record, by the objective that a run's arguments choose.
-    Args: step: a Step; state: of `init_state`"""
+    Args: step: a Step; state: from `init_state`"""
     objective = OBJECTIVES[args.algorithm]
     available = {**util.get_own_settings(args, "algorithm"), **step._asdict(), **state}
     loss, statistics = objective(**{name: available[name] for name in _get_names(objective) or available if name in available})
     for name, value in statistics.items():
         if not isinstance(name, str) or name == "iteration" or (torch.is_tensor(value) and value.dim() > 0):
-            raise util.UserError(f"{args.algorithm}: the statistic {name!r} must be a scalar, and not be called iteration")
-    like = step.obs  # a number of Python becomes a tensor without a copy, which a CUDA graph could not record
+            raise util.UserError(f"{args.algorithm}: the statistic {name!r} must be a scalar, and cannot be called iteration")
+    like = step.obs  # a Python number becomes a tensor without a copy, which a CUDA graph could not record
     return loss, {name: x.detach() if torch.is_tensor(x) else like.new_full((), x) for name, x in statistics.items()}
 
 
 @functools.cache
 def _get_names(objective):
-    """The names of an objective's arguments; none if it takes whatever there is"""
+    """The names of an objective's arguments; none if it takes any"""
     parameters = inspect.signature(objective, follow_wrapped=False).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return [] if takes_all else list(parameters)

@@ -1,8 +1,7 @@
 """The generative model of characters and the networks that infer programs.
 
-A latent is a program of A strokes, an integer tensor [..., A, 2]: the stroke's
-primitive (0 to K - 1) and whether the pen is down (1) or up (0). The first
-stroke is always up: it carries the pen from the centre to the first point.
+A latent is a program of A strokes, an integer tensor [..., A, 2]: each stroke's primitive (0 to K - 1) and whether the pen
+is down (1) or up (0). The pen is always up in the first stroke, which takes it from the centre to the first point.
 
 Shapes: B images, P particles, A arcs, K primitives, R x C pixels, L alphabets.
 Source: Hewitt, Le and Tenenbaum (2020), section 4.2.
@@ -42,8 +41,8 @@ def unpack(codes):
 
 
 def match_images(obs, latent):
-    """Expands images, or whatever has a row for each of them, to those of latents [P, B, A, 2]: [1, ...] is repeated, without
-    copying. Raises: ValueError if there is another number of rows"""
+    """Expands images, or anything with a row per image, to match latents [P, B, A, 2]: a single row is repeated, without
+    copying. Raises: ValueError if there are neither 1 nor B rows"""
     if latent.dim() != 4 or latent.shape[-1] != 2 or len(obs) not in (1, latent.shape[1]):
         raise ValueError(f"latents have the shape {list(latent.shape)}; expected [particles, {len(obs)} images, arcs, 2]")
     return obs.expand(latent.shape[1], *obs.shape[1:])
@@ -58,13 +57,13 @@ class Decoder(nn.Module):
     Used for the prior (context: the alphabet, if any) and the inference networks (context: alphabet and image). A step's
     input is the previous stroke's one-hot id and on/off (zeros in the first step), followed by the context.
 
-    To change all of them, change this class. To change the prior alone, let `GenerativeModel.prior` be of another class: any
-    nn.Module with `sample(num_particles, context)` and `log_prob(latent, context)` as below will do. Its `get_next_log_probs`
-    and `complete` are used as well, if it has them: the first tells the search which strokes to try.
+    To change all of them, change this class. To change the prior alone, make `GenerativeModel.prior` any nn.Module with
+    `sample(num_particles, context)` and `log_prob(latent, context)` as below. Its `get_next_log_probs` and `complete` are used
+    as well, if it has them: the first tells the search which strokes to try.
 
-    On a GPU, the kernels of fast/triton_decoder.py compute the same steps, but not for a class with its own `_get_inputs`,
-    `_step` or `_get_log_probs`, or another cell (see `has_kernels`). Whoever edits these here lets `has_kernels` return False;
-    fast/kernel_check.py compares both before a run, in case that is forgotten.
+    On a GPU, the kernels of fast/triton_decoder.py compute the same steps, except for a subclass with its own `_get_inputs`,
+    `_step` or `_get_log_probs`, or another cell (see `has_kernels`). If you edit these here, make `has_kernels` return False;
+    in case you forget, fast/kernel_check.py compares both before a run.
     """
 
     def __init__(self, num_primitives, num_arcs, lstm_hidden_size, context_size, uniform_mixture):
@@ -82,8 +81,8 @@ class Decoder(nn.Module):
         return self.sample_and_log_prob(num_particles, context)[0]
 
     def sample_and_log_prob(self, num_particles, context):
-        """context [B, H] -> latent [P, B, A, 2], log_prob [P, B]. log_prob carries gradients only on a GPU, where all
-        particles are differentiated anyway."""
+        """context [B, H] -> latent [P, B, A, 2], log_prob [P, B]. log_prob has gradients only on a GPU, where all particles
+        are differentiated anyway."""
         shape = (num_particles, len(context))
         if self._uses_kernels(context):
             inputs = *self._get_inputs(context), *self._get_weights()
@@ -96,14 +95,14 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def complete(self, beginning, context, temperature=1.0):
-        """Continues programs of which the first k strokes are given: beginning [N, k, 2], context [N, H] -> [N, A, 2].
-        Below a temperature of 1 strokes are more typical, above it more varied. Raises: ValueError if k > A"""
+        """Continues programs from their first k strokes: beginning [N, k, 2], context [N, H] -> [N, A, 2]. Strokes are more
+        typical at temperatures below 1, and more varied above. Raises: ValueError if k > A"""
         if beginning.shape[1] > self.num_arcs:
             raise ValueError(f"{beginning.shape[1]} strokes are given, but programs have {self.num_arcs}")
         return self._draw(*self._get_inputs(context), beginning.unbind(1), temperature)[0]
 
     def _draw(self, table, context_input, given=(), temperature=1.0):
-        """Draws strokes one after the other, but for the first few, which may be given.
+        """Draws strokes one after the other; the first few may be given.
 
         Args: table, context_input [N, 4 * hidden]: see _get_inputs; given: strokes, [N, 2] each
         Returns: latent [N, A, 2]; log_prob [N], of all strokes, at the temperature
@@ -159,8 +158,8 @@ class Decoder(nn.Module):
     # -------------------------------------------------------------- a step
 
     def _get_inputs(self, context):
-        """Inputs are one-hot, so a stroke's contribution to the gates is a row of a table with a row per id and on/off; the
-        context's is the same for all steps and particles: [2 * K, 4 * hidden] and [B, 4 * hidden]"""
+        """Inputs are one-hot, so a stroke's contribution to the gates is a row of a table, with a row per id and on/off; that
+        of the context is the same for all steps and particles: [2 * K, 4 * hidden] and [B, 4 * hidden]"""
         weight = self.lstm.weight_ih.split([self.num_primitives, 2, self.context_size], 1)
         table = weight[0].t().unsqueeze(1) + weight[1].t()  # [K, 2, 4 * hidden]
         return table.flatten(0, 1), F.linear(context, weight[2], self.lstm.bias_ih + self.lstm.bias_hh)
@@ -184,7 +183,7 @@ class Decoder(nn.Module):
 
     @property
     def has_kernels(self):
-        """Whether the kernels compute what this decoder does"""
+        """Whether the kernels compute the same as this decoder"""
         steps = ["_get_inputs", "_step", "_get_log_probs"]
         is_ours = all(getattr(type(self), name) is getattr(Decoder, name) for name in steps)
         return is_ours and gpu.can_decode(getattr(self, "lstm", None), getattr(self, "linear", None))
@@ -221,24 +220,24 @@ def sample_categorical(log_probs):
 class Likelihood(nn.Module):
     """p(x|z), given the drawing of z.
 
-    A new one is a class and an entry in LIKELIHOODS. It needs `log_prob` and `sample`, as `Bernoulli` has them. Its parameters
-    are learned; settings are keyword arguments of its constructor. One that sees drawings through affine maps is best derived
-    from `AffineMixture`.
+    To add one, write a class and enter it in LIKELIHOODS. It needs `log_prob` and `sample`, as in `Bernoulli`. Its parameters
+    are learned; its settings are keyword arguments of its constructor. If it sees drawings through affine maps, derive it from
+    `AffineMixture`.
     """
 
-    maps = None  # [T, 2, 3], the affine maps through one of which it sees drawings, if it does
+    maps = None  # [T, 2, 3], affine maps, if it sees drawings through one of them
 
     def sample_maps(self, num):
-        """Draws maps through which to see drawings: [num, 2, 3], or None if it has none"""
+        """Draws maps: [num, 2, 3], or None if it has none"""
         return None
 
     def restrict(self, map_id):
-        """A lower bound that takes less time: map_id [t], of some maps -> what has a `log_prob` that is at most this one's"""
+        """A faster lower bound, from some maps only: map_id [t] -> an object whose `log_prob` is at most this one's"""
         return self
 
 
 class Bernoulli(Likelihood):
-    """Independent pixels. A grey image scores what binary images do on average, if its pixels are their probabilities of 1"""
+    """Independent pixels. A grey image, whose pixels are probabilities of ink, gets the expected score of a binary one"""
 
     def log_prob(self, logits, obs):
         """logits, obs [N, R, C] in [0, 1] -> [N], nats"""
@@ -252,10 +251,10 @@ class Bernoulli(Likelihood):
 
 
 class AffineMixture(Likelihood):
-    """Independent pixels of the drawing seen through one of T affine maps, which are equally probable unless a subclass has
-    other weights (see `get_log_weights`).
+    """Independent pixels, given the drawing seen through one of T affine maps. These are equally probable unless a subclass
+    overrides `get_log_weights`.
 
-    Args: theta_affine [T, 2, 3]: a parameter, or a tensor that stays as it is
+    Args: theta_affine [T, 2, 3]: a parameter, or a tensor that stays fixed
     """
 
     def __init__(self, theta_affine):
@@ -274,7 +273,7 @@ class AffineMixture(Likelihood):
         return None
 
     def log_prob(self, logits, obs, map_id=None):
-        """logits, obs [N, R, C] in {0, 1} -> [N], nats; of the terms of some maps alone, if map_id [t] names them"""
+        """logits, obs [N, R, C] in {0, 1} -> [N], nats; if map_id [t] is given, from the terms of these maps alone"""
         _check_binary(obs)
         maps, log_weights = self.maps, self.get_log_weights()
         if map_id is None:
@@ -290,7 +289,7 @@ class AffineMixture(Likelihood):
         return (by_map if log_weights is None else by_map + log_weights).log_softmax(1)
 
     def restrict(self, map_id):
-        """The terms that some maps contribute, in t / T of the time: see Likelihood.restrict"""
+        """The contribution of some maps, in t / T of the time: see Likelihood.restrict"""
         return types.SimpleNamespace(log_prob=functools.partial(self.log_prob, map_id=map_id))
 
     def sample_maps(self, num):
@@ -309,19 +308,19 @@ def _check_binary(obs):
 
 
 def _check_values(obs, is_right, what):
-    """Raises: ValueError if images have other values. Not checked on a GPU, where a step would have to wait for them"""
+    """Raises: ValueError if images have other values. Not checked on a GPU, where a step would have to wait for the result"""
     obs = obs[:1] if obs.stride(0) == 0 else obs  # many views of one image
     if not gpu.is_gpu(obs.device) and not is_right(obs).all():
         raise ValueError(f"images have values {what}; binarise them")
 
 
 def _sample_pixels(probs):
-    # A model that has diverged shows in its scores; sampling NaN would be a device-side error.
+    # Scores show that a model has diverged; sampling from NaN would be a device-side error.
     return torch.bernoulli(probs.nan_to_num())
 
 
 class LearnedAffine(AffineMixture):
-    """Learned maps, which begin near the identity"""
+    """Learned maps, initialised near the identity"""
 
     def __init__(self, num_maps=40):
         super().__init__(nn.Parameter(torch.eye(3)[:2] + 0.03 * torch.randn(num_maps, 2, 3)))
@@ -354,9 +353,9 @@ util.CHOICES["likelihood"] = LIKELIHOODS
 class GenerativeModel(nn.Module):
     """p(z) p(x|z): a prior over programs, a library of strokes, a renderer, a likelihood.
 
-    Args: as on main.py's command line; num_alphabets (L): 0 if unconditional; likelihood_settings: keyword arguments of its
-        class
-    Raises: ValueError if initial_max_curve > 1/2 (without big_arcs), or the likelihood is unknown
+    Args: as on main.py's command line; num_alphabets (L): 0 if unconditional; likelihood_settings: keyword arguments of the
+        likelihood's class
+    Raises: ValueError if initial_max_curve > 1/2 without big_arcs, or the likelihood is unknown
     """
 
     def __init__(
@@ -385,7 +384,7 @@ class GenerativeModel(nn.Module):
         self.register_load_state_dict_pre_hook(_lengthen_names)
 
     def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
-        """As torch's, by the names that state_dict has"""
+        """As in torch, but with the names of state_dict"""
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
             yield _shorten(name, f"{prefix}." if prefix else ""), parameter
 
@@ -421,7 +420,7 @@ class GenerativeModel(nn.Module):
 
     @torch.no_grad()
     def get_next_logits(self, beginning, primitive_id):
-        """Logits of drawings that continue by one of J strokes, pen down: beginning [N, k, 2], 0 < k < A; primitive_id [N, J]
+        """Logits of drawings continued by one of J strokes, pen down: beginning [N, k, 2], 0 < k < A; primitive_id [N, J]
         -> [N, J, R, C]"""
         primitives = self.get_primitives()  # [K, 5]
         end = 0.5 + look_up(primitives, beginning[..., 0])[..., :2].sum(1, keepdim=True)  # [N, 1, 2]
@@ -438,7 +437,7 @@ class GenerativeModel(nn.Module):
 
     def log_likelihood(self, latent, obs):
         """log p(x|z): latent [P, B, A, 2], obs [B, R, C], or [1, R, C] for all B -> [P, B]
-        Raises: ValueError if their shapes do not fit, or the likelihood is not for such images"""
+        Raises: ValueError if their shapes do not fit, or the likelihood does not support such images"""
         obs = match_images(obs, latent)
         if obs.shape[1:] != (self.num_rows, self.num_cols):
             raise ValueError(f"images have the shape {list(obs.shape)}; the model draws {self.num_rows} x {self.num_cols}")
@@ -456,7 +455,7 @@ class GenerativeModel(nn.Module):
 
         Args: latent [P, B, A, 2]; obs [B, R, C] or [1, R, C]; alphabet [B, L] one-hot (conditional models only)
         Returns: log_prior [P, B], log_likelihood [P, B]
-        Raises: ValueError as log_likelihood does, or if a conditional model gets no alphabet, or an unconditional one does
+        Raises: ValueError as log_likelihood does, or if a conditional model gets no alphabet or an unconditional one gets any
         """
         return self.log_prior(latent, alphabet), self.log_likelihood(latent, obs)
 
@@ -469,14 +468,14 @@ class GenerativeModel(nn.Module):
 
     @torch.no_grad()
     def sample_latent(self, num_samples, alphabet=None):
-        """As `sample`, but only the programs: [S, A, 2]"""
+        """Draws programs only, as for `sample`: [S, A, 2]"""
         if alphabet is None and self.num_alphabets:
             alphabet = self.sample_alphabet(num_samples)
         return self.prior.sample(1, self._get_context(num_samples, alphabet))[0]
 
     def get_next_log_probs(self, beginning, alphabet=None):
-        """As Decoder.get_next_log_probs, of the prior: alphabet [N, L] one-hot. Uniform if the prior has no such method, so
-        that a search tries all strokes alike."""
+        """The prior's Decoder.get_next_log_probs: alphabet [N, L] one-hot. Uniform if the prior has no such method, so that a
+        search tries all strokes alike."""
         if hasattr(self.prior, "get_next_log_probs"):
             return self.prior.get_next_log_probs(beginning, self._get_context(len(beginning), alphabet))
         id_log_prob = self.pre_theta.new_full((len(beginning), self.num_primitives), -math.log(self.num_primitives))
@@ -484,7 +483,7 @@ class GenerativeModel(nn.Module):
         return id_log_prob, forbid_ink(on_log_prob) if beginning.shape[1] == 0 else on_log_prob
 
     def complete(self, beginning, temperature=1.0, alphabet=None):
-        """As Decoder.complete, by the prior: beginning [N, k, 2], alphabet [N, L] one-hot -> [N, A, 2]"""
+        """The prior's Decoder.complete: beginning [N, k, 2], alphabet [N, L] one-hot -> [N, A, 2]"""
         return self.prior.complete(beginning, self._get_context(len(beginning), alphabet), temperature)
 
     def sample_alphabet(self, num_samples):
@@ -496,8 +495,7 @@ class GenerativeModel(nn.Module):
         return _prepend_alphabet(self.pre_theta.new_empty(batch_size, 0), alphabet, self.num_alphabets)
 
 
-# A checkpoint holds the likelihood's parameters by their own names (theta_affine), not by those of torch's modules
-# (likelihood.theta_affine).
+# Checkpoints hold the likelihood's parameters without a prefix: theta_affine, not likelihood.theta_affine.
 
 
 def _shorten(name, prefix):
@@ -516,7 +514,7 @@ def _lengthen_names(model, state, prefix, *_):
 
 
 def _prepend_alphabet(context, alphabet, num_alphabets):
-    """Puts the alphabet in front of the rest of a decoder's context: [B, L + ...]"""
+    """Prepends the alphabet to the rest of a decoder's context: [B, L + ...]"""
     if alphabet is None and num_alphabets == 0:
         return context
     if alphabet is None or num_alphabets == 0 or alphabet.shape != (len(context), num_alphabets):
@@ -529,8 +527,8 @@ def _prepend_alphabet(context, alphabet, num_alphabets):
 
 
 class _Network(nn.Module):
-    """q(z|x): an autoregressive decoder of programs, given what `embed` makes of the images. Its methods take obs [B, R, C], or
-    whatever else `embed` takes, and alphabet [B, L] one-hot, if it is conditional."""
+    """q(z|x): an autoregressive decoder of programs, given the images' embeddings by `embed`. Methods take obs [B, R, C], or
+    whatever `embed` takes, and alphabet [B, L] one-hot, if it is conditional."""
 
     def get_context(self, obs, alphabet=None):
         """The decoder's context for each image: [B, L + E]"""
@@ -547,7 +545,7 @@ class _Network(nn.Module):
 
 
 class InferenceNetwork(_Network):
-    """Encodes images by convolutions. Raises: ValueError if they are not 28 x 28, the size that these are made for"""
+    """Encodes images by convolutions. Raises: ValueError if they are not 28 x 28"""
 
     def __init__(
         self, num_primitives=64, lstm_hidden_size=64, num_rows=28, num_cols=28, num_arcs=10,
@@ -572,7 +570,7 @@ class InferenceNetwork(_Network):
 
 
 class LookupInferenceNetwork(_Network):
-    """A separate distribution for each of N images: takes obs_id [B], integers below N, in place of obs. For evaluation"""
+    """A separate distribution for each of N images, for evaluation: takes obs_id [B], integers below N, in place of obs"""
 
     def __init__(self, num_data, num_primitives=64, lstm_hidden_size=128, num_arcs=10, uniform_mixture=0.0, num_alphabets=0):
         super().__init__()
@@ -588,7 +586,7 @@ class LookupInferenceNetwork(_Network):
 
 
 def get_parameter_groups(generative_model, inference_network):
-    """The two groups that an optimiser distinguishes: everything else, and the prior's"""
+    """The optimiser's two groups of parameters: all but the prior's, and the prior's"""
     prior = list(generative_model.prior.parameters())
     others = [p for p in generative_model.parameters() if all(p is not other for other in prior)]
     return [[*others, *inference_network.parameters()], prior]
@@ -636,14 +634,14 @@ def from_checkpoint(checkpoint, device="cpu"):
         for model, state in zip(models, saved, strict=True):
             model.to(next(iter(state.values())).dtype).load_state_dict(state)
             model.requires_grad_(False)
-    except Exception as error:  # whatever a foreign file's contents, or a researcher's own model, make of it
+    except Exception as error:  # a foreign file's contents, or a custom model, may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"{checkpoint.get('path', 'the checkpoint')} does not make this program's models ({reason})") from error
     return models
 
 
 def _build_without_values(args, num_alphabets):
-    """As `build`, on the meta device; () if a model cannot be built there"""
+    """Like `build`, on the meta device; () if a model cannot be built there"""
     try:
         with torch.device("meta"):
             return build(args, num_alphabets, "meta")

@@ -1,8 +1,8 @@
-"""log p(z, x) of many latents, each distinct one once.
+"""log p(z, x) of many latents, computing each distinct one once.
 
-`score` is what objectives and search use. `ScoreTable` remembers scores under a generative model that stays fixed:
-latents are discrete, so an inference network that gets sharper samples the same ones again and again. In the end the
-table also gives a lower bound without variance: log p(x) >= log sum p(z, x) over the distinct latents seen.
+Objectives and search use `score`. `ScoreTable` remembers scores under a fixed generative model: latents are discrete, so an
+inference network that gets sharper samples the same ones again and again. In the end the table also gives a lower bound
+without variance: log p(x) >= log sum p(z, x) over the distinct latents seen.
 """
 
 import math
@@ -13,9 +13,9 @@ import torch
 from fast import gpu
 from models import match_images, pack, unpack
 
-ROWS_AT_ONCE = 1024  # latents scored without gradients on a CPU: their images stay in the cache
+ROWS_AT_ONCE = 1024  # latents scored at a time without gradients on a CPU: their images fit in the cache
 CAPACITY = 10_000  # latents kept per image in a table
-MAX_RECENT = 100_000  # rows of a table that are sorted again at every step
+MAX_RECENT = 100_000  # rows of a table that are sorted anew at every step
 
 # ------------------------------------------------------------------ scores
 
@@ -40,7 +40,7 @@ def score(generative_model, latent, obs, alphabet=None):
 
 @torch.no_grad()
 def score_rows(generative_model, codes, obs, alphabet, obs_id):
-    """As `score`, for packed latents codes [N, A], each with its own image, row obs_id [N] of obs -> [N]"""
+    """Like `score`, for packed latents codes [N, A], each with its own image, row obs_id [N] of obs -> [N]"""
     chosen, key = find_distinct(codes, obs_id)  # [D], [N]
 
     def score_some(part):
@@ -53,7 +53,7 @@ def score_rows(generative_model, codes, obs, alphabet, obs_id):
 
 
 def _score_a_few_at_a_time(score_some, num_rows, num_latents, like):
-    """Scores rows of num_latents latents each, by score_some(slice of the rows). Whenever a GPU's memory runs out, half as many
+    """Scores rows of num_latents latents each, by score_some(slice of the rows). Whenever a GPU runs out of memory, half as many
     are scored at a time from then on. like: a tensor on the device"""
     log_joint, done = [], 0
     while done < num_rows or not log_joint:
@@ -71,13 +71,13 @@ def _score_a_few_at_a_time(score_some, num_rows, num_latents, like):
 
 
 def can_select(latent):
-    """Whether latents may be left out depending on their values. On a GPU the CPU would have to wait to learn how many remain,
+    """Whether latents may be left out depending on their values. With a GPU, the CPU would have to wait to learn how many remain,
     and the step could not be recorded"""
     return not gpu.is_gpu(latent.device)
 
 
 def find_distinct(codes, obs_id):
-    """The distinct latents of each image: codes [N, A], obs_id [N] -> chosen [D], a row for each; key [N]: row i equals row
+    """The distinct latents of each image: codes [N, A], obs_id [N] -> chosen [D], their rows; key [N]: row i equals row
     chosen[key[i]]"""
     distinct, key = get_hash(codes, obs_id).unique(return_inverse=True)
     rows = torch.arange(len(key), device=key.device)
@@ -101,8 +101,8 @@ class Particles(NamedTuple):
     """P programs for each of B images, drawn from the inference network, and their scores"""
 
     latent: torch.Tensor  # [P, B, A, 2]
-    log_p: torch.Tensor  # log p(z, x), [P, B]; carries gradients where they cost nothing
-    log_q: torch.Tensor  # log q(z|x), [P, B]; as for log_p
+    log_p: torch.Tensor  # log p(z, x), [P, B]; has gradients where they cost nothing
+    log_q: torch.Tensor  # log q(z|x), [P, B]; likewise
     context: torch.Tensor  # the network's encoding of the images, with gradients: [B, H]
 
 
@@ -148,12 +148,12 @@ class Rows(NamedTuple):
 
 
 def get_rows(obs_id, codes, log_joint):
-    """Makes Rows of rows in any order, possibly repeated"""
+    """Makes Rows from rows in any order, possibly repeated"""
     return merge([Rows(get_hash(codes, obs_id), obs_id, codes, log_joint)])
 
 
 def merge(some_rows):
-    """Merges a list of Rows; each latent of an image stays once"""
+    """Merges a list of Rows, keeping each latent of an image once"""
     rows = Rows(*(torch.cat(columns) for columns in zip(*some_rows, strict=True)))
     key, order = rows.key.sort(stable=True)
     first = torch.ones_like(key, dtype=torch.bool)
@@ -188,7 +188,7 @@ class ScoreTable:
         self.num_scored = 0
 
     def score(self, image_id, generative_model, latent, obs, alphabet=None):
-        """As `score`; known scores are looked up, new ones computed and remembered. image_id [B]: indices in the table"""
+        """Like `score`, but looks known scores up, and remembers new ones. image_id [B]: indices in the table"""
         obs = match_images(obs, latent)
         num_particles, batch_size = latent.shape[:2]
         obs_id = torch.arange(batch_size, device=obs.device).repeat(num_particles)  # [P * B]
@@ -204,7 +204,7 @@ class ScoreTable:
 
     @staticmethod
     def _find(rows, among):
-        """Fills in the scores of the rows found among others. Returns: which were found, [N]"""
+        """Fills in the scores of rows found among others. Returns: which were found, [N]"""
         if not len(among.key):
             return torch.zeros_like(rows.key, dtype=torch.bool)
         at = torch.searchsorted(among.key, rows.key).clamp(max=len(among.key) - 1)
