@@ -1,7 +1,7 @@
-"""Images of handwritten characters: where to find them, how to read and split them.
+"""Images of handwritten characters: where to find them, and how to read and split them.
 
-Every source becomes binary 28 x 28 images, upright, ink 1, split into training, validation and test images, and summed up in
-one line. Where they are known, each character comes with its alphabet and its number within it.
+Every source becomes binary 28 x 28 images, upright, ink 1, split into training, validation and test images, with a one-line
+summary. Where known, each image comes with its alphabet and the number of its character within it.
 """
 
 import collections
@@ -26,7 +26,7 @@ from util import UserError, expand_user, show_progress, warn
 SMALL_NUM_PER_ALPHABET = 10
 
 CHARDATA_URL = "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/chardata.mat"
-CHARDATA_BLOB_ID = "016a3536ffe5e1d38e42563a18d7a78bfaf643ec"  # by which git names this content
+CHARDATA_BLOB_ID = "016a3536ffe5e1d38e42563a18d7a78bfaf643ec"  # git's name for this content
 CHARDATA_SIZES = dict(train=24345, valid=1345, test=8115)  # valid is split off the end of train
 
 # Where sites keep chardata.mat; $OMNIGLOT_PATH takes precedence. To add a site, add a line.
@@ -45,7 +45,7 @@ class Split(typing.NamedTuple):
     character: torch.Tensor | None
 
     def select(self, ids):
-        """Selects characters by ids [M] or a slice"""
+        """Selects images by ids [M] or a slice"""
         return Split(*(None if field is None else field[ids] for field in self))
 
     def to(self, device):
@@ -77,10 +77,10 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
 
     Args:
         small_dataset: 10 training images per alphabet
-        dataset_size: number of training images, the same for each alphabet
-        find_characters: prepare a folder of one's own images as `images.find_characters` does, which may find several
-            characters on each
-    Raises: UserError if something is wrong with the location or the data, or the data has no such part
+        dataset_size: number of training images, equally many of each alphabet
+        find_characters: prepare a folder of your own images by `images.find_characters`, which may find several characters
+            on each
+    Raises: UserError if something is wrong with the location or the data, or there are too few images
     """
     if small_dataset and dataset_size is not None:
         raise UserError("--small-dataset and --dataset-size exclude each other; give one")
@@ -105,17 +105,17 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
 
 
 def load_and_tell(location, *options):
-    """As `load`, and prints the summary"""
+    """Like `load`, but prints the summary"""
     dataset = load(location, *options)
     print(f"{location}: {dataset.summary}", flush=True)
     return dataset
 
 
 def load_for_model(checkpoint, location=None, load=load_and_tell):
-    """Loads the data set that a model was trained on, or a corresponding one from another location: one of the same size if
+    """Loads the data set that a model was trained on, or a corresponding one from another location: of the same size if
     possible, else all of it.
 
-    Args: checkpoint: of main.py; location: None for that of the training; load: `load_and_tell`, or a cached version of it
+    Args: checkpoint: of main.py; location: None for that of the training; load: `load_and_tell`, or a cached version
     Raises: UserError as `load` does, and if a conditional model has a different number of alphabets
     """
     args, num_known = checkpoint["args"], checkpoint["num_alphabets"]
@@ -164,7 +164,7 @@ def _take_per_alphabet(split, size, num_groups):
 
 
 def summarise(obs, groups, notes=()):
-    """Sums up images [N, 28, 28] in one line. Args: groups: words, such as the number of alphabets; notes: further remarks"""
+    """Summarises images [N, 28, 28] in a line. Args: groups: words, such as the number of alphabets; notes: further remarks"""
     words = [f"{_count(len(obs), 'image')}, {groups}, mean ink {obs.mean():.2f}", *notes, _list_counts(_get_faults(obs))]
     return "; ".join(filter(None, words))
 
@@ -216,7 +216,7 @@ def may_hold_pages(location):
 
 
 def find_site(name):
-    """Where chardata.mat is, or would be"""
+    """Where chardata.mat is, or should be"""
     path = expand_user(os.environ.get("OMNIGLOT_PATH") or SITES[name])
     return path / "chardata.mat" if path.is_dir() else path
 
@@ -224,15 +224,15 @@ def find_site(name):
 def download(url, path, blob_id):
     """Downloads a file, verifies its git blob id, and only then moves it to its path.
 
-    Raises: UserError if that fails; there is then no file at path
+    Raises: UserError if that fails; there is then no file at the path
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.hub.download_url_to_file(url, temporary)  # with a progress bar; its own verification takes other hashes
+        torch.hub.download_url_to_file(url, temporary)  # has a progress bar, but verifies other kinds of hashes
         content = temporary.read_bytes()
         if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
-            raise UserError(f"what {url} sent is not the expected file (its git blob id is not {blob_id}); try again later")
+            raise UserError(f"the file from {url} is not the expected one (its git blob id is not {blob_id}); try again later")
         os.replace(temporary, path)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
@@ -248,7 +248,7 @@ def download(url, path, blob_id):
 
 @contextlib.contextmanager
 def _decoding(path):
-    """The boundary to third-party decoders: whatever they raise becomes one line that names the file"""
+    """Turns whatever third-party decoders raise into one line that names the file"""
     try:
         yield
     except Exception as error:
@@ -257,7 +257,7 @@ def _decoding(path):
 
 
 def _load_mat(path):
-    """Loads what has chardata.mat's format: images, each stored column by column, one-hot alphabets, numbers of characters"""
+    """Loads a file in chardata.mat's format: images, each stored column by column, one-hot alphabets, numbers of characters"""
     with _decoding(path):
         mat = scipy.io.loadmat(path)
     parts, num_alphabets = [], len(np.atleast_2d(mat.get("target")))
@@ -281,7 +281,7 @@ def _load_mat(path):
 
 
 def _load_arrays(path):
-    """Loads a .npy file of images, or a .npz file of images and perhaps `labels` [N], which become alphabets"""
+    """Loads a .npy file of images, or a .npz file of images and, optionally, `labels` [N], which become alphabets"""
     with _decoding(path):
         loaded = np.load(path, allow_pickle=False)
         arrays = dict(loaded) if path.suffix == ".npz" else {"images": loaded}
@@ -298,9 +298,9 @@ def _load_arrays(path):
 
 
 def _to_ink(path, array):
-    """Images as numbers [N, R, C], with an axis of 1 more, or [N, 784], from 0 to 1, to 255 or to 65535.
+    """Converts images: numbers [N, R, C], possibly with an axis of length 1, or [N, 784], from 0 to 1, to 255 or to 65535.
 
-    Returns: ink, bool [N, 28, 28], and remarks for the summary. Paper is what most images' edges show.
+    Returns: ink, bool [N, 28, 28], and remarks for the summary. Paper is what most images' edges show
     Raises: UserError if it is not an array of images, or has values that cannot be ink
     """
     shape = [n for n in array.shape[1:] if n != 1]
@@ -308,7 +308,7 @@ def _to_ink(path, array):
     if array.dtype.kind not in "uifb" or array.size == 0 or len(shape) != 2:
         raise UserError(f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]")
     array = array.reshape(-1, *shape)
-    low, high, rounding = float(array.min()), float(array.max()), 1 + 1e-5  # of averages
+    low, high, rounding = float(array.min()), float(array.max()), 1 + 1e-5  # tolerance, for rounded averages
     full = next((full for full in (1, 255, 65535) if high <= full * rounding), 0)  # the value of ink, or of white paper
     if low < 1 - rounding or high < full / 16 or not full:
         what = f"values outside [0, 1], {low:g} to {high:g}" if low != high else f"the value {low:g} everywhere"
@@ -324,11 +324,11 @@ def _to_ink(path, array):
 
 # ------------------------------------------------------------------ image files
 
-# Folders whose names say to which part their images belong
+# Folder names that say which part images belong to
 PARTS = dict(train="train", training="train", val="valid", valid="valid", validation="valid", test="test", testing="test")
 OFFICIAL_ZIP = r"images_(background|evaluation)(_small\d)?\.zip"
 
-# What systems, network disks and programs put beside the user's own files
+# Files that systems, network disks and programs add
 HIDDEN = re.compile(
     r"\..+|__MACOSX|lost\+found|\$RECYCLE\.BIN|System Volume Information|Thumbs\.db|desktop\.ini|@eaDir|#recycle|#snapshot"
 )
@@ -348,8 +348,7 @@ class File(typing.NamedTuple):
 
 
 def _load_image_files(path, prepare):
-    """Loads a folder or zip of images: Omniglot's official release, or the user's own, whose subfolders, if any, are
-    alphabets"""
+    """Loads a folder or zip of images: Omniglot's official release, or the user's own, with subfolders, if any, as alphabets"""
     files = list(list_files(path))
     images = [file for file in files if file.suffix in get_suffixes()]
     is_official = 2 * sum(map(_is_official, images)) > len(images)
@@ -373,14 +372,14 @@ def _load_image_files(path, prepare):
     progress = show_progress(images, desc="reading images", unit="", leave=False)
     found = [(ink, *labels) for file, *labels in progress for ink in read(*file)]
     if not found:
-        raise UserError(f"no characters were found on the images in {path}: see the warnings")
+        raise UserError(f"no characters were found on the images in {path}; see the warnings")
     obs, alphabets, characters, parts = (None if x[0] is None else np.array(x) for x in zip(*found, strict=True))
     names, alphabet_ids = ([], None) if alphabets is None else np.unique(alphabets, return_inverse=True)
     return Source(obs, alphabet_ids, characters, [str(name) for name in names], parts, notes)
 
 
 def _describe_skipped(path, files):
-    """Warns of files that are left out. Returns: a list with a remark for the summary, if there are any"""
+    """Warns about files that are left out. Returns: a list with a remark for the summary, if there are any"""
     if not files:
         return []
     kinds = ["beside the others" if file.suffix in get_suffixes() else file.suffix[1:].upper() or "other" for file in files]
@@ -397,17 +396,17 @@ def _is_official(file):
 
 
 def _arrange_official(files):
-    """Returns: (file, alphabet, character, None) of each image of the official release, which has no parts"""
+    """Returns: (file, alphabet, character, None) for each image of the official release, which has no parts"""
     files = list(filter(_is_official, files))
-    if any("images_background" in file.folders for file in files):  # parts of it are there a second time
+    if any("images_background" in file.folders for file in files):  # parts of it are included a second time
         files = [file for file in files if "images_background_small" not in file.name]
     # images_background and images_evaluation have no alphabet in common
     return [(file, file.folders[-2], int(file.folders[-1].removeprefix("character")), None) for file in files]
 
 
 def _arrange(files):
-    """Takes alphabets and parts from the names of folders. Returns: (file, alphabet or None, None, part or None) of each image,
-    but not of those beside the folders that hold most"""
+    """Takes alphabets and parts from folder names. Returns: (file, alphabet or None, None, part or None) for each image, except
+    those beside the folders that hold most images"""
     num_before = None
     while len(files) != num_before:
         num_before, depth = len(files), len(os.path.commonprefix([file.folders for file in files]))
@@ -428,14 +427,14 @@ def _arrange(files):
 
 
 def _enter(files, depth):
-    """The files that lie in more than `depth` folders, one within the other, if these are most; else all"""
+    """The files nested in more than `depth` folders, if these are most; else all"""
     inside = [file for file in files if len(file.folders) > depth]
     return inside if 2 * len(inside) > len(files) else files
 
 
 def list_files(path, archive=None):
-    """Yields every File in a folder or zip that is not hidden, in order of name; in place of one of the official release's zips,
-    those in it. Args: path: for errors, if an open archive is given"""
+    """Yields every File in a folder or zip that is not hidden, in order of name; for one of the official release's zips, the
+    files in it. Args: path: for errors, if an open archive is given"""
     in_zip = archive is not None or path.is_file()
     for file in _list_zip(path, archive or path) if in_zip else _list_folder(path):
         if _is_hidden(file.name):
@@ -447,7 +446,7 @@ def list_files(path, archive=None):
 
 
 def _is_hidden(name):
-    """Whether a file, named relative to a folder or in a zip, is one that systems put beside the user's own"""
+    """Whether a file, named relative to a folder or in a zip, was added by a system"""
     return any(HIDDEN.fullmatch(part) for part in pathlib.PurePosixPath(name).parts if part != "..")
 
 

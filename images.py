@@ -1,8 +1,8 @@
 """Characters from image files, and built-in letters.
 
-`read_image` scales a whole image down by averaging. `find_characters` is for photographs and scans: it finds the sheet, and
-the ink on it under uneven light, separates characters, and gives each the size and stroke width of Omniglot's. `draw_glyphs`
-returns letters of a font, each drawn by twenty "hands".
+`read_image` scales a whole image down by averaging. `find_characters` is for photographs and scans: it finds the sheet and
+the ink on it, even under uneven light, separates characters, and gives each the size and stroke width of Omniglot's.
+`draw_glyphs` returns letters of a font, each drawn by twenty "hands".
 """
 
 import contextlib
@@ -21,14 +21,14 @@ import skimage
 from util import UserError, warn
 
 SIDE = 28
-CHARACTER_SIDE = 19  # pixels, of a character's longer side in Omniglot (its median and a little)
+CHARACTER_SIDE = 19  # pixels, a character's longer side (a little more than Omniglot's median)
 STROKE_RADIUS = 3  # on a grid four times as fine: strokes of Omniglot are 1.6 pixels wide
 MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the range from black to white
-SHEET_SIDE = 240  # pixels, of the photograph on which a sheet is found
+SHEET_SIDE = 240  # pixels, the longer side of the photograph when a sheet is sought
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
-ONLY_RECOGNISED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow cannot read without other programs
+ONLY_RECOGNISED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow needs other programs to read
 
-ALPHABETS = [  # those of glyphs.npz, in its order
+ALPHABETS = [  # of glyphs.npz, in order
     "Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Lao", "Tifinagh", "N'Ko", "Lisu", "Ogham",
     "Old Italic", "Canadian syllabics",
 ]  # fmt: skip
@@ -38,7 +38,7 @@ ALPHABETS = [  # those of glyphs.npz, in its order
 
 @functools.cache
 def get_suffixes():
-    """The suffixes of all files that Pillow reads, ".png" and so on; HEIC among them where pillow-heif is installed"""
+    """The suffixes of all files that Pillow reads, such as ".png"; with HEIC if pillow-heif is installed"""
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
     suffixes = PIL.Image.registered_extensions().items()
@@ -46,8 +46,8 @@ def get_suffixes():
 
 
 def decode(name, content):
-    """Decodes an image to grey values [rows, columns] in [0, 1], black 0, upright, as its camera held it; transparent pixels
-    become white. Of several pictures in a file, such as an animation, the first is read, with a warning.
+    """Decodes an image to grey values [rows, columns] in [0, 1], black 0, rotated upright; transparent pixels become white.
+    From a file with several pictures, such as an animation, the first is read, with a warning.
 
     Raises: UserError if it cannot be decoded
     """
@@ -58,7 +58,7 @@ def decode(name, content):
             image = PIL.ImageOps.exif_transpose(file)
             deep = image.mode.startswith("I")  # 16 bits
             pixels = np.asarray(image if deep else image.convert("RGBA"), np.float32) / (65535 if deep else 255)
-    except Exception as error:  # decoders raise anything
+    except Exception as error:  # decoders may raise anything
         reason = str(error).partition("<")[0][:80].strip()  # without the name of the buffer
         advice = "HEIC needs pip install pillow-heif" if b"ftyp" in content[:12] else "repair or remove it"
         raise UserError(f"{name} is damaged or not an image ({reason}); {advice}") from None
@@ -73,8 +73,8 @@ def decode(name, content):
 
 
 def read_image(name, content):
-    """Reads an image file of any size, dark on light or light on dark, on paper of whatever brightness: ink [28, 28] in
-    [0, 1]. Very thin strokes are darkened (see `shrink`), so that they survive when ink becomes binary.
+    """Reads an image file of any size, dark on light or light on dark, on paper of any brightness: ink [28, 28] in [0, 1].
+    Very thin strokes are darkened (see `shrink`), so that they survive when ink becomes binary.
 
     Raises: UserError if it cannot be decoded
     """
@@ -82,7 +82,7 @@ def read_image(name, content):
 
 
 def shrink(ink):
-    """Scales ink [rows, columns] in [0, 1] to [28, 28], and darkens it if its strokes become much thinner than a pixel"""
+    """Scales ink [rows, columns] in [0, 1] to [28, 28]; darkens it if its strokes become much thinner than a pixel"""
     ink = fit(ink)
     darkest = np.quantile(ink[ink > 0.02], 0.9) if (ink > 0.02).any() else 1
     return (ink * 1.5 / darkest).clip(0, 1) if darkest < 0.6 else ink
@@ -92,11 +92,11 @@ def get_ink(grey):
     """Ink on paper [rows, columns] in [0, 1]: 0 where the image is as bright as its paper, 1 where it differs most from it.
     Paper is what most of the image's edge shows; blank paper has no ink."""
     paper = _get_paper(grey)
-    if ((grey - paper) ** 3).mean() > 0:  # what stands out is lighter
+    if ((grey - paper) ** 3).mean() > 0:  # the ink is lighter
         grey, paper = 1 - grey, 1 - paper
-    darkness = 1 - grey / np.maximum(paper, 1 / 255)  # a share of the light that falls there
+    darkness = 1 - grey / np.maximum(paper, 1 / 255)  # as a share of the light falling there
     contrast = darkness.max()
-    noise = max(np.quantile(-darkness, 0.999), 0)  # what is lighter than paper is noise; so is as much darkness
+    noise = max(np.quantile(-darkness, 0.999), 0)  # values lighter than paper are noise; so are values as much darker
     if contrast < max(MIN_CONTRAST, 1.6 * noise):
         return np.zeros_like(darkness)
     darkness = np.where(darkness > min(noise, contrast / 3), darkness, 0)
@@ -105,7 +105,7 @@ def get_ink(grey):
 
 
 def _get_paper(grey):
-    """The brightness of the paper, a number, or under uneven light [rows, columns]: fitted to the image's edge"""
+    """The brightness of the paper, fitted to the image's edge: a number or, under uneven light, [rows, columns]"""
     edge = _get_edge(grey)
     paper = np.median(edge)
     distance = np.abs(edge - paper)
@@ -126,9 +126,9 @@ def _get_edge(grey):
 
 
 def fit(image, side=SIDE):
-    """Scales an image [rows, columns] in [0, 1] to [side, side] by area averaging; one that is not square is first
-    centred on a square of paper."""
-    return skimage.transform.resize_local_mean(make_square(image), (side, side)).clip(0, 1)  # rounding may leave this range
+    """Scales an image [rows, columns] in [0, 1] to [side, side] by area averaging, centred on a square of paper if it is not
+    square."""
+    return skimage.transform.resize_local_mean(make_square(image), (side, side)).clip(0, 1)  # against rounding
 
 
 def make_square(image):
@@ -160,14 +160,14 @@ def find_characters(name, content, side=SIDE):
 
 
 def _is_patch(part, page):
-    """Whether a part of the ink on a page, [rows, columns] each, is a blank sheet, or what a sheet lies on, rather than strokes"""
+    """Whether a part of the ink on a page, [rows, columns] each, is a blank sheet or the table, rather than strokes"""
     return part.size > 0.05 * page.size and part.mean() > 0.8 and max(part.shape) < 3 * min(part.shape)
 
 
 def find_sheet(grey):
-    """Cuts out the sheet of paper on a photograph that also shows what it lies on: grey values [rows, columns] -> the same,
-    or the part around the sheet, with paper instead of the table in its corners. A sheet is convex, clearly brighter or
-    darker than its surroundings all around, mostly empty, and reaches at most one corner of the photograph."""
+    """Cuts out the sheet of paper in a photograph that also shows the table: grey values [rows, columns] -> the same, or the
+    part around the sheet, with paper instead of the table in its corners. A sheet is convex, clearly brighter or darker than
+    its surroundings on all sides, mostly empty, and reaches at most one corner of the photograph."""
     if min(grey.shape) < SHEET_SIDE / 2:  # not a photograph
         return grey
     small = _scale_down(grey, SHEET_SIDE)
@@ -182,13 +182,13 @@ def find_sheet(grey):
     if chosen is None:
         return grey
     sheet = _cut_out(grey, *chosen)
-    # A small blank one may be a character: a bold stroke, or the inside of a box.
+    # A small blank region may be a character: a bold stroke, or the inside of a box.
     return sheet if sheet.size > 0.3 * grey.size or find_ink(sheet).any() else grey
 
 
 def _find_convex(region):
-    """Returns, for the largest piece of a region, if it may be a sheet: its corners [K, 2], in order, and its share of the
-    image, reduced where it is not quite convex; else None, 0"""
+    """Returns: the corners [K, 2], in order, of a region's largest piece, and its share of the image, reduced if it is not
+    quite convex; None, 0 if it cannot be a sheet"""
     pieces, _ = scipy.ndimage.label(region)
     sizes = np.bincount(pieces.flat)
     sizes[0] = 0
@@ -206,7 +206,7 @@ def _find_convex(region):
 
 
 def _get_step(blank, corners):
-    """By what share of its brightness a sheet is brighter than its surroundings, where they differ least"""
+    """How much brighter a sheet is than its surroundings, as a share of its brightness, where they differ least"""
     start = corners @ [1, 1j]  # complex numbers, row + i * column
     side = np.roll(start, -1) - start
     number = np.repeat(np.arange(len(side)), np.abs(side).round().astype(int))
@@ -224,7 +224,7 @@ def _get_step(blank, corners):
 
 
 def _cut_out(grey, corners, blank):
-    """The part of an image around a sheet, whose corners [K, 2] are those on a smaller, blank one"""
+    """The part of an image around a sheet, whose corners [K, 2] are given on a smaller, blank image"""
     mask = scipy.ndimage.binary_erosion(skimage.draw.polygon2mask(blank.shape, corners), iterations=3)
     if not mask.any():
         return grey
@@ -236,16 +236,15 @@ def _cut_out(grey, corners, blank):
 
 
 def _scale_down(grey, side):
-    """Scales grey values [rows, columns] so that the longer side has at most so many pixels"""
+    """Scales grey values [rows, columns] so that the longer side has at most the given number of pixels"""
     scale = min(side / max(grey.shape), 1)
     shape = [max(round(n * scale), 1) for n in grey.shape]
     return skimage.transform.resize(grey, shape, order=1, anti_aliasing=True)
 
 
 def find_ink(grey):
-    """Finds the ink on a page [rows, columns]: bool. Ink is darker than the paper around it, or lighter, if what stands
-    out on the page is lighter. The paper's brightness is estimated by filling in dark things narrower than a third
-    of the page."""
+    """Finds the ink on a page [rows, columns]: bool. Ink is darker than the paper around it, or lighter, if that is what stands
+    out on the page. The paper's brightness is estimated by filling in dark things narrower than a third of the page."""
     grey = _scale_down(grey, MAX_WORKING_SIDE)
     detail = grey - scipy.ndimage.gaussian_filter(grey, max(grey.shape) / 8, mode="nearest")
     light = grey if ((detail - detail.mean()) ** 3).mean() <= 0 else 1 - grey
@@ -260,13 +259,13 @@ def find_ink(grey):
     strongest = np.sort(darkness, axis=None)[-max(min(darkness.size // 20, 30), 1)]
     if strongest < MIN_CONTRAST:
         return np.zeros(light.shape, bool)
-    # Most of a page is paper: the threshold separates what is clearly darker from the rest.
+    # Most of a page is paper: the threshold separates clearly darker pixels from the rest.
     threshold = skimage.filters.threshold_otsu(darkness.clip(0, strongest))
     return darkness > max(threshold, strongest / 3, MIN_CONTRAST / 2)
 
 
 def split_page(ink):
-    """Separates ink [rows, columns] into characters: pieces that are close, relative to their size, belong together.
+    """Separates ink [rows, columns] into characters: pieces that are close relative to their size belong together.
 
     Returns: a list of bool arrays, each cropped to its ink, in reading order, without specks
     """
@@ -283,7 +282,7 @@ def split_page(ink):
     groups = join_enclosed(skimage.measure.label(scipy.ndimage.distance_transform_edt(~ink) <= reach) * ink)
     regions = skimage.measure.regionprops(groups)
     top, left, bottom, _ = np.array([region.bbox for region in regions]).T
-    # Lines of text: a new one begins where a character's middle is lower than the previous one's by its height.
+    # A new line of text begins where a character's middle is lower than the previous one's by its height.
     middle = (top + bottom) / 2
     order = middle.argsort(kind="stable")
     line = np.cumsum(np.diff(middle[order], prepend=middle.min()) > 0.7 * np.median(bottom - top))
@@ -291,8 +290,8 @@ def split_page(ink):
 
 
 def find_edges(pieces, sides):
-    """Finds long straight marks at the border of the photograph, the edges of the paper, say, if it was photographed at an
-    angle, and their crumbs: pieces, numbers [rows, columns], and their longer sides [N] -> bool [N]"""
+    """Finds long straight marks at the border of the photograph (such as edges of paper photographed at an angle) and their
+    crumbs: pieces, numbers [rows, columns], and their longer sides [N] -> bool [N]"""
     longest_page_side = max(pieces.shape)
     edges = np.zeros(len(sides), bool)
     for i, region in enumerate(skimage.measure.regionprops(pieces)):
@@ -303,7 +302,7 @@ def find_edges(pieces, sides):
             along, across = np.sqrt(np.linalg.eigvalsh(np.cov(points.T)).clip(0)[::-1])
             depth = np.minimum(points, np.array(pieces.shape) - 1 - points).min(1).max()  # two edges meet in a corner
             edges[i] = across < 0.06 * along or depth < 0.08 * longest_page_side
-    # Strokes of a closely cropped character reach the border, too, but are not much longer than its others.
+    # Strokes of a closely cropped character also reach the border, but are not much longer than its others.
     longest = sides[~edges].max(initial=0)
     edges &= sides > 1.5 * longest
     if edges.all():
@@ -316,7 +315,7 @@ def find_edges(pieces, sides):
 
 
 def join_enclosed(groups):
-    """What lies within a group's box belongs to it: numbers of groups [rows, columns] -> the same, with fewer groups"""
+    """Merges groups that lie within another's box into it: numbers of groups [rows, columns] -> the same, with fewer groups"""
     regions = sorted(skimage.measure.regionprops(groups), key=lambda region: region.area_bbox)
     joined = groups.copy()
     for i, inner in enumerate(regions):
@@ -343,7 +342,7 @@ def normalise(part, side=SIDE):
     points = np.argwhere(skimage.morphology.skeletonize(np.pad(smooth, 1))).astype(float)  # row, column
     if len(points) == 0:
         return np.zeros((side, side), bool)
-    # A skeleton is shorter than its strokes by their thickness, so it is scaled up again, within limits.
+    # A skeleton is shorter than its strokes by their thickness, so it is scaled up, within limits.
     low, high = points.min(0), points.max(0)
     growth = np.clip((fine * CHARACTER_SIDE - 2 * STROKE_RADIUS) / max((high - low).max(), 1), 0.5, 1.7)
     points = (points - (low + high) / 2) * growth + (fine * SIDE - 1) / 2
@@ -356,11 +355,10 @@ def normalise(part, side=SIDE):
 
 
 def draw_glyphs():
-    """Letters as drawn by every hand, in the size and stroke width of handwriting: from glyphs.npz, since what matplotlib and
-    FreeType draw depends on their versions.
+    """Letters drawn by every hand, in the size and stroke width of handwriting. They come from glyphs.npz, since what
+    matplotlib and FreeType draw depends on their versions.
 
-    Returns: obs [N, 28, 28], bool, ink True, upright; alphabet ids [N]; characters
-        [N], numbered from 1 within their alphabet
+    Returns: obs [N, 28, 28], bool, ink True, upright; alphabet ids [N]; characters [N], numbered from 1 within their alphabet
     """
     with np.load(pathlib.Path(__file__).resolve().parent / "glyphs.npz") as stored:
         obs = np.unpackbits(stored["obs"], axis=1).astype(bool).reshape(-1, SIDE, SIDE)

@@ -1,8 +1,8 @@
 """From strokes to pixels, and from pixels to log-probabilities: the hot path.
 
-Nearly all the time of a training step goes to `get_logits`, which draws arcs, and `affine_log_prob`, which scores images
-under a mixture over affine maps of the drawing. Both work in float32 and float64, with and without gradients; on a GPU
-they are Triton kernels (fast/gpu.py).
+A training step spends nearly all its time in `get_logits`, which draws arcs, and `affine_log_prob`, which scores images under
+a mixture over affine maps of the drawing. Both work in float32 and float64, with and without gradients; on a GPU they are
+Triton kernels (fast/gpu.py).
 """
 
 import functools
@@ -16,27 +16,27 @@ from fast import gpu
 from fast.gpu import LOG_PAPER, kernels
 from util import warn
 
-BLOCK = 16  # images scored side by side: as many floats as fit a register
+BLOCK = 16  # images scored side by side: as many floats as fit in a register
 MAPS_AT_ONCE = 40
 MOST_UNROLLED = 32  # arcs in a loop that the compiler unrolls
 MOST_SAMPLED = 2**15  # images seen through maps at a time: cuDNN takes at most 65 535
 
 # ------------------------------------------------------------------ how kernels are called
 
-# Kernels save only their inputs for the backward pass, and both passes work on one chunk at a time: however many latents are
-# scored, memory grows by no more than the few kilobytes of each latent's image.
+# Kernels save only their inputs for the backward pass, and both passes work on one chunk at a time, so that memory grows by
+# only the few kilobytes of each latent's image.
 
 
 def _get_chunk_size(device):
-    """How many latents are scored at a time: on a GPU, for few launches; on a CPU, what fits the cache"""
+    """How many latents are scored at a time: on a GPU, many, for few launches; on a CPU, what fits in the cache"""
     if gpu.is_gpu(device):
         return 8192
     return 1024 if kernels.compiled else 64
 
 
 def _get_gradient_chunk_size(device):
-    """As _get_chunk_size, for backward passes, which take more memory per latent: on a CPU, no buffer exceeds the 32 MB up
-    to which malloc keeps freed memory"""
+    """As _get_chunk_size, for backward passes, which take more memory per latent: on a CPU, no buffer exceeds the 32 MB up to
+    which malloc reuses freed memory"""
     return 2500 if gpu.is_gpu(device) else 256
 
 
@@ -48,7 +48,7 @@ def _split(size, *batched):
 
 
 def _run_in_chunks(kernel, batched, rest, size):
-    """As _run, `size` rows at a time: the batch is dimension 0 of all results"""
+    """Like _run, `size` rows at a time: the batch is dimension 0 of all results"""
     results = [_run(kernel, 0, chunk, rest) for chunk in _split(size, *batched)]
     return results[0] if len(results) == 1 else tree_map(lambda *parts: torch.cat(parts), *results)
 
@@ -68,33 +68,32 @@ def _run(kernel, batch_dim, batched, rest):
 
 
 def _norm(x, y):
-    """|(x, y)|, whose gradient at 0 is 0 and not nan."""
+    """|(x, y)|, with gradient 0 instead of NaN at 0."""
     squared = x * x + y * y
     positive = squared > 0
     return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
 def get_arc_constants(arcs):
-    """What `get_exponent` needs to know of an arc, computed per arc rather than per pixel:
-    arcs [..., 7] -> [..., 10]"""
+    """The arc's constants for `get_exponent`, computed once per arc rather than per pixel: arcs [..., 7] -> [..., 10]"""
     x_start, y_start, dx, dy, theta, sharpness, width = arcs.unbind(-1)
     middle = x_start + dx / 2, y_start + dy / 2
-    chord = _norm(dx, dy), dx * dx + dy * dy  # its length, and that squared
+    chord = _norm(dx, dy), dx * dx + dy * dy  # its length, and the square of that
     return torch.stack([*middle, dx, dy, theta.sin(), theta.cos(), *chord, sharpness**2, width**2], -1)
 
 
 def get_squared_distance(x, y, dx, dy, sin, cos, chord, squared_chord):
-    """Squared distance of points to an arc, given relative to the middle of the arc's chord. All arguments broadcast.
+    """Squared distance to an arc from points given relative to the middle of its chord. All arguments broadcast.
 
     The arc is the part of a circle over the chord (dx, dy); sin and cos are those of theta, half its signed angle. The
-    textbook's formula uses the circle's centre, which runs off to infinity as the arc straightens. Here the distance to the
-    circle is rationalised: values and gradients are finite for any theta in [-pi, pi] and any chord, even of length zero.
+    textbook formula uses the circle's centre, which goes to infinity as the arc straightens. Here the distance to the circle is
+    rationalised: values and gradients are finite for any theta in [-pi, pi] and any chord, even of length zero.
     """
     squared = x * x + y * y
     along = (x * dx + y * dy).abs()
     across = x * dy - y * dx
     # Strictly on the arc's side: for a chord of length 0 both sides agree, and only the other one is free of 0/0. NaN counts
-    # as the arc's side, and so propagates.
+    # as on the arc's side, and so propagates.
     away = cos * (squared_chord / 2 - along) - sin * across <= 0
     numerator = (squared - squared_chord / 4) * sin - cos * across
     denominator = _norm(x * sin - cos / 2 * dy, y * sin + cos / 2 * dx) + chord / 2
@@ -119,7 +118,7 @@ def get_pixel_centres(num_rows, num_cols, like):
 
 
 def _draw(constants, on, x, y, rendering_params):
-    """Logits of ink [B, R * C], and the arc that each pixel's ink belongs to [B, R * C], one that is off where none is on.
+    """Logits of ink [B, R * C], and the arc that each pixel's ink belongs to [B, R * C] (one that is off if none is on).
 
     Args: constants [B, A, 10]; on [B, A], bool; x, y [R * C]; rendering_params [2]
     """
@@ -129,21 +128,21 @@ def _draw(constants, on, x, y, rendering_params):
 
 
 def _draw_ink(constants, on, x, y, rendering_params):
-    """As _draw without arc_id, in less time: [B, R * C]"""
+    """Like _draw without arc_id, but faster: [B, R * C]"""
     strongest = _get_strongest(constants, on, x, y)
     return _get_ink_logits(strongest, strongest != -math.inf, rendering_params)
 
 
 def _get_strongest(constants, on, x, y):
-    """The exponent of the strongest arc that is on, -inf where none is: [B, R * C]; arguments as for _draw"""
+    """The exponent of the strongest arc that is on, -inf if none is: [B, R * C]; arguments as for _draw"""
     arcs = zip(constants.unbind(1), on.unbind(1), strict=True)  # unrolled, so that no pixel is written more than once
     exponents = [get_exponent(x, y, c.unsqueeze(-1).unbind(1)).masked_fill(~o.unsqueeze(-1), -math.inf) for c, o in arcs]
     return functools.reduce(torch.maximum, exponents)
 
 
 def _draw_one_more(constants, strongest, x, y, rendering_params):
-    """Logits of drawings with each of K more arcs: constants [B, K, 10]; strongest [B, R * C], the exponents of what has been
-    drawn -> [B, K, R * C]"""
+    """Logits of drawings with one more arc, for each of K: constants [B, K, 10]; strongest [B, R * C], the exponents of what has
+    been drawn -> [B, K, R * C]"""
     exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, K, R * C]
     exponent = torch.maximum(exponent, strongest.unsqueeze(1))
     return _get_ink_logits(exponent, exponent != -math.inf, rendering_params)
@@ -226,9 +225,9 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
 
 @torch.no_grad()
 def get_logits_with_one_more(arcs, on_offs, more, rendering_params, num_rows, num_cols):
-    """As `get_logits`, for drawings that continue by one of K arcs, in the time of drawing these alone.
+    """Like `get_logits`, for drawings continued by one of K arcs, in the time of drawing these alone.
 
-    Args: arcs [B, A, 7], on_offs [B, A]: what has been drawn; more [B, K, 7]
+    Args: arcs [B, A, 7], on_offs [B, A]: what has been drawn; more [B, K, 7]: the arcs to add
     Returns: logits [B, K, R, C]
     """
     if kernels.compiled and len(more) == 1:
@@ -249,7 +248,7 @@ def get_logits_with_one_more(arcs, on_offs, more, rendering_params, num_rows, nu
 
 
 def get_fixed_maps():
-    """Shear, then rotation, scaling and translation, with three values for each of seven numbers: [2187, 2, 3]"""
+    """Shears, then rotations, scalings and translations, with three values for each of seven numbers: [2187, 2, 3]"""
     angle, scale, shift = [-0.1 * math.pi, 0.0, 0.1 * math.pi], [0.9, 1.0, 1.1], [-0.2, 0.0, 0.2]
     tx, ty, sx, sy, rotation, shear_x, shear_y = torch.cartesian_prod(
         *[torch.tensor(values) for values in [shift, shift, scale, scale, angle, angle, angle]]
@@ -269,7 +268,7 @@ def get_fixed_maps():
 
 
 def get_shifts(most):
-    """Maps of all shifts by up to `most` pixels of 28 in each direction: [(2 * most + 1)^2, 2, 3]"""
+    """Maps of all shifts by up to `most` pixels (of 28) in each direction: [(2 * most + 1)^2, 2, 3]"""
     pixel = 2 / 27  # in affine_grid's coordinates, from corner to corner
     shift = torch.arange(-most, most + 1) * pixel
     x, y = torch.cartesian_prod(shift, shift).unbind(1)
@@ -291,13 +290,13 @@ def _clamp(probs):
 
 
 def get_taps(maps, num_rows, num_cols):
-    """Bilinear sampling written out: the four pixels that each of a map's pixels is made of.
+    """Bilinear sampling written out: the four pixels that contribute to each of a map's pixels.
 
     Args: maps [T, 2, 3]
     Returns: index [4, T, R * C] into the R * C pixels; weight, of the same shape, 0 outside the image
     """
     grid = F.affine_grid(maps, (len(maps), 1, num_rows, num_cols), align_corners=True)
-    # Positions far outside have no weight wherever they are; clamping keeps them valid integers.
+    # Positions far outside have no weight anyway; clamping keeps them valid integers.
     x = ((grid[..., 0] + 1) / 2 * (num_cols - 1)).flatten(1).clamp(-2, num_cols + 1)
     y = ((grid[..., 1] + 1) / 2 * (num_rows - 1)).flatten(1).clamp(-2, num_rows + 1)  # [T, R * C]
     index, weight = [], []
@@ -314,8 +313,8 @@ def get_taps(maps, num_rows, num_cols):
 def _log_prob_by_map(probs, paper, index, weight):
     """log p(x | map) of every image under every map.
 
-    Images are columns of blocks of 16, pixels are rows: a bilinear tap is a contiguous row times a number, and a block stays
-    in the cache for all maps. Four pixels share a logarithm: float32 holds the product of their probabilities.
+    Images are the columns of blocks of 16, pixels the rows: a bilinear tap is a contiguous row times a number, and a block
+    stays in the cache for all maps. Four pixels share a logarithm: float32 can hold the product of their probabilities.
 
     Args: probs, paper (1 - obs) [blocks, pixels, 16]; index, weight [4, T, 4, pixels / 4]
     Returns: [blocks, T, 16]
@@ -405,7 +404,7 @@ def _sum_over_taps(grad_q, index, weight):
 def affine_log_prob(logits, obs, maps, log_weights=None):
     """log p(x | z) under a mixture of affine maps of the drawing.
 
-    Args: logits [N, R, C]; obs [N, R, C] in {0, 1}; maps [T, 2, 3]; log_weights [T], of the maps, equal by default
+    Args: logits [N, R, C]; obs [N, R, C] in {0, 1}; maps [T, 2, 3]; log_weights [T] of the maps, equal by default
     Returns: [N]
     Raises: ValueError if the shapes of logits and obs differ
     """
@@ -437,8 +436,8 @@ def affine_log_prob_by_map(logits, obs, maps):
 
 
 def set_compile(enabled, device="cpu"):
-    """Turns compilation of the kernels on or off: on a CPU with torch.compile, for all batch sizes at once, on a GPU with
-    Triton, whose kernels fast/kernel_check.py tries. If it fails (without a C++ compiler, say), warns in one line."""
+    """Turns compilation of the kernels on or off: on a CPU with torch.compile, for all batch sizes at once; on a GPU with Triton,
+    whose kernels fast/kernel_check.py tries. If compilation fails (without a C++ compiler, say), warns in one line."""
     on_gpu = gpu.is_gpu(device)
     if enabled and kernels.compiled and not on_gpu:
         return
@@ -447,18 +446,18 @@ def set_compile(enabled, device="cpu"):
     if not kernels.compiled:
         return
     try:
-        with torch.inference_mode(False), torch.enable_grad():  # also within a notebook's torch.no_grad()
+        with torch.inference_mode(False), torch.enable_grad():  # even within a notebook's torch.no_grad()
             _try_kernels()
     except Exception as error:  # torch raises many types
         kernels.compiled = {}
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = next((line for line in lines if " error: " in line), lines[0])  # the compiler's own words, if there are any
+        reason = next((line for line in lines if " error: " in line), lines[0])  # the compiler's own words, if any
         warn(f"not compiled, training is slower: {reason[:400]}")
 
 
 def _try_kernels():
     """Draws and scores something, with gradients and without"""
-    # Arbitrary numbers, but not random ones: the run's random state has been restored already.
+    # Arbitrary numbers, but not random ones: the run's random state has already been restored.
     numbers = torch.linspace(0.1, 0.9, MAPS_AT_ONCE * 6)
     arcs, maps = numbers[:210].clone().view(3, 10, 7), numbers.view(MAPS_AT_ONCE, 2, 3)
     arcs.requires_grad_()
@@ -470,7 +469,7 @@ def _try_kernels():
 FULLY_FUSED = [_draw, _draw_ink, _get_strongest, _draw_one_more, _log_prob_by_map, _differentiate_by_map]
 
 
-@functools.cache  # turned off and on again, nothing is compiled again
+@functools.cache  # so that turning kernels off and on does not recompile them
 def _compile_for_cpu():
     """The compiled form of each kernel"""
     # Force full fusion: inductor otherwise materialises whatever is read more than a few times.

@@ -53,8 +53,8 @@ def score_rows(generative_model, codes, obs, alphabet, obs_id):
 
 
 def _score_a_few_at_a_time(score_some, num_rows, num_latents, like):
-    """Scores rows of num_latents latents each, by score_some(slice of the rows). Whenever a GPU runs out of memory, half as many
-    are scored at a time from then on. like: a tensor on the device"""
+    """Scores rows of num_latents latents each, by score_some(slice of the rows). Whenever a GPU runs out of memory, half as
+    many are scored at a time from then on. like: a tensor on the device"""
     log_joint, done = [], 0
     while done < num_rows or not log_joint:
         at_once = max((ROWS_AT_ONCE if can_select(like) else gpu.kernels.scored_at_once) // num_latents, 1)
@@ -71,8 +71,8 @@ def _score_a_few_at_a_time(score_some, num_rows, num_latents, like):
 
 
 def can_select(latent):
-    """Whether latents may be left out depending on their values. With a GPU, the CPU would have to wait to learn how many remain,
-    and the step could not be recorded"""
+    """Whether latents may be left out depending on their values. With a GPU, the CPU would have to wait to learn how many
+    remain, and the step could not be recorded"""
     return not gpu.is_gpu(latent.device)
 
 
