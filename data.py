@@ -155,7 +155,8 @@ def _take_per_alphabet(split, size, num_groups):
     fewest = min(map(len, ids))
     if fewest < num:
         raise UserError(
-            f"a data set of {size} takes {num} training images of each alphabet, but one has only {fewest}; use less or more data"
+            f"a data set of {size} takes {num} training images of each alphabet, but one has only {fewest};"
+            " use less or more data"
         )
     return split.select(torch.cat(ids))
 

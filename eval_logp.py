@@ -6,11 +6,11 @@
     python eval_logp.py --checkpoint-path mws_20 --algorithm own --every-checkpoint # in the course of training
     python eval_logp.py --report
 
-The images are the first 50 of the data's own test part, on which models are not trained, or with --mode train those that
-the model was trained on. The generative model stays fixed. The model's own inference network (own), a new one that is trained
-for the evaluated images (sleep, rws, vimco), or two that are trained on programs found by search (mws), proposes the particles
-of the importance-weighted bound log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016). The sum of p(z, x)
-over the distinct programs that were seen, which include the memory of MWS, is a guaranteed lower bound. Results go to
+The images are the first 50 of the data's own test part, on which models are not trained, or with --mode train, training images
+of the model. The generative model stays fixed. The particles of the importance-weighted bound
+log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016) are proposed by the model's own inference network
+(own), by a new one trained for the evaluation (sleep, rws, vimco), or by two trained on programs found by search (mws). The sum
+of p(z, x) over all distinct programs seen, including the memory of MWS, is a guaranteed lower bound of p(x). Results go to
 save/<run>/logp/<mode>_<algorithm>.pt. If stopped, rerun the same command to resume.
 """
 
@@ -49,7 +49,7 @@ CHOICES = "mode algorithm num_particles num_iterations batch_size lstm_hidden_si
 CHOICES += ["test_num_particles", "seed"]  # what a result depends on besides the model and the images
 ALGORITHMS = report.ALGORITHMS
 LEARNING_RATE = 1e-3
-DEFAULTS = {  # by algorithm, where they differ; the first are the paper's
+DEFAULTS = {  # the paper's, and those that differ by algorithm
     "num_particles": (100, {"mws": 10}),
     "num_iterations": (20000, {"mws": 1000, "own": 0}),
     "batch_size": (50, {}),
@@ -57,29 +57,29 @@ DEFAULTS = {  # by algorithm, where they differ; the first are the paper's
     "test_batch_size": (1, {"own": 10}),
     "test_num_particles": (5000, {"own": 1000}),
 }
-# What changes nothing keeps its default, and so makes no other evaluation
+# Settings that change nothing keep their defaults, so that they do not make a different evaluation
 UNUSED = {"own": ["num_particles", "num_iterations", "batch_size", "lstm_hidden_size"], "mws": ["test_batch_size"]}
 # Memoised evaluation
-LEARNING_RATES = 5e-3, 1e-4  # the first and the last
+LEARNING_RATES = 5e-3, 1e-4  # first and last
 NUM_HALVES = 2
-NUM_PROPOSALS = 500  # programs of the model's own network with which a search begins
-PROPOSAL_INTERVAL = 100  # iterations between proposals of a network on a GPU that join the guaranteed bound
+NUM_PROPOSALS = 500  # programs from the model's own network with which a search begins
+PROPOSAL_INTERVAL = 100  # on a GPU, iterations between proposals that join the guaranteed bound
 MANY_MILESTONES = 15  # about as many as a run has
-MANY_LATENTS = 300_000  # to be scored in an evaluation, for compiling to pay off
+MANY_LATENTS = 300_000  # scored by an evaluation, for compiling to pay off
 LATENTS_PER_SEARCH = 400_000  # scored by a search of effort 1
 
 # ------------------------------------------------------------------ the state of an evaluation
 
 
 class Evaluation:
-    """A trained generative model, the images, and everything a checkpoint of an evaluation holds."""
+    """A trained generative model, the images, and everything that an evaluation's checkpoint holds."""
 
     def __init__(self, args, checkpoint, images, num_alphabets, device, memory=None):
         util.set_seed(args.seed if args.half is None else NUM_HALVES * args.seed + args.half, device)
         self.args, self.device = args, device
         self.obs = images.obs.to(device)
         self.alphabet = images.alphabet.to(device) if num_alphabets else None
-        self.memory = memory  # packed programs of the images, or None: [N, M, A]
+        self.memory = memory  # packed programs remembered for the images, or None: [N, M, A]
         self.generative_model, self.own_network = models.from_checkpoint(checkpoint, device)
         if args.algorithm == "own":
             self.network = self.own_network
@@ -95,7 +95,7 @@ class Evaluation:
         if self.programs is not None:
             self.parts["programs"] = self.programs
         self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
-        self.num_searched = 0  # images whose programs have been sought
+        self.num_searched = 0  # images searched so far
         self.iteration = 0
         self.statistics, self.pending = {}, []
         self.log_p = torch.empty(0, device=device)  # estimates made so far
@@ -124,7 +124,7 @@ class Evaluation:
             util.set_random_state(state["random_state"], self.device)
 
     def get_inputs(self, obs_id):
-        """For images obs_id [B]: obs, alphabet, and the indices by which a lookup network knows them"""
+        """For images obs_id [B]: obs, alphabet, and their indices in a lookup network"""
         return dict(
             obs=self.obs[obs_id],
             alphabet=None if self.alphabet is None else self.alphabet[obs_id],
@@ -147,7 +147,7 @@ def build_network(args, model_args, num_images, num_alphabets):
 
 
 def build_models(args, checkpoint, num_images, device):
-    """A generative model and the network to evaluate it with, as an evaluation's but with other parameters"""
+    """A generative model and a network to evaluate it with, like an evaluation's but with other parameters"""
     model_args, num_alphabets = checkpoint["args"], checkpoint["num_alphabets"]
     generative_model, network = models.build(argparse.Namespace(**model_args), num_alphabets, device)
     network.requires_grad_(False)
@@ -160,7 +160,7 @@ def build_models(args, checkpoint, num_images, device):
 
 
 def get_num_dreams(args):
-    """Samples of the model in a step of the sleep network: 5000 by default"""
+    """The number of samples of the model in a step of sleep: 5000 by default"""
     return args.batch_size * args.num_particles
 
 
@@ -173,7 +173,7 @@ def get_obs_id(evaluation):
 
 
 def train_step(evaluation, obs_id):
-    """A step of the inference network on the images obs_id [B]; for sleep, on as many samples of the model as a batch has
+    """Trains the inference network by a step on images obs_id [B]; for sleep, on as many samples of the model as a batch has
     particles. Returns: the statistics to record, nats per image"""
     args, networks = evaluation.args, (evaluation.generative_model, evaluation.network)
     if args.algorithm == "mws":
@@ -190,22 +190,22 @@ def train_step(evaluation, obs_id):
 
 
 def looks_scores_up(evaluation):
-    """Whether steps look scores up in the table; a GPU scores faster than it looks up, and can then replay the step"""
+    """Whether steps look scores up in the table; a GPU scores faster than it looks up, and can then replay steps"""
     return evaluation.device.type == "cpu"
 
 
 def get_step(evaluation):
-    """The step, called with obs_id; on a GPU replayed as a CUDA graph"""
+    """The step, called with obs_id; on a GPU, replayed as a CUDA graph"""
     step = functools.partial(train_step, evaluation)
-    can_record = evaluation.args.algorithm != "mws"  # whose steps look scores up
+    can_record = evaluation.args.algorithm != "mws"  # its steps look scores up
     is_replayed = evaluation.device.type == "cuda" and evaluation.args.compile and can_record
     return ReplayedStep(step) if is_replayed else step
 
 
 @torch.no_grad()
 def add_proposals(evaluation):
-    """Lets proposals for a batch of images join the guaranteed bound on a GPU, whose replayed steps look no scores up, as those
-    of every step do on a CPU"""
+    """Adds proposals for a batch of images to the guaranteed bound on a GPU, where replayed steps do not; on a CPU, those of
+    every step join it"""
     obs_id = get_obs_id(evaluation)
     inputs = evaluation.get_inputs(obs_id)
     latent = evaluation.network.sample(obs_id, evaluation.args.num_particles, inputs["alphabet"])
@@ -214,7 +214,7 @@ def add_proposals(evaluation):
 
 @torch.no_grad()
 def estimate_step(evaluation):
-    """Estimates the bound for the next batch of images"""
+    """Estimates log p of the next batch of images"""
     args, done = evaluation.args, len(evaluation.log_p)
     last = min(done + args.test_batch_size, len(evaluation.obs))
     obs_id = torch.arange(done, last, device=evaluation.device)
@@ -230,7 +230,7 @@ def estimate_step(evaluation):
 
 @torch.no_grad()
 def enumerate_memory(evaluation):
-    """Lets the programs that the model remembers of its training images join the guaranteed bound"""
+    """Adds the programs that the model remembers of its training images to the guaranteed bound"""
     if evaluation.memory is not None:
         obs_id = torch.arange(len(evaluation.obs), device=evaluation.device)
         inputs, latent = evaluation.get_inputs(obs_id), models.unpack(evaluation.memory).transpose(0, 1)  # [M, N, A, 2]
@@ -238,11 +238,11 @@ def enumerate_memory(evaluation):
 
 
 def run(evaluation, settings, path, stop):
-    """Trains the network, then estimates log p, until done or until a signal arrives. Returns: whether it is done"""
+    """Trains the network, then estimates log p, until done or a signal arrives. Returns: whether it is done"""
     args, num_images, step = evaluation.args, len(evaluation.obs), get_step(evaluation)
     adds_proposals = not looks_scores_up(evaluation) and args.algorithm in ("rws", "vimco")
     num_searches = num_images if args.algorithm == "mws" else 0
-    num_estimates = num_images if args.algorithm != "mws" else 0  # which the halves of a memoised evaluation make together
+    num_estimates = num_images if args.algorithm != "mws" else 0  # mws: made by both halves together
     clock = SaveClock(args.save_minutes)
     total = num_searches + args.num_iterations + math.ceil(num_estimates / args.test_batch_size)
     with util.show_progress(total=total, unit="it") as bar:
@@ -264,7 +264,7 @@ def run(evaluation, settings, path, stop):
                 util.save_checkpoint(path, evaluation.get_checkpoint(settings))
                 clock.restart()
             show(evaluation, bar, done)
-    if stop.received is not None or args.half is not None:  # a half is done; both are read to make the result
+    if stop.received is not None or args.half is not None:  # a half waits for the other one
         util.save_checkpoint(path, evaluation.get_checkpoint(settings))
     return stop.received is None
 
@@ -281,14 +281,14 @@ def show(evaluation, bar, done):
 
 # ------------------------------------------------------------------ memoised evaluation
 
-# A search finds the best programs of each image. They are the memory of MWS, with which a lookup network is trained while the
-# model stays fixed; like MWS's, it also proposes programs that may enter the memory. All of it is done twice, by two halves
-# without a random number in common: what only one of them finds tells how much both may have missed.
+# A search finds the best programs of each image. These are the memory with which a lookup network is trained as by MWS, while
+# the model stays fixed; the network's proposals may enter the memory. All this is done twice, by two halves without a random
+# number in common: what only one of them finds indicates how much both may have missed.
 
 
 @torch.no_grad()
 def search_step(evaluation, stop):
-    """Finds programs of the next image. After a signal, it is as if the step had not begun"""
+    """Finds programs of the next image. If a signal arrives, it changes nothing"""
     state, args, model = util.get_random_state(evaluation.device), evaluation.args, evaluation.generative_model
     obs_id = torch.tensor([evaluation.num_searched], device=evaluation.device)
     inputs = evaluation.get_inputs(obs_id)
@@ -309,8 +309,8 @@ def search_step(evaluation, stop):
 
 
 def memoised_step(evaluation, obs_id):
-    """A step of the network on programs drawn from the memory of images obs_id [B] in proportion to p(z, x), after the memory
-    has taken in what the network proposes. Returns: the statistics to record, nats per image"""
+    """Updates the memory of images obs_id [B] with the network's proposals, then trains the network by a step on programs drawn
+    from the memory in proportion to p(z, x). Returns: the statistics to record, nats per image"""
     args, model, inputs = evaluation.args, evaluation.generative_model, evaluation.get_inputs(obs_id)
     obs, alphabet = inputs["obs"], inputs["alphabet"]
     proposal = evaluation.network.sample(obs_id, args.num_particles, alphabet)  # [P, B, A, 2]
@@ -329,9 +329,10 @@ def memoised_step(evaluation, obs_id):
 
 @torch.no_grad()
 def estimate_together(halves):
-    """Importance sampling with the networks of all halves: by each of them on its own samples, and by their mixture on all.
+    """Importance sampling with both halves' networks: each on its own samples, and their mixture on all samples, whose scores
+    are added to the first half's table.
 
-    Returns: log p by the mixture [N], by each half [2, N]; the scores of the samples join the first half's table
+    Returns: log p by the mixture [N], and by each half [2, N]
     """
     model, log_p, by_half = halves[0].generative_model, [], []
     num_particles = math.ceil(halves[0].args.test_num_particles / len(halves))
@@ -357,9 +358,9 @@ def get_half(args, half):
 
 
 def run_in_background(num_threads, args, *what):
-    """Runs a half in a process of its own, which ends with this one; the others as for `run_one`. Returns: the process"""
+    """Runs a half in a process of its own, which ends with this one; other arguments as for `run_one`. Returns: the process"""
     process = multiprocessing.get_context("spawn").Process(target=_run_half, args=(num_threads, args, *what), daemon=True)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which it inherits: Ctrl-C reaches it through this process alone
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that Ctrl-C reaches it only through this process
     process.start()
     signal.signal(signal.SIGINT, handler)
     return process
@@ -396,8 +397,8 @@ def evaluate(args):
 
 
 def evaluate_every_checkpoint(args):
-    """Evaluates all checkpoints of a run's training; those that are damaged are left out, with a warning. Writes a CSV and a
-    figure. Returns: the exit status. Raises: UserError if there are none"""
+    """Evaluates all checkpoints of a run's training, and writes a CSV and a figure. Damaged ones are left out, with a warning.
+    Returns: the exit status. Raises: UserError if there are none"""
     given, name = checkpoints.find(args.checkpoint_path), None
     device, load_data = util.get_device(args.cuda), functools.cache(data.load_and_tell)
     with StopSignal() as stop:
@@ -421,7 +422,7 @@ def evaluate_every_checkpoint(args):
 
 
 def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_and_tell):
-    """Runs one evaluation, from where it was stopped, and writes its result. Returns: the exit status"""
+    """Runs or resumes one evaluation, and writes its result. Returns: the exit status"""
     images, memory, kind = load_images(args, checkpoint, load_data)
     with checkpoints.using(checkpoint):
         settings = get_settings(args, checkpoint, images, kind)
@@ -442,14 +443,14 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_
 
 
 def run_one(args, checkpoint, images, memory, kind, path, stop):
-    """Runs an evaluation, or a half of one, from where it was stopped. Args: images, memory, kind: of load_images; path: of the
-    result. Returns: the Evaluation, or None if a signal stopped it"""
+    """Runs or resumes an evaluation, or a half of one. Args: images, memory, kind: from load_images; path: of the result.
+    Returns: the Evaluation, or None if a signal stopped it"""
     device, settings, state_path = (
         util.get_device(args.cuda),
         get_settings(args, checkpoint, images, kind),
         checkpoints.get_state_path(path, args.half),
     )
-    held = contextlib.nullcontext()  # unless it is a half, which may be left from an evaluation that was killed
+    held = contextlib.nullcontext()  # only a half needs a lock: a killed evaluation may have left one running
     if args.half is not None:
         held = locks.lock(path.with_name(f".{state_path.stem}.lock"), f"half {args.half} of {path} is being evaluated", stop)
     with held:
@@ -466,7 +467,7 @@ def run_one(args, checkpoint, images, memory, kind, path, stop):
 
 
 def run_halves(args, *what):
-    """Runs the halves of a memoised evaluation, side by side on a CPU with two cores or more; the others as for `run_one`.
+    """Runs the halves of a memoised evaluation, side by side on a CPU with two or more threads; arguments as for `run_one`.
     Returns: the Evaluations, with None for one that a signal stopped"""
     threads, stop = torch.get_num_threads(), what[-1]
     process = None
@@ -480,7 +481,7 @@ def run_halves(args, *what):
             process.terminate()
             process.join()
     torch.set_num_threads(threads)
-    if stop.received is None:  # the second half is complete, or the process has failed and this one continues
+    if stop.received is None:  # reads the second half's result or, if its process failed, continues it
         halves.append(run_one(get_half(args, NUM_HALVES), *what))
     return [*halves, None][:NUM_HALVES]
 
@@ -488,9 +489,9 @@ def run_halves(args, *what):
 def load_images(args, checkpoint, load_data=data.load_and_tell):
     """Loads the images to evaluate, and what the model remembers of them.
 
-    Args: load_data: data.load_and_tell, or a cached version of it
-    Returns: data.Split; the memory's rows of these images, [N, M, A], or None if they are not its training images;
-        its kind: test, training or other
+    Args: load_data: data.load_and_tell, or a cached version
+    Returns: data.Split; the memory's rows for these images, [N, M, A], or None if they are not training images of MWS; the
+        images' kind: test, training or other
     Raises: UserError if they do not fit the model
     """
     dataset = data.load_for_model(checkpoint, args.data_location, load_data)
@@ -517,7 +518,7 @@ def get_choices(args):
 
 
 def get_settings(args, checkpoint, images, kind):
-    """Everything the result depends on, as plain values. Args: kind: of load_images"""
+    """Everything that the result depends on, as plain values. Args: kind: from load_images"""
     fingerprint = f"{data.get_fingerprint(images)} ({len(images.obs)})"
     return {
         **get_choices(args),
@@ -528,8 +529,8 @@ def get_settings(args, checkpoint, images, kind):
 
 
 def is_complete(path, settings):
-    """Whether this evaluation has been completed; a file that cannot be read is set aside. Raises: UserError if a different
-    evaluation is in its place"""
+    """Whether this evaluation is complete; an unreadable file is set aside. Raises: UserError if a different evaluation is in
+    its place"""
     if not path.exists():
         return False
     try:
@@ -543,15 +544,15 @@ def is_complete(path, settings):
 
 
 def check_settings(path, saved, settings):
-    """Raises: UserError if what is saved is a different evaluation; the message names the differences"""
+    """Raises: UserError if a different evaluation is saved; the message names the differences"""
     differences = util.describe_differences(saved["settings"], settings)
     if differences:
         raise UserError(f"{path} holds a different evaluation: {differences}; --force replaces it")
 
 
 def load_state(path, evaluation, settings, force):
-    """Restores the evaluation from the file. A damaged file is ignored, and with --force one of a different
-    evaluation. Returns: whether it was restored"""
+    """Restores the evaluation from the file. A damaged file is ignored, as is that of a different evaluation with --force.
+    Returns: whether it was restored"""
     try:
         state = util.load_checkpoint(path, evaluation.device, STATE_KEYS)
     except UserError as error:
@@ -565,7 +566,7 @@ def load_state(path, evaluation, settings, force):
 
 
 def get_result(parts, settings, name, checkpoint):
-    """The result that results/report.py reads, see checkpoints.RESULT_KEYS. Args: parts: an Evaluation, or its halves"""
+    """The result that results/report.py reads (see checkpoints.RESULT_KEYS). Args: parts: an Evaluation, or its halves"""
     of_halves, evaluation = {}, parts[0]
     if len(parts) > 1:
         of_halves["bound_by_half"] = torch.stack([get_bound(part) for part in parts])
@@ -594,7 +595,7 @@ def get_result(parts, settings, name, checkpoint):
 
 
 def get_bound(evaluation):
-    """The guaranteed bound by the programs that an evaluation has seen: [N]"""
+    """The guaranteed bound over the programs that an evaluation has seen: [N]"""
     return get_enumeration_bound(evaluation.table.settle(), len(evaluation.obs)).cpu()
 
 
@@ -616,7 +617,7 @@ def get_parser():
     add("--all", "also list the paper's models that have not been evaluated", action="store_true")
     parser.start_group("evaluation")
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one")
-    algorithm = "memoised evaluation (mws), the paper's with a new inference network, or the model's own network (own)"
+    algorithm = "memoised evaluation (mws), the paper's with a new inference network, or by the model's own (own)"
     add("--algorithm", algorithm, choices=ALGORITHMS, default="sleep")
     mode = "which images: test, the data's own test part, or train, the model's training images (default: test; report: both)"
     add("--mode", mode, choices=["test", "train"], default=None)
@@ -633,15 +634,15 @@ def get_parser():
     add("--test-batch-size", "images per step of the estimate" + describe_default("test_batch_size"), type=positive)
     particles = "particles per image in the estimate" + describe_default("test_num_particles")
     add("--test-num-particles", particles, type=positive)
-    add("--memory-size", "mws: programs remembered of each image", type=positive, default=200)
-    effort = "mws: how long to search, in units of 10 to 15 seconds on one core per image and half"
+    add("--memory-size", "mws: programs remembered per image", type=positive, default=200)
+    effort = "mws: length of the search, in units of 10 to 15 seconds on one core per image and half"
     add("--effort", effort, type=util.in_range(float, 0.01, 1000), default=1.0)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--force", "repeat an evaluation that is complete, or replace one with other settings", action="store_true")
     parser.start_group("running")
     add("--cuda", "use a GPU", action="store_true")
     add("--save-interval", "iterations between checkpoints of the evaluation", type=positive, default=500)
-    add("--save-minutes", "minutes between checkpoints, if that is sooner", type=util.in_range(float, 0.01), default=5)
+    add("--save-minutes", "minutes between checkpoints, if sooner", type=util.in_range(float, 0.01), default=5)
     add(
         "--compile",
         "compile the renderer and the likelihood (default: if many latents are scored)",

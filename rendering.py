@@ -141,8 +141,8 @@ def _get_strongest(constants, on, x, y):
 
 
 def _draw_one_more(constants, strongest, x, y, rendering_params):
-    """Logits of drawings with one more arc, for each of K: constants [B, K, 10]; strongest [B, R * C], the exponents of what has
-    been drawn -> [B, K, R * C]"""
+    """Logits of drawings with one more arc, for each of K: constants [B, K, 10]; strongest [B, R * C], the exponents of what
+    has been drawn -> [B, K, R * C]"""
     exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, K, R * C]
     exponent = torch.maximum(exponent, strongest.unsqueeze(1))
     return _get_ink_logits(exponent, exponent != -math.inf, rendering_params)
@@ -436,8 +436,8 @@ def affine_log_prob_by_map(logits, obs, maps):
 
 
 def set_compile(enabled, device="cpu"):
-    """Turns compilation of the kernels on or off: on a CPU with torch.compile, for all batch sizes at once; on a GPU with Triton,
-    whose kernels fast/kernel_check.py tries. If compilation fails (without a C++ compiler, say), warns in one line."""
+    """Turns compilation of the kernels on or off: on a CPU with torch.compile, for all batch sizes at once; on a GPU with
+    Triton, whose kernels fast/kernel_check.py tries. If compilation fails (without a C++ compiler, say), warns in one line."""
     on_gpu = gpu.is_gpu(device)
     if enabled and kernels.compiled and not on_gpu:
         return
