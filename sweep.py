@@ -1,10 +1,10 @@
 """Trains and evaluates the models of the paper, here or on Slurm.
 
-    python sweep.py --jobs 2              # train all models here, two at a time; then
-    python sweep.py --jobs 2 --eval-logp  # evaluate each one three times
-    python sweep.py --cluster             # the same on Slurm;
+    python sweep.py --jobs 2              # train all models here, two at a time
+    python sweep.py --jobs 2 --eval-logp  # then evaluate each by three algorithms
+    python sweep.py --cluster             # the same on Slurm
     python sweep.py --cluster --eval-logp # evaluations start as soon as their models are trained
-    python sweep.py --status              # how far they are
+    python sweep.py --status              # their progress
     python sweep.py --models mws_5 rws_5 --seeds 0 1 2 -- --batch-size 50   # other settings of main.py
 
 Complete tasks are skipped, so rerun the same command to resume a sweep that was stopped.
@@ -35,7 +35,7 @@ from runs.saving import StopSignal
 from util import UserError
 
 NUM_LATENTS = [3, 5, 10, 20, 40]  # per image; for mws, memory plus proposals
-WAIT_SECONDS = 20  # between two looks at Slurm's queue
+WAIT_SECONDS = 20  # between checks of Slurm's queue
 TEST_RUN_EVALUATION = ["--effort=0.02", "--num-data=5", "--num-iterations=10", "--num-particles=10", "--test-num-particles=100"]
 
 # ------------------------------------------------------------------ the models
@@ -55,8 +55,8 @@ def get_sweep_argss(test_run=False, data_location=None, large_conditional=False)
 
 
 def get_runs(args):
-    """main.py's arguments for each run, by the name of its folder: the sweep's models, or those of --models, with each seed
-    and the settings given after --. Raises: UserError if a model is not in the sweep, or two runs would share a folder"""
+    """main.py's arguments for each run, by the name of its folder: the sweep's models, or those of --models, with each seed and
+    the settings after --. Raises: UserError if a model is not in the sweep, or two runs would share a folder"""
     runs, known, load_data = {}, set(), functools.cache(data.load)
     models = [util.get_path_base(model_args) for model_args in get_sweep_argss(False, None, args.large_conditional)]
     has_size = any(word.split("=")[0] == "--dataset-size" for word in args.settings)  # in place of the small data set
@@ -66,7 +66,7 @@ def get_runs(args):
         flags += [*args.settings, *[f"--seed={seed}"] * (seed is not None)]
         run_args = training.parse_args(flags)
         if run_args.cuda:
-            raise UserError("give --cuda before the --: it is no setting of a run")
+            raise UserError("give --cuda before the --: it is not a setting of a run")
         path_base = checkpoints.find_run(run_args, functools.partial(get_fingerprint, run_args, load_data))
         names = {model, util.get_path_base(model_args), util.get_path_base(run_args), path_base}
         known |= names
@@ -82,7 +82,7 @@ def get_runs(args):
 
 
 def get_fingerprint(run_args, load):
-    """The fingerprint of a run's data; "" if they are not there, since nothing is downloaded only to name a run"""
+    """The fingerprint of a run's data; "" if they are missing, since nothing is downloaded just to name a run"""
     location = run_args.data_location
     with contextlib.suppress(UserError):
         if location not in data.SITES or data.find_site(location).exists():
@@ -92,7 +92,7 @@ def get_fingerprint(run_args, load):
 
 
 def get_tasks(args):
-    """The sweep's tasks: trainings or, with --eval-logp, evaluations"""
+    """The sweep's tasks: trainings, or evaluations with --eval-logp"""
     runs = get_runs(args).items()
     if not args.eval_logp:
         return [Task(model, "train", util.get_flags(run_args), run_args.num_iterations) for model, run_args in runs]
@@ -100,7 +100,7 @@ def get_tasks(args):
 
 
 def get_evaluation(args, model, run_args, algorithm):
-    """The Task of evaluating a run, of main.py's run_args, with its seed. Raises: UserError if --eval-options are invalid"""
+    """The Task of evaluating a run, given main.py's run_args, with its seed. Raises: UserError if --eval-options are invalid"""
     flags = [f"--checkpoint-path={checkpoints.get_path(model)}", f"--algorithm={algorithm}"]
     if args.data_location is not None or any(word.split("=")[0] == "--data-location" for word in args.settings):
         flags += [f"--data-location={run_args.data_location}"]
@@ -116,7 +116,7 @@ def get_evaluation(args, model, run_args, algorithm):
 
 
 def choose_tasks(args, queue=()):
-    """Chooses the tasks that are left to do, and prints which are skipped. Args: queue: the jobs in Slurm's queue"""
+    """Chooses the remaining tasks, and prints which are skipped. Args: queue: the jobs in Slurm's queue"""
     left, num_done = [], 0
     numbers = {job.key: job.number for job in queue}
     for task in get_tasks(args):
@@ -124,7 +124,7 @@ def choose_tasks(args, queue=()):
         if progress.done:
             num_done += 1
         elif task.key in numbers:
-            print(f"{task}: in the queue already, as job {numbers[task.key]}")
+            print(f"{task}: already in the queue, as job {numbers[task.key]}")
         elif task.kind != "train" and not training.done and (task.model, "train") not in numbers:
             print(f"{task}: skipped, its model is not trained yet ({training.iteration} of {task.total} iterations)")
         elif progress.others and "--force" not in task.flags:
@@ -133,7 +133,7 @@ def choose_tasks(args, queue=()):
         else:
             left.append(task._replace(flags=task.flags + ["--force"] * progress.replaces))
     if num_done:
-        print(f"{num_done} are complete already")
+        print(f"{num_done} are already complete")
     return left
 
 
@@ -165,7 +165,7 @@ def run_here(args):
 
 
 def submit(args):
-    """Submits the remaining tasks to Slurm, unless they are in the queue already"""
+    """Submits the remaining tasks to Slurm, unless they are already in the queue"""
     queue = slurm.get_queue(essential=not args.dry_run)
     left = choose_tasks(args, queue)
     if left and not args.dry_run:
@@ -233,7 +233,7 @@ def has_choice(args):
 
 
 def show_status(args):
-    """Prints a table of the chosen tasks or, if no option chooses any, of all that were submitted from this folder as well.
+    """Prints a table of the chosen tasks or, if no option chooses any, of the sweep's and all submitted from this folder.
     Returns: 1 if a task has failed, else 0"""
     found = {task.key: task for task in get_tasks(args)}
     if not has_choice(args) and not args.eval_logp:
@@ -242,14 +242,14 @@ def show_status(args):
 
 
 def plot(args):
-    """Draws log p of the chosen runs in the course of training into one figure"""
+    """Draws log p of the chosen runs in the course of training in one figure"""
     print("\n".join(report.compare_milestones(get_runs(args))))
     return 0
 
 
 def remove(args):
-    """Deletes runs after asking: all of them, or those chosen by options; with --eval-logp only their evaluations.
-    Folders that are not runs stay, and so do runs that are in use or in the queue."""
+    """Deletes runs after asking: all, or those chosen by options; with --eval-logp, only their evaluations. Folders that are
+    not runs stay, as do runs that are in use or in the queue."""
     folders = {path.parent for name in ("checkpoints", "lock", "logs") for path in util.SAVE.glob(f"[!.]*/{name}")}
     if has_choice(args):
         folders &= {util.SAVE / path_base for path_base in get_runs(args)}
@@ -258,9 +258,9 @@ def remove(args):
     for folder in sorted(folders):
         path = folder / "logp" if args.eval_logp else folder
         if folder.name in queued:
-            print(f"{folder} has jobs in the queue and stays")
+            print(f"{folder} stays: it has jobs in the queue")
         elif any(locks.is_locked(lock) for lock in [folder / "lock", *folder.glob("logp/.*.lock")]):
-            print(f"{folder} is in use and stays")
+            print(f"{folder} stays: it is in use")
         elif path.is_dir() and not folder.is_symlink():
             paths.append(path)
     print("\n".join(map(str, paths)) or f"there is nothing to delete in {util.SAVE}/")
@@ -301,14 +301,14 @@ def get_parser():
     add("--test-run", "make everything small, as main.py --test-run does", action=boolean)
     add("--data-location", "as for main.py (default: main.py's)", type=util.to_location, default=None)
     add("--large-conditional", "train the conditional model on the whole data set (a_mws_40_large)", action=boolean)
-    add("--eval-logp", "evaluate trained models instead, on test images: a task for each of --eval-algorithms", action=boolean)
+    add("--eval-logp", "instead, evaluate trained models on test images: a task for each of --eval-algorithms", action=boolean)
     algorithms = "algorithms of eval_logp.py by which to evaluate (default: sleep, rws and vimco)"
     add("--eval-algorithms", algorithms, nargs="+", choices=eval_logp.ALGORITHMS)
     options = 'options of eval_logp.py for all evaluations, as one string: "--mode train" for training images'
     add("--eval-options", options, default="")
     parser.start_group("what to do (default: run them here)")
-    add("--cluster", "submit them to Slurm; evaluations start when their training in the queue is complete", action=boolean)
-    add("--wait", "with --cluster, return when all are complete (status 0) or no longer in the queue (1)", action=boolean)
+    add("--cluster", "submit them to Slurm; evaluations start when their training is complete", action=boolean)
+    add("--wait", "with --cluster, return once all are complete (status 0) or no longer in the queue (1)", action=boolean)
     add("--status", "print each task's progress, job and log", action=boolean)
     add("--plot", "draw log p against iterations, by eval_logp.py --every-checkpoint, and its range over seeds", action=boolean)
     add("--cancel", "cancel the jobs of these runs (with --eval-logp only their evaluations)", action=boolean)
@@ -317,7 +317,7 @@ def get_parser():
     add("--dry-run", "print what would be run, submitted, cancelled or deleted", action=boolean)
     parser.start_group("how they run")
     add("--jobs", "tasks at a time (default: 1 here, on Slurm as many as it runs)", type=util.in_range(int, 1), default=None)
-    cuda = "use GPUs (default: here if there are any, on Slurm if --gres asks for one; a job that finds none fails)"
+    cuda = "use GPUs (default: here, if there are any; on Slurm, if --gres asks for one; a job that finds none fails)"
     add("--cuda", cuda, action=argparse.BooleanOptionalAction)
     parser.start_group("Slurm")
     add("--gres", "resources of a job, such as gpu:a100:1, or none (default: gpu:1, with --no-cuda none)", default=None)
@@ -336,7 +336,7 @@ def get_parser():
 def parse_args(argv=None):
     """Raises: UserError if arguments are out of range, missing, or exclude each other"""
     argv = sys.argv[1:] if argv is None else list(argv)
-    for flag in ["--sbatch", "--eval-options", "--setup"]:  # argparse takes a value that is one option for another flag
+    for flag in ["--sbatch", "--eval-options", "--setup"]:  # argparse takes a value that looks like an option for a flag
         if flag in argv[:-1]:
             at = argv.index(flag)
             argv[at : at + 2] = [f"{flag}={argv[at + 1]}"]
@@ -349,7 +349,7 @@ def parse_args(argv=None):
         raise UserError("--eval-algorithms and --eval-options are for evaluations; give --eval-logp as well")
     args.eval_algorithms = args.eval_algorithms or report.TRAINED
     if args.wait and not args.cluster:
-        raise UserError("--wait is for --cluster; here, a sweep waits anyway")
+        raise UserError("--wait is for --cluster; a sweep on this machine waits anyway")
     if (args.cluster or args.cancel) and not args.dry_run:
         slurm.call(["sbatch", "--version"])  # is there a Slurm?
     if args.gres is None:

@@ -1,7 +1,7 @@
 """Tasks on Slurm: job arrays that requeue themselves, or chains of jobs repeated by openmind-tools' om-repeat.
 
-Large, since a sweep outlives what clusters do to jobs (docs/slurm.md, "What happens when").
-Nothing passes through a shell here; arguments that om-repeat would mangle are refused.
+The module is large because a sweep must survive what clusters do to jobs (docs/slurm.md, "What happens when"). Nothing passes
+through a shell here; arguments that om-repeat would mangle are refused.
 """
 
 import contextlib
@@ -31,17 +31,17 @@ from util import UserError, warn
 
 TIME = "12:00:00"
 TIME_OF_REPEATED = "2:00:00"
-WARNING = 120  # seconds before a job's time limit at which it saves, or a fifth of a short limit
+WARNING = 120  # seconds before a job's time limit at which it saves; a fifth of a short limit
 EARLY = 60  # seconds by which Slurm's warning may come too early
-MAX_STARTS = 4  # of a task in the same state: three requeues without progress
+MAX_STARTS = 4  # of a task at the same step: three requeues without progress
 HOLD = 600  # seconds that a task repeated by om-repeat waits to be killed
 TIMEOUT = 120  # seconds that one of Slurm's commands may take
 FOLDER = util.SAVE / ".sweep"  # listings of submitted tasks, and Slurm's own output
 FAILURES = {"BOOT_FAIL", "DEADLINE", "FAILED", "OUT_OF_MEMORY"}  # states after which a job does not start again
 
-# Variables of the user's that would change what Slurm's commands print, or what sweep.py decides
+# User's variables that would change what Slurm's commands print, or override sweep.py
 UNWANTED = re.compile("(SQUEUE|SCANCEL|SCONTROL|SACCT)_.*|SLURM_(TIME_FORMAT|ARRAY_.*)|SBATCH_(ARRAY_INX|ERROR|SIGNAL|WAIT)")
-# Options of sbatch that would do so
+# Options of sbatch that would do the same
 OURS = (
     "array a job-name J comment output o error e signal open-mode requeue no-requeue parsable quiet Q test-only"
     " wait W chdir D clusters M wrap"
@@ -65,7 +65,7 @@ def call(command):
 
 
 def get_record(number):
-    """What Slurm's scheduler knows of a job: a dict of words. Raises: UserError if it does not know it (any longer)"""
+    """What Slurm's scheduler knows about a job: a dict of words. Raises: UserError if it does not know it (any longer)"""
     return dict(re.findall(r"(\w+)=(\S*)", call(["scontrol", "--oneliner", "show", "job", number]).stdout))
 
 
@@ -73,13 +73,13 @@ def get_record(number):
 
 
 class Listing(NamedTuple):
-    """The tasks submitted by one call of sweep.py, in which its jobs look up theirs"""
+    """The tasks submitted by one call of sweep.py; each job looks up its task here"""
 
     path: pathlib.Path
     tasks: list
     options: list  # of sbatch, for all of them
     setup: str  # a line of shell code
-    environment: dict  # variables that the tasks need; a site may pass none of the user's on to jobs
+    environment: dict  # variables that the tasks need; a site may not pass on the user's
 
 
 def write_listing(listing):
@@ -97,7 +97,7 @@ def read_listing(path):
 
 
 def get_submitted():
-    """All tasks that were submitted from this folder, as they were last, of runs that are still there"""
+    """All tasks submitted from this folder, in their latest form, of runs that still exist"""
     paths = sorted(FOLDER.glob("*.json"), key=os.path.getmtime)
     found = {task.key: task for path in paths for task in read_listing(path).tasks}
     return [task for task in found.values() if (util.SAVE / task.model).is_dir()]
@@ -111,15 +111,15 @@ def is_repeated(args):
 
 
 def get_options(args):
-    """sbatch's options that do not depend on the task, each one word; the user's own come last and take precedence.
-    Raises: UserError for those that would break the sweep"""
+    """The options of sbatch that do not depend on the task, each one word; the user's come last and take precedence. Raises:
+    UserError for any that would break the sweep"""
     time_limit = args.time or (TIME_OF_REPEATED if is_repeated(args) else TIME)
     options = dict(time=time_limit, mem=args.mem, cpus_per_task=args.cpus_per_task, partition=args.partition, gres=args.gres)
     words = util.split_words("--sbatch", args.sbatch)
     for word in words:
         match = re.match(r"--([\w-]+)|-([A-Za-z])", word)
         if match and (match[1] or match[2]) in OURS:
-            raise UserError(f"--sbatch {word}: leave it out; sweep.py itself sets it, or relies on its default")
+            raise UserError(f"--sbatch {word}: leave it out; sweep.py sets it, or relies on its default")
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value not in (None, "none")] + words
 
 
@@ -128,7 +128,7 @@ def asks_for_gpu(options):
 
 
 def get_tag():
-    """The prefix of the comments of jobs submitted from this folder, by which they are found"""
+    """The prefix of comments by which jobs submitted from this folder are found"""
     return "strokes-" + hashlib.sha1(os.fsencode(util.SAVE.resolve())).hexdigest()[:8]
 
 
@@ -138,7 +138,7 @@ def get_script(where):
 
 
 def get_job_name(task):
-    """What squeue and mails show: mws_20, or mws_20:rws for an evaluation"""
+    """The name in squeue and mails: mws_20, or mws_20:rws for an evaluation"""
     return task.model if task.kind == "train" else f"{task.model}:{task.kind}"
 
 
@@ -156,7 +156,7 @@ def get_array(listing, indices, after=(), limit=None):
 def get_chain(listing, index):
     """The command that submits a task by om-repeat. Raises: UserError if om-repeat would mangle it"""
     options = [f"--output={FOLDER.resolve() / '%j.out'}", f"--comment={get_tag()}-{listing.path.stem}-{index}"]
-    options += ["--no-requeue", "-J", get_job_name(listing.tasks[index])]  # the chain goes on with another job
+    options += ["--no-requeue", "-J", get_job_name(listing.tasks[index])]  # the chain's next job takes over
     command = ["om-repeat", "sbatch", *listing.options, *options, *get_script(f"{listing.path}:{index}")]
     for word in command:
         if not re.fullmatch(r"[\w./=:,@%+-]+", word, re.ASCII):
@@ -171,8 +171,8 @@ def get_chain(listing, index):
 
 
 def submit_tasks(some_tasks, args, queue):
-    """Submits tasks, evaluations so that they start after the jobs in the queue that train their models; with --dry-run only
-    prints the commands. Raises: UserError at the first job that Slurm refuses, or that cannot be submitted"""
+    """Submits tasks; evaluations start after any queued jobs that train their models. With --dry-run, only prints the commands.
+    Raises: UserError at the first job that Slurm refuses, or that cannot be submitted"""
     if is_repeated(args) and args.jobs:
         raise UserError("--jobs is for job arrays, which om-repeat does not submit; give --no-repeat")
     path = (FOLDER / f"{secrets.token_hex(4)}.json").resolve()
@@ -209,8 +209,8 @@ def get_trainings(task, queue):
 
 
 def submit(listing, indices, command):
-    """Submits some of a listing's tasks by a command, and notes it in their logs. Returns: the number of the job.
-    Raises: UserError with Slurm's reason if it refuses, which om-repeat's exit status does not tell"""
+    """Submits some of a listing's tasks by a command, and notes it in their logs. Returns: the job's number. Raises: UserError
+    with Slurm's reason if it refuses, which om-repeat's exit status does not show"""
     process = call(command)
     text = process.stdout + process.stderr
     match = re.search(r"^Submitted batch job (\d+)", text, re.M)
@@ -230,7 +230,7 @@ def submit(listing, indices, command):
 class Job(NamedTuple):
     """A task in Slurm's queue"""
 
-    number: str  # by which scancel knows it
+    number: str  # as scancel takes it
     key: tuple  # of the task
     state: str  # Slurm's: PENDING, RUNNING, ...
     reason: str  # why it is pending
@@ -271,8 +271,8 @@ def cancel(jobs):
 
 
 def get_attempts(task):
-    """What a task's log says of its jobs since it was submitted. Returns: the number of the last, "" if it has run here since;
-    the steps that were saved at each start"""
+    """What a task's log says about its jobs since it was submitted. Returns: the number of the last job, "" if the task has run
+    here since; the steps saved at each start"""
     number, starts = "", []
     for line in tasks.read_log(task):
         if line.startswith("--- "):
@@ -283,7 +283,7 @@ def get_attempts(task):
 
 def describe(task):
     """What became of a task that is no longer in the queue, in Slurm's words, and whether it failed: from its accounting or,
-    where that does not run, from the scheduler, which remembers a job for a while"""
+    without that, from the scheduler, which remembers jobs for a while"""
     number, _ = get_attempts(task)
     if not number:
         return "", False
@@ -327,19 +327,19 @@ def run_task(where):
         if is_chain and tasks.was_stopped(status):
             log.write("saved; waiting for Slurm to end this job, so that om-repeat starts the next\n")
             log.flush()
-            time.sleep(HOLD)  # if the job ended by itself, the chain would end
+            time.sleep(HOLD)  # if the job ended by itself, so would the chain
         elif status == 128 + signal.SIGUSR1:
             requeue(number)
     return status
 
 
 def try_to_run(listing, index, number, log, stop):
-    """Runs a task as the job of that number, unless it has been started too often without getting any further; an evaluation
-    whose model is still being trained is submitted again. Returns: the exit status. Raises: UserError if it cannot run"""
+    """Runs a task as the job of that number, unless it was started too often without progress; an evaluation whose model is
+    still being trained is resubmitted. Returns: the exit status. Raises: UserError if it cannot run"""
     task = listing.tasks[index]
     _, starts = get_attempts(task)
     if len(starts) >= MAX_STARTS and len(set(starts[-MAX_STARTS:])) == 1:
-        raise UserError(f"{MAX_STARTS - 1} requeues without progress (at step {starts[-1]}): it does not start again")
+        raise UserError(f"{MAX_STARTS - 1} requeues without progress (at step {starts[-1]}): not started again")
     if task.kind != "train" and not tasks.get_training_progress(task).done:
         trainings = get_trainings(task, get_queue())
         if not trainings:
@@ -350,7 +350,7 @@ def try_to_run(listing, index, number, log, stop):
 
 
 def get_command(listing, task):
-    """The task's command, run after the user's line of shell code, in a login shell: on many clusters only these know
+    """The task's command, run after the user's line of shell code, in a login shell: on many clusters only these have
     `module`"""
     if not listing.setup:
         return task.get_command()
@@ -369,7 +369,7 @@ def get_job_end(number):
 
 
 def run_command(command, log, stop, end):
-    """Runs a command with one thread per CPU of the job, and passes signals on; shortly before the job's end, SIGUSR1.
+    """Runs a command with one thread per CPU of the job, passes signals on, and sends SIGUSR1 shortly before the job's end.
     Args: end: of the job, in seconds since the epoch. Returns: the exit status"""
     environment, num_cpus = dict(os.environ), os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
     if num_cpus:  # more would slow each other down several times over
@@ -381,7 +381,7 @@ def run_command(command, log, stop, end):
     due, is_warned = end - min(WARNING, (end - start) / 5), False
     while process.poll() is None:
         number, stop.received = stop.received, None
-        if number == signal.SIGUSR1:  # Slurm's warning is at hand in `due`; one that comes earlier is somebody's
+        if number == signal.SIGUSR1:  # Slurm's warning comes at about `due`; an earlier one is from somebody else
             is_warned |= time.time() < end - WARNING - EARLY
         elif number is not None:
             process.send_signal(number)
@@ -394,7 +394,7 @@ def run_command(command, log, stop, end):
 
 
 def requeue(number):
-    """Puts a job back into the queue; Slurm may be down for a while, and the job ends at its limit at the latest"""
+    """Requeues a job, trying again while Slurm is down; the job ends at its limit at the latest"""
     while True:
         try:
             return call(["scontrol", "requeue", number])

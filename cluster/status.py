@@ -8,7 +8,7 @@ from runs import locks
 
 
 def show(some_tasks, queue):
-    """Prints a line per task, trainings and evaluations in tables of their own, and notes under those that do not go on. Args:
+    """Prints a line per task, in separate tables for trainings and evaluations, with notes under tasks that have stopped. Args:
     queue: a list of slurm.Job. Returns: 1 if a task has failed, else 0"""
     queue = sorted(queue, key=lambda job: job.state == "RUNNING")  # rather than the job that om-repeat has queued behind it
     jobs = {job.key: job for job in queue}
@@ -27,7 +27,7 @@ def show(some_tasks, queue):
 
 
 def get_row(task, job):
-    """Returns: the cells of a task's line, and the lines to go under it"""
+    """Returns: the cells of a task's line, and the lines below it"""
     progress = tasks.get_progress(task)
     state, notes = get_state(task, progress, job), []
     if state in ("failed", "stopped"):

@@ -20,7 +20,7 @@ from runs import checkpoints, curves, locks
 from util import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CHOICE_OF_IMAGES = ["num_data", "images"]  # arguments of an evaluation; its settings hold the images themselves
+CHOICE_OF_IMAGES = ["num_data", "images"]  # arguments of an evaluation, whose settings identify the images themselves
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # on Linux only
 
 
@@ -28,17 +28,17 @@ class Task(NamedTuple):
     """The training of a model, or one of its evaluations"""
 
     model: str  # path base
-    kind: str  # train, or the algorithm of an evaluation, after train_ if it is of training images: rws, train_rws, ...
+    kind: str  # train, or the algorithm of an evaluation, with the prefix train_ for training images: rws, train_rws, ...
     flags: list  # words of the command line of main.py or eval_logp.py
     total: int  # iterations of the training
-    settings: dict = {}  # what the result of an evaluation must have been made with
+    settings: dict = {}  # those required of the result of an evaluation
 
     def __str__(self):
         return self.model if self.kind == "train" else f"{self.model} {self.kind}"
 
     @property
     def key(self):
-        """Identifies the task among those of a folder"""
+        """Identifies the task within a folder"""
         return self.model, self.kind
 
     def get_path(self, suffix):
@@ -47,11 +47,11 @@ class Task(NamedTuple):
         return util.SAVE / self.model / "logs" / f"{stem}.{suffix}"
 
     def get_evaluation_path(self):
-        """Where the result of an evaluation lies"""
+        """Where the result of an evaluation is"""
         return util.SAVE / self.model / "logp" / f"{self.settings['mode']}_{self.settings['algorithm']}.pt"
 
     def get_state_path(self):
-        """Where an evaluation is saved while it runs; of mws, its first half"""
+        """Where an evaluation is saved while it runs; for mws, its first half"""
         return checkpoints.get_state_path(self.get_evaluation_path(), 1 if self.settings["algorithm"] == "mws" else None)
 
     def get_lock(self):
@@ -75,11 +75,11 @@ class Progress(NamedTuple):
     done: bool
     iteration: int  # iterations done of the training or of the evaluation
     total: int
-    steps: int = 0  # steps of any kind, those of pretraining and of searches included
+    steps: int = 0  # steps of any kind, including those of pretraining and searches
     value: str = ""  # the last loss, or log p
     saved: float | None = None  # when, seconds since the epoch
-    replaces: bool = False  # whether the evaluation takes the place of another one
-    others: str = ""  # how the settings of that one differ, if it is of the same model
+    replaces: bool = False  # whether the evaluation replaces another one
+    others: str = ""  # how the other one's settings differ, if it is of the same model
     damage: str = ""  # which checkpoint is damaged, in words
 
 
@@ -89,10 +89,10 @@ def get_progress(task):
 
 
 def get_training_progress(task):
-    """That of the newest intact checkpoint; a training whose latest.pt is damaged is not done"""
+    """Progress up to the newest intact checkpoint; a training whose latest.pt is damaged is not done"""
     checkpoint, latest = None, checkpoints.get_path(task.model)
     with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.suppress(UserError, OSError):
-        checkpoint = checkpoints.load_newest(task.model)  # which warns of each damaged one
+        checkpoint = checkpoints.load_newest(task.model)  # warns of each damaged one
     damage = stderr.getvalue().partition("\n")[0].removeprefix("warning: ")
     if checkpoint is None:
         return Progress(False, 0, task.total, damage=damage)
@@ -109,7 +109,7 @@ def get_training_progress(task):
 
 
 def get_evaluation_progress(task):
-    """Done means: of the current model, with the settings that the task asks for"""
+    """Done means evaluated for the current model, with the settings that the task asks for"""
     total, model_iteration = task.settings["num_iterations"], get_training_progress(task).iteration
     path, state_path = task.get_evaluation_path(), task.get_state_path()
     result = load_saved(path, checkpoints.RESULT_KEYS)
@@ -128,7 +128,7 @@ def get_evaluation_progress(task):
 
 
 def load_saved(path, keys):
-    """What is saved of an evaluation; None if it is missing or damaged: then it starts over"""
+    """What is saved of an evaluation; None if missing or damaged, so that it starts over"""
     with contextlib.suppress(UserError):
         return util.load_checkpoint(path, keys=keys)
 
@@ -150,7 +150,7 @@ def is_failed(task):
 
 
 def open_log(task, words=""):
-    """Opens the task's log for appending, and writes the command. Args: words: what else to say of this attempt"""
+    """Opens the task's log for appending, and writes the command. Args: words: what else to say about this attempt"""
     path = task.get_path("log")
     path.parent.mkdir(parents=True, exist_ok=True)
     task.get_path("status").unlink(missing_ok=True)
@@ -171,7 +171,7 @@ def read_log(task):
 
 
 def get_log_end(task, num_lines=4):
-    """The last lines of its log, but for those of the sweep itself"""
+    """The last lines of its log, except those of the sweep itself"""
     return "\n".join([line for line in read_log(task) if not line.startswith("--- ")][-num_lines:])
 
 
@@ -193,14 +193,14 @@ class Worker(NamedTuple):
 
 
 def _prepare_child():
-    """If the sweep is killed, its runs save and stop. Ctrl-C reaches them through the sweep alone, and so only once"""
+    """If the sweep is killed, its runs save and stop. Ctrl-C reaches them only through the sweep, and so only once"""
     os.setpgid(0, 0)
     if _prctl is not None:
         _prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def get_visible_gpus():
-    """The GPUs visible to this process, by numbers or other names: of the parts of a divided GPU, torch would count one"""
+    """The GPUs visible to this process, by number or name: torch would count only one part of a divided GPU"""
     names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return names or [str(number) for number in range(torch.cuda.device_count())]
 
@@ -209,7 +209,7 @@ def start(task, slot, num_slots, num_gpus):
     """Starts a task on its slot's share of the cores, and on its GPU if there are several"""
     cores = util.get_cores()
     share = cores[slot % len(cores) :: num_slots]
-    # Processes with as many threads as cores would slow each other down several times over.
+    # Processes with as many threads as cores would slow each other down several-fold.
     environment = {"OMP_NUM_THREADS": str(len(share)), **os.environ}
     if num_gpus:
         task = task._replace(flags=[*task.flags, "--cuda"])
@@ -251,7 +251,7 @@ def describe_end(status):
 
 
 def wait_for_lock(task, seconds=5):
-    """Waits a moment for a process that is ending and may still be saving. Returns: whether the task is free"""
+    """Waits briefly for a process that is ending and may still be saving. Returns: whether the task is free"""
     end = time.monotonic() + seconds
     while locks.is_locked(task.get_lock()):
         if time.monotonic() > end:
@@ -263,8 +263,8 @@ def wait_for_lock(task, seconds=5):
 
 
 def run_all(tasks, num_slots, num_gpus, stop):
-    """Runs tasks as child processes, num_slots at a time, until all have ended or a signal arrives, which is passed on so that
-    they save. Returns: how many succeeded"""
+    """Runs tasks as child processes, num_slots at a time, until all have ended or a signal arrives, which is passed on to make
+    them save. Returns: how many succeeded"""
     waiting, workers, num_done = list(tasks), [], 0
     while stop.received is None and (waiting or workers):
         if waiting and len(workers) < num_slots:
