@@ -1,9 +1,8 @@
 """Checkpoints: where they are, what is in them, and how a run's parts are saved and restored.
 
-A checkpoint is a dict of main.py's arguments, the data's fingerprint, the position in training, statistics, random states
-and the state of each part of the run, under the part's name. It is as good as its digest (util.load_checkpoint): what
-a run wrote is not judged. Whatever does not fit together is found where it is put together: by load_state_dict, or
-by the comparison of settings.
+A checkpoint is a dict of main.py's arguments, the data's fingerprint, the position in training, statistics, random states and
+the state of each part of the run, under the part's name. Its digest is checked (util.load_checkpoint), but its contents are
+trusted. Whatever does not fit is found on use: by load_state_dict, or by comparing settings.
 """
 
 import argparse
@@ -24,19 +23,19 @@ RESULT_KEYS = {
     "args", "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
     "latents", "statistics", "run", "model_settings", "model_iteration",
 }  # fmt: skip
-RESERVED = {"format", "path", "settings", "removed", "debug"}  # names that parts of a run cannot have, besides those of TYPES
+RESERVED = {"format", "path", "settings", "removed", "debug"}  # besides those of TYPES, names that parts of a run cannot have
 TYPES = dict(
     args=dict, data=str, data_summary=str, num_alphabets=int, generative_model=dict, inference_network=dict,
     pretrain_iteration=int, iteration=int, num_due=int, num_called=int, reason=str, statistics=dict, random_state=dict,
     hyperparameters=dict,
 )  # fmt: skip
-OF_DEVICES = {"fused", "capturable", "foreach", "differentiable"}  # options of optimisers that do not change what they are
+OF_DEVICES = {"fused", "capturable", "foreach", "differentiable"}  # optimiser options that depend on the device alone
 
 # ------------------------------------------------------------------ finding
 
 
 def get_path(path_base, iteration="latest"):
-    """Where a run's checkpoint lies in save/"""
+    """Where a run's checkpoint is in save/"""
     return util.SAVE / path_base / "checkpoints" / f"{iteration}.pt"
 
 
@@ -64,21 +63,21 @@ def get_numbered(folder):
 
 
 def get_all(path):
-    """The paths of all checkpoints of a run, given that of one: numbered ones in order, then the latest and any other given"""
+    """The paths of all checkpoints of a run, given one of them: numbered ones in order, then the latest and the given one"""
     folder = pathlib.Path(path).parent
     latest = [folder / "latest.pt"] if (folder / "latest.pt").exists() else []
     return list(dict.fromkeys([*get_numbered(folder), *latest, pathlib.Path(path)]))
 
 
 def get_run_name(checkpoint_path, run_args):
-    """The name of a checkpoint's run: that of its folder in save/. For a checkpoint from elsewhere, the one that its
-    arguments (a dict) imply; where save/ holds another run of that name, with "-from-<folder>", to keep them apart"""
+    """The name of a checkpoint's run: that of its folder in save/ or, for a checkpoint from elsewhere, the one implied by its
+    arguments (a dict), with "-from-<folder>" appended if save/ holds another run of that name"""
     folder = pathlib.Path(checkpoint_path).resolve().parent
     if folder.name == "checkpoints" and folder.parents[1] == util.SAVE.resolve():
         return folder.parent.name
     name = util.get_path_base(argparse.Namespace(**run_args))
     ours = list((util.SAVE / name / "checkpoints").glob("*.pt"))
-    if not ours or any(filecmp.cmp(checkpoint_path, path, shallow=False) for path in ours):  # none, or a copy of one
+    if not ours or any(filecmp.cmp(checkpoint_path, path, shallow=False) for path in ours):  # none there, or a copy
         return name
     while folder.name in ("checkpoints", "save", name):
         folder = folder.parent
@@ -86,8 +85,8 @@ def get_run_name(checkpoint_path, run_args):
 
 
 def find_run(args, get_fingerprint):
-    """The name of the folder in save/ in which a run with main.py's arguments, a namespace, lives: that of util.get_path_base
-    or, if there is none, that of a run of the same data when they were elsewhere.
+    """The name of the folder in save/ of a run with main.py's arguments, a namespace: that of util.get_path_base or, if it does
+    not exist, of a run with the same data from another location.
 
     Args: get_fingerprint: a function without arguments that returns the fingerprint of the training data
     """
@@ -100,7 +99,7 @@ def find_run(args, get_fingerprint):
     ours, iterations = util.get_settings(args), {}
     for folder in [util.SAVE / there, *util.SAVE.glob(f"{glob.escape(start)}data-location=*")]:
         checkpoint = None
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError):  # the run itself says what is damaged
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError):  # the run itself will report damage
             checkpoint = load_newest(folder.name)
         if checkpoint is not None:
             settings = {**checkpoint["settings"], **checkpoint["removed"]}
@@ -131,9 +130,9 @@ def load(path, device="cpu"):
 
 
 def complete(checkpoint):
-    """A checkpoint as other modules expect it: with all arguments (those that did not exist when it was saved have their
-    defaults), the settings that they imply, and a memory, if only None. Raises: UserError if a foreign file's contents
-    make that impossible"""
+    """A checkpoint as other modules expect it: with all arguments (those that did not exist when it was saved get their
+    defaults), the settings that they imply, and a memory, possibly None. Raises: UserError if a foreign file's contents make
+    that impossible"""
     wrong = [name for name, kind in TYPES.items() if not isinstance(checkpoint.get(name), kind)]
     wrong += [name for name, kind in TYPES.items() if kind is int and not wrong and checkpoint[name] < 0]
     if wrong or not all(map(is_table, checkpoint["statistics"].values())):
@@ -183,16 +182,16 @@ def load_newest(path_base, device="cpu"):
 
 
 def is_complete(checkpoint, num_iterations):
-    """Whether nothing is left to do for a run of that many iterations: it may have stopped early, with a reason, or between
-    its last step and its last test"""
+    """Whether a run of that many iterations has nothing left to do: it may have stopped early, with a reason; after its last
+    step, a test may still be due"""
     return bool(checkpoint["reason"]) or (checkpoint["iteration"] >= num_iterations and not checkpoint["num_due"])
 
 
 def check_num_images(checkpoint, num_images):
-    """Raises: UserError if what is remembered is not of num_images images"""
+    """Raises: UserError if the memory is not of num_images images"""
     memory = checkpoint["memory"]
     if memory is not None and len(memory) != num_images:
-        raise UserError(f"the model remembers programs of {len(memory)} images, but the data has {num_images}")
+        raise UserError(f"the model remembers programs of {len(memory)} images, but the data have {num_images}")
 
 
 def get_state_path(path, half=None):
@@ -207,13 +206,12 @@ def load_result(path):
 
 @contextlib.contextmanager
 def using(checkpoint):
-    """A context in which a checkpoint's contents are put to use. Raises: UserError, which names its file, for errors that are
-    none yet"""
+    """A context in which a checkpoint's contents are used. Raises: UserError, naming the file, in place of any other error"""
     try:
         yield
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a foreign file's contents, or a researcher's own parts, may raise anything
+    except Exception as error:  # a foreign file's contents, or custom parts, may raise anything
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"{get_source(checkpoint)} cannot be used here: {what} (--debug shows where)") from error
 
@@ -226,7 +224,7 @@ def get_source(checkpoint):
 
 
 def copy(checkpoint, parts):
-    """What saving and loading makes of a checkpoint. Raises: UserError, which names the part, if one cannot be saved or loaded"""
+    """A checkpoint, saved and loaded in memory. Raises: UserError, naming the part, if one cannot be saved or loaded"""
     try:
         return util.decode(util.encode(checkpoint))
     except Exception:
@@ -240,10 +238,10 @@ def copy(checkpoint, parts):
 
 
 def get_states(parts):
-    """What is saved of parts. Raises: UserError if the name of one is taken, or it cannot be saved"""
+    """The states of parts, to save. Raises: UserError if a part's name is taken or it cannot be saved"""
     for name, part in parts.items():
         if name in (RESERVED | TYPES.keys()) - {"generative_model", "inference_network"}:
-            raise UserError(f"a part of a run cannot be called {name}, which is taken; rename it")
+            raise UserError(f"a part of a run cannot be called {name}: the name is taken; rename it")
         if not torch.is_tensor(part) and not hasattr(part, "state_dict"):
             raise UserError(f"the part {name} of a run is neither a tensor nor has a state_dict, so it cannot be saved")
     return {name: part if torch.is_tensor(part) else part.state_dict() for name, part in parts.items()}
@@ -265,11 +263,10 @@ def get_hyperparameters(parts):
 
 
 def restore_parts(parts, checkpoint, hyperparameters):
-    """Restores parts from a checkpoint, which may come from another device. One that the checkpoint lacks stays as it is, with
-    a warning.
+    """Restores parts from a checkpoint, which may come from another device. Missing parts stay as they are, with a warning.
 
-    Args: hyperparameters: of `get_hyperparameters`, as the code has made them; where those of the checkpoint were
-        made otherwise, the code's stay, with a warning
+    Args: hyperparameters: from `get_hyperparameters`, as the code sets them; where the checkpoint was made with others, the
+        code's stay, with a warning
     Raises: UserError, or whatever else load_state_dict raises, if a state does not fit its part
     """
     for name, part in parts.items():
@@ -291,17 +288,17 @@ def restore_parts(parts, checkpoint, hyperparameters):
 
 
 def warn_of_schedule(name, ours, theirs):
-    """Names what the code has changed in a schedule since: it goes on as it was saved"""
+    """Warns of what the code has changed in a schedule, which continues as it was saved"""
     for key in [key for key in ours if not key.startswith("_") and key != "last_epoch" and key in theirs]:
         if _to_plain(ours[key]) != _to_plain(theirs[key]):
             warn(f"{name}: {key} is {theirs[key]} in the checkpoint and {ours[key]} in the code; the schedule goes on as saved")
 
 
 def restore_optimizer(name, optimizer, state, ours, theirs):
-    """Restores an optimiser's state. Hyperparameters that the code has changed since are the code's, with a warning; others are
-    as saved, since a schedule may have moved them. The state of another kind of optimiser is not used.
+    """Restores an optimiser's state. Hyperparameters that changed in the code keep the code's values, with a warning; others are
+    restored, since a schedule may have changed them. The state of another kind of optimiser is not used.
 
-    Args: ours, theirs: hyperparameters, of `get_hyperparameters`, as the code makes them and as they were made
+    Args: ours, theirs: hyperparameters, from `get_hyperparameters`, as set by the code and by the code that saved them
     """
     name = name.replace("_", " ")
     if any(
@@ -309,7 +306,7 @@ def restore_optimizer(name, optimizer, state, ours, theirs):
         for our, their in zip(ours, theirs, strict=False)
         for key in ("optimiser", "amsgrad")
     ):
-        warn(f"{name}: another kind of optimiser than in the checkpoint; its state is initialised afresh")
+        warn(f"{name}: a different kind of optimiser than in the checkpoint; its state is initialised afresh")
         return
     groups = []
     for group, saved, our, their in zip(optimizer.param_groups, state["param_groups"], ours, theirs, strict=True):

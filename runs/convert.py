@@ -1,9 +1,9 @@
-"""Rewrites files of versions before 1.0, which nothing else knows about: checkpoints of runs, and results of evaluations.
+"""Rewrites files of versions before 1.0, which nothing else can read: checkpoints of runs and results of evaluations.
 
     python -m runs.convert pretrained/mws_20.pt save/*/checkpoints/*.pt save/*/logp/*.pt save/*/logp/*/*.pt
 
-Each file is replaced, atomically; those of this version stay as they are. Runs resume from what is rewritten with the same
-bits; evaluations that were stopped half-way start over.
+Each file is replaced atomically; files of this version stay as they are. Runs resume from rewritten checkpoints with the same
+bits; unfinished evaluations start over.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ def convert(path):
     """Returns: what became of a file, in words. Raises: UserError if it cannot be read"""
     with contextlib.suppress(UserError):
         util.load_checkpoint(path, keys=set())
-        return "is of this version already"
+        return "is already of this version"
     try:
         if zipfile.ZipFile(path).testzip() is not None:  # torch does not compare checksums
             raise ValueError
         old = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a broken file can make the readers raise anything
+    except Exception:  # a broken file can make readers raise anything
         raise UserError(f"{path} is damaged or not a checkpoint") from None
     if isinstance(old, dict) and RUN <= old.keys():
         util.save_checkpoint(path, convert_run(old))
@@ -45,7 +45,7 @@ def convert(path):
 
 
 def convert_run(old):
-    """Statistics become tables by phase; optimisers that had not begun, as those of pretrained models, are left out"""
+    """Statistics become tables by phase; optimisers that have taken no steps, as in pretrained models, are left out"""
     new = {name: value for name, value in old.items() if name not in ("settings", "statistics", "memory")}
     new["args"] = {name: value for name, value in vars(util.make_args(old["args"])).items() if not name.startswith("written")}
     optimizers = ["optimizer", "pretrain_optimizer"]
@@ -74,7 +74,7 @@ def convert_run(old):
 
 
 def add_missing_states(old, name):
-    """The first versions kept none for parameters that had never had a gradient"""
+    """The first versions kept no state for parameters that never had a gradient"""
     model, network = old["generative_model"], list(old["inference_network"].values())
     prior = [value for key, value in model.items() if key.startswith("prior.")]
     others = [value for key, value in model.items() if not key.startswith("prior.")]
@@ -103,8 +103,8 @@ def convert_statistics(old):
 
 
 def convert_result(old):
-    """Older versions did not record the kind of the images, called the training images of a small data set test images, and the
-    data's test part unseen; their sleep networks trained on at most 500 samples a step"""
+    """Older versions did not record the kind of images, calling a small data set's training images `test` and the data's test
+    part `unseen`; they trained sleep networks on at most 500 samples a step"""
     settings = dict(old["settings"])
     if "kind_of_images" not in settings:
         small = old["model_settings"].get("small_dataset", False)

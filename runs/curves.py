@@ -1,8 +1,7 @@
-"""Learning curves: what a run records of its statistics, save/<run>/losses.csv for plotting tools and, on request,
-TensorBoard's format.
+"""Learning curves: a run's statistics, in save/<run>/losses.csv for plotting tools and, on request, in TensorBoard's format.
 
-The statistics of a run are a table for each phase (pretrain, train, test): {phase: {"iteration": [T], name: [T], ...}}, the
-iterations as int32, everything else as float32, NaN where a statistic was not recorded.
+The statistics are a table for each phase (pretrain, train, test): {phase: {"iteration": [T], name: [T], ...}}, iterations as
+int32, everything else as float32, NaN where a statistic was not recorded.
 """
 
 import csv
@@ -23,8 +22,8 @@ DIVERGED = (
 
 
 def append_statistics(statistics, pending):
-    """Moves pending statistics, a list of (phase, iteration, {name: scalar on the device}), to the CPU in one go, appends them
-    to the tables and empties the list"""
+    """Moves pending statistics, a list of (phase, iteration, {name: scalar on the device}), to the CPU at once, appends them to
+    the tables and empties the list"""
     for phase in dict.fromkeys(phase for phase, *_ in pending):
         rows = [(iteration, values) for some, iteration, values in pending if some == phase]
         table = statistics.setdefault(phase, {"iteration": torch.zeros(0, dtype=torch.int32)})
@@ -52,7 +51,7 @@ def check_finite(tensors):
 
 
 def get_last(statistics, phase):
-    """The last values of a phase's statistics, by name"""
+    """The latest values of a phase's statistics, by name"""
     table = statistics.get(phase, {})
     return {name: values[-1].item() for name, values in table.items() if name != "iteration" and len(values)}
 
@@ -61,11 +60,11 @@ def get_last(statistics, phase):
 
 
 class Curves:
-    """Writes a run's losses.csv, a row per iteration, with a column for each statistic. An existing file is rewritten from
-    the statistics, which drops the rows of iterations that a killed run had not saved.
+    """Writes a run's losses.csv, with a row per iteration and a column per statistic. An existing file is rewritten from the
+    statistics, which drops iterations that a killed run had not saved.
 
     Args: folder: of the run; statistics: as above; use_tensorboard: also write folder/tensorboard
-    Raises: UserError if the file cannot be written, or the package tensorboard is missing
+    Raises: UserError if the file cannot be written or the package tensorboard is missing
     """
 
     def __init__(self, folder, statistics, use_tensorboard):
@@ -77,15 +76,15 @@ class Curves:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-            # TensorBoard hides what was logged before from this step on: the iterations of training that a killed run had
-            # not saved, but those of pretraining as well, which are logged again
+            # From this step on, TensorBoard hides what was logged before: iterations of training that a killed run had not
+            # saved, but also those of pretraining, which are logged again
             rows = get_rows(statistics)
             start = max((iteration for phase, iteration, _ in rows if phase == "train"), default=0) + 1
             self.writer = SummaryWriter(folder / "tensorboard", purge_step=start)
             self._log([row for row in rows if row[0] == "pretrain" and row[1] >= start])
 
     def update(self, statistics):
-        """Writes what is new in the statistics; all of it if there are new columns"""
+        """Writes new statistics, or all of them if there are new columns"""
         new = get_rows(statistics, self.num_written)
         self._log(new)
         names = [name for phase in dict.fromkeys(["train", "test", *statistics]) for name in statistics.get(phase, {})]
@@ -110,7 +109,7 @@ class Curves:
 
 
 def to_csv(columns, rows, with_heading=False):
-    """The bytes of a table of rows, of `get_rows`"""
+    """The bytes of a table of rows from `get_rows`"""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerows([["phase", "iteration", *columns]] * with_heading)
@@ -120,8 +119,8 @@ def to_csv(columns, rows, with_heading=False):
 
 
 def get_rows(statistics, start=None):
-    """[(phase, iteration, {name: value, unless it is NaN})] from the start[phase]-th entry of each phase on (by default, the
-    first); tests come after their iteration"""
+    """[(phase, iteration, {name: value, unless it is NaN})], from entry start[phase] of each phase on (by default, the first);
+    tests come after their iteration"""
     rows = []
     for phase, table in statistics.items():
         columns = {name: values[(start or {}).get(phase, 0) :].tolist() for name, values in table.items()}

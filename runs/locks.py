@@ -11,16 +11,16 @@ import time
 
 import util
 
-PATIENCE = 300  # seconds a job waits for its predecessor, which may still be saving
-MOMENT = 0.3  # seconds that anybody waits, since is_locked holds a lock for an instant
+PATIENCE = 300  # seconds that a job waits for its predecessor, which may still be saving
+MOMENT = 0.3  # seconds that every process waits, since is_locked holds a lock for an instant
 
 
 @contextlib.contextmanager
 def lock(path, what, stop=None):
-    """Holds a lock file; where nothing can be locked, warns once and goes on. In a Slurm job, waits a while for another
+    """Holds a lock file; where locking is impossible, warns once and continues. In a Slurm job, waits a while for another
     process to release it.
 
-    Args: what: what a process that holds it is doing, in words; stop: a StopSignal, which ends the waiting
+    Args: what: what a process that holds it is doing, in words; stop: a StopSignal, which ends the wait
     Raises: UserError if another process holds it
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def lock(path, what, stop=None):
 
 
 def take(file, kind=fcntl.LOCK_EX):
-    """Locks an open file, until it is closed, unless another process holds it. Returns: whether none does"""
+    """Locks an open file, until it is closed, unless another process holds it. Returns: False if another does"""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # the latter on some file systems

@@ -1,11 +1,11 @@
-"""When a run saves: every few minutes, and on signals that stop it. It has no effect on what the run computes."""
+"""When a run saves: every few minutes, and on signals that stop it. This has no effect on what the run computes."""
 
 import signal
 import time
 
 
 class SaveClock:
-    """Tells when it is time to save again, some minutes after it was made or restarted"""
+    """Tells when it is time to save: some minutes after the clock was made or restarted"""
 
     def __init__(self, minutes):
         self.seconds = 60 * minutes
