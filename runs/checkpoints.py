@@ -295,8 +295,8 @@ def warn_of_schedule(name, ours, theirs):
 
 
 def restore_optimizer(name, optimizer, state, ours, theirs):
-    """Restores an optimiser's state. Hyperparameters that changed in the code keep the code's values, with a warning; others are
-    restored, since a schedule may have changed them. The state of another kind of optimiser is not used.
+    """Restores an optimiser's state. Hyperparameters that changed in the code keep the code's values, with a warning; others
+    are restored, since a schedule may have changed them. The state of another kind of optimiser is not used.
 
     Args: ours, theirs: hyperparameters, from `get_hyperparameters`, as set by the code and by the code that saved them
     """
