@@ -1,11 +1,11 @@
 """Measures how fast a step is, compared with a straightforward implementation.
 
-    python benchmark.py                     # a table: about ten minutes on two CPU cores
+    python benchmark.py                     # about ten minutes on two CPU cores
     python benchmark.py --quick             # smaller batches, under a minute
     python benchmark.py --cuda              # on a GPU; also counts a step's kernels and launches
 
-Both run in one process on the same characters, alternating, and medians are compared. The reference is fast/reference.py,
-which scores everything with gradients. A third column is the forward and backward pass of PyTorch's convolutions alone.
+Both run alternately in one process on the same characters, and medians are compared. The reference is fast/reference.py, which
+scores everything with gradients. The last column compares with PyTorch's convolutions alone, forward and backward.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
@@ -27,14 +27,14 @@ from main import get_adam, get_optimizer, update
 from scoring import ScoreTable
 
 ALGORITHMS = ["mws", "rws", "vimco", "pretrain", "eval rws", "eval vimco", "eval sharp"]
-SHARPNESS = 1000  # "eval sharp" is eval rws with a network whose logits are this many times larger, as after long training
+SHARPNESS = 1000  # in "eval sharp", the network's logits are this many times larger, as after long training
 
 # ------------------------------------------------------------------ steps
 
 
 class Steps:
-    """The steps of one algorithm on embedded characters, networks as initialised: `step` is the project's, `reference`
-    the straightforward one; each takes an optimiser's step. `convolve` runs the convolutions.
+    """The steps of one algorithm on built-in characters, with freshly initialised networks: `step` is the project's,
+    `reference` the straightforward one; each includes the optimiser's step. `convolve` runs the convolutions.
 
     Args: as on the command line; num_particles: None for the algorithm's own"""
 
@@ -104,12 +104,12 @@ class Steps:
                 reference.embed(self.network, chunk).sum().backward()
 
     def warm_up(self):
-        """Takes steps until they are compiled and, on a GPU, replayed as in a run"""
+        """Takes steps until they are compiled and, on a GPU, replayed, as in a run"""
         for _ in range(NUM_WARM_UPS + 2 if self.device.type == "cuda" else 1):
             self.step()
 
     def get_seconds(self, name, repeats=1):
-        """How long a method takes, on average of calls in a row"""
+        """How long a method takes, averaged over calls in a row"""
         start = time.perf_counter()
         for _ in range(repeats):
             getattr(self, name)()
@@ -144,7 +144,7 @@ NUM_IN_A_ROW = 200  # steps
 
 
 def count_kernels(events):
-    """Of a profiler's events: the seconds of each kernel; the number of launches by the CPU"""
+    """From a profiler's events: the seconds of each kernel; the number of launches by the CPU"""
     on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     launches = [event for event in events if re.match(r"cu(da)?(Launch|GraphLaunch|Memcpy|Memset)", event.name)]
     kernels = [event for event in on_gpu if not event.name.startswith(("Memcpy", "Memset"))]
@@ -152,7 +152,7 @@ def count_kernels(events):
 
 
 def show_kernels(algorithm, batch_size, num_particles, device):
-    """Prints the number of kernels and launches in a step, and how long they take"""
+    """Prints the number of kernels and launches in a step, and their times"""
     steps = Steps(algorithm, batch_size, num_particles, device)
     steps.warm_up()
     torch.cuda.synchronize()
@@ -171,7 +171,7 @@ def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     add, positive = parser.add, util.in_range(int, 1)
     add("--cuda", "measure a GPU", action="store_true")
-    add("--quick", "a fifth of the batch, one run of each", action="store_true")
+    add("--quick", "a fifth of the batch, timed once", action="store_true")
     add("--no-compile", "measure plain PyTorch", dest="compile", action="store_false")
     add("--algorithms", "what to measure (default: all)", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
     add("--batch-size", "images (default: 250, the paper's)", type=positive)

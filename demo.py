@@ -1,11 +1,11 @@
-"""A page to draw a character on, and to see it read at once, stroke by stroke.
+"""A page to draw a character on and see it read at once, stroke by stroke.
 
     pip install 'gradio>=6'
     python demo.py            # then open http://127.0.0.1:7860
 
-Draw with the mouse or a pen, take a character of Omniglot, or upload a photograph: the strokes of the library that the ink is
-made of, new examples by other hands, and the known characters that it most resembles. Only this machine can open the page,
-unless --host or --share says otherwise.
+Draw with the mouse or a pen, choose a character of Omniglot, or upload a photograph. The page shows the library's strokes that
+make up the ink, new examples as by other hands, and the known characters that it most resembles. Only this machine can open
+the page, unless --host or --share says otherwise.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
@@ -31,9 +31,9 @@ from util import UserError
 
 PAGE, BRUSH = 420, 12  # pixels: Omniglot's proportion of stroke and page
 NUM_EXAMPLES, NUM_ALIKE = 9, 6
-MOST = 20  # characters that are read of a photograph
+MOST = 20  # characters read from a photograph, at most
 PAUSE = 200  # milliseconds without drawing, after which the page is read
-SECONDS = 0.5  # that drawing a stroke takes
+SECONDS = 0.5  # in which a stroke is drawn
 
 # ------------------------------------------------------------------ what the page shows
 
@@ -47,7 +47,7 @@ class Reader:
         self.known = known.obs[np.unique(which, axis=0, return_index=True)[1]]  # one drawing of each character
         self.points = [matching.get_points(obs, scale=True) for obs in self.known.numpy() >= 0.5]
         self.library = drawings.draw_primitives(model, 40)[0]  # [K, R, R]
-        self.read(characters.from_inks([np.eye(56, dtype=bool)], ""))  # the first time is slow
+        self.read(characters.from_inks([np.eye(56, dtype=bool)], ""))  # the first reading is slow
 
     def read(self, found):
         """HTML about Characters"""
@@ -178,8 +178,8 @@ def get_parser():
     add = parser.add
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one", default=MODEL)
     add("--data-location", "known characters, as for main.py", type=util.to_location, default="local")
-    add("--host", "address to listen on; 0.0.0.0: any of this machine's", default="127.0.0.1")
-    add("--port", "to listen on", type=util.in_range(int, 0, 65535), default=7860)
+    add("--host", "address to listen on; 0.0.0.0: all of this machine's", default="127.0.0.1")
+    add("--port", "port to listen on", type=util.in_range(int, 0, 65535), default=7860)
     add("--share", "also open the page to the internet, through gradio.live", action="store_true")
     return parser
 

@@ -4,11 +4,10 @@
     python diagnostics.py --checkpoint-path save/mws_20/checkpoints/latest.pt
     python diagnostics.py --checkpoint-path mws_20 --resolution 112 --svg
 
-Writes losses.pdf; primitives, prior, reconstructions and (for a conditional model) alphabets,
-each as <iteration>.pdf in its own folder; reconstructions/<iteration>.gif, drawn stroke by
-stroke; reconstructions.gif, over the course of training; and save/index.html, an overview of
-all runs. Programs are drawn as the model sees them: through its most probable affine map. Your own characters are read by
-read.py.
+Writes losses.pdf; primitives, prior, reconstructions and (for a conditional model) alphabets, each as <iteration>.pdf in its
+own folder; reconstructions/<iteration>.gif, drawn stroke by stroke; reconstructions.gif, over the course of training; and
+save/index.html, an overview of all runs. Programs are drawn as the model sees them: through its most probable affine map.
+read.py reads your own characters.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
@@ -32,7 +31,7 @@ from util import UserError
 
 NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames in reconstructions.gif
 MOVED = "images as-is examples vary vary-strokes no-refit num-particles num-best num-rounds num-mutants".split()  # to read.py
-STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # that each frame of an animation is shown
+STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # for which each frame of an animation is shown
 
 # ------------------------------------------------------------------ files
 
@@ -43,15 +42,15 @@ def spread(num_all, num):
 
 
 def choose_ids(given, num_all, num_default, flag):
-    """The given ids or, if there are none, evenly spaced ones. Raises: UserError if an id is out of range"""
+    """The given ids or, if none, evenly spaced ones. Raises: UserError if an id is out of range"""
     if given and max(given) >= num_all:
         raise UserError(f"{flag} {max(given)}: there are {num_all}, counted from 0")
     return torch.tensor(given) if given else spread(num_all, num_default)
 
 
 def save_figures(trained, stem, some_figures):
-    """Writes an iterable of figures as the pages of a PDF in the run's folder and, for the newest checkpoint and its own data,
-    the first one as a thumbnail. Args: stem: <kind>, or <kind>/<name>"""
+    """Writes an iterable of figures as the pages of a PDF in the run's folder and, for the newest checkpoint with its own data,
+    the first as a thumbnail. Args: stem: <kind>, or <kind>/<name>"""
     thumbnail = io.BytesIO()
 
     def get_figures():
@@ -66,7 +65,7 @@ def save_figures(trained, stem, some_figures):
 
 
 def save_film(path, frames, milliseconds):
-    """Writes frames [H, W, 3] as an animated GIF that holds the last one"""
+    """Writes frames [H, W, 3] as an animated GIF that pauses at the last one"""
     durations = [milliseconds] * (len(frames) - 1) + [4 * milliseconds] if len(frames) > 1 else milliseconds
     util.write(path, imageio.imwrite("<bytes>", frames, extension=".gif", duration=durations, loop=0))
 
@@ -81,7 +80,7 @@ def draw_losses(trained, checkpoint):
         print(f"{trained.name}: no losses in this checkpoint")
         return
     log_num_images = None
-    if memory is not None:  # the entropy of a prior that gave each image one program, all equally often
+    if memory is not None:  # the entropy of a prior with one equally probable program per image
         log_num_images = math.log(len(memory) / max(trained.num_alphabets, 1))
     figure = figures.losses_figure(statistics, log_num_images, f"{trained.name}, iteration {trained.iteration}")
     save_figures(trained, "losses" if trained.is_latest else f"losses/{trained.iteration}", [figure])
@@ -116,7 +115,7 @@ def draw_strokes(obs, drawing, labels, title, resolution):
 
 
 def draw_reconstructions(trained, args):
-    """Returns: obs_id [N], obs [N, R, R], stages [N, A - 1, R, R], what the films show too"""
+    """Returns: obs_id [N], obs [N, R, R], stages [N, A - 1, R, R], for the animations"""
     obs_id = choose_ids(args.obs_ids, len(trained.dataset.train.obs), args.num_reconstructions, "--obs-ids")
     obs, alphabet = trained.get_images(obs_id)
     latent = trained.reconstruct(obs_id)  # [N, A, 2]
@@ -152,12 +151,12 @@ def film_strokes(trained, obs, stages, num_cols=4):
 
 
 def pair_frame(obs, probs, num_cols, title):
-    """A frame of images beside drawings, [N, R, R] each"""
+    """A frame with images beside drawings, [N, R, R] each"""
     return figures.to_frame(figures.tile(torch.stack([obs, probs], 1).flatten(0, 1), 2 * num_cols), title)
 
 
 def film_training(trained, obs_id, args):
-    """Animates the same characters over the course of training, up to the checkpoint that is drawn"""
+    """Animates the same characters over the course of training, up to the checkpoint being drawn"""
     numbered = [path for path in checkpoints.get_numbered(trained.path.parent) if int(path.stem) < trained.iteration]
     if not numbered or not trained.is_latest or trained.other_data:
         return
@@ -202,7 +201,7 @@ def draw_alphabets(trained, args):
 
 
 def read_run(name, checkpoint, args, load_data):
-    """Returns: a TrainedModel, with its data if they are there; names what cannot be drawn without them"""
+    """Returns: a TrainedModel, with its data if available; names what cannot be drawn without them"""
     dataset, other_data = None, ""
     if not args.loss_only:
         try:
@@ -213,7 +212,7 @@ def read_run(name, checkpoint, args, load_data):
     if dataset is not None and checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
         location = args.data_location or checkpoint["args"]["data_location"]
         other_data = util.get_location_name(location)
-        print(f"{name}: {location} is not its training data; programs are inferred by the network, the memory is left out")
+        print(f"{name}: {location} is not its training data; the network infers programs, and the memory is not used")
     elif dataset is not None:
         checkpoints.check_num_images(checkpoint, len(dataset.train.obs))
     return TrainedModel(name, checkpoint, dataset, other_data)
@@ -238,7 +237,7 @@ def draw_run(name, checkpoint, args, load_data):
 
 
 def draw_all(args, load_data):
-    """Draws every run in save/, and names what cannot be drawn"""
+    """Draws every run in save/, and names those that cannot be drawn"""
     names = sorted(path.name for path in util.SAVE.glob("[!.]*") if path.is_dir() or path.is_symlink())
     if not names:
         print(f"there is no run in {util.SAVE}/ yet; train one with python main.py")
@@ -290,7 +289,7 @@ def parse_args(argv=None):
     flags = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
     moved = [flag for flag in flags if flag.startswith("--") and flag[2:] in MOVED]
     if moved:
-        raise UserError(f"{moved[0]} is gone: characters of your own are read by python read.py my/*.png; see its --help")
+        raise UserError(f"{moved[0]} is gone: read your own characters with python read.py my/*.png; see its --help")
     return get_parser().parse_args(argv)
 
 

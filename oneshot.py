@@ -1,12 +1,12 @@
-"""One-shot classification of characters, with the strokes that a model has learned.
+"""One-shot classification of characters with the strokes that a model has learned.
 
     python oneshot.py --checkpoint-path pretrained/mws_20.pt --runs all_runs.zip
 
-Each run of Omniglot's one-shot task shows characters once, drawn by one person, and asks which of them each drawing by
-another person is. All images are traced by strokes of the model's library (reading/tracing.py), and these varied until they
-fit the others (reading/matching.py). Writes save/<model>/oneshot.csv and, for each run, a figure,
-save/<model>/oneshot/<run>.pdf: the test images, each with its three best characters and their strokes as they were varied to
-fit it. Complete runs are not repeated, so rerun the same command to resume.
+Each run of Omniglot's one-shot task shows characters once, drawn by one person, and asks which of them each drawing by another
+person is. All images are traced with strokes of the model's library (reading/tracing.py), which are then varied to fit the
+other images (reading/matching.py). Writes save/<model>/oneshot.csv and, for each run, save/<model>/oneshot/<run>.pdf, with each
+test image, its three best characters, and their strokes varied to fit it. Complete runs are not repeated, so rerun the same
+command to resume.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
@@ -41,14 +41,14 @@ def classify(run, model, args):
 
 
 def compare_inks(run, describe, get_distance):
-    """The distance between what a function says of the ink of each test image and of each character: [M, N]"""
+    """The distances between a function's values for the ink of each test image and of each character: [M, N]"""
     described = [describe(ink) for ink in run.inks]
     characters, tests = described[: len(run.characters)], described[len(run.characters) :]
     return torch.tensor([[get_distance(test, character) for character in characters] for test in tests])
 
 
 def draw(run, name, result, structure):
-    """A page: each test image, and its best characters with the strokes that were varied to fit it. Returns: PDF bytes"""
+    """A page: each test image, and its best characters with their strokes varied to fit it. Returns: PDF bytes"""
     total = matching.combine(result.forward, result.backward, structure).gather(1, result.candidates)
     order = total.topk(min(NUM_SHOWN, total.shape[1]), 1).indices  # [M, S], among the candidates
     best, test = result.candidates.gather(1, order), torch.arange(len(order)).unsqueeze(1)
@@ -74,7 +74,7 @@ def get_settings(checkpoint, run, args):
 
 
 def find_result(path, settings):
-    """A complete result, or None; a damaged one counts as missing. Raises: UserError if there is one with other settings"""
+    """A complete result, or None if missing or damaged. Raises: UserError if there is one with other settings"""
     if not path.exists():
         return None
     try:
@@ -89,7 +89,7 @@ def find_result(path, settings):
 
 
 def get_row(name, run, result):
-    """A run's numbers of wrong answers: CSV columns. By distance: the modified Hausdorff distance of the ink, without strokes"""
+    """A run's numbers of wrong answers: CSV columns. By distance: the ink's modified Hausdorff distance, without strokes"""
     scores = {
         "wrong": matching.combine(result["forward"], result["backward"], result["structure"]),
         "wrong forward alone": result["forward"],
@@ -103,7 +103,7 @@ def get_row(name, run, result):
 
 
 def write_table(path, rows):
-    """Writes the CSV. Returns: lines of text with the errors of all images and their 95 % intervals"""
+    """Writes the CSV. Returns: lines of text with the errors over all images and their 95 % intervals"""
     report.write_csv(path, rows)
     total, lines = sum(row["images"] for row in rows), []
     for key in [key for key in rows[0] if key.startswith("wrong")]:
@@ -117,7 +117,7 @@ def write_table(path, rows):
 
 
 def choose_runs(args):
-    """The runs that --run-ids names. Raises: UserError if there is none of that number"""
+    """The runs named by --run-ids. Raises: UserError if a number is out of range"""
     runs = oneshot_runs.load(args.runs)
     print(f"{args.runs}: {oneshot_runs.summarise(runs)}", flush=True)
     if args.run_ids and max(args.run_ids) > len(runs):
@@ -131,7 +131,7 @@ def main(argv=None):
     path = checkpoints.find(args.checkpoint_path)
     checkpoint = checkpoints.load(path)
     if checkpoint["num_alphabets"]:
-        raise UserError(f"{path} is conditional on alphabets, and those of the runs are unknown to it; give another model")
+        raise UserError(f"{path} is conditional on alphabets, and does not know those of the runs; give another model")
     name = checkpoints.get_run_name(path, checkpoint["args"])
     model, _ = models.from_checkpoint(checkpoint)
     util.set_seed(args.seed)
@@ -166,7 +166,7 @@ def get_parser():
     add("--num-traces", "traces of each image", type=positive, default=matching.NUM_TRACES)
     add(
         "--num-steps",
-        "last gradient steps that vary strokes to fit another image",
+        "gradient steps in the last fit to another image",
         type=positive,
         default=matching.FINE.num_steps,
     )

@@ -1,13 +1,14 @@
-"""Reads handwritten characters: traces each, on photographs and scans, with the strokes that a model has learned.
+"""Reads handwritten characters: traces those on photographs and scans with the strokes that a model has learned.
 
     python read.py my/*.png
-    python read.py page.jpg --examples 9            # also draws nine new examples of each character, as other hands would
-    python read.py page.jpg --program               # also searches for the best program of the model's own, fixed strokes
+    python read.py page.jpg --examples 9            # also draws nine new examples of each character, as by other hands
+    python read.py page.jpg --program               # also searches for the best program of the model's fixed strokes
 
-Writes into save/<model>/read/: strokes.pdf, every character stroke by stroke; for each one <name>.svg, its strokes as real arcs,
-and <name>.json, its strokes in order, with log p(x | strokes), how probable they make the ink (closer to 0 is better), and their
-deviation from the nearest ones of the library (0: they are in it), in nats. --program writes programs.pdf, <name>-program.svg
-and .json, with log p(z, x), the probability of the program and the ink under the model. docs/reading.md explains the numbers.
+Writes into save/<model>/read/: strokes.pdf, every character stroke by stroke; for each character, <name>.svg, its strokes as
+real arcs, and <name>.json, its strokes in order, with log p(x | strokes), how probable they make the ink (closer to 0 is
+better), and their deviation from the library's nearest (0: they are in it), in nats. --program also writes programs.pdf and
+<name>-program.svg and .json, with log p(z, x), the log-probability of the program and the ink under the model. docs/reading.md
+explains the numbers.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
@@ -32,7 +33,7 @@ PER_PAGE = 20  # rows of a figure
 
 
 def strokes_figures(found, reading, title):
-    """Pages of rows: a character, and its strokes after each that leaves ink, the newest in colour, the pen's way to it dotted"""
+    """Pages of rows: a character, then the drawing after each visible stroke, that in colour and the pen's way to it dotted"""
     num_cols, arcs = 1 + int(reading.drawing.on.sum(1).max()), variation.get_arcs(reading.drawing)  # [N, A, 7]
     points = torch.stack(drawings.get_points(arcs[..., 2:].flatten(0, 1)), 2)  # [N * A, T, 2], from where each starts
     lines = (points.unflatten(0, arcs.shape[:2]) + arcs[..., None, :2]).numpy()  # [N, A, T, 2]
@@ -53,8 +54,8 @@ def strokes_figures(found, reading, title):
 
 
 def draw_cell(axes, corner, ink, lines, on):
-    """The ink [R, C] and, over it, the strokes `on` among lines [A, T, 2], with the pen's way to the last of them"""
-    (left, top), half = corner, 0.5 / (len(ink) - 1)  # the page ends in the middle of a pixel
+    """The ink [R, C], and over it the strokes `on` among lines [A, T, 2] and the pen's way to the last of them"""
+    (left, top), half = corner, 0.5 / (len(ink) - 1)  # the page's edge is in the middle of a pixel
     box = left - half, left + 1 + half, top + 1 + half, top - half
     axes.imshow(-ink * (0.3 if on else 1), cmap="gray", vmin=-1, vmax=0, extent=box, interpolation="none")
     up = range(on[-2] + 1 if len(on) > 1 else 0, on[-1]) if on else []
@@ -74,7 +75,7 @@ def save_pages(path, pages):
 
 
 def get_strokes(reading, i):
-    """The strokes of a character as plain values, see drawings.get_program"""
+    """The strokes of a character as plain values (see drawings.get_program)"""
     num = int(reading.num_strokes[i])
     program = drawings.get_program(variation.resize(reading.drawing.select([i]), num), reading.latent[i, :num])
     for stroke, deviation in zip(program["strokes"], reading.deviation[i].tolist(), strict=False):
@@ -88,7 +89,7 @@ def get_strokes(reading, i):
 def save_searched(model, network, found, folder, title):
     """Searches for the best programs of the model's own strokes, and writes their drawings"""
     obs = (found.obs >= 0.5).float()
-    rendering.set_compile(True)  # which takes a while, and a search longer
+    rendering.set_compile(True)  # takes a while, but a search takes longer
     latent, log_joint, alphabets = search.read(model, network, obs)
     (map_id, _), drawing = drawings.get_maps(model, latent, obs), variation.get_drawing(model, latent, obs)
     for i, name in enumerate(found.names):
@@ -144,9 +145,9 @@ def get_parser():
     parser.add_argument("images", nargs="+", help="image files: photographs, scans, drawings", type=pathlib.Path)
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one", default=MODEL)
     add("--output", "folder to write into (default: save/<model>/read)")
-    add("--examples", "number of new examples to draw of each character", type=util.in_range(int, 1, 1000))
+    add("--examples", "new examples to draw of each character", type=util.in_range(int, 1, 1000))
     add("--program", "also search for the best program of the model's fixed strokes", action="store_true")
-    add("--as-is", "take images as they are: one character each, of Omniglot's size and stroke", action="store_true")
+    add("--as-is", "take images as they are: one character each, of Omniglot's size and stroke width", action="store_true")
     add("--seed", "seed of examples and search", type=util.in_range(int, 0, 2**63 - 1), default=0)
     return parser
 

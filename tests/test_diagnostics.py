@@ -129,7 +129,7 @@ def test_vectors(folder):  # noqa: F811
 
 @pytest.mark.parametrize("flags", [["--images=x.png", "--examples=9"], ["--no-refit"]])
 def test_flags_that_moved(flags):
-    with pytest.raises(UserError, match=f"{flags[0].split('=')[0]} is gone: .* read by python read.py"):
+    with pytest.raises(UserError, match=f"{flags[0].split('=')[0]} is gone: read .* with python read.py"):
         diagnostics.main(["--checkpoint-path", "mws_20", *flags])
 
 
