@@ -1,10 +1,10 @@
-"""What it is worth to a conditional model to know the alphabet of unseen drawings.
+"""How much it helps a conditional model to know the alphabet of unseen drawings.
 
     python -m results.conditioning --checkpoint-path "pretrained/a_mws_5_batch-size=50"     # two minutes
 
-Programs of test images are sought under the prior's average over alphabets, which favours none. The sum of p(z, x | alphabet) over
-them bounds log p(x | alphabet) from below, for every alphabet by the same programs. Printed are the mean of the right alphabet's
-bound less the mean of the wrong ones', with a 95 % interval over images, and how often the right one has the highest.
+Programs of test images are searched for under the prior's average over alphabets, which favours none. The sum of
+p(z, x | alphabet) over these programs bounds p(x | alphabet) from below, for every alphabet. Prints how far the right
+alphabet's bound is above the mean of the wrong ones, with a 95 % interval over images, and how often it is the highest.
 """
 
 import math
@@ -26,7 +26,7 @@ NUM_RANKS = 5
 
 
 class AveragePrior(nn.Module):
-    """The average of a conditional model's prior over its alphabets, all equally probable; what a search needs of a prior"""
+    """A conditional model's prior averaged over its alphabets, all equally probable; has what a search needs of a prior"""
 
     def __init__(self, prior, num_alphabets):
         super().__init__()
@@ -42,7 +42,7 @@ class AveragePrior(nn.Module):
 
 
 def get_bounds(model, network, obs, num_alphabets, effort):
-    """log p(x | alphabet), bounded from below by the programs that a search finds: obs [R, C] -> [L], nats"""
+    """Lower bounds on log p(x | alphabet) by the programs that a search finds: obs [R, C] -> [L], nats"""
     prior, alphabet = model.prior, torch.eye(num_alphabets)
     average = AveragePrior(prior, num_alphabets)
     proposals = network.sample(obs.expand(num_alphabets, -1, -1), math.ceil(NUM_PROPOSALS / num_alphabets), alphabet)
@@ -54,12 +54,12 @@ def get_bounds(model, network, obs, num_alphabets, effort):
 
 
 def describe(bounds, right):
-    """Sentences about bounds [N, L] and the right alphabets [N]"""
+    """Describes bounds [N, L], given the right alphabets [N]"""
     num_images, num_alphabets = bounds.shape
     of_right = bounds.gather(1, right.unsqueeze(1)).squeeze(1)
     gain = of_right - (bounds.sum(1) - of_right) / (num_alphabets - 1)  # [N]
     half = report.get_half_width(gain)
-    rank, num_best = (bounds > of_right.unsqueeze(1)).sum(1), min(NUM_RANKS, num_alphabets - 1)  # of the right one, from 0
+    rank, num_best = (bounds > of_right.unsqueeze(1)).sum(1), min(NUM_RANKS, num_alphabets - 1)  # the right one's, from 0
     evidence = of_right - (bounds.logsumexp(1) - math.log(num_alphabets))
     return (
         f"{num_images} unseen images, {num_alphabets} alphabets\n"

@@ -18,7 +18,7 @@ from reading import variation
 
 PIXELS_AT_ONCE = 64 * 28 * 28
 FAINT = 0.05  # probability of ink that is invisible
-NUM_PIXELS = 28  # along a character's side; the SVG's units
+NUM_PIXELS = 28  # along a character's side; units of the SVG
 FLAT = 1e-3  # pixels; an arc that bulges less than this is drawn as a line
 
 
@@ -43,7 +43,7 @@ def draw(generative_model, latent, resolution, maps=None):
 
 @torch.no_grad()
 def draw_arcs(params, arcs, on, resolution, maps=None):
-    """As `draw`, of arcs [..., A, 7] and which of them leave ink, on [..., A]; params [2], as for rendering.get_logits"""
+    """Like `draw`, from arcs [..., A, 7], those that leave ink, on [..., A], and params [2], as for rendering.get_logits"""
     at_once = max(PIXELS_AT_ONCE // resolution**2, 1)
     chunks = zip(arcs.flatten(0, -3).split(at_once), on.flatten(0, -2).split(at_once), strict=True)
     probs = torch.cat([rendering.get_logits(*chunk, params, resolution, resolution).sigmoid() for chunk in chunks])
@@ -54,7 +54,7 @@ def draw_arcs(params, arcs, on, resolution, maps=None):
 
 # ------------------------------------------------------------------ stroke by stroke
 
-# These take a reading.variation.Drawing of N programs, as they are or with strokes that were refitted.
+# These take a reading.variation.Drawing of N programs, with original or refitted strokes.
 
 
 def draw_parts(drawing, on, resolution):
@@ -66,7 +66,7 @@ def draw_parts(drawing, on, resolution):
 
 
 def draw_stages(drawing, resolution):
-    """Draws programs after each visible stroke: [N, A - 1, R, R], NaN where there are no more"""
+    """Draws programs after each visible stroke: [N, A - 1, R, R], NaN after the last"""
     num_arcs = drawing.on.shape[1]
     on = drawing.on.unsqueeze(1) & torch.ones(num_arcs, num_arcs, dtype=torch.bool).tril()  # [N, A, A]
     order = (~drawing.on).long().argsort(dim=1, stable=True)  # the visible strokes first
@@ -123,10 +123,10 @@ def get_points(primitives, num=33):
 
 
 def draw_primitives(generative_model, resolution):
-    """Draws every primitive in the middle of a tile, all on one scale, on which the largest fills its tile.
+    """Draws every primitive in the middle of a tile, all on the scale at which the largest fills its tile.
 
-    Returns: probabilities of ink [K, R, R]; where each starts, in pixels (column, row) [K, 2]; a tile's side, in
-        units of a character's
+    Returns: probabilities of ink [K, R, R]; where each starts, in pixels (column, row) [K, 2]; a tile's side, in units of a
+        character's
     """
     primitives = generative_model.get_primitives().detach()  # [K, 5]
     x, y = get_points(primitives)
@@ -157,8 +157,8 @@ def get_half_width(sharpness, width, scale, bias):
 
 
 def get_path(arc):
-    """An arc (x_start, y_start, dx, dy, theta, ...) as the commands of an SVG path. Row 0 is the top
-    of a character; pixel centres are at half-integers."""
+    """An arc (x_start, y_start, dx, dy, theta, ...) as commands of an SVG path. Row 0 is the top of a character; pixel centres
+    are at half-integers."""
     x, y, dx, dy, theta = arc[:5]
     side = NUM_PIXELS - 1
     start = f"M {side * x + 0.5:.4f} {side * (1 - y) + 0.5:.4f}"
@@ -172,9 +172,9 @@ def get_path(arc):
 
 
 def get_program(drawing, latent, map_id=None):
-    """A Drawing of one program, latent [A, 2], as plain values: its strokes in order, in coordinates of the unit square, y
-    upwards, each with the primitive that it is or was refitted from; and the 2 x 3 affine map that it is seen through, from
-    the picture (from -1 to 1, y downwards) to the drawing, with its number if it is one of the model's"""
+    """A Drawing of one program, latent [A, 2], as plain values: its strokes in order, in coordinates of the unit square (y
+    upwards), each with its primitive; and the 2 x 3 affine map that it is seen through, from the picture (-1 to 1, y
+    downwards) to the drawing, with its number if it is one of the model's"""
     names = ["x_start", "y_start", "dx", "dy", "theta", "sharpness", "width"]
     arcs = variation.get_arcs(drawing)[0].tolist()  # [A, 7]
     strokes = [
@@ -204,7 +204,7 @@ def to_svg(program):
         f'<rect width="{NUM_PIXELS}" height="{NUM_PIXELS}" fill="white"/>',
     ]
     transform = get_transform(program["map"])
-    if transform:  # what lies beyond the drawing's edge is invisible
+    if transform:  # ink beyond the drawing's edge is invisible
         side = f'width="{NUM_PIXELS}" height="{NUM_PIXELS}"'
         lines.append(f'<clipPath id="page"><rect {side}/></clipPath>')
         lines.append(f'<g transform="{transform}" clip-path="url(#page)">')
@@ -220,6 +220,6 @@ def to_svg(program):
 
 
 def save_program(path, program, **details):
-    """Writes <path>.svg, and <path>.json with what else is known about a program from `get_program`"""
+    """Writes a program from `get_program` to <path>.svg and, with whatever else is known about it, to <path>.json"""
     util.write(path.with_name(f"{path.name}.svg"), to_svg(program).encode())
     util.write(path.with_name(f"{path.name}.json"), (json.dumps({**details, **program}, indent=1) + "\n").encode())

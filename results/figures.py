@@ -20,17 +20,17 @@ from matplotlib.figure import Figure
 
 from results.drawings import draw_primitives
 
-MAX_POINTS = 300  # in a curve; longer ones are thinned
+MAX_POINTS = 300  # in a curve; longer curves are thinned
 EMPTY, NEWEST, PEN_UP, START = "#e8eef4", "#d1410c", "#3b7dd8", "#3b7dd8"
 RIGHT, WRONG = "#2a8a3e", "#c0281e"
-SETTLED = 0.05  # of a curve: the beginning, which does not determine the axis
+SETTLED = 0.05  # share of a curve at its beginning that does not affect the axis
 
 # ------------------------------------------------------------------ tiles
 
 
 def tile(images, num_cols, below=0):
-    """Tiles [N, R, C] or, in colour, [N, R, C, 3] into one image, row by row; NaN fills the gaps (`below` pixels more under
-    each tile) and the empty tiles"""
+    """Arranges tiles [N, R, C] or, in colour, [N, R, C, 3] in one image, row by row; NaN fills the gaps (`below` more pixels
+    under each tile) and empty tiles"""
     size, num_rows = images.shape[1], max(math.ceil(len(images) / num_cols), 1)
     left, top = place(num_rows, num_cols, size, below)
     grid = images.new_full((top, left, *images.shape[3:]), math.nan)
@@ -41,7 +41,7 @@ def tile(images, num_cols, below=0):
 
 
 def get_gap(size):
-    """Pixels between tiles of a size"""
+    """The number of pixels between tiles of a size"""
     return max(size // 14, 1)
 
 
@@ -84,8 +84,8 @@ def to_pdf(some_figures):
 
 
 def literal(text):
-    """Text from outside (names of files, say) as matplotlib shows it literally: without mathematics, and with bytes that are
-    not UTF-8 as escapes"""
+    """Text from outside (names of files, say), so that matplotlib shows it literally: not as mathematics, and with bytes that
+    are not UTF-8 as escapes"""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").replace("$", r"\$")
 
 
@@ -171,7 +171,7 @@ def example_figures(obs, examples, names, title, num_rows=12):
 
 
 def matches_figure(tests, characters, best, probs, answers, title):
-    """Test images, each with its best characters and, over the test image, their strokes as they were varied to fit it.
+    """Test images, each with its best characters and, over the test image, their strokes varied to fit it.
 
     Args: tests [M, R, R]; characters [N, R, R]; best [M, S], characters, best first; probs [M, S, R, R], of the strokes' ink;
         answers [M], the right characters
@@ -191,7 +191,7 @@ def matches_figure(tests, characters, best, probs, answers, title):
 
 
 def overlay(obs, ink):
-    """Strokes, probabilities of ink [..., R, R], over images in grey, likewise: [..., R, R, 3]"""
+    """Strokes over grey images, both probabilities of ink [..., R, R]: [..., R, R, 3]"""
     page = to_colour(0.35 * obs)
     return page + ink.unsqueeze(-1) * (torch.tensor(matplotlib.colors.to_rgb(NEWEST)) - page)
 
@@ -259,7 +259,7 @@ class Curve(NamedTuple):
 
 
 def get_curves(statistics):
-    """The curves of a run, (phase, name) -> Curve; those of which nothing finite was recorded are left out"""
+    """The curves of a run, (phase, name) -> Curve, without those that have no finite value"""
     curves = {}
     for phase, table in statistics.items():
         for name in [name for name in table if name != "iteration"]:
@@ -280,13 +280,13 @@ def thin(curve):
 
 
 def smooth(values):
-    """Moving average over a twentieth of the points, over fewer at the ends"""
+    """Moving average over a twentieth of the points, and fewer at the ends"""
     reach = len(values) // 40
     return np.array([values[max(i - reach, 0) : i + reach + 1].mean() for i in range(len(values))])
 
 
 def plot_curve(axes, curve):
-    """Plots a Curve, smoothed, in front of the band of its raw values. Returns: their range, without the beginning"""
+    """Plots a smoothed Curve over a band of its raw values. Returns: their range, without the beginning"""
     x, mean, low, high = thin(curve)
     (line,) = axes.plot(x, smooth(mean), lw=1.3, label="moving average")
     axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0.6, label="5th to 95th percentile")
@@ -313,7 +313,7 @@ def losses_figure(statistics, log_num_images, title):
 
 
 def plot_panel(axes, phase, name, curve, log_num_images):
-    """Plots a statistic of a phase of training; the other arguments are those of `losses_figure`"""
+    """Plots a statistic of a phase of training; other arguments as for `losses_figure`"""
     words = name.replace("_", " ")
     axes.set_title(words if phase == "train" or name.startswith(phase) else f"{phase} {words}", fontsize=9)
     axes.set_xlabel("iteration of pretraining" if phase == "pretrain" else "iteration")

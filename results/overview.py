@@ -1,5 +1,5 @@
 """save/index.html: each run's progress, log p, and pictures that link to the PDFs. The page needs no library and contains
-everything but the animations, which it links."""
+everything except the animations, which are linked."""
 
 import base64
 import html
@@ -27,10 +27,10 @@ def get_thumbnail_path(name, kind):
 
 
 def describe(name):
-    """What a run's checkpoint and evaluations tell: lines of text"""
+    """Lines of text about a run's checkpoint and evaluations"""
     latest = checkpoints.get_path(name)
     if not latest.exists():
-        return ["its checkpoint lies elsewhere"]
+        return ["its checkpoint is elsewhere"]
     try:
         checkpoint = checkpoints.load(latest)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""A trained model with its data and its memory: what pictures are drawn of."""
+"""A trained model with its data and its memory, for drawing pictures."""
 
 import functools
 import pathlib
@@ -48,12 +48,12 @@ class TrainedModel:
         return f"{kind}/{self.iteration}" + (f"-{self.other_data}" if self.other_data else "")
 
     def get_images(self, obs_id):
-        """Training images by index: obs [N, R, C]; their alphabets [N, L], None if the model knows none"""
+        """Training images by index: obs [N, R, C]; their alphabets [N, L], or None for an unconditional model"""
         split = self.dataset.train
         return split.obs[obs_id], split.alphabet[obs_id] if self.num_alphabets else None
 
     def reconstruct(self, obs_id):
-        """Programs of training images, the best ones of the memory or else inferred: [N, A, 2]"""
+        """Programs of training images, the best in the memory or else inferred: [N, A, 2]"""
         if self.memory is not None:
             return models.unpack(self.memory[obs_id, 0])
         obs, alphabet = self.get_images(obs_id)
@@ -66,12 +66,12 @@ class TrainedModel:
         return torch.cat(best)
 
     def get_alphabet_name(self, obs_id):
-        """The alphabet's name of a training image; "" if there are no alphabets"""
+        """The name of a training image's alphabet; "" if there are no alphabets"""
         alphabet = self.dataset.train.alphabet
         return "" if alphabet is None else self.dataset.alphabet_names[alphabet[obs_id].argmax()]
 
     def get_usage(self):
-        """How often each primitive occurs in the programs of the memory, or else of the prior, as a share: [K]"""
+        """Each primitive's share of the strokes in the memory or, if there is none, in samples from the prior: [K]"""
         if self.memory is not None:
             latent = models.unpack(self.memory.flatten(0, 1))
         else:
