@@ -1,4 +1,4 @@
-"""The report of all evaluations in save/: tables, save/logp.csv and save/logp.pdf; and log p in the course of training."""
+"""Reports on all evaluations in save/: tables, save/logp.csv and save/logp.pdf; and log p in the course of training."""
 
 import collections
 import csv
@@ -21,9 +21,9 @@ TRAINED = ["sleep", "rws", "vimco"]  # the paper's procedure, which trains a net
 ALGORITHMS = [*TRAINED, "own", "mws"]
 ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
 SEARCH_ERRORS = ["search error", "gain of two"]  # see get_search_error
-# Kinds of images, those to show first at the front, and what the models know of them
+# Kinds of images, in the order of their tables, and how the models relate to them
 KINDS = {"test": "unseen", "training": "on which the models were trained", "other": "of other data than the models'"}
-# What an evaluation's numbers depend on besides the model, the images and the seed: those that differ in it are not averaged
+# What an evaluation's numbers depend on besides the model, the images and the seed; only equal ones are averaged
 WORK = ["num_iterations", "num_particles", "batch_size", "lstm_hidden_size", "test_num_particles"]
 WORK_BY_ALGORITHM = {
     **dict.fromkeys(TRAINED, WORK),
@@ -41,11 +41,11 @@ class Images(NamedTuple):
     """A set of images; different sets never share a row, a table or a figure"""
 
     kind: str  # one of KINDS
-    fingerprint: str  # a hash, and their number in brackets
+    fingerprint: str  # a hash, with the number of images in brackets
 
 
 class Run(NamedTuple):
-    """What is known about log p of some images under one trained model"""
+    """All that is known about log p of some images under one trained model"""
 
     name: str  # of its folder in save/
     settings: dict  # of its training
@@ -54,13 +54,13 @@ class Run(NamedTuple):
     images_in_words: str
     estimates: dict  # algorithm: (mean over images, its standard error), nats
     work: dict  # algorithm: what describe_work says
-    bound: torch.Tensor  # guaranteed, by all programs that any of its evaluations has seen: [N], nats
-    bound_by_search: torch.Tensor | None = None  # [N], by those that the one by mws has seen, if there is one
+    bound: torch.Tensor  # guaranteed, over the programs seen in any of its evaluations: [N], nats
+    bound_by_search: torch.Tensor | None = None  # [N], over those seen in its evaluation by mws, if any
     search_error: tuple | None = None  # see get_search_error
 
 
 def load_results(paths):
-    """Loads results of eval_logp.py, by path; warns about those that are damaged, and leaves them out"""
+    """Loads results of eval_logp.py, by path; leaves out damaged ones, with a warning"""
     results = {}
     for path in paths:
         try:
@@ -93,12 +93,12 @@ def read_runs(folder):
 
 
 def get_file_name(settings):
-    """Of the result of an evaluation with these settings, or arguments"""
+    """The name of an evaluation's result, given its settings or arguments"""
     return f"{settings['mode']}_{settings['algorithm']}.pt"
 
 
 def make_run(name, images, results):
-    """Makes a Run of evaluations of the same images: algorithm -> result"""
+    """Makes a Run from evaluations of the same images: algorithm -> result"""
     shown = choose_comparable(name, results)
     first, searched = next(iter(shown.values())), shown.get("mws", {})
     return Run(
@@ -116,9 +116,8 @@ def make_run(name, images, results):
 
 
 def choose_comparable(name, results):
-    """Chooses the evaluations of a run and some images (algorithm -> result) that may share a row: of the same model and,
-    among those of TRAINED, with the same effort. Takes the latest model, then the most iterations and particles; warns about
-    the others."""
+    """Chooses those evaluations of a run on some images (algorithm -> result) that may share a row: of the same model and, for
+    TRAINED, with the same effort. Takes the latest model, then the most iterations and particles; warns about the others."""
 
     def get_rank(result):
         settings = result["settings"]
@@ -142,7 +141,7 @@ def choose_comparable(name, results):
 
 
 def get_joint_bound(results):
-    """The enumeration bound over the latents seen in any of a model's evaluations: [N]"""
+    """The enumeration bound over all latents seen in a model's evaluations: [N]"""
     some_rows = []
     for result in results:
         latents, num_images = result["latents"], len(result["log_p_by_image"])
@@ -151,8 +150,8 @@ def get_joint_bound(results):
 
 
 def get_search_error(result):
-    """How much the searches of an evaluation by mws may have missed, in nats per image: the difference of its halves' mean
-    bounds, and what the programs of both together gain over those of one; None for other evaluations"""
+    """How much the searches of an evaluation by mws may have missed, in nats per image: the difference between its halves' mean
+    bounds, and the gain of both halves' programs over one half's; None for other evaluations"""
     if "search_error" not in result:
         return None
     return result["search_error"], result["enumeration_bound"] - result["bound_by_half"].mean().item()
@@ -166,7 +165,7 @@ def get_standard_error(values):
 
 
 def get_half_width(values):
-    """Of the 95 % interval of the mean, by Student's t: [N] -> scalar"""
+    """Half the width of the mean's 95 % interval, by Student's t: [N] -> scalar"""
     return scipy.special.stdtrit(len(values) - 1, 0.975) * get_standard_error(values.tolist())
 
 
@@ -186,7 +185,7 @@ def describe(path):
 
 
 def describe_work(settings):
-    """The algorithm of an evaluation, and everything that WORK_BY_ALGORITHM names"""
+    """An evaluation's algorithm and everything that WORK_BY_ALGORITHM names, in words"""
     names = WORK_BY_ALGORITHM[settings["algorithm"]]
     settings = {"search": 1, **settings}  # the first version of the search had no number
     return f"{settings['algorithm']}: " + ", ".join(f"{name.replace('_', '-')} {settings[name]}" for name in names)
@@ -205,9 +204,9 @@ def describe_images(result):
 
 
 def describe_leads(models):
-    """How far the best of the models with as many latents is ahead of each other one, by the guaranteed bounds of memoised
-    evaluations with equal settings: lines of text. Intervals are paired over images, whose choice moves all models together, and
-    say nothing of other seeds. Args: models: {name: Runs with different seeds}, of the same images"""
+    """How far the best model is ahead of each other one with as many latents, by the guaranteed bounds of memoised evaluations
+    with equal settings: lines of text. Intervals are paired over images, whose choice moves all models together, and say nothing
+    about other seeds. Args: models: {name: Runs with different seeds}, of the same images"""
     searched, lines = collections.defaultdict(dict), []  # latents, what describe_work says -> {name: bounds [S, N]}
     for name, runs in models.items():
         for run in [run for run in runs if run.bound_by_search is not None]:
@@ -229,7 +228,7 @@ def describe_leads(models):
 
 
 def get_name(run_name):
-    """A run's name without its seed: that of the row it shares with other seeds"""
+    """A run's name without its seed, which names the row that it shares with other seeds"""
     return re.sub(r"_seed=\d+", "", run_name)
 
 
@@ -243,8 +242,8 @@ def get_order(name):
 
 
 def group(runs):
-    """Groups runs by what a table and its rows are about: {images: {name of the model: Runs with different seeds}}. Test images
-    come first, and then those of most models."""
+    """Groups runs by table and row: {images: {name of the model: Runs with different seeds}}. Test images come first, then those
+    of most models."""
     groups = collections.defaultdict(lambda: collections.defaultdict(list))
     for run in sorted(runs, key=lambda run: get_order(get_name(run.name))):
         groups[run.images][get_name(run.name)].append(run)
@@ -253,7 +252,7 @@ def group(runs):
 
 
 def choose_seeds(runs):
-    """The runs of a model without the evaluations that were made otherwise than those of most seeds"""
+    """The runs of a model, without evaluations made differently from those of most seeds"""
     runs = [run._replace(work=dict(run.work), estimates=dict(run.estimates)) for run in runs]
     for algorithm in ALGORITHMS:
         evaluated = [run for run in runs if algorithm in run.work]
@@ -266,7 +265,7 @@ def choose_seeds(runs):
 
 
 def get_num_latents(run):
-    """Of an image in training: proposals and those remembered"""
+    """The number of latents per image in training: proposals and remembered ones"""
     return run.settings["num_particles"] + run.settings.get("memory_size", 0)
 
 
@@ -302,7 +301,7 @@ def get_row(name, runs):
 
 
 def print_table(rows):
-    """Prints the rows of one set of images, below a line that says which they are, and whether the models know them"""
+    """Prints the rows of one set of images, below a line that says which they are and whether models trained on them"""
     first, width = rows[0], max(len(row["model"]) for row in rows)
     names = ESTIMATES + SEARCH_ERRORS * any(row["search error"] is not None for row in rows)
     print(f"{first['images in words']}, {KINDS[first['images']]} (fingerprint {first['fingerprint'].split()[0]}):")
@@ -335,7 +334,7 @@ def write_csv(path, rows):
 
 
 class Line(NamedTuple):
-    """log p of a model, nats per image: a number per point in each"""
+    """log p of a model in nats per image: each field has a number per point"""
 
     x: list
     y: np.ndarray
@@ -345,9 +344,9 @@ class Line(NamedTuple):
 
 
 def draw_lines(path, lines, title, xlabel, ticks=None, limits=None):
-    """Draws lines, {label: Line}, into a PDF. Args: title: its lines, some of which may be empty; ticks: of the x-axis; limits:
-    of the y-axis"""
-    from results import figures  # jobs of a sweep, which draw nothing, start sooner without matplotlib
+    """Draws lines, {label: Line}, into a PDF. Args: title: its lines, some possibly empty; ticks: of the x-axis; limits: of the
+    y-axis"""
+    from results import figures  # a sweep's jobs, which draw nothing, start sooner without matplotlib
 
     figure = figures.Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -368,7 +367,7 @@ def draw_lines(path, lines, title, xlabel, ticks=None, limits=None):
 
 
 def get_labels(names):
-    """Splits the names of models. Returns: labels, {name: the parts that others lack}; what all have in common, in words"""
+    """Splits the names of models. Returns: labels, {name: parts that others lack}; what all have in common, in words"""
     parts = {name: name.split("_") for name in names}
     common = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
     labels = {name: "_".join(part for part in own if part not in common) or name for name, own in parts.items()}
@@ -378,8 +377,7 @@ def get_labels(names):
 
 def write_figure(path, rows):
     """Draws the paper's figure: log p against the number of latents per image, a line per training algorithm, with standard
-    errors over seeds. Those over images are in the CSV alone: the models are evaluated on the same images, whose choice moves
-    all of them together."""
+    errors over seeds. Those over images are only in the CSV, since the choice of images moves all models together."""
     rows = [row for row in rows if not is_test_run(row["model"])] or rows
     most = collections.Counter(row["evaluated by"] for row in rows).most_common(1)[0][0]
     others = [row["model"] for row in rows if row["evaluated by"] != most]
@@ -404,29 +402,29 @@ def write_figure(path, rows):
 
 
 def get_milestones_folder(name, mode):
-    """Where the evaluations of a run's milestones lie"""
+    """Where the evaluations of a run's milestones are"""
     return util.SAVE / name / "logp" / f"{mode}_every_checkpoint"
 
 
 def read_milestones(folders):
-    """The evaluations of a run's milestones in these folders, by what they must share in a figure:
+    """The evaluations of a run's milestones in these folders, grouped by what must agree within a figure:
     {(images, what describe_work says): {iteration: result}}"""
     groups = collections.defaultdict(dict)
     for result in load_results(path for folder in folders for path in folder.glob("[!.]*.pt")).values():
-        if result["model_iteration"] > 0:  # 0, in pretraining, is on no logarithmic axis
+        if result["model_iteration"] > 0:  # 0, in pretraining, has no place on a logarithmic axis
             groups[get_images(result), describe_work(result["settings"])][result["model_iteration"]] = result
     return groups
 
 
 def write_milestones(name, mode):
-    """Writes a CSV and a figure of log p of a run against iterations. Returns: lines of text that say what and where"""
+    """Writes a CSV and a figure of a run's log p against iterations. Returns: lines of text that describe them"""
     folder = get_milestones_folder(name, mode)
     return draw_milestones({name: read_milestones([folder])}, folder.with_suffix(".pdf"))
 
 
 def compare_milestones(names):
-    """Writes log p against iterations of some runs, which evaluated every checkpoint, into save/logp_by_iteration.csv and .pdf.
-    Returns: lines of text. Raises: UserError if there are none"""
+    """Writes log p against iterations of runs with every checkpoint evaluated to save/logp_by_iteration.csv and .pdf. Returns:
+    lines of text. Raises: UserError if there are none"""
     runs = {name: read_milestones((util.SAVE / name / "logp").glob("*_every_checkpoint")) for name in names}
     command = "python eval_logp.py --algorithm own --every-checkpoint --checkpoint-path"
     for name in [name for name in runs if not runs[name]]:
@@ -438,11 +436,11 @@ def compare_milestones(names):
 
 
 def draw_milestones(runs, path):
-    """Writes a CSV, and a figure of the guaranteed bound (lines, with the range over seeds) and the estimates of log p (dotted)
-    of each model. Of several sets of images takes that of most runs, test images first.
+    """Writes a CSV, and a figure with each model's guaranteed bound (lines, with the range over seeds) and estimates of log p
+    (dotted). Of several sets of images, takes that of most runs, test images first.
 
     Args: runs: {name: what read_milestones returns}; path: of the figure
-    Returns: lines of text, one per model about the last iteration that all its seeds have in common
+    Returns: lines of text, one per model, about the last iteration that all its seeds have in common
     Raises: UserError if no model has one
     """
     kinds = collections.Counter(kind for found in runs.values() for kind in found)
@@ -458,7 +456,7 @@ def draw_milestones(runs, path):
         images = describe_images(next(iter(results.values())))
     labels, common = get_labels(models)
     for name, seeds in models.items():
-        x = sorted(set.intersection(*map(set, seeds)))  # iterations that all have
+        x = sorted(set.intersection(*map(set, seeds)))  # iterations common to all seeds
         if not x:
             warn(f"{name} is left out: its seeds have no evaluated iteration in common")
             continue
@@ -503,8 +501,8 @@ def get_milestone_row(name, result):
 
 
 def main(mode=None, name_missing=False):
-    """Args: mode: test or train, or None for all images; name_missing: also list the paper's models that have no value for
-    the images shown first"""
+    """Args: mode: test or train, or None for all images; name_missing: also list the paper's models without a value for the
+    images shown first"""
     kind = {"test": "test", "train": "training"}.get(mode)
     runs = [run for path in sorted(util.SAVE.glob("*/logp")) for run in read_runs(path.parent)]
     groups = group([run for run in runs if kind in (None, run.images.kind)])
@@ -524,7 +522,7 @@ def main(mode=None, name_missing=False):
         print(f"models of the paper without a value: {', '.join(missing)}")
     path = util.SAVE / ("logp_train.csv" if mode == "train" else "logp.csv")
     write_csv(path, [row for table in tables for row in table])
-    drawn, figure = [row for row in tables[0] if row["best"] is not None], ""  # others have no estimate of all seeds
+    drawn, figure = [row for row in tables[0] if row["best"] is not None], ""  # other rows have no estimate for all seeds
     if drawn:
         write_figure(path.with_suffix(".pdf"), drawn)
         figure = f"; a figure of {drawn[0]['images in words']} is in {path.with_suffix('.pdf')}"
