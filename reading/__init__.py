@@ -1,1 +1,1 @@
-"""Reads one's own characters: programs of images, and the search for them."""
+"""Infers programs of images, including the user's own: search, traces, strokes that vary."""

@@ -1,4 +1,4 @@
-"""One's own characters: found in image files, traced by strokes of a model's library, and these refitted to the ink.
+"""Characters of the user's own: found in image files, and traced with strokes of a model's library, refitted to the ink.
 
 found = characters.find(["page.jpg"])
 reading = characters.read(model, found)
@@ -16,9 +16,9 @@ import images
 from reading import matching, tracing, variation
 from util import UserError, warn
 
-LONGEST_NAME = 50  # letters of an image's name that go into those of the files written for it
-FINE = 4 * images.SIDE  # pixels, of the side of the ink that is traced
-# The arcs alone vary, and the pen: they are where the ink is, without a map
+LONGEST_NAME = 50  # letters of an image's name to use in the names of files written for it
+FINE = 4 * images.SIDE  # pixels, the side of the ink that is traced
+# Only the arcs and the pen vary: traces already lie on the ink, and need no map
 DEVIATIONS = variation.OWN._replace(scale=0.0, shear=0.0, shift=0.0)
 
 
@@ -26,8 +26,8 @@ DEVIATIONS = variation.OWN._replace(scale=0.0, shear=0.0, shift=0.0)
 class Characters:
     """N characters found in image files"""
 
-    inks: list  # of N arrays of bool, to be traced, of any size
-    files: list  # that they are from
+    inks: list  # N arrays of bool, of any size, to be traced
+    files: list  # that each is from
 
     def __len__(self):
         return len(self.inks)
@@ -40,7 +40,7 @@ class Characters:
 
     @functools.cached_property
     def names(self):
-        """Of the files written for each: the stems of `files`, numbered where one holds several characters, and distinct, so
+        """Names for each character's files: the stems of `files`, numbered where one holds several characters, and distinct, so
         that none overwrites another"""
         names = []
         for i, file in enumerate(self.files):
@@ -53,11 +53,11 @@ class Characters:
 
 
 class Reading(NamedTuple):
-    """The strokes of N characters, in order. Those with fewer than A end with strokes of no length that leave no ink"""
+    """The strokes of N characters, in order. Characters with fewer than A end with strokes of no length that leave no ink"""
 
-    latent: torch.Tensor  # [N, A, 2], of each stroke the nearest primitive of the library, and whether the pen is down
+    latent: torch.Tensor  # [N, A, 2], each stroke's nearest primitive in the library, and whether the pen is down
     drawing: variation.Drawing
-    log_likelihood: torch.Tensor  # [N], log p(x | strokes) in nats, the probability of each pixel held to [0.01, 0.99]
+    log_likelihood: torch.Tensor  # [N], log p(x | strokes) in nats, with each pixel's probability clamped to [0.01, 0.99]
     deviation: torch.Tensor  # [N, A], how much each stroke deviates from its primitive, in nats
     num_strokes: torch.Tensor  # [N], the pen down or up
 
@@ -66,7 +66,7 @@ class Reading(NamedTuple):
 
 
 def find(paths, as_is=False):
-    """Finds characters in image files (images.find_characters) or takes each file as one. Warns about files that cannot be
+    """Finds characters in image files (images.find_characters), or takes each file as one. Warns about files that cannot be
     read. Raises: UserError if nothing is left"""
     inks, files = [], []
     for path in map(str, paths):
@@ -84,7 +84,7 @@ def find(paths, as_is=False):
 
 
 def take(name, content, as_is=False):
-    """The characters in the bytes of one file. Raises: UserError if they are no image"""
+    """The characters in the bytes of one file. Raises: UserError if it is not an image"""
     if not as_is:
         inks = images.find_characters(name, content, FINE)
     else:
@@ -95,7 +95,7 @@ def take(name, content, as_is=False):
 
 
 def from_inks(inks, name):
-    """Characters of arrays [H, W] of bool, of one each in Omniglot's size and stroke; those without ink are left out"""
+    """Characters from arrays [H, W] of bool, one each, in Omniglot's size and stroke width; blank ones are left out"""
     inks = [ink for ink in inks if ink.any()]
     return Characters(inks, [name] * len(inks))
 
@@ -104,7 +104,7 @@ def from_inks(inks, name):
 
 
 def read(generative_model, characters, tick=lambda: None):
-    """Traces Characters with the model's strokes, and refits these to the ink: Reading. `tick` is called after each of
+    """Traces Characters with the model's strokes, and refits these to the ink. Returns: Reading. `tick` is called after each of
     matching.TRACING.num_steps steps of each variation.AT_ONCE characters"""
     strokes = matching.find_strokes(generative_model, characters.inks, characters.obs, 1, deviations=DEVIATIONS, tick=tick)
     drawing = strokes.drawing.select(0)  # the only trace

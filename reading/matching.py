@@ -1,24 +1,24 @@
 """How well the strokes of one image explain another: the match that one-shot classification rests on.
 
-The ink of each image is traced by strokes of the model's library (tracing.py), in several ways, and these are refitted to it
+The ink of each image is traced with strokes of the model's library (tracing.py), in several ways, and these are refitted to it
 (`find_strokes`). Strokes explain another image as well as their best variation e_k does, summed over the traces k of an image:
 
     s(x' | x) = log sum_k exp(log p(x' | v_k(e_k)) - |e_k|^2 / 2),    e_k = argmax_e log p(x' | v_k(e)) - |e|^2 / 2
 
-with v_k(e) as in variation.py. Once strokes are where they belong, pixels should count for less: for the score, though not for
-finding e_k, probabilities are held to [f', 1 - f'], f' = 0.03.
+with v_k(e) as in variation.py. Once strokes are in place, pixels should count for less: in the score, though not in the search
+for e_k, probabilities are clamped to [f', 1 - f'], f' = 0.03.
 
-`compare` does so in both directions. Forwards, the strokes of each character c explain a test image t: s(t | c). Backwards,
-the strokes of the test image explain each character. Some characters are harder to explain than others, so how well a
-character's own best strokes do, and how well those of the other characters do, is subtracted, half each:
+`compare` does this in both directions. Forward, the strokes of each character c explain a test image t: s(t | c). Backward, the
+strokes of the test image explain each character. Some characters are harder to explain than others, so the mean of two other
+scores is subtracted, those of the character's own best strokes and, on average, of the other characters' strokes:
 
     s(c | t) - (max_k log p(c | v_k of c) + mean_{c' != c} s(c | c')) / 2
 
-All pairs are fitted blurred, and on a coarse grid (`match`); the best few characters of each test image also sharply, in 28 x 28
-pixels (`refine`).
+All pairs are fitted blurred, on a coarse grid (`match`); the best few characters of each test image are also fitted sharply, on
+28 x 28 pixels (`refine`).
 
-Strokes can be varied until they hide what another hand would hardly change: how many parts the ink has and how many holes, and
-where its lines end. `get_structural_distance` counts that. `combine` adds both directions, and subtracts it.
+Strokes can be varied until they hide what another hand would hardly change: how many parts and holes the ink has, and where its
+lines end. `get_structural_distance` measures this; `combine` adds both directions and subtracts it.
 """
 
 from typing import NamedTuple
@@ -35,16 +35,16 @@ from reading import tracing, variation
 from reading.variation import HAND, OWN, Drawing, Schedule
 
 NUM_TRACES = 4  # of each image
-NUM_CANDIDATES, NUM_REFINED = 6, 2  # characters of a test image, and their traces, that are fitted in all pixels
+NUM_CANDIDATES, NUM_REFINED = 6, 2  # characters per test image, and traces of each, that are fitted on all pixels
 FLOOR = 0.03  # f'
 
-# Nats: how much less probable the same character becomes, by maximum likelihood on forty runs of background alphabets
-PART, HOLE = 8.0, 4.0  # with each part or hole of the ink more or less
-MOST = 3  # of which count
-END, UNMATCHED = 18.0, 0.45  # with each end of a line, by how far it is from its partner; by how far one without is taken to be
-TRACING = Schedule(60, 0.5, 1.0, 0.6)  # of the refit to the image itself, whose ink traces lie on already
+# Nats by which the same character becomes less probable, by maximum likelihood on forty runs of background alphabets:
+PART, HOLE = 8.0, 4.0  # for each extra or missing part or hole of the ink
+MOST = 3  # at most so many count
+END, UNMATCHED = 18.0, 0.45  # for each end of a line, times the distance to its partner; that distance if it has none
+TRACING = Schedule(60, 0.5, 1.0, 0.6)  # of the refit to the image itself, on whose ink traces already lie
 COARSE = Schedule(50, 0.25, 0.6, 0.8)  # to another image, on a coarse grid
-FINE = Schedule(60, 0.6, 1.0, 0.8)  # and in all pixels
+FINE = Schedule(60, 0.6, 1.0, 0.8)  # and on all pixels
 
 
 class Strokes(NamedTuple):
@@ -63,10 +63,10 @@ def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, dev
 
     Args:
         inks: the N images, a list of arrays [H, W] of bool, of any size; obs [N, R, C] in [0, 1]: the same, scaled down
-        seed: of the order of strokes in further traces
+        seed: of the stroke order in further traces
         deviations: Deviations from the library's strokes
         tick: called after each step of each variation.AT_ONCE drawings
-    Returns: Strokes, of num_traces per image, the first trace the most obvious one
+    Returns: Strokes, with num_traces per image, the first trace being the most obvious one
     """
     rng = np.random.default_rng(seed)
     rngs = [None] * len(inks) + [rng] * len(inks) * (num_traces - 1)
@@ -77,9 +77,9 @@ def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, dev
 
 
 def match(strokes, obs, deviations=HAND):
-    """Refits the strokes of N images to each of M other images [M, R, C], blurred, and on a grid half as fine.
+    """Refits the strokes of N images to each of M other images [M, R, C], blurred, on a grid half as fine.
 
-    Returns: Variation of [K, M, N] drawings; and log p(x' | v) - |e|^2 / 2 of each, in all pixels: [K, M, N], nats
+    Returns: Variation of [K, M, N] drawings; log p(x' | v) - |e|^2 / 2 of each, on all pixels: [K, M, N], nats
     """
     sizes = len(strokes.drawing.on), len(obs), len(strokes.obs)
     trace, image, source = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")  # [K, M, N] each
@@ -90,10 +90,10 @@ def match(strokes, obs, deviations=HAND):
 
 
 def refine(strokes, obs, e, score, image, source, deviations=HAND, schedule=FINE):
-    """Refits the strokes of some of N images to some of M others, beginning where `match` ended.
+    """Refits the strokes of some of N images to some of M others, starting where `match` ended.
 
-    Args: e, score: from `match`; image, source [...]: which of the M is to be explained by which of the N
-    Returns: Drawing of [T, ...], the best NUM_REFINED traces of each pair, and log p(x' | v) - |e|^2 / 2, the same shape
+    Args: e, score: from `match`; image, source [...]: which of the M images is to be explained by which of the N
+    Returns: Drawing of [T, ...], the best NUM_REFINED traces of each pair, and log p(x' | v) - |e|^2 / 2, of the same shape
     """
     trace = score[:, image, source].topk(min(NUM_REFINED, len(score)), 0).indices  # [T, ...]
     image, source = image.expand_as(trace), source.expand_as(trace)
@@ -104,7 +104,7 @@ def refine(strokes, obs, e, score, image, source, deviations=HAND, schedule=FINE
 
 
 def _halve(obs):
-    """Images on the grid on which the renderer draws in half as many pixels: [N, R, C] -> [N, R / 2, C / 2]"""
+    """Images on the renderer's grid at half the resolution: [N, R, C] -> [N, R / 2, C / 2]"""
     size = [side // 2 for side in obs.shape[1:]]
     return F.interpolate(F.avg_pool2d(obs.unsqueeze(1), 3, 1, 1), size, mode="bilinear", align_corners=True).squeeze(1)
 
@@ -121,14 +121,14 @@ class Comparison(NamedTuple):
     """M test images and N characters"""
 
     forward: torch.Tensor  # [M, N], the score of each test image under the strokes of each character, nats
-    backward: torch.Tensor  # [M, N], that of each character under the strokes of each test image, less what it takes, nats
+    backward: torch.Tensor  # [M, N], that of each character under the strokes of each test image, relative to others', nats
     candidates: torch.Tensor  # [M, S], the characters that were refined; the scores of others are lower bounds
-    drawing: Drawing  # of [M, S], the strokes of each candidate as they were varied to fit the test image
+    drawing: Drawing  # of [M, S], the strokes of each candidate, varied to fit the test image
 
 
 @torch.no_grad()
 def compare(tests, characters, structure, schedule=FINE):
-    """Compares M test images with N characters, both Strokes; structure [M, N], structural distances. Returns: Comparison"""
+    """Compares M test images with N characters, both Strokes; structure [M, N]: structural distances. Returns: Comparison"""
     e, score = match(characters, tests.obs)  # [K, M, N]
     back_e, back_score = match(tests, characters.obs)  # [K, N, M]
     _, among = match(characters, characters.obs)  # [K, N, N]
@@ -146,8 +146,8 @@ def compare(tests, characters, structure, schedule=FINE):
 
 
 def get_effort(own, among):
-    """What it takes to explain each character: own [N], log p under its own strokes; among [N, N], the score of each under
-    the strokes of each -> [N]"""
+    """How well each character can be explained: own [N], log p under its own strokes; among [N, N], the score of each under the
+    strokes of each -> [N]"""
     if len(own) == 1:
         return own
     others = (among.sum(1) - among.diagonal()) / (len(own) - 1)
@@ -163,7 +163,7 @@ def combine(forward, backward, structure):
 
 
 class Structure(NamedTuple):
-    """What another hand hardly changes"""
+    """Features of a character that another hand hardly changes"""
 
     ends: np.ndarray  # of lines, about the middle of the ink's box, in units of its longer side: [n, 2]
     num_parts: int
@@ -182,11 +182,11 @@ def get_structure(ink):
 
 
 def get_structural_distance(one, other):
-    """How much less probable it is that two Structures are of one character than if they were alike, in nats: ends are matched
-    one to one, as cheaply as possible"""
+    """How much the differences between two Structures count against one character, in nats. Ends are matched one to one, as
+    cheaply as possible"""
     num, num_other = len(one.ends), len(other.ends)
     cost = np.full([max(num, num_other)] * 2, UNMATCHED)
-    cost[:num, :num_other] = scipy.spatial.distance.cdist(one.ends, other.ends).clip(max=2 * UNMATCHED)  # then, both have none
+    cost[:num, :num_other] = scipy.spatial.distance.cdist(one.ends, other.ends).clip(max=2 * UNMATCHED)  # if farther, unmatched
     ends = cost[scipy.optimize.linear_sum_assignment(cost)].sum()
     num_parts, num_holes = (min(abs(a - b), MOST) for a, b in zip(one[1:], other[1:], strict=True))
     return END * ends + PART * num_parts + HOLE * num_holes
@@ -196,14 +196,14 @@ def get_structural_distance(one, other):
 
 
 def get_points(ink, scale=False):
-    """Where ink [H, W] is, about its middle, in pixels or, scaled, in units of its longer side: [n, 2]"""
+    """The positions of ink [H, W] relative to its middle, in pixels or, scaled, in units of its longer side: [n, 2]"""
     points = np.argwhere(ink).astype(float)
     points -= points.mean(0)
     return points / max(np.ptp(points, axis=0).max(), 1) if scale else points
 
 
 def get_hausdorff_distance(points, others):
-    """The modified Hausdorff distance of [n, 2] and [m, 2] (Dubuisson and Jain, 1994), with which Omniglot's own one-shot
-    baseline compares images: the mean distance of a point to the nearest other one, the greater of both directions"""
+    """The modified Hausdorff distance between [n, 2] and [m, 2] (Dubuisson and Jain, 1994), Omniglot's one-shot baseline: the
+    mean distance from a point to the nearest one in the other set, the greater of both directions"""
     distance = scipy.spatial.distance.cdist(points, others)
     return max(distance.min(1).mean(), distance.min(0).mean())

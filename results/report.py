@@ -22,7 +22,7 @@ ALGORITHMS = [*TRAINED, "own", "mws"]
 ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
 SEARCH_ERRORS = ["search error", "gain of two"]  # see get_search_error
 # Kinds of images, in the order of their tables, and how the models relate to them
-KINDS = {"test": "unseen", "training": "on which the models were trained", "other": "of other data than the models'"}
+KINDS = {"test": "unseen", "training": "on which the models were trained", "other": "on which the models were not trained"}
 # What an evaluation's numbers depend on besides the model, the images and the seed; only equal ones are averaged
 WORK = ["num_iterations", "num_particles", "batch_size", "lstm_hidden_size", "test_num_particles"]
 WORK_BY_ALGORITHM = {
@@ -205,8 +205,8 @@ def describe_images(result):
 
 def describe_leads(models):
     """How far the best model is ahead of each other one with as many latents, by the guaranteed bounds of memoised evaluations
-    with equal settings: lines of text. Intervals are paired over images, whose choice moves all models together, and say nothing
-    about other seeds. Args: models: {name: Runs with different seeds}, of the same images"""
+    with equal settings: lines of text. Intervals are paired over images, whose choice moves all models together, and say
+    nothing about other seeds. Args: models: {name: Runs with different seeds}, of the same images"""
     searched, lines = collections.defaultdict(dict), []  # latents, what describe_work says -> {name: bounds [S, N]}
     for name, runs in models.items():
         for run in [run for run in runs if run.bound_by_search is not None]:
@@ -242,8 +242,8 @@ def get_order(name):
 
 
 def group(runs):
-    """Groups runs by table and row: {images: {name of the model: Runs with different seeds}}. Test images come first, then those
-    of most models."""
+    """Groups runs by table and row: {images: {name of the model: Runs with different seeds}}. Test images come first, then
+    those of most models."""
     groups = collections.defaultdict(lambda: collections.defaultdict(list))
     for run in sorted(runs, key=lambda run: get_order(get_name(run.name))):
         groups[run.images][get_name(run.name)].append(run)
