@@ -1,8 +1,8 @@
-"""Runs of Omniglot's one-shot classification task: some characters of an alphabet, each drawn once by one person, and images
-of the same characters by another person, whose characters are to be identified.
+"""Runs of Omniglot's one-shot classification task: some characters of an alphabet, each drawn once by one person, and drawings
+of the same characters by another person to identify.
 
-The format is that of Omniglot's all_runs.zip, a zip or a folder with runNN/training/classNN.png, runNN/test/itemNN.png, and
-runNN/class_labels.txt, whose lines name a test image and the training image of the same character. Images of one's own may
+The format is that of Omniglot's all_runs.zip: a zip or folder with runNN/training/classNN.png, runNN/test/itemNN.png and
+runNN/class_labels.txt, each of whose lines names a test image and the training image of the same character. Your own images may
 have other names and formats, and show scanned or photographed paper.
 
     python -m reading.oneshot_runs images_background.zip background_runs.zip --num-runs 20
@@ -36,11 +36,11 @@ class Run(NamedTuple):
     characters: torch.Tensor  # [N, 28, 28], the share of ink in each pixel
     tests: torch.Tensor  # [M, 28, 28], likewise
     answers: torch.Tensor  # [M], the character of each test image, from 0
-    inks: list  # of the N characters and M tests as they are in the files: arrays [H, W] of bool
+    inks: list  # of the N characters and M tests at full size: arrays [H, W] of bool
 
 
 def load(path):
-    """Loads all runs, in order of their names: a list of Run. Raises: UserError if a run is incomplete or damaged"""
+    """Loads all runs, in order of name: a list of Run. Raises: UserError if a run is incomplete or damaged"""
     source = util.expand_user(path)
     if not source.exists():
         raise UserError(f"there is no {path}; get all_runs.zip from https://github.com/brendenlake/omniglot")
@@ -56,7 +56,7 @@ def load(path):
 
 
 def summarise(runs):
-    """Sums up a list of Run in one line"""
+    """Summarises a list of Run in one line"""
     obs = torch.cat([torch.cat([run.characters, run.tests]) for run in runs])
     return data.summarise(obs.numpy() >= 0.5, f"{len(runs)} run{'s' * (len(runs) != 1)}")
 
@@ -84,13 +84,13 @@ def _is_training(name):
 
 
 def _read_labels(source, content, pictures):
-    """The pairs that lines name, in either order: test image -> training image. Raises: UserError"""
+    """The pairs named by lines, in either order: test image -> training image. Raises: UserError if a line is wrong"""
     pairs = {}
     for line in filter(None, map(str.strip, content.decode("utf-8-sig", errors="replace").splitlines())):
         names = re.split(r"\s*[,\t]\s*" if re.search(r"[,\t]", line) else r"\s+", line)
         pair = sorted((_find(name, pictures) for name in names), key=_is_training)
         if list(map(_is_training, pair)) != [False, True] or "" in pair:
-            raise UserError(f"{source}: a line does not name a test and a training image that are there: {line[:80]!r}")
+            raise UserError(f"{source}: a line does not name an existing test image and training image: {line[:80]!r}")
         if pairs.setdefault(*pair) != pair[1]:
             raise UserError(f"{source}: {pair[0]} is named twice, with different answers")
     if not pairs:
@@ -99,7 +99,7 @@ def _read_labels(source, content, pictures):
 
 
 def _find(name, pictures):
-    """The picture that a name relative to whatever folder means, or "" if there is none, or more than one"""
+    """The picture meant by a name relative to any folder, or "" if there is not exactly one"""
     parts = re.split(r"[\\/]+", name.lower())
     tails = ["/" + "/".join(parts[i:]) for i in range(len(parts))]
     found = ([picture for picture in pictures if f"/{picture.lower()}".endswith(tail)] for tail in tails)
@@ -110,7 +110,7 @@ def _find(name, pictures):
 
 
 def make(path, out, num_runs, seed):
-    """Writes runs of random characters and pairs of people to a zip; alphabets, in random order, take turns"""
+    """Writes runs of random characters and pairs of people to a zip; alphabets take turns in random order"""
     images = collections.defaultdict(lambda: collections.defaultdict(dict))  # alphabet -> character -> person -> bytes
     for name, read in data.list_files(util.expand_user(path)):
         match = re.fullmatch(r"(?:.*/)?([^/]+)/character(\d+)/\d+_(\d+)\.png", name)

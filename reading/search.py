@@ -1,12 +1,12 @@
-"""Search for the programs of an image: grown stroke by stroke along its ink, then improved by mutation.
+"""Searches for programs of an image: grown stroke by stroke along its ink, then improved by mutation.
 
-Posteriors over programs have many modes, tens of nats apart: the same ink can be traced in other orders, with other
-primitives, through another affine map. `find` therefore begins with programs from a beam search under each of several groups
-of maps, each of whose steps scores all primitives that the prior expects as the next stroke; an evolutionary search mutates
-and crosses them, as a temperature falls; their beginnings are continued by beam search once more; and a second evolutionary
-search polishes the result. Most scores along the way are of a few maps alone, which is a lower bound in a fraction of the time.
-A pixel of ink that is not drawn costs 14 nats; beam searches take it as cheap, or else they would prefer programs that cover
-much ink with few strokes to programs that draw it well.
+Posteriors over programs have many modes, tens of nats apart: the same ink can be traced in another order, with other primitives
+or through another affine map. `find` therefore begins with programs from a beam search under each of several groups of maps,
+each of whose steps scores the primitives that the prior expects most as the next stroke; an evolutionary search mutates and
+crosses them as a temperature falls; their beginnings are continued by beam search once more; and a second evolutionary search
+polishes the result. Most scores along the way use only a few maps, for a lower bound in a fraction of the time. A pixel of ink
+that is not drawn costs 14 nats; beam searches charge less, or they would prefer programs that cover much ink with few strokes
+to programs that draw it well.
 
     latent, log_joint = search.find(generative_model, obs)
 """
@@ -22,36 +22,36 @@ import scoring
 from models import pack, unpack
 from util import show_progress
 
-VERSION = 2  # to be raised when searches find other programs: reports do not average evaluations by different ones
+VERSION = 2  # to be raised when searches find other programs: reports do not average evaluations by different versions
 
 
 class Effort(NamedTuple):
-    """How long a search goes on. The default takes 10 to 15 seconds an image on one core."""
+    """How long a search takes. The default takes 10 to 15 seconds an image on one core."""
 
     width: int = 150  # of a beam
-    num_groups: int = 10  # of maps, each with a beam of its own
+    num_groups: int = 10  # of maps, each with its own beam
     population: int = 400
-    num_mutants: int = 800  # in a round
+    num_mutants: int = 800  # per round
     num_hot_rounds: int = 120  # of the first evolutionary search
     num_cold_rounds: int = 80  # of the second
 
     def scale(self, factor):
-        """Makes beams wider and evolutionary searches longer by a factor; one below 1 also makes populations smaller"""
+        """Makes beams wider and evolutionary searches longer by a factor; a factor below 1 also shrinks populations"""
         shorter = min(factor, 1)
         factors = Effort(factor, 1, shorter, shorter, factor, factor)
         return Effort(*(math.ceil(factor * num) for factor, num in zip(factors, self, strict=True)))
 
 
-QUICK = Effort(10, 2, 100, 100, 60, 20)  # seconds an image, where it is compiled
-NUM_EXPECTED = 24  # primitives that a beam search tries as the next stroke; the best programs seldom have another
-MAPS_PER_GROUP = 4  # seen by a beam search
+QUICK = Effort(10, 2, 100, 100, 60, 20)  # takes seconds an image when compiled
+NUM_EXPECTED = 24  # primitives that a beam search tries as the next stroke; the best programs seldom use others
+MAPS_PER_GROUP = 4  # used by a beam search
 BEAM_TEMPERATURE = 2.0  # nats
-BEAM_FLOOR = -2.0  # logit of paper in a beam search: ink that is not drawn yet costs 2 nats a pixel instead of 14
-CELL, BUCKET = 1.5 / 28, 3.0  # how far apart a beam search tells places (of the page), and log likelihoods (nats)
-UP_SHARE = 0.25  # of a beam's programs that lift the pen, which is worth its price only one stroke later
+BEAM_FLOOR = -2.0  # logit of paper in a beam search: ink not drawn yet costs 2 nats a pixel instead of 14
+CELL, BUCKET = 1.5 / 28, 3.0  # a beam search's resolution of places (of the page) and log likelihoods (nats)
+UP_SHARE = 0.25  # share of a beam for programs that lift the pen, which pays off only one stroke later
 HOT, COLD = 12.0, 3.0  # nats: temperatures at which evolutionary searches begin
-NUM_MAPS = 8  # seen by an evolutionary search
-ROUNDS_PER_CHECK = 20  # after which the maps are chosen anew, and the population is scored under all of them
+NUM_MAPS = 8  # used by an evolutionary search
+ROUNDS_PER_CHECK = 20  # after which maps are chosen anew and the population is scored under all of them
 
 
 @torch.no_grad()
@@ -60,8 +60,8 @@ def find(generative_model, obs, alphabet=None, proposals=None, num_best=200, eff
 
     Args:
         obs [R, C]; alphabet [L] one-hot or None
-        proposals [P, A, 2]: programs to begin with, beside those of the beam search, or None
-        effort: Effort; is_stopped: asked every now and then whether to end early, with the best programs so far
+        proposals [P, A, 2]: programs to begin with, in addition to those of the beam search, or None
+        effort: Effort; is_stopped: called now and then; if it returns True, the search ends with the best programs so far
     Returns: latent [K, A, 2], at most num_best distinct programs, best first; log_joint [K], their log p(z, x) in nats
     """
     effort, image = effort or Effort(), Image(generative_model, obs, alphabet)
@@ -98,7 +98,7 @@ def read(generative_model, inference_network, obs, effort=None, num_proposals=10
 
 
 def guess_alphabet(generative_model, inference_network, obs, num_proposals):
-    """The alphabet of the most probable of the network's proposals under all of them: obs [R, C] -> one-hot [L]"""
+    """The alphabet of the network's most probable proposal under any: obs [R, C] -> one-hot [L]"""
     alphabet = torch.eye(generative_model.num_alphabets)
     obs, num_each = obs.expand(len(alphabet), -1, -1), math.ceil(num_proposals / len(alphabet))
     proposals = inference_network.sample(obs, num_each, alphabet)  # [P, L, A, 2]
@@ -109,7 +109,7 @@ def guess_alphabet(generative_model, inference_network, obs, num_proposals):
 
 
 class Image:
-    """What programs are sought for, and what they are scored by, in nats
+    """The image whose programs are sought, and their scores in nats.
 
     Args: obs [R, C]; alphabet [L] one-hot or None
     """
@@ -120,7 +120,7 @@ class Image:
         self.library = get_library(generative_model.get_primitives())
 
     def score(self, codes, map_id=None):
-        """log p(z, x), or given some maps [t] a lower bound: codes [N, A] -> [N]"""
+        """log p(z, x) or, given some maps [t], a lower bound: codes [N, A] -> [N]"""
         scores = []
         for latent in unpack(codes).split(scoring.ROWS_AT_ONCE):
             log_prior = self.model.log_prior(latent.unsqueeze(1), self.alphabet).squeeze(1)
@@ -128,7 +128,7 @@ class Image:
         return torch.cat(scores)
 
     def choose_maps(self, codes, num_maps):
-        """The maps through which some of the programs codes [N, A] are seen best: [num_maps], or None if that is all of them"""
+        """The maps that fit some of the programs codes [N, A] best: [num_maps], or None for all maps"""
         maps = self.model.likelihood.maps
         if maps is None or len(maps) <= num_maps:
             return None
@@ -137,7 +137,7 @@ class Image:
         return log_posterior.amax(0).topk(num_maps).indices
 
     def score_beginning(self, beginning, map_id):
-        """Log prior and log likelihood, under BEAM_FLOOR, of the first k strokes alone: beginning [N, k] -> [N], [N]"""
+        """Log prior and log likelihood, with BEAM_FLOOR, of the first k strokes alone: beginning [N, k] -> [N], [N]"""
         log_prior = torch.zeros(len(beginning), device=beginning.device)
         for length, code in enumerate(beginning.unsqueeze(2).unbind(1)):  # [N, 1]
             id_log_prob, on_log_prob = self._get_next_log_probs(beginning[:, :length])
@@ -147,11 +147,11 @@ class Image:
         return log_prior, self._log_likelihood(logits.clamp(min=BEAM_FLOOR), map_id)
 
     def score_next(self, beginning, log_prior, log_likelihood, map_id):
-        """Log prior and log likelihood of programs that continue beginnings by a stroke, the pen up or down.
+        """Log prior and log likelihood of programs that continue beginnings by a stroke, with the pen up or down.
 
         Args: beginning [N, k]; log_prior, log_likelihood [N]: its own
-        Returns: codes [N, J, 2] of the strokes, of the J primitives that the prior expects most; their log prior and log
-            likelihood, the same shape
+        Returns: codes [N, J, 2] of strokes with the J primitives that the prior expects most; their log prior and log
+            likelihood, of the same shape
         """
         id_log_prob, on_log_prob = self._get_next_log_probs(beginning)
         id_log_prob, primitive_id = id_log_prob.topk(min(NUM_EXPECTED, id_log_prob.shape[1]))  # [N, J]
@@ -170,7 +170,7 @@ class Image:
         return self.model.get_next_log_probs(unpack(beginning), alphabet)
 
     def _log_likelihood(self, logits, map_id):
-        """The model's or, under some of its maps [t], a lower bound of it: logits [N, R, C] -> [N]"""
+        """The log likelihood or, given some maps [t], a lower bound: logits [N, R, C] -> [N]"""
         likelihood = self.model.likelihood if map_id is None else self.model.likelihood.restrict(map_id)
         return likelihood.log_prob(logits, self.obs.expand(len(logits), -1, -1))
 
@@ -180,7 +180,7 @@ class Image:
 
 def grow(image, beginning, map_id, width):
     """Continues programs to their end by a stochastic beam search, under some maps [t]: beginning [N, k] -> [at most width, A].
-    Of programs that lead to about the same place, with about the same ink, only the best go on."""
+    Of programs that lead to about the same place and explain the ink about as well, only the best go on."""
     log_prior, log_likelihood = image.score_beginning(beginning, map_id)
     for length in range(beginning.shape[1], image.model.num_arcs):
         codes, *scores = image.score_next(beginning, log_prior, log_likelihood, map_id)  # each [N, J, 2]
@@ -201,15 +201,14 @@ def grow(image, beginning, map_id, width):
 
 def get_likeness(image, beginning, codes, log_likelihood):
     """What tells programs apart in a beam: where the pen is, and how well they explain the image. Args: beginning [N, k]; codes
-    and log_likelihood of their next strokes [N, J]. Returns: [N * J, 3], whole numbers that are equal for programs that are
-    alike"""
+    and log_likelihood of their next strokes [N, J]. Returns: [N * J, 3], integers that are equal for similar programs"""
     offset = image.library.offset
     place = offset[beginning // 2].sum(1).unsqueeze(1) + offset[codes // 2]  # [N, J, 2]
     return torch.cat([place / CELL, log_likelihood.unsqueeze(2) / BUCKET], 2).round().long().flatten(0, 1)
 
 
 def regrow(image, codes, width):
-    """Continues the beginnings of programs codes [N, A], best first, of every length. Returns: the old and the new programs"""
+    """Continues beginnings of every length of programs codes [N, A], best first. Returns: the old and the new programs"""
     map_id, grown = image.choose_maps(codes, MAPS_PER_GROUP), []
     for length in range(1, image.model.num_arcs - 1):
         beginning = codes[:, :length]
@@ -221,8 +220,8 @@ def regrow(image, codes, width):
 
 
 def anneal(image, codes, effort, num_rounds, temperature, num_best, is_stopped):
-    """Improves programs codes [N, A]: each round mutates a population, and selects the next one from old and new programs at
-    a temperature in nats that falls to 0. Returns: the best programs that were seen, [at most num_best, A], best first"""
+    """Improves programs codes [N, A]: each round mutates a population, and selects the next one from old and new programs at a
+    temperature in nats that falls to 0. Returns: the best programs seen, [at most num_best, A], best first"""
     population, log_joint = select(codes, image.score(codes), effort.population)
     best, best_log_joint = population[:num_best], log_joint[:num_best]
     for round_id in range(num_rounds):
@@ -257,7 +256,7 @@ def add_gumbel_noise(scores, temperature):
 
 
 def find_first(codes):
-    """Indices of the rows of codes [N, k] that equal no earlier one, in order"""
+    """Indices of the rows of codes [N, k] that equal no earlier row, in order"""
     distinct, inverse = scoring.get_hash(codes, obs_id=0).unique(return_inverse=True)
     place = torch.arange(len(codes), device=codes.device)
     first = torch.full_like(place[: len(distinct)], len(codes)).scatter_reduce(0, inverse, place, "amin")
@@ -268,7 +267,7 @@ def find_first(codes):
 
 
 class Library(NamedTuple):
-    """What mutations know of the primitives"""
+    """What mutations know about the primitives"""
 
     offset: torch.Tensor  # [K, 2], by which each moves the pen
     distance: torch.Tensor  # [K, K], squared, of their ends and middles; infinite to itself
@@ -284,7 +283,7 @@ def get_library(primitives):
 
 
 def mutate(population, library, num_mutants):
-    """Changes programs in a stroke or two: population [N, A] -> [num_mutants, A]"""
+    """Changes a stroke or two of programs: population [N, A] -> [num_mutants, A]"""
     parents = torch.randint(len(population), (2, num_mutants), device=population.device)
     codes, other = population[parents]  # each [M, A]
     probability = library.offset.new_tensor(list(MUTATIONS.values()))
@@ -316,7 +315,7 @@ def _alter(codes, other, library, num=1):
 
 
 def _balance(codes, other, library):
-    """Replaces a primitive, and a second one by one that compensates, so that the pen continues from about where it was"""
+    """Replaces a primitive and, to compensate, a second one, so that the pen continues from about the same place"""
     places = _draw_places(codes, 2)
     first, second = places[:, :1], places[:, -1:]
     old_first, old_second = codes.gather(1, first), codes.gather(1, second)
@@ -343,7 +342,7 @@ def _remove(codes, other, library):
 
 
 def _split(codes, other, library):
-    """Two strokes take the place of one, and lead to about the same point"""
+    """Replaces one stroke by two that lead to about the same point"""
     place, following = _draw_neighbours(codes)
     old, first = codes.gather(1, place), _draw_codes(place, library) // 2
     second = _find_offset(library.offset[old // 2] - library.offset[first], library)
@@ -352,7 +351,7 @@ def _split(codes, other, library):
 
 
 def _merge(codes, other, library):
-    """One stroke takes the place of two, and leads to about the same point"""
+    """Replaces two strokes by one that leads to about the same point"""
     place, following = _draw_neighbours(codes)
     first, second = codes.gather(1, place), codes.gather(1, following)
     new = _find_offset(library.offset[first // 2] + library.offset[second // 2], library)
@@ -366,13 +365,13 @@ def _swap(codes, other, library):
 
 
 def _cross(codes, other, library):
-    """Joins the beginning of one program to the end of another where both are at about the same place; invisible strokes fill
-    the rest"""
+    """Joins the beginning of one program to the end of another where both are at about the same place, and fills the rest with
+    invisible strokes"""
     num_arcs = codes.shape[1]
     place, other_place = (F.pad(library.offset[some // 2].cumsum(1), (0, 0, 1, 0)) for some in (codes, other))  # [N, A + 1, 2]
     distance = torch.cdist(place, other_place).square() + 1e-4  # [N, A + 1, A + 1], after i and j strokes
     fits = torch.ones(distance.shape[1:], dtype=torch.bool, device=codes.device).triu()  # i <= j, so that the end has room
-    fits[0] = fits[:, -1] = False  # one of both would be all
+    fits[0] = fits[:, -1] = False  # one program would be the whole result
     chosen = _find_near(distance.masked_fill(~fits, math.inf).flatten(1)).unsqueeze(1)  # [N, 1]
     i, j, position = chosen // (num_arcs + 1), chosen % (num_arcs + 1), torch.arange(num_arcs, device=codes.device)
     moved = position - i + j  # [N, A], where the end is in the other program
@@ -386,7 +385,7 @@ MUTATIONS = {
     _insert: 0.07, _remove: 0.07, _split: 0.05, _merge: 0.04, _swap: 0.04, _cross: 0.11,
 }  # fmt: skip
 
-# What mutations are made of
+# Building blocks of mutations
 
 
 def _draw_places(codes, num=1):
@@ -406,7 +405,7 @@ def _draw_codes(place, library):
 
 
 def _find_near(distance):
-    """Mostly, but not always, the nearest: squared distances [..., K] -> [...]"""
+    """Usually, but not always, the nearest: squared distances [..., K] -> [...]"""
     return (distance * torch.empty_like(distance).exponential_()).argmin(-1)
 
 
@@ -416,13 +415,13 @@ def _find_offset(wanted, library):
 
 
 def _make_room(codes, place):
-    """Strokes after a place move back; the last one is dropped"""
+    """Moves strokes after a place back, and drops the last one"""
     position = torch.arange(codes.shape[1], device=codes.device)
     return codes.gather(1, (position - (position > place).long()).clamp(min=0))
 
 
 def _close_gap(codes, place):
-    """The stroke at a place is dropped, later ones move forward, and an invisible one fills the last place"""
+    """Drops the stroke at a place, moves later ones forward, and fills the last place with an invisible one"""
     position = torch.arange(codes.shape[1], device=codes.device)
     moved = codes.gather(1, (position + (position >= place).long()).clamp(max=codes.shape[1] - 1))
     moved[:, -1] -= moved[:, -1] % 2
