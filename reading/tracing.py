@@ -1,20 +1,20 @@
 """Traces: strokes of a model's library that follow the ink of an image.
 
-1. The ink is thinned to lines one pixel wide, between junctions and ends. Where lines cross, those that go on straight are
-   one (`find_lines`).
-2. A line is divided into strokes, at points s_0 < ... < s_K of it, by dynamic programming (`divide`): the division minimises
+1. The ink is thinned to lines one pixel wide, between junctions and ends. Lines that go straight on across a junction are
+   joined (`find_lines`).
+2. Each line is divided into strokes, at points s_0 < ... < s_K, by dynamic programming (`divide`). The division minimises
 
        sum_k  COST + |e_k|^2 / 2 + 1 / (2 TAU^2) integral of dist_k(s)^2 ds
 
-   where e_k is what the arc from s_(k-1) to s_k deviates from the closest stroke of the library, in units of variation.OWN,
-   and dist_k(s) is the distance of a point of the line from that arc.
-3. The first line begins closest to the page's top left corner, each other one closest to where the pen is; in between, the
-   pen is up. A second trace of an image takes another order, and may go on otherwise where lines cross.
+   where e_k is the deviation of the arc from s_(k-1) to s_k from the closest stroke of the library, in units of variation.OWN,
+   and dist_k(s) is the distance from a point of the line to that arc.
+3. The first line begins closest to the page's top left corner, each other one closest to the pen; in between, the pen is up.
+   Further traces of an image take other orders, and may continue differently where lines cross.
 
-The result is a program, and how strokes have to vary for it to lie on the ink: where variation.refit begins. An image has as
+The result, where variation.refit begins, is a program and the variation of strokes that lays it on the ink. An image has as
 many strokes as its ink takes.
 
-Source: thinning and the graph of lines are as in the inference of Lake, Salakhutdinov and Tenenbaum (2015), in outline.
+Source: thinning and the graph of lines follow, in outline, the inference of Lake, Salakhutdinov and Tenenbaum (2015).
 """
 
 import collections
@@ -30,33 +30,32 @@ from images import make_square
 from reading import variation
 from reading.variation import OWN
 
-# Pixels of a page of 105 x 105, as Omniglot's are; on other pages in proportion
+# Pixels of a 105 x 105 page, as in Omniglot; scaled for other pages
 PAGE = 105
 SPUR = 6  # shorter lines that end at a junction are frayed ink
-CROSSING = 8  # closer junctions are one
-REACH = 8  # of a line, for its direction at a junction
-SMOOTH = 2  # of the Gaussian that smooths lines
-STRAIGHT = math.radians(60)  # the sharpest turn with which a line goes on across a junction
+CROSSING = 8  # closer junctions are merged
+REACH = 8  # length of a line used for its direction at a junction
+SMOOTH = 2  # standard deviation of the Gaussian that smooths lines
+STRAIGHT = math.radians(60)  # the sharpest turn of a line across a junction
 
 # Fractions of the page
-STEP = 0.03  # between the points at which a line may be divided
+STEP = 0.03  # distance between the points at which a line may be divided
 TAU = 0.004
-PEN_UP = 0.03  # a smaller gap between two lines is none
+PEN_UP = 0.03  # smaller gaps between two lines are ignored
 DOT = 0.012  # the length of a stroke that draws a dot
 
 COST = 1.5  # nats
-LONGEST = 40  # steps that a stroke may take
-TURN_NOISE, ORDER_NOISE = 0.3, 0.5  # of further traces: radians, and of the logarithm of distances
+LONGEST = 40  # steps in a stroke, at most
+TURN_NOISE, ORDER_NOISE = 0.3, 0.5  # in further traces: of turns in radians, of the logarithms of distances
 
 
 def trace(generative_model, inks, rngs=None):
-    """Traces N images with A strokes each, as many as the longest trace takes; the others end with strokes of no length.
+    """Traces N images with A strokes each, as many as the longest trace takes; other traces end with strokes of no length.
 
     Args:
         inks: a list of arrays [H, W] of bool, of any size
         rngs: for each, None for the most obvious trace or a numpy.random.Generator for another one
-    Returns: Drawing of the library's strokes, beginning where the trace does, drawn with one pen; Variation that lays them on
-        the ink
+    Returns: Drawing of the library's strokes, starting where the trace does, with one pen; Variation that lays them on the ink
     """
     primitives = generative_model.get_primitives().detach()  # [P, 5]
     library = primitives[:, :3].double().numpy()
@@ -132,7 +131,7 @@ def divide(line, library):
 
 
 def _resample(line):
-    """Points at equal distances along a line, about STEP, and these"""
+    """Points equally spaced along a line, about STEP apart, and their spacing"""
     length = np.append(0, np.linalg.norm(np.diff(line, axis=0), axis=1).cumsum())
     num = max(round(length[-1] / STEP), 1)
     at = np.linspace(0, length[-1], num + 1)
@@ -140,8 +139,8 @@ def _resample(line):
 
 
 def _fit_arcs(points, first, last, step):
-    """Arcs through three points of a line, the first, middle and last: chords [S, 2], theta [S], half the angle they span,
-    positive to the left, and the integral of the squared distance of the line, [S]"""
+    """Arcs through three points of a line, the first, middle and last: chords [S, 2]; theta [S], half the angle they span,
+    positive if the arc is to the left of its chord; the integral of the line's squared distance, [S]"""
     chord = points[last] - points[first]  # [S, 2]
     length = np.linalg.norm(chord, axis=1).clip(1e-4)  # [S]
     along = chord / length[:, None]
@@ -164,8 +163,7 @@ def _fit_arcs(points, first, last, step):
 
 
 def find_nearest(arcs, library):
-    """The nearest strokes of the library [P, 3] to arcs [S, 3], and |e|^2 / 2 of each arc as a variation of it, in nats: [S],
-    [S]"""
+    """The library's [P, 3] nearest strokes to arcs [S, 3], and |e|^2 / 2 of each arc as a variation of it, in nats: [S], [S]"""
     difference = (arcs[:, None] - library) / [OWN.displacement, OWN.displacement, OWN.theta]  # [S, P, 3]
     distance = (difference**2).sum(2) / 2
     return distance.argmin(1), distance.min(1)
@@ -191,7 +189,7 @@ def find_ends(ink):
 
 
 def _get_edges(ink):
-    """Thinned ink, less what is frayed, as edges (node, node, points [n, 2])"""
+    """Thinned ink, without frayed ends, as edges (node, node, points [n, 2])"""
     scale = len(ink) / PAGE
     return _simplify(*_get_graph(ink), SPUR * scale, CROSSING * scale)
 
@@ -200,7 +198,7 @@ def _get_graph(ink):
     """Thinned ink as a graph. Returns: positions (row, column) of its nodes, and edges (node, node, points [n, 2])"""
     from skimage.morphology import skeletonize
 
-    thin = skeletonize(np.ascontiguousarray(np.pad(ink, 1) > 0))[1:-1, 1:-1]  # older versions take no transposed arrays
+    thin = skeletonize(np.ascontiguousarray(np.pad(ink, 1) > 0))[1:-1, 1:-1]  # older versions reject transposed arrays
     pixels = dict.fromkeys(map(tuple, np.argwhere(thin).tolist()))  # in order
     beside = {pixel: _get_neighbours(pixel, pixels) for pixel in pixels}
     node_of = {pixel: i for i, pixel in enumerate(p for p in pixels if len(beside[p]) != 2)}
@@ -208,7 +206,7 @@ def _get_graph(ink):
     for pixel in [*node_of, *pixels]:
         if pixel in seen:
             continue
-        node_of.setdefault(pixel, len(node_of))  # a closed line begins anywhere
+        node_of.setdefault(pixel, len(node_of))  # a closed line may begin anywhere
         for following in beside[pixel] or [pixel]:  # a dot is an edge to itself
             if (pixel, following) in seen:
                 continue
@@ -221,7 +219,7 @@ def _get_graph(ink):
 
 
 def _get_neighbours(pixel, pixels):
-    """The neighbours (row, column) of one of the pixels of thinned ink; those that touch it at a corner alone are none if another
+    """The neighbours (row, column) of a pixel of thinned ink. One that touches it only at a corner does not count if another
     pixel touches both along a side"""
     (row, col), found = pixel, []
     for down, right in [(-1, 0), (0, 1), (1, 0), (0, -1), (-1, 1), (1, 1), (1, -1), (-1, -1)]:
@@ -256,8 +254,8 @@ def _simplify(nodes, edges, spur, crossing):
 
 
 def _join(edges, reach, rng):
-    """Joins edges that go on straight across a node, and both where there are just two: a list of lines, [n, 2] each"""
-    ways = [way for _, _, points in edges for way in (points, points[::-1])]  # of edge i: 2 i and, back, 2 i + 1
+    """Joins edges that go straight on across a node, or meet at a node of just two: a list of lines, [n, 2] each"""
+    ways = [way for _, _, points in edges for way in (points, points[::-1])]  # of edge i: 2 i forward, 2 i + 1 backward
     ways_from, following = {}, {}
     for way, node in enumerate(node for edge in edges for node in edge[:2]):
         ways_from.setdefault(node, []).append(way)
@@ -278,8 +276,7 @@ def _join(edges, reach, rng):
 
 
 def _get_turns(ways, some, reach, rng):
-    """How sharp the turn from each of some ways that leave a node to each other one is: a list of (radians, way, way), least
-    first"""
+    """How sharp the turn between each two of the ways that leave a node is: a list of (radians, way, way), least first"""
 
     def get_direction(points):
         last = len(points) - 1
@@ -295,7 +292,7 @@ def _get_turns(ways, some, reach, rng):
 
 
 def _smooth(line, sigma):
-    """Smooths a line, whose ends stay"""
+    """Smooths a line, keeping its ends"""
     if len(line) < 5:
         return line
     return np.concatenate([line[:1], scipy.ndimage.gaussian_filter1d(line, sigma, axis=0, mode="nearest")[1:-1], line[-1:]])

@@ -1,22 +1,23 @@
-"""Strokes that vary: how another hand, or the same one another time, would draw a program.
+"""Strokes that vary: how another hand, or the same one at another time, would draw a program.
 
 A program is the centre of a distribution over drawings. A drawing is determined by v: the displacement d and half angle theta
-of each stroke, where the first one begins, s, the pen, that is the factors exp(b) by which all strokes are sharper and wider,
-and an affine map W by which the picture is warped before it is seen through the program's own map M:
+of each stroke, the starting point s, the pen (the factors exp(b) by which all strokes are sharper and wider), and an affine map
+W that warps the picture before it is seen through the program's own map M:
 
     v = (d_1, ..., d_A, theta_1, ..., theta_A, s, b, W) = mu + sigma * e,   e ~ N(0, I)     sigma: Deviations
     x_i | v ~ Bernoulli(clamp(q_i(v), f, 1 - f))                                            q(v) = apply_maps(draw(v), M W)
 
 At the centre mu, d and theta are those of the program's primitives, s is the middle of the page, b is 0, and W is the
-identity. `f` keeps single pixels from deciding. A pixel that is partly ink counts in proportion, log p(x_i | v) being
+identity. `f` limits the influence of single pixels. A pixel that is partly ink counts in proportion: log p(x_i | v) is
 x_i log q_i + (1 - x_i) log(1 - q_i). The score of a drawing for an image x is
 
-    log p(x | v) - |e|^2 / 2        (nats; log p(x, v) but for the constants of the normal densities)
+    log p(x | v) - |e|^2 / 2        (nats; log p(x, v) up to the constants of the normal densities)
 
-and `refit` maximises it with Adam, through the renderer. Strokes begin blurred, so that those beside the ink feel where it is,
-and become sharp as the fit proceeds; W may begin where it gives the drawing the place and the size of the image's ink.
+and `refit` maximises it with Adam, through the renderer. Strokes begin blurred, so that those beside the ink get gradients
+towards it, and become sharp as the fit proceeds; W may begin as the map that gives the drawing the place and size of the
+image's ink.
 
-Source: programs as distributions over drawings, as in Lake, Salakhutdinov and Tenenbaum (2015); there, strokes are splines.
+Source: programs as distributions over drawings, as in Lake, Salakhutdinov and Tenenbaum (2015), whose strokes are splines.
 """
 
 import math
@@ -28,14 +29,14 @@ import torch.nn.functional as F
 import rendering
 
 FLOOR = 0.01  # f
-FARTHEST = 4.0  # deviations at which a fit may begin
-LEARNING_RATE = 0.1  # of Adam at first, on e; it falls to a tenth
+FARTHEST = 4.0  # largest deviations with which a fit may begin
+LEARNING_RATE = 0.1  # of Adam on e, at first; it falls to a tenth
 AT_ONCE = 800  # drawings fitted at a time
-ARCS_PER_SIZE = 8  # their number of strokes is a multiple of it, since each other number would be compiled separately
+ARCS_PER_SIZE = 8  # drawings are padded to multiples of it, since each number of strokes is compiled separately
 
 
 class Drawing(NamedTuple):
-    """Drawings of A strokes, in coordinates of the unit square (y upwards). They may be in any order, [...]: N of them, or [K, N]"""
+    """Drawings of A strokes, in coordinates of the unit square (y upwards), with any leading dimensions, such as [K, N]"""
 
     displacement: torch.Tensor  # [..., A, 2]
     theta: torch.Tensor  # [..., A], half the angle that a stroke spans, in radians
@@ -47,12 +48,12 @@ class Drawing(NamedTuple):
     params: torch.Tensor  # [2], scale and bias of the ink's logit
 
     def select(self, *ids):
-        """Selects drawings as ids, for each dimension in order, select elements of a tensor"""
+        """Selects drawings by ids for each dimension in order, as one indexes a tensor"""
         return change(self, lambda x: x[ids])
 
 
 class Variation(NamedTuple):
-    """e, what drawings deviate from their centres, in units of sigma"""
+    """e, the deviations of drawings from their centres, in units of sigma"""
 
     displacement: torch.Tensor  # [..., A, 2]
     theta: torch.Tensor  # [..., A]
@@ -67,17 +68,17 @@ class Variation(NamedTuple):
 
 
 def change(strokes, function):
-    """Applies a function to what a Drawing or a Variation says of each drawing"""
+    """Applies a function to each field of a Drawing or Variation that has a value per drawing"""
     return strokes._replace(**{name: function(x) for name, x in strokes._asdict().items() if name != "params"})
 
 
 def get_size(num_arcs):
-    """The least size of drawings that have so many strokes"""
+    """The padded number of strokes of drawings with so many"""
     return math.ceil(max(num_arcs, 1) / ARCS_PER_SIZE) * ARCS_PER_SIZE
 
 
 def resize(strokes, num):
-    """Cuts a Drawing or a Variation to its first strokes, or adds some that draw nothing"""
+    """Cuts a Drawing or Variation to its first strokes, or appends strokes that draw nothing"""
     names = [name for name in ("displacement", "theta", "on", "sharpness", "width") if hasattr(strokes, name)]
     more, num_dims = num - strokes.theta.shape[-1], strokes.theta.dim()
     resized = {name: F.pad(x, (0, 0) * (x.dim() - num_dims) + (0, more)) for name in names for x in [getattr(strokes, name)]}
@@ -90,15 +91,15 @@ class Deviations(NamedTuple):
     displacement: float  # of the unit square
     theta: float  # radians
     start: float  # of the unit square
-    pen: float  # of the logarithms of the factors of sharpness and width
-    scale: float  # W's entries on the diagonal
+    pen: float  # of the log factors of sharpness and width
+    scale: float  # of W's entries on the diagonal
     shear: float  # and beside it
     shift: float  # and its translation, in affine_grid's coordinates: 2 is the page's side
 
 
-OWN = Deviations(0.1, 0.5, 0.1, 0.5, 0.1, 0.1, 0.1)  # from the program to the image that it was found for
+OWN = Deviations(0.1, 0.5, 0.1, 0.5, 0.1, 0.1, 0.1)  # from a program to the image that it was found for
 HAND = Deviations(0.04, 0.3, 0.06, 0.2, 0.15, 0.1, 0.15)  # from one hand to another: what a fit may use up
-# for new examples: a little less than pairs of drawings of a character differ
+# for new examples: a little less than two drawings of a character differ
 SAMPLED = Deviations(0.02, 0.15, 0.02, 0.0, 0.1, 0.06, 0.06)
 
 
@@ -107,8 +108,8 @@ SAMPLED = Deviations(0.02, 0.15, 0.02, 0.0, 0.1, 0.06, 0.06)
 
 @torch.no_grad()
 def get_drawing(generative_model, latent, obs=None):
-    """The drawing that programs stand for, without any variation, seen through the map that is most probable given the
-    image or, without an image, as it is: latent [N, A, 2], obs [N, R, C] -> Drawing"""
+    """The drawings of programs without any variation, seen through the most probable map given the image or, without an image,
+    through none: latent [N, A, 2], obs [N, R, C] -> Drawing"""
     dx, dy, theta, sharpness, width = generative_model.get_primitives()[latent[..., 0]].unbind(-1)  # [N, A] each
     maps = generative_model.likelihood.maps
     if maps is None or obs is None:
@@ -167,13 +168,13 @@ def vary(centre, variation, deviations):
 
 
 def get_none(centre):
-    """The Variation that leaves a Drawing as it is"""
+    """The Variation that leaves a Drawing unchanged"""
     like = Variation(centre.displacement, centre.theta, centre.start, centre.start, centre.map)
     return change(like, torch.zeros_like)
 
 
 def sample(centre):
-    """Draws how other hands would: Drawing -> Drawing"""
+    """Draws as other hands would: Drawing -> Drawing"""
     return vary(centre, change(get_none(centre), torch.randn_like), SAMPLED)
 
 
@@ -186,12 +187,12 @@ def score(centre, variation, obs, deviations):
 
 
 class Schedule(NamedTuple):
-    """Of a fit"""
+    """The schedule of a fit"""
 
     num_steps: int
-    blur: float  # factor of the strokes' sharpness at first
+    blur: float  # factor on the strokes' sharpness at first
     last_blur: float  # and in the end
-    when: float  # share of the steps after which it is the last one
+    when: float  # share of the steps after which last_blur is reached
 
 
 def refit(centre, obs, deviations, schedule, start=None, aligned_to=None, tick=lambda: None):
@@ -199,12 +200,12 @@ def refit(centre, obs, deviations, schedule, start=None, aligned_to=None, tick=l
 
     Args:
         centre: Drawing, mu; obs [..., R, C] in [0, 1], for each drawing; deviations: Deviations; schedule: Schedule
-        start: Variation that e begins as; if None, 0
-        aligned_to [..., R, C]: images that the centres fit; W then begins where it takes the place and size of
-            their ink to that of obs. If None, W begins as the identity
+        start: initial Variation e; if None, 0
+        aligned_to [..., R, C]: images that the centres fit; W then begins as the map from the place and size of their ink
+            to those of obs. If None, W begins as the identity
         tick: called after each step of each AT_ONCE drawings
-    Returns: Drawing; the Variation e that makes it of the centre, whose score is at least that of the start (without regard
-        to aligned_to); |e|^2 / 2, [...], nats
+    Returns: Drawing; the Variation e that makes it from the centre, with a score at least that of the start (ignoring
+        aligned_to); |e|^2 / 2, [...], nats
     """
     shape, start = centre.on.shape[:-1], start or get_none(centre)
     flat, e = (change(x, lambda x: x.flatten(0, len(shape) - 1)) for x in (centre, start))
@@ -215,7 +216,7 @@ def refit(centre, obs, deviations, schedule, start=None, aligned_to=None, tick=l
     num_arcs = flat.on.shape[1]
     length, parts = (flat.on * torch.arange(1, num_arcs + 1)).amax(1), []  # [N]
     order = length.argsort(stable=True)
-    for ids in order.split(AT_ONCE):  # those with few strokes together, so that few draw nothing
+    for ids in order.split(AT_ONCE):  # groups drawings of similar length, to pad little
         num = get_size(int(length[ids].max()))
         some = [resize(change(x, lambda x, ids=ids: x[ids]), num) for x in (flat, e, aligned)]
         part = _refit(*some, obs[ids], deviations, schedule, tick)
@@ -246,7 +247,7 @@ def _refit(centre, start, aligned, obs, deviations, schedule, tick):
 
 
 def _align(source, target):
-    """The map, less the identity, from the place and extent of the target's ink to those of the source's, along both axes:
+    """The map, minus the identity, from the place and extent of the target's ink to those of the source's, along both axes:
     images [N, R, C] -> [N, 2, 3]"""
     means, deviations = zip(_get_moments(source), _get_moments(target), strict=True)
     factor = (deviations[0] / deviations[1]).clamp(0.5, 2)  # [N, 2]
