@@ -1,1 +1,1 @@
-"""Only makes it faster: nothing in here changes a result."""
+"""Speed only: nothing in here changes a result."""

@@ -1,10 +1,10 @@
-"""What must be in the environment before torch is imported; scripts import this module first.
+"""Prepares the environment before torch is imported; scripts import this module first.
 
-By default torch's OpenMP threads spin for milliseconds while they wait for work: where other processes need the cores as well,
-a run can become ten times slower. Here they go to sleep after a few microseconds.
+By default, torch's OpenMP threads spin for milliseconds while they wait for work: if other processes need the cores too, a run
+can become ten times slower. Here they go to sleep after a few microseconds.
 
-torch and Triton keep compiled code in folders that may not be writable (in a container, say); then a temporary
-folder takes their place.
+torch and Triton keep compiled code in folders that may not be writable (in a container, say); a temporary folder then takes
+their place.
 
 Ctrl-C ends a script that is still importing without a traceback; util.run_script takes over from there.
 """
@@ -17,7 +17,7 @@ import tempfile
 
 _script = getattr(sys.modules["__main__"], "__file__", None)
 if _script and pathlib.Path(_script).resolve().parent == pathlib.Path(__file__).resolve().parents[1]:
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, in the background
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored in background processes
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -25,7 +25,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 
 def _choose_cache(variable, default=None):
-    """Lets the variable name a temporary folder if the user's choice, or the default, cannot be written"""
+    """Sets the variable to a temporary folder if the user's choice, or the default, is not writable"""
     chosen = os.environ.get(variable, default)
     if not chosen:
         return

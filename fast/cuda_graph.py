@@ -1,8 +1,7 @@
 """CUDA graphs: a step is recorded once, then replayed with one launch instead of a thousand.
 
-The kernels of a training step are short; launched one by one from Python they leave the GPU
-idle most of the time. A CUDA graph is launched as a whole. A recorded step must not read
-values from the GPU, and those in losses.py do not.
+The kernels of a training step are short; launched one by one from Python, they leave the GPU idle most of the time. A CUDA
+graph is launched as a whole. A recorded step must not read values from the GPU, and the objectives in losses.py do not.
 """
 
 import collections
@@ -11,14 +10,14 @@ import sys
 
 import torch
 
-NUM_WARM_UPS = 3  # calls before a step is recorded, which compile kernels and allocate what persists
+NUM_WARM_UPS = 3  # calls before a step is recorded, to compile kernels and allocate what persists
 
 
 class ReplayedStep:
-    """Wraps a step: a function from tensors on a GPU to a dict of scalars, which may change models,
-    optimisers and memories in place. The first few calls for given input shapes run the step itself;
-    then it is recorded and from then on replayed, with the same kernels, random numbers and results.
-    A step that cannot be recorded keeps running as it is, after a one-line warning."""
+    """Wraps a step: a function from tensors on a GPU to a dict of scalars, which may change models, optimisers and memories in
+    place. The first few calls for given input shapes run the step itself; it is then recorded, and replayed from then on, with
+    the same kernels, random numbers and results. A step that cannot be recorded keeps running as it is, after a one-line
+    warning."""
 
     def __init__(self, step):
         self.step, self.stream = step, torch.cuda.Stream()
@@ -39,7 +38,7 @@ class ReplayedStep:
         return dict(zip(names, values.clone().unbind(), strict=True))  # the next replay overwrites them
 
     def _call(self, inputs):
-        """Runs the step on the recording stream, to which autograd and the allocator then tie what they keep"""
+        """Runs the step on the recording stream, so that autograd and the allocator tie what they keep to it"""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             statistics = self.step(*inputs)
@@ -47,20 +46,20 @@ class ReplayedStep:
         return statistics
 
     def _record(self, shapes, inputs):
-        """Records the graph, its inputs, names and values of the statistics; gives up recording if that fails"""
+        """Records the graph, its inputs, and the names and values of the statistics; if that fails, gives up recording"""
         places, graph, before = [x.clone() for x in inputs], torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 statistics = self.step(*places)
                 values = torch.stack(list(statistics.values()))
-        except RuntimeError as error:  # from CUDA, or from an operation that reads values
+        except RuntimeError as error:  # from CUDA, or an operation that reads values
             self._give_up(before, error)
         else:
             self.recordings[shapes] = graph, places, list(statistics), values
 
     def _give_up(self, stream, error):
-        """A capture that fails may leave its stream current, and the random generator registered as being captured, which
-        refuses to work from then on. Earlier recordings would go on with the generator's old state."""
+        """A failed capture may leave its stream current, and the random generator marked as being captured, so that it refuses
+        to work from then on. Earlier recordings would continue with the generator's old state."""
         torch.cuda.set_stream(stream)
         with contextlib.suppress(RuntimeError):
             torch.cuda.synchronize()
@@ -68,6 +67,6 @@ class ReplayedStep:
         generator.graphsafe_set_state(generator.clone_state())
         self.recordings.clear()
         self.can_record = False
-        cause = error.__context__ or error  # ending the capture fails as well, and hides why it had to end
+        cause = error.__context__ or error  # ending the capture also fails, and hides the original error
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:100]
         print(f"warning: no CUDA graph, training is slower: {reason}", file=sys.stderr)

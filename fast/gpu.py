@@ -1,10 +1,10 @@
-"""What rendering.py, models.py and losses.py compute on a CPU, by Triton kernels on a GPU.
+"""What rendering.py, models.py and losses.py compute on a CPU, computed by Triton kernels on a GPU.
 
-`is_gpu` and `kernels` decide what is computed the GPU's way. A GPU wants few and large kernels and no synchronisation, so
-nothing is looked up or left out depending on its value. All devices but the CPU count as GPUs: tests run whole steps on the
-meta device, which has no values and where nothing is launched, and a CPU carries out compiled kernels (tests/ptx.py).
+`is_gpu` and `kernels` decide what is computed the GPU's way. A GPU needs few, large kernels and no synchronisation, so nothing
+is looked up or left out depending on its value. All devices but the CPU count as GPUs: tests run whole steps on the meta
+device, which has no values and launches nothing, and a CPU executes compiled kernels (tests/ptx.py).
 
-It is large since each of five operations needs its kernels' sizes, results and gradients.
+The module is large because each of five operations needs its kernels' sizes, results and gradients.
 """
 
 import contextlib
@@ -16,22 +16,22 @@ import torch
 import torch.nn.functional as F
 
 LOG_PAPER = math.log(1e-6)  # the logit of a pixel far from all arcs: log(1e-6)
-EPS = torch.finfo(torch.float32).eps  # the least probability of a pixel's value, and the most is one minus that
-NEGLIGIBLE = 2**-24  # a weight that float32 cannot add to a weight of one
-MAX_DECODER_SIZE = 256  # units or primitives that a program of the decoder's kernels can hold in registers
-MAX_CANDIDATES = 64  # latents per image, remembered and proposed, that a program of the memory's kernels can compare
-BLOCK_PIXELS = 1024  # pixels that a program draws or scores: a whole 28 x 28 image
-OPERATORS = ["drawing", "scoring", "decoder", "convolution", "memory"]  # that have kernels
-WITHOUT_KERNELS = "STROKES_WITHOUT_KERNELS"  # in the environment of a program that was started anew: see kernel_check.py
+EPS = torch.finfo(torch.float32).eps  # the lowest probability of a pixel's value; the highest is one minus that
+NEGLIGIBLE = 2**-24  # too small for float32 to add to a weight of one
+MAX_DECODER_SIZE = 256  # most units or primitives that a program of the decoder's kernels can hold in registers
+MAX_CANDIDATES = 64  # most latents per image, remembered and proposed, that a program of the memory's kernels can compare
+BLOCK_PIXELS = 1024  # pixels that a program draws or scores: a whole 28 x 28 image fits
+OPERATORS = ["drawing", "scoring", "decoder", "convolution", "memory"]  # those with kernels
+WITHOUT_KERNELS = "STROKES_WITHOUT_KERNELS"  # in the environment of a restarted program: see kernel_check.py
 
 
 class Kernels:
-    """Which kernels this process uses, and how: the one place that knows. rendering.set_compile turns them on and off."""
+    """The one place that knows which kernels this process uses, and how. rendering.set_compile turns them on and off."""
 
     def __init__(self):
         self.compiled = {}  # on a CPU: functions of rendering.py, each with its compiled form
         self.operators = []  # on a GPU: those of OPERATORS that use their Triton kernels, the others being plain PyTorch
-        self.scored_at_once = 8192  # on a GPU: latents scored at a time; halved whenever its memory runs out
+        self.scored_at_once = 8192  # on a GPU: latents scored at a time; halved whenever it runs out of memory
 
     def use(self, names):
         """Uses the Triton kernels of these OPERATORS only"""
@@ -51,11 +51,11 @@ def is_gpu(device):
 
 def launch(kernel, grid, *args, get_options=None, **options):
     """Launches a kernel ("rendering._draw" of triton_rendering.py), which writes its results into some of its arguments, on
-    the device of the first. Args: get_options: a function from the module to more options"""
+    the first one's device. Args: get_options: a function from the module to more options"""
     if args[0].is_meta or 0 in grid:
         return
     module, name = kernel.split(".")
-    module = importlib.import_module(f".triton_{module}", __package__)  # where there is Triton
+    module = importlib.import_module(f".triton_{module}", __package__)  # only if Triton is installed
     options.update(get_options(module) if get_options else {})
     with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
         getattr(module, name)[grid](*args, **options, enable_fp_fusion=True)
@@ -97,14 +97,14 @@ class DrawArcs(torch.autograd.Function):
 
 
 def sum_chunks(x):
-    """What the chunks of an image contribute: [N, chunks, ...] -> [N, ...]"""
+    """The sum over an image's chunks: [N, chunks, ...] -> [N, ...]"""
     return x.squeeze(1) if x.shape[1] == 1 else x.sum(1)
 
 
 # ------------------------------------------------------------------ the affine likelihood
 
 MAPS_PER_PROGRAM = 10
-MAPS_PER_GRADIENT = 2  # few, since most have no weight and their programs end at once
+MAPS_PER_GRADIENT = 2  # few, since most maps have no weight and their programs end at once
 MIXED_AT_ONCE = 1024  # maps
 BORDER = 2  # pixels of paper around an image
 FIXED_POINT = 2.0**28  # gradients are added up as integers of this resolution: see ScoreMaps.backward
@@ -130,7 +130,7 @@ class ScoreMaps(torch.autograd.Function):
         if log_weights is None:
             at_once = min(next_power_of_2(num_maps), MIXED_AT_ONCE)
             launch("rendering._mix_maps", (num_images,), by_map, log_prob, num_maps, BLOCK=at_once, num_warps=1)
-        else:  # as if the maps were equally probable, and explained images by so much better or worse
+        else:  # as if maps were equally probable, but explained images better or worse by that much
             by_map = by_map + (log_weights + log_num_maps)
             log_prob = by_map.logsumexp(1) - log_num_maps
         ctx.save_for_backward(obs, maps, log_prob, by_map, probs)
@@ -138,9 +138,9 @@ class ScoreMaps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Many pixels add to one, in integers, so that the order does not matter. The shares of maps sum to one; a sum is
-        then below 2^33 for images up to 28 x 28 (|1 / signed| is at most 2^23), far from 2^63 / FIXED_POINT, and resolved
-        to 2^-28."""
+        """Many pixels add to one, in integers, so that the order does not matter. The shares of maps sum to one, so a sum is
+        below 2^33 for images up to 28 x 28 (|1 / signed| is at most 2^23), far from 2^63 / FIXED_POINT, and has a resolution
+        of 2^-28."""
         obs, maps, log_prob, by_map, probs = ctx.saved_tensors
         num_images, num_maps, sizes = len(obs), len(maps), ctx.sizes
         num_chunks = divide_up(sizes["ROWS"] * sizes["COLS"], BLOCK_PIXELS)
@@ -160,7 +160,7 @@ class ScoreMaps(torch.autograd.Function):
 # ------------------------------------------------------------------ the first two layers of the inference network
 
 FIRST, SECOND = 14, 6  # rows and columns after the first layer, and after the second
-# Positions that a program handles at once, and its warps: what is fast on an H200
+# Positions that a program handles at once, and its warps: tuned on an H200
 CONVOLVE = dict(POSITIONS=4, num_warps=1)
 DIFFERENTIATE_CONVOLVE = dict(POSITIONS=8, num_warps=2)
 POOL = dict(POSITIONS=4, num_warps=4)
@@ -168,13 +168,13 @@ DIFFERENTIATE_POOL = dict(POSITIONS=16, num_warps=4)
 
 
 class Convolve(torch.autograd.Function):
-    """The first layer, pooled, rectified: obs [B, 28, 28], weight [C, 1, 3, 3], bias [C] -> [B, C, 14, 14], channels last"""
+    """The first layer, pooled and rectified: obs [B, 28, 28], weight [C, 1, 3, 3], bias [C] -> [B, C, 14, 14], channels last"""
 
     @staticmethod
     def forward(ctx, obs, weight, bias):
         obs, weight, num_channels = obs.contiguous(), weight.contiguous(), len(bias)
         out = obs.new_empty(len(obs), FIRST, FIRST, num_channels)
-        argmax = torch.empty_like(out, dtype=torch.uint8)  # where in its 3 x 3 window each is from
+        argmax = torch.empty_like(out, dtype=torch.uint8)  # where in its 3 x 3 window each comes from
         ctx.sizes = dict(SIZE=obs.shape[1], CHANNELS=next_power_of_2(num_channels))
         grid = (divide_up(len(obs) * FIRST**2, CONVOLVE["POSITIONS"]),)
         launch("convolution._convolve", grid, obs, weight, bias, out, argmax, len(obs), num_channels, **ctx.sizes, **CONVOLVE)
@@ -184,7 +184,7 @@ class Convolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (obs, argmax), grad = ctx.saved_tensors, grad.permute(0, 2, 3, 1).contiguous()
-        partial = grad.new_empty(len(obs), 10, grad.shape[3])  # nine of the weight, and the bias
+        partial = grad.new_empty(len(obs), 10, grad.shape[3])  # nine for the weight, one for the bias
         args = obs, argmax, grad, partial, grad.shape[3]
         launch("convolution._differentiate_convolve", (len(obs), 3), *args, **ctx.sizes, **DIFFERENTIATE_CONVOLVE)
         total = partial.sum(0)  # [10, C]
@@ -192,7 +192,7 @@ class Convolve(torch.autograd.Function):
 
 
 class Pool(torch.autograd.Function):
-    """The second one's result, pooled, with its bias, rectified: x [B, C, 14, 14], bias [C] -> [B, C, 6, 6], channels last"""
+    """Pools the second convolution, adds its bias and rectifies: x [B, C, 14, 14], bias [C] -> [B, C, 6, 6], channels last"""
 
     @staticmethod
     def forward(ctx, x, bias):
@@ -220,8 +220,8 @@ ROWS_PER_PROGRAM = 16  # latents side by side: the fewest that tl.dot accepts
 
 
 class Lookup(torch.autograd.Function):
-    """Looks up rows of a table; the gradient is a matrix product, and so summed in a fixed order:
-    table [K, D], index [...] -> [..., D]"""
+    """Looks up rows of a table; the gradient is a matrix product, and so is summed in a fixed order: table [K, D],
+    index [...] -> [..., D]"""
 
     @staticmethod
     def forward(ctx, table, index):
@@ -236,12 +236,12 @@ class Lookup(torch.autograd.Function):
 
 
 def get_one_hot(index, num_classes, like):
-    """As F.one_hot, which would synchronise: index [N] -> [N, K]"""
+    """Like F.one_hot, but without synchronising: index [N] -> [N, K]"""
     return (index.unsqueeze(1) == torch.arange(num_classes, device=index.device)).to(like.dtype)
 
 
 def can_decode(lstm, linear):
-    """Whether the kernels are for a decoder with these layers: an LSTMCell and a Linear that fit a program's registers"""
+    """Whether the kernels support a decoder with these layers: an LSTMCell and a Linear that fit in a program's registers"""
     if type(lstm) is not torch.nn.LSTMCell or type(linear) is not torch.nn.Linear:
         return False
     return max(lstm.hidden_size, linear.out_features - 2) <= MAX_DECODER_SIZE and lstm.bias and linear.bias is not None
@@ -250,9 +250,9 @@ def can_decode(lstm, linear):
 class Decode(torch.autograd.Function):
     """Samples latents, or scores them, by a decoder.
 
-    Args: table [2 * K, 4 * H], context [B, 4 * H]: the LSTM's inputs for a stroke's code 2 * id + on, and for an image; weight_hh
-        [4 * H, H], weight [K + 2, H], bias [K + 2]; uniform [P * B, A, 2] in [0, 1), to sample, or empty; latent [P * B, A, 2],
-        to score, or empty; uniform_mixture; with_gradients: whether a backward pass may follow
+    Args: table [2 * K, 4 * H], context [B, 4 * H]: the LSTM's inputs for a stroke's code 2 * id + on, and for an image;
+        weight_hh [4 * H, H], weight [K + 2, H], bias [K + 2]; uniform [P * B, A, 2] in [0, 1), to sample, or empty; latent
+        [P * B, A, 2], to score, or empty; uniform_mixture; with_gradients: whether a backward pass may follow
     Returns: the latents drawn, if any, [P * B, A, 2]; log_prob [P * B]
     """
 
@@ -315,11 +315,11 @@ def log_prob(table, context, weight_hh, weight, bias, latent, uniform_mixture):
 
 # ------------------------------------------------------------------ the memory of Memoised Wake-Sleep
 
-MOST_STROKES = 1024  # that a program of _get_candidates takes
+MOST_STROKES = 1024  # that a program of _get_candidates handles
 
 
 def can_remember(memory, num_proposed):
-    """Whether the kernels are on and support a memory, which they do if it is packed and small"""
+    """Whether the kernels are on and support a memory, that is, if it is packed and small"""
     is_small = memory.dim() == 3 and memory.shape[1] + num_proposed <= MAX_CANDIDATES
     return is_small and "memory" in kernels.operators and is_gpu(memory.device)
 

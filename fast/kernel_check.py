@@ -1,8 +1,8 @@
 """Tries a GPU's kernels before a run relies on them.
 
-The kernels of a run are compiled side by side. Then each operator is run on new models, at the run's sizes, forwards and
-backwards, and compared with plain PyTorch for some of the rows. One that fails or differs is turned off, with a warning.
-After an error that leaves the GPU unusable for this process, the program is started anew, once, without kernels.
+The kernels of a run are compiled in parallel. Then each operator is run on new models, at the run's sizes, forward and
+backward, and some rows are compared with plain PyTorch. An operator that fails or differs is turned off, with a warning. After
+an error that leaves the GPU unusable for this process, the program is restarted, once, without kernels.
 """
 
 import concurrent.futures
@@ -18,8 +18,8 @@ from fast import gpu
 from fast.gpu import kernels
 
 NUM_COMPARED = 64  # rows
-MOST_ROWS = 2**16  # latents to try kernels on; a run may have more, and scores them a few at a time
-TOLERANCE = 1e-2  # relative to the norm: far above rounding, and far below what a fault changes
+MOST_ROWS = 2**16  # most latents to try kernels on; a run may have more, and scores a few at a time
+TOLERANCE = 1e-2  # relative to the norm: far above rounding, and far below the effect of a fault
 
 
 def check(build, device, num_particles, batch_size, memory_size=0, init_memory=None, remember=None):
@@ -27,13 +27,13 @@ def check(build, device, num_particles, batch_size, memory_size=0, init_memory=N
     batch_size (B) images. Leaves torch's random state as it is.
 
     Args: build: a function without arguments that returns a new generative model and inference network of the run's sizes.
-        The run's own would not do: what is found must not depend on how far it has come, or it would go on with other
-        kernels, and so other bits, when it resumes; init_memory, remember: those of losses.py, for a run with a memory
+        The run's own would not do: if the outcome depended on its progress, it might resume with other kernels, and so with
+        other bits; init_memory, remember: those of losses.py, for a run with a memory
     """
     names = kernels.operators
     if not names:
         return
-    # Without TF32: were convolutions rounded to ten bits, the same pixels would not win when they are pooled
+    # Without TF32: with convolutions rounded to ten bits, other pixels could win in pooling
     in_float32 = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad(), in_float32:
         torch.manual_seed(0)
@@ -62,15 +62,15 @@ def warn(message):
 
 @torch.no_grad()
 def make_strokes_differ(generative_model):
-    """Where strokes of the same sharpness and width meet, as those of a new model do, rounding decides which of them has the
-    gradient"""
+    """Gives strokes different sharpness and width: where equal strokes meet, as in a new model, rounding decides which of them
+    gets the gradient"""
     generative_model.pre_sharpness += torch.randn_like(generative_model.pre_sharpness)
     generative_model.pre_width += 0.3 * torch.randn_like(generative_model.pre_width)
 
 
 def compile_side_by_side(functions, device):
-    """Compiles the kernels that functions would launch, in threads and without launching them. What fails here fails again
-    in find_fault, and is reported there"""
+    """Compiles the kernels that functions would launch, in threads, without launching them. What fails here fails again in
+    find_fault, which reports it"""
     from triton.runtime.jit import JITFunction
 
     def compile_kernel(*args, **options):
@@ -89,8 +89,8 @@ def compile_side_by_side(functions, device):
 
 
 def find_fault(name, functions, device):
-    """Compares what functions compute by the kernels of one operator and by plain PyTorch. Returns: what is wrong, in words,
-    or None"""
+    """Compares what functions compute by one operator's kernels and by plain PyTorch. Returns: what is wrong, in words, or
+    None"""
     try:
         for function in functions:
             kernels.use([name])
@@ -116,9 +116,8 @@ def synchronize(device):
 
 
 def start_anew(reason):
-    """Replaces this process by the same program without kernels, which therefore tries none; its checkpoints are where they
-    were"""
-    warn(f"a kernel left the GPU unusable ({reason}); starting anew without kernels, which is slower")
+    """Replaces this process by the same program without kernels; checkpoints stay in place"""
+    warn(f"a kernel left the GPU unusable ({reason}); restarting without kernels, which is slower")
     os.environ[gpu.WITHOUT_KERNELS] = "1"
     sys.stdout.flush()
     os.execv(sys.executable, sys.orig_argv)
@@ -128,8 +127,8 @@ def start_anew(reason):
 
 
 def get_checks(generative_model, inference_network, num_particles, batch_size, device):
-    """For each operator, functions without arguments that compute something with it: values and gradients, of which only
-    those of the first NUM_COMPARED rows are computed by plain PyTorch"""
+    """For each operator, functions without arguments that compute values and gradients with it; by plain PyTorch, only those of
+    the first NUM_COMPARED rows"""
     num_rows, num_arcs = num_particles * batch_size, generative_model.num_arcs
     ids = torch.randint(generative_model.num_primitives, (num_particles, batch_size, num_arcs), device=device)
     latent = torch.stack([ids, torch.randint(2, ids.shape, device=device)], -1)  # [P, B, A, 2]
@@ -168,7 +167,7 @@ def get_decoder_checks(decoder, latent):
 
     def score(with_gradients):
         used = latent if kernels.operators else latent[:1, :NUM_COMPARED]
-        with torch.set_grad_enabled(with_gradients):  # of all particles but the first the kernels are only tried
+        with torch.set_grad_enabled(with_gradients):  # for particles after the first, the kernels are only tried
             return compare(decoder.log_prob(used, choose(context))[0], parameters)
 
     def sample(with_gradients):
@@ -177,16 +176,16 @@ def get_decoder_checks(decoder, latent):
                 some, log_prob = decoder.sample_and_log_prob(len(latent), context)
                 drawn[with_gradients] = some[:1, :NUM_COMPARED]
                 return compare(log_prob[0], parameters)
-            ids, on = drawn[with_gradients][0].unbind(-1)  # plain PyTorch would draw others, and so scores these
+            ids, on = drawn[with_gradients][0].unbind(-1)  # plain PyTorch would draw others, so it scores these
             if not (((0 <= ids) & (ids < decoder.num_primitives)).all() and ((0 <= on) & (on < 2)).all()):
-                raise ValueError("what is drawn are no programs")  # which must not be looked up on a GPU
+                raise ValueError("what is drawn are not programs")  # must not be looked up on a GPU
             return compare(decoder.log_prob(drawn[with_gradients], context[:NUM_COMPARED])[0], parameters)
 
     return [functools.partial(function, with_gradients) for function in (score, sample) for with_gradients in (True, False)]
 
 
 def get_memory_check(memory, proposal, remember, device):
-    """A function that remembers proposals, half of which are remembered already: memory [B, M, A] and proposal [B, P, A], both
+    """A function that remembers proposals, half of which are already remembered: memory [B, M, A] and proposal [B, P, A], both
     packed; remember: losses.remember"""
     batch_size, memory_size, _ = memory.shape
     num_known = min(proposal.shape[1] // 2, memory_size)
@@ -205,12 +204,12 @@ def get_memory_check(memory, proposal, remember, device):
 
 
 def choose(rows):
-    """All rows for kernels, the compared ones for plain PyTorch"""
+    """All rows for kernels, only the compared ones for plain PyTorch"""
     return rows[:] if kernels.operators else rows[:NUM_COMPARED]
 
 
 def compare(value, inputs):
-    """The first NUM_COMPARED rows of a value, and, if it has any, the gradients for inputs of a fixed sum of these rows"""
+    """The first NUM_COMPARED rows of a value and, if it has any, the gradients of a fixed sum of these rows for inputs"""
     value = value[:NUM_COMPARED]
     factor = torch.linspace(-1, 2, value.numel(), device=value.device).view_as(value)
     needed = [x for x in inputs if x.requires_grad and value.requires_grad]

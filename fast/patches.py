@@ -1,9 +1,9 @@
 """The first two layers of the inference network: on a CPU, each distinct patch of a batch is convolved once.
 
 After the first convolution and its pooling, a position depends on 5 x 5 binary pixels, and characters consist of lines: there
-is about one distinct patch for every eight positions. The second convolution multiplies each patch by its nine taps once, and each
-position only adds up the products in its neighbourhood. Values and gradients equal those of the convolutions, which a GPU
-uses, where multiplying is faster than looking things up.
+is about one distinct patch for every eight positions. The second convolution multiplies each patch by its nine taps once, and
+each position only adds up the products in its neighbourhood. Values and gradients equal those of the plain convolutions, which
+a GPU uses, since there multiplying is faster than looking things up.
 """
 
 import torch
@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from fast import gpu
 
 SIZE = 14  # rows and columns after the first pooling
-IMAGE_CHUNK_SIZE = 128  # images that share patches
-PATCH_CHUNK_SIZE = 4096  # patches that are convolved at a time
+IMAGE_CHUNK_SIZE = 128  # images at a time, which share patches
+PATCH_CHUNK_SIZE = 4096  # patches convolved at a time
 
 
 def convolve(obs, conv0, conv1):
     """Two convolutions, each pooled by max_pool2d(x, 3, 2) and then rectified: obs [B, 28, 28],
     conv0 = Conv2d(1, C, 3, padding=2), conv1 = Conv2d(C, D, 3, padding=1) -> [B, D, 6, 6]"""
     obs = obs.to(conv0.weight.dtype)
-    if not are_ours(conv0, conv1) or obs.shape[1:] != (28, 28):  # somebody's own layers or images
+    if not are_ours(conv0, conv1) or obs.shape[1:] != (28, 28):  # custom layers or images
         return F.max_pool2d(conv1(F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()), 3, 2).relu()
     if gpu.is_gpu(obs.device) or not ((obs == 0) | (obs == 1)).all():
         return _convolve_each(obs, conv0, conv1)
@@ -36,7 +36,7 @@ def are_ours(conv0, conv1):
 
 
 def _convolve_each(obs, conv0, conv1):
-    # Pooling first gives the same values and gradients, and leaves less to do for the bias (above all its gradient) and relu.
+    # Pooling first gives the same values and gradients, with less work for the bias (above all its gradient) and relu.
     if gpu.kernels.are_used("convolution", obs):
         x = gpu.Convolve.apply(obs, conv0.weight, conv0.bias)  # [B, C, 14, 14]
         return gpu.Pool.apply(F.conv2d(x, conv1.weight, padding=1), conv1.bias)  # [B, D, 6, 6]
@@ -94,8 +94,8 @@ class _SumOfProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """A product's gradient is summed over the positions it was added to: for each tap, the neighbours on its opposite side
-        of all positions with that patch"""
+        """A product's gradient is summed over the positions it was added to: for each tap, the opposite neighbours of all
+        positions with that patch"""
         x, taps, order, counts = ctx.saved_tensors
         nowhere = SIZE**2 - 1  # an image's last position: pooling ignores it, so its gradient is 0
         position = torch.arange(len(grad), dtype=torch.int).view(-1, SIZE, SIZE)

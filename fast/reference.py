@@ -1,6 +1,6 @@
-"""What the project does fast, as one would first write it: the renderer from the textbook's formulas (wrong in float32 for
-nearly straight arcs), every image under every map, one-hot inputs to the LSTM, and training steps that score everything with
-gradients. Tests compare with it, and `benchmark.py`."""
+"""A straightforward version of what the project does fast: the renderer from textbook formulas (wrong in float32 for nearly
+straight arcs), every image under every map, one-hot inputs to the LSTM, and training steps that score everything with
+gradients. Tests and `benchmark.py` compare with it."""
 
 import math
 
@@ -17,7 +17,7 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     x_centre = x_start + dx / 2 + dy / (2 * theta.tan())
     y_centre = y_start + dy / 2 - dx / (2 * theta.tan())
     radius = torch.hypot(x_start - x_centre, y_start - y_centre)
-    # In the sector: less than theta, as seen from the centre, away from the arc's middle.
+    # In the sector: less than theta from the arc's middle, as seen from the centre.
     x_middle = x_start + dx / 2 - dy / 2 * (theta / 2).tan()
     y_middle = y_start + dy / 2 + dx / 2 * (theta / 2).tan()
     angle = torch.atan2(y - y_centre, x - x_centre) - torch.atan2(y_middle - y_centre, x_middle - x_centre)
@@ -39,7 +39,7 @@ def affine_log_prob(logits, obs, maps):
     grid = grid.repeat(num_images, 1, 1, 1)  # [N * T, R, C, 2]
     probs = logits.sigmoid()[:, None].repeat_interleave(num_maps, 0)  # [N * T, 1, R, C]
     eps = torch.finfo(torch.float32).eps
-    with torch.backends.cudnn.flags(enabled=False):  # which samples from at most 65 535 images
+    with torch.backends.cudnn.flags(enabled=False):  # it samples from at most 65 535 images
         probs = F.grid_sample(probs, grid, align_corners=True)[:, 0].clamp(eps, 1 - eps)
     obs = obs.repeat_interleave(num_maps, 0)
     log_prob = torch.distributions.Bernoulli(probs=probs, validate_args=False).log_prob(obs)
@@ -58,7 +58,7 @@ def log_likelihood(model, latent, obs):
 
 
 def decode(decoder, context, latent=None, num_particles=1):
-    """Samples from a decoder, context [B, H], or scores latent [P, B, A, 2]: both, and log q [P, B]"""
+    """Samples from a decoder, context [B, H], or scores latent [P, B, A, 2]. Returns: the latents, and log q [P, B]"""
     num_particles = num_particles if latent is None else len(latent)
     context = context.repeat(num_particles, 1)  # [P * B, H]
     stroke = context.new_zeros(len(context), decoder.num_primitives + 2)
@@ -78,7 +78,7 @@ def decode(decoder, context, latent=None, num_particles=1):
 
 
 def embed(network, obs):
-    """obs [B, 28, 28] -> [B, E]; of a lookup network, obs are the ids"""
+    """obs [B, 28, 28] -> [B, E]; for a lookup network, obs are the ids"""
     if not hasattr(network, "conv0"):
         return network.get_context(obs)
     x = obs.unsqueeze(1).to(memory_format=torch.channels_last)
@@ -107,7 +107,7 @@ def sleep(model, network, num_samples):
 
 
 def propose(model, network, obs, num_particles, given):
-    """Programs of each image, or of what is given instead, from the network: log p(z, x) and log q(z|x), each [P, B]"""
+    """Draws programs of each image, or of what is given instead, from the network: log p(z, x) and log q(z|x), each [P, B]"""
     context = embed(network, obs if given is None else given)
     with torch.no_grad():
         latent = decode(network.decoder, context, num_particles=num_particles)[0]

@@ -1,9 +1,9 @@
-"""The first two layers of the inference network on a GPU, as Triton kernels: the first one's convolution, pooling and relu at
-once, and the second one's pooling, bias and relu. Its convolution is PyTorch's.
+"""The first two layers of the inference network on a GPU, as Triton kernels: the first layer's convolution, pooling and relu at
+once, and the second layer's pooling, bias and relu. The second convolution is PyTorch's.
 
-With one input channel a convolution multiplies little and writes much: 64 channels of 30 x 30 pixels per
-image, of which pooling keeps a quarter. Here only what is kept is written, with one byte each that tells
-the backward pass where it came from. patches.py has the plain version; gpu.py launches these.
+With one input channel, a convolution multiplies little and writes much: 64 channels of 30 x 30 pixels per image, of which
+pooling keeps a quarter. Here only what is kept is written, with one byte each that tells the backward pass where it came from.
+patches.py has the plain version; gpu.py launches these kernels.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 from fast import gpu
 
 FIRST, SECOND = tl.constexpr(gpu.FIRST), tl.constexpr(gpu.SECOND)
-RECTIFIED = tl.constexpr(255)  # instead of a position in a window: relu gave zero, and so there is no gradient
+RECTIFIED = tl.constexpr(255)  # instead of a position in a window: relu gave zero, so there is no gradient
 
 # ------------------------------------------------------------------ the first layer
 
@@ -52,7 +52,7 @@ def _convolve(
     chosen = tl.zeros((POSITIONS, CHANNELS), tl.int32)
     for window in tl.static_range(9):
         value = tl.zeros((POSITIONS, CHANNELS), tl.float32) + b[None, :]
-        for tap in tl.static_range(9):  # 25 pixels in all: the compiler loads each of them once
+        for tap in tl.static_range(9):  # 25 pixels in all, each of which the compiler loads once
             x = _load_pixel(obs, image, row + (window // 3 + tap // 3), col + (window % 3 + tap % 3), valid, SIZE)
             w = tl.load(weight + channel * 9 + tap, mask=used, other=0.0)
             value += x[:, None] * w[None, :]
@@ -79,7 +79,7 @@ def _differentiate_convolve(
         chosen = tl.load(argmax + place, mask=valid[:, None] & used[None, :], other=RECTIFIED).to(tl.int32)
         passed = tl.load(grad + place, mask=chosen != RECTIFIED, other=0.0)
         row, col = 2 * (position // FIRST) + tap_row, 2 * (position % FIRST)
-        for window in tl.static_range(9):  # as many sums, which costs less than to look up each number's own pixels
+        for window in tl.static_range(9):  # this many sums cost less than looking up each number's own pixels
             g = tl.where(chosen == window, passed, 0.0)
             left += g * _load_pixel(obs, image, row + window // 3, col + window % 3, valid, SIZE)[:, None]
             middle += g * _load_pixel(obs, image, row + window // 3, col + window % 3 + 1, valid, SIZE)[:, None]

@@ -1,12 +1,11 @@
 """The decoder of models.py on a GPU, as Triton kernels: all strokes of a program in one launch.
 
-An LSTM over ten strokes would be hundreds of launches of a microsecond or two each. Here a program
-takes 16 latents through all of them. What one stroke passes to the next (hidden states, gradients)
-goes through memory that only this program touches, with a barrier in between, so that matrix
-products can read it in slices and registers suffice for any size.
+An LSTM over ten strokes would be hundreds of launches of a microsecond or two each. Here a program takes 16 latents through all
+strokes. What one stroke passes to the next (hidden states, gradients) goes through memory that only this program touches, with
+a barrier in between, so that matrix products can read it in slices and registers suffice for any size.
 
-gpu.py launches these. The tests compare them with plain PyTorch, models.Decoder. A backward pass written by hand, with the
-sizes of slices and warps that are fast, makes this file long: without it the decoder would take most of a step.
+gpu.py launches these kernels. Tests compare them with plain PyTorch, models.Decoder. The file is long because the backward pass
+is written by hand, with tuned sizes of slices and warps: otherwise the decoder would take most of a step.
 """
 
 import triton
@@ -16,12 +15,12 @@ from fast.triton_math import log, sigmoid, tanh, unfused_product
 
 SMALL_SLICE = tl.constexpr(16)  # elements of a matrix product's inner dimension that are loaded at a time
 NUM_MULTIPROCESSORS = 128  # about as many as a large GPU has
-# By the largest number of hidden units: warps of a program where there are no more programs than multiprocessors, so that each
-# should end soon; warps where there are more; slice of the matrix products' inner dimension. A program waits for each slice,
-# so large ones are better, as long as registers suffice
-FORWARD = {16: (4, 2, 16), 64: (8, 4, 32), 128: (8, 8, 32), 256: (8, 8, 16)}  # what is fast on an H200
+# By the largest number of hidden units: warps of a program if there are no more programs than multiprocessors, so that each
+# should end soon; warps if there are more; slice of the matrix products' inner dimension. A program waits for each slice, so
+# large slices are better, as long as registers suffice
+FORWARD = {16: (4, 2, 16), 64: (8, 4, 32), 128: (8, 8, 32), 256: (8, 8, 16)}  # tuned on an H200
 BACKWARD = {16: (4, 4, 16), 64: (8, 4, 64), 128: (8, 8, 64), 256: (8, 8, 16)}
-ELSEWHERE = {16: (4, 4, 16), 256: (8, 8, 16)}  # on GPUs of other compute capabilities than 8 and 9
+ELSEWHERE = {16: (4, 4, 16), 256: (8, 8, 16)}  # on GPUs of compute capabilities other than 8 and 9
 
 
 def get_options(fastest, grid, num_units, num_choices):
@@ -41,7 +40,7 @@ def get_options(fastest, grid, num_units, num_choices):
 def _multiply(
     a, a_stride, b, b_inner_stride, b_col_stride, row, valid, col, num_inner, num_cols, SLICE: tl.constexpr
 ):  # fmt: skip
-    """a [rows, num_inner] @ b [num_inner, num_cols] by pointers and strides, filled up with zeros: [ROWS, COLS]"""
+    """a [rows, num_inner] @ b [num_inner, num_cols] by pointers and strides, padded with zeros: [ROWS, COLS]"""
     product = tl.zeros((row.shape[0], col.shape[0]), tl.float32)
     for start in range(0, num_inner, SLICE):
         inner = start + tl.arange(0, SLICE)
@@ -79,7 +78,7 @@ def _get_on_log_probs(h, weight, bias, unit, num_units, num_choices):
 
 @triton.jit
 def _mix(log_prob, uniform_mixture, num_choices):
-    """A log-probability mixed with a uniform one, and the share of the mixture that is its own: both [ROWS]"""
+    """A log-probability mixed with a uniform one, and its own share of the mixture: both [ROWS]"""
     own = (1 - uniform_mixture) * tl.exp(log_prob)
     mixed = own + uniform_mixture / num_choices
     share = own / tl.where(mixed > 0, mixed, 1.0)
@@ -155,7 +154,7 @@ def _decode(
     both = valid[:, None] & (unit < num_units)[None, :]
     image = row % num_contexts
     cell = tl.zeros((ROWS, UNITS), tl.float32)
-    code = tl.full((ROWS,), -1, tl.int32)  # from the previous stroke, which the first one lacks
+    code = tl.full((ROWS,), -1, tl.int32)  # from the previous stroke; the first one has none
     total = tl.zeros((ROWS,), tl.float32)
     for arc in range(num_arcs):
         now, before = arc * num_rows + row, (arc - 1) * num_rows + row

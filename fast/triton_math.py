@@ -32,14 +32,14 @@ def log(x):
 
 @triton.jit
 def floor(x):
-    """The largest integer that is not above x, as a number and as an integer, for |x| < 2^22: a sum that is rounded down and
-    has no bits for fractions. A GPU has fewer units for conversions than for sums."""
+    """The largest integer not above x, as a float and as an integer, for |x| < 2^22: a sum that is rounded down and has no bits
+    for fractions. A GPU has fewer units for conversions than for sums."""
     shifted = libdevice.add_rd(x, SHIFT)
     return shifted - SHIFT, shifted.to(tl.int32, bitcast=True) - SHIFT_BITS
 
 
 @triton.jit
 def unfused_product(x, y):
-    """For products whose sum over threads goes to all of them: x * y may be fused with the sum's first step, where each
-    thread rounds the other's product but not its own, so that their results differ"""
+    """x * y, for products whose sum over threads goes to all of them. Fused with the sum's first step, each thread would round
+    the other's product but not its own, so that their results would differ"""
     return libdevice.mul_rn(x, y)

@@ -1,7 +1,7 @@
 """The memory of Memoised Wake-Sleep on a GPU, as Triton kernels, which gpu.py launches.
 
-What losses.remember does in some forty small operations takes two kernels here, before and after
-scoring, with a program per image, or several to read very many strokes.
+What losses.remember does in some forty small operations takes two kernels here, one before and one after scoring, with a
+program per image, or several to read very many strokes.
 """
 
 import triton
@@ -50,7 +50,7 @@ def _keep_best(
     score = tl.load(log_joint + number * batch_size + image, mask=exists, other=float("-inf"))
     score = tl.where(repeated, float("-inf"), score)
 
-    # each candidate's rank: how many are better, NaN being best so that it is not lost; equal ones by their number
+    # each candidate's rank: how many are better. NaN is best, so that it is not lost; ties go by index
     a, b = score[:, None], score[None, :]
     tied = (a == b) | ((a != a) & (b != b))
     rank = tl.sum(((b > a) | ((b != b) & (a == a)) | (tied & precedes)).to(tl.int32), 1)

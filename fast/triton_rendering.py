@@ -1,10 +1,10 @@
 """Drawing and scoring on a GPU: the hot path of rendering.py as Triton kernels, which gpu.py launches.
 
-The tests compare them with plain PyTorch, in rendering.py. Gradients are written out, which makes this file long:
-they are half of a step's time.
+Tests compare them with plain PyTorch, in rendering.py. Gradients are written out, which makes this file long, because they take
+half of a step's time.
 
-Results do not depend on the order in which threads finish: sums are taken within a program, or
-in integers. NaN propagates through comparisons, so that diverged parameters show in the loss.
+Results do not depend on the order in which threads finish: sums are taken within a program, or in integers. NaN propagates
+through comparisons, so that diverged parameters show in the loss.
 """
 
 import triton
@@ -38,8 +38,8 @@ def _load_arc(arc):
 
 @triton.jit
 def _get_distance(x, y, dx, dy, sin, cos, chord, squared_chord):
-    """Squared distance to an arc of points (x, y), seen from the middle of its chord: to the circle, or, where `away`
-    from the arc's side of it, to the nearer end. Also what the gradient needs: away, to_circle, norm, denominator"""
+    """Squared distance of points (x, y), relative to the middle of the chord, to an arc: to the circle or, where `away` from
+    the arc's side, to the nearer end. Also what the gradient needs: away, to_circle, norm, denominator"""
     squared = x * x + y * y
     along = tl.abs(x * dx + y * dy)
     across = x * dy - y * dx
@@ -102,7 +102,7 @@ def _differentiate_distance(
     sign = tl.where(dot > 0, 1.0, tl.where(dot < 0, -1.0, 0.0))
     across = x * dy - y * dx
     u, v = x * sin - cos / 2 * dy, y * sin + cos / 2 * dx
-    # on the arc's side: gradients of numerator and denominator, and of the norm's (u, v)
+    # on the arc's side: gradients of the numerator, the denominator and the norm's (u, v)
     gn = tl.where(away, 0.0, grad_distance2 * 2 * to_circle / denominator)
     gd = tl.where(away, 0.0, -grad_distance2 * 2 * to_circle * to_circle / denominator)
     inverse = tl.where(norm > 0, 1 / tl.where(norm > 0, norm, 1.0), 0.0)
@@ -191,7 +191,7 @@ def _load_map(maps, number, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _get_chunk(ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which part of an image a program works on, and of how many"""
+    """Which part of an image a program works on, and the number of parts"""
     if ROWS * COLS > BLOCK:
         return tl.program_id(2), tl.num_programs(2)
     else:
@@ -208,10 +208,10 @@ def _get_grid_point(pixel, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _get_position(a, b, c, x, y, SIZE: tl.constexpr):
-    """Where a map takes points, in pixels: the preceding pixel, from -BORDER to SIZE, and the fraction to the next one.
-    Positions beyond the border, and NaN, are moved to its edge, where all is paper, too"""
+    """Where a map takes points, in pixels: the preceding pixel, from -BORDER to SIZE, and the fraction to the next one. NaN and
+    positions beyond the border are moved to its edge, where all is paper too"""
     position = a * x + (b * y + c)
-    position = tl.where(position > -BORDER, position, -BORDER)  # NaN becomes a number: it is no place to load from
+    position = tl.where(position > -BORDER, position, -BORDER)  # NaN becomes a number: one cannot load from it
     position = tl.minimum(position, SIZE)
     before, pixel = floor(position)
     return pixel, position - before
@@ -263,8 +263,8 @@ def _mix_maps(by_map, log_prob, num_maps, BLOCK: tl.constexpr):
     tl.store(log_prob + latent, high + log(tl.sum(total, 0) / num_maps))
 
 
-# Were obs known to be aligned, it would be loaded four pixels at a time: here some of the threads would then have nothing
-# to do but work, and below they would have to exchange pixels for each map.
+# If obs were known to be aligned, it would be loaded four pixels at a time: some threads would then be idle here,
+# and below they would have to exchange pixels for each map.
 @triton.jit(do_not_specialize_on_alignment=["obs"])
 def _score_maps(
     probs, obs, maps, by_map, num_maps, eps,
@@ -323,7 +323,7 @@ def _differentiate_score_maps(
             signed = q - (1 - tl.load(obs + latent * (ROWS * COLS) + pixel, mask=inside, other=0.0))
             seen = tl.abs(signed)
             counts = inside & (seen >= eps) & (seen <= 1 - eps)
-            slope = tl.where(counts, 1 / tl.where(counts, signed, 1.0), 0.0)  # gradient of log p for q
+            slope = tl.where(counts, 1 / tl.where(counts, signed, 1.0), 0.0)  # gradient of log p with respect to q
             slope *= share
             upper, lower = slope * resolution * (1 - fy), slope * resolution * fy
             sums = fixed + corner + at

@@ -71,7 +71,7 @@ def trace(generative_model, inks, rngs=None):
 
 
 def _trace(ink, library, rng):
-    """Returns: where the first stroke begins [2]; of each stroke, primitive and pen [A, 2], dx, dy and theta [A, 3], and True"""
+    """Returns: start of the first stroke [2]; of each stroke, primitive and pen [A, 2], dx, dy and theta [A, 3], and True"""
     lines, latent, arcs, pen, start = find_lines(ink, rng), [], [], None, [0.5, 0.5]
     while lines:
         line, lines = _take_next(lines, pen, rng)
