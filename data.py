@@ -233,7 +233,7 @@ def download(url, path, blob_id):
         torch.hub.download_url_to_file(url, temporary)  # has a progress bar, but verifies other kinds of hashes
         content = temporary.read_bytes()
         if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
-            raise UserError(f"the file from {url} is not the expected one (its git blob id is not {blob_id}); try again later")
+            raise UserError(f"{url} sent what is not the expected file (its git blob id is not {blob_id}); try again later")
         os.replace(temporary, path)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(

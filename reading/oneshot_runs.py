@@ -90,7 +90,7 @@ def _read_labels(source, content, pictures):
         names = re.split(r"\s*[,\t]\s*" if re.search(r"[,\t]", line) else r"\s+", line)
         pair = sorted((_find(name, pictures) for name in names), key=_is_training)
         if list(map(_is_training, pair)) != [False, True] or "" in pair:
-            raise UserError(f"{source}: a line does not name an existing test image and training image: {line[:80]!r}")
+            raise UserError(f"{source}: a line does not name a test and a training image that exist: {line[:80]!r}")
         if pairs.setdefault(*pair) != pair[1]:
             raise UserError(f"{source}: {pair[0]} is named twice, with different answers")
     if not pairs:

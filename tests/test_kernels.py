@@ -405,7 +405,7 @@ KERNELS = {
 }  # fmt: skip
 
 
-FAULTS = {"raises": "ptxas is missing", "is wrong": "differs by", "draws no programs": "no programs"}
+FAULTS = {"raises": "ptxas is missing", "is wrong": "differs by", "draws no programs": "not programs"}
 
 
 @pytest.mark.parametrize(
