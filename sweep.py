@@ -124,7 +124,7 @@ def choose_tasks(args, queue=()):
         if progress.done:
             num_done += 1
         elif task.key in numbers:
-            print(f"{task}: already in the queue, as job {numbers[task.key]}")
+            print(f"{task}: in the queue already, as job {numbers[task.key]}")
         elif task.kind != "train" and not training.done and (task.model, "train") not in numbers:
             print(f"{task}: skipped, its model is not trained yet ({training.iteration} of {task.total} iterations)")
         elif progress.others and "--force" not in task.flags:
@@ -133,7 +133,7 @@ def choose_tasks(args, queue=()):
         else:
             left.append(task._replace(flags=task.flags + ["--force"] * progress.replaces))
     if num_done:
-        print(f"{num_done} are already complete")
+        print(f"{num_done} are complete already")
     return left
 
 
@@ -258,9 +258,9 @@ def remove(args):
     for folder in sorted(folders):
         path = folder / "logp" if args.eval_logp else folder
         if folder.name in queued:
-            print(f"{folder} stays: it has jobs in the queue")
+            print(f"{folder} has jobs in the queue and stays")
         elif any(locks.is_locked(lock) for lock in [folder / "lock", *folder.glob("logp/.*.lock")]):
-            print(f"{folder} stays: it is in use")
+            print(f"{folder} is in use and stays")
         elif path.is_dir() and not folder.is_symlink():
             paths.append(path)
     print("\n".join(map(str, paths)) or f"there is nothing to delete in {util.SAVE}/")

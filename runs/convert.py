@@ -24,7 +24,7 @@ def convert(path):
     """Returns: what became of a file, in words. Raises: UserError if it cannot be read"""
     with contextlib.suppress(UserError):
         util.load_checkpoint(path, keys=set())
-        return "is already of this version"
+        return "is of this version already"
     try:
         if zipfile.ZipFile(path).testzip() is not None:  # torch does not compare checksums
             raise ValueError

@@ -149,7 +149,7 @@ def test_a_file_of_an_older_version_is_rewritten(folder, capsys):  # noqa: F811
     pathlib.Path("damaged.pt").write_bytes(damaged)
     with pytest.raises(UserError, match="damaged.pt is damaged"):
         convert.convert(pathlib.Path("damaged.pt"))
-    assert convert.convert(path) == "is rewritten" and convert.convert(path) == "is already of this version"
+    assert convert.convert(path) == "is rewritten" and convert.convert(path) == "is of this version already"
     run(*FLAGS, "--algorithm", "rws", "--num-iterations", "6")
     got = load_all(get_run_folder())["latest.pt"]
     get_run_folder().rename("converted")

@@ -117,7 +117,7 @@ def test_job_arrays(cluster):
     names = list(sweep.get_runs(sweep.parse_args([*chosen, "--", *settings])))
     stdout = run(*HELD, "--time=10", *chosen, "--", *settings)
     number = re.search(r"Submitted batch job (\d+)", stdout)[1]
-    assert run(*SUBMIT, *chosen, "--", *settings).count("already in the queue, as job") == 2
+    assert run(*SUBMIT, *chosen, "--", *settings).count("in the queue already, as job") == 2
     evaluation = ["--eval-logp", "--eval-algorithms", "rws", "--models", cluster[1], "--eval-options", EVALUATION]
     setup = "--setup=echo $OMP_NUM_THREADS threads"
     assert "rws: submitted" in run(*SUBMIT, "--cpus-per-task=2", setup, *evaluation, "--", *settings)
@@ -198,7 +198,7 @@ def test_the_users_environment_and_a_slurm_that_hangs(cluster, monkeypatch, caps
     monkeypatch.setenv("SQUEUE_STATES", "R")
     monkeypatch.setenv("SQUEUE_FORMAT", "%i")
     monkeypatch.setenv("SBATCH_WAIT", "1")
-    assert "already in the queue" in run(*HELD, "--models", cluster[0])
+    assert "in the queue already" in run(*HELD, "--models", cluster[0])
     (tmp_path / "squeue").write_text("#!/bin/sh\nsleep 30\n")
     (tmp_path / "squeue").chmod(0o755)
     with monkeypatch.context() as context:
@@ -235,7 +235,7 @@ def test_jobs_of_the_queue_are_told_apart(cluster):
     foreign = subprocess.run(foreign, capture_output=True, text=True, check=True).stdout.strip()
     run(*HELD, "--seeds", "3", "4", "--models", names[0])
     for location in ("./data.mat", os.path.abspath("data.mat")):  # the same data as data.mat
-        assert run(*HELD, "--", f"--data-location={location}").count("already in the queue") == 3
+        assert run(*HELD, "--", f"--data-location={location}").count("in the queue already") == 3
     assert [(c["state"], c["job"]) for c in get_cells("--models", *names)] == [
         ("queued", f"{number}_{i} (JobHeldUser)") for i in range(3)
     ]
@@ -243,7 +243,7 @@ def test_jobs_of_the_queue_are_told_apart(cluster):
     for path in (util.SAVE / names[0] / "checkpoints", util.SAVE / "elsewhere" / "checkpoints"):
         path.mkdir(parents=True)
     stdout = run("--rm", "--dry-run")
-    assert f"save/{names[0]} stays: it has jobs in the queue" in stdout and stdout.splitlines()[-1] == "save/elsewhere"
+    assert f"save/{names[0]} has jobs in the queue and stays" in stdout and stdout.splitlines()[-1] == "save/elsewhere"
 
     assert run("--cancel", "--dry-run", "--models", names[1]).startswith(f"would cancel {number}_1: {names[1]} train\n")
     assert len(list_jobs()) == 3 + 3 + 2
@@ -359,7 +359,7 @@ def test_tasks_that_cannot_go_on(folder, monkeypatch):  # noqa: F811
     for _ in range(2):
         tasks.open_log(task, ", submitted as job 7").close()
         assert [slurm.run_task(where) for _ in range(5)] == [1, 1, 1, 2, 2]
-        assert "3 requeues without progress (at step 0): not started again" in tasks.get_log_end(task, 1)
+        assert "3 requeues without progress (at step 0): it does not start again" in tasks.get_log_end(task, 1)
     monkeypatch.setattr(slurm, "get_queue", lambda **_: [])
     (evaluation,) = sweep.get_tasks(sweep.parse_args(["--eval-logp", "--models", "rws_3", "--eval-algorithms", "rws"]))
     assert slurm.run_task(f"{make_listing(evaluation)}:0") == 2

@@ -204,7 +204,7 @@ def test_sweep_here(make_sweep, monkeypatch):
     shutil.rmtree(util.SAVE / models[0])
     main.main(util.get_flags(next(sweep.get_sweep_argss())))
     assert_same(resumed, load(models[0]))
-    assert "2 are already complete\n0 of 0 done" in run()
+    assert "2 are complete already\n0 of 0 done" in run()
 
     evaluation = ["--eval-logp", "--eval-algorithms", "rws", "--test-run", "--models", models[1]]
     assert "1 of 1 done" in run(*evaluation, "--jobs", "2")
@@ -268,7 +268,7 @@ def test_failures_and_locks(make_sweep):
         *_, damage, reason = run("--status", status=1).splitlines()
         assert f"save/{models[1]}/checkpoints/latest.pt is damaged" in damage and "is intact" in reason
         stdout = run("--rm", "--dry-run")
-        assert "stays: it is in use" in stdout and stdout.splitlines()[-1] == f"save/{models[1]}"
+        assert "is in use and stays" in stdout and stdout.splitlines()[-1] == f"save/{models[1]}"
     assert not tasks.get_progress(task).done
 
 
