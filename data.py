@@ -128,9 +128,7 @@ def load_for_model(checkpoint, location=None, load=load_and_tell):
             raise
         dataset = load(location, False, None, find)
     if num_known not in (0, dataset.num_alphabets):
-        raise UserError(
-            f"the model knows {num_known} alphabets, {location} has {dataset.num_alphabets}; --data-location chooses data"
-        )
+        raise UserError(f"the model knows {num_known} alphabets, {location} has {dataset.num_alphabets}; set --data-location")
     return dataset
 
 
