@@ -215,8 +215,8 @@ def test_sweep_here(make_sweep, monkeypatch):
     for option in ["--seed=7", "--images=spread", "--num-data=6"]:  # other evaluations, which are still to be done
         (cells,) = get_cells(*evaluation, f"--eval-options={option}")
         assert (cells["state"], cells["iteration"]) == ("stopped", "0/5")
-        stdout = run(*evaluation, f"--eval-options={option}")
-        assert f"{option[2:].partition('=')[0]} is " in stdout and "--eval-options=--force replaces it\n0 of 0 done" in stdout
+    stdout = run(*evaluation, "--dry-run", "--eval-options=--num-data=6")
+    assert "num-data is 3 there and 6 here; --eval-options=--force replaces it" in stdout and "--force" not in stdout.split()
     stdout = run(*evaluation, "--dry-run", "--eval-options=--seed=7 --force")
     assert stdout.count("--force") == 2 and "skipped" not in stdout
     with monkeypatch.context() as context:
