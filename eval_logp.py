@@ -388,7 +388,7 @@ def evaluate(args):
     checkpoint_path = checkpoints.find(args.checkpoint_path)
     checkpoint = checkpoints.load(checkpoint_path, util.get_device(args.cuda))
     name = checkpoints.get_run_name(checkpoint_path, checkpoint["args"])
-    path = util.SAVE / name / "logp" / report.get_file_name(vars(args))
+    path = checkpoints.get_result_path(name, vars(args))
     with StopSignal() as stop:
         status = evaluate_checkpoint(args, checkpoint, name, path, stop)
     if status == 0:
@@ -660,8 +660,8 @@ def describe_default(name):
 def parse_args(argv=None):
     """Raises: UserError if arguments are out of range or something is missing"""
     args = get_parser().parse_args(argv)
-    if args.report == (args.checkpoint_path is not None):
-        raise UserError("give either --checkpoint-path, the model to evaluate, or --report, of all evaluations")
+    if not args.report and args.checkpoint_path is None:
+        raise UserError("give --checkpoint-path, the model to evaluate, or --report")
     if args.mode is None and not args.report:
         args.mode = "test"
     if args.every_checkpoint and args.algorithm != "own":

@@ -128,8 +128,7 @@ def choose_tasks(args, queue=()):
         elif task.kind != "train" and not training.done and (task.model, "train") not in numbers:
             print(f"{task}: skipped, its model is not trained yet ({training.iteration} of {task.total} iterations)")
         elif progress.others and "--force" not in task.flags:
-            path = task.get_evaluation_path()
-            print(f"{task}: skipped, {path} is a different evaluation: {progress.others}; --eval-options=--force replaces it")
+            print(f"{task}: skipped, a different evaluation is saved: {progress.others}; --eval-options=--force replaces it")
         else:
             left.append(task._replace(flags=task.flags + ["--force"] * progress.replaces))
     if num_done:
@@ -303,7 +302,7 @@ def get_parser():
     add("--large-conditional", "train the conditional model on the whole data set (a_mws_40_large)", action=boolean)
     add("--eval-logp", "instead, evaluate trained models on test images: a task for each of --eval-algorithms", action=boolean)
     algorithms = "algorithms of eval_logp.py by which to evaluate (default: sleep, rws and vimco)"
-    add("--eval-algorithms", algorithms, nargs="+", choices=eval_logp.ALGORITHMS)
+    add("--eval-algorithms", algorithms, nargs="+", choices=eval_logp.ALGORITHMS, default=report.TRAINED)
     options = 'options of eval_logp.py for all evaluations, as one string: "--mode train" for training images'
     add("--eval-options", options, default="")
     parser.start_group("what to do (default: run them here)")
@@ -345,9 +344,6 @@ def parse_args(argv=None):
     args.settings = argv[cut + 1 :]
     if sum([args.cluster, args.status, args.plot, args.cancel, args.rm]) > 1:
         raise UserError("--cluster, --status, --plot, --cancel and --rm exclude each other; give one")
-    if (args.eval_algorithms or args.eval_options) and not args.eval_logp:
-        raise UserError("--eval-algorithms and --eval-options are for evaluations; give --eval-logp as well")
-    args.eval_algorithms = args.eval_algorithms or report.TRAINED
     if args.wait and not args.cluster:
         raise UserError("--wait is for --cluster; a sweep on this machine waits anyway")
     if (args.cluster or args.cancel) and not args.dry_run:

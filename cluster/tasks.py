@@ -48,7 +48,7 @@ class Task(NamedTuple):
 
     def get_evaluation_path(self):
         """Where the result of an evaluation is"""
-        return util.SAVE / self.model / "logp" / f"{self.settings['mode']}_{self.settings['algorithm']}.pt"
+        return checkpoints.get_result_path(self.model, self.settings)
 
     def get_state_path(self):
         """Where an evaluation is saved while it runs; for mws, its first half"""

@@ -84,17 +84,12 @@ def read_runs(folder):
     by_images = collections.defaultdict(dict)  # images -> algorithm -> result
     paths = sorted(folder.glob("logp/[!.]*.pt"))
     for path, result in load_results(paths).items():
-        name = get_file_name(result["settings"])
+        name = checkpoints.get_result_path(folder.name, result["settings"]).name
         if path.name == name:
             by_images[get_images(result)][result["settings"]["algorithm"]] = result
         else:
             warn(f"{path} is left out: a result by this name would be {name}")
     return [make_run(folder.name, images, by_images[images]) for images in sorted(by_images, key=get_place)]
-
-
-def get_file_name(settings):
-    """The name of an evaluation's result, given its settings or arguments"""
-    return f"{settings['mode']}_{settings['algorithm']}.pt"
 
 
 def make_run(name, images, results):
@@ -132,9 +127,8 @@ def choose_comparable(name, results):
             f"{key.replace('_', '-')} is {settings[key]}, not {best[key]}" for key in keys if settings[key] != best[key]
         ]
         if differences:
-            warn(
-                f"{name}: {get_file_name(settings)} is left out: its {', '.join(differences)}; eval_logp.py --force repeats it"
-            )
+            path = checkpoints.get_result_path(name, settings)
+            warn(f"{name}: {path.name} is left out: its {', '.join(differences)}; eval_logp.py --force repeats it")
         else:
             shown[algorithm] = results[algorithm]
     return shown
@@ -258,7 +252,7 @@ def choose_seeds(runs):
         evaluated = [run for run in runs if algorithm in run.work]
         most = collections.Counter(run.work[algorithm] for run in evaluated).most_common(1)
         for run in [run for run in evaluated if run.work[algorithm] != most[0][0]]:
-            warn(f"{run.name} is left out of its row by {run.work[algorithm]}; the row is by {most[0][0]}")
+            warn(f"{run.name}: its evaluation by {run.work[algorithm]} is left out of the row, which is by {most[0][0]}")
             del run.work[algorithm], run.estimates[algorithm]
     runs = [run if "mws" in run.work else run._replace(bound_by_search=None, search_error=None) for run in runs]
     return [run for run in runs if run.work]

@@ -194,6 +194,11 @@ def check_num_images(checkpoint, num_images):
         raise UserError(f"the model remembers programs of {len(memory)} images, but the data have {num_images}")
 
 
+def get_result_path(name, settings):
+    """Where the result of an evaluation is. Args: name: of the run; settings: of the evaluation, or its arguments"""
+    return util.SAVE / name / "logp" / f"{settings['mode']}_{settings['algorithm']}.pt"
+
+
 def get_state_path(path, half=None):
     """Where an evaluation, or one half of it, is saved while it runs. Args: path: of the result"""
     return path.parent / "checkpoints" / (path.name if half is None else f"{path.stem}-{half}.pt")

@@ -343,7 +343,7 @@ def test_a_row_averages_what_all_of_its_seeds_have(capsys):
     second.work["mws"] = "mws: 2"
     (row,) = get_rows(first, second, third)
     assert [row[key] for key in ("mws", "best", "seeds")] == [-6.0, -6.0, 2]
-    assert capsys.readouterr().err == "warning: a_seed=1 is left out of its row by mws: 2; the row is by mws: 1\n"
+    assert capsys.readouterr().err == "warning: a_seed=1: its evaluation by mws: 2 is left out of the row, which is by mws: 1\n"
     del first.work["mws"], first.estimates["mws"]
     (row,) = get_rows(first, third)
     assert [row[key] for key in ("own", "mws", "best")] == [-1.0, -9.0, None]  # no algorithm has evaluated both
