@@ -52,6 +52,11 @@ class Split(typing.NamedTuple):
         return Split(*(None if field is None else field.to(device) for field in self))
 
 
+def spread(num_all, num):
+    """Evenly spaced indices, at most num: [n]"""
+    return torch.linspace(0, num_all - 1, min(num, num_all)).round().long()
+
+
 class Dataset(typing.NamedTuple):
     train: Split
     valid: Split

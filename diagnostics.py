@@ -36,16 +36,11 @@ STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # for which each frame 
 # ------------------------------------------------------------------ files
 
 
-def spread(num_all, num):
-    """Evenly spaced indices, at most num: [n]"""
-    return torch.linspace(0, num_all - 1, min(num, num_all)).round().long()
-
-
 def choose_ids(given, num_all, num_default, flag):
     """The given ids or, if none, evenly spaced ones. Raises: UserError if an id is out of range"""
     if given and max(given) >= num_all:
         raise UserError(f"{flag} {max(given)}: there are {num_all}, counted from 0")
-    return torch.tensor(given) if given else spread(num_all, num_default)
+    return torch.tensor(given) if given else data.spread(num_all, num_default)
 
 
 def save_figures(trained, stem, some_figures):
@@ -162,7 +157,7 @@ def film_training(trained, obs_id, args):
         return
     obs_id, frames = obs_id[:NUM_FILMED], []
     obs = trained.get_images(obs_id)[0]
-    for path in [*(numbered[i] for i in spread(len(numbered), MAX_FRAMES - 1)), trained.path]:
+    for path in [*(numbered[i] for i in data.spread(len(numbered), MAX_FRAMES - 1)), trained.path]:
         try:
             then = TrainedModel(trained.name, checkpoints.load(path), trained.dataset)
         except UserError as error:
@@ -183,7 +178,7 @@ def draw_alphabets(trained, args):
     model, one_hot, pages = trained.generative_model, torch.eye(trained.num_alphabets), []
     for alphabet_id in alphabet_ids.tolist():
         members = trained.dataset.train.alphabet[:, alphabet_id].nonzero().squeeze(1)
-        obs_id = members[spread(len(members), num)]
+        obs_id = members[data.spread(len(members), num)]
         new, _ = model.sample(num, one_hot[alphabet_id].expand(num, -1))
         obs, latent = trained.get_images(obs_id)[0], trained.reconstruct(obs_id)
         _, maps = drawings.get_maps(model, latent, obs)

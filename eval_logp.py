@@ -496,16 +496,15 @@ def load_images(args, checkpoint, load_data=data.load_and_tell):
     """
     dataset = data.load_for_model(checkpoint, args.data_location, load_data)
     split = getattr(dataset, args.mode)
-    num_data = min(args.num_data, len(split.obs))
-    ids = torch.arange(num_data)
-    if args.images == "spread":
-        ids = torch.linspace(0, len(split.obs) - 1, num_data).round().long()
+    num_all = len(split.obs)
+    spread = args.images == "spread"
+    ids = data.spread(num_all, args.num_data) if spread else torch.arange(min(args.num_data, num_all))
     memory, images = checkpoint["memory"], split.select(ids)
     kind = "training" if args.mode == "train" else "test"
     if checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
         kind = "other"
     if kind == "training":
-        checkpoints.check_num_images(checkpoint, len(split.obs))
+        checkpoints.check_num_images(checkpoint, num_all)
     return images, memory[ids.to(memory.device)] if memory is not None and kind == "training" else None, kind
 
 

@@ -84,8 +84,7 @@ def main():
     if not num_alphabets:
         raise util.UserError(f"{args.checkpoint_path} is not conditional on the alphabet; give one that is")
     images = data.load_for_model(checkpoint, args.data_location).test
-    num_data = min(args.num_data, len(images.obs))
-    images = images.select(torch.linspace(0, len(images.obs) - 1, num_data).round().long())
+    images = images.select(data.spread(len(images.obs), args.num_data))
     model, network = models.from_checkpoint(checkpoint)
     rendering.set_compile(True)
     util.set_seed(args.seed)

@@ -18,8 +18,6 @@ from runs import checkpoints
 from util import UserError, warn
 
 TRAINED = ["sleep", "rws", "vimco"]  # the paper's procedure, which trains a network for the evaluation
-ALGORITHMS = [*TRAINED, "own", "mws"]
-ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
 SEARCH_ERRORS = ["search error", "gain of two"]  # see get_search_error
 # Kinds of images, in the order of their tables, and how the models relate to them
 KINDS = {"test": "unseen", "training": "on which the models were trained", "other": "on which the models were not trained"}
@@ -31,6 +29,8 @@ WORK_BY_ALGORITHM = {
     "own": ["test_num_particles"],
     "mws": [*WORK, "memory_size", "effort", "search"],
 }
+ALGORITHMS = list(WORK_BY_ALGORITHM)
+ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
 PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)] + ["a_mws_40"]
 
 
