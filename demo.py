@@ -51,14 +51,15 @@ class Reader:
 
     def read(self, found):
         """HTML about Characters"""
-        found = characters.Characters(found.inks[:MOST], found.files[:MOST])
         if not len(found):
             return "<p>There is no character on this page.</p>"
+        left_out = f"<p>The first {MOST} of {len(found)} characters are shown.</p>" * (len(found) > MOST)
+        found = characters.Characters(found.inks[:MOST], found.files[:MOST])
         with self.lock:  # for the seed
             util.set_seed(0)
             reading = characters.read(self.model, found)
             examples = drawings.vary_strokes(reading.drawing, NUM_EXAMPLES, 56)
-        return "<hr>".join(self.show(found, reading, examples[i], i) for i in range(len(found)))
+        return left_out + "<hr>".join(self.show(found, reading, examples[i], i) for i in range(len(found)))
 
     def show(self, found, reading, examples, i):
         strokes = get_strokes(reading, i)
@@ -68,7 +69,7 @@ class Reader:
         alike = self.known[distance.topk(min(NUM_ALIKE, len(distance)), largest=False).indices]
         log_p, deviation = reading.log_likelihood[i].item(), reading.deviation[i].sum().item()
         return f"""{animate(strokes, found.inks[i])}
-<p>{int(reading.drawing.on[i].sum())} strokes; log p(x | strokes) {log_p:.0f} nats; their deviation from the library's
+<p>{int(reading.drawing.on[i].sum())} strokes; log p(x | strokes) {log_p:.0f} nats; they deviate from the library's strokes by
 {deviation:.1f} nats (0: they are in it)</p>
 <p>From the library:<br>{show(self.library[visible])}</p><p>By other hands:<br>{show(examples)}</p><p>Resembles:<br>{show(alike)}</p>"""
 
@@ -109,7 +110,13 @@ pen.lineCap = pen.lineJoin = 'round';
 let timer;
 const send = () => {{ clearTimeout(timer); timer = setTimeout(() => trigger('submit', {{png: canvas.toDataURL()}}), {PAUSE}); }};
 const draw = e => {{ pen.lineTo(e.offsetX, e.offsetY); pen.stroke(); }};
-canvas.onpointerdown = e => {{ canvas.setPointerCapture(e.pointerId); pen.beginPath(); draw(e); draw(e); canvas.onpointermove = draw; }};
+canvas.onpointerdown = e => {{
+    canvas.setPointerCapture(e.pointerId);
+    pen.beginPath();
+    pen.moveTo(e.offsetX - 0.1, e.offsetY);  // a line of no length would leave no dot
+    draw(e);
+    canvas.onpointermove = draw;
+}};
 canvas.onpointerup = canvas.onpointercancel = () => {{ canvas.onpointermove = null; send(); }};
 element.querySelector('button').onclick = () => {{ pen.clearRect(0, 0, canvas.width, canvas.height); send(); }};
 """
@@ -121,9 +128,15 @@ def build(reader):
 
     others = itertools.cycle(torch.randperm(len(reader.known), generator=torch.Generator().manual_seed(0)).tolist())
 
-    def read_page(event: gradio.EventData):
-        page = images.decode("the page", base64.b64decode(event.png.split(",")[1]))
-        return reader.read(characters.from_inks([page < 0.5], "page"))
+    newest, turn = {}, threading.Lock()  # visitor: the last page sent; a page that waits is not read if it is not the last
+
+    def read_page(event: gradio.EventData, request: gradio.Request):
+        newest[request.session_hash] = event
+        with turn:
+            if newest[request.session_hash] is not event:
+                return gradio.skip()
+            page = images.decode("the page", base64.b64decode(event.png.split(",")[1]))
+            return reader.read(characters.from_inks([page < 0.5], "page"))
 
     def read_file(path):
         try:
@@ -144,7 +157,7 @@ def build(reader):
                 upload = gradio.UploadButton("A photograph", file_types=["image"])
             with gradio.Column(min_width=PAGE):
                 answer = gradio.HTML()
-        pad.submit(read_page, None, answer, show_progress="hidden", trigger_mode="multiple")
+        pad.submit(read_page, None, answer, show_progress="hidden", trigger_mode="multiple", concurrency_limit=None)
         known.click(read_known, None, answer)
         upload.upload(read_file, upload, answer)
     return page

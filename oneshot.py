@@ -161,7 +161,7 @@ def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     add, positive = parser.add, util.in_range(int, 1)
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one", required=True)
-    add("--runs", "Omniglot's all_runs.zip, or the folder that it unpacks to", required=True)
+    add("--runs", "Omniglot's all_runs.zip, or a zip or folder of runs in its form", required=True)
     add("--run-ids", "numbers of the runs to classify (default: all)", nargs="+", type=positive)
     add("--num-traces", "traces of each image", type=positive, default=matching.NUM_TRACES)
     add(

@@ -2,7 +2,7 @@
 
     python read.py my/*.png
     python read.py page.jpg --examples 9            # also draws nine new examples of each character, as by other hands
-    python read.py page.jpg --program               # also searches for the best program of the model's fixed strokes
+    python read.py page.jpg --program               # also searches for programs of the model's fixed strokes
 
 Writes into save/<model>/read/: strokes.pdf, every character stroke by stroke; for each character, <name>.svg, its strokes as
 real arcs, and <name>.json, its strokes in order, with log p(x | strokes), how probable they make the ink (closer to 0 is
@@ -146,7 +146,11 @@ def get_parser():
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one", default=MODEL)
     add("--output", "folder to write into (default: save/<model>/read)")
     add("--examples", "new examples to draw of each character", type=util.in_range(int, 1, 1000))
-    add("--program", "also search for the best program of the model's fixed strokes", action="store_true")
+    add(
+        "--program",
+        "also search for the best program of the model's fixed strokes, about 20 seconds a character",
+        action="store_true",
+    )
     add("--as-is", "take images as they are: one character each, of Omniglot's size and stroke width", action="store_true")
     add("--seed", "seed of examples and search", type=util.in_range(int, 0, 2**63 - 1), default=0)
     return parser

@@ -75,9 +75,9 @@ def find(paths, as_is=False):
             inks += found.inks
             files += found.files
         except OSError as error:
-            warn(f"cannot read {path} ({error.strerror}), skipped")
+            warn(f"cannot read {path} ({error.strerror}); skipped")
         except UserError as error:
-            warn(f"{error}, skipped")
+            warn(f"{error}; skipped")
     if not files:
         raise UserError("there is no character to read; give images of characters, or --as-is")
     return Characters(inks, files)

@@ -228,7 +228,7 @@ def stroke_figures(obs, seen, stages, labels, title, paths=None, off_page=None, 
     rows = [to_colour(torch.stack([obs, seen], 1)), colour_newest(stages)]  # [N, columns, R, R, 3] each
     rows, size = torch.cat(rows, 1), obs.shape[1]
     for figure, axes, chosen in row_figures(rows, labels, title, num_rows, headings):
-        write(axes, -get_gap(size), -get_gap(size), "log p(x, z)", ha="right", va="bottom")
+        write(axes, -get_gap(size), -get_gap(size), "log p(z, x)", ha="right", va="bottom")
         for row, i in enumerate(chosen):
             for step, moves in enumerate(paths[i] if paths else []):
                 left, top = place(row, 2 + step, size)

@@ -42,8 +42,8 @@ def browser():
     gradio.close_all()
 
 
-def draw(visitor, *lines):
-    """Draws lines with the mouse: lists of points (x, y), fractions of the page"""
+def draw(visitor, *lines, pause=0):
+    """Draws lines with the mouse: lists of points (x, y), fractions of the page; pauses after each, in milliseconds"""
     box = visitor.query_selector("canvas").bounding_box()
     for line in lines:
         x, y = (np.array(line).T * demo.PAGE + [[box["x"]], [box["y"]]]).round()
@@ -52,6 +52,7 @@ def draw(visitor, *lines):
         for point in zip(x[1:], y[1:], strict=True):
             visitor.mouse.move(*point)
         visitor.mouse.up()
+        visitor.wait_for_timeout(pause)
 
 
 def get_ink(visitor):
@@ -70,7 +71,7 @@ def test_strokes_lie_on_the_ink_that_two_visitors_draw(browser):
     visitors = browser(), browser()
     lines = [[(0.2, 0.3), (0.8, 0.3)], [(0.5, 0.3), (0.5, 0.8)]], [[(0.3, 0.7), (0.5, 0.2), (0.7, 0.7)]]
     for visitor, some in zip(visitors, lines, strict=True):
-        draw(visitor, *some)
+        draw(visitor, *some, pause=1.5 * demo.PAUSE)  # each is sent, and the first is still being read when the second comes
     for visitor in visitors:
         where = np.argwhere(get_ink(visitor))[:, ::-1]
         for _ in range(100):  # until the answer to the last stroke is there
@@ -85,10 +86,16 @@ def test_strokes_lie_on_the_ink_that_two_visitors_draw(browser):
     visitor.click("text=Clean page")
     visitor.wait_for_selector("text=There is no character on this page.")
     assert not get_ink(visitor).any() and not get_strokes(visitor)
+    box = visitor.query_selector("canvas").bounding_box()
+    visitor.mouse.click(box["x"] + demo.PAGE / 2, box["y"] + demo.PAGE / 2)
+    assert 0.5 < get_ink(visitor).sum() / (np.pi * demo.BRUSH**2 / 4) < 1.5
+    visitor.wait_for_selector("svg.strokes path", state="attached")
     rng = np.random.RandomState(0)
     draw(visitor, *rng.uniform(0.05, 0.95, (100, 2, 2)))
     visitor.wait_for_function("document.querySelectorAll('svg.strokes path').length > 50", timeout=60_000)
     assert get_ink(visitor).mean() > 0.3
+    visitor.click("text=Clean page")  # nothing but the last page is waiting to be read
+    visitor.wait_for_selector("text=There is no character on this page.", timeout=15_000)
 
 
 def test_a_known_character_and_a_photograph(browser, tmp_path):
