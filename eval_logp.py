@@ -97,6 +97,7 @@ class Evaluation:
         self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
         self.num_searched = 0  # images searched so far
         self.iteration = 0
+        self.clock = torch.zeros((), dtype=torch.long, device=device)  # the iteration, as a CUDA graph sees it
         self.statistics, self.pending = {}, []
         self.log_p = torch.empty(0, device=device)  # estimates made so far
 
@@ -121,6 +122,7 @@ class Evaluation:
             checkpoints.restore_parts(self.parts, state, self.hyperparameters)
             for name in ["num_searched", "iteration", "statistics", "log_p"]:
                 setattr(self, name, state[name])
+            self.clock.fill_(self.iteration)
             util.set_random_state(state["random_state"], self.device)
 
     def get_inputs(self, obs_id):
@@ -183,9 +185,11 @@ def train_step(evaluation, obs_id):
     else:
         objective = losses.OBJECTIVES[args.algorithm]
         scorer = functools.partial(evaluation.table.score, obs_id) if looks_scores_up(evaluation) else losses.score
-        inputs = evaluation.get_inputs(obs_id)
-        loss, statistics = objective(*networks, num_particles=args.num_particles, scorer=scorer, **inputs)
+        inputs = {**evaluation.get_inputs(obs_id), "num_particles": args.num_particles, "iteration": evaluation.clock}
+        loss, statistics = objective(*networks, scorer=scorer, **inputs)
     update(evaluation.optimizer, loss)
+    statistics = losses.get_statistics(statistics, [evaluation.clock, *networks])
+    evaluation.clock += 1
     return statistics
 
 
@@ -275,8 +279,8 @@ def show(evaluation, bar, done):
         bar.set_description("searching", refresh=False)
     if done % 10 == 0 and evaluation.pending:
         bar.set_description("training" if len(evaluation.log_p) == 0 else "estimating", refresh=False)
-        loss = evaluation.pending[-1][2]["phi_loss"].item()
-        bar.set_postfix({"phi_loss": f"{loss:.4g}", "latents scored": evaluation.table.num_scored}, refresh=False)
+        shown = {name: f"{value.item():.4g}" for name, value in evaluation.pending[-1][2].items()}
+        bar.set_postfix({**shown, "latents scored": evaluation.table.num_scored}, refresh=False)
 
 
 # ------------------------------------------------------------------ memoised evaluation
@@ -533,7 +537,7 @@ def is_complete(path, settings):
     if not path.exists():
         return False
     try:
-        result = checkpoints.load_result(path)
+        result = report.load_result(path)
     except UserError as error:
         path.rename(f"{path}.old")
         warn(f"{error}; it is evaluated again, and the file is now {path.name}.old")

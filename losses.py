@@ -16,7 +16,7 @@ import math
 from typing import Annotated, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import util
 from fast import gpu
@@ -358,7 +358,14 @@ def init_state(args, num_data, device):
     init = getattr(OBJECTIVES[args.algorithm], "init_state", None)
     available = {**vars(args), "num_data": num_data}
     parts = {} if init is None else init(**{name: available[name] for name in inspect.signature(init).parameters})
-    return {name: part.to(device) if hasattr(part, "to") else part for name, part in parts.items()}
+    for name, part in parts.items():
+        if name in {*Step._fields, "optimizer", "pretrain_optimizer"}:
+            raise util.UserError(f"{args.algorithm}: its state cannot hold a part called {name}: the name is taken; rename it")
+        if torch.is_tensor(part):
+            part.data = part.data.to(device)  # in place, so that an optimiser among the parts still has it
+        elif hasattr(part, "to"):
+            part.to(device)
+    return parts
 
 
 def get_loss(args, step, state):
@@ -367,11 +374,27 @@ def get_loss(args, step, state):
     objective = OBJECTIVES[args.algorithm]
     available = {**util.get_own_settings(args, "algorithm"), **step._asdict(), **state}
     loss, statistics = objective(**{name: available[name] for name in _get_names(objective) or available if name in available})
+    return loss, get_statistics(statistics, [step.iteration, step.generative_model, step.inference_network, *state.values()])
+
+
+def get_statistics(statistics, kept):
+    """An objective's statistics as they are recorded: scalars on the device, none of which changes later. Args: kept: tensors
+    and objects with a state_dict that later steps change; the first is on the device. Raises: UserError if one is no scalar"""
+    storages, device, recorded = _get_storages(kept), kept[0].device, {}
     for name, value in statistics.items():
         if not isinstance(name, str) or name == "iteration" or (torch.is_tensor(value) and value.dim() > 0):
-            raise util.UserError(f"{args.algorithm}: the statistic {name!r} must be a scalar, and cannot be called iteration")
-    like = step.obs  # a Python number becomes a tensor without a copy, which a CUDA graph could not record
-    return loss, {name: x.detach() if torch.is_tensor(x) else like.new_full((), x) for name, x in statistics.items()}
+            raise util.UserError(f"the statistic {name!r} of the objective must be a scalar, and cannot be called iteration")
+        if torch.is_tensor(value):
+            recorded[name] = value.detach().clone() if _get_storages([value]) & storages else value.detach()
+        else:  # without a copy, which a CUDA graph could not record
+            recorded[name] = torch.full((), value, dtype=torch.float32, device=device)
+    return recorded
+
+
+def _get_storages(parts):
+    """Identifies the storages of tensors, and of those in objects with a state_dict: a set"""
+    tensors = tree_leaves([part if torch.is_tensor(part) else part.state_dict() for part in parts])
+    return {x.untyped_storage()._cdata for x in tensors if torch.is_tensor(x)}
 
 
 @functools.cache

@@ -99,12 +99,16 @@ class Run:
         """Restores a checkpoint. Raises: UserError if its run had other settings or its parts do not fit"""
         differences = util.describe_differences(checkpoint["settings"], self.settings)
         if differences:
-            folder = util.SAVE / self.path_base
+            folder, name = util.SAVE / self.path_base, self.path_base.removeprefix("test_run_")
             raise UserError(
-                f"{folder} holds a run with other settings: {differences}; use its settings, or move that folder away"
+                f"{folder} holds a run with other settings: {differences}; use its settings, with --name={name}, or move that"
+                " folder away"
             )
         for name, value in checkpoint["removed"].items():
             warn(f"the checkpoint has a setting {name.replace('_', '-')} ({value}), which no longer exists and is ignored")
+        for name in checkpoint.keys() - self.parts.keys() - checkpoints.TYPES.keys() - checkpoints.RESERVED:
+            if checkpoint[name] is not None:
+                warn(f"the checkpoint has a part {name}, which this run lacks; it is ignored")
         with checkpoints.using(checkpoint):
             checkpoints.restore_parts(self.parts, checkpoint, self.hyperparameters)
             for name in ["statistics", "pretrain_iteration", "iteration", "num_called", "reason"]:
@@ -142,11 +146,11 @@ def get_adam(groups, device, lr=1e-3):
 
 def update(optimizer, loss):
     """Takes one optimiser step on the loss. Parameters that the loss does not depend on (those of strokes that leave no ink,
-    say) get zero gradients, so that all parameters have the same history."""
+    say) get zero gradients, so that all parameters have the same history; frozen ones stay as they are."""
     optimizer.zero_grad()
     loss.backward()
     for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
-        if parameter.grad is None:
+        if parameter.grad is None and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
 
@@ -229,12 +233,15 @@ def test(run):
 
 
 def call_back(run):
-    """Calls the first callback that is due, with the run and all its statistics so far. Random numbers drawn in it do not
-    affect the run. A callback interrupted by a signal may return False, to be called again when the run resumes"""
+    """Calls the first callback that is due, with the run, its models in evaluation mode, and all its statistics so far. Random
+    numbers drawn in it do not affect the run. A callback interrupted by a signal may return False, to be called again when the
+    run resumes"""
     run.flush_statistics()
+    networks = torch.nn.ModuleList([run.generative_model, run.inference_network]).eval()
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
         if run.get_due()[0](run) is not False or run.stop.received is None:
             run.num_called += 1
+    networks.train()
 
 
 def is_milestone(iteration):
@@ -336,7 +343,7 @@ def main(argv=None):
                 return 0
             print(f"resuming at iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")
         rendering.set_compile(args.compile, device)
-        memory_size = run.settings.get("memory_size", 0)
+        memory_size = run.state["memory"].shape[1] if "memory" in run.state else 0
         build = functools.partial(models.build, args, dataset.num_alphabets, device)
         batch_size, memory = min(args.batch_size, len(dataset.train.obs)), (losses.init_memory, losses.remember)
         kernel_check.check(build, device, args.num_particles, batch_size, memory_size, *memory)

@@ -96,7 +96,9 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def complete(self, beginning, context, temperature=1.0):
         """Continues programs from their first k strokes: beginning [N, k, 2], context [N, H] -> [N, A, 2]. Strokes are more
-        typical at temperatures below 1, and more varied above. Raises: ValueError if k > A"""
+        typical at temperatures below 1, and more varied above. Raises: ValueError if k > A or the temperature is not positive"""
+        if not temperature > 0:
+            raise ValueError(f"the temperature is {temperature}; it must be above 0")
         if beginning.shape[1] > self.num_arcs:
             raise ValueError(f"{beginning.shape[1]} strokes are given, but programs have {self.num_arcs}")
         return self._draw(*self._get_inputs(context), beginning.unbind(1), temperature)[0]
@@ -622,7 +624,8 @@ def build(args, num_alphabets, device="cpu"):
 def from_checkpoint(checkpoint, device="cpu"):
     """Builds the models of a checkpoint of main.py, a dict from `runs.checkpoints.load`.
 
-    Returns: GenerativeModel, InferenceNetwork, on the device, their parameters fixed (requires_grad is False)
+    Returns: GenerativeModel, InferenceNetwork, on the device, in evaluation mode, their parameters fixed (requires_grad is
+        False)
     Raises: UserError if its contents are inconsistent
     """
     args, num_alphabets = argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"]
@@ -632,8 +635,9 @@ def from_checkpoint(checkpoint, device="cpu"):
             model.load_state_dict(state, assign=True)  # compares sizes before anything is allocated
         models = build(args, num_alphabets, device)
         for model, state in zip(models, saved, strict=True):
-            model.to(next(iter(state.values())).dtype).load_state_dict(state)
-            model.requires_grad_(False)
+            dtype = next(value.dtype for value in state.values() if value.is_floating_point())
+            model.to(dtype).load_state_dict(state)
+            model.eval().requires_grad_(False)
     except Exception as error:  # a foreign file's contents, or a custom model, may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"{checkpoint.get('path', 'the checkpoint')} does not make this program's models ({reason})") from error

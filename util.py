@@ -295,6 +295,12 @@ def get_settings(args):
     return {**settings, "test_run": args.test_run}
 
 
+def get_first_names(values):
+    """Values of settings by the names that these had before any renaming, which names of runs keep: a dict"""
+    fields = get_fields()
+    return {fields[name].setting.formerly or name if name in fields else name: value for name, value in values.items()}
+
+
 def is_owner(args, field):
     """Whether a setting belongs to the algorithm or the likelihood that the arguments choose"""
     return any(getattr(args, name) == choice for name, choice in field.owners)
@@ -316,13 +322,13 @@ def get_path_base(args):
 
     Raises: UserError if it is not a valid folder name, which the arguments of a foreign file may imply
     """
-    settings, fields = get_settings(args), get_fields()
+    settings, fields = get_first_names(get_settings(args)), get_fields()
     test_run = "test_run_" * bool(settings.pop("test_run"))
     if getattr(args, "name", None):
         return check_name(test_run + args.name)
-    defaults = {name: field.default for name, field in fields.items()}
+    defaults = get_first_names({name: field.default for name, field in fields.items()})
     if test_run:
-        limits = get_test_run_limits(args)
+        limits = get_first_names(get_test_run_limits(args))
         defaults |= {name: min(limits[name], defaults[name]) for name in limits if defaults[name] is not None}
         defaults["data_location"] = "glyphs"
     conditional, small = settings.pop("condition_on_alphabet"), settings.pop("small_dataset")
@@ -334,7 +340,7 @@ def get_path_base(args):
         defaults["memory_size"] = None
     parts = [f"{'a_' * bool(conditional)}{algorithm}_{total}{'' if small else '_large'}"]
     for name in [name for name, value in settings.items() if value != defaults[name]]:
-        parts.append(f"{(fields[name].setting.formerly or name).replace('_', '-')}={settings[name]}")
+        parts.append(f"{name.replace('_', '-')}={settings[name]}")
     name = test_run + "_".join(parts)
     if len(os.fsencode(name)) > 200:  # file systems allow 255 bytes
         short = os.fsencode(name)[:180].decode(errors="ignore")

@@ -59,12 +59,21 @@ class Run(NamedTuple):
     search_error: tuple | None = None  # see get_search_error
 
 
+def load_result(path):
+    """Loads a result of eval_logp.py. Raises: UserError if it is damaged, or a row of a table cannot be made of it"""
+    result = checkpoints.load_result(path)
+    with checkpoints.using({"path": path}):
+        run = make_run(result["run"], get_images(result), {result["settings"]["algorithm"]: result})
+        get_place(run.images), get_row(run.name, [run]), int(run.iteration)
+    return result
+
+
 def load_results(paths):
     """Loads results of eval_logp.py, by path; leaves out damaged ones, with a warning"""
     results = {}
     for path in paths:
         try:
-            results[path] = checkpoints.load_result(path)
+            results[path] = load_result(path)
         except UserError as error:
             warn(f"{error}; left out")
     return results
@@ -168,7 +177,7 @@ def get_half_width(values):
 
 def describe(path):
     """Describes a result of eval_logp.py in a sentence"""
-    result = checkpoints.load_result(path)
+    result = load_result(path)
     error = get_search_error(result)
     searched = f", search error {error[0]:.2f} (both halves together gain {error[1]:.2f} over one)" if error else ""
     return (
@@ -260,7 +269,8 @@ def choose_seeds(runs):
 
 def get_num_latents(run):
     """The number of latents per image in training: proposals and remembered ones"""
-    return run.settings["num_particles"] + run.settings.get("memory_size", 0)
+    settings = util.get_first_names(run.settings)
+    return settings["num_particles"] + settings.get("memory_size", 0)
 
 
 def get_row(name, runs):

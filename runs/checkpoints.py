@@ -249,7 +249,7 @@ def get_states(parts):
             raise UserError(f"a part of a run cannot be called {name}: the name is taken; rename it")
         if not torch.is_tensor(part) and not hasattr(part, "state_dict"):
             raise UserError(f"the part {name} of a run is neither a tensor nor has a state_dict, so it cannot be saved")
-    return {name: part if torch.is_tensor(part) else part.state_dict() for name, part in parts.items()}
+    return {name: part.detach() if torch.is_tensor(part) else part.state_dict() for name, part in parts.items()}
 
 
 def get_hyperparameters(parts):
@@ -268,7 +268,8 @@ def get_hyperparameters(parts):
 
 
 def restore_parts(parts, checkpoint, hyperparameters):
-    """Restores parts from a checkpoint, which may come from another device. Missing parts stay as they are, with a warning.
+    """Restores parts from a checkpoint, which may come from another device. Missing parts stay as they are, with a warning, as
+    do schedules of another kind.
 
     Args: hyperparameters: from `get_hyperparameters`, as the code sets them; where the checkpoint was made with others, the
         code's stay, with a warning
@@ -282,44 +283,54 @@ def restore_parts(parts, checkpoint, hyperparameters):
             if (part.shape, part.dtype) != (checkpoint[name].shape, checkpoint[name].dtype):
                 kinds = [f"{list(some.shape)} ({some.dtype})" for some in (checkpoint[name], part)]
                 raise UserError(f"{get_source(checkpoint)}: its {name} has the shape {kinds[0]}, but this run's has {kinds[1]}")
-            part.copy_(checkpoint[name])
+            part.data.copy_(checkpoint[name])
         elif name in hyperparameters:
             made_with = checkpoint["hyperparameters"].get(name, hyperparameters[name])
             restore_optimizer(name, part, checkpoint[name], hyperparameters[name], made_with)
-        else:
-            if isinstance(part, torch.optim.lr_scheduler.LRScheduler):
-                warn_of_schedule(name, part.state_dict(), checkpoint[name])
+        elif not isinstance(part, torch.optim.lr_scheduler.LRScheduler) or can_go_on(name, part.state_dict(), checkpoint[name]):
             part.load_state_dict(checkpoint[name])
 
 
-def warn_of_schedule(name, ours, theirs):
-    """Warns of what the code has changed in a schedule, which continues as it was saved"""
-    for key in [key for key in ours if not key.startswith("_") and key != "last_epoch" and key in theirs]:
+def can_go_on(name, ours, theirs):
+    """Whether a schedule can continue as it was saved, with warnings of what the code has changed. Args: state_dicts"""
+    if ours.keys() != theirs.keys():
+        warn(f"{name}: a different kind of schedule than in the checkpoint; it begins now, with the learning rate as saved")
+        return False
+    for key in [key for key in ours if not key.startswith("_") and key != "last_epoch"]:
         if _to_plain(ours[key]) != _to_plain(theirs[key]):
             warn(f"{name}: {key} is {theirs[key]} in the checkpoint and {ours[key]} in the code; the schedule goes on as saved")
+    return True
 
 
 def restore_optimizer(name, optimizer, state, ours, theirs):
     """Restores an optimiser's state. Hyperparameters that changed in the code keep the code's values, with a warning; others
-    are restored, since a schedule may have changed them. The state of another kind of optimiser is not used.
+    are restored, since a callback may have changed them, as is the learning rate under a schedule. The state of another kind of
+    optimiser, or of one with more or fewer groups, is not used.
 
     Args: ours, theirs: hyperparameters, from `get_hyperparameters`, as set by the code and by the code that saved them
     """
     name = name.replace("_", " ")
-    if any(
+    if len(ours) != len(theirs) or any(
         our.get(key) != their.get(key, our.get(key))
         for our, their in zip(ours, theirs, strict=False)
         for key in ("optimiser", "amsgrad")
     ):
-        warn(f"{name}: a different kind of optimiser than in the checkpoint; its state is initialised afresh")
+        warn(f"{name}: a different kind of optimiser, or number of groups, than in the checkpoint; it is initialised afresh")
         return
-    groups = []
+    groups, warnings = [], []
     for group, saved, our, their in zip(optimizer.param_groups, state["param_groups"], ours, theirs, strict=True):
-        changed = [key for key in our if key in their and our[key] != their[key]]
-        for key in changed:
-            warn(f"{name}: {key} changed from {their[key]} to {our[key]}; using that of the code")
         saved = {key: value.item() if torch.is_tensor(value) else value for key, value in saved.items()}
+        changed = {key: their[key] for key in our if key in their and our[key] != their[key]}
+        had_schedule, has_schedule = "initial_lr" in saved, "initial_lr" in our
+        if had_schedule and has_schedule:
+            changed = {key: value for key, value in changed.items() if key not in ("lr", "initial_lr")}
+        elif had_schedule:
+            changed["lr"] = float(f"{saved['lr']:.6g}")
+            del saved["initial_lr"]
+        warnings += [f"{key} changed from {value} to {our[key]}; using that of the code" for key, value in changed.items()]
         groups.append({**group, **saved, **{key: group[key] for key in [*changed, *OF_DEVICES] if key in group}})
+    for warning in dict.fromkeys(warnings):
+        warn(f"{name}: {warning}")
     optimizer.load_state_dict({**state, "param_groups": groups})
 
 

@@ -14,6 +14,7 @@ import torch
 
 import losses  # noqa: F401  # it and models declare settings
 import util
+from runs import checkpoints
 from util import UserError
 
 RUN = {"args", "settings", "generative_model", "statistics", "optimizer"}
@@ -126,7 +127,8 @@ def main():
     status = 0
     for path in parser.parse_args().files:
         try:
-            print(f"{path} {convert(path)}", flush=True)
+            with checkpoints.using({"path": path}):
+                print(f"{path} {convert(path)}", flush=True)
         except (UserError, OSError) as error:
             util.warn(str(error))
             status = 1

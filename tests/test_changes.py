@@ -1,6 +1,7 @@
 """What researchers change takes one place, and works through kill, resume, pictures, evaluation and sweep: each change is made to
 the text of a copy of the project, which is then used as they would."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -13,6 +14,11 @@ import scipy.io
 import torch
 from conftest import ROOT
 from test_data import make_mat
+
+import losses
+import main
+import util
+from runs import checkpoints
 
 TINY = (
     "--data-location=data.mat --small-dataset --num-arcs=3 --num-primitives=5 --q-lstm-hidden-size=8 --obs-embedding-dim=8 --batch-size=5"
@@ -86,12 +92,13 @@ OBJECTIVE = {
 
 def init_annealed(num_data, num_arcs, num_primitives, memory_size: Annotated[int, MEMORY_SIZE] = 10):
     memory = init_memory(num_data, memory_size, num_arcs, num_primitives)
-    return {"memory": memory, "baseline": torch.zeros(())}
+    scale = torch.nn.Parameter(torch.ones(()))
+    return {"memory": memory, "baseline": torch.zeros(()), "scale": scale, "scale_optimizer": torch.optim.Adam([scale], 0.1)}
 
 
 @keeps(init_annealed)
 def annealed(
-    generative_model, inference_network, obs, obs_id, num_particles, alphabet, iteration, memory, baseline,
+    generative_model, inference_network, obs, obs_id, num_particles, alphabet, iteration, memory, baseline, scale, scale_optimizer,
     start: Annotated[float, Setting("temperature at first", 1, 100)] = 2.0,
     decay: Annotated[float, Setting("iterations in which it falls", 1)] = 4.0,
 ):
@@ -99,7 +106,11 @@ def annealed(
     loss, statistics = mws(generative_model, inference_network, memory, obs, obs_id, num_particles, alphabet)
     temperature = 1 + (start - 1) * (-iteration / decay).exp()
     baseline.mul_(0.9).add_(0.1 * loss.detach())
-    return loss / temperature, {**statistics, "test_gap": loss.detach() - baseline, "temperature": temperature}
+    scale_optimizer.zero_grad()
+    scale.square().backward()
+    scale_optimizer.step()
+    statistics |= {"test_gap": loss.detach() - baseline, "temperature": temperature, "done": iteration, "baseline": baseline}
+    return loss * scale.detach() / temperature, statistics
 
 
 OBJECTIVES["annealed"] = annealed
@@ -202,6 +213,8 @@ def test_a_change_works_everywhere(copy, name):
         table = resumed["statistics"]["train"]
         torch.testing.assert_close(table["temperature"], 1 + (-torch.arange(6.0) / 3).exp())
         assert table["test_gap"].isfinite().all() and resumed["baseline"] != 0 and resumed["memory"].shape == (50, 2, 3)
+        assert table["done"].tolist() == list(range(6)) and table["baseline"].unique().numel() == 6
+        assert resumed["scale"] == pytest.approx(0.4, abs=0.05)
         assert {"temperature", "test_gap"} <= set(open(f"save/{path_base}/losses.csv").readline().strip().split(","))
     else:
         model = resumed["generative_model"]
@@ -217,7 +230,7 @@ flags = json.loads(sys.argv[2])
 assert main.main(flags) == 0
 path_base = util.get_path_base(main.parse_args(flags))
 assert diagnostics.main(["--checkpoint-path", path_base, "--loss-only"]) == 0
-evaluate = "--num-data=2 --test-num-particles=10 --no-compile --algorithm=own --force".split()
+evaluate = "--num-data=2 --test-num-particles=10 --no-compile --algorithm=rws --num-particles=3 --num-iterations=12 --force".split()
 assert eval_logp.main([*evaluate, "--checkpoint-path", path_base]) == 0
 print(path_base)
 """
@@ -234,10 +247,10 @@ def test_a_run_goes_on_with_changed_settings_and_statistics(copy):
              '    prior_rate: Annotated[float, Setting(formerly="prior_lr_factor", help='),
         ],
         "main.py": [("args.prior_lr_factor)", "args.prior_rate)"), ("lr=1e-3):\n    \"\"\"Adam for both", "lr=2e-3):\n    \"\"\"Adam for both")],
-        "losses.py": [(
+        "losses.py": [("def rws(log_p, log_q):", "def rws(log_p, log_q, iteration):"), (
             '    return theta_loss + phi_loss, {"theta_loss": theta_loss, "phi_loss": phi_loss, "effective_sample_size": size}\n\n\n'
             "@particle_objective\ndef wake_theta",
-            '    return theta_loss + phi_loss, {"theta_loss": theta_loss, "phi_loss": phi_loss, "spread": log_weight.std()}\n\n\n'
+            '    return theta_loss + phi_loss, {"theta_loss": theta_loss, "done": iteration, "spread": log_weight.std(), "one": 1}\n\n\n'
             "@particle_objective\ndef wake_theta",
         )],
     })  # fmt: skip
@@ -248,8 +261,63 @@ def test_a_run_goes_on_with_changed_settings_and_statistics(copy):
     table = load(before)["statistics"]["train"]
     assert table["iteration"].tolist() == list(range(1, 10))
     assert table["effective_sample_size"].isfinite().tolist() == [True] * 6 + [False] * 3
-    assert table["spread"].isfinite().tolist() == [False] * 6 + [True] * 3
+    assert table["spread"].isfinite().tolist() == [False] * 6 + [True] * 3 and table["done"][6:].tolist() == [6, 7, 8]
+    result = torch.load(f"save/{before}/logp/test_rws.pt", weights_only=True)
+    assert result["statistics"]["train"]["done"].tolist() == list(range(12))
     assert load(before)["optimizer"]["param_groups"][0]["lr"] == 2e-3
+
+
+def get_parts(make_schedule=None, lr=1e-3, num_groups=1):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(3))]} for _ in range(num_groups)]
+    parts = {"optimizer": torch.optim.Adam(groups, lr)}
+    if make_schedule:
+        parts["schedule"] = make_schedule(parts["optimizer"])
+    return parts, checkpoints.get_hyperparameters(parts)
+
+
+def make_cosine(optimizer):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 16)
+
+
+@pytest.mark.parametrize(
+    "options, lr, warning",
+    [
+        ([make_cosine], 5e-4, ""),
+        (
+            [make_cosine, 2e-3],
+            5e-4,
+            "schedule: base_lrs is [0.001] in the checkpoint and [0.002] in the code; the schedule goes on",
+        ),
+        ([None], 1e-3, "optimizer: lr changed from 0.0005 to 0.001; using that of the code"),
+        ([lambda x: torch.optim.lr_scheduler.ExponentialLR(x, 0.9)], 5e-4, "schedule: a different kind of schedule"),
+        ([None, 1e-3, 2], 1e-3, "optimizer: a different kind of optimiser, or number of groups"),
+    ],
+)
+def test_learning_rates_under_changed_schedules(options, lr, warning, capsys):
+    """After half of a cosine from 1e-3"""
+    parts, hyperparameters = get_parts(make_cosine)
+    for _ in range(8):
+        parts["optimizer"].step()
+        parts["schedule"].step()
+    saved = {**checkpoints.get_states(parts), "hyperparameters": hyperparameters}
+    ours, hyperparameters = get_parts(*options)
+    checkpoints.restore_parts(ours, saved, hyperparameters)
+    assert [group["lr"] for group in ours["optimizer"].param_groups] == pytest.approx([lr] * len(hyperparameters["optimizer"]))
+    stderr = capsys.readouterr().err
+    assert warning in stderr and stderr.count("\n") == bool(warning)
+
+
+@pytest.mark.parametrize("name", ["obs", "optimizer", "alphabet"])
+def test_names_of_state_that_are_taken(name, monkeypatch):
+    monkeypatch.setitem(losses.OBJECTIVES, "mine", losses.keeps(lambda: {name: torch.zeros(())})(lambda **_: None))
+    with pytest.raises(util.UserError, match=f"a part called {name}: the name is taken"):
+        losses.init_state(argparse.Namespace(algorithm="mine"), 5, torch.device("cpu"))
+
+
+def test_frozen_parameters_stay_as_they_are():
+    frozen, free = (torch.nn.Parameter(torch.ones(2), requires_grad=x) for x in (False, True))
+    main.update(torch.optim.AdamW([frozen, free], weight_decay=0.1), free.sum())
+    assert torch.equal(frozen, torch.ones(2)) and (free < 1).all()
 
 
 def test_callbacks_and_a_reason_to_stop(copy):
@@ -260,7 +328,7 @@ def test_callbacks_and_a_reason_to_stop(copy):
             "        def look(run):\n"
             "            run.generative_model.sample(3)\n"
             "            run.record('test', {'looked': run.iteration})\n"
-            "            assert len(run.statistics['train']['iteration']) == run.iteration\n"
+            "            assert len(run.statistics['train']['iteration']) == run.iteration and not run.generative_model.training\n"
             "            run.reason = 'it has seen enough' if run.iteration == 4 else ''\n"
             "            return False\n"
             "        self.callbacks.append((2, look))\n"

@@ -465,10 +465,13 @@ def test_report(model, capsys):
     result["settings"]["model"], result["model_iteration"] = "older", 2
     util.save_checkpoint(path, result)
     cut(util.SAVE / model / "logp" / "test_rws.pt")
+    wrong = {"log_p": None, "latents": {}, "args": {}, "settings": {}, "log_p_by_image": 3, "model_iteration": "q"}
+    for name, value in wrong.items():  # with a right digest
+        util.save_checkpoint(util.SAVE / f"wrong_{name}" / "logp/test_rws.pt", {**result, name: value})
     assert eval_logp.main(["--report"]) == 0
     stderr = capsys.readouterr().err
     assert "damaged" in stderr and "test_vimco.pt is left out: its model is older" in stderr
-    assert stderr.count("\n") == 2
+    assert stderr.count("cannot be used here") == len(wrong) and stderr.count("\n") == 2 + len(wrong)
     (row,) = read_csv().values()
     assert float(row["rws"]) == pytest.approx(values["rws"][1])
     assert float(row["vimco"]) == pytest.approx(values["vimco"][0])

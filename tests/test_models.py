@@ -501,6 +501,8 @@ def test_programs_are_completed(temperature):
     assert torch.equal(completed[:, :1], beginning)
     with pytest.raises(ValueError, match="3 strokes"):
         model.complete(beginning[:, [0, 0, 0]], temperature, alphabet)
+    with pytest.raises(ValueError, match="above 0"):
+        model.complete(beginning, 0, alphabet)
     # of two independent numbers, the temperature applies to each
     ids, on = (by_first[1].view(K, 2).logsumexp(dim) for dim in (1, 0))
     second = (ids / temperature).log_softmax(0)[:, None] + (on / temperature).log_softmax(0)
