@@ -1,6 +1,6 @@
 """Estimates log p of images under a trained generative model, and reports all estimates.
 
-    python eval_logp.py --checkpoint-path mws_20 --algorithm mws                    # 16 minutes on two cores: the one to report
+    python eval_logp.py --checkpoint-path mws_20 --algorithm mws                    # 15 minutes on two cores: the one to report
     python eval_logp.py --checkpoint-path mws_20 --algorithm own                    # a minute
     python eval_logp.py --checkpoint-path mws_20 --algorithm rws                    # hours: the paper's procedure
     python eval_logp.py --checkpoint-path mws_20 --algorithm own --every-checkpoint # in the course of training
