@@ -101,12 +101,14 @@ def resize(obs, resolution):
 
 
 @torch.no_grad()
-def vary_strokes(drawing, num_examples, resolution):
-    """Draws programs as other hands would: [N, E, R, R]"""
-    ids = torch.arange(len(drawing.on)).repeat_interleave(num_examples)
+def vary_strokes(drawing, num_examples, resolution, num_tries=3):
+    """Draws programs as other hands would: [N, E, R, R]. Each is the first of a few tries that stays within the page, if any"""
+    ids = torch.arange(len(drawing.on)).repeat_interleave(num_examples * num_tries)
     varied = variation.sample(drawing.select(ids))
     probs = draw_arcs(varied.params, variation.get_arcs(varied), varied.on, resolution, varied.map)
-    return probs.unflatten(0, (-1, num_examples))
+    probs = probs.unflatten(0, (-1, num_tries))  # [N * E, T, R, R]
+    edge = (probs > 0.5).sum((2, 3)) - (probs[..., 1:-1, 1:-1] > 0.5).sum((2, 3))  # pixels of ink on it: [N * E, T]
+    return probs[torch.arange(len(probs)), edge.argmin(1)].unflatten(0, (-1, num_examples))
 
 
 # ------------------------------------------------------------------ primitives
