@@ -86,12 +86,15 @@ class Evaluation:
         else:
             self.network = build_network(args, checkpoint["args"], len(self.obs), num_alphabets).to(device)
         self.optimizer = get_adam(self.network.parameters(), device, LEARNING_RATE)
+        # The objective's own settings are those of the model, or their defaults
+        self.objective_args = argparse.Namespace(**{**checkpoint["args"], "algorithm": args.algorithm})
+        self.state = losses.init_state(self.objective_args, len(self.obs), device) if args.algorithm in ("rws", "vimco") else {}
         self.table = ScoreTable(self.generative_model.num_arcs, device)
         self.programs = None  # the best found so far, packed: [N, M, A], of mws
         if args.algorithm == "mws":
             shape = len(self.obs), args.memory_size, self.generative_model.num_arcs
             self.programs = torch.zeros(shape, dtype=torch.int16, device=device)
-        self.parts = dict(network=self.network, optimizer=self.optimizer, table=self.table)
+        self.parts = dict(network=self.network, optimizer=self.optimizer, table=self.table, **self.state)
         if self.programs is not None:
             self.parts["programs"] = self.programs
         self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
@@ -183,12 +186,17 @@ def train_step(evaluation, obs_id):
     if args.algorithm == "sleep":
         loss, statistics = losses.sleep_in_parts(*networks, get_num_dreams(args))
     else:
-        objective = losses.OBJECTIVES[args.algorithm]
         scorer = functools.partial(evaluation.table.score, obs_id) if looks_scores_up(evaluation) else losses.score
-        inputs = {**evaluation.get_inputs(obs_id), "num_particles": args.num_particles, "iteration": evaluation.clock}
-        loss, statistics = objective(*networks, scorer=scorer, **inputs)
+        num_dreams = losses.get_num_dreams(len(obs_id), args.num_particles)
+        step = losses.Step(
+            *networks,
+            **evaluation.get_inputs(obs_id),
+            num_particles=args.num_particles,
+            num_dreams=num_dreams,
+            iteration=evaluation.clock,
+        )
+        loss, statistics = losses.get_loss(evaluation.objective_args, step, evaluation.state, scorer=scorer)
     update(evaluation.optimizer, loss)
-    statistics = losses.get_statistics(statistics, [evaluation.clock, *networks])
     evaluation.clock += 1
     return statistics
 
@@ -220,6 +228,7 @@ def add_proposals(evaluation):
 def estimate_step(evaluation):
     """Estimates log p of the next batch of images"""
     args, done = evaluation.args, len(evaluation.log_p)
+    evaluation.network.eval()
     last = min(done + args.test_batch_size, len(evaluation.obs))
     obs_id = torch.arange(done, last, device=evaluation.device)
     log_weight = scoring.get_log_weight(
@@ -340,6 +349,8 @@ def estimate_together(halves):
     """
     model, log_p, by_half = halves[0].generative_model, [], []
     num_particles = math.ceil(halves[0].args.test_num_particles / len(halves))
+    for half in halves:
+        half.network.eval()
     for obs_id in util.show_progress(
         torch.arange(len(halves[0].obs), device=halves[0].device), desc="estimating", unit="image"
     ):

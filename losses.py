@@ -13,6 +13,7 @@ Arguments annotated with a Setting are its own settings; `keeps` gives it a stat
 import functools
 import inspect
 import math
+import numbers
 from typing import Annotated, NamedTuple
 
 import torch
@@ -359,7 +360,7 @@ def init_state(args, num_data, device):
     available = {**vars(args), "num_data": num_data}
     parts = {} if init is None else init(**{name: available[name] for name in inspect.signature(init).parameters})
     for name, part in parts.items():
-        if name in {*Step._fields, "optimizer", "pretrain_optimizer"}:
+        if name in {*Step._fields, *util.get_own_settings(args, "algorithm"), "scorer", "optimizer", "pretrain_optimizer"}:
             raise util.UserError(f"{args.algorithm}: its state cannot hold a part called {name}: the name is taken; rename it")
         if torch.is_tensor(part):
             part.data = part.data.to(device)  # in place, so that an optimiser among the parts still has it
@@ -368,11 +369,11 @@ def init_state(args, num_data, device):
     return parts
 
 
-def get_loss(args, step, state):
+def get_loss(args, step, state, **others):
     """The scalar to differentiate and the statistics to record, by the objective that a run's arguments choose.
-    Args: step: a Step; state: from `init_state`"""
+    Args: step: a Step; state: from `init_state`; others: passed on by name, if the objective takes them"""
     objective = OBJECTIVES[args.algorithm]
-    available = {**util.get_own_settings(args, "algorithm"), **step._asdict(), **state}
+    available = {**util.get_own_settings(args, "algorithm"), **step._asdict(), **state, **others}
     loss, statistics = objective(**{name: available[name] for name in _get_names(objective) or available if name in available})
     return loss, get_statistics(statistics, [step.iteration, step.generative_model, step.inference_network, *state.values()])
 
@@ -382,10 +383,12 @@ def get_statistics(statistics, kept):
     and objects with a state_dict that later steps change; the first is on the device. Raises: UserError if one is no scalar"""
     storages, device, recorded = _get_storages(kept), kept[0].device, {}
     for name, value in statistics.items():
-        if not isinstance(name, str) or name == "iteration" or (torch.is_tensor(value) and value.dim() > 0):
-            raise util.UserError(f"the statistic {name!r} of the objective must be a scalar, and cannot be called iteration")
+        is_scalar = value.dim() == 0 if torch.is_tensor(value) else isinstance(value, numbers.Real)
+        if not isinstance(name, str) or name == "iteration" or not is_scalar:
+            raise util.UserError(f"the statistic {name!r} must be a scalar, and cannot be called iteration")
         if torch.is_tensor(value):
-            recorded[name] = value.detach().clone() if _get_storages([value]) & storages else value.detach()
+            is_copied = device.type == "cpu" or _get_storages([value]) & storages  # on a GPU, copying takes a launch
+            recorded[name] = value.detach().clone() if is_copied else value.detach()
         else:  # without a copy, which a CUDA graph could not record
             recorded[name] = torch.full((), value, dtype=torch.float32, device=device)
     return recorded

@@ -68,9 +68,9 @@ class Run:
         self.pending = []  # statistics not yet moved off the device
 
     def record(self, phase, statistics):
-        """Records statistics, a dict of scalars, of this iteration"""
+        """Records statistics, a dict of scalars, of this iteration, as they are now"""
         iteration = self.pretrain_iteration if phase == "pretrain" else self.iteration
-        self.pending.append((phase, iteration, statistics))
+        self.pending.append((phase, iteration, losses.get_statistics(statistics, [self.clock, *self.parts.values()])))
 
     def flush_statistics(self):
         append_statistics(self.statistics, self.pending)
@@ -176,6 +176,7 @@ def pretrain_step(run):
     """Takes a step of sleep. Returns: the statistics to record"""
     num_samples = losses.get_num_dreams(run.args.batch_size, run.args.num_particles)
     loss, statistics = losses.sleep(run.generative_model, run.inference_network, num_samples)
+    statistics = losses.get_statistics(statistics, [run.clock, run.generative_model, run.inference_network])
     update(run.pretrain_optimizer, loss)
     return statistics
 
@@ -237,11 +238,14 @@ def call_back(run):
     numbers drawn in it do not affect the run. A callback interrupted by a signal may return False, to be called again when the
     run resumes"""
     run.flush_statistics()
-    networks = torch.nn.ModuleList([run.generative_model, run.inference_network]).eval()
+    modules = [*run.generative_model.modules(), *run.inference_network.modules()]
+    modes = [module.training for module in modules]
+    run.generative_model.eval(), run.inference_network.eval()
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
         if run.get_due()[0](run) is not False or run.stop.received is None:
             run.num_called += 1
-    networks.train()
+    for module, mode in zip(modules, modes, strict=True):
+        module.training = mode
 
 
 def is_milestone(iteration):
@@ -296,13 +300,13 @@ def train(run):
             if run.pretrain_iteration < args.pretrain_iterations:
                 statistics = pretrain()
                 run.pretrain_iteration += 1
-                run.record("pretrain", statistics)
+                run.pending.append(("pretrain", run.pretrain_iteration, statistics))
             elif run.iteration < args.num_iterations:
                 pretrain = None  # releases a CUDA graph's memory
                 statistics = step(get_obs_id(run))
                 run.iteration += 1
                 run.num_called = 0
-                run.record("train", statistics)
+                run.pending.append(("train", run.iteration, statistics))
                 for scheduler in run.get_schedulers():
                     scheduler.step()
             else:

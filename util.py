@@ -391,12 +391,12 @@ class ArgumentParser(argparse.ArgumentParser):
         """Shows the arguments added from now on under this title"""
         self.group = self.add_argument_group(title)
 
-    def add(self, flag, help, **options):
-        """Like add_argument, but the help shows the default"""
+    def add(self, flag, help, *others, **options):
+        """Like add_argument, but the help shows the default. Args: others: flags that mean the same"""
         if options.get("action") not in ("store_true", argparse.BooleanOptionalAction):
             shows_default = options.get("default") not in (None, "") and "(default" not in help
             help += " (default: %(default)s)" * shows_default
-        self.group.add_argument(flag, help=help, **options)
+        self.group.add_argument(flag, *others, help=help, **options)
 
     def add_fields(self, groups):
         """Adds the settings of some groups, in this order"""
@@ -415,7 +415,8 @@ class ArgumentParser(argparse.ArgumentParser):
         elif choices is not None:
             self.add(flag, help, choices=list(choices), default=field.default)
         else:
-            self.add(flag, help, type=field.get_parser(), default=field.default)
+            formerly = [f"--{field.setting.formerly.replace('_', '-')}"] if field.setting.formerly else []
+            self.add(flag, help, *formerly, type=field.get_parser(), default=field.default)
 
     def error(self, message):
         raise UserError(f"{message[:300]}; see --help")

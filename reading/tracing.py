@@ -57,7 +57,7 @@ def trace(generative_model, inks, rngs=None):
         rngs: for each, None for the most obvious trace or a numpy.random.Generator for another one
     Returns: Drawing of the library's strokes, starting where the trace does, with one pen; Variation that lays them on the ink
     """
-    primitives = generative_model.get_primitives().detach()  # [P, 5]
+    primitives = generative_model.get_primitives().detach().float()  # [P, 5]
     library = primitives[:, :3].double().numpy()
     rngs = rngs or [None] * len(inks)
     starts, *lists = zip(*(_trace(make_square(ink), library, rng) for ink, rng in zip(inks, rngs, strict=True)), strict=True)

@@ -109,15 +109,19 @@ SAMPLED = Deviations(0.02, 0.15, 0.02, 0.0, 0.1, 0.06, 0.06)
 @torch.no_grad()
 def get_drawing(generative_model, latent, obs=None):
     """The drawings of programs without any variation, seen through the most probable map given the image or, without an image,
-    through none: latent [N, A, 2], obs [N, R, C] -> Drawing"""
-    dx, dy, theta, sharpness, width = generative_model.get_primitives()[latent[..., 0]].unbind(-1)  # [N, A] each
+    through none: latent [N, A, 2], obs [N, R, C] -> Drawing, in float32 whatever the model's precision"""
+    dx, dy, theta, sharpness, width = generative_model.get_primitives().float()[latent[..., 0]].unbind(-1)  # [N, A] each
     maps = generative_model.likelihood.maps
     if maps is None or obs is None:
         seen = torch.eye(3)[:2].repeat(len(latent), 1, 1)
     else:
-        seen = maps[generative_model.likelihood.map_log_posterior(generative_model.get_logits(latent), obs).argmax(1)].detach()
+        seen = (
+            maps[generative_model.likelihood.map_log_posterior(generative_model.get_logits(latent), obs).argmax(1)]
+            .detach()
+            .float()
+        )
     start = torch.full((len(latent), 2), 0.5)
-    params = generative_model.get_rendering_params()
+    params = generative_model.get_rendering_params().float()
     return Drawing(torch.stack([dx, dy], -1), theta, start, seen, latent[..., 1] > 0, sharpness, width, params)
 
 

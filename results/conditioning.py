@@ -30,7 +30,7 @@ class AveragePrior(nn.Module):
 
     def __init__(self, prior, num_alphabets):
         super().__init__()
-        self.prior, self.alphabet = prior, torch.eye(num_alphabets)  # [L, L]
+        self.prior, self.alphabet = prior, torch.eye(num_alphabets, dtype=next(prior.parameters()).dtype)  # [L, L]
 
     def log_prob(self, latent, context):
         by_alphabet = self.log_prob_by_alphabet(latent.flatten(0, 1))

@@ -517,10 +517,11 @@ def main(mode=None, name_missing=False):
         )
         return 0
     tables = []
-    for models in groups.values():
-        tables.append([get_row(name, seeds) for name, seeds in models.items()])
-        print_table(tables[-1])
-        print("\n".join([*describe_leads(models), ""]))
+    with checkpoints.using({"path": util.SAVE}):  # evaluations that are right one by one may not fit together
+        for models in groups.values():
+            tables.append([get_row(name, seeds) for name, seeds in models.items()])
+            print_table(tables[-1])
+            print("\n".join([*describe_leads(models), ""]))
     missing = [name for name in PAPER_MODELS if name not in {row["model"] for row in tables[0]}]
     if name_missing and missing:
         print(f"models of the paper without a value: {', '.join(missing)}")

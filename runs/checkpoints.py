@@ -29,6 +29,17 @@ TYPES = dict(
     pretrain_iteration=int, iteration=int, num_due=int, num_called=int, reason=str, statistics=dict, random_state=dict,
     hyperparameters=dict,
 )  # fmt: skip
+RATES = ["lr", "initial_lr"]  # what schedules change
+PROGRESS = {
+    "last_epoch",
+    "best",
+    "num_bad_epochs",
+    "cooldown_counter",
+    "_step_count",
+    "_last_lr",
+    "_is_initial",
+}  # of a schedule
+PROGRESS |= {"_get_lr_called_within_step"}
 OF_DEVICES = {"fused", "capturable", "foreach", "differentiable"}  # optimiser options that depend on the device alone
 
 # ------------------------------------------------------------------ finding
@@ -268,72 +279,94 @@ def get_hyperparameters(parts):
 
 
 def restore_parts(parts, checkpoint, hyperparameters):
-    """Restores parts from a checkpoint, which may come from another device. Missing parts stay as they are, with a warning, as
-    do schedules of another kind.
+    """Restores parts from a checkpoint, which may come from another device. Those that it lacks, and optimisers and schedules of
+    another kind, stay as they are, with a warning.
 
     Args: hyperparameters: from `get_hyperparameters`, as the code sets them; where the checkpoint was made with others, the
         code's stay, with a warning
     Raises: UserError, or whatever else load_state_dict raises, if a state does not fit its part
     """
-    for name, part in parts.items():
-        if name not in checkpoint:
-            warn(f"the checkpoint has no {name.replace('_', ' ')}; it is initialised afresh")
-            continue
+    made_with = {name: checkpoint["hyperparameters"].get(name, ours) for name, ours in hyperparameters.items()}
+    afresh = find_unusable(parts, checkpoint, hyperparameters, made_with)
+    for reason in afresh.values():
+        warn(f"{reason}; it is initialised afresh")
+    for name, part in [(name, part) for name, part in parts.items() if name not in afresh]:
         if torch.is_tensor(part):
             if (part.shape, part.dtype) != (checkpoint[name].shape, checkpoint[name].dtype):
                 kinds = [f"{list(some.shape)} ({some.dtype})" for some in (checkpoint[name], part)]
                 raise UserError(f"{get_source(checkpoint)}: its {name} has the shape {kinds[0]}, but this run's has {kinds[1]}")
             part.data.copy_(checkpoint[name])
         elif name in hyperparameters:
-            made_with = checkpoint["hyperparameters"].get(name, hyperparameters[name])
-            restore_optimizer(name, part, checkpoint[name], hyperparameters[name], made_with)
-        elif not isinstance(part, torch.optim.lr_scheduler.LRScheduler) or can_go_on(name, part.state_dict(), checkpoint[name]):
+            own = [other for other, some in parts.items() if is_schedule(some) and some.optimizer is part]
+            gone = any(
+                isinstance(state, dict) and "last_epoch" in state and key not in parts for key, state in checkpoint.items()
+            )
+            rate = ("new" if set(own) & afresh.keys() else "saved") if own else "code" if gone else None
+            restore_optimizer(name.replace("_", " "), part, checkpoint[name], hyperparameters[name], made_with[name], rate)
+        else:
+            if is_schedule(part):
+                warn_of_schedule(name, _to_plain(part.state_dict()), _to_plain(checkpoint[name]))
             part.load_state_dict(checkpoint[name])
 
 
-def can_go_on(name, ours, theirs):
-    """Whether a schedule can continue as it was saved, with warnings of what the code has changed. Args: state_dicts"""
-    if ours.keys() != theirs.keys():
-        warn(f"{name}: a different kind of schedule than in the checkpoint; it begins now, with the learning rate as saved")
-        return False
-    for key in [key for key in ours if not key.startswith("_") and key != "last_epoch"]:
-        if _to_plain(ours[key]) != _to_plain(theirs[key]):
-            warn(f"{name}: {key} is {theirs[key]} in the checkpoint and {ours[key]} in the code; the schedule goes on as saved")
-    return True
+def is_schedule(part):
+    return isinstance(part, torch.optim.lr_scheduler.LRScheduler)
 
 
-def restore_optimizer(name, optimizer, state, ours, theirs):
+def find_unusable(parts, checkpoint, ours, theirs):
+    """Parts that a checkpoint has no usable state for, and why: {name: reason}. Args: ours, theirs: hyperparameters"""
+    reasons = {}
+    for name, part in sorted(parts.items(), key=lambda item: is_schedule(item[1])):  # schedules after their optimisers
+        words = name.replace("_", " ")
+        if name not in checkpoint:
+            reasons[name] = f"the checkpoint has no {words}"
+        elif name in ours and get_kind(ours[name]) != get_kind(theirs[name]):
+            reasons[name] = f"{words}: a different kind of optimiser, or number of groups, than in the checkpoint"
+        elif is_schedule(part) and part.state_dict().keys() != checkpoint[name].keys():
+            reasons[name] = f"{words}: a different kind of schedule than in the checkpoint"
+        elif is_schedule(part) and any(part.optimizer is parts[other] for other in reasons):
+            reasons[name] = f"{words}: its optimiser starts afresh"
+    return reasons
+
+
+def get_kind(hyperparameters):
+    """What must agree for optimisers to use each other's state"""
+    return [(group["optimiser"], group.get("amsgrad", False)) for group in hyperparameters]
+
+
+def warn_of_schedule(name, ours, theirs):
+    """Warns of what the code has changed in a schedule, which continues as it was saved"""
+    for key in [key for key in ours if key in theirs and ours[key] != theirs[key]]:
+        warn(f"{name}: {key} is {theirs[key]} in the checkpoint and {ours[key]} in the code; the schedule goes on as saved")
+
+
+def restore_optimizer(name, optimizer, state, ours, theirs, rate):
     """Restores an optimiser's state. Hyperparameters that changed in the code keep the code's values, with a warning; others
-    are restored, since a callback may have changed them, as is the learning rate under a schedule. The state of another kind of
-    optimiser, or of one with more or fewer groups, is not used.
+    are restored, since a callback may have changed them.
 
     Args: ours, theirs: hyperparameters, from `get_hyperparameters`, as set by the code and by the code that saved them
+        rate: which learning rate holds: as `saved` by a schedule that goes on, that with which a `new` schedule begins, that of
+            the `code`, since the schedule is gone; None: as other hyperparameters
     """
-    name = name.replace("_", " ")
-    if len(ours) != len(theirs) or any(
-        our.get(key) != their.get(key, our.get(key))
-        for our, their in zip(ours, theirs, strict=False)
-        for key in ("optimiser", "amsgrad")
-    ):
-        warn(f"{name}: a different kind of optimiser, or number of groups, than in the checkpoint; it is initialised afresh")
-        return
     groups, warnings = [], []
     for group, saved, our, their in zip(optimizer.param_groups, state["param_groups"], ours, theirs, strict=True):
         saved = {key: value.item() if torch.is_tensor(value) else value for key, value in saved.items()}
-        changed = {key: their[key] for key in our if key in their and our[key] != their[key]}
-        had_schedule, has_schedule = "initial_lr" in saved, "initial_lr" in our
-        if had_schedule and has_schedule:
-            changed = {key: value for key, value in changed.items() if key not in ("lr", "initial_lr")}
-        elif had_schedule:
+        keys = [key for key in our if key in their and our[key] != their[key]]
+        changed = {key: their[key] for key in keys if rate is None or key not in RATES}
+        if rate == "code" and saved["lr"] != our["lr"]:
             changed["lr"] = float(f"{saved['lr']:.6g}")
-            del saved["initial_lr"]
         warnings += [f"{key} changed from {value} to {our[key]}; using that of the code" for key, value in changed.items()]
-        groups.append({**group, **saved, **{key: group[key] for key in [*changed, *OF_DEVICES] if key in group}})
+        kept = [*changed, *OF_DEVICES, *(RATES if rate == "new" else [])]
+        if rate in ("new", "code"):
+            saved.pop("initial_lr", None)
+        groups.append({**group, **saved, **{key: group[key] for key in kept if key in group}})
     for warning in dict.fromkeys(warnings):
         warn(f"{name}: {warning}")
     optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def _to_plain(value):
-    """Numbers in place of tensors, and lists in place of tuples"""
-    return value.item() if torch.is_tensor(value) else list(value) if isinstance(value, tuple) else value
+    """Numbers in place of tensors, and lists in place of tuples; of a schedule's state, only what the code sets"""
+    if isinstance(value, dict):
+        return {key: _to_plain(x) for key, x in value.items() if key not in PROGRESS}
+    return value.item() if torch.is_tensor(value) else list(map(_to_plain, value)) if isinstance(value, list | tuple) else value

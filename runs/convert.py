@@ -36,8 +36,8 @@ def convert(path):
         util.save_checkpoint(path, convert_run(old))
     elif isinstance(old, dict) and RESULT <= old.keys():
         result = convert_result(old)
-        util.save_checkpoint(path, result)
         name = path.with_name(f"{result['settings']['mode']}_{result['settings']['algorithm']}.pt")
+        util.save_checkpoint(path, result)
         if path.stem.partition("_")[0] in ("test", "unseen") and not name.exists():
             return f"is rewritten as {path.rename(name)}"
     else:

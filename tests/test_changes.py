@@ -87,6 +87,10 @@ WEIGHTS = {
 OBJECTIVE = {
     "losses.py": [
         (
+            '    return loss, {"phi_loss": loss.detach()}\n\n\ndef sleep_in_parts',
+            '    return loss, {"phi_loss": loss, "bias": inference_network.decoder.linear.bias[1]}\n\n\ndef sleep_in_parts',
+        ),
+        (
             'util.CHOICES["algorithm"] = OBJECTIVES\n',
             '''
 
@@ -116,7 +120,7 @@ def annealed(
 OBJECTIVES["annealed"] = annealed
 util.CHOICES["algorithm"] = OBJECTIVES
 ''',
-        )
+        ),
     ]
 }
 FLOAT64 = {
@@ -215,6 +219,7 @@ def test_a_change_works_everywhere(copy, name):
         assert table["test_gap"].isfinite().all() and resumed["baseline"] != 0 and resumed["memory"].shape == (50, 2, 3)
         assert table["done"].tolist() == list(range(6)) and table["baseline"].unique().numel() == 6
         assert resumed["scale"] == pytest.approx(0.4, abs=0.05)
+        assert resumed["statistics"]["pretrain"]["bias"].unique().numel() == 2  # values of then, not of when they were saved
         assert {"temperature", "test_gap"} <= set(open(f"save/{path_base}/losses.csv").readline().strip().split(","))
     else:
         model = resumed["generative_model"]
@@ -254,7 +259,7 @@ def test_a_run_goes_on_with_changed_settings_and_statistics(copy):
             "@particle_objective\ndef wake_theta",
         )],
     })  # fmt: skip
-    flags = [*flags, "--prior-rate=0.5", "--num-iterations=9"]
+    flags = [*flags, "--prior-lr-factor=0.5", "--num-iterations=9"]  # by its old name
     process = use(CONTINUE, str(copy), json.dumps(flags))
     assert process.stdout.splitlines()[-1] == before and "prior-lr-factor=0.5" in before
     assert "optimizer: lr changed from 0.001 to 0.002; using that of the code" in process.stderr
@@ -270,9 +275,10 @@ def test_a_run_goes_on_with_changed_settings_and_statistics(copy):
 def get_parts(make_schedule=None, lr=1e-3, num_groups=1):
     groups = [{"params": [torch.nn.Parameter(torch.zeros(3))]} for _ in range(num_groups)]
     parts = {"optimizer": torch.optim.Adam(groups, lr)}
+    hyperparameters = checkpoints.get_hyperparameters(parts)
     if make_schedule:
         parts["schedule"] = make_schedule(parts["optimizer"])
-    return parts, checkpoints.get_hyperparameters(parts)
+    return parts, hyperparameters
 
 
 def make_cosine(optimizer):
@@ -289,8 +295,10 @@ def make_cosine(optimizer):
             "schedule: base_lrs is [0.001] in the checkpoint and [0.002] in the code; the schedule goes on",
         ),
         ([None], 1e-3, "optimizer: lr changed from 0.0005 to 0.001; using that of the code"),
-        ([lambda x: torch.optim.lr_scheduler.ExponentialLR(x, 0.9)], 5e-4, "schedule: a different kind of schedule"),
+        ([lambda x: torch.optim.lr_scheduler.ExponentialLR(x, 0.9)], 1e-3, "schedule: a different kind of schedule"),
+        ([lambda x: torch.optim.lr_scheduler.LinearLR(x, 0.1)], 1e-4, "schedule: a different kind of schedule"),
         ([None, 1e-3, 2], 1e-3, "optimizer: a different kind of optimiser, or number of groups"),
+        ([make_cosine, 1e-3, 2], 1e-3, "schedule: its optimiser starts afresh"),
     ],
 )
 def test_learning_rates_under_changed_schedules(options, lr, warning, capsys):
@@ -304,7 +312,7 @@ def test_learning_rates_under_changed_schedules(options, lr, warning, capsys):
     checkpoints.restore_parts(ours, saved, hyperparameters)
     assert [group["lr"] for group in ours["optimizer"].param_groups] == pytest.approx([lr] * len(hyperparameters["optimizer"]))
     stderr = capsys.readouterr().err
-    assert warning in stderr and stderr.count("\n") == bool(warning)
+    assert warning in stderr and stderr.count("\n") == bool(warning) + ("its optimiser" in warning)
 
 
 @pytest.mark.parametrize("name", ["obs", "optimizer", "alphabet"])

@@ -477,6 +477,18 @@ def test_report(model, capsys):
     assert float(row["vimco"]) == pytest.approx(values["vimco"][0])
 
 
+def test_networks_estimate_in_evaluation_mode(model, monkeypatch):
+    modes, get_log_weight = [], scoring.get_log_weight
+
+    def look(generative_model, network, **options):
+        modes.append((generative_model.training, network.training))
+        return get_log_weight(generative_model, network, **options)
+
+    monkeypatch.setattr(scoring, "get_log_weight", look)
+    evaluate(model, "rws")
+    assert modes and set(modes) == {(False, False)}
+
+
 def make_older(result):
     """As an older version saved an evaluation of the training images of a small data set"""
     settings = {name: value for name, value in result["settings"].items() if name not in ("kind_of_images", "num_dreams")}

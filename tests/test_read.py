@@ -7,10 +7,13 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import pytest
+import torch
 from test_main import run_script  # noqa: F401
 
+import models
 import read
-from reading import search
+from reading import characters, search
+from runs import checkpoints
 
 LINES = {  # (x, y), fractions of a character's box, y downwards
     "K": [[(0.2, 0), (0.2, 1)], [(0.8, 0), (0.2, 0.55)], [(0.35, 0.42), (0.85, 1)]],
@@ -94,3 +97,13 @@ def test_programs_and_files_that_cannot_be_read(photograph, tmp_path, run_script
     assert status == 2 and stderr.splitlines()[-1].endswith(
         "there is no character to read; give images of characters, or --as-is"
     )
+
+
+def test_a_model_in_double_precision_reads_the_same():
+    model, _ = models.from_checkpoint(checkpoints.load(checkpoints.find(read.MODEL)))
+    cross = np.zeros((60, 60), bool)
+    cross[28:32, 5:55] = cross[5:55, 28:32] = True
+    found = characters.from_inks([cross], "cross")
+    single, double = (characters.read(some, found) for some in (model, model.double()))
+    assert torch.equal(single.latent, double.latent) and double.drawing.theta.dtype == torch.float32
+    torch.testing.assert_close(single.log_likelihood, double.log_likelihood, atol=0.1, rtol=0)
