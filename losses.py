@@ -362,11 +362,9 @@ def init_state(args, num_data, device):
     for name, part in parts.items():
         if name in {*Step._fields, *util.get_own_settings(args, "algorithm"), "scorer", "optimizer", "pretrain_optimizer"}:
             raise util.UserError(f"{args.algorithm}: its state cannot hold a part called {name}: the name is taken; rename it")
-        if torch.is_tensor(part):
+        if torch.is_tensor(part) and part.requires_grad:
             part.data = part.data.to(device)  # in place, so that an optimiser among the parts still has it
-        elif hasattr(part, "to"):
-            part.to(device)
-    return parts
+    return {name: part.to(device) if hasattr(part, "to") else part for name, part in parts.items()}
 
 
 def get_loss(args, step, state, **others):
