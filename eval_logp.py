@@ -94,7 +94,8 @@ class Evaluation:
         if args.algorithm == "mws":
             shape = len(self.obs), args.memory_size, self.generative_model.num_arcs
             self.programs = torch.zeros(shape, dtype=torch.int16, device=device)
-        self.parts = dict(network=self.network, optimizer=self.optimizer, table=self.table, **self.state)
+        self.parts = dict(network=self.network, optimizer=self.optimizer, table=self.table)
+        self.parts |= {f"state_{name}": part for name, part in self.state.items()}
         if self.programs is not None:
             self.parts["programs"] = self.programs
         self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
@@ -187,12 +188,11 @@ def train_step(evaluation, obs_id):
         loss, statistics = losses.sleep_in_parts(*networks, get_num_dreams(args))
     else:
         scorer = functools.partial(evaluation.table.score, obs_id) if looks_scores_up(evaluation) else losses.score
-        num_dreams = losses.get_num_dreams(len(obs_id), args.num_particles)
         step = losses.Step(
             *networks,
             **evaluation.get_inputs(obs_id),
             num_particles=args.num_particles,
-            num_dreams=num_dreams,
+            num_dreams=losses.get_num_dreams(len(obs_id), args.num_particles),
             iteration=evaluation.clock,
         )
         loss, statistics = losses.get_loss(evaluation.objective_args, step, evaluation.state, scorer=scorer)

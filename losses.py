@@ -16,6 +16,7 @@ import math
 import numbers
 from typing import Annotated, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -355,7 +356,8 @@ class Step(NamedTuple):
 
 
 def init_state(args, num_data, device):
-    """The initial state of the objective that a run's arguments choose: {name: part}, on the device"""
+    """The initial state of the objective that a run's arguments choose: {name: part}, on the device. Raises: UserError if a
+    part's name is taken"""
     init = getattr(OBJECTIVES[args.algorithm], "init_state", None)
     available = {**vars(args), "num_data": num_data}
     parts = {} if init is None else init(**{name: available[name] for name in inspect.signature(init).parameters})
@@ -377,11 +379,13 @@ def get_loss(args, step, state, **others):
 
 
 def get_statistics(statistics, kept):
-    """An objective's statistics as they are recorded: scalars on the device, none of which changes later. Args: kept: tensors
+    """Statistics of an objective or a callback as they are recorded: scalars on the device, none of which changes later. Args: kept: tensors
     and objects with a state_dict that later steps change; the first is on the device. Raises: UserError if one is no scalar"""
     storages, device, recorded = _get_storages(kept), kept[0].device, {}
     for name, value in statistics.items():
-        is_scalar = value.dim() == 0 if torch.is_tensor(value) else isinstance(value, numbers.Real)
+        is_scalar = (
+            value.dim() == 0 if torch.is_tensor(value) else isinstance(value, numbers.Real | np.ndarray) and np.ndim(value) == 0
+        )
         if not isinstance(name, str) or name == "iteration" or not is_scalar:
             raise util.UserError(f"the statistic {name!r} must be a scalar, and cannot be called iteration")
         if torch.is_tensor(value):

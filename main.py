@@ -69,8 +69,7 @@ class Run:
 
     def record(self, phase, statistics):
         """Records statistics, a dict of scalars, of this iteration, as they are now"""
-        iteration = self.pretrain_iteration if phase == "pretrain" else self.iteration
-        self.pending.append((phase, iteration, losses.get_statistics(statistics, [self.clock, *self.parts.values()])))
+        self.pending.append((phase, self.iteration, losses.get_statistics(statistics, [self.clock, *self.parts.values()])))
 
     def flush_statistics(self):
         append_statistics(self.statistics, self.pending)

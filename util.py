@@ -122,7 +122,7 @@ class Setting(NamedTuple):
     group: str = "training"  # in the help
     limit: float | None = None  # the most that --test-run leaves of it
     changes_result: bool = True  # whether it affects what a run computes, and so belongs in its name
-    formerly: str | None = None  # its name before it was renamed, used in older checkpoints and in run names
+    formerly: str | None = None  # its name before it was renamed, used in older checkpoints, run names and command lines
 
 
 class Field(NamedTuple):
@@ -235,6 +235,11 @@ def get_fields():
                         " it, or declare both alike"
                     )
                 fields[own.name] = known._replace(owners=(*known.owners, (name, choice)))
+    for name, field in fields.items():
+        if field.setting.formerly in fields:
+            raise UserError(
+                f"the setting {name} was formerly {field.setting.formerly}, as another one is called now: rename that"
+            )
     return fields
 
 
@@ -407,15 +412,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _add_field(self, field):
         flag, choices = f"--{field.name.replace('_', '-')}", CHOICES.get(field.name)
+        formerly = [f"--{field.setting.formerly.replace('_', '-')}"] if field.setting.formerly else []
         owners = ", ".join(choice for _, choice in field.owners)
         help = (f"{owners}: {field.setting.help}" if owners else field.setting.help).replace("%", "%%")
         if field.type is bool:
             action = "store_true" if field.default is False else argparse.BooleanOptionalAction
-            self.add(flag, help, action=action, default=field.default)
+            self.add(flag, help, *formerly, action=action, default=field.default)
         elif choices is not None:
-            self.add(flag, help, choices=list(choices), default=field.default)
+            self.add(flag, help, *formerly, choices=list(choices), default=field.default)
         else:
-            formerly = [f"--{field.setting.formerly.replace('_', '-')}"] if field.setting.formerly else []
             self.add(flag, help, *formerly, type=field.get_parser(), default=field.default)
 
     def error(self, message):

@@ -297,16 +297,21 @@ def restore_parts(parts, checkpoint, hyperparameters):
                 raise UserError(f"{get_source(checkpoint)}: its {name} has the shape {kinds[0]}, but this run's has {kinds[1]}")
             part.data.copy_(checkpoint[name])
         elif name in hyperparameters:
-            own = [other for other, some in parts.items() if is_schedule(some) and some.optimizer is part]
-            gone = any(
-                isinstance(state, dict) and "last_epoch" in state and key not in parts for key, state in checkpoint.items()
-            )
-            rate = ("new" if set(own) & afresh.keys() else "saved") if own else "code" if gone else None
+            rate = choose_rate(part, parts, checkpoint, afresh)
             restore_optimizer(name.replace("_", " "), part, checkpoint[name], hyperparameters[name], made_with[name], rate)
         else:
             if is_schedule(part):
                 warn_of_schedule(name, _to_plain(part.state_dict()), _to_plain(checkpoint[name]))
             part.load_state_dict(checkpoint[name])
+
+
+def choose_rate(optimizer, parts, checkpoint, afresh):
+    """Which learning rate an optimiser goes on with, see `restore_optimizer`. Args: afresh: names of parts without a state"""
+    schedules = [name for name, part in parts.items() if is_schedule(part) and part.optimizer is optimizer]
+    if schedules:
+        return "new" if any(name in afresh for name in schedules) else "saved"
+    unused = [state for name, state in checkpoint.items() if name not in parts and isinstance(state, dict)]
+    return "code" if any("last_epoch" in state for state in unused) else None  # a schedule's
 
 
 def is_schedule(part):

@@ -489,6 +489,19 @@ def test_networks_estimate_in_evaluation_mode(model, monkeypatch):
     assert modes and set(modes) == {(False, False)}
 
 
+def test_an_objective_with_state_evaluates(model, monkeypatch):
+    rws = losses.rws
+
+    def counted(table, **others):
+        loss, statistics = rws(**others)
+        table += 1
+        return loss, {**statistics, "count": table}
+
+    monkeypatch.setitem(losses.OBJECTIVES, "rws", losses.keeps(lambda: {"table": torch.zeros(())})(counted))
+    count = evaluate(model, "rws")["statistics"]["train"]["count"]
+    assert count.tolist() == list(range(1, len(count) + 1))
+
+
 def make_older(result):
     """As an older version saved an evaluation of the training images of a small data set"""
     settings = {name: value for name, value in result["settings"].items() if name not in ("kind_of_images", "num_dreams")}

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import zipfile
+from typing import Annotated
 
 import pytest
 import torch
@@ -241,3 +242,12 @@ def test_numbers_out_of_range():
 def test_milestones():
     assert [i for i in range(1, 300) if main.is_milestone(i)] == [1, 2, 3, 6, 10, 15, 25, 39, 63, 100, 158, 251]
     assert [i for i in range(90_000, 110_000) if main.is_milestone(i)] == [90_000, 95_000, 100_000, 105_000]
+
+
+def test_an_old_name_that_is_taken_again_is_refused(monkeypatch):
+    def mine(other: Annotated[bool, util.Setting("a setting", formerly="test_run")] = False):
+        pass
+
+    monkeypatch.setitem(util.CHOICES["algorithm"], "mine", mine)
+    with pytest.raises(UserError, match="was formerly test_run, as another one is called now"):
+        util.get_fields()
