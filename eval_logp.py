@@ -2,7 +2,7 @@
 
     python eval_logp.py --checkpoint-path mws_20 --algorithm mws                    # 15 minutes on two cores: the one to report
     python eval_logp.py --checkpoint-path mws_20 --algorithm own                    # a minute
-    python eval_logp.py --checkpoint-path mws_20 --algorithm rws                    # hours: the paper's procedure
+    python eval_logp.py --checkpoint-path mws_20 --algorithm rws                    # hours (minutes with --cuda): the paper's procedure
     python eval_logp.py --checkpoint-path mws_20 --algorithm own --every-checkpoint # in the course of training
     python eval_logp.py --report
 
@@ -64,7 +64,7 @@ LEARNING_RATES = 5e-3, 1e-4  # first and last
 NUM_HALVES = 2
 NUM_PROPOSALS = 500  # programs from the model's own network with which a search begins
 PROPOSAL_INTERVAL = 100  # on a GPU, iterations between proposals that join the guaranteed bound
-MANY_MILESTONES = 15  # about as many as a run has
+MANY_MILESTONES = 15  # enough for compiling to pay off (a run of 200 000 iterations has 64)
 MANY_LATENTS = 300_000  # scored by an evaluation, for compiling to pay off
 LATENTS_PER_SEARCH = 400_000  # scored by a search of effort 1
 
