@@ -169,10 +169,11 @@ class _DrawArcs(torch.autograd.Function):
     """Logits of ink: constants [B, A, 10], on [B, A], x, y [R * C], rendering_params [2] -> [B, R * C]"""
 
     @staticmethod
-    def forward(ctx, constants, on, x, y, rendering_params):
+    def forward(ctx, constants, on, x, y, rendering_params, unroll):
         size = _get_chunk_size(constants.device)
         needs_gradients = ctx.needs_input_grad[0] or ctx.needs_input_grad[4]
-        if not needs_gradients and constants.shape[1] <= MOST_UNROLLED:
+        unroll = unroll or not kernels.compiled
+        if unroll and not needs_gradients and constants.shape[1] <= MOST_UNROLLED:
             return _run_in_chunks(_draw_ink, (constants, on), (x, y, rendering_params), size)
         logits, arc_id = _run_in_chunks(_draw, (constants, on), (x, y, rendering_params), size)  # [B, R * C]
         ctx.save_for_backward(constants, on, x, y, rendering_params, arc_id)
@@ -184,7 +185,7 @@ class _DrawArcs(torch.autograd.Function):
         chunks = _split(_get_gradient_chunk_size(grad.device), constants, on, arc_id, grad)
         gradients = [_differentiate_arcs(*chunk, x, y, rendering_params) for chunk in chunks]
         grad_constants, grad_params = zip(*gradients, strict=True)
-        return torch.cat(grad_constants), None, None, None, torch.stack(grad_params).sum(0)
+        return torch.cat(grad_constants), None, None, None, torch.stack(grad_params).sum(0), None
 
 
 def _differentiate_arcs(constants, on, arc_id, grad, x, y, rendering_params):
@@ -200,7 +201,7 @@ def _differentiate_arcs(constants, on, arc_id, grad, x, y, rendering_params):
     return grad_constants.transpose(1, 2), grad_params.sum(0)
 
 
-def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
+def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols, unroll=True):
     """Draws arcs: the logit of each pixel being ink.
 
     Each pixel takes its ink from the strongest arc alone, so gradients flow through one arc per pixel.
@@ -210,16 +211,18 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
         on_offs [B, A]: 0 for an arc that leaves no ink
         rendering_params [2]: scale (positive) and bias
         num_rows (R), num_cols (C): of the image; row 0 is its top
+        unroll: whether the compiler unrolls the loop over arcs (on a CPU, without gradients): a third faster, with the same
+            values, but half a minute to two minutes to compile for each A and image size
     Returns: logits [B, R, C]
     """
     if kernels.are_used("drawing", arcs):
         logits = gpu.DrawArcs.apply(arcs, on_offs != 0, rendering_params, num_rows, num_cols)  # [B, R * C]
         return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
     if kernels.compiled and len(arcs) == 1:  # a batch of one would be compiled separately
-        return get_logits(*(torch.cat([x, x]) for x in (arcs, on_offs)), rendering_params, num_rows, num_cols)[:1]
+        return get_logits(*(torch.cat([x, x]) for x in (arcs, on_offs)), rendering_params, num_rows, num_cols, unroll)[:1]
     x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
     constants = get_arc_constants(arcs)  # [B, A, 10]
-    logits = _DrawArcs.apply(constants, on_offs != 0, x, y, rendering_params)  # [B, R * C]
+    logits = _DrawArcs.apply(constants, on_offs != 0, x, y, rendering_params, unroll)  # [B, R * C]
     return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
 
 

@@ -137,7 +137,7 @@ def get_probs(drawing, num_rows=28, num_cols=28):
     """The probability of ink, seen through the map: Drawing -> [..., R, C]"""
     drawing = resize(drawing, get_size(drawing.on.shape[-1]))
     arcs, on, maps = get_arcs(drawing).flatten(0, -3), drawing.on.flatten(0, -2), drawing.map.flatten(0, -3)
-    logits = rendering.get_logits(arcs, on, drawing.params, num_rows, num_cols)
+    logits = rendering.get_logits(arcs, on, drawing.params, num_rows, num_cols, unroll=False)  # in too many sizes
     return rendering.apply_maps(logits.sigmoid(), maps).view(*drawing.on.shape[:-1], num_rows, num_cols)
 
 
