@@ -90,13 +90,14 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
     if small_dataset and dataset_size is not None:
         raise UserError("--small-dataset and --dataset-size exclude each other; give one")
     source = _load_source(location, find_characters)
-    faults = _get_faults(source.obs)
-    if 2 * sum(faults.values()) > len(source.obs):
-        raise UserError(
-            f"{location}: of {_count(len(source.obs), 'image')}, {_list_counts(faults)}: ink must be clearly darker than paper,"
-            " or lighter, and cover less of it (transparent pixels count as white paper)"
-        )
     train, valid, test = _split(source)
+    for obs, part in [(source.obs, ""), (train.obs.numpy(), "training "), (test.obs.numpy(), "test ")]:
+        faults = _get_faults(obs)
+        if 2 * sum(faults.values()) > len(obs):
+            raise UserError(
+                f"{location}: of {_count(len(obs), f'{part}image')}, {_list_counts(faults)}: ink must be clearly darker than"
+                " paper, or lighter, and cover less of it (transparent pixels count as white paper)"
+            )
     notes, num_alphabets = list(source.notes), len(source.alphabet_names)
     num_groups = max(num_alphabets, 1)
     size = SMALL_NUM_PER_ALPHABET * num_groups if small_dataset else dataset_size
@@ -121,7 +122,7 @@ def load_for_model(checkpoint, location=None, load=load_and_tell):
     possible, else all of it.
 
     Args: checkpoint: of main.py; location: None for that of the training; load: `load_and_tell`, or a cached version
-    Raises: UserError as `load` does, and if a conditional model has a different number of alphabets
+    Raises: UserError as `load` does, and if a conditional model has other alphabets
     """
     args, num_known = checkpoint["args"], checkpoint["num_alphabets"]
     location = location or args["data_location"]
@@ -134,6 +135,13 @@ def load_for_model(checkpoint, location=None, load=load_and_tell):
         dataset = load(location, False, None, find)
     if num_known not in (0, dataset.num_alphabets):
         raise UserError(f"the model knows {num_known} alphabets, {location} has {dataset.num_alphabets}; set --data-location")
+    names = [
+        checkpoint.get("alphabet_names", []),
+        list(dataset.alphabet_names),
+    ]  # older checkpoints have none, nor has chardata.mat
+    if num_known and names[0] != names[1] and not any(set(some) <= set(_number_alphabets(len(some))) for some in names):
+        different = next((ours, theirs) for ours, theirs in zip(*names, strict=True) if ours != theirs)
+        raise UserError(f"the model's alphabets are others than those of {location}: {' is not '.join(different)}, for example")
     return dataset
 
 
@@ -146,6 +154,15 @@ def get_fingerprint(split):
     if split.alphabet is not None:
         digest.update(split.alphabet.argmax(1).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def count_common(split, other):
+    """The number of images of a Split that another one has as well"""
+    rows, known = (
+        np.packbits(some.obs.cpu().numpy().astype(bool).reshape(len(some.obs), -1), axis=1) for some in (split, other)
+    )
+    known = {row.tobytes() for row in known}
+    return sum(row.tobytes() in known for row in rows)
 
 
 def _take_per_alphabet(split, size, num_groups):
@@ -275,13 +292,19 @@ def _load_mat(path):
                 f" {str(shapes)[1:-1]}; expected numbers (784, N), (L, N) and (1, N), with the same L in both parts"
             )
         parts.append(arrays)
-    images, alphabets, characters = (np.concatenate(pair, 1) for pair in zip(*parts, strict=True))
-    obs, notes = _to_ink(path, images.T.reshape(-1, SIDE, SIDE).transpose(0, 2, 1))
+    _, alphabets, characters = (np.concatenate(pair, 1) for pair in zip(*parts, strict=True))
+    # Each part by itself, since they may differ in scale
+    obs, notes = zip(*[_to_ink(path, arrays[0].T.reshape(-1, SIDE, SIDE).transpose(0, 2, 1)) for arrays in parts], strict=True)
+    notes = list(dict.fromkeys(sum(notes, [])))
     if ((alphabets != 0).sum(0) != 1).any() or alphabets.max() != 1:
         raise UserError(f"{path}: target or testtarget is not one-hot")
-    names = [f"alphabet {i + 1}" for i in range(num_alphabets)]  # chardata.mat has no names
-    sizes = [arrays[0].shape[1] for arrays in parts]
-    return Source(obs, alphabets.argmax(0), characters[0], names, np.repeat(["train", "test"], sizes), notes)
+    sizes, names = [arrays[0].shape[1] for arrays in parts], _number_alphabets(num_alphabets)
+    return Source(np.concatenate(obs), alphabets.argmax(0), characters[0], names, np.repeat(["train", "test"], sizes), notes)
+
+
+def _number_alphabets(num):
+    """Names of alphabets that have none"""
+    return [f"alphabet {i + 1}" for i in range(num)]
 
 
 def _load_arrays(path):
@@ -291,7 +314,8 @@ def _load_arrays(path):
         arrays = dict(loaded) if path.suffix == ".npz" else {"images": loaded}
     labels = arrays.pop("labels", None)
     if len(arrays) != 1:
-        raise UserError(f"{path} holds {', '.join(arrays)[:200]}; give one array of images and, if there are any, `labels`")
+        there = ", ".join(arrays)[:200] or "no images"
+        raise UserError(f"{path} holds {there}; give one array of images and, if there are any, `labels`")
     obs, notes = _to_ink(path, *arrays.values())
     if labels is None:
         return Source(obs, notes=notes)
@@ -312,10 +336,14 @@ def _to_ink(path, array):
     if array.dtype.kind not in "uifb" or array.size == 0 or len(shape) != 2:
         raise UserError(f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]")
     array = array.reshape(-1, *shape)
+    if len(array) == shape[0] != shape[1] or max(shape) > 4 * min(shape):
+        found = f"{_count(len(array), 'image')} of {shape[0]} x {shape[1]} pixels"
+        warn(f"{path} is read as {found}; if images are numbered along its last axis, move that to the front")
     low, high, rounding = float(array.min()), float(array.max()), 1 + 1e-5  # tolerance, for rounded averages
     full = next((full for full in (1, 255, 65535) if high <= full * rounding), 0)  # the value of ink, or of white paper
     if low < 1 - rounding or high < full / 16 or not full:
-        what = f"values outside [0, 1], {low:g} to {high:g}" if low != high else f"the value {low:g} everywhere"
+        is_one = low == high and 0 <= low <= 1
+        what = f"the value {low:g} everywhere" if is_one else f"values outside [0, 1], {low:g} to {high:g}"
         raise UserError(f"{path} has {what}; scale it so that paper is 0 and ink is 1, or 255")
     edges = np.concatenate([array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1]], 1) > 0.5 * full
     inverted = np.mean(edges.mean(1) > 0.5) > 0.5
@@ -424,6 +452,9 @@ def _arrange(files):
     level = depth + have_parts  # of the alphabets' folders
     if have_parts:
         files = _enter(list(filter(get_part, files)), level)
+    ignored = {folder for file in files for folder in file.folders[level:] if re.split(r"[\W_]", folder.lower())[0] in PARTS}
+    if ignored:
+        warn(f"the folders {', '.join(sorted(ignored))} do not divide the images; for that, put train/ and test/ outermost")
     have_alphabets = all(len(file.folders) > level for file in files)
     return [
         (file, file.folders[level] if have_alphabets else None, None, get_part(file) if have_parts else None) for file in files

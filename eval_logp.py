@@ -68,6 +68,8 @@ MANY_MILESTONES = 15  # enough for compiling to pay off (a run of 200 000 iterat
 MANY_LATENTS = 300_000  # scored by an evaluation, for compiling to pay off
 LATENTS_PER_SEARCH = 400_000  # scored by a search of effort 1
 
+warn_once = functools.cache(warn)
+
 # ------------------------------------------------------------------ the state of an evaluation
 
 
@@ -518,8 +520,12 @@ def load_images(args, checkpoint, load_data=data.load_and_tell):
     kind = "training" if args.mode == "train" else "test"
     if checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
         kind = "other"
+        if args.data_location in (None, checkpoint["args"]["data_location"]):
+            warn_once("the data have changed since training: the model may have been trained on some of the images to evaluate")
     if kind == "training":
         checkpoints.check_num_images(checkpoint, num_all)
+    elif kind == "test" and (num := data.count_common(images, dataset.train)):
+        warn_once(f"{num} of the {len(images.obs)} test images equal training images, so they are not unseen")
     return images, memory[ids.to(memory.device)] if memory is not None and kind == "training" else None, kind
 
 

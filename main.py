@@ -42,6 +42,7 @@ class Run:
         self.train_data, self.test_data = dataset.train.to(device), dataset.test.to(device)
         self.data_summary = dataset.summary
         self.num_alphabets = dataset.num_alphabets if args.condition_on_alphabet else 0
+        self.alphabet_names = list(dataset.alphabet_names) if self.num_alphabets else []
         self.generative_model, self.inference_network = models.build(args, self.num_alphabets, device)
         self.optimizer = get_optimizer(self.generative_model, self.inference_network, args.prior_lr_factor)
         self.pretrain_optimizer = get_adam(self.inference_network.parameters(), device)
@@ -83,6 +84,7 @@ class Run:
             data=self.settings["data"],
             data_summary=self.data_summary,
             num_alphabets=self.num_alphabets,
+            alphabet_names=self.alphabet_names,
             pretrain_iteration=self.pretrain_iteration,
             iteration=self.iteration,
             num_due=len(self.get_due()),

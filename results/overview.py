@@ -49,7 +49,7 @@ def describe(name):
     for run in report.read_runs(util.SAVE / name)[:1]:
         row = report.get_row(run.name, [run])
         log_p = ", ".join(f"{key} {row[key]:.2f}" for key in report.ESTIMATES if row[key] is not None)
-        lines.append(f"log p, {run.images_in_words}: {log_p}")
+        lines.append(f"log p, {row['images in words']}: {log_p}")
     return lines
 
 

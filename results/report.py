@@ -1,6 +1,7 @@
 """Reports on all evaluations in save/: tables, save/logp.csv and save/logp.pdf; and log p in the course of training."""
 
 import collections
+import contextlib
 import csv
 import io
 import math
@@ -20,7 +21,7 @@ from util import UserError, warn
 TRAINED = ["sleep", "rws", "vimco"]  # the paper's procedure, which trains a network for the evaluation
 SEARCH_ERRORS = ["search error", "gain of two"]  # see get_search_error
 # Kinds of images, in the order of their tables, and how the models relate to them
-KINDS = {"test": "unseen", "training": "on which the models were trained", "other": "on which the models were not trained"}
+KINDS = {"test": "unseen", "training": "on which the models were trained", "other": "not the data of the models' training"}
 # What an evaluation's numbers depend on besides the model, the images and the seed; only equal ones are averaged
 WORK = ["num_iterations", "num_particles", "batch_size", "lstm_hidden_size", "test_num_particles"]
 WORK_BY_ALGORITHM = {
@@ -45,38 +46,66 @@ class Images(NamedTuple):
 
 
 class Run(NamedTuple):
-    """All that is known about log p of some images under one trained model"""
+    """The evaluations of one trained model on some images"""
 
     name: str  # of its folder in save/
-    settings: dict  # of its training
-    iteration: int
     images: Images
-    images_in_words: str
-    estimates: dict  # algorithm: (mean over images, its standard error), nats
-    work: dict  # algorithm: what describe_work says
-    bound: torch.Tensor  # guaranteed, over the programs seen in any of its evaluations: [N], nats
-    bound_by_search: torch.Tensor | None = None  # [N], over those seen in its evaluation by mws, if any
-    search_error: tuple | None = None  # see get_search_error
+    results: dict  # algorithm: result of eval_logp.py
+
+    @property
+    def first(self):
+        """A result, for what all have in common"""
+        return next(iter(self.results.values()))
+
+    @property
+    def work(self):
+        """algorithm: what describe_work says"""
+        return {algorithm: describe_work(result["settings"]) for algorithm, result in self.results.items()}
 
 
 def load_result(path):
     """Loads a result of eval_logp.py. Raises: UserError if it is damaged, or a row of a table cannot be made of it"""
     result = checkpoints.load_result(path)
     with checkpoints.using({"path": path}):
-        run = make_run(result["run"], get_images(result), {result["settings"]["algorithm"]: result})
-        get_place(run.images), get_row(run.name, [run]), int(run.iteration)
+        run = Run(result["run"], get_images(result), {result["settings"]["algorithm"]: result})
+        get_place(run.images), get_row(run.name, [run]), int(result["model_iteration"])
     return result
 
 
-def load_results(paths):
-    """Loads results of eval_logp.py, by path; leaves out damaged ones, with a warning"""
-    results = {}
+def load_results(name, paths):
+    """Loads results of a run's evaluations, by path. Leaves out, with a warning, those that are damaged, and those of another
+    model than the run's, which was trained anew or whose folder they were copied to"""
+    results, model = {}, None
+    with contextlib.suppress(UserError):  # results may have come without checkpoints
+        model = checkpoints.load(checkpoints.get_path(name))
     for path in paths:
         try:
-            results[path] = load_result(path)
+            result = load_result(path)
         except UserError as error:
             warn(f"{error}; left out")
+            continue
+        with checkpoints.using({"path": path}):
+            difference = model and describe_difference(result, model)
+        if difference:
+            warn(
+                f"{path} is left out: it is of another model than this run's now ({difference}); eval_logp.py --force repeats it"
+            )
+        else:
+            results[path] = result
     return results
+
+
+def describe_difference(result, model):
+    """Why the model that was evaluated cannot be one that a run with this latest checkpoint has been; "" if it can"""
+    theirs, ours = (util.get_first_names(settings) for settings in (result["model_settings"], model["settings"]))
+    theirs = {name: theirs.get(name, value) for name, value in ours.items()}  # settings come and go
+    if differences := util.describe_differences(theirs, ours):
+        return differences
+    if result["model_iteration"] > model["iteration"]:
+        return f"iteration {result['model_iteration']} of {model['iteration']}"
+    digests = result["settings"]["model"], checkpoints.get_digest(model)
+    is_latest = result["model_iteration"] == model["iteration"]
+    return f"model is {digests[0]} there and {digests[1]} here" if is_latest and digests[0] != digests[1] else ""
 
 
 def get_images(result):
@@ -92,31 +121,16 @@ def read_runs(folder):
     """Reads the evaluations of one run: a Run for each set of images, test images first"""
     by_images = collections.defaultdict(dict)  # images -> algorithm -> result
     paths = sorted(folder.glob("logp/[!.]*.pt"))
-    for path, result in load_results(paths).items():
+    for path, result in (load_results(folder.name, paths) if paths else {}).items():
         name = checkpoints.get_result_path(folder.name, result["settings"]).name
         if path.name == name:
             by_images[get_images(result)][result["settings"]["algorithm"]] = result
         else:
             warn(f"{path} is left out: a result by this name would be {name}")
-    return [make_run(folder.name, images, by_images[images]) for images in sorted(by_images, key=get_place)]
-
-
-def make_run(name, images, results):
-    """Makes a Run from evaluations of the same images: algorithm -> result"""
-    shown = choose_comparable(name, results)
-    first, searched = next(iter(shown.values())), shown.get("mws", {})
-    return Run(
-        name,
-        first["model_settings"],
-        first["model_iteration"],
-        images,
-        describe_images(first),
-        {algorithm: (result["log_p"], result["standard_error"]) for algorithm, result in shown.items()},
-        {algorithm: describe_work(result["settings"]) for algorithm, result in shown.items()},
-        get_joint_bound(shown.values()),
-        searched.get("enumeration_bound_by_image"),
-        get_search_error(searched),
-    )
+    return [
+        Run(folder.name, images, choose_comparable(folder.name, by_images[images]))
+        for images in sorted(by_images, key=get_place)
+    ]
 
 
 def choose_comparable(name, results):
@@ -158,6 +172,11 @@ def get_search_error(result):
     if "search_error" not in result:
         return None
     return result["search_error"], result["enumeration_bound"] - result["bound_by_half"].mean().item()
+
+
+def get_estimate(result):
+    """log p, mean over images, and its standard error, in nats"""
+    return result["log_p"], result["standard_error"]
 
 
 def get_standard_error(values):
@@ -212,8 +231,9 @@ def describe_leads(models):
     nothing about other seeds. Args: models: {name: Runs with different seeds}, of the same images"""
     searched, lines = collections.defaultdict(dict), []  # latents, what describe_work says -> {name: bounds [S, N]}
     for name, runs in models.items():
-        for run in [run for run in runs if run.bound_by_search is not None]:
-            searched[get_num_latents(run), run.work["mws"]].setdefault(name, []).append(run.bound_by_search)
+        for run in [run for run in runs if "mws" in run.results]:
+            bound = run.results["mws"]["enumeration_bound_by_image"]
+            searched[get_num_latents(run), run.work["mws"]].setdefault(name, []).append(bound)
     for found in searched.values():
         bounds = {name: torch.stack(seeds).mean(0) for name, seeds in found.items()}  # [N] each
         best, *others = sorted(bounds, key=lambda name: -bounds[name].mean())
@@ -248,57 +268,75 @@ def group(runs):
     """Groups runs by table and row: {images: {name of the model: Runs with different seeds}}. Test images come first, then
     those of most models."""
     groups = collections.defaultdict(lambda: collections.defaultdict(list))
-    for run in sorted(runs, key=lambda run: get_order(get_name(run.name))):
-        groups[run.images][get_name(run.name)].append(run)
+    names = name_rows({run.name: run.first["model_settings"] for run in runs})
+    for run in sorted(runs, key=lambda run: get_order(names[run.name])):
+        groups[run.images][names[run.name]].append(run)
     order = sorted(groups, key=lambda images: (get_place(images), -len(groups[images]), images))
     return {images: {name: choose_seeds(seeds) for name, seeds in groups[images].items()} for images in order}
 
 
+def name_rows(settings):
+    """The names of rows: {run's name: settings of its training} -> {run's name: name of its row}. Runs whose names differ only
+    in the seed share a row if their settings do as well; those of another model have a row by their own name"""
+    rows, firsts = {}, {}
+    for name in sorted(settings, key=get_order):
+        model = util.get_first_names(settings[name])
+        first = firsts.setdefault(get_name(name), model)
+        shared = first.keys() & model.keys() - {"seed", "data_location"}
+        rows[name] = get_name(name) if all(first[key] == model[key] for key in shared) else name
+    return rows
+
+
 def choose_seeds(runs):
-    """The runs of a model, without evaluations made differently from those of most seeds"""
-    runs = [run._replace(work=dict(run.work), estimates=dict(run.estimates)) for run in runs]
+    """The runs of a model, without copies of one, and without evaluations made differently from those of most seeds"""
+    runs, models = [run._replace(results=dict(run.results)) for run in runs], {}
+    for run in runs:
+        if (name := models.setdefault(run.first["settings"]["model"], run.name)) != run.name:
+            warn(f"{run.name} is left out: it is a copy of {name}, not another seed")
+    runs = [run for run in runs if run.name in models.values()]
     for algorithm in ALGORITHMS:
-        evaluated = [run for run in runs if algorithm in run.work]
+        evaluated = [run for run in runs if algorithm in run.results]
         most = collections.Counter(run.work[algorithm] for run in evaluated).most_common(1)
         for run in [run for run in evaluated if run.work[algorithm] != most[0][0]]:
             warn(f"{run.name}: its evaluation by {run.work[algorithm]} is left out of the row, which is by {most[0][0]}")
-            del run.work[algorithm], run.estimates[algorithm]
-    runs = [run if "mws" in run.work else run._replace(bound_by_search=None, search_error=None) for run in runs]
-    return [run for run in runs if run.work]
+            del run.results[algorithm]
+    return [run for run in runs if run.results]
 
 
 def get_num_latents(run):
     """The number of latents per image in training: proposals and remembered ones"""
-    settings = util.get_first_names(run.settings)
+    settings = util.get_first_names(run.first["model_settings"])
     return settings["num_particles"] + settings.get("memory_size", 0)
 
 
 def get_row(name, runs):
     """CSV columns for the runs of a model, which differ only in the seed; None where there is no value"""
-    iterations, settings = [run.iteration for run in runs], runs[0].settings
+    iterations, first = [run.first["model_iteration"] for run in runs], runs[0].first
     row = {
         "model": name,
-        "algorithm": settings["algorithm"],
+        "algorithm": first["model_settings"]["algorithm"],
         "particles": get_num_latents(runs[0]),
         "iteration": "-".join(map(str, sorted({min(iterations), max(iterations)}))),
         "seeds": len(runs),
         "images": runs[0].images.kind,
         "fingerprint": runs[0].images.fingerprint,
-        "images in words": runs[0].images_in_words,
+        "images in words": describe_images(first),
         "evaluated by": "; ".join(dict.fromkeys(work for run in runs for work in run.work.values())),
     }
-    by_all = [algorithm for algorithm in ALGORITHMS if all(algorithm in run.estimates for run in runs)]
     estimates = {
-        algorithm: [run.estimates[algorithm] for run in runs if algorithm in run.estimates] for algorithm in ALGORITHMS
+        algorithm: [get_estimate(run.results[algorithm]) for run in runs if algorithm in run.results]
+        for algorithm in ALGORITHMS
     }
-    estimates["best"] = [max(run.estimates[algorithm] for algorithm in by_all) for run in runs if by_all]
-    estimates["enumeration bound"] = [(run.bound.mean().item(), get_standard_error(run.bound.tolist())) for run in runs]
+    by_all = [algorithm for algorithm in ALGORITHMS if len(estimates[algorithm]) == len(runs)]  # averages compare nothing else
+    bounds = [get_joint_bound([run.results[algorithm] for algorithm in by_all]) for run in runs if by_all]
+    estimates["best"] = [max(get_estimate(run.results[algorithm]) for algorithm in by_all) for run in runs if by_all]
+    estimates["enumeration bound"] = [(bound.mean().item(), get_standard_error(bound.tolist())) for bound in bounds]
     for estimate, found in estimates.items():
         values = [value for value, _ in found]
         row[estimate] = sum(values) / len(values) if values else None
         row[f"{estimate} s.e. over seeds"] = get_standard_error(values) if len(values) > 1 else None
         row[f"{estimate} s.e. over images"] = found[0][1] if len(found) == 1 else None
-    errors = [run.search_error for run in runs if run.search_error is not None]
+    errors = [error for run in runs if (error := get_search_error(run.results.get("mws", {})))]
     for i, name in enumerate(SEARCH_ERRORS):
         row[name] = sum(error[i] for error in errors) / len(errors) if errors else None
     return row
@@ -410,11 +448,12 @@ def get_milestones_folder(name, mode):
     return util.SAVE / name / "logp" / f"{mode}_every_checkpoint"
 
 
-def read_milestones(folders):
-    """The evaluations of a run's milestones in these folders, grouped by what must agree within a figure:
-    {(images, what describe_work says): {iteration: result}}"""
+def read_milestones(name, modes="*"):
+    """The evaluations of a run's milestones, grouped by what must agree within a figure:
+    {(images, what describe_work says): {iteration: result}}. Args: modes: test, train or, for both, *"""
     groups = collections.defaultdict(dict)
-    for result in load_results(path for folder in folders for path in folder.glob("[!.]*.pt")).values():
+    paths = (util.SAVE / name / "logp").glob(f"{modes}_every_checkpoint/[!.]*.pt")
+    for result in load_results(name, paths).values():
         if result["model_iteration"] > 0:  # 0, in pretraining, has no place on a logarithmic axis
             groups[get_images(result), describe_work(result["settings"])][result["model_iteration"]] = result
     return groups
@@ -422,14 +461,14 @@ def read_milestones(folders):
 
 def write_milestones(name, mode):
     """Writes a CSV and a figure of a run's log p against iterations. Returns: lines of text that describe them"""
-    folder = get_milestones_folder(name, mode)
-    return draw_milestones({name: read_milestones([folder])}, folder.with_suffix(".pdf"))
+    path = get_milestones_folder(name, mode).with_suffix(".pdf")
+    return draw_milestones({name: read_milestones(name, mode)}, path)
 
 
 def compare_milestones(names):
     """Writes log p against iterations of runs with every checkpoint evaluated to save/logp_by_iteration.csv and .pdf. Returns:
     lines of text. Raises: UserError if there are none"""
-    runs = {name: read_milestones((util.SAVE / name / "logp").glob("*_every_checkpoint")) for name in names}
+    runs = {name: read_milestones(name) for name in names}
     command = "python eval_logp.py --algorithm own --every-checkpoint --checkpoint-path"
     for name in [name for name in runs if not runs[name]]:
         warn(f"{name} is left out: none of its checkpoints is evaluated; {command} {name}")
@@ -450,14 +489,16 @@ def draw_milestones(runs, path):
     kinds = collections.Counter(kind for found in runs.values() for kind in found)
     kind = min(kinds, key=lambda kind: (-kinds[kind], get_place(kind[0])))
     models, rows, lines, texts = collections.defaultdict(list), [], {}, []
+    first = {name: next(iter(found[kind].values())) for name, found in runs.items() if kind in found}
+    row_names = name_rows({name: result["model_settings"] for name, result in first.items()})
     for name in sorted(runs, key=get_order):
         if kind not in runs[name]:
             warn(f"{name} is left out: its checkpoints were evaluated on other images or with other numbers of particles")
             continue
         results = runs[name][kind]
-        models[get_name(name)].append(results)
+        models[row_names[name]].append(results)
         rows += [get_milestone_row(name, results[i]) for i in sorted(results)]
-        images = describe_images(next(iter(results.values())))
+        images = describe_images(first[name])
     labels, common = get_labels(models)
     for name, seeds in models.items():
         x = sorted(set.intersection(*map(set, seeds)))  # iterations common to all seeds

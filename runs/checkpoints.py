@@ -23,7 +23,8 @@ RESULT_KEYS = {
     "args", "settings", "log_p", "log_p_by_image", "standard_error", "enumeration_bound", "enumeration_bound_by_image",
     "latents", "statistics", "run", "model_settings", "model_iteration",
 }  # fmt: skip
-RESERVED = {"format", "path", "settings", "removed", "debug"}  # besides those of TYPES, names that parts of a run cannot have
+# Besides those of TYPES, names that parts of a run cannot have
+RESERVED = {"format", "path", "settings", "removed", "debug", "alphabet_names"}
 TYPES = dict(
     args=dict, data=str, data_summary=str, num_alphabets=int, generative_model=dict, inference_network=dict,
     pretrain_iteration=int, iteration=int, num_due=int, num_called=int, reason=str, statistics=dict, random_state=dict,
@@ -121,9 +122,10 @@ def find_run(args, get_fingerprint):
 
 
 def get_digest(checkpoint):
-    """Identifies a checkpoint's generative model: a hash of its parameters, and the iteration"""
-    digest = hashlib.sha1()
-    for value in checkpoint["generative_model"].values():
+    """Identifies a checkpoint's model: a hash of the generative model's parameters, and the iteration; in pretraining, which
+    changes the inference network alone, of the network's as well"""
+    digest, names = hashlib.sha1(), ["generative_model"] + ["inference_network"] * (checkpoint["iteration"] == 0)
+    for value in [value for name in names for value in checkpoint[name].values()]:
         digest.update(value.cpu().numpy().tobytes())
     return f"{digest.hexdigest()[:12]} at iteration {checkpoint['iteration']}"
 

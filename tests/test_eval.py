@@ -245,7 +245,10 @@ def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
     behind = report.get_milestones_folder(seeds[1], "train")
     behind.mkdir(parents=True)
     result = checkpoints.load_result(report.get_milestones_folder(model, "train") / "6.pt")
-    util.save_checkpoint(behind / "5.pt", {**result, "model_iteration": 5})  # a seed that has not got as far
+    util.save_checkpoint(behind / "5.pt", {**result, "model_iteration": 5})  # a copy of the other seed's
+    assert len(report.compare_milestones(seeds)) == 3
+    assert f"{behind}/5.pt is left out: it is of another model than this run's now (seed is 0" in capsys.readouterr().err
+    checkpoints.get_path(seeds[1]).unlink()  # as if it had come alone: a seed that has not got as far
     with pytest.raises(UserError, match="in common"):
         report.compare_milestones(seeds)
 
@@ -322,10 +325,11 @@ def test_leads_are_paired_over_images():
     memoised evaluations with equal settings, of models with as many latents"""
     runs, bounds = [], {"mws_5": [-3, -1, -5], "mws_5_seed=1": [-1, 1, -3], "mws_5_seed=2": [9, 9, 9], "rws_5": [-3, -2, -7]}
     for name, bound in {**bounds, "vimco_5": [0, 0, 0], "mws_10": [0, 0, 0]}.items():
-        runs.append(get_fake_run(name, "cc", -140.0)._replace(bound_by_search=torch.tensor(bound, dtype=torch.double)))
-    for run, work in zip(runs, ["mws: 1", "mws: 1", "mws: 2", "mws: 1", "mws: 3", "mws: 2"], strict=True):
-        run.work["mws"] = work
-    runs[-1].settings["num_particles"], runs[-1].work["mws"] = 7, "mws: 1"
+        runs.append(get_fake_run(name, "cc", -140.0))
+        runs[-1].results["mws"]["enumeration_bound_by_image"] = torch.tensor(bound, dtype=torch.double)
+    for run, effort in zip(runs, [1, 1, 2, 1, 3, 1], strict=True):
+        run.results["mws"]["settings"]["effort"] = effort
+    runs[-1].results["mws"]["model_settings"]["num_particles"] = 7
     (models,) = report.group(runs).values()
     lines = ["mws_5 is 2.0 nats per image ahead of rws_5; 95 % interval over images -0.5 to 4.5; 2 and 1 seeds"]
     assert report.describe_leads(models) == lines
@@ -336,17 +340,35 @@ def test_a_row_averages_what_all_of_its_seeds_have(capsys):
     first, second, third = (
         get_fake_run(name, "cc", value) for name, value in [("a", -3.0), ("a_seed=1", -5.0), ("a_seed=2", -9.0)]
     )
-    first.estimates["own"], first.work["own"] = (-1.0, 1.0), "own: 7"
+    (own,) = get_fake_run("a", "cc", -1.0, algorithm="own").results.values()
+    first.results["own"] = own
     (row,) = get_rows(first, second, third)
-    assert [row[key] for key in ("mws", "own", "best", "seeds")] == [pytest.approx(-17 / 3), -1.0, pytest.approx(-17 / 3), 3]
-    assert row["evaluated by"] == "mws: 1; own: 7" and not capsys.readouterr().err
-    second.work["mws"] = "mws: 2"
+    estimates = [pytest.approx(-17 / 3), -1.0, pytest.approx(-17 / 3), pytest.approx(-17 / 3)]
+    assert [row[key] for key in ("mws", "own", "best", "enumeration bound")] == estimates and row["seeds"] == 3
+    assert row["evaluated by"].endswith("search 1; own: test-num-particles 1") and not capsys.readouterr().err
+    second.results["mws"]["settings"]["effort"] = 2
     (row,) = get_rows(first, second, third)
-    assert [row[key] for key in ("mws", "best", "seeds")] == [-6.0, -6.0, 2]
-    assert capsys.readouterr().err == "warning: a_seed=1: its evaluation by mws: 2 is left out of the row, which is by mws: 1\n"
-    del first.work["mws"], first.estimates["mws"]
+    assert [row[key] for key in ("mws", "best", "enumeration bound", "seeds")] == [-6.0, -6.0, -6.0, 2]
+    assert re.fullmatch(
+        r"warning: a_seed=1: its evaluation by mws: .* effort 2, .* is left out of the row, .* effort 1, .*\n",
+        capsys.readouterr().err,
+    )
+    second.results["own"] = {**own, "settings": {**own["settings"], "model": "a_seed=1"}}
+    (row,) = get_rows(first, second)
+    assert [row[key] for key in ("own", "best", "enumeration bound", "seeds")] == [-1.0, -1.0, -1.0, 2]  # the search was of one
+    del first.results["mws"]
     (row,) = get_rows(first, third)
-    assert [row[key] for key in ("own", "mws", "best")] == [-1.0, -9.0, None]  # no algorithm has evaluated both
+    assert [row[key] for key in ("own", "mws", "best", "enumeration bound")] == [-1.0, -9.0, None, None]  # nothing in common
+
+
+def test_only_seeds_of_one_model_share_a_row(capsys):
+    """Not runs that their names alone make seeds, nor copies"""
+    runs = [get_fake_run(f"a_seed={i}", "cc", -float(i)) for i in range(4)]
+    runs[1].results["mws"]["model_settings"]["likelihood"] = "bernoulli"
+    runs[2].results["mws"]["settings"]["model"] = "a_seed=0"
+    runs[3].results["mws"]["model_settings"].update(seed=3, later_setting=1)
+    assert [(row["model"], row["seeds"], row["mws"]) for row in get_rows(*runs)] == [("a", 2, -1.5), ("a_seed=1", 1, -1.0)]
+    assert capsys.readouterr().err == "warning: a_seed=2 is left out: it is a copy of a_seed=0, not another seed\n"
 
 
 # ------------------------------------------------------------------ memoised evaluation
@@ -544,12 +566,25 @@ def get_evaluation_tasks(model, monkeypatch):
     return sweep.get_tasks(args)
 
 
-def get_fake_run(name, fingerprint, log_p, kind="test", search_error=None):
-    settings = dict(algorithm="mws", num_particles=2, memory_size=3)
-    images, bound = report.Images(kind, f"{fingerprint} (50)"), torch.full((50,), log_p)
-    return report.Run(
-        name, settings, 7, images, "50 images", {"mws": (log_p, 1.0)}, {"mws": "mws: 1"}, bound, bound, search_error
+def get_fake_run(name, fingerprint, log_p, kind="test", search_error=None, algorithm="mws"):
+    latents = dict(obs_id=torch.arange(50), codes=torch.ones(50, 1).short(), log_joint=torch.full((50,), log_p).double())
+    images = report.Images(kind, f"{fingerprint} (50)")
+    settings = dict.fromkeys(report.WORK_BY_ALGORITHM["mws"], 1) | dict(algorithm=algorithm, model=name)
+    result = dict(
+        settings={**settings, "kind_of_images": kind, "images": images.fingerprint, "mode": "test"},
+        args=dict(num_data=50, images="first", data_location=None),
+        model_settings=dict(algorithm="mws", num_particles=2, memory_size=3, likelihood="affine"),
+        model_iteration=7,
+        log_p=log_p,
+        standard_error=1.0,
+        log_p_by_image=torch.zeros(50),
+        enumeration_bound=log_p,
+        enumeration_bound_by_image=latents["log_joint"],
+        latents=latents,
     )
+    if search_error:
+        result |= dict(search_error=search_error[0], bound_by_half=torch.full((2, 50), log_p - search_error[1]))
+    return report.Run(name, images, {algorithm: result})
 
 
 def get_rows(*runs):
