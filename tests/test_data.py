@@ -421,6 +421,33 @@ def test_blank_and_solid_images_are_named_or_refused(tmp_path):
             data.load(str(tmp_path / name))
 
 
+def test_each_part_must_show_characters(tmp_path):
+    """Parts of their own scale are read alike; a blank one, for which any model has a high log p, is refused"""
+    path = str(tmp_path / "chardata.mat")
+    expected = [data.get_fingerprint(split) for split in data.load(save_mat(path))[:3]]
+    scaled = data.load(save_mat(path, data=make_mat()["data"] * 255))
+    assert [data.get_fingerprint(split) for split in scaled[:3]] == expected
+    for blank, message in [(0, "the value 0 everywhere"), (2, "of 40 test images, 38 blank")]:
+        images = make_mat()["testdata"] * (np.arange(40) < blank)
+        with pytest.raises(UserError, match=message):
+            data.load(save_mat(path, testdata=images))
+
+
+def test_what_may_not_divide_the_images_as_meant(tmp_path, capsys):
+    """Parts within alphabets, parts by other names, and images along an array's last axis"""
+    for name in ["a/train", "a/test", "b/Test_images"]:
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for i in range(5):
+            (tmp_path / "own" / name / f"{i}.png").write_bytes(encode(draw()))
+    np.save(tmp_path / "last.npy", make_mat()["data"].reshape(28, 28, 200))
+    for path, message in [
+        ("own", "the folders Test_images, test, train do not divide the images; for that, put train/ and test/ outermost"),
+        ("last.npy", f"{tmp_path}/last.npy is read as 28 images of 28 x 200 pixels; if"),
+    ]:
+        data.load(str(tmp_path / path))
+        assert capsys.readouterr().err.startswith(f"warning: {message}")
+
+
 def test_stray_pictures_are_left_out_by_name(tmp_path, capsys):
     folder = fill(tmp_path / "own")
     for name in ("grid.jpg", "notes.txt", "phone.HEIC", "page.pdf"):

@@ -276,6 +276,42 @@ def test_the_images_are_the_first_of_the_test_part(small_model, monkeypatch):
         torch.testing.assert_close(result["enumeration_bound_by_image"], exact, atol=1e-3, rtol=0)
 
 
+def test_a_conditional_model_knows_its_alphabets_by_name(folder):  # noqa: F811
+    """Equally many others are refused, unless they have no names"""
+    obs = torch.bernoulli(torch.full((40, 28, 28), 0.1)).numpy()
+    for name, labels in [("one", "ab"), ("other", "bc")]:
+        np.savez(f"{name}.npz", images=obs, labels=np.array(list(labels) * 20))
+    flags = [*TRAIN, "--condition-on-alphabet", "--data-location", "one.npz"]
+    main.main(flags)
+    checkpoint = checkpoints.load(checkpoints.find(util.get_path_base(main.parse_args(flags))))
+    assert data.load_for_model(checkpoint).alphabet_names == ("a", "b")
+    with pytest.raises(UserError, match="the model's alphabets are others than those of other.npz: a is not b, for example"):
+        data.load_for_model(checkpoint, "other.npz")
+    data.load_for_model({**checkpoint, "alphabet_names": ["alphabet 1", "alphabet 2"]}, "other.npz")
+    del checkpoint["alphabet_names"]
+    data.load_for_model(checkpoint, "other.npz")
+
+
+def test_the_model_of_an_evaluation_is_the_runs(folder, capsys):  # noqa: F811
+    """Not one that training has replaced, as by starting over, nor the network of an earlier iteration of pretraining"""
+    flags = [*TRAIN, "--name", "own"]
+    main.main([*flags, "--num-iterations", "9"])
+    evaluate("own", "own")
+    path = util.SAVE / "own"
+    assert len(report.read_runs(path)) == 1 and not capsys.readouterr().err.count("left out")
+    shutil.rmtree(path / "checkpoints")
+    assert len(report.read_runs(path)) == 1  # results alone are trusted
+    main.main(flags)
+    assert not report.read_runs(path)
+    left_out = f"{path}/logp/test_own.pt is left out: it is of another model than this run's now"
+    assert f"{left_out} (iteration 9 of 4)" in capsys.readouterr().err
+    checkpoint = checkpoints.load(checkpoints.find("own"))
+    early = {**checkpoint, "iteration": 0}
+    later = {**early, "inference_network": {name: x + 1 for name, x in early["inference_network"].items()}}
+    assert checkpoints.get_digest(early) != checkpoints.get_digest(later)
+    assert checkpoints.get_digest(checkpoint) == checkpoints.get_digest({**later, "iteration": 4})
+
+
 def test_an_evaluation_is_repeatable_and_kept(model, capsys):
     first = evaluate(model, "vimco")
     assert evaluate(model, "vimco", num_iterations=30) is not None
