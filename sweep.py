@@ -118,14 +118,14 @@ def get_evaluation(args, model, run_args, algorithm):
 def choose_tasks(args, queue=()):
     """Chooses the remaining tasks, and prints which are skipped. Args: queue: the jobs in Slurm's queue"""
     left, num_done = [], 0
-    numbers = {job.key: job.number for job in queue}
+    jobs = {job.key: job for job in queue}
     for task in get_tasks(args):
         progress, training = tasks.get_progress(task), tasks.get_training_progress(task)
         if progress.done:
             num_done += 1
-        elif task.key in numbers:
-            print(f"{task}: in the queue already, as job {numbers[task.key]}")
-        elif task.kind != "train" and not training.done and (task.model, "train") not in numbers:
+        elif task.key in jobs:
+            print(f"{task}: in the queue already, as job {jobs[task.key].number}{describe_change(jobs[task.key].task, task)}")
+        elif task.kind != "train" and not training.done and (task.model, "train") not in jobs:
             print(f"{task}: skipped, its model is not trained yet ({training.iteration} of {task.total} iterations)")
         elif progress.others and "--force" not in task.flags:
             print(f"{task}: skipped, a different evaluation is saved: {progress.others}; --eval-options=--force replaces it")
@@ -134,6 +134,25 @@ def choose_tasks(args, queue=()):
     if num_done:
         print(f"{num_done} are complete already")
     return left
+
+
+def describe_change(submitted, task):
+    """How a task in the queue differs from what is asked for now, in words; "" if it does not"""
+    theirs, ours = (list(map(name_data, some.flags)) for some in (submitted, task))
+    there, here = (
+        shlex.join(flag for flag in some if flag not in [*other, "--cuda", "--force"])
+        for some, other in [(theirs, ours), (ours, theirs)]
+    )
+    if not there and not here and submitted.total == task.total:
+        return ""
+    there, here = there or f"{submitted.total} iterations of training", here or f"{task.total} iterations of training"
+    return f", but with other options: {there} there, {here} here; --cancel cancels it"
+
+
+def name_data(flag):
+    """The flag, with a data location's name in place of its path"""
+    name, _, value = flag.partition("=")
+    return f"{name}={util.get_location_name(value)}" if name == "--data-location" and value else flag
 
 
 # ------------------------------------------------------------------ here
@@ -165,6 +184,14 @@ def run_here(args):
 
 def submit(args):
     """Submits the remaining tasks to Slurm, unless they are already in the queue"""
+    if args.dry_run:
+        return submit_remaining(args)
+    with locks.lock(slurm.FOLDER / "lock", f"a sweep of {util.SAVE} is being submitted"):  # or tasks might be submitted twice
+        submit_remaining(args)
+    return wait(args) if args.wait else 0
+
+
+def submit_remaining(args):
     queue = slurm.get_queue(essential=not args.dry_run)
     left = choose_tasks(args, queue)
     if left and not args.dry_run:
@@ -177,7 +204,7 @@ def submit(args):
         print("nothing to submit")
     for task in left if args.dry_run else []:
         print(f"would submit: {shlex.join(task.get_command())}")
-    return wait(args) if args.wait and not args.dry_run else 0
+    return 0
 
 
 def wait(args):

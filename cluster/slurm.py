@@ -149,6 +149,10 @@ def get_array(listing, indices, after=(), limit=None):
     options = [f"--array={','.join(map(str, indices))}" + (f"%{limit}" if limit else "")]
     options += [f"--signal=B:USR1@{WARNING}", "--requeue", "--open-mode=append", "-J", name]
     options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", f"--comment={get_tag()}-{listing.path.stem}"]
+    if after and any(re.match(r"--dep|-d", option) for option in listing.options):
+        raise UserError(
+            "--sbatch --dependency: evaluations wait for their training by this option; give it when that has ended"
+        )
     options += [f"--dependency=afterany:{':'.join(after)}"] * bool(after)
     return ["sbatch", *listing.options, *options, *get_script(listing.path)]
 
@@ -234,6 +238,7 @@ class Job(NamedTuple):
     key: tuple  # of the task
     state: str  # Slurm's: PENDING, RUNNING, ...
     reason: str  # why it is pending
+    task: Task  # as it was submitted
 
 
 def get_queue(essential=True):
@@ -253,7 +258,7 @@ def get_queue(essential=True):
         match = re.fullmatch(rf"{get_tag()}-([0-9a-f]+)(?:-(\d+))?", comment)
         if match and match[1] in listings:
             task = listings[match[1]].tasks[int(match[2] or array_index)]
-            jobs.append(Job(number, task.key, state, reason if state == "PENDING" else ""))
+            jobs.append(Job(number, task.key, state, reason if state == "PENDING" else "", task))
     return jobs
 
 
@@ -323,7 +328,7 @@ def run_task(where):
         except UserError as error:
             log.write(f"{error}\n")
             status = 2
-        task.get_path("status").write_text(f"{status}\n")
+        tasks.write_status(task, status)
         if is_chain and tasks.was_stopped(status):
             log.write("saved; waiting for Slurm to end this job, so that om-repeat starts the next\n")
             log.flush()
@@ -340,10 +345,13 @@ def try_to_run(listing, index, number, log, stop):
     _, starts = get_attempts(task)
     if len(starts) >= MAX_STARTS and len(set(starts[-MAX_STARTS:])) == 1:
         raise UserError(f"{MAX_STARTS - 1} requeues without progress (at step {starts[-1]}): it does not start again")
-    if task.kind != "train" and not tasks.get_training_progress(task).done:
+    training = tasks.get_training_progress(task)
+    if task.kind != "train" and not training.done:
         trainings = get_trainings(task, get_queue())
         if not trainings:
-            raise UserError("its model is not fully trained: nothing to evaluate")
+            raise UserError(
+                f"its model is not fully trained ({training.iteration} of {task.total} iterations): nothing to evaluate"
+            )
         submit(listing, [index], get_array(listing, [index], trainings))
         return 0
     return run_command(get_command(listing, task), log, stop, get_job_end(number))

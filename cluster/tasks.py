@@ -17,10 +17,11 @@ import torch
 
 import util
 from runs import checkpoints, curves, locks
-from util import UserError
+from util import UserError, warn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CHOICE_OF_IMAGES = ["num_data", "images"]  # arguments of an evaluation, whose settings identify the images themselves
+# Arguments of an evaluation that choose images; its settings identify the images themselves
+CHOICE_OF_IMAGES = ["num_data", "images", "data_location"]
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # on Linux only
 
 
@@ -81,6 +82,8 @@ class Progress(NamedTuple):
     replaces: bool = False  # whether the evaluation replaces another one
     others: str = ""  # how the other one's settings differ, if it is of the same model
     damage: str = ""  # which checkpoint is damaged, in words
+    model: str = ""  # the digest of the newest checkpoint's, of a training
+    location: str = ""  # and its data's
 
 
 def get_progress(task):
@@ -105,19 +108,23 @@ def get_training_progress(task):
         value=f"{losses['theta_loss']:.2f}" if "theta_loss" in losses else "",
         saved=os.path.getmtime(checkpoint["path"]),
         damage=damage,
+        model=checkpoints.get_digest(checkpoint),
+        location=checkpoint["args"]["data_location"],
     )
 
 
 def get_evaluation_progress(task):
-    """Done means evaluated for the current model, with the settings that the task asks for"""
-    total, model_iteration = task.settings["num_iterations"], get_training_progress(task).iteration
+    """Done means evaluated for the current model, once that is trained, with the settings and images that the task asks for"""
+    total, training = task.settings["num_iterations"], get_training_progress(task)
     path, state_path = task.get_evaluation_path(), task.get_state_path()
     result = load_saved(path, checkpoints.RESULT_KEYS)
     state = load_saved(state_path, {"settings", "iteration", "log_p", "num_searched"})
-    others = ""
-    for saved in [saved for saved in (result, state) if saved and saved["settings"]["model"].endswith(f" {model_iteration}")]:
+    others, wanted = "", name_images(task.settings, training)
+    current = [saved for saved in (result, state) if training.done and saved and saved["settings"]["model"] == training.model]
+    for saved in current:
         settings = {**saved["settings"], **{name: saved["args"].get(name) for name in CHOICE_OF_IMAGES}}
-        others = util.describe_differences({name: settings.get(name) for name in task.settings}, task.settings)
+        settings = name_images(settings, training)
+        others = util.describe_differences({name: settings.get(name) for name in wanted}, wanted)
         if not others and saved is result:
             return Progress(True, total, total, total, f"{result['log_p']:.2f}", path.stat().st_mtime)
         if not others:
@@ -125,6 +132,13 @@ def get_evaluation_progress(task):
             done = state["iteration"], total, steps
             return Progress(False, *done, saved=state_path.stat().st_mtime, replaces=result is not None)
     return Progress(False, 0, total, replaces=bool(result or state), others=others)
+
+
+def name_images(settings, training):
+    """Settings of an evaluation with the name of where its images come from in place of the path that was given, if any"""
+    settings = dict(settings)
+    location = settings.pop("data_location", None) or training.location
+    return {**settings, "images_from": util.get_location_name(location) if location else ""}
 
 
 def load_saved(path, keys):
@@ -156,9 +170,12 @@ def open_log(task, words=""):
     task.get_path("status").unlink(missing_ok=True)
     log = open(path, "a")
     when, node = time.strftime("%Y-%m-%d %H:%M:%S"), os.uname().nodename
-    log.write("\n" if log.tell() else "")  # after an interrupted progress bar
-    log.write(f"--- {when} on {node}{words}: {shlex.join(task.get_command())}\n")
-    log.flush()
+    try:
+        log.write("\n" if log.tell() else "")  # after an interrupted progress bar
+        log.write(f"--- {when} on {node}{words}: {shlex.join(task.get_command())}\n")
+        log.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); make room and run the same command again") from None
     return log
 
 
@@ -171,8 +188,18 @@ def read_log(task):
 
 
 def get_log_end(task, num_lines=4):
-    """The last lines of its log, except those of the sweep itself"""
-    return "\n".join([line for line in read_log(task) if not line.startswith("--- ")][-num_lines:])
+    """The last lines that its last attempt wrote to its log"""
+    lines = read_log(task)
+    first = max((i + 1 for i, line in enumerate(lines) if line.startswith("--- ")), default=0)
+    return "\n".join(lines[first:][-num_lines:])
+
+
+def write_status(task, status):
+    """Writes the exit status of its last attempt; warns if that fails, since the log says the same"""
+    try:
+        util.write(task.get_path("status"), f"{status}\n".encode())
+    except UserError as error:
+        warn(str(error))
 
 
 def get_device(task):
@@ -231,7 +258,7 @@ def start(task, slot, num_slots, num_gpus):
 def finish(worker):
     """Waits until a task has ended, and prints how. Returns: whether it succeeded"""
     task, status = worker.task, worker.process.wait()
-    task.get_path("status").write_text(f"{status}\n")
+    write_status(task, status)
     if status == 0:
         progress = get_progress(task)
         what = "theta loss" if task.kind == "train" else "log p"

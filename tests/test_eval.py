@@ -595,8 +595,27 @@ def test_older_evaluations_are_kept_and_renamed_when_rewritten(small_model, caps
     assert [row["images"] for row in csv.DictReader(open("save/logp_train.csv"))] == ["training"]
 
 
-def get_evaluation_tasks(model, monkeypatch):
-    args = sweep.parse_args(["--eval-logp", "--eval-algorithms", "own", "--eval-options", shlex.join(OWN[2:-1])])
+def test_a_sweeps_evaluation_is_of_the_trained_model_as_it_is_now(model, monkeypatch, capsys):
+    """Not of its parameters before, even at the same iteration, nor on other images; one that is still to be trained has none"""
+    assert eval_logp.main([*OWN, model]) == 0
+    (task,) = get_evaluation_tasks(model, monkeypatch)
+    assert tasks.get_progress(task).done and tasks.get_progress(task).value
+    assert not tasks.get_progress(task._replace(total=5)).done
+    path = shutil.copy("data.mat", "copy.mat")
+    (other,) = get_evaluation_tasks(model, monkeypatch, "--data-location", path)
+    assert re.fullmatch(r"images-from is data\.mat-\w+ there and copy\.mat-\w+ here", tasks.get_progress(other).others)
+    (same,) = get_evaluation_tasks(model, monkeypatch, "--data-location", str(pathlib.Path("data.mat").resolve()))
+    assert tasks.get_progress(same).done
+    path = checkpoints.get_path(model)
+    checkpoint = torch.load(path, weights_only=True)
+    next(iter(checkpoint["generative_model"].values())).add_(1)
+    util.save_checkpoint(path, {name: value for name, value in checkpoint.items() if name not in ("format", "digest")})
+    progress = tasks.get_progress(task)
+    assert not progress.done and progress.replaces and not progress.others
+
+
+def get_evaluation_tasks(model, monkeypatch, *options):
+    args = sweep.parse_args(["--eval-logp", "--eval-algorithms", "own", "--eval-options", shlex.join([*OWN[2:-1], *options])])
     run_args = argparse.Namespace(**checkpoints.load(checkpoints.find(model))["args"])
     monkeypatch.setattr(sweep, "get_runs", lambda _: {model: run_args})
     return sweep.get_tasks(args)

@@ -235,7 +235,12 @@ def test_jobs_of_the_queue_are_told_apart(cluster):
     foreign = subprocess.run(foreign, capture_output=True, text=True, check=True).stdout.strip()
     run(*HELD, "--seeds", "3", "4", "--models", names[0])
     for location in ("./data.mat", os.path.abspath("data.mat")):  # the same data as data.mat
-        assert run(*HELD, "--", f"--data-location={location}").count("in the queue already") == 3
+        stdout = run(*HELD, "--", f"--data-location={location}")
+        assert stdout.count("in the queue already") == 3 and "other options" not in stdout
+    stdout = run(*HELD, "--models", names[0], "--", "--num-iterations=5")
+    assert re.search(
+        r"as job \w+, but with other options: 200000 iterations of training there, --num-iterations=5 here;", stdout
+    )
     assert [(c["state"], c["job"]) for c in get_cells("--models", *names)] == [
         ("queued", f"{number}_{i} (JobHeldUser)") for i in range(3)
     ]

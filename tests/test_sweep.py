@@ -180,6 +180,16 @@ def test_a_run_stopped_before_its_last_test_is_not_complete(make_sweep, monkeypa
     assert run("--status").count(f"{latest} is damaged") == 1
 
 
+def test_the_end_of_a_log_is_that_of_the_last_attempt(folder):
+    task = tasks.Task("a", "train", [], 5)
+    for line in ["first\nfailed", "second", ""]:
+        with tasks.open_log(task) as log:
+            log.write(line)
+        assert tasks.get_log_end(task) == line
+    tasks.write_status(task, 2)
+    assert tasks.is_failed(task)
+
+
 def test_sweep_here(make_sweep, monkeypatch):
     """Trained two at a time, interrupted, resumed; evaluated, reported, deleted"""
     models = make_sweep("--pretrain-iterations 5 --num-iterations 110 --save-interval 10")
