@@ -438,9 +438,10 @@ def affine_log_prob_by_map(logits, obs, maps):
 # ------------------------------------------------------------------ compilation
 
 
-def set_compile(enabled, device="cpu"):
+def set_compile(enabled, device="cpu", unroll=True):
     """Turns compilation of the kernels on or off: on a CPU with torch.compile, for all batch sizes at once; on a GPU with
-    Triton, whose kernels fast/kernel_check.py tries. If compilation fails (without a C++ compiler, say), warns in one line."""
+    Triton, whose kernels fast/kernel_check.py tries. If compilation fails (without a C++ compiler, say), warns in one line.
+    Args: unroll: whether `get_logits` will unroll its loop"""
     on_gpu = gpu.is_gpu(device)
     if enabled and kernels.compiled and not on_gpu:
         return
@@ -450,7 +451,7 @@ def set_compile(enabled, device="cpu"):
         return
     try:
         with torch.inference_mode(False), torch.enable_grad():  # even within a notebook's torch.no_grad()
-            _try_kernels()
+            _try_kernels(unroll)
     except Exception as error:  # torch raises many types
         kernels.compiled = {}
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -458,7 +459,7 @@ def set_compile(enabled, device="cpu"):
         warn(f"not compiled, training is slower: {reason[:400]}")
 
 
-def _try_kernels():
+def _try_kernels(unroll):
     """Draws and scores something, with gradients and without"""
     # Arbitrary numbers, but not random ones: the run's random state has already been restored.
     numbers = torch.linspace(0.1, 0.9, MAPS_AT_ONCE * 6)
@@ -466,7 +467,7 @@ def _try_kernels():
     arcs.requires_grad_()
     logits = get_logits(arcs, torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)
     affine_log_prob(logits, torch.zeros_like(logits), maps).sum().backward()
-    get_logits(arcs.detach(), torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)
+    get_logits(arcs.detach(), torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28, unroll)
 
 
 FULLY_FUSED = [_draw, _draw_ink, _get_strongest, _draw_one_more, _log_prob_by_map, _differentiate_by_map]

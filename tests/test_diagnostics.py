@@ -261,7 +261,7 @@ def test_data_of_another_size(folder, capsys):  # noqa: F811
         assert len(result["log_p_by_image"]) == num_images and result["settings"]["kind_of_images"] == kind
     capsys.readouterr()
     assert eval_logp.main(["--report"]) == 0
-    heading = "the first 50 images of the training part of data.mat, on which the models were not trained (fingerprint "
+    heading = "the first 50 images of the training part of data.mat, not the data of the models' training (fingerprint "
     assert heading in capsys.readouterr().out
     assert diagnostics.main([*DRAW, "--checkpoint-path", model, "--data-location", "data.mat"]) == 0
     assert "data.mat is not its training data" in capsys.readouterr().out
