@@ -87,9 +87,8 @@ def load_results(name, paths):
         with checkpoints.using({"path": path}):
             difference = model and describe_difference(result, model)
         if difference:
-            warn(
-                f"{path} is left out: it is of another model than this run's now ({difference}); eval_logp.py --force repeats it"
-            )
+            advice = "delete it, or replace it by eval_logp.py --force"
+            warn(f"{path} is left out: it is of another model than this run's now ({difference}); {advice}")
         else:
             results[path] = result
     return results
@@ -452,7 +451,7 @@ def read_milestones(name, modes="*"):
     """The evaluations of a run's milestones, grouped by what must agree within a figure:
     {(images, what describe_work says): {iteration: result}}. Args: modes: test, train or, for both, *"""
     groups = collections.defaultdict(dict)
-    paths = (util.SAVE / name / "logp").glob(f"{modes}_every_checkpoint/[!.]*.pt")
+    paths = sorted((util.SAVE / name / "logp").glob(f"{modes}_every_checkpoint/[!.]*.pt"))
     for result in load_results(name, paths).values():
         if result["model_iteration"] > 0:  # 0, in pretraining, has no place on a logarithmic axis
             groups[get_images(result), describe_work(result["settings"])][result["model_iteration"]] = result
