@@ -135,14 +135,20 @@ def load_for_model(checkpoint, location=None, load=load_and_tell):
         dataset = load(location, False, None, find)
     if num_known not in (0, dataset.num_alphabets):
         raise UserError(f"the model knows {num_known} alphabets, {location} has {dataset.num_alphabets}; set --data-location")
-    names = [
-        checkpoint.get("alphabet_names", []),
-        list(dataset.alphabet_names),
-    ]  # older checkpoints have none, nor has chardata.mat
-    if num_known and names[0] != names[1] and not any(set(some) <= set(_number_alphabets(len(some))) for some in names):
-        different = next((ours, theirs) for ours, theirs in zip(*names, strict=True) if ours != theirs)
-        raise UserError(f"the model's alphabets are others than those of {location}: {' is not '.join(different)}, for example")
+    if num_known and get_fingerprint(dataset.train) != checkpoint["data"]:
+        _check_alphabets(checkpoint.get("alphabet_names", []), list(dataset.alphabet_names), location)
     return dataset
+
+
+def _check_alphabets(known, names, location):
+    """Raises: UserError if a model's alphabets, by name, are others than those of a location. Older checkpoints have no names,
+    nor has chardata.mat"""
+    if known == names or any(set(some) <= set(_number_alphabets(len(some))) for some in (known, names)):
+        return
+    ours, theirs = next((ours, theirs) for ours, theirs in zip(known, names, strict=True) if ours != theirs)
+    raise UserError(
+        f"the model's alphabets are others than those of {location}: {ours} is not {theirs}, for example; set --data-location"
+    )
 
 
 def get_fingerprint(split):

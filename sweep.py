@@ -185,13 +185,15 @@ def run_here(args):
 def submit(args):
     """Submits the remaining tasks to Slurm, unless they are already in the queue"""
     if args.dry_run:
-        return submit_remaining(args)
+        submit_remaining(args)
+        return 0
     with locks.lock(slurm.FOLDER / "lock", f"a sweep of {util.SAVE} is being submitted"):  # or tasks might be submitted twice
         submit_remaining(args)
     return wait(args) if args.wait else 0
 
 
 def submit_remaining(args):
+    """Submits what is neither complete nor in the queue; with --dry-run, prints the commands"""
     queue = slurm.get_queue(essential=not args.dry_run)
     left = choose_tasks(args, queue)
     if left and not args.dry_run:
@@ -204,7 +206,6 @@ def submit_remaining(args):
         print("nothing to submit")
     for task in left if args.dry_run else []:
         print(f"would submit: {shlex.join(task.get_command())}")
-    return 0
 
 
 def wait(args):

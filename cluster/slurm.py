@@ -345,8 +345,7 @@ def try_to_run(listing, index, number, log, stop):
     _, starts = get_attempts(task)
     if len(starts) >= MAX_STARTS and len(set(starts[-MAX_STARTS:])) == 1:
         raise UserError(f"{MAX_STARTS - 1} requeues without progress (at step {starts[-1]}): it does not start again")
-    training = tasks.get_training_progress(task)
-    if task.kind != "train" and not training.done:
+    if task.kind != "train" and not (training := tasks.get_training_progress(task)).done:
         trainings = get_trainings(task, get_queue())
         if not trainings:
             raise UserError(

@@ -82,8 +82,8 @@ class Progress(NamedTuple):
     replaces: bool = False  # whether the evaluation replaces another one
     others: str = ""  # how the other one's settings differ, if it is of the same model
     damage: str = ""  # which checkpoint is damaged, in words
-    model: str = ""  # the digest of the newest checkpoint's, of a training
-    location: str = ""  # and its data's
+    model: str = ""  # of a training: the digest of its newest checkpoint
+    location: str = ""  # and where its data are
 
 
 def get_progress(task):
@@ -119,11 +119,11 @@ def get_evaluation_progress(task):
     path, state_path = task.get_evaluation_path(), task.get_state_path()
     result = load_saved(path, checkpoints.RESULT_KEYS)
     state = load_saved(state_path, {"settings", "iteration", "log_p", "num_searched"})
-    others, wanted = "", name_images(task.settings, training)
+    others = ""
     current = [saved for saved in (result, state) if training.done and saved and saved["settings"]["model"] == training.model]
     for saved in current:
         settings = {**saved["settings"], **{name: saved["args"].get(name) for name in CHOICE_OF_IMAGES}}
-        settings = name_images(settings, training)
+        settings, wanted = (name_images(some, training.location) for some in (settings, task.settings))
         others = util.describe_differences({name: settings.get(name) for name in wanted}, wanted)
         if not others and saved is result:
             return Progress(True, total, total, total, f"{result['log_p']:.2f}", path.stat().st_mtime)
@@ -134,11 +134,10 @@ def get_evaluation_progress(task):
     return Progress(False, 0, total, replaces=bool(result or state), others=others)
 
 
-def name_images(settings, training):
-    """Settings of an evaluation with the name of where its images come from in place of the path that was given, if any"""
-    settings = dict(settings)
-    location = settings.pop("data_location", None) or training.location
-    return {**settings, "images_from": util.get_location_name(location) if location else ""}
+def name_images(settings, default):
+    """Settings of an evaluation, with a name for where its images come from, since a location has many paths. Args: default:
+    path of the training's data, from which they come if none was given"""
+    return {**settings, "images_from": util.get_location_name(settings.get("data_location") or default)}
 
 
 def load_saved(path, keys):

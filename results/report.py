@@ -77,7 +77,7 @@ def load_results(name, paths):
     model than the run's, which was trained anew or whose folder they were copied to"""
     results, model = {}, None
     with contextlib.suppress(UserError):  # results may have come without checkpoints
-        model = checkpoints.load(checkpoints.get_path(name))
+        model = checkpoints.load(checkpoints.get_path(name)) if paths else None
     for path in paths:
         try:
             result = load_result(path)
@@ -96,15 +96,20 @@ def load_results(name, paths):
 
 def describe_difference(result, model):
     """Why the model that was evaluated cannot be one that a run with this latest checkpoint has been; "" if it can"""
-    theirs, ours = (util.get_first_names(settings) for settings in (result["model_settings"], model["settings"]))
-    theirs = {name: theirs.get(name, value) for name, value in ours.items()}  # settings come and go
-    if differences := util.describe_differences(theirs, ours):
+    if differences := compare_settings(result["model_settings"], model["settings"]):
         return differences
     if result["model_iteration"] > model["iteration"]:
         return f"iteration {result['model_iteration']} of {model['iteration']}"
     digests = result["settings"]["model"], checkpoints.get_digest(model)
     is_latest = result["model_iteration"] == model["iteration"]
     return f"model is {digests[0]} there and {digests[1]} here" if is_latest and digests[0] != digests[1] else ""
+
+
+def compare_settings(theirs, ours):
+    """How the settings of two trainings differ, in words, among those that both have: settings come and go"""
+    theirs, ours = map(util.get_first_names, (theirs, ours))
+    shared = [name for name in ours if name in theirs]
+    return util.describe_differences({name: theirs[name] for name in shared}, {name: ours[name] for name in shared})
 
 
 def get_images(result):
@@ -120,7 +125,7 @@ def read_runs(folder):
     """Reads the evaluations of one run: a Run for each set of images, test images first"""
     by_images = collections.defaultdict(dict)  # images -> algorithm -> result
     paths = sorted(folder.glob("logp/[!.]*.pt"))
-    for path, result in (load_results(folder.name, paths) if paths else {}).items():
+    for path, result in load_results(folder.name, paths).items():
         name = checkpoints.get_result_path(folder.name, result["settings"]).name
         if path.name == name:
             by_images[get_images(result)][result["settings"]["algorithm"]] = result
@@ -279,10 +284,9 @@ def name_rows(settings):
     in the seed share a row if their settings do as well; those of another model have a row by their own name"""
     rows, firsts = {}, {}
     for name in sorted(settings, key=get_order):
-        model = util.get_first_names(settings[name])
+        model = {**settings[name], "seed": None}
         first = firsts.setdefault(get_name(name), model)
-        shared = first.keys() & model.keys() - {"seed", "data_location"}
-        rows[name] = get_name(name) if all(first[key] == model[key] for key in shared) else name
+        rows[name] = name if compare_settings(model, first) else get_name(name)
     return rows
 
 
@@ -326,7 +330,9 @@ def get_row(name, runs):
         algorithm: [get_estimate(run.results[algorithm]) for run in runs if algorithm in run.results]
         for algorithm in ALGORITHMS
     }
-    by_all = [algorithm for algorithm in ALGORITHMS if len(estimates[algorithm]) == len(runs)]  # averages compare nothing else
+    by_all = [
+        algorithm for algorithm in ALGORITHMS if len(estimates[algorithm]) == len(runs)
+    ]  # so that averages are of the same work
     bounds = [get_joint_bound([run.results[algorithm] for algorithm in by_all]) for run in runs if by_all]
     estimates["best"] = [max(get_estimate(run.results[algorithm]) for algorithm in by_all) for run in runs if by_all]
     estimates["enumeration bound"] = [(bound.mean().item(), get_standard_error(bound.tolist())) for bound in bounds]

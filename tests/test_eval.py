@@ -277,14 +277,15 @@ def test_the_images_are_the_first_of_the_test_part(small_model, monkeypatch):
 
 
 def test_a_conditional_model_knows_its_alphabets_by_name(folder):  # noqa: F811
-    """Equally many others are refused, unless they have no names"""
+    """Equally many others are refused, unless they have no names or are the same data, renamed"""
     obs = torch.bernoulli(torch.full((40, 28, 28), 0.1)).numpy()
-    for name, labels in [("one", "ab"), ("other", "bc")]:
-        np.savez(f"{name}.npz", images=obs, labels=np.array(list(labels) * 20))
+    for name, images, labels in [("one", obs, "ab"), ("renamed", obs, "bc"), ("other", obs[::-1], "bc")]:
+        np.savez(f"{name}.npz", images=images, labels=np.array(list(labels) * 20))
     flags = [*TRAIN, "--condition-on-alphabet", "--data-location", "one.npz"]
     main.main(flags)
     checkpoint = checkpoints.load(checkpoints.find(util.get_path_base(main.parse_args(flags))))
     assert data.load_for_model(checkpoint).alphabet_names == ("a", "b")
+    assert data.load_for_model(checkpoint, "renamed.npz").alphabet_names == ("b", "c")
     with pytest.raises(UserError, match="the model's alphabets are others than those of other.npz: a is not b, for example"):
         data.load_for_model(checkpoint, "other.npz")
     data.load_for_model({**checkpoint, "alphabet_names": ["alphabet 1", "alphabet 2"]}, "other.npz")

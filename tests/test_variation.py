@@ -249,9 +249,8 @@ def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_scr
     write_runs(tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr(
-        rendering, "set_compile", lambda enabled, **_: asked.append(enabled)
-    )  # which takes longer than all the rest
+    # Compiling would take longer than all the rest
+    monkeypatch.setattr(rendering, "set_compile", lambda enabled, **_: asked.append(enabled))
     argv = ["--checkpoint-path", "pretrained/mws_20", "--runs", "runs", "--num-steps=10", "--num-traces=2"]
     status, stdout, stderr = run_script(oneshot, *argv, "--run-ids", "2")
     assert status == 0 and "of 3 wrong" in stdout + stderr, stderr
