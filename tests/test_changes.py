@@ -3,12 +3,10 @@ the text of a copy of the project, which is then used as they would."""
 
 import argparse
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
+import forks
 import pytest
 import scipy.io
 import torch
@@ -188,8 +186,7 @@ def copy(tmp_path, monkeypatch):
 
 
 def use(code, *argv):
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment)
+    process = forks.run(code, *argv)
     assert process.returncode == 0, process.stderr[-3000:]
     return process
 
@@ -362,7 +359,7 @@ def test_what_cannot_be_resumed_is_refused_before_the_first_step(copy):
         state = "class Mine:\n    def state_dict(self):\n        return {'x': signal}\n\n\nclass Run:\n"
         text = (copy / "main.py").read_text()
         change(copy, {"main.py": [(before, f"        {part}\n{before}"), ("class Run:\n", state)]})
-        process = subprocess.run([sys.executable, "-c", code, str(copy), *TINY], capture_output=True, text=True)
+        process = forks.run(code, str(copy), *TINY)
         assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
         assert ("part mine" in process.stderr) == ("mine" in part) and not list(pathlib.Path("save").glob("*/checkpoints/*"))
         (copy / "main.py").write_text(text)
