@@ -17,7 +17,6 @@ save/<run>/logp/<mode>_<algorithm>.pt. If stopped, rerun the same command to res
 from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
 import contextlib
-import copy
 import functools
 import math
 import multiprocessing
@@ -45,23 +44,21 @@ from scoring import ScoreTable, get_enumeration_bound
 from util import UserError, warn
 
 STATE_KEYS = {"settings", "network", "table", "iteration", "log_p"}
-CHOICES = "mode algorithm num_particles num_iterations batch_size lstm_hidden_size test_batch_size".split()
-CHOICES += ["test_num_particles", "seed"]  # what a result depends on besides the model and the images
 ALGORITHMS = report.ALGORITHMS
 LEARNING_RATE = 1e-3
-DEFAULTS = {  # the paper's, and those that differ by algorithm
-    "num_particles": (100, {"mws": 10}),
-    "num_iterations": (20000, {"mws": 1000, "own": 0}),
-    "batch_size": (50, {}),
-    "lstm_hidden_size": (128, {}),
-    "test_batch_size": (1, {"own": 10}),
-    "test_num_particles": (5000, {"own": 1000}),
+SIZES = {  # what they are; the paper's defaults, and those that differ by algorithm
+    "num_particles": ("particles per image in training; mws: proposals, and programs drawn from the memory", 100, {"mws": 10}),
+    "num_iterations": ("iterations of training", 20000, {"mws": 1000, "own": 0}),
+    "batch_size": ("images per step of training", 50, {}),
+    "lstm_hidden_size": ("hidden units of the new network's LSTM", 128, {}),
+    "test_batch_size": ("images per step of the estimate", 1, {"own": 10}),
+    "test_num_particles": ("particles per image in the estimate", 5000, {"own": 1000}),
 }
+CHOICES = ["mode", "algorithm", *SIZES, "seed"]  # what a result depends on besides the model and the images
 # Settings that change nothing keep their defaults, so that they do not make a different evaluation
 UNUSED = {"own": ["num_particles", "num_iterations", "batch_size", "lstm_hidden_size"], "mws": ["test_batch_size"]}
 # Memoised evaluation
 LEARNING_RATES = 5e-3, 1e-4  # first and last
-NUM_HALVES = 2
 NUM_PROPOSALS = 500  # programs from the model's own network with which a search begins
 PROPOSAL_INTERVAL = 100  # on a GPU, iterations between proposals that join the guaranteed bound
 MANY_MILESTONES = 15  # enough for compiling to pay off (a run of 200 000 iterations has 64)
@@ -76,30 +73,27 @@ warn_once = functools.cache(warn)
 class Evaluation:
     """A trained generative model, the images, and everything that an evaluation's checkpoint holds."""
 
-    def __init__(self, args, checkpoint, images, num_alphabets, device, memory=None):
-        util.set_seed(args.seed if args.half is None else NUM_HALVES * args.seed + args.half, device)
+    def __init__(self, args, checkpoint, images, device, memory=None):
+        util.set_seed(args.seed if args.half is None else 2 * args.seed + args.half, device)
         self.args, self.device = args, device
         self.obs = images.obs.to(device)
-        self.alphabet = images.alphabet.to(device) if num_alphabets else None
+        self.alphabet = images.alphabet.to(device) if checkpoint["num_alphabets"] else None
         self.memory = memory  # packed programs remembered for the images, or None: [N, M, A]
         self.generative_model, self.own_network = models.from_checkpoint(checkpoint, device)
         if args.algorithm == "own":
             self.network = self.own_network
         else:
-            self.network = build_network(args, checkpoint["args"], len(self.obs), num_alphabets).to(device)
+            self.network = build_network(args, checkpoint, len(self.obs)).to(device)
         self.optimizer = get_adam(self.network.parameters(), device, LEARNING_RATE)
         # The objective's own settings are those of the model, or their defaults
         self.objective_args = argparse.Namespace(**{**checkpoint["args"], "algorithm": args.algorithm})
         self.state = losses.init_state(self.objective_args, len(self.obs), device) if args.algorithm in ("rws", "vimco") else {}
         self.table = ScoreTable(self.generative_model.num_arcs, device)
-        self.programs = None  # the best found so far, packed: [N, M, A], of mws
-        if args.algorithm == "mws":
-            shape = len(self.obs), args.memory_size, self.generative_model.num_arcs
-            self.programs = torch.zeros(shape, dtype=torch.int16, device=device)
         self.parts = dict(network=self.network, optimizer=self.optimizer, table=self.table)
         self.parts |= {f"state_{name}": part for name, part in self.state.items()}
-        if self.programs is not None:
-            self.parts["programs"] = self.programs
+        if args.algorithm == "mws":  # the best programs found so far, packed: [N, M, A]
+            shape = len(self.obs), args.memory_size, self.generative_model.num_arcs
+            self.programs = self.parts["programs"] = torch.zeros(shape, dtype=torch.int16, device=device)
         self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
         self.num_searched = 0  # images searched so far
         self.iteration = 0
@@ -140,15 +134,12 @@ class Evaluation:
         )
 
 
-def build_network(args, model_args, num_images, num_alphabets):
+def build_network(args, checkpoint, num_images):
     """Builds the inference network: an amortised one for sleep, which trains on other images, else one that knows
     the images by their index"""
-    shared = dict(
-        num_primitives=model_args["num_primitives"],
-        num_arcs=model_args["num_arcs"],
-        lstm_hidden_size=args.lstm_hidden_size,
-        num_alphabets=num_alphabets,
-    )
+    model_args = checkpoint["args"]
+    shared = {name: model_args[name] for name in ("num_primitives", "num_arcs")}
+    shared |= dict(lstm_hidden_size=args.lstm_hidden_size, num_alphabets=checkpoint["num_alphabets"])
     if args.algorithm == "sleep":
         return models.InferenceNetwork(obs_embedding_dim=model_args["obs_embedding_dim"], **shared)
     return models.LookupInferenceNetwork(num_images, **shared)
@@ -156,11 +147,9 @@ def build_network(args, model_args, num_images, num_alphabets):
 
 def build_models(args, checkpoint, num_images, device):
     """A generative model and a network to evaluate it with, like an evaluation's but with other parameters"""
-    model_args, num_alphabets = checkpoint["args"], checkpoint["num_alphabets"]
-    generative_model, network = models.build(argparse.Namespace(**model_args), num_alphabets, device)
-    network.requires_grad_(False)
-    if args.algorithm != "own":
-        network = build_network(args, model_args, num_images, num_alphabets).to(device)
+    generative_model, own = models.build(argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"], device)
+    is_own = args.algorithm == "own"
+    network = own.requires_grad_(False) if is_own else build_network(args, checkpoint, num_images).to(device)
     return generative_model.requires_grad_(False), network
 
 
@@ -208,14 +197,6 @@ def looks_scores_up(evaluation):
     return evaluation.device.type == "cpu"
 
 
-def get_step(evaluation):
-    """The step, called with obs_id; on a GPU, replayed as a CUDA graph"""
-    step = functools.partial(train_step, evaluation)
-    can_record = evaluation.args.algorithm != "mws"  # its steps look scores up
-    is_replayed = evaluation.device.type == "cuda" and evaluation.args.compile and can_record
-    return ReplayedStep(step) if is_replayed else step
-
-
 @torch.no_grad()
 def add_proposals(evaluation):
     """Adds proposals for a batch of images to the guaranteed bound on a GPU, where replayed steps do not; on a CPU, those of
@@ -254,7 +235,9 @@ def enumerate_memory(evaluation):
 
 def run(evaluation, settings, path, stop):
     """Trains the network, then estimates log p, until done or a signal arrives. Returns: whether it is done"""
-    args, num_images, step = evaluation.args, len(evaluation.obs), get_step(evaluation)
+    args, num_images, step = evaluation.args, len(evaluation.obs), functools.partial(train_step, evaluation)
+    if evaluation.device.type == "cuda" and args.compile and args.algorithm != "mws":  # whose steps look scores up
+        step = ReplayedStep(step)
     adds_proposals = not looks_scores_up(evaluation) and args.algorithm in ("rws", "vimco")
     num_searches = num_images if args.algorithm == "mws" else 0
     num_estimates = num_images if args.algorithm != "mws" else 0  # mws: made by both halves together
@@ -367,13 +350,6 @@ def estimate_together(halves):
     return torch.cat(log_p), torch.cat(by_half, 1)
 
 
-def get_half(args, half):
-    """The arguments of one half of a memoised evaluation"""
-    args = copy.copy(args)
-    args.half = half
-    return args
-
-
 def run_in_background(num_threads, args, *what):
     """Runs a half in a process of its own, which ends with this one; other arguments as for `run_one`. Returns: the process"""
     process = multiprocessing.get_context("spawn").Process(target=_run_half, args=(num_threads, args, *what), daemon=True)
@@ -423,7 +399,7 @@ def evaluate_every_checkpoint(args):
             try:
                 checkpoint = checkpoints.load(path, device)
             except UserError as error:
-                util.warn(f"{error}; left out")
+                warn(f"{error}; left out")
                 continue
             if checkpoint["iteration"] == 0:  # still in pretraining
                 continue
@@ -447,7 +423,7 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_
         if not args.force and is_complete(path, settings):
             print(f"{path} is complete: {report.describe(path)}; --force repeats it")
             return 0
-        what = checkpoint, images, memory, kind, path, stop
+        what = checkpoint, images, memory, settings, path, stop
         parts = run_halves(args, *what) if args.algorithm == "mws" else [run_one(args, *what)]
         if None in parts:
             print(f"stopped by {signal.Signals(stop.received).name}, saved; rerun the same command to resume")
@@ -459,19 +435,15 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_
     return 0
 
 
-def run_one(args, checkpoint, images, memory, kind, path, stop):
-    """Runs or resumes an evaluation, or a half of one. Args: images, memory, kind: from load_images; path: of the result.
+def run_one(args, checkpoint, images, memory, settings, path, stop):
+    """Runs or resumes an evaluation, or a half of one. Args: images, memory: from load_images; path: of the result.
     Returns: the Evaluation, or None if a signal stopped it"""
-    device, settings, state_path = (
-        util.get_device(args.cuda),
-        get_settings(args, checkpoint, images, kind),
-        checkpoints.get_state_path(path, args.half),
-    )
+    device, state_path = util.get_device(args.cuda), checkpoints.get_state_path(path, args.half)
     held = contextlib.nullcontext()  # only a half needs a lock: a killed evaluation may have left one running
     if args.half is not None:
         held = locks.lock(path.with_name(f".{state_path.stem}.lock"), f"half {args.half} of {path} is being evaluated", stop)
     with held:
-        evaluation = Evaluation(args, checkpoint, images, checkpoint["num_alphabets"], device, memory)
+        evaluation = Evaluation(args, checkpoint, images, device, memory)
         if state_path.exists() and load_state(state_path, evaluation, settings, args.force):
             print(f"resuming at iteration {evaluation.iteration} of {state_path}")
         rendering.set_compile(args.compile, device)
@@ -486,12 +458,13 @@ def run_one(args, checkpoint, images, memory, kind, path, stop):
 def run_halves(args, *what):
     """Runs the halves of a memoised evaluation, side by side on a CPU with two or more threads; arguments as for `run_one`.
     Returns: the Evaluations, with None for one that a signal stopped"""
+    first, second = (argparse.Namespace(**{**vars(args), "half": half}) for half in (1, 2))
     threads, stop = torch.get_num_threads(), what[-1]
     process = None
     if threads > 1 and not args.cuda:
-        process = run_in_background(threads // 2, get_half(args, NUM_HALVES), *what[:-1])
-    torch.set_num_threads(threads if process is None else threads - threads // 2)
-    halves = [run_one(get_half(args, 1), *what)]
+        process = run_in_background(threads // 2, second, *what[:-1])
+        torch.set_num_threads(threads - threads // 2)
+    halves = [run_one(first, *what)]
     while process is not None and process.is_alive():
         process.join(0.2)
         if stop.received is not None:
@@ -499,8 +472,8 @@ def run_halves(args, *what):
             process.join()
     torch.set_num_threads(threads)
     if stop.received is None:  # reads the second half's result or, if its process failed, continues it
-        halves.append(run_one(get_half(args, NUM_HALVES), *what))
-    return [*halves, None][:NUM_HALVES]
+        halves.append(run_one(second, *what))
+    return [*halves, None][:2]
 
 
 def load_images(args, checkpoint, load_data=data.load_and_tell):
@@ -589,11 +562,13 @@ def get_result(parts, settings, name, checkpoint):
     """The result that results/report.py reads (see checkpoints.RESULT_KEYS). Args: parts: an Evaluation, or its halves"""
     of_halves, evaluation = {}, parts[0]
     if len(parts) > 1:
-        of_halves["bound_by_half"] = torch.stack([get_bound(part) for part in parts])
+        num_images = len(evaluation.obs)
+        bounds = [get_enumeration_bound(part.table.settle(), num_images).cpu() for part in parts]
+        of_halves["bound_by_half"] = torch.stack(bounds)
         evaluation.log_p, log_p_by_half = estimate_together(parts)
         of_halves["log_p_by_half"] = log_p_by_half.double().cpu()
         of_halves["search_error"] = of_halves["bound_by_half"].mean(1).diff().abs().item()
-    log_p, state = evaluation.log_p.double().cpu(), evaluation.get_checkpoint(settings)
+    log_p = evaluation.log_p.double().cpu()
     rows = scoring.keep_best(scoring.merge([part.table.settle() for part in parts]))
     bound = get_enumeration_bound(rows, len(log_p)).cpu()  # [N]
     return dict(
@@ -602,21 +577,16 @@ def get_result(parts, settings, name, checkpoint):
         **of_halves,
         log_p=log_p.mean().item(),
         log_p_by_image=log_p,
-        standard_error=log_p.std().item() / math.sqrt(len(log_p)) if len(log_p) > 1 else math.nan,
+        standard_error=report.get_standard_error(log_p.tolist()),
         enumeration_bound=bound.mean().item(),
         enumeration_bound_by_image=bound,
         latents=dict(obs_id=rows.obs_id.int().cpu(), codes=rows.codes.cpu(), log_joint=rows.log_joint.cpu()),
         num_scored=sum(part.table.num_scored for part in parts),
-        statistics=state["statistics"],
+        statistics=evaluation.get_checkpoint(settings)["statistics"],
         run=name,
         model_settings=checkpoint["settings"],
         model_iteration=checkpoint["iteration"],
     )
-
-
-def get_bound(evaluation):
-    """The guaranteed bound over the programs that an evaluation has seen: [N]"""
-    return get_enumeration_bound(evaluation.table.settle(), len(evaluation.obs)).cpu()
 
 
 # ------------------------------------------------------------------ script
@@ -645,15 +615,10 @@ def get_parser():
     add("--every-checkpoint", "evaluate each of a run's milestones; writes a CSV and a figure (own)", action="store_true")
     add("--data-location", "as for main.py (default: where the model was trained)", type=util.to_location, default=None)
     add("--num-data", "number of images", type=positive, default=50)
-    particles = "particles per image in training; mws: proposals, and programs drawn from the memory"
-    add("--num-particles", particles + describe_default("num_particles"), type=positive, default=None)
-    iterations = "iterations of training" + describe_default("num_iterations")
-    add("--num-iterations", iterations, type=util.in_range(int, 0))
-    add("--batch-size", "images per step of training" + describe_default("batch_size"), type=positive)
-    add("--lstm-hidden-size", "hidden units of the new network's LSTM" + describe_default("lstm_hidden_size"), type=positive)
-    add("--test-batch-size", "images per step of the estimate" + describe_default("test_batch_size"), type=positive)
-    particles = "particles per image in the estimate" + describe_default("test_num_particles")
-    add("--test-num-particles", particles, type=positive)
+    for name, (help, default, others) in SIZES.items():
+        defaults = ", ".join([str(default), *(f"{algorithm}: {value}" for algorithm, value in others.items())])
+        low = 0 if name == "num_iterations" else 1
+        add(f"--{name.replace('_', '-')}", f"{help} (default: {defaults})", type=util.in_range(int, low))
     add("--memory-size", "mws: programs remembered per image", type=positive, default=200)
     effort = "mws: length of the search, in units of 10 to 15 seconds on one core per image and half"
     add("--effort", effort, type=util.in_range(float, 0.01, 1000), default=1.0)
@@ -672,11 +637,6 @@ def get_parser():
     return parser
 
 
-def describe_default(name):
-    default, others = DEFAULTS[name]
-    return f" (default: {default}" + "".join(f", {algorithm}: {value}" for algorithm, value in others.items()) + ")"
-
-
 def parse_args(argv=None):
     """Raises: UserError if arguments are out of range or something is missing"""
     args = get_parser().parse_args(argv)
@@ -686,7 +646,7 @@ def parse_args(argv=None):
         args.mode = "test"
     if args.every_checkpoint and args.algorithm != "own":
         raise UserError("--every-checkpoint is for --algorithm own; the others would take hours")
-    for name, (default, others) in DEFAULTS.items():
+    for name, (_, default, others) in SIZES.items():
         if getattr(args, name) is None or name in UNUSED.get(args.algorithm, []):
             setattr(args, name, others.get(args.algorithm, default))
     if args.algorithm == "vimco" and args.num_particles < 2:

@@ -152,7 +152,7 @@ def test_the_training_of_an_evaluation_looks_at_no_value(algorithm, num_alphabet
         checkpoint = run.get_checkpoint()
     flags = ["--checkpoint-path", "given", "--algorithm", algorithm, "--num-particles", "4", "--batch-size", "3"]
     args = eval_logp.parse_args(flags)
-    evaluation = eval_logp.Evaluation(args, checkpoint, dataset.test, num_alphabets, META)
+    evaluation = eval_logp.Evaluation(args, checkpoint, dataset.test, META)
     for _ in range(3):
         statistics = eval_logp.train_step(evaluation, eval_logp.get_obs_id(evaluation))
         assert all(value.is_meta for value in statistics.values())
