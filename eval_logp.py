@@ -336,14 +336,13 @@ def estimate_together(halves):
     num_particles = math.ceil(halves[0].args.test_num_particles / len(halves))
     for half in halves:
         half.network.eval()
-    for obs_id in util.show_progress(
-        torch.arange(len(halves[0].obs), device=halves[0].device), desc="estimating", unit="image"
-    ):
-        inputs = halves[0].get_inputs(obs_id.unsqueeze(0))
-        given = inputs["obs_id"], inputs["alphabet"]
-        latent = [half.network.sample(given[0], num_particles, given[1]) for half in halves]  # each [P, 1, A, 2]
-        log_q = torch.stack([half.network.log_prob(torch.cat(latent), *given) for half in halves])  # [2, 2P, 1]
-        log_joint = halves[0].table.score(given[0], model, torch.cat(latent), inputs["obs"], given[1])  # [2P, 1]
+    images = torch.arange(len(halves[0].obs), device=halves[0].device).split(1)
+    for obs_id in util.show_progress(images, desc="estimating", unit="image"):
+        inputs = halves[0].get_inputs(obs_id)
+        obs, alphabet = inputs["obs"], inputs["alphabet"]
+        latent = [half.network.sample(obs_id, num_particles, alphabet) for half in halves]  # each [P, 1, A, 2]
+        log_q = torch.stack([half.network.log_prob(torch.cat(latent), obs_id, alphabet) for half in halves])  # [2, 2P, 1]
+        log_joint = halves[0].table.score(obs_id, model, torch.cat(latent), obs, alphabet)  # [2P, 1]
         own = (log_joint - log_q).unflatten(1, (len(halves), -1))  # [2, 2, P, 1]
         by_half.append(torch.stack([scoring.log_mean_weight(own[i, i]) for i in range(len(halves))]))
         log_p.append(scoring.log_mean_weight(log_joint - scoring.log_mean_weight(log_q)))

@@ -82,10 +82,6 @@ class Listing(NamedTuple):
     environment: dict  # variables that the tasks need; a site may not pass on the user's
 
 
-def write_listing(listing):
-    util.write(listing.path, json.dumps(listing._asdict(), indent=1, default=str).encode())
-
-
 def read_listing(path):
     """Raises: UserError if there is none"""
     try:
@@ -187,7 +183,7 @@ def submit_tasks(some_tasks, args, queue):
     if args.dry_run:
         print("\n".join(shlex.join(command) for _, command in submissions))
         return
-    write_listing(listing)
+    util.write(path, json.dumps(listing._asdict(), indent=1, default=str).encode())
     for indices, command in submissions:
         print(f"Submitted batch job {submit(listing, indices, command)}")
     for task in some_tasks:

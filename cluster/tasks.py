@@ -210,14 +210,6 @@ def get_device(task):
 # ------------------------------------------------------------------ running tasks here
 
 
-class Worker(NamedTuple):
-    """A task that runs on this machine, as a child process"""
-
-    task: Task
-    process: subprocess.Popen
-    slot: int
-
-
 def _prepare_child():
     """If the sweep is killed, its runs save and stop. Ctrl-C reaches them only through the sweep, and so only once"""
     os.setpgid(0, 0)
@@ -232,7 +224,7 @@ def get_visible_gpus():
 
 
 def start(task, slot, num_slots, num_gpus):
-    """Starts a task on its slot's share of the cores, and on its GPU if there are several"""
+    """Starts a task on its slot's share of the cores, and on its GPU if there are several. Returns: the process"""
     cores = util.get_cores()
     share = cores[slot % len(cores) :: num_slots]
     # Processes with as many threads as cores would slow each other down several-fold.
@@ -251,12 +243,12 @@ def start(task, slot, num_slots, num_gpus):
         )
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(process.pid, share)
-    return Worker(task, process, slot)
+    return process
 
 
-def finish(worker):
-    """Waits until a task has ended, and prints how. Returns: whether it succeeded"""
-    task, status = worker.task, worker.process.wait()
+def finish(task, process):
+    """Waits until a task's process has ended, and prints how. Returns: whether it succeeded"""
+    status = process.wait()
     write_status(task, status)
     if status == 0:
         progress = get_progress(task)
@@ -291,19 +283,18 @@ def wait_for_lock(task, seconds=5):
 def run_all(tasks, num_slots, num_gpus, stop):
     """Runs tasks as child processes, num_slots at a time, until all have ended or a signal arrives, which is passed on to make
     them save. Returns: how many succeeded"""
-    waiting, workers, num_done = list(tasks), [], 0
-    while stop.received is None and (waiting or workers):
-        if waiting and len(workers) < num_slots:
+    waiting, running, num_done = list(tasks), {}, 0  # running: slot -> task, process
+    while stop.received is None and (waiting or running):
+        if waiting and len(running) < num_slots:
             task = waiting.pop(0)
             if wait_for_lock(task):
                 print(f"{task}: started, log {task.get_path('log')}", flush=True)
-                slot = min(set(range(num_slots)) - {worker.slot for worker in workers})
-                workers.append(start(task, slot, num_slots, num_gpus))
+                slot = min(set(range(num_slots)) - running.keys())
+                running[slot] = task, start(task, slot, num_slots, num_gpus)
             continue
-        for worker in [worker for worker in workers if worker.process.poll() is not None]:
-            workers.remove(worker)
-            num_done += finish(worker)
+        for slot in [slot for slot, (_, process) in running.items() if process.poll() is not None]:
+            num_done += finish(*running.pop(slot))
         time.sleep(0.05)
-    for worker in workers:
-        worker.process.send_signal(stop.received)
-    return num_done + sum([finish(worker) for worker in workers])
+    for _, process in running.values():
+        process.send_signal(stop.received)
+    return num_done + sum(finish(*some) for some in running.values())

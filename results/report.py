@@ -178,11 +178,6 @@ def get_search_error(result):
     return result["search_error"], result["enumeration_bound"] - result["bound_by_half"].mean().item()
 
 
-def get_estimate(result):
-    """log p, mean over images, and its standard error, in nats"""
-    return result["log_p"], result["standard_error"]
-
-
 def get_standard_error(values):
     """Standard error of the mean; NaN for a single value"""
     if len(values) < 2:
@@ -326,15 +321,13 @@ def get_row(name, runs):
         "images in words": describe_images(first),
         "evaluated by": "; ".join(dict.fromkeys(work for run in runs for work in run.work.values())),
     }
-    estimates = {
-        algorithm: [get_estimate(run.results[algorithm]) for run in runs if algorithm in run.results]
-        for algorithm in ALGORITHMS
-    }
-    by_all = [
-        algorithm for algorithm in ALGORITHMS if len(estimates[algorithm]) == len(runs)
-    ]  # so that averages are of the same work
+    estimates = {}  # means over images and their standard errors, of each run
+    for algorithm in ALGORITHMS:
+        found = [run.results[algorithm] for run in runs if algorithm in run.results]
+        estimates[algorithm] = [(result["log_p"], result["standard_error"]) for result in found]
+    by_all = [algorithm for algorithm in ALGORITHMS if len(estimates[algorithm]) == len(runs)]  # averages are of the same work
     bounds = [get_joint_bound([run.results[algorithm] for algorithm in by_all]) for run in runs if by_all]
-    estimates["best"] = [max(get_estimate(run.results[algorithm]) for algorithm in by_all) for run in runs if by_all]
+    estimates["best"] = list(map(max, zip(*(estimates[algorithm] for algorithm in by_all), strict=True)))
     estimates["enumeration bound"] = [(bound.mean().item(), get_standard_error(bound.tolist())) for bound in bounds]
     for estimate, found in estimates.items():
         values = [value for value, _ in found]
@@ -459,8 +452,7 @@ def read_milestones(name, modes="*"):
     groups = collections.defaultdict(dict)
     paths = sorted((util.SAVE / name / "logp").glob(f"{modes}_every_checkpoint/[!.]*.pt"))
     for result in load_results(name, paths).values():
-        if result["model_iteration"] > 0:  # 0, in pretraining, has no place on a logarithmic axis
-            groups[get_images(result), describe_work(result["settings"])][result["model_iteration"]] = result
+        groups[get_images(result), describe_work(result["settings"])][result["model_iteration"]] = result
     return groups
 
 
