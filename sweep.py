@@ -118,7 +118,7 @@ def get_evaluation(args, model, run_args, algorithm):
 def choose_tasks(args, queue=()):
     """Chooses the remaining tasks, and prints which are skipped. Args: queue: the jobs in Slurm's queue"""
     left, num_done = [], 0
-    jobs = {job.key: job for job in queue}
+    jobs = {job.task.key: job for job in queue}
     for task in get_tasks(args):
         progress, training = tasks.get_progress(task), tasks.get_training_progress(task)
         if progress.done:
@@ -183,29 +183,21 @@ def run_here(args):
 
 
 def submit(args):
-    """Submits the remaining tasks to Slurm, unless they are already in the queue"""
-    if args.dry_run:
-        submit_remaining(args)
-        return 0
-    with locks.lock(slurm.FOLDER / "lock", f"a sweep of {util.SAVE} is being submitted"):  # or tasks might be submitted twice
-        submit_remaining(args)
-    return wait(args) if args.wait else 0
-
-
-def submit_remaining(args):
-    """Submits what is neither complete nor in the queue; with --dry-run, prints the commands"""
-    queue = slurm.get_queue(essential=not args.dry_run)
-    left = choose_tasks(args, queue)
-    if left and not args.dry_run:
-        check_data(args)
-    if slurm.asks_for_gpu(slurm.get_options(args)) if args.cuda is None else args.cuda:
-        left = [task._replace(flags=[*task.flags, "--cuda"]) for task in left]  # a job without a working GPU fails at once
-    if left:
-        slurm.submit_tasks(left, args, queue)
-    else:
-        print("nothing to submit")
-    for task in left if args.dry_run else []:
-        print(f"would submit: {shlex.join(task.get_command())}")
+    """Submits the tasks that are neither complete nor in the queue to Slurm; with --dry-run, prints the commands. Returns: the
+    exit status"""
+    held = locks.lock(slurm.FOLDER / "lock", f"a sweep of {util.SAVE} is being submitted")  # or tasks might be submitted twice
+    with contextlib.nullcontext() if args.dry_run else held:
+        queue = slurm.get_queue(essential=not args.dry_run)
+        left = choose_tasks(args, queue)
+        if left and not args.dry_run:
+            check_data(args)
+        if slurm.asks_for_gpu(slurm.get_options(args)) if args.cuda is None else args.cuda:
+            left = [task._replace(flags=[*task.flags, "--cuda"]) for task in left]  # a job without a working GPU fails at once
+        if left:
+            slurm.submit_tasks(left, args, queue)
+        else:
+            print("nothing to submit")
+    return wait(args) if args.wait and not args.dry_run else 0
 
 
 def wait(args):
@@ -214,7 +206,7 @@ def wait(args):
     keys = {task.key for task in some_tasks}
     while not all(tasks.get_progress(task).done for task in some_tasks):
         with contextlib.suppress(UserError):  # Slurm may answer next time
-            if not any(job.key in keys for job in slurm.get_queue()):
+            if not any(job.task.key in keys for job in slurm.get_queue()):
                 break
         time.sleep(WAIT_SECONDS)
     status.show(some_tasks, [])
@@ -235,16 +227,16 @@ def cancel(args):
     queue = slurm.get_queue(essential=not args.dry_run)
     if args.eval_logp:
         chosen = {task.key for task in get_tasks(args)}
-        jobs = [job for job in queue if job.key in chosen]
+        jobs = [job for job in queue if job.task.key in chosen]
     else:
         models = get_runs(args)
-        jobs = [job for job in queue if job.key[0] in models or not has_choice(args)]
+        jobs = [job for job in queue if job.task.model in models or not has_choice(args)]
     if args.dry_run:
         for job in jobs:
-            print(f"would cancel {job.number}: {' '.join(job.key)}")
+            print(f"would cancel {job.number}: {' '.join(job.task.key)}")
     else:
         print(f"cancelled {slurm.cancel(jobs)} jobs")
-    rest = collections.Counter(job.key[0] for job in queue if job not in jobs)
+    rest = collections.Counter(job.task.model for job in queue if job not in jobs)
     if rest:
         print(f"other runs from here are in the queue: {', '.join(f'{model} ({n} jobs)' for model, n in rest.items())}")
     return 0
@@ -280,7 +272,7 @@ def remove(args):
     folders = {path.parent for name in ("checkpoints", "lock", "logs") for path in util.SAVE.glob(f"[!.]*/{name}")}
     if has_choice(args):
         folders &= {util.SAVE / path_base for path_base in get_runs(args)}
-    queued = {job.key[0] for job in slurm.get_queue(essential=slurm.FOLDER.exists() and not args.dry_run)}
+    queued = {job.task.model for job in slurm.get_queue(essential=slurm.FOLDER.exists() and not args.dry_run)}
     paths = []
     for folder in sorted(folders):
         path = folder / "logp" if args.eval_logp else folder

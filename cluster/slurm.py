@@ -181,7 +181,10 @@ def submit_tasks(some_tasks, args, queue):
     listing = Listing(path, some_tasks, get_options(args), args.setup, environment)
     submissions = get_submissions(listing, args, queue)
     if args.dry_run:
-        print("\n".join(shlex.join(command) for _, command in submissions))
+        for _, command in submissions:
+            print(shlex.join(command))
+        for task in some_tasks:
+            print(f"would submit: {shlex.join(task.get_command())}")
         return
     util.write(path, json.dumps(listing._asdict(), indent=1, default=str).encode())
     for indices, command in submissions:
@@ -205,7 +208,7 @@ def get_submissions(listing, args, queue):
 
 def get_trainings(task, queue):
     """The numbers of the jobs in the queue that train an evaluation's model"""
-    return [job.number for job in queue if job.key == (task.model, "train")]
+    return [job.number for job in queue if job.task.key == (task.model, "train")]
 
 
 def submit(listing, indices, command):
@@ -231,7 +234,6 @@ class Job(NamedTuple):
     """A task in Slurm's queue"""
 
     number: str  # as scancel takes it
-    key: tuple  # of the task
     state: str  # Slurm's: PENDING, RUNNING, ...
     reason: str  # why it is pending
     task: Task  # as it was submitted
@@ -254,17 +256,17 @@ def get_queue(essential=True):
         match = re.fullmatch(rf"{get_tag()}-([0-9a-f]+)(?:-(\d+))?", comment)
         if match and match[1] in listings:
             task = listings[match[1]].tasks[int(match[2] or array_index)]
-            jobs.append(Job(number, task.key, state, reason if state == "PENDING" else "", task))
+            jobs.append(Job(number, state, reason if state == "PENDING" else "", task))
     return jobs
 
 
 def cancel(jobs):
     """Cancels jobs, and those that om-repeat has queued behind them since. Returns: how many"""
-    keys, cancelled = {job.key for job in jobs}, set()
+    keys, cancelled = {job.task.key for job in jobs}, set()
     while numbers := {job.number for job in jobs} - cancelled:
         call(["scancel", *sorted(numbers)])
         cancelled |= numbers
-        jobs = [job for job in get_queue() if job.key in keys]
+        jobs = [job for job in get_queue() if job.task.key in keys]
     return len(cancelled)
 
 

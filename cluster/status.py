@@ -11,7 +11,7 @@ def show(some_tasks, queue):
     """Prints a line per task, in separate tables for trainings and evaluations, with notes under tasks that have stopped. Args:
     queue: a list of slurm.Job. Returns: 1 if a task has failed, else 0"""
     queue = sorted(queue, key=lambda job: job.state == "RUNNING")  # running jobs win over those queued behind them
-    jobs = {job.key: job for job in queue}
+    jobs = {job.task.key: job for job in queue}
     failed = False
     for value, are_trainings in [("theta loss", True), ("log p", False)]:
         group = [task for task in some_tasks if (task.kind == "train") == are_trainings]

@@ -125,12 +125,13 @@ def get_evaluation_progress(task):
         settings = {**saved["settings"], **{name: saved["args"].get(name) for name in CHOICE_OF_IMAGES}}
         settings, wanted = (name_images(some, training.location) for some in (settings, task.settings))
         others = util.describe_differences({name: settings.get(name) for name in wanted}, wanted)
-        if not others and saved is result:
+        if others:
+            continue
+        if saved is result:
             return Progress(True, total, total, total, f"{result['log_p']:.2f}", path.stat().st_mtime)
-        if not others:
-            steps = state["iteration"] + len(state["log_p"]) + state["num_searched"]
-            done = state["iteration"], total, steps
-            return Progress(False, *done, saved=state_path.stat().st_mtime, replaces=result is not None)
+        iteration, saved_at = state["iteration"], state_path.stat().st_mtime
+        steps = iteration + len(state["log_p"]) + state["num_searched"]
+        return Progress(False, iteration, total, steps, saved=saved_at, replaces=result is not None)
     return Progress(False, 0, total, replaces=bool(result or state), others=others)
 
 
@@ -268,16 +269,14 @@ def describe_end(status):
     return f"killed by {signal.Signals(-status).name}" + ", perhaps because memory ran out" * (status == -signal.SIGKILL)
 
 
-def wait_for_lock(task, seconds=5):
-    """Waits briefly for a process that is ending and may still be saving. Returns: whether the task is free"""
-    end = time.monotonic() + seconds
-    while locks.is_locked(task.get_lock()):
-        if time.monotonic() > end:
-            holder = task.get_lock().read_text().strip()
-            print(f"{task}: skipped, {holder} is working on it", flush=True)
-            return False
+def wait_for_lock(task):
+    """Waits five seconds for a process that is ending and may still be saving. Returns: whether the task is free"""
+    for _ in range(50):
+        if not locks.is_locked(task.get_lock()):
+            return True
         time.sleep(0.1)
-    return True
+    print(f"{task}: skipped, {task.get_lock().read_text().strip()} is working on it", flush=True)
+    return False
 
 
 def run_all(tasks, num_slots, num_gpus, stop):
