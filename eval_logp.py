@@ -419,7 +419,7 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_
     with checkpoints.using(checkpoint):
         settings = get_settings(args, checkpoint, images, kind)
     with locks.lock(path.parent / f".{path.stem}.lock", f"{name} is being evaluated by {args.algorithm}", stop):
-        if not args.force and is_complete(path, settings):
+        if not args.force and load_saved(path, report.load_result, settings):
             print(f"{path} is complete: {report.describe(path)}; --force repeats it")
             return 0
         what = checkpoint, images, memory, settings, path, stop
@@ -443,7 +443,9 @@ def run_one(args, checkpoint, images, memory, settings, path, stop):
         held = locks.lock(path.with_name(f".{state_path.stem}.lock"), f"half {args.half} of {path} is being evaluated", stop)
     with held:
         evaluation = Evaluation(args, checkpoint, images, device, memory)
-        if state_path.exists() and load_state(state_path, evaluation, settings, args.force):
+        load = functools.partial(util.load_checkpoint, device=device, keys=STATE_KEYS)
+        if state := load_saved(state_path, load, settings, args.force):
+            evaluation.restore(state)
             print(f"resuming at iteration {evaluation.iteration} of {state_path}")
         rendering.set_compile(args.compile, device)
         build = functools.partial(build_models, args, checkpoint, len(evaluation.obs), device)
@@ -520,41 +522,21 @@ def get_settings(args, checkpoint, images, kind):
     }
 
 
-def is_complete(path, settings):
-    """Whether this evaluation is complete; an unreadable file is set aside. Raises: UserError if a different evaluation is in
-    its place"""
+def load_saved(path, load, settings, force=False):
+    """Loads what is saved of an evaluation, by load(path). An unreadable file is set aside. Returns: None if there is none or,
+    with force, a different evaluation. Raises: UserError if a different evaluation is in its place"""
     if not path.exists():
-        return False
+        return None
     try:
-        result = report.load_result(path)
+        saved = load(path)
     except UserError as error:
         path.rename(f"{path}.old")
         warn(f"{error}; it is evaluated again, and the file is now {path.name}.old")
-        return False
-    check_settings(path, result, settings)
-    return True
-
-
-def check_settings(path, saved, settings):
-    """Raises: UserError if a different evaluation is saved; the message names the differences"""
+        return None
     differences = util.describe_differences(saved["settings"], settings)
-    if differences:
+    if differences and not force:
         raise UserError(f"{path} holds a different evaluation: {differences}; --force replaces it")
-
-
-def load_state(path, evaluation, settings, force):
-    """Restores the evaluation from the file. A damaged file is ignored, as is that of a different evaluation with --force.
-    Returns: whether it was restored"""
-    try:
-        state = util.load_checkpoint(path, evaluation.device, STATE_KEYS)
-    except UserError as error:
-        warn(f"{error}; the evaluation starts over")
-        return False
-    if force and state["settings"] != settings:
-        return False
-    check_settings(path, state, settings)
-    evaluation.restore(state)
-    return True
+    return None if differences else saved
 
 
 def get_result(parts, settings, name, checkpoint):

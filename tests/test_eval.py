@@ -322,8 +322,9 @@ def test_an_evaluation_is_repeatable_and_kept(model, capsys):
     again = evaluate(model, "vimco", "--force")
     assert_same({**again, "args": None}, {**first, "args": None})
     cut(util.SAVE / model / "logp" / "test_vimco.pt")
+    util.write(util.SAVE / model / "logp/checkpoints/test_vimco.pt", b"PK broken")
     assert evaluate(model, "vimco")["log_p"] == first["log_p"]
-    assert "it is evaluated again" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("it is evaluated again, and the file is now test_vimco.pt.old") == 2
     other = evaluate(model, "vimco", "--force", "--seed", "1")
     assert other["log_p"] != first["log_p"]
     main.main([*TRAIN[:-3], "--num-iterations", "6", "--no-compile"])  # the same run, continued
