@@ -239,8 +239,8 @@ def run(evaluation, settings, path, stop):
     if evaluation.device.type == "cuda" and args.compile and args.algorithm != "mws":  # whose steps look scores up
         step = ReplayedStep(step)
     adds_proposals = not looks_scores_up(evaluation) and args.algorithm in ("rws", "vimco")
-    num_searches = num_images if args.algorithm == "mws" else 0
-    num_estimates = num_images if args.algorithm != "mws" else 0  # mws: made by both halves together
+    # The estimates of mws are made by both halves together
+    num_searches, num_estimates = (num_images, 0) if args.algorithm == "mws" else (0, num_images)
     clock = SaveClock(args.save_minutes)
     total = num_searches + args.num_iterations + math.ceil(num_estimates / args.test_batch_size)
     with util.show_progress(total=total, unit="it") as bar:

@@ -191,8 +191,6 @@ def submit(args):
         left = choose_tasks(args, queue)
         if left and not args.dry_run:
             check_data(args)
-        if slurm.asks_for_gpu(slurm.get_options(args)) if args.cuda is None else args.cuda:
-            left = [task._replace(flags=[*task.flags, "--cuda"]) for task in left]  # a job without a working GPU fails at once
         if left:
             slurm.submit_tasks(left, args, queue)
         else:

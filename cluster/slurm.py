@@ -119,10 +119,6 @@ def get_options(args):
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value not in (None, "none")] + words
 
 
-def asks_for_gpu(options):
-    return re.search(r"--gres=\S*gpu|--gpus|(^| )-G", " ".join(options)) is not None
-
-
 def get_tag():
     """The prefix of comments by which jobs submitted from this folder are found"""
     return "strokes-" + hashlib.sha1(os.fsencode(util.SAVE.resolve())).hexdigest()[:8]
@@ -175,10 +171,13 @@ def submit_tasks(some_tasks, args, queue):
     Raises: UserError at the first job that Slurm refuses, or that cannot be submitted"""
     if is_repeated(args) and args.jobs:
         raise UserError("--jobs is for job arrays, which om-repeat does not submit; give --no-repeat")
-    path = (FOLDER / f"{secrets.token_hex(4)}.json").resolve()
+    path, options = (FOLDER / f"{secrets.token_hex(4)}.json").resolve(), get_options(args)
+    asks_for_gpu = re.search(r"--gres=\S*gpu|--gpus|(^| )-G", " ".join(options))
+    if asks_for_gpu if args.cuda is None else args.cuda:  # a job without a working GPU fails at once
+        some_tasks = [task._replace(flags=[*task.flags, "--cuda"]) for task in some_tasks]
     location = os.environ.get("OMNIGLOT_PATH")
     environment = {"OMNIGLOT_PATH": os.path.abspath(os.path.expanduser(location))} if location else {}
-    listing = Listing(path, some_tasks, get_options(args), args.setup, environment)
+    listing = Listing(path, some_tasks, options, args.setup, environment)
     submissions = get_submissions(listing, args, queue)
     if args.dry_run:
         for _, command in submissions:
