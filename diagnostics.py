@@ -208,8 +208,6 @@ def read_run(name, checkpoint, args, load_data):
         location = args.data_location or checkpoint["args"]["data_location"]
         other_data = util.get_location_name(location)
         print(f"{name}: {location} is not its training data; the network infers programs, and the memory is not used")
-    elif dataset is not None:
-        checkpoints.check_num_images(checkpoint, len(dataset.train.obs))
     return TrainedModel(name, checkpoint, dataset, other_data)
 
 

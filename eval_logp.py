@@ -496,9 +496,7 @@ def load_images(args, checkpoint, load_data=data.load_and_tell):
         kind = "other"
         if args.data_location in (None, checkpoint["args"]["data_location"]):
             warn_once("the data have changed since training: the model may have been trained on some of the images to evaluate")
-    if kind == "training":
-        checkpoints.check_num_images(checkpoint, num_all)
-    elif kind == "test" and (num := data.count_common(images, dataset.train)):
+    if kind == "test" and (num := data.count_common(images, dataset.train)):
         warn_once(f"{num} of the {len(images.obs)} test images equal training images, so they are not unseen")
     return images, memory[ids.to(memory.device)] if memory is not None and kind == "training" else None, kind
 

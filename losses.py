@@ -383,9 +383,7 @@ def get_statistics(statistics, kept):
     and objects with a state_dict that later steps change; the first is on the device. Raises: UserError if one is no scalar"""
     storages, device, recorded = _get_storages(kept), kept[0].device, {}
     for name, value in statistics.items():
-        is_scalar = (
-            value.dim() == 0 if torch.is_tensor(value) else isinstance(value, numbers.Real | np.ndarray) and np.ndim(value) == 0
-        )
+        is_scalar = isinstance(value, torch.Tensor | numbers.Real | np.ndarray) and np.ndim(value) == 0
         if not isinstance(name, str) or name == "iteration" or not is_scalar:
             raise util.UserError(f"the statistic {name!r} must be a scalar, and cannot be called iteration")
         if torch.is_tensor(value):

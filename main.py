@@ -322,7 +322,7 @@ def train(run):
 def try_to_resume(run):
     """Before the first step, saves, loads and restores the run in memory, and rebuilds its models as evaluations and pictures
     will. Raises: UserError if any of this fails"""
-    checkpoint = checkpoints.complete(checkpoints.copy(run.get_checkpoint(), run.parts))
+    checkpoint = checkpoints.complete(checkpoints.copy(run.get_checkpoint()))
     models.from_checkpoint(checkpoint)
     run.restore(checkpoint)
 
@@ -397,12 +397,6 @@ def parse_args(argv=None):
             setattr(args, name, limit if value is None else min(value, limit))
     if args.compile is None:  # whatever the number of iterations, so that bits do not depend on it
         args.compile = not args.test_run
-    check_args(args)
-    return args
-
-
-def check_args(args):
-    """Raises: UserError if arguments exclude each other"""
     if args.algorithm == "vimco" and args.num_particles < 2:
         raise UserError("--algorithm vimco needs --num-particles of at least 2")
     if args.q_uniform_mixture == 1:
@@ -411,6 +405,7 @@ def check_args(args):
         raise UserError(f"--initial-max-curve {args.initial_max_curve} is too large without --big-arcs; give at most 0.5")
     if args.small_dataset and args.dataset_size is not None:
         raise UserError("--small-dataset and --dataset-size exclude each other; give one")
+    return args
 
 
 if __name__ == "__main__":

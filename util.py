@@ -32,8 +32,9 @@ SAVE = pathlib.Path("save")
 # Wherever their output goes, scripts fail with one line that says what is wrong and what to do.
 
 
-class UserError(ValueError):
-    """A problem that the user can fix; the message says what is wrong and how to fix it, in one line."""
+class UserError(argparse.ArgumentTypeError, ValueError):
+    """A problem that the user can fix; the message says what is wrong and how to fix it, in one line. Types of arguments raise
+    it as well."""
 
 
 def run_script(main):
@@ -118,7 +119,7 @@ class Setting(NamedTuple):
     help: str
     low: float | None = None  # the least a number may be
     high: float | None = None  # by default, the largest 32-bit integer, or a million
-    parse: Callable | None = None  # from the command line's text; raises argparse.ArgumentTypeError
+    parse: Callable | None = None  # from the command line's text; raises UserError
     group: str = "training"  # in the help
     limit: float | None = None  # the most that --test-run leaves of it
     changes_result: bool = True  # whether it affects what a run computes, and so belongs in its name
@@ -135,7 +136,7 @@ class Field(NamedTuple):
     owners: tuple  # the (field of Config, choice) pairs that it belongs to; () for all runs
 
     def get_parser(self):
-        """The function that parses a value; it raises ValueError or argparse.ArgumentTypeError"""
+        """The function that parses a value; it raises ValueError, perhaps a UserError"""
         is_number = self.type in (int, float)
         return self.setting.parse or (in_range(self.type, self.setting.low, self.setting.high) if is_number else self.type)
 
@@ -148,7 +149,7 @@ def in_range(number, low=None, high=None):
     def parse(text):
         value = number(text)
         if not low <= value <= high:  # nan is in no range
-            raise argparse.ArgumentTypeError(f"{text[:40]} is out of range ({low} to {high})")
+            raise UserError(f"{text[:40]} is out of range ({low} to {high})")
         return value
 
     parse.__name__ = number.__name__  # argparse says "invalid int value"
@@ -158,14 +159,14 @@ def in_range(number, low=None, high=None):
 def to_run_name(text):
     """The type of --name: the name of a folder"""
     if not isinstance(text, str) or not re.fullmatch(r"[\w][\w.=+-]{0,254}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{str(text)[:40]!r} is not a valid folder name; use letters, digits, . _ = + -")
+        raise UserError(f"{str(text)[:40]!r} is not a valid folder name; use letters, digits, . _ = + -")
     return text
 
 
 def to_location(text):
     """The type of --data-location: a name or a path"""
     if not text or "\0" in text or len(os.fsencode(text)) > 4096:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither a name nor a path")
+        raise UserError(f"{text[:40]!r} is neither a name nor a path")
     return text
 
 
@@ -246,17 +247,13 @@ def get_fields():
 @functools.cache
 def get_own_fields(function):
     """The settings that an algorithm or likelihood declares: a list of Fields"""
-    declared = [
-        (parameter.name, parameter.annotation, parameter.default)
-        for part in [function, getattr(function, "init_state", None)]
-        if part is not None
-        for parameter in inspect.signature(part, eval_str=True).parameters.values()
-    ]
-    return [
-        make_field(name, kind, default)
-        for name, kind, default in declared
-        if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], Setting)
-    ]
+    fields = []
+    for part in filter(None, [function, getattr(function, "init_state", None)]):
+        for name, parameter in inspect.signature(part, eval_str=True).parameters.items():
+            kind = parameter.annotation
+            if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], Setting):
+                fields.append(make_field(name, kind, parameter.default))
+    return fields
 
 
 def make_field(name, kind, default):
@@ -269,7 +266,7 @@ def make_field(name, kind, default):
     if plain in (int, float) and default is not None:
         try:
             field.get_parser()(repr(default))
-        except argparse.ArgumentTypeError as error:
+        except UserError as error:
             raise ValueError(f"the setting {name}: its default {error}; declare the lowest and the highest value") from None
     return field
 
@@ -293,7 +290,8 @@ def get_settings(args):
     """The settings that affect what a run with these arguments, a namespace, learns: a dict of plain values"""
     settings = {}
     for name, field in get_fields().items():
-        if field.setting.changes_result and (not field.owners or is_owner(args, field)):
+        is_used = not field.owners or any(getattr(args, owner) == choice for owner, choice in field.owners)
+        if field.setting.changes_result and is_used:
             value = getattr(args, name, field.default)
             settings[name] = float(value) if field.type is float and type(value) is int else value
     settings["data_location"] = get_location_name(settings["data_location"])
@@ -304,11 +302,6 @@ def get_first_names(values):
     """Values of settings by the names that these had before any renaming, which names of runs keep: a dict"""
     fields = get_fields()
     return {fields[name].setting.formerly or name if name in fields else name: value for name, value in values.items()}
-
-
-def is_owner(args, field):
-    """Whether a setting belongs to the algorithm or the likelihood that the arguments choose"""
-    return any(getattr(args, name) == choice for name, choice in field.owners)
 
 
 def describe_differences(theirs, ours):
@@ -330,7 +323,7 @@ def get_path_base(args):
     settings, fields = get_first_names(get_settings(args)), get_fields()
     test_run = "test_run_" * bool(settings.pop("test_run"))
     if getattr(args, "name", None):
-        return check_name(test_run + args.name)
+        return to_run_name(test_run + args.name)
     defaults = get_first_names({name: field.default for name, field in fields.items()})
     if test_run:
         limits = get_first_names(get_test_run_limits(args))
@@ -350,15 +343,7 @@ def get_path_base(args):
     if len(os.fsencode(name)) > 200:  # file systems allow 255 bytes
         short = os.fsencode(name)[:180].decode(errors="ignore")
         name = f"{short}_{hashlib.sha1(os.fsencode(name)).hexdigest()[:12]}"
-    return check_name(name)
-
-
-def check_name(name):
-    """Returns: the name. Raises: UserError if it is not a valid folder name"""
-    try:
-        return to_run_name(name)
-    except argparse.ArgumentTypeError as error:
-        raise UserError(str(error)) from None
+    return to_run_name(name)
 
 
 def get_location_name(location):
@@ -508,9 +493,8 @@ def encode(checkpoint):
 
 def decode(content, device="cpu"):
     """The inverse of `encode`. Nothing in the file is executed. Raises: ValueError if the digest is missing or wrong"""
-    digest = content[-2 * hashlib.sha256().digest_size :]
-    content_before = memoryview(content)[: -len(digest)]
-    if bytes(content_before[-len(DIGEST) :]) != DIGEST or hashlib.sha256(content_before).hexdigest().encode() != digest:
+    before, mark, digest = content.rpartition(DIGEST)
+    if hashlib.sha256(before + mark).hexdigest().encode() != digest:
         raise ValueError("its digest is missing or wrong")
     return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
 

@@ -31,16 +31,10 @@ TYPES = dict(
     hyperparameters=dict,
 )  # fmt: skip
 RATES = ["lr", "initial_lr"]  # what schedules change
-PROGRESS = {
-    "last_epoch",
-    "best",
-    "num_bad_epochs",
-    "cooldown_counter",
-    "_step_count",
-    "_last_lr",
-    "_is_initial",
-}  # of a schedule
-PROGRESS |= {"_get_lr_called_within_step"}
+PROGRESS = {  # of a schedule
+    "last_epoch", "best", "num_bad_epochs", "cooldown_counter", "_step_count", "_last_lr", "_is_initial",
+    "_get_lr_called_within_step",
+}  # fmt: skip
 OF_DEVICES = {"fused", "capturable", "foreach", "differentiable"}  # optimiser options that depend on the device alone
 
 # ------------------------------------------------------------------ finding
@@ -76,9 +70,9 @@ def get_numbered(folder):
 
 def get_all(path):
     """The paths of all checkpoints of a run, given one of them: numbered ones in order, then the latest and the given one"""
-    folder = pathlib.Path(path).parent
-    latest = [folder / "latest.pt"] if (folder / "latest.pt").exists() else []
-    return list(dict.fromkeys([*get_numbered(folder), *latest, pathlib.Path(path)]))
+    path = pathlib.Path(path)
+    paths = dict.fromkeys([*get_numbered(path.parent), path.with_name("latest.pt"), path])
+    return list(filter(pathlib.Path.exists, paths))
 
 
 def get_run_name(checkpoint_path, run_args):
@@ -146,10 +140,9 @@ def complete(checkpoint):
     """A checkpoint as other modules expect it: with all arguments (those that did not exist when it was saved get their
     defaults), the settings that they imply, and a memory, possibly None. Raises: UserError if a foreign file's contents make
     that impossible"""
-    wrong = [name for name, kind in TYPES.items() if not isinstance(checkpoint.get(name), kind)]
-    wrong += [name for name, kind in TYPES.items() if kind is int and not wrong and checkpoint[name] < 0]
-    if wrong or not all(map(is_table, checkpoint["statistics"].values())):
-        raise UserError(f"its {[*wrong, 'statistics'][0]} is missing, or is not what this program writes")
+    for name, kind in TYPES.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise UserError(f"its {name} is missing, or is not what this program writes")
     try:
         args = util.make_args(checkpoint["args"])
         util.get_path_base(args)
@@ -162,16 +155,6 @@ def complete(checkpoint):
     return {"memory": None, **checkpoint, "args": vars(args), "settings": settings, "removed": removed}
 
 
-def is_table(value):
-    """Whether it is a table of statistics, see runs/curves.py"""
-    columns = list(value.values()) if isinstance(value, dict) else []
-    return (
-        bool(columns)
-        and "iteration" in value
-        and all(torch.is_tensor(x) and x.shape == columns[0].shape and x.dim() == 1 for x in columns)
-    )
-
-
 def load_newest(path_base, device="cpu"):
     """Loads a run's latest.pt or, if that is damaged, the newest checkpoint that is not, with a warning.
 
@@ -179,7 +162,7 @@ def load_newest(path_base, device="cpu"):
     Raises: UserError if there are checkpoints but all are damaged
     """
     latest = get_path(path_base)
-    paths = [latest] * latest.exists() + get_numbered(latest.parent)[::-1]
+    paths = get_all(latest)[::-1]
     for path in paths:
         try:
             checkpoint = load(path, device)
@@ -198,13 +181,6 @@ def is_complete(checkpoint, num_iterations):
     """Whether a run of that many iterations has nothing left to do: it may have stopped early, with a reason; after its last
     step, a test may still be due"""
     return bool(checkpoint["reason"]) or (checkpoint["iteration"] >= num_iterations and not checkpoint["num_due"])
-
-
-def check_num_images(checkpoint, num_images):
-    """Raises: UserError if the memory is not of num_images images"""
-    memory = checkpoint["memory"]
-    if memory is not None and len(memory) != num_images:
-        raise UserError(f"the model remembers programs of {len(memory)} images, but the data have {num_images}")
 
 
 def get_result_path(name, settings):
@@ -231,28 +207,23 @@ def using(checkpoint):
         raise
     except Exception as error:  # a foreign file's contents, or custom parts, may raise anything
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{get_source(checkpoint)} cannot be used here: {what} (--debug shows where)") from error
-
-
-def get_source(checkpoint):
-    return checkpoint.get("path", "a checkpoint")
+        path = checkpoint.get("path", "a checkpoint")
+        raise UserError(f"{path} cannot be used here: {what} (--debug shows where)") from error
 
 
 # ------------------------------------------------------------------ the parts of a run
 
 
-def copy(checkpoint, parts):
+def copy(checkpoint):
     """A checkpoint, saved and loaded in memory. Raises: UserError, naming the part, if one cannot be saved or loaded"""
-    try:
-        return util.decode(util.encode(checkpoint))
-    except Exception:
-        for name, state in get_states(parts).items():
-            try:
-                util.decode(util.encode({name: state}))
-            except Exception as error:
-                reason = str(error).strip().split("\n")[0][:150]
-                raise UserError(f"the part {name} of the run cannot be saved and loaded: {reason}") from error
-        raise
+    copied = {}
+    for name, value in checkpoint.items():
+        try:
+            copied |= util.decode(util.encode({name: value}))
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0][:150]
+            raise UserError(f"the part {name} of the run cannot be saved and loaded: {reason}") from error
+    return copied
 
 
 def get_states(parts):
@@ -286,34 +257,26 @@ def restore_parts(parts, checkpoint, hyperparameters):
 
     Args: hyperparameters: from `get_hyperparameters`, as the code sets them; where the checkpoint was made with others, the
         code's stay, with a warning
-    Raises: UserError, or whatever else load_state_dict raises, if a state does not fit its part
+    Raises: ValueError, or whatever else load_state_dict raises, if a state does not fit its part
     """
     made_with = {name: checkpoint["hyperparameters"].get(name, ours) for name, ours in hyperparameters.items()}
     afresh = find_unusable(parts, checkpoint, hyperparameters, made_with)
     for reason in afresh.values():
         warn(f"{reason}; it is initialised afresh")
     for name, part in [(name, part) for name, part in parts.items() if name not in afresh]:
+        saved = checkpoint[name]
         if torch.is_tensor(part):
-            if (part.shape, part.dtype) != (checkpoint[name].shape, checkpoint[name].dtype):
-                kinds = [f"{list(some.shape)} ({some.dtype})" for some in (checkpoint[name], part)]
-                raise UserError(f"{get_source(checkpoint)}: its {name} has the shape {kinds[0]}, but this run's has {kinds[1]}")
-            part.data.copy_(checkpoint[name])
+            if (part.shape, part.dtype) != (saved.shape, saved.dtype):
+                kinds = [f"{list(some.shape)} ({some.dtype})" for some in (saved, part)]
+                raise ValueError(f"its {name} has the shape {kinds[0]}, but this run's has {kinds[1]}")
+            part.data.copy_(saved)
         elif name in hyperparameters:
             rate = choose_rate(part, parts, checkpoint, afresh)
-            restore_optimizer(name.replace("_", " "), part, checkpoint[name], hyperparameters[name], made_with[name], rate)
+            restore_optimizer(name.replace("_", " "), part, saved, hyperparameters[name], made_with[name], rate)
         else:
             if is_schedule(part):
-                warn_of_schedule(name, _to_plain(part.state_dict()), _to_plain(checkpoint[name]))
-            part.load_state_dict(checkpoint[name])
-
-
-def choose_rate(optimizer, parts, checkpoint, afresh):
-    """Which learning rate an optimiser goes on with, see `restore_optimizer`. Args: afresh: names of parts without a state"""
-    schedules = [name for name, part in parts.items() if is_schedule(part) and part.optimizer is optimizer]
-    if schedules:
-        return "new" if any(name in afresh for name in schedules) else "saved"
-    unused = [state for name, state in checkpoint.items() if name not in parts and isinstance(state, dict)]
-    return "code" if any("last_epoch" in state for state in unused) else None  # a schedule's
+                warn_of_schedule(name, _to_plain(part.state_dict()), _to_plain(saved))
+            part.load_state_dict(saved)
 
 
 def is_schedule(part):
@@ -343,8 +306,18 @@ def get_kind(hyperparameters):
 
 def warn_of_schedule(name, ours, theirs):
     """Warns of what the code has changed in a schedule, which continues as it was saved"""
-    for key in [key for key in ours if key in theirs and ours[key] != theirs[key]]:
+    for key in [key for key in ours if ours[key] != theirs[key]]:
         warn(f"{name}: {key} is {theirs[key]} in the checkpoint and {ours[key]} in the code; the schedule goes on as saved")
+
+
+def choose_rate(optimizer, parts, checkpoint, afresh):
+    """Which learning rate an optimiser goes on with: as "saved" by a schedule that goes on, or that of the code, with which a
+    "new" schedule begins, or since the schedule is "gone"; None without a schedule. Args: afresh: names of parts without a state"""
+    schedules = [name for name, part in parts.items() if is_schedule(part) and part.optimizer is optimizer]
+    if schedules:
+        return "new" if any(name in afresh for name in schedules) else "saved"
+    unused = [state for name, state in checkpoint.items() if name not in parts and isinstance(state, dict)]
+    return "gone" if any("last_epoch" in state for state in unused) else None
 
 
 def restore_optimizer(name, optimizer, state, ours, theirs, rate):
@@ -352,20 +325,16 @@ def restore_optimizer(name, optimizer, state, ours, theirs, rate):
     are restored, since a callback may have changed them.
 
     Args: ours, theirs: hyperparameters, from `get_hyperparameters`, as set by the code and by the code that saved them
-        rate: which learning rate holds: as `saved` by a schedule that goes on, that with which a `new` schedule begins, that of
-            the `code`, since the schedule is gone; None: as other hyperparameters
+        rate: from `choose_rate`
     """
     groups, warnings = [], []
     for group, saved, our, their in zip(optimizer.param_groups, state["param_groups"], ours, theirs, strict=True):
-        saved = {key: value.item() if torch.is_tensor(value) else value for key, value in saved.items()}
-        keys = [key for key in our if key in their and our[key] != their[key]]
-        changed = {key: their[key] for key in keys if rate is None or key not in RATES}
-        if rate == "code" and saved["lr"] != our["lr"]:
-            changed["lr"] = float(f"{saved['lr']:.6g}")
-        warnings += [f"{key} changed from {value} to {our[key]}; using that of the code" for key, value in changed.items()]
-        kept = [*changed, *OF_DEVICES, *(RATES if rate == "new" else [])]
-        if rate in ("new", "code"):
-            saved.pop("initial_lr", None)
+        saved = {key: value.item() if torch.is_tensor(value) else value for key, value in saved.items() if key in group}
+        if rate == "gone":
+            their = {**their, "lr": float(f"{saved['lr']:.6g}")}
+        changed = [key for key in our if our[key] != their.get(key, our[key]) and (key not in RATES or rate in (None, "gone"))]
+        warnings += [f"{key} changed from {their[key]} to {our[key]}; using that of the code" for key in changed]
+        kept = [*changed, *OF_DEVICES, *(RATES if rate in ("new", "gone") else [])]
         groups.append({**group, **saved, **{key: group[key] for key in kept if key in group}})
     for warning in dict.fromkeys(warnings):
         warn(f"{name}: {warning}")
