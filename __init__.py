@@ -10,17 +10,12 @@ package execute the same import statements, these find the package's modules.
 
 import builtins
 import importlib.machinery
-import importlib.util
-import pathlib
+import pkgutil
 import sys
 
 __version__ = "1.0.0"
 
-_FOLDER = pathlib.Path(__file__).resolve().parent
-_OURS = {
-    path.parent.name if path.stem == "__init__" else path.stem
-    for path in [*_FOLDER.glob("*.py"), *_FOLDER.glob("*/__init__.py")]
-}
+_OURS = {module.name for module in pkgutil.iter_modules(__path__)}
 
 
 def _import(name, globals=None, locals=None, fromlist=(), level=0):
@@ -54,14 +49,10 @@ class _Loader(importlib.machinery.SourceFileLoader):
 class _Finder:  # has no caches to invalidate
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if not name.startswith(f"{__name__}."):
-            return None
-        place = _FOLDER.joinpath(*name.removeprefix(f"{__name__}.").split("."))
-        file, locations = (place / "__init__.py", [str(place)]) if place.is_dir() else (place.with_suffix(".py"), None)
-        if not file.is_file():
-            return None
-        loader = _Loader(name, str(file))
-        return importlib.util.spec_from_file_location(name, file, loader=loader, submodule_search_locations=locations)
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if name.startswith(f"{__name__}.") else None
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _Loader(name, spec.origin)
+        return spec
 
 
 def __getattr__(name):
