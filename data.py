@@ -13,6 +13,7 @@ import io
 import os
 import pathlib
 import re
+import tempfile
 import typing
 import zipfile
 
@@ -21,7 +22,7 @@ import scipy.io
 import torch
 
 from images import ALPHABETS, SIDE, decode, draw_glyphs, find_characters, fit, get_suffixes, read_image, shrink
-from util import UserError, expand_user, show_progress, warn
+from util import UserError, expand_user, show_progress, warn, write
 
 SMALL_NUM_PER_ALPHABET = 10
 
@@ -249,25 +250,22 @@ def find_site(name):
 
 
 def download(url, path, blob_id):
-    """Downloads a file, verifies its git blob id, and only then moves it to its path.
+    """Downloads a file, verifies its git blob id, and only then writes it to its path.
 
     Raises: UserError if that fails; there is then no file at the path
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.hub.download_url_to_file(url, temporary)  # has a progress bar, but verifies other kinds of hashes
-        content = temporary.read_bytes()
-        if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
-            raise UserError(f"{url} sent what is not the expected file (its git blob id is not {blob_id}); try again later")
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory() as folder:
+            torch.hub.download_url_to_file(url, f"{folder}/file")  # has a progress bar, but verifies other kinds of hashes
+            content = pathlib.Path(folder, "file").read_bytes()
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"cannot download {url} ({getattr(error, 'reason', error)}); get the file by other means and put it at {path},"
             " or train on --data-location glyphs, which needs no download"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob_id:
+        raise UserError(f"{url} sent what is not the expected file (its git blob id is not {blob_id}); try again later")
+    write(path, content)
 
 
 # ------------------------------------------------------------------ formats

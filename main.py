@@ -119,9 +119,8 @@ class Run:
 
     def get_schedulers(self):
         """The learning-rate schedulers that step without a value"""
-        kinds = torch.optim.lr_scheduler
-        schedulers = [part for part in self.parts.values() if isinstance(part, kinds.LRScheduler)]
-        return [part for part in schedulers if not isinstance(part, kinds.ReduceLROnPlateau)]
+        schedulers = filter(checkpoints.is_schedule, self.parts.values())
+        return [part for part in schedulers if not isinstance(part, torch.optim.lr_scheduler.ReduceLROnPlateau)]
 
     def get_due(self):
         """The callbacks of this iteration that are still to be called"""

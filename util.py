@@ -54,12 +54,11 @@ def run_script(main):
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError:
         message = "out of GPU memory; use a smaller --batch-size, fewer --num-particles or another GPU"
-    except MemoryError:
-        message = OUT_OF_MEMORY
-    except RuntimeError as error:
-        if not re.search("can't allocate memory|not enough memory|Storage size calculation overflowed", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        of_memory = "can't allocate memory|not enough memory|Storage size calculation overflowed"
+        if isinstance(error, RuntimeError) and not re.search(of_memory, str(error)):
             raise
-        message = OUT_OF_MEMORY
+        message = "out of memory: use fewer or smaller --batch-size, --num-particles, --memory-size or sizes of the model"
     except OSError as error:
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         if error.filename and os.path.islink(error.filename) and not os.path.exists(error.filename):
@@ -68,9 +67,6 @@ def run_script(main):
         bar.close()  # the message begins on a line of its own
     print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
-
-
-OUT_OF_MEMORY = "out of memory: use fewer or smaller --batch-size, --num-particles, --memory-size or sizes of the model"
 
 
 class Stream:

@@ -132,30 +132,25 @@ def load(path, device="cpu"):
     checkpoint = util.load_checkpoint(path, device)
     try:
         return {**complete(checkpoint), "path": str(path)}
-    except UserError as error:
+    except Exception as error:  # a foreign file's arguments may be anything
         raise UserError(f"{path} is not a checkpoint of main.py: {error}") from None
 
 
 def complete(checkpoint):
     """A checkpoint as other modules expect it: with all arguments (those that did not exist when it was saved get their
-    defaults), the settings that they imply, and a memory, possibly None. Raises: UserError if a foreign file's contents make
-    that impossible"""
+    defaults), the settings that they imply, and a memory, possibly None. Raises: UserError, or whatever else a foreign file's
+    contents raise, if these make that impossible"""
     for name, kind in TYPES.items():
         if not isinstance(checkpoint.get(name), kind):
             raise UserError(f"its {name} is missing, or is not what this program writes")
-    try:
-        args = util.make_args(checkpoint["args"])
-        util.get_path_base(args)
-        removed = {name: value for name, value in vars(args).items() if name not in util.get_fields() and name not in RESERVED}
-        settings = {**util.get_settings(args), "data": checkpoint["data"]}
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"its arguments are not main.py's ({type(error).__name__}: {error})") from None
+    args = util.make_args(checkpoint["args"])
+    util.get_path_base(args)  # raises
+    removed = {name: value for name, value in vars(args).items() if name not in util.get_fields() and name not in RESERVED}
+    settings = {**util.get_settings(args), "data": checkpoint["data"]}
     return {"memory": None, **checkpoint, "args": vars(args), "settings": settings, "removed": removed}
 
 
-def load_newest(path_base, device="cpu"):
+def load_newest(path_base):
     """Loads a run's latest.pt or, if that is damaged, the newest checkpoint that is not, with a warning.
 
     Returns: the checkpoint, or None if there are none
@@ -165,7 +160,7 @@ def load_newest(path_base, device="cpu"):
     paths = get_all(latest)[::-1]
     for path in paths:
         try:
-            checkpoint = load(path, device)
+            checkpoint = load(path)
         except UserError as error:
             warn(str(error))
             continue
