@@ -41,7 +41,7 @@ from runs import checkpoints, locks
 from runs.curves import append_statistics, check_finite
 from runs.saving import SaveClock, StopSignal
 from scoring import ScoreTable, get_enumeration_bound
-from util import UserError, warn
+from util import UserError, warn, warn_once
 
 STATE_KEYS = {"settings", "network", "table", "iteration", "log_p"}
 ALGORITHMS = report.ALGORITHMS
@@ -64,8 +64,6 @@ PROPOSAL_INTERVAL = 100  # on a GPU, iterations between proposals that join the 
 MANY_MILESTONES = 15  # enough for compiling to pay off (a run of 200 000 iterations has 64)
 MANY_LATENTS = 300_000  # scored by an evaluation, for compiling to pay off
 LATENTS_PER_SEARCH = 400_000  # scored by a search of effort 1
-
-warn_once = functools.cache(warn)
 
 # ------------------------------------------------------------------ the state of an evaluation
 

@@ -100,6 +100,8 @@ def warn(message):
     print(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 
+warn_once = functools.cache(warn)
+
 # ------------------------------------------------------------------ settings
 
 # A setting is declared once, annotated with a type and a Setting: as a field of Config or, if it belongs to one algorithm or

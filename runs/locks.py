@@ -3,7 +3,6 @@ the process ends, however it ends."""
 
 import contextlib
 import fcntl
-import functools
 import os
 import signal
 import sys
@@ -51,13 +50,10 @@ def take(file, kind=fcntl.LOCK_EX):
     except (BlockingIOError, PermissionError):  # the latter on some file systems
         return False
     except OSError as error:
-        warn_of_no_locks(os.path.dirname(os.path.abspath(file.name)), error.strerror)
+        folder = os.path.dirname(os.path.abspath(file.name))
+        reason = f"nothing can be locked in {folder} ({error.strerror})"
+        util.warn_once(f"{reason}: let only one process at a time train or evaluate a run")
     return True
-
-
-@functools.cache
-def warn_of_no_locks(folder, reason):
-    util.warn(f"nothing can be locked in {folder} ({reason}): let only one process at a time train or evaluate a run")
 
 
 def is_locked(path):
