@@ -13,7 +13,6 @@ read.py reads your own characters.
 from fast import before_torch  # noqa: F401  # isort: skip
 import functools
 import io
-import itertools
 import math
 import sys
 
@@ -95,22 +94,8 @@ def draw_model(trained, args):
     save_figures(trained, f"prior/{iteration}", [figures.grid_figure(probs, figures.choose_num_cols(len(probs)), title)])
 
 
-def draw_strokes(obs, drawing, labels, title, resolution):
-    """Draws programs stroke by stroke. Args: obs [N, R, C]; drawing: a Drawing of N programs
-    Returns: an iterable of figures; stages [N, A - 1, R, R]"""
-    stages = drawings.draw_stages(drawing, resolution)  # [N, A - 1, R, R]
-    seen = drawings.resize(drawings.draw_parts(drawing, drawing.on.unsqueeze(1), 28)[:, 0], resolution)
-    paths, off_page = [], []
-    all_moves, all_off = drawings.get_pen_path(drawing, resolution), drawings.is_off_page(drawing)
-    for on, moves, off in zip(drawing.on, all_moves, all_off, strict=True):
-        visible = on.nonzero().squeeze(1).tolist()
-        paths.append([moves[i + 1 : j] for i, j in itertools.pairwise([-1, *visible])])
-        off_page.append(off[visible].tolist())
-    return figures.stroke_figures(drawings.resize(obs, resolution), seen, stages, labels, title, paths, off_page), stages
-
-
 def draw_reconstructions(trained, args):
-    """Returns: obs_id [N], obs [N, R, R], stages [N, A - 1, R, R], for the animations"""
+    """Returns: obs_id [N], obs [N, R, C] and a Drawing of their programs, for the animations"""
     obs_id = choose_ids(args.obs_ids, len(trained.dataset.train.obs), args.num_reconstructions, "--obs-ids")
     obs, alphabet = trained.get_images(obs_id)
     latent = trained.reconstruct(obs_id)  # [N, A, 2]
@@ -122,7 +107,7 @@ def draw_reconstructions(trained, args):
         for i, score in zip(obs_id.tolist(), log_joint, strict=True)
     ]
     drawing = variation.get_drawing(trained.generative_model, latent, obs)
-    pages, stages = draw_strokes(obs, drawing, labels, title, args.resolution)
+    pages = figures.stroke_figures(obs, drawing, labels, title, args.resolution)
     save_figures(trained, trained.get_stem("reconstructions"), pages)
     if args.svg:
         folder = trained.folder / trained.get_stem("reconstructions")
@@ -130,24 +115,24 @@ def draw_reconstructions(trained, args):
         for i, name in enumerate(obs_id.tolist()):
             program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
             drawings.save_program(folder / str(name), program, iteration=trained.iteration, obs_id=name, log_joint=log_joint[i])
-    return obs_id, drawings.resize(obs, args.resolution), stages
+    return obs_id, obs, drawing
 
 
-def film_strokes(trained, obs, stages, num_cols=4):
+def film_strokes(trained, obs, drawing, resolution, num=2 * NUM_FILMED):
     """Animates reconstructions, drawn stroke by stroke beside their images"""
-    obs, stages = obs[: NUM_FILMED * 2], stages[: NUM_FILMED * 2]
+    obs, stages = drawings.resize(obs[:num], resolution), drawings.draw_stages(drawing.select(slice(num)), resolution)
     current, frames = torch.zeros_like(obs), []
     for i, stage in enumerate([torch.zeros_like(obs), *stages.unbind(1)]):
         if len(frames) and stage.isnan().all():
             break
         current = torch.where(stage.isnan(), current, stage)
-        frames.append(pair_frame(obs, current, num_cols, f"{trained.get_title()}: images and programs, {i} strokes"))
+        frames.append(pair_frame(obs, current, f"{trained.get_title()}: images and programs, {i} strokes"))
     save_film(trained.folder / f"{trained.get_stem('reconstructions')}.gif", frames, STROKE_MILLISECONDS)
 
 
-def pair_frame(obs, probs, num_cols, title):
-    """A frame with images beside drawings, [N, R, R] each"""
-    return figures.to_frame(figures.tile(torch.stack([obs, probs], 1).flatten(0, 1), 2 * num_cols), title)
+def pair_frame(obs, probs, title):
+    """A frame with images beside drawings, [N, R, R] each, in four columns"""
+    return figures.to_frame(figures.tile(torch.stack([obs, probs], 1).flatten(0, 1), 8), title)
 
 
 def film_training(trained, obs_id, args):
@@ -167,7 +152,7 @@ def film_training(trained, obs_id, args):
         _, maps = drawings.get_maps(then.generative_model, latent, obs)
         probs = drawings.draw(then.generative_model, latent, args.resolution, maps)
         title = f"{trained.name}: images and programs at iteration {then.iteration}"
-        frames.append(pair_frame(drawings.resize(obs, args.resolution), probs, 4, title))
+        frames.append(pair_frame(drawings.resize(obs, args.resolution), probs, title))
     save_film(trained.folder / "reconstructions.gif", frames, CHECKPOINT_MILLISECONDS)
 
 
@@ -221,8 +206,8 @@ def draw_run(name, checkpoint, args, load_data):
             return
         draw_model(trained, args)
         if trained.dataset is not None:
-            obs_id, obs, stages = draw_reconstructions(trained, args)
-            film_strokes(trained, obs, stages)
+            obs_id, obs, drawing = draw_reconstructions(trained, args)
+            film_strokes(trained, obs, drawing, args.resolution)
             film_training(trained, obs_id, args)
             if trained.num_alphabets:
                 draw_alphabets(trained, args)

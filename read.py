@@ -98,10 +98,8 @@ def save_searched(model, network, found, folder, title):
         drawings.save_program(
             folder / f"{name}-program", program, image=found.files[i], log_joint=log_joint[i].item(), **details
         )
-    stages = drawings.draw_stages(drawing, RESOLUTION)
-    seen = drawings.draw_parts(drawing, drawing.on.unsqueeze(1), RESOLUTION)[:, 0]
     labels = [f"{name}\n{score:.0f} nats" for name, score in zip(found.names, log_joint.tolist(), strict=True)]
-    pages = figures.stroke_figures(drawings.resize(obs, RESOLUTION), seen, stages, labels, title)
+    pages = figures.stroke_figures(obs, drawing, labels, title, RESOLUTION)
     return save_pages(folder / "programs.pdf", pages)
 
 

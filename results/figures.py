@@ -5,6 +5,7 @@ Figures are made without pyplot, so that they are freed once nothing refers to t
 """
 
 import io
+import itertools
 import math
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
-from results.drawings import draw_primitives
+from results import drawings
 
 MAX_POINTS = 300  # in a curve; longer curves are thinned
 EMPTY, NEWEST, PEN_UP, START = "#e8eef4", "#d1410c", "#3b7dd8", "#3b7dd8"
@@ -121,7 +122,7 @@ def choose_num_cols(num_images, most=10):
 def primitives_figure(generative_model, resolution, title, usage, source):
     """All primitives, the most used first: usage [K], as shares of the strokes of the source (memory or prior)"""
     resolution = max(resolution, 56)
-    probs, start, side = draw_primitives(generative_model, resolution)
+    probs, start, side = drawings.draw_primitives(generative_model, resolution)
     order = usage.argsort(descending=True, stable=True)
     labels = [f"{i}: {usage[i]:.1%}" for i in order.tolist()]
     most = int((usage[order].cumsum(0) < 0.9).sum()) + 1
@@ -217,25 +218,29 @@ def colour_newest(stages):
     return 1 - stages.unsqueeze(-1) * (1 - new * colour)
 
 
-def stroke_figures(obs, seen, stages, labels, title, paths=None, off_page=None, num_rows=20):
+def stroke_figures(obs, drawing, labels, title, resolution, num_rows=20):
     """Pages of rows: an image, its program as the model sees it, and the drawing after each visible stroke, with the
     newest one in colour and the pen's path to it dotted.
 
-    Args: obs, seen [N, R, R]; stages [N, S, R, R]; labels: N strings; paths: for each row, a list
-        of each visible stroke's pen-up moves [M, 2, 2], in pixels (column, row); off_page: for each row a list of bools
+    Args: obs [N, R, C]; drawing: a reading.variation.Drawing of N programs; labels: N strings
     """
+    seen = drawings.draw_parts(drawing, drawing.on.unsqueeze(1), drawings.NUM_PIXELS)[:, 0]
+    pair = torch.stack([drawings.resize(images, resolution) for images in (obs, seen)], 1)
+    stages = drawings.draw_stages(drawing, resolution)
+    rows = torch.cat([to_colour(pair), colour_newest(stages)], 1)  # [N, columns, R, R, 3]
+    moves, off_page = drawings.get_pen_path(drawing, resolution), drawings.is_off_page(drawing)
     headings = ["image", "as the\nmodel\nsees it", *(f"stroke\n{i + 1}" for i in range(stages.shape[1]))]
-    rows = [to_colour(torch.stack([obs, seen], 1)), colour_newest(stages)]  # [N, columns, R, R, 3] each
-    rows, size = torch.cat(rows, 1), obs.shape[1]
     for figure, axes, chosen in row_figures(rows, labels, title, num_rows, headings):
-        write(axes, -get_gap(size), -get_gap(size), "log p(z, x)", ha="right", va="bottom")
+        write(axes, -get_gap(resolution), -get_gap(resolution), "log p(z, x)", ha="right", va="bottom")
         for row, i in enumerate(chosen):
-            for step, moves in enumerate(paths[i] if paths else []):
-                left, top = place(row, 2 + step, size)
-                draw_pen(axes, moves, left, top, size)
-                if off_page[i][step]:
-                    below = stages[i, step, -size // 4 :].sum() <= stages[i, step, : size // 4].sum()  # beside the ink
-                    write(axes, left + size / 2, top + size * (0.9 if below else 0.1), "off page", color=NEWEST)
+            visible = drawing.on[i].nonzero().squeeze(1).tolist()
+            for step, (previous, stroke) in enumerate(itertools.pairwise([-1, *visible])):
+                left, top = place(row, 2 + step, resolution)
+                draw_pen(axes, moves[i, previous + 1 : stroke], left, top, resolution)
+                if off_page[i, stroke]:
+                    stage, band = stages[i, step], resolution // 4
+                    y = 0.9 if stage[-band:].sum() <= stage[:band].sum() else 0.1  # beside the ink
+                    write(axes, left + resolution / 2, top + resolution * y, "off page", color=NEWEST)
         yield figure
 
 
