@@ -53,7 +53,7 @@ def save_figures(trained, stem, some_figures):
                 figure.savefig(thumbnail, format="png", dpi=overview.THUMBNAIL_PIXELS / figure.get_size_inches()[0])
             yield figure
 
-    util.write(trained.folder / f"{stem}.pdf", figures.to_pdf(get_figures()))
+    figures.save_pdf(trained.folder / f"{stem}.pdf", get_figures())
     if trained.is_latest and not trained.other_data:
         util.write(overview.get_thumbnail_path(trained.name, stem.split("/")[0]), thumbnail.getvalue())
 

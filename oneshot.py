@@ -47,8 +47,8 @@ def compare_inks(run, describe, get_distance):
     return torch.tensor([[get_distance(test, character) for character in characters] for test in tests])
 
 
-def draw(run, name, result, structure):
-    """A page: each test image, and its best characters with their strokes varied to fit it. Returns: PDF bytes"""
+def draw(path, run, name, result, structure):
+    """Writes a page: each test image, and its best characters with their strokes varied to fit it"""
     total = matching.combine(result.forward, result.backward, structure).gather(1, result.candidates)
     order = total.topk(min(NUM_SHOWN, total.shape[1]), 1).indices  # [M, S], among the candidates
     best, test = result.candidates.gather(1, order), torch.arange(len(order)).unsqueeze(1)
@@ -56,7 +56,7 @@ def draw(run, name, result, structure):
     tests, characters = (drawings.resize(obs, RESOLUTION) for obs in (run.tests, run.characters))
     title = f"{name}, {run.name}: {int((best[:, 0] != run.answers).sum())} of {len(tests)} wrong"
     title += "\ntest image; best characters, their strokes varied to fit it"
-    return figures.to_pdf([figures.matches_figure(tests, characters, best, probs, run.answers, title)])
+    figures.save_pdf(path, [figures.matches_figure(tests, characters, best, probs, run.answers, title)])
 
 
 # ------------------------------------------------------------------ results
@@ -145,7 +145,7 @@ def main(argv=None):
                 if result is None:
                     rendering.set_compile(args.compile, unroll=False)
                     found, structure = classify(run, model, args)
-                    util.write(path.with_suffix(".pdf"), draw(run, name, found, structure))
+                    draw(path.with_suffix(".pdf"), run, name, found, structure)
                     scores = dict(forward=found.forward, backward=found.backward, structure=structure)
                     result = dict(settings=own, **scores, answers=run.answers)
                     util.save_checkpoint(path, result)

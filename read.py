@@ -65,12 +65,6 @@ def draw_cell(axes, corner, ink, lines, on):
         axes.add_collection(LineCollection(some, colors=colour, ls=style, lw=width, capstyle="round"))
 
 
-def save_pages(path, pages):
-    """Writes an iterable of figures as the pages of a PDF"""
-    util.write(path, figures.to_pdf(pages))
-    return path
-
-
 # ------------------------------------------------------------------ files
 
 
@@ -100,7 +94,7 @@ def save_searched(model, network, found, folder, title):
         )
     labels = [f"{name}\n{score:.0f} nats" for name, score in zip(found.names, log_joint.tolist(), strict=True)]
     pages = figures.stroke_figures(obs, drawing, labels, title, RESOLUTION)
-    return save_pages(folder / "programs.pdf", pages)
+    return figures.save_pdf(folder / "programs.pdf", pages)
 
 
 # ------------------------------------------------------------------ script
@@ -125,12 +119,12 @@ def main(argv=None):
         print(f"{file}: {int(reading.drawing.on[i].sum())} strokes: {folder / stem}.svg, {stem}.json")
     title = f"strokes of {name}'s library, varied to lie on the ink"
     title += "\nlog p(x | strokes): the ink under them; deviation: theirs from the library, nats"
-    print(f"stroke by stroke: {save_pages(folder / 'strokes.pdf', strokes_figures(found, reading, title))}")
+    print(f"stroke by stroke: {figures.save_pdf(folder / 'strokes.pdf', strokes_figures(found, reading, title))}")
     if args.examples:
         drawn = drawings.vary_strokes(reading.drawing, args.examples, RESOLUTION)  # [N, E, R, R]
         obs = drawings.resize(found.obs, RESOLUTION)
         pages = figures.example_figures(obs, drawn, found.names, "new examples: the strokes vary as from hand to hand")
-        print(f"new examples: {save_pages(folder / 'examples.pdf', pages)}")
+        print(f"new examples: {figures.save_pdf(folder / 'examples.pdf', pages)}")
     if args.program:
         title = f"best programs found of {name}'s own strokes, as the model sees them"
         print(f"programs: {save_searched(model, network, found, folder, title)}")

@@ -19,6 +19,7 @@ import torch
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
+import util
 from results import drawings
 
 MAX_POINTS = 300  # in a curve; longer curves are thinned
@@ -75,13 +76,14 @@ def make_figure(width, height, title):
     return figure
 
 
-def to_pdf(some_figures):
-    """The bytes of a PDF with a page for each of an iterable of figures"""
+def save_pdf(path, some_figures):
+    """Writes a PDF with a page for each of an iterable of figures. Returns: path"""
     file = io.BytesIO()
     with PdfPages(file, metadata={"CreationDate": None}) as pages:
         for figure in some_figures:
             pages.savefig(figure)
-    return file.getvalue()
+    util.write(path, file.getvalue())
+    return path
 
 
 def literal(text):

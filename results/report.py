@@ -403,7 +403,7 @@ def draw_lines(path, lines, title, xlabel, ticks=None, limits=None):
     axes.set_title("\n".join(filter(None, title)), fontsize=8)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
-    util.write(path, figures.to_pdf([figure]))
+    figures.save_pdf(path, [figure])
 
 
 def get_labels(names):
