@@ -7,7 +7,6 @@ Figures are made without pyplot, so that they are freed once nothing refers to t
 import io
 import itertools
 import math
-from typing import NamedTuple
 
 import matplotlib
 import matplotlib.backends.backend_agg
@@ -258,32 +257,25 @@ def draw_pen(axes, moves, left, top, size):
 # ------------------------------------------------------------------ curves
 
 
-class Curve(NamedTuple):
-    """What was recorded of a statistic: iterations [N] and values [N], float64"""
-
-    iteration: np.ndarray
-    value: np.ndarray
-
-
 def get_curves(statistics):
-    """The curves of a run, (phase, name) -> Curve, without those that have no finite value"""
+    """The curves of a run without those that have no finite value: {(phase, name): (iterations [N], values [N])}, float64"""
     curves = {}
     for phase, table in statistics.items():
+        iteration = table["iteration"].double().numpy()
         for name in [name for name in table if name != "iteration"]:
             value = table[name].double().numpy()
             recorded = np.isfinite(value)
             if recorded.any():
-                curves[phase, name] = Curve(table["iteration"].double().numpy()[recorded], value[recorded])
+                curves[phase, name] = iteration[recorded], value[recorded]
     return curves
 
 
 def thin(curve):
-    """Thins a Curve to at most MAX_POINTS bins: their centres, means, 5th and 95th percentiles"""
-    num_bins = min(len(curve.value), MAX_POINTS)
-    middles = np.array([x.mean() for x in np.array_split(curve.iteration, num_bins)])
-    bins = np.array_split(curve.value, num_bins)
-    low, high = (np.array([np.percentile(b, q) for b in bins]) for q in (5, 95))
-    return middles, np.array([b.mean() for b in bins]), low, high
+    """Thins a curve to at most MAX_POINTS bins: their centres, means, 5th and 95th percentiles"""
+    iterations, bins = (np.array_split(x, min(len(x), MAX_POINTS)) for x in curve)
+    centres, means = (np.array([b.mean() for b in some]) for some in (iterations, bins))
+    low, high = np.transpose([np.percentile(b, (5, 95)) for b in bins])
+    return centres, means, low, high
 
 
 def smooth(values):
@@ -293,7 +285,7 @@ def smooth(values):
 
 
 def plot_curve(axes, curve):
-    """Plots a smoothed Curve over a band of its raw values. Returns: their range, without the beginning"""
+    """Plots a smoothed curve over a band of its raw values. Returns: their range, without the beginning"""
     x, mean, low, high = thin(curve)
     (line,) = axes.plot(x, smooth(mean), lw=1.3, label="moving average")
     axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0.6, label="5th to 95th percentile")
@@ -311,11 +303,8 @@ def losses_figure(statistics, log_num_images, title):
     num_cols = choose_num_cols(len(curves), most=4)
     num_rows = math.ceil(len(curves) / num_cols)
     figure = make_figure(3.6 * num_cols, 2.8 * num_rows, title)
-    all_axes = np.ravel(figure.subplots(num_rows, num_cols))
-    for axes in all_axes[len(curves) :]:
-        axes.set_axis_off()
-    for axes, ((phase, name), curve) in zip(all_axes, curves.items(), strict=False):
-        plot_panel(axes, phase, name, curve, log_num_images)
+    for number, ((phase, name), curve) in enumerate(curves.items(), start=1):
+        plot_panel(figure.add_subplot(num_rows, num_cols, number), phase, name, curve, log_num_images)
     return figure
 
 
@@ -336,6 +325,6 @@ def plot_panel(axes, phase, name, curve, log_num_images):
             axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     if name.endswith("_loss") or phase == "test":
         axes.set_ylabel("nats per image")
-    elif ((0 <= curve.value) & (curve.value <= 1)).all():  # a share
+    elif 0 <= curve[1].min() and curve[1].max() <= 1:  # a share
         axes.set(ylabel="share", yscale="log", ylim=(1e-5, 1.2))
     axes.legend(fontsize=7)

@@ -58,10 +58,10 @@ def test_stages_and_tiles():
 
 def test_thinned_curves():
     values = np.arange(1.0, 100_001)
-    x, mean, low, high = figures.thin(figures.Curve(values, values))
+    x, mean, low, high = figures.thin((values, values))
     assert len(x) == figures.MAX_POINTS
     assert x == pytest.approx(mean) and (low < mean).all() and (mean < high).all()
-    x, mean, low, high = figures.thin(figures.Curve(np.array([7.0, 9.0]), np.array([3.0, 1.0])))
+    x, mean, low, high = figures.thin((np.array([7.0, 9.0]), np.array([3.0, 1.0])))
     assert list(x) == [7, 9] and list(mean) == list(low) == list(high) == [3, 1]
     assert figures.smooth(np.full(200, 5.0)) == pytest.approx(5)
 
