@@ -43,12 +43,13 @@ def draw(generative_model, latent, resolution, maps=None):
 
 @torch.no_grad()
 def draw_arcs(params, arcs, on, resolution, maps=None):
-    """Like `draw`, from arcs [..., A, 7], those that leave ink, on [..., A], and params [2], as for rendering.get_logits"""
-    at_once = max(PIXELS_AT_ONCE // resolution**2, 1)
+    """Like `draw`, from arcs [..., A, 7], those that leave ink, on [..., A], and params [2], as for rendering.get_logits. Arcs
+    and maps may lack some of the dimensions of `on`, or have size 1 there."""
+    arcs, at_once = arcs.expand(*on.shape, 7), max(PIXELS_AT_ONCE // resolution**2, 1)
     chunks = zip(arcs.flatten(0, -3).split(at_once), on.flatten(0, -2).split(at_once), strict=True)
     probs = torch.cat([rendering.get_logits(*chunk, params, resolution, resolution).sigmoid() for chunk in chunks])
     if maps is not None:
-        probs = rendering.apply_maps(probs, maps.flatten(0, -3))
+        probs = rendering.apply_maps(probs, maps.expand(*on.shape[:-1], 2, 3).flatten(0, -3))
     return probs.cpu().view(*on.shape[:-1], resolution, resolution)
 
 
@@ -59,10 +60,7 @@ def draw_arcs(params, arcs, on, resolution, maps=None):
 
 def draw_parts(drawing, on, resolution):
     """Draws some of the strokes: on [N, S, A] -> [N, S, R, R]"""
-    num_parts = on.shape[1]
-    arcs = variation.get_arcs(drawing).unsqueeze(1).expand(-1, num_parts, -1, -1)  # [N, S, A, 7]
-    maps = drawing.map.unsqueeze(1).expand(-1, num_parts, -1, -1)  # [N, S, 2, 3]
-    return draw_arcs(drawing.params, arcs, on, resolution, maps)
+    return draw_arcs(drawing.params, variation.get_arcs(drawing).unsqueeze(1), on, resolution, drawing.map.unsqueeze(1))
 
 
 def draw_stages(drawing, resolution):
@@ -189,27 +187,23 @@ def get_program(drawing, latent, map_id=None):
 
 
 def get_transform(affine_map):
-    """An affine map of a program as SVG's matrix(a b c d e f), from the drawing to the picture; None if it is singular"""
+    """An affine map of a program as SVG's matrix(a b c d e f), from the drawing to the picture"""
     affine = np.vstack([affine_map, [0, 0, 1]])
-    if abs(np.linalg.det(affine)) < 1e-6:
-        return None
     scale, middle = (NUM_PIXELS - 1) / 2, NUM_PIXELS / 2
     units = np.array([[scale, 0, middle], [0, scale, middle], [0, 0, 1]])  # from -1..1 to the SVG's
-    (a, c, x), (b, d, y), _ = units @ np.linalg.inv(affine) @ np.linalg.inv(units)
+    (a, c, x), (b, d, y), _ = units @ np.linalg.pinv(affine) @ np.linalg.inv(units)
     return f"matrix({a:.6f} {b:.6f} {c:.6f} {d:.6f} {x:.4f} {y:.4f})"
 
 
 def to_svg(program):
     """The text of an SVG file for a program from `get_program`: arcs, seen through its map"""
+    page = f'width="{NUM_PIXELS}" height="{NUM_PIXELS}"'
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {NUM_PIXELS} {NUM_PIXELS}" width="280" height="280">',
-        f'<rect width="{NUM_PIXELS}" height="{NUM_PIXELS}" fill="white"/>',
+        f'<rect {page} fill="white"/>',
+        f'<clipPath id="page"><rect {page}/></clipPath>',  # ink beyond the drawing's edge is invisible
+        f'<g transform="{get_transform(program["map"])}" clip-path="url(#page)">',
     ]
-    transform = get_transform(program["map"])
-    if transform:  # ink beyond the drawing's edge is invisible
-        side = f'width="{NUM_PIXELS}" height="{NUM_PIXELS}"'
-        lines.append(f'<clipPath id="page"><rect {side}/></clipPath>')
-        lines.append(f'<g transform="{transform}" clip-path="url(#page)">')
     for stroke in program["strokes"]:
         half = get_half_width(stroke["sharpness"], stroke["width"], program["scale"], program["bias"])
         if stroke["on"] and half > 0:
@@ -218,7 +212,7 @@ def to_svg(program):
                 f'<path d="{get_path(arc)}" fill="none" stroke="black" stroke-linecap="round"'
                 f' stroke-width="{2 * half * (NUM_PIXELS - 1):.4f}"/>'
             )
-    return "\n".join([*lines, *["</g>"] * bool(transform), "</svg>"]) + "\n"
+    return "\n".join([*lines, "</g>", "</svg>"]) + "\n"
 
 
 def save_program(path, program, **details):
