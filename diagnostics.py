@@ -13,6 +13,7 @@ read.py reads your own characters.
 from fast import before_torch  # noqa: F401  # isort: skip
 import functools
 import io
+import itertools
 import math
 import pathlib
 import sys
@@ -30,6 +31,7 @@ from runs import checkpoints
 from util import UserError
 
 NUM_PROPOSALS = 10  # programs that the inference network proposes for an image; the best is drawn
+BATCH_SIZE = 50  # images whose programs are inferred together
 NUM_COUNTED = 2000  # samples from the prior, to estimate how often it uses each primitive
 NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames in reconstructions.gif
 MOVED = "images as-is examples vary vary-strokes no-refit num-particles num-best num-rounds num-mutants".split()  # to read.py
@@ -76,9 +78,13 @@ class TrainedModel:
         if self.memory is not None:
             return models.unpack(self.memory[obs_id, 0])
         obs, alphabet = self.get_images(obs_id)
-        latent = self.inference_network.sample(obs, NUM_PROPOSALS, alphabet)  # [P, N, A, 2]
-        log_joint = scoring.score(self.generative_model, latent, obs, alphabet)
-        return latent[log_joint.argmax(0), torch.arange(len(obs))]
+        best = []
+        for ids in torch.arange(len(obs)).split(BATCH_SIZE):
+            given = None if alphabet is None else alphabet[ids]
+            latent = self.inference_network.sample(obs[ids], NUM_PROPOSALS, given)  # [P, B, A, 2]
+            log_joint = scoring.score(self.generative_model, latent, obs[ids], given)
+            best.append(latent[log_joint.argmax(0), torch.arange(len(ids))])
+        return torch.cat(best)
 
     def get_alphabet_name(self, obs_id):
         """The name of a training image's alphabet; "" if there are no alphabets"""
@@ -110,15 +116,10 @@ def choose_ids(given, num_all, num_default, flag):
 def save_figures(trained, stem, some_figures):
     """Writes an iterable of figures as the pages of a PDF in the run's folder and, for the newest checkpoint with its own data,
     the first as a thumbnail. Args: stem: <kind>, or <kind>/<name>"""
-    thumbnail = io.BytesIO()
-
-    def get_figures():
-        for figure in some_figures:
-            if thumbnail.tell() == 0:
-                figure.savefig(thumbnail, format="png", dpi=overview.THUMBNAIL_PIXELS / figure.get_size_inches()[0])
-            yield figure
-
-    figures.save_pdf(trained.folder / f"{stem}.pdf", get_figures())
+    pages, thumbnail = iter(some_figures), io.BytesIO()
+    first = next(pages)
+    first.savefig(thumbnail, format="png", dpi=overview.THUMBNAIL_PIXELS / first.get_size_inches()[0])
+    figures.save_pdf(trained.folder / f"{stem}.pdf", itertools.chain([first], pages))
     if trained.is_latest and not trained.other_data:
         util.write(overview.get_thumbnail_path(trained.name, stem.split("/")[0]), thumbnail.getvalue())
 
@@ -135,7 +136,7 @@ def save_film(path, frames, milliseconds):
 def draw_losses(trained, checkpoint):
     """Writes losses.pdf or, for an older checkpoint, losses/<iteration>.pdf"""
     statistics, memory = checkpoint["statistics"], checkpoint["memory"]
-    if not any(len(values) for values in statistics.values()):
+    if not statistics:
         print(f"{trained.name}: no losses in this checkpoint")
         return
     log_num_images = None
