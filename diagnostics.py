@@ -192,13 +192,8 @@ def film_strokes(trained, obs, drawing, resolution, num=2 * NUM_FILMED):
         if len(frames) and stage.isnan().all():
             break
         current = torch.where(stage.isnan(), current, stage)
-        frames.append(pair_frame(obs, current, f"{trained.get_title()}: images and programs, {i} strokes"))
+        frames.append(figures.pair_frame(obs, current, f"{trained.get_title()}: images and programs, {i} strokes"))
     save_film(trained.folder / f"{trained.get_stem('reconstructions')}.gif", frames, STROKE_MILLISECONDS)
-
-
-def pair_frame(obs, probs, title):
-    """A frame with images beside drawings, [N, R, R] each, in four columns"""
-    return figures.to_frame(figures.tile(torch.stack([obs, probs], 1).flatten(0, 1), 8), title)
 
 
 def film_training(trained, obs_id, args):
@@ -218,7 +213,7 @@ def film_training(trained, obs_id, args):
         _, maps = drawings.get_maps(then.generative_model, latent, obs)
         probs = drawings.draw(then.generative_model, latent, args.resolution, maps)
         title = f"{trained.name}: images and programs at iteration {then.iteration}"
-        frames.append(pair_frame(drawings.resize(obs, args.resolution), probs, title))
+        frames.append(figures.pair_frame(drawings.resize(obs, args.resolution), probs, title))
     save_film(trained.folder / "reconstructions.gif", frames, CHECKPOINT_MILLISECONDS)
 
 

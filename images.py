@@ -298,10 +298,9 @@ def find_edges(pieces, sides):
         top, left, bottom, right = region.bbox
         gap = min(top, left, pieces.shape[0] - bottom, pieces.shape[1] - right)
         if sides[i] >= longest_page_side / 4 and gap <= 0.03 * longest_page_side:
-            points = region.coords.astype(float)
-            along, across = np.sqrt(np.linalg.eigvalsh(np.cov(points.T)).clip(0)[::-1])
-            depth = np.minimum(points, np.array(pieces.shape) - 1 - points).min(1).max()  # two edges meet in a corner
-            edges[i] = across < 0.06 * along or depth < 0.08 * longest_page_side
+            depth = np.minimum(region.coords, np.array(pieces.shape) - 1 - region.coords).min(1).max()  # two edges in a corner
+            is_straight = region.axis_minor_length < 0.06 * region.axis_major_length
+            edges[i] = is_straight or depth < 0.08 * longest_page_side
     # Strokes of a closely cropped character also reach the border, but are not much longer than its others.
     longest = sides[~edges].max(initial=0)
     edges &= sides > 1.5 * longest

@@ -12,7 +12,6 @@ import matplotlib
 import matplotlib.backends.backend_agg
 import matplotlib.colors
 import matplotlib.patches
-import matplotlib.transforms
 import numpy as np
 import torch
 from matplotlib.backends.backend_pdf import PdfPages
@@ -198,9 +197,10 @@ def overlay(obs, ink):
     return page + ink.unsqueeze(-1) * (torch.tensor(matplotlib.colors.to_rgb(NEWEST)) - page)
 
 
-def to_frame(image, title, num_pixels=6):
-    """Renders an image as an RGB frame of an animation, with a title"""
-    figure = make_figure(num_pixels, num_pixels * image.shape[0] / image.shape[1], title)
+def pair_frame(obs, probs, title):
+    """Renders images beside drawings, [N, R, R] each, as an RGB frame of an animation, with a title"""
+    image = tile(torch.stack([obs, probs], 1).flatten(0, 1), 8)
+    figure = make_figure(6, 6 * image.shape[0] / image.shape[1], title)
     show(figure.subplots(), image)
     canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
     canvas.draw()
@@ -247,11 +247,10 @@ def stroke_figures(obs, drawing, labels, title, resolution, num_rows=20):
 
 def draw_pen(axes, moves, left, top, size):
     """Draws pen-up moves [M, 2, 2] as dotted lines, clipped to a tile"""
-    corners = [[left - 0.5, top - 0.5], [left + size - 0.5, top + size - 0.5]]
-    box = matplotlib.transforms.TransformedBbox(matplotlib.transforms.Bbox(corners), axes.transData)
+    page = matplotlib.patches.Rectangle((left - 0.5, top - 0.5), size, size, transform=axes.transData)
     for start, end in moves:
         (line,) = axes.plot([left + start[0], left + end[0]], [top + start[1], top + end[1]], ":", color=PEN_UP, lw=0.6)
-        line.set_clip_box(box)
+        line.set_clip_path(page)
 
 
 # ------------------------------------------------------------------ curves
