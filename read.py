@@ -65,7 +65,7 @@ def draw_cell(axes, corner, ink, lines, on):
         axes.add_collection(LineCollection(some, colors=colour, ls=style, lw=width, capstyle="round"))
 
 
-# ------------------------------------------------------------------ files
+# ------------------------------------------------------------------ strokes and programs
 
 
 def get_strokes(reading, i):
@@ -75,9 +75,6 @@ def get_strokes(reading, i):
     for stroke, deviation in zip(program["strokes"], reading.deviation[i].tolist(), strict=False):
         stroke["deviation"] = deviation
     return program
-
-
-# ------------------------------------------------------------------ programs of fixed strokes
 
 
 def save_searched(model, network, found, folder, title):

@@ -177,7 +177,9 @@ def matches_figure(tests, characters, best, probs, answers, title):
     Args: tests [M, R, R]; characters [N, R, R]; best [M, S], characters, best first; probs [M, S, R, R], of the strokes' ink;
         answers [M], the right characters
     """
-    pairs = torch.stack([to_colour(characters[best]), overlay(tests.unsqueeze(1), probs)], 2)  # [M, S, 2, R, R, 3]
+    grey = to_colour(0.35 * tests.unsqueeze(1))
+    fitted = grey + probs.unsqueeze(-1) * (torch.tensor(matplotlib.colors.to_rgb(NEWEST)) - grey)  # [M, S, R, R, 3]
+    pairs = torch.stack([to_colour(characters[best]), fitted], 2)  # [M, S, 2, R, R, 3]
     rows = torch.cat([to_colour(tests.unsqueeze(1)), pairs.flatten(1, 2)], 1)
     is_right, size = best == answers.unsqueeze(1), tests.shape[1]  # [M, S]
     labels = [f"{i + 1}: {'right' if right else 'wrong'}" for i, right in enumerate(is_right[:, 0])]
@@ -189,12 +191,6 @@ def matches_figure(tests, characters, best, probs, answers, title):
             color = RIGHT if is_right[row, rank] else WRONG
             axes.add_patch(matplotlib.patches.Rectangle((left, top), width, height, fill=False, ec=color, lw=1, clip_on=False))
     return figure
-
-
-def overlay(obs, ink):
-    """Strokes over grey images, both probabilities of ink [..., R, R]: [..., R, R, 3]"""
-    page = to_colour(0.35 * obs)
-    return page + ink.unsqueeze(-1) * (torch.tensor(matplotlib.colors.to_rgb(NEWEST)) - page)
 
 
 def pair_frame(obs, probs, title):
