@@ -124,13 +124,12 @@ def _draw(constants, on, x, y, rendering_params):
     """
     exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, A, R * C]
     exponent, arc_id = exponent.masked_fill(~on.unsqueeze(-1), -math.inf).max(1)
-    return _get_ink_logits(exponent, exponent != -math.inf, rendering_params), arc_id
+    return _get_ink_logits(exponent, rendering_params), arc_id
 
 
 def _draw_ink(constants, on, x, y, rendering_params):
     """Like _draw without arc_id, but faster: [B, R * C]"""
-    strongest = _get_strongest(constants, on, x, y)
-    return _get_ink_logits(strongest, strongest != -math.inf, rendering_params)
+    return _get_ink_logits(_get_strongest(constants, on, x, y), rendering_params)
 
 
 def _get_strongest(constants, on, x, y):
@@ -144,13 +143,13 @@ def _draw_one_more(constants, strongest, x, y, rendering_params):
     """Logits of drawings with one more arc, for each of K: constants [B, K, 10]; strongest [B, R * C], the exponents of what
     has been drawn -> [B, K, R * C]"""
     exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, K, R * C]
-    exponent = torch.maximum(exponent, strongest.unsqueeze(1))
-    return _get_ink_logits(exponent, exponent != -math.inf, rendering_params)
+    return _get_ink_logits(torch.maximum(exponent, strongest.unsqueeze(1)), rendering_params)
 
 
-def _get_ink_logits(exponent, on, rendering_params):
+def _get_ink_logits(exponent, rendering_params):
+    """exponent: of the strongest arc, -inf if none is on"""
     scale, bias = rendering_params
-    ink = torch.where(on, scale * exponent.clamp(max=0).exp() + bias, -math.inf)
+    ink = torch.where(exponent != -math.inf, scale * exponent.clamp(max=0).exp() + bias, -math.inf)
     # log(exp(ink) + 1e-6), without overflow
     return torch.logaddexp(ink, torch.full_like(ink, LOG_PAPER))
 
@@ -160,7 +159,8 @@ def _differentiate_draw(strongest, on, grad, rendering_params, x, y):
     rendering_params [B, 2]; on [B, R * C]; grad [B, R * C], of the logits"""
 
     def draw(strongest, rendering_params):
-        return _get_ink_logits(get_exponent(x, y, strongest.unbind(1)), on, rendering_params.split(1, 1))
+        exponent = get_exponent(x, y, strongest.unbind(1)).masked_fill(~on, -math.inf)
+        return _get_ink_logits(exponent, rendering_params.split(1, 1))
 
     return torch.func.vjp(draw, strongest, rendering_params)[1](grad)
 
@@ -443,8 +443,6 @@ def set_compile(enabled, device="cpu", unroll=True):
     Triton, whose kernels fast/kernel_check.py tries. If compilation fails (without a C++ compiler, say), warns in one line.
     Args: unroll: whether `get_logits` will unroll its loop"""
     on_gpu = gpu.is_gpu(device)
-    if enabled and kernels.compiled and not on_gpu:
-        return
     kernels.use(gpu.OPERATORS if enabled and on_gpu else [])
     kernels.compiled = _compile_for_cpu() if enabled and not on_gpu else {}
     if not kernels.compiled:
