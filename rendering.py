@@ -411,7 +411,7 @@ def affine_log_prob(logits, obs, maps, log_weights=None):
     Returns: [N]
     Raises: ValueError if the shapes of logits and obs differ
     """
-    if kernels.are_used("scoring", logits):
+    if kernels.are_used("scoring", logits) and math.prod(obs.shape[1:]) <= gpu.BLOCK_PIXELS:
         _check_shapes(logits, obs)
         return gpu.ScoreMaps.apply(logits, obs.to(logits.dtype), maps, log_weights)
     by_map = affine_log_prob_by_map(logits, obs, maps)

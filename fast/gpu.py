@@ -111,22 +111,20 @@ FIXED_POINT = 2.0**28  # gradients are added up as integers of this resolution: 
 
 
 class ScoreMaps(torch.autograd.Function):
-    """log p(x|z) under a mixture of maps: logits [N, R, C], obs [N, R, C], maps [T, 2, 3], log_weights [T] or None, if they are
-    equal -> [N]"""
+    """log p(x|z) under a mixture of maps, of images of up to BLOCK_PIXELS: logits [N, R, C], obs [N, R, C], maps [T, 2, 3],
+    log_weights [T] or None, if they are equal -> [N]"""
 
     @staticmethod
     def forward(ctx, logits, obs, maps, log_weights):
         logits, obs, maps, num_maps = logits.contiguous(), obs.contiguous(), maps.contiguous(), len(maps)
-        num_images, num_rows, num_cols = obs.shape
-        num_chunks, log_num_maps = divide_up(num_rows * num_cols, BLOCK_PIXELS), math.log(num_maps)
+        (num_images, num_rows, num_cols), log_num_maps = obs.shape, math.log(num_maps)
         probs = logits.new_empty(num_images, num_rows + 2 * BORDER, num_cols + 2 * BORDER)  # ink's, with a border of zeros
-        by_map, log_prob = logits.new_empty(num_images, num_chunks, num_maps), logits.new_empty(num_images)
+        by_map, log_prob = logits.new_empty(num_images, num_maps), logits.new_empty(num_images)  # log p(x | z, map), log p(x|z)
         ctx.sizes = dict(ROWS=num_rows, COLS=num_cols, BLOCK=BLOCK_PIXELS)
         grid = num_images, divide_up(probs.shape[1] * probs.shape[2], BLOCK_PIXELS)
         launch("rendering._pad_probs", grid, logits, probs, **ctx.sizes, num_warps=4)
-        grid, sizes = (num_images, divide_up(num_maps, MAPS_PER_PROGRAM), num_chunks), dict(MAPS=MAPS_PER_PROGRAM, **ctx.sizes)
+        grid, sizes = (num_images, divide_up(num_maps, MAPS_PER_PROGRAM)), dict(MAPS=MAPS_PER_PROGRAM, **ctx.sizes)
         launch("rendering._score_maps", grid, probs, obs, maps, by_map, num_maps, EPS, **sizes, num_warps=2)
-        by_map = sum_chunks(by_map)  # log p(x | z, map)
         if log_weights is None:
             at_once = min(next_power_of_2(num_maps), MIXED_AT_ONCE)
             launch("rendering._mix_maps", (num_images,), by_map, log_prob, num_maps, BLOCK=at_once, num_warps=1)
@@ -143,11 +141,10 @@ class ScoreMaps(torch.autograd.Function):
         of 2^-28."""
         obs, maps, log_prob, by_map, probs = ctx.saved_tensors
         num_images, num_maps, sizes = len(obs), len(maps), ctx.sizes
-        num_chunks = divide_up(sizes["ROWS"] * sizes["COLS"], BLOCK_PIXELS)
         fixed, grad_logits, grad = torch.zeros_like(probs, dtype=torch.int64), torch.empty_like(obs), grad.contiguous()
-        grad_maps = maps.new_empty(num_images * num_chunks, num_maps, 6)
+        grad_maps = maps.new_empty(num_images, num_maps, 6)
         launch(
-            "rendering._differentiate_score_maps", (num_images, divide_up(num_maps, MAPS_PER_GRADIENT), num_chunks),
+            "rendering._differentiate_score_maps", (num_images, divide_up(num_maps, MAPS_PER_GRADIENT)),
             obs, maps, log_prob, by_map, probs, grad, fixed, grad_maps, num_maps, EPS, FIXED_POINT, NEGLIGIBLE,
             MAPS=MAPS_PER_GRADIENT, **sizes, num_warps=4,
         )  # fmt: skip
@@ -251,32 +248,30 @@ class Decode(torch.autograd.Function):
     """Samples latents, or scores them, by a decoder.
 
     Args: table [2 * K, 4 * H], context [B, 4 * H]: the LSTM's inputs for a stroke's code 2 * id + on, and for an image;
-        weight_hh [4 * H, H], weight [K + 2, H], bias [K + 2]; uniform [P * B, A, 2] in [0, 1), to sample, or empty; latent
-        [P * B, A, 2], to score, or empty; uniform_mixture; with_gradients: whether a backward pass may follow
-    Returns: the latents drawn, if any, [P * B, A, 2]; log_prob [P * B]
+        weight_hh [4 * H, H], weight [K + 2, H], bias [K + 2]; given [P * B, A, 2]: numbers in [0, 1) to sample with, or
+        latents, integers, to score; uniform_mixture; with_gradients: whether a backward pass may follow
+    Returns: the latents, [P * B, A, 2]; log_prob [P * B]
     """
 
     @staticmethod
-    def forward(ctx, table, context, weight_hh, weight, bias, uniform, latent, uniform_mixture, with_gradients):
+    def forward(ctx, table, context, weight_hh, weight, bias, given, uniform_mixture, with_gradients):
         ctx.uniform_mixture, ctx.num_contexts, ctx.num_codes = float(uniform_mixture), len(context), len(table)
-        is_sampling, save = uniform.numel() > 0, with_gradients and any(ctx.needs_input_grad)
-        drawn = torch.empty_like(uniform, dtype=torch.long)
-        used = drawn if is_sampling else latent.contiguous()
-        (num_rows, num_arcs), num_units, num_choices = used.shape[:2], weight.shape[1], weight.shape[0] - 2
+        is_sampling, save = given.is_floating_point(), with_gradients and any(ctx.needs_input_grad)
+        latent = torch.empty_like(given, dtype=torch.long) if is_sampling else given.contiguous()
+        (num_rows, num_arcs), num_units, num_choices = latent.shape[:2], weight.shape[1], weight.shape[0] - 2
         log_prob, hidden = table.new_empty(num_rows), table.new_empty(num_arcs, num_rows, num_units)
         sizes = num_units, 4 * num_units, num_choices + 2  # cells, gates, and log-probabilities of ids and of off and on
         saved = [table.new_empty(num_arcs, num_rows, size) if save else table.new_empty(0) for size in sizes]
         ctx.grid = (divide_up(num_rows, ROWS_PER_PROGRAM),)
         launch(
-            "decoder._decode", ctx.grid, table.contiguous(), context.contiguous(), weight_hh, weight, bias, uniform, used,
+            "decoder._decode", ctx.grid, table.contiguous(), context.contiguous(), weight_hh, weight, bias, given, latent,
             log_prob, hidden, *saved, num_rows, len(context), num_arcs, num_units, num_choices, ctx.uniform_mixture,
             SAMPLE=is_sampling, SAVE=save, ROWS=ROWS_PER_PROGRAM,
             get_options=lambda module: module.get_options(module.FORWARD, ctx.grid, num_units, num_choices),
         )  # fmt: skip
-        ctx.mark_non_differentiable(drawn)
         if save:
-            ctx.save_for_backward(weight_hh, weight, used, hidden, *saved)
-        return drawn, log_prob
+            ctx.save_for_backward(weight_hh, weight, latent, hidden, *saved)
+        return latent, log_prob
 
     @staticmethod
     def backward(ctx, _, grad):
@@ -295,7 +290,7 @@ class Decode(torch.autograd.Function):
         grad_logits = grad_logits.flatten(0, 1)
         return (
             before.t() @ after, grad_context, after.t() @ hidden[:-1].flatten(0, 1),
-            grad_logits.t() @ hidden.flatten(0, 1), grad_logits.sum(0), None, None, None, None,
+            grad_logits.t() @ hidden.flatten(0, 1), grad_logits.sum(0), None, None, None,
         )  # fmt: skip
 
 
@@ -303,14 +298,12 @@ def sample(table, context, weight_hh, weight, bias, num_particles, num_arcs, uni
     """Draws latents [P * B, A, 2] and their log_prob [P * B], with gradients if they are enabled; the other arguments
     as for `Decode`. Draws fewer random numbers than on a CPU, all at once."""
     uniform = torch.rand(num_particles * len(context), num_arcs, 2, device=context.device)
-    none = torch.empty(0, dtype=torch.long, device=context.device)
-    return Decode.apply(table, context, weight_hh, weight, bias, uniform, none, uniform_mixture, torch.is_grad_enabled())
+    return Decode.apply(table, context, weight_hh, weight, bias, uniform, uniform_mixture, torch.is_grad_enabled())
 
 
 def log_prob(table, context, weight_hh, weight, bias, latent, uniform_mixture):
     """latent [P * B, A, 2] -> [P * B], with gradients if they are enabled; the other arguments as for `Decode`"""
-    none = torch.empty(0, device=context.device)
-    return Decode.apply(table, context, weight_hh, weight, bias, none, latent, uniform_mixture, torch.is_grad_enabled())[1]
+    return Decode.apply(table, context, weight_hh, weight, bias, latent, uniform_mixture, torch.is_grad_enabled())[1]
 
 
 # ------------------------------------------------------------------ the memory of Memoised Wake-Sleep

@@ -190,15 +190,6 @@ def _load_map(maps, number, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _get_chunk(ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which part of an image a program works on, and the number of parts"""
-    if ROWS * COLS > BLOCK:
-        return tl.program_id(2), tl.num_programs(2)
-    else:
-        return 0, 1
-
-
-@triton.jit
 def _get_grid_point(pixel, ROWS: tl.constexpr, COLS: tl.constexpr):
     """A pixel's position in affine_grid's coordinates, from -1 to 1: x, y"""
     x = 2 * (pixel % COLS).to(tl.float32) / max(COLS - 1, 1) - 1
@@ -272,10 +263,9 @@ def _score_maps(
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * MAPS
-    chunk, num_chunks = _get_chunk(ROWS, COLS, BLOCK)
     STRIDE: tl.constexpr = COLS + 2 * BORDER
     image = probs + latent * ((ROWS + 2 * BORDER) * STRIDE) + (BORDER * STRIDE + BORDER)
-    pixel = chunk * BLOCK + tl.arange(0, BLOCK)
+    pixel = tl.arange(0, BLOCK)
     inside = pixel < ROWS * COLS
     x, y = _get_grid_point(pixel, ROWS, COLS)
     paper = 1 - tl.load(obs + latent * (ROWS * COLS) + pixel, mask=inside, other=0.0)
@@ -290,7 +280,7 @@ def _score_maps(
         seen = tl.clamp(tl.abs(q - paper), eps, 1 - eps, propagate_nan=tl.PropagateNan.ALL)
         total = tl.sum(tl.where(inside, log2(seen), 0.0), 0) * LN_2
         total += (m0 + m1 + m2 + m3 + m4 + m5) * 0  # NaN and infinite maps have diverged
-        tl.store(by_map + (latent * num_chunks + chunk) * num_maps + number, total, mask=exists)
+        tl.store(by_map + latent * num_maps + number, total, mask=exists)
 
 
 @triton.jit(do_not_specialize_on_alignment=["obs"])
@@ -300,16 +290,15 @@ def _differentiate_score_maps(
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * MAPS
-    chunk, num_chunks = _get_chunk(ROWS, COLS, BLOCK)
     STRIDE: tl.constexpr = COLS + 2 * BORDER
     corner = latent * ((ROWS + 2 * BORDER) * STRIDE) + (BORDER * STRIDE + BORDER)
     factor, log_total = tl.load(grad + latent), tl.load(log_prob + latent) + log(1.0 * num_maps)
-    pixel = chunk * BLOCK + tl.arange(0, BLOCK)
+    pixel = tl.arange(0, BLOCK)
     inside = pixel < ROWS * COLS
     for i in range(MAPS):
         number = first + i
         exists = number < num_maps
-        place = grad_maps + ((latent * num_chunks + chunk) * num_maps + number) * 6
+        place = grad_maps + (latent * num_maps + number) * 6
         # the share of the map in the mixture
         share = tl.exp(tl.load(by_map + latent * num_maps + number, mask=exists, other=float("-inf")) - log_total)
         if (share > negligible) & (factor != 0):
