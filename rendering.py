@@ -48,7 +48,9 @@ def _split(size, *batched):
 
 
 def _run_in_chunks(kernel, batched, rest, size):
-    """Like _run, `size` rows at a time: the batch is dimension 0 of all results"""
+    """Like _run, `size` rows at a time: the batch, even of one, is dimension 0 of all results"""
+    if kernels.compiled and len(batched[0]) == 1:  # would be compiled separately
+        return tree_map(lambda x: x[:1], _run_in_chunks(kernel, [torch.cat([x, x]) for x in batched], rest, size))
     results = [_run(kernel, 0, chunk, rest) for chunk in _split(size, *batched)]
     return results[0] if len(results) == 1 else tree_map(lambda *parts: torch.cat(parts), *results)
 
@@ -196,7 +198,8 @@ def _differentiate_arcs(constants, on, arc_id, grad, x, y, rendering_params):
     arc_id = arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)  # [B, 10, R * C]
     strongest = constants.transpose(1, 2).gather(2, arc_id)  # [B, 10, R * C]
     params = rendering_params.expand(len(on), -1)  # [B, 2]
-    grad_strongest, grad_params = _run(_differentiate_draw, 0, (strongest, on, grad, params), (x, y))
+    batched, size = (strongest, on, grad, params), _get_gradient_chunk_size(grad.device)
+    grad_strongest, grad_params = _run_in_chunks(_differentiate_draw, batched, (x, y), size)
     grad_constants = torch.bmm(grad_strongest, is_of_arc)  # [B, 10, A], summed in a fixed order
     return grad_constants.transpose(1, 2), grad_params.sum(0)
 
@@ -218,8 +221,6 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols, unroll=True)
     if kernels.are_used("drawing", arcs):
         logits = gpu.DrawArcs.apply(arcs, on_offs != 0, rendering_params, num_rows, num_cols)  # [B, R * C]
         return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
-    if kernels.compiled and len(arcs) == 1:  # a batch of one would be compiled separately
-        return get_logits(*(torch.cat([x, x]) for x in (arcs, on_offs)), rendering_params, num_rows, num_cols, unroll)[:1]
     x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
     constants = get_arc_constants(arcs)  # [B, A, 10]
     logits = _DrawArcs.apply(constants, on_offs != 0, x, y, rendering_params, unroll)  # [B, R * C]
@@ -233,9 +234,6 @@ def get_logits_with_one_more(arcs, on_offs, more, rendering_params, num_rows, nu
     Args: arcs [B, A, 7], on_offs [B, A]: what has been drawn; more [B, K, 7]: the arcs to add
     Returns: logits [B, K, R, C]
     """
-    if kernels.compiled and len(more) == 1:
-        arguments = (torch.cat([x, x]) for x in (arcs, on_offs, more))
-        return get_logits_with_one_more(*arguments, rendering_params, num_rows, num_cols)[:1]
     x, y = get_pixel_centres(num_rows, num_cols, more)
     drawn, size = (get_arc_constants(arcs), on_offs != 0), _get_chunk_size(more.device)
     if arcs.shape[1] <= MOST_UNROLLED:

@@ -115,11 +115,7 @@ def get_drawing(generative_model, latent, obs=None):
     if maps is None or obs is None:
         seen = torch.eye(3)[:2].repeat(len(latent), 1, 1)
     else:
-        seen = (
-            maps[generative_model.likelihood.map_log_posterior(generative_model.get_logits(latent), obs).argmax(1)]
-            .detach()
-            .float()
-        )
+        seen = maps[generative_model.get_map_log_posterior(latent, obs).argmax(1)].float()
     start = torch.full((len(latent), 2), 0.5)
     params = generative_model.get_rendering_params().float()
     return Drawing(torch.stack([dx, dy], -1), theta, start, seen, latent[..., 1] > 0, sharpness, width, params)
