@@ -38,7 +38,9 @@ def check(build, device, num_particles, batch_size, memory_size=0, init_memory=N
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad(), in_float32:
         torch.manual_seed(0)
         generative_model, inference_network = build()
-        make_strokes_differ(generative_model)
+        with torch.no_grad():  # where equal strokes meet, as in a new model, rounding decides which of them gets the gradient
+            generative_model.pre_sharpness += torch.randn_like(generative_model.pre_sharpness)
+            generative_model.pre_width += 0.3 * torch.randn_like(generative_model.pre_width)
         num_latents = min(num_particles + memory_size, max(MOST_ROWS // batch_size, 1))
         checks = get_checks(generative_model, inference_network, num_latents, batch_size, device)
         if 0 < memory_size <= gpu.MAX_CANDIDATES - num_particles:  # larger ones have no kernels
@@ -58,14 +60,6 @@ def check(build, device, num_particles, batch_size, memory_size=0, init_memory=N
 
 def warn(message):
     print(f"warning: {message}", file=sys.stderr)
-
-
-@torch.no_grad()
-def make_strokes_differ(generative_model):
-    """Gives strokes different sharpness and width: where equal strokes meet, as in a new model, rounding decides which of them
-    gets the gradient"""
-    generative_model.pre_sharpness += torch.randn_like(generative_model.pre_sharpness)
-    generative_model.pre_width += 0.3 * torch.randn_like(generative_model.pre_width)
 
 
 def compile_side_by_side(functions, device):
@@ -150,8 +144,7 @@ def get_checks(generative_model, inference_network, num_particles, batch_size, d
         embedding = inference_network.embed(choose(obs))
         return compare(embedding, [parameter for layer in layers for parameter in layer.parameters()])
 
-    decoders = [generative_model.prior, inference_network.decoder]
-    decoders = [decoder for decoder in decoders if getattr(decoder, "has_kernels", False)]
+    decoders = [x for x in (generative_model.prior, inference_network.decoder) if getattr(x, "has_kernels", False)]
     return {
         "decoder": [function for decoder in decoders for function in get_decoder_checks(decoder, latent)],
         "drawing": [draw],
