@@ -388,7 +388,7 @@ class GenerativeModel(nn.Module):
     def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
         """As in torch, but with the names of state_dict"""
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            yield name.replace("likelihood.", "", 1), parameter
+            yield _shorten(name, f"{prefix}." if prefix else ""), parameter
 
     def get_primitives(self):
         """[K, 5]: dx, dy (of the unit square), theta (radians), sharpness, width"""
@@ -500,9 +500,13 @@ class GenerativeModel(nn.Module):
 # Checkpoints hold the likelihood's parameters without a prefix: theta_affine, not likelihood.theta_affine.
 
 
+def _shorten(name, prefix):
+    return prefix + name.removeprefix(prefix).removeprefix("likelihood.")
+
+
 def _shorten_names(model, state, prefix, _):
     for name in [name for name in state if name.startswith(f"{prefix}likelihood.")]:
-        state[prefix + name.removeprefix(f"{prefix}likelihood.")] = state.pop(name)
+        state[_shorten(name, prefix)] = state.pop(name)
 
 
 def _lengthen_names(model, state, prefix, *_):
