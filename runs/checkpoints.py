@@ -132,8 +132,11 @@ def load(path, device="cpu"):
     checkpoint = util.load_checkpoint(path, device)
     try:
         return {**complete(checkpoint), "path": str(path)}
+    except UserError as error:
+        reason = str(error)
     except Exception as error:  # a foreign file's arguments may be anything
-        raise UserError(f"{path} is not a checkpoint of main.py: {error}") from None
+        reason = f"its arguments are not main.py's ({type(error).__name__}: {error})"
+    raise UserError(f"{path} is not a checkpoint of main.py: {reason}")
 
 
 def complete(checkpoint):
@@ -143,11 +146,22 @@ def complete(checkpoint):
     for name, kind in TYPES.items():
         if not isinstance(checkpoint.get(name), kind):
             raise UserError(f"its {name} is missing, or is not what this program writes")
+    if min(checkpoint["iteration"], checkpoint["pretrain_iteration"]) < 0 or not all(
+        map(is_table, checkpoint["statistics"].values())
+    ):
+        raise UserError("its iteration or its statistics are not what this program writes")
     args = util.make_args(checkpoint["args"])
     util.get_path_base(args)  # raises
     removed = {name: value for name, value in vars(args).items() if name not in util.get_fields() and name not in RESERVED}
     settings = {**util.get_settings(args), "data": checkpoint["data"]}
     return {"memory": None, **checkpoint, "args": vars(args), "settings": settings, "removed": removed}
+
+
+def is_table(value):
+    """Whether it is a table of statistics, see runs/curves.py"""
+    columns = list(value.values()) if isinstance(value, dict) else []
+    are_columns = all(torch.is_tensor(x) and x.dim() == 1 and len(x) == len(columns[0]) for x in columns)
+    return are_columns and bool(columns) and "iteration" in value
 
 
 def load_newest(path_base):
@@ -324,11 +338,15 @@ def restore_optimizer(name, optimizer, state, ours, theirs, rate):
     """
     groups, warnings = [], []
     for group, saved, our, their in zip(optimizer.param_groups, state["param_groups"], ours, theirs, strict=True):
-        saved = {key: value.item() if torch.is_tensor(value) else value for key, value in saved.items() if key in group}
+        saved = {key: value.item() if torch.is_tensor(value) else value for key, value in saved.items()}
+        if rate in ("new", "gone"):
+            saved.pop("initial_lr", None)
         if rate == "gone":
-            their = {**their, "lr": float(f"{saved['lr']:.6g}")}
+            their = {**their, "lr": saved["lr"]}
         changed = [key for key in our if our[key] != their.get(key, our[key]) and (key not in RATES or rate in (None, "gone"))]
-        warnings += [f"{key} changed from {their[key]} to {our[key]}; using that of the code" for key in changed]
+        for key in changed:
+            was = float(f"{their[key]:.6g}") if key in RATES else their[key]
+            warnings.append(f"{key} changed from {was} to {our[key]}; using that of the code")
         kept = [*changed, *OF_DEVICES, *(RATES if rate in ("new", "gone") else [])]
         groups.append({**group, **saved, **{key: group[key] for key in kept if key in group}})
     for warning in dict.fromkeys(warnings):

@@ -312,6 +312,18 @@ def test_learning_rates_under_changed_schedules(options, lr, warning, capsys):
     assert warning in stderr and stderr.count("\n") == bool(warning) + ("its optimiser" in warning)
 
 
+def test_what_an_optimiser_keeps_in_its_groups_is_restored(capsys):
+    """Also what a new one lacks; a rate of many digits that a schedule has left alone has not changed"""
+    parts, hyperparameters = get_parts(lambda x: torch.optim.lr_scheduler.StepLR(x, 100), lr=1 / 3000)
+    parts["optimizer"].param_groups[0]["count"] = 2
+    saved = {**checkpoints.get_states(parts), "hyperparameters": hyperparameters}
+    ours, hyperparameters = get_parts(None, lr=1 / 3000)
+    checkpoints.restore_parts(ours, saved, hyperparameters)
+    (group,) = ours["optimizer"].param_groups
+    assert group["count"] == 2 and group["lr"] == 1 / 3000 and "initial_lr" not in group
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["obs", "optimizer", "alphabet"])
 def test_names_of_state_that_are_taken(name, monkeypatch):
     monkeypatch.setitem(losses.OBJECTIVES, "mine", losses.keeps(lambda: {name: torch.zeros(())})(lambda **_: None))

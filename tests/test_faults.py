@@ -91,11 +91,13 @@ def test_one_bad_run_does_not_stop_the_others(folder, capsys):  # noqa: F811
     run(*FLAGS)
     good = get_run_folder().name
     checkpoint = util.load_checkpoint(checkpoints.get_path(good))
-    for i, change in enumerate([dict(args=[]), dict(generative_model=None), dict(statistics=[1, 2]), dict(iteration="3")]):
+    changes = [dict(args=[]), dict(generative_model=None), dict(statistics=[1, 2]), dict(iteration="3"), dict(iteration=-5)]
+    changes += [dict(statistics={"train": table}) for table in [5, {"iteration": [1]}, {"theta_loss": torch.zeros(2)}]]
+    for i, change in enumerate(changes):
         util.save_checkpoint(checkpoints.get_path(f"bad{i}"), {**checkpoint, **change})
     assert diagnostics.main("--num-reconstructions 2 --num-prior-samples 2".split()) == 0
     stdout, stderr = capsys.readouterr()
-    assert f"{good}: drawn at iteration 12" in stdout and all(f"bad{i}" in stderr for i in range(4))
+    assert f"{good}: drawn at iteration 12" in stdout and all(f"bad{i}" in stderr for i in range(len(changes)))
     assert sweep.main(["--status"]) == 0
     with pytest.raises(UserError, match="bad1/checkpoints/latest.pt"):
         eval_logp.main(["--checkpoint-path", "bad1"])
