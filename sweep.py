@@ -138,21 +138,17 @@ def choose_tasks(args, queue=()):
 
 def describe_change(submitted, task):
     """How a task in the queue differs from what is asked for now, in words; "" if it does not"""
-    theirs, ours = (list(map(name_data, some.flags)) for some in (submitted, task))
-    there, here = (
-        shlex.join(flag for flag in some if flag not in [*other, "--cuda", "--force"])
-        for some, other in [(theirs, ours), (ours, theirs)]
-    )
-    if not there and not here and submitted.total == task.total:
-        return ""
-    there, here = there or f"{submitted.total} iterations of training", here or f"{task.total} iterations of training"
-    return f", but with other options: {there} there, {here} here; --cancel cancels it"
+    differences = util.describe_differences(*map(get_options, (submitted, task)))
+    return f", but with other options: {differences}; --cancel cancels it" if differences else ""
 
 
-def name_data(flag):
-    """The flag, with a data location's name in place of its path"""
-    name, _, value = flag.partition("=")
-    return f"{name}={util.get_location_name(value)}" if name == "--data-location" and value else flag
+def get_options(task):
+    """Everything that a task's command line says of what it does: a dict of plain values"""
+    options = {**task.settings, "training_iterations": task.total}
+    if task.kind == "train":
+        options = {**vars(training.parse_args(task.flags)), "cuda": None}
+    location = options.get("data_location")
+    return {**options, "images_from": location and util.get_location_name(location)}
 
 
 # ------------------------------------------------------------------ here

@@ -89,13 +89,27 @@ def read_listing(path):
         content |= {"path": pathlib.Path(path), "tasks": [Task(*task) for task in content["tasks"]]}
         return Listing(**content)
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a listing of submitted tasks; delete it") from None
+        raise UserError(
+            f"{path} is not a listing of submitted tasks; delete it once the jobs submitted from here have ended"
+        ) from None
+
+
+def read_listings(essential):
+    """All listings, oldest first. Raises: UserError if one cannot be read and that is essential; else it is left out"""
+    listings = []
+    for path in sorted(FOLDER.glob("*.json"), key=os.path.getmtime):
+        try:
+            listings.append(read_listing(path))
+        except UserError as error:
+            if essential:
+                raise
+            warn(str(error))
+    return listings
 
 
 def get_submitted():
     """All tasks submitted from this folder, in their latest form, of runs that still exist"""
-    paths = sorted(FOLDER.glob("*.json"), key=os.path.getmtime)
-    found = {task.key: task for path in paths for task in read_listing(path).tasks}
+    found = {task.key: task for listing in read_listings(essential=False) for task in listing.tasks}
     return [task for task in found.values() if (util.SAVE / task.model).is_dir()]
 
 
@@ -249,7 +263,7 @@ def get_queue(essential=True):
             raise
         warn(str(error))
         return []
-    jobs, listings = [], {path.stem: read_listing(path) for path in FOLDER.glob("*.json")}
+    jobs, listings = [], {listing.path.stem: listing for listing in read_listings(essential)}
     for line in lines:
         number, array_index, state, reason, comment = line.split("|", 4)
         match = re.fullmatch(rf"{get_tag()}-([0-9a-f]+)(?:-(\d+))?", comment)
@@ -276,10 +290,9 @@ def get_attempts(task):
     """What a task's log says about its jobs since it was submitted. Returns: the number of the last job, "" if the task has run
     here since; the steps saved at each start"""
     number, starts = "", []
-    for line in tasks.read_log(task):
-        if line.startswith("--- "):
-            submitted, number, step = re.match(r"--- .*?(?:, (submitted as )?job (\w+)(?: at step (\d+))?)?: ", line).groups("")
-            starts = [*starts, int(step)] if step else []
+    for header in filter(None, map(tasks.HEADER.match, tasks.read_log(task))):
+        submitted, number, step = header.groups("")
+        starts = [*starts, int(step)] if step else []
     return number, starts
 
 

@@ -34,6 +34,7 @@ def get_row(task, job):
         verdict, failed = slurm.describe(task)
         state = "failed" if failed else state
         notes = [tasks.get_log_end(task, 1)] * (state == "failed") + [verdict]
+        notes += [f"a different evaluation is saved: {progress.others}"] * bool(progress.others)
     iteration, log = f"{progress.iteration}/{progress.total}", task.get_path("log")
     age = datetime.timedelta(seconds=abs(int(time.time() - progress.saved))) if progress.saved else ""
     number = job.number + f" ({job.reason})" * (job.reason not in ("", "None")) if job else ""

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import io
 import os
 import pathlib
@@ -20,8 +21,11 @@ from runs import checkpoints, curves, locks
 from util import UserError, warn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+STATE_KEYS = {"settings", "args", "iteration", "log_p", "num_searched"}
 # Arguments of an evaluation that choose images; its settings identify the images themselves
 CHOICE_OF_IMAGES = ["num_data", "images", "data_location"]
+# The line in a task's log with which an attempt begins: when, where and, on Slurm, in which job and after how many steps
+HEADER = re.compile(r"--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d on \S+?(?:, (submitted as )?job (\w*)(?: at step (\d+))?)?: ")
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # on Linux only
 
 
@@ -51,9 +55,10 @@ class Task(NamedTuple):
         """Where the result of an evaluation is"""
         return checkpoints.get_result_path(self.model, self.settings)
 
-    def get_state_path(self):
-        """Where an evaluation is saved while it runs; for mws, its first half"""
-        return checkpoints.get_state_path(self.get_evaluation_path(), 1 if self.settings["algorithm"] == "mws" else None)
+    def get_state_paths(self):
+        """Where an evaluation is saved while it runs; for mws, its halves"""
+        halves = [1, 2] if self.settings["algorithm"] == "mws" else [None]
+        return [checkpoints.get_state_path(self.get_evaluation_path(), half) for half in halves]
 
     def get_lock(self):
         """The lock file that the task's process holds"""
@@ -81,7 +86,7 @@ class Progress(NamedTuple):
     saved: float | None = None  # when, seconds since the epoch
     replaces: bool = False  # whether the evaluation replaces another one
     others: str = ""  # how the other one's settings differ, if it is of the same model
-    damage: str = ""  # which checkpoint is damaged, in words
+    damage: str = ""  # which file is damaged, in words
     model: str = ""  # of a training: the digest of its newest checkpoint
     location: str = ""  # and where its data are
 
@@ -116,23 +121,33 @@ def get_training_progress(task):
 def get_evaluation_progress(task):
     """Done means evaluated for the current model, once that is trained, with the settings and images that the task asks for"""
     total, training = task.settings["num_iterations"], get_training_progress(task)
-    path, state_path = task.get_evaluation_path(), task.get_state_path()
-    result = load_saved(path, checkpoints.RESULT_KEYS)
-    state = load_saved(state_path, {"settings", "iteration", "log_p", "num_searched"})
-    others = ""
-    current = [saved for saved in (result, state) if training.done and saved and saved["settings"]["model"] == training.model]
-    for saved in current:
-        settings = {**saved["settings"], **{name: saved["args"].get(name) for name in CHOICE_OF_IMAGES}}
-        settings, wanted = (name_images(some, training.location) for some in (settings, task.settings))
-        others = util.describe_differences({name: settings.get(name) for name in wanted}, wanted)
-        if others:
+    path, matching, replaces, others, damages = task.get_evaluation_path(), {}, False, "", []
+    for saved_path in [path, *task.get_state_paths()]:
+        saved, damage = load_saved(saved_path, checkpoints.RESULT_KEYS if saved_path == path else STATE_KEYS)
+        damages.append(damage)
+        if saved is None:
             continue
-        if saved is result:
-            return Progress(True, total, total, total, f"{result['log_p']:.2f}", path.stat().st_mtime)
-        iteration, saved_at = state["iteration"], state_path.stat().st_mtime
-        steps = iteration + len(state["log_p"]) + state["num_searched"]
-        return Progress(False, iteration, total, steps, saved=saved_at, replaces=result is not None)
-    return Progress(False, 0, total, replaces=bool(result or state), others=others)
+        is_current = training.done and saved["settings"]["model"] == training.model
+        differences = describe_differences(saved, task, training.location) if is_current else ""
+        if is_current and not differences:
+            matching[saved_path] = saved
+        else:
+            replaces, others = True, others or differences
+    if path in matching:
+        return Progress(True, total, total, total, f"{matching[path]['log_p']:.2f}", path.stat().st_mtime)
+    damage = next(filter(None, damages), "")
+    for state_path, state in matching.items():
+        steps = state["iteration"] + len(state["log_p"]) + state["num_searched"]
+        saved_at = state_path.stat().st_mtime
+        return Progress(False, state["iteration"], total, steps, saved=saved_at, replaces=replaces, damage=damage)
+    return Progress(False, 0, total, replaces=replaces, others=others, damage=damage)
+
+
+def describe_differences(saved, task, location):
+    """How what is saved of an evaluation differs from what the task asks for, in words. Args: location: of the training's data"""
+    settings = {**saved["settings"], **{name: saved["args"].get(name) for name in CHOICE_OF_IMAGES}}
+    theirs, ours = (name_images(some, location) for some in (settings, task.settings))
+    return util.describe_differences({name: theirs.get(name) for name in ours}, ours)
 
 
 def name_images(settings, default):
@@ -142,9 +157,11 @@ def name_images(settings, default):
 
 
 def load_saved(path, keys):
-    """What is saved of an evaluation; None if missing or damaged, so that it starts over"""
-    with contextlib.suppress(UserError):
-        return util.load_checkpoint(path, keys=keys)
+    """What is saved of an evaluation, None if missing or damaged, so that it starts over; and the damage, in words"""
+    try:
+        return (util.load_checkpoint(path, keys=keys) if path.exists() else None), ""
+    except UserError as error:
+        return None, str(error)
 
 
 def was_stopped(status):
@@ -156,8 +173,10 @@ def was_stopped(status):
 def is_failed(task):
     """Whether the last attempt ended with an error"""
     path = task.get_path("status")
-    status = int(path.read_text() or 0) if path.exists() else 0
-    return status != 0 and not was_stopped(status)
+    words = path.read_text(errors="replace").strip() if path.exists() else ""
+    if not re.fullmatch(r"-?\d{1,9}", words):
+        return words != ""
+    return int(words) != 0 and not was_stopped(int(words))
 
 
 # ------------------------------------------------------------------ logs
@@ -165,17 +184,17 @@ def is_failed(task):
 
 def open_log(task, words=""):
     """Opens the task's log for appending, and writes the command. Args: words: what else to say about this attempt"""
-    path = task.get_path("log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    task.get_path("status").unlink(missing_ok=True)
-    log = open(path, "a")
-    when, node = time.strftime("%Y-%m-%d %H:%M:%S"), os.uname().nodename
+    path, when, node = task.get_path("log"), time.strftime("%Y-%m-%d %H:%M:%S"), os.uname().nodename
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        task.get_path("status").unlink(missing_ok=True)
+        log = open(path, "a")
         log.write("\n" if log.tell() else "")  # after an interrupted progress bar
         log.write(f"--- {when} on {node}{words}: {shlex.join(task.get_command())}\n")
         log.flush()
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); make room and run the same command again") from None
+        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+        raise UserError(f"cannot write {path} ({error.strerror}); {advice} and run the same command again") from None
     return log
 
 
@@ -190,7 +209,7 @@ def read_log(task):
 def get_log_end(task, num_lines=4):
     """The last lines that its last attempt wrote to its log"""
     lines = read_log(task)
-    first = max((i + 1 for i, line in enumerate(lines) if line.startswith("--- ")), default=0)
+    first = max((i + 1 for i, line in enumerate(lines) if HEADER.match(line)), default=0)
     return "\n".join(lines[first:][-num_lines:])
 
 
@@ -204,7 +223,7 @@ def write_status(task, status):
 
 def get_device(task):
     """What the last attempt ran on, GPU or CPU; "" if there was none"""
-    starts = [line for line in read_log(task) if line.startswith("--- ")]
+    starts = list(filter(HEADER.match, read_log(task)))
     return "" if not starts else "GPU" if "--cuda" in starts[-1].split() else "CPU"
 
 
@@ -287,9 +306,12 @@ def run_all(tasks, num_slots, num_gpus, stop):
         if waiting and len(running) < num_slots:
             task = waiting.pop(0)
             if wait_for_lock(task):
-                print(f"{task}: started, log {task.get_path('log')}", flush=True)
                 slot = min(set(range(num_slots)) - running.keys())
-                running[slot] = task, start(task, slot, num_slots, num_gpus)
+                try:
+                    running[slot] = task, start(task, slot, num_slots, num_gpus)
+                    print(f"{task}: started, log {task.get_path('log')}", flush=True)
+                except UserError as error:
+                    print(f"{task}: not started: {error}", flush=True)
             continue
         for slot in [slot for slot, (_, process) in running.items() if process.poll() is not None]:
             num_done += finish(*running.pop(slot))

@@ -615,7 +615,14 @@ def test_a_sweeps_evaluation_is_of_the_trained_model_as_it_is_now(model, monkeyp
     next(iter(checkpoint["generative_model"].values())).add_(1)
     util.save_checkpoint(path, {name: value for name, value in checkpoint.items() if name not in ("format", "digest")})
     progress = tasks.get_progress(task)
-    assert not progress.done and progress.replaces and not progress.others
+    assert not progress.done and progress.replaces and not progress.others and not progress.damage
+    task.get_evaluation_path().write_bytes(b"PK broken")
+    progress = tasks.get_progress(task)
+    assert not progress.replaces and progress.damage.startswith(f"save/{model}/logp/test_own.pt is damaged")
+    searched = task._replace(settings={**task.settings, "algorithm": "mws"})
+    old = {"settings": {"model": "of before"}, **dict(args={}, iteration=0, log_p=[], num_searched=1)}
+    util.save_checkpoint(searched.get_state_paths()[1], old)  # of the second half alone
+    assert tasks.get_progress(searched).replaces
 
 
 def get_evaluation_tasks(model, monkeypatch, *options):

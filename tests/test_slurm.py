@@ -239,9 +239,7 @@ def test_jobs_of_the_queue_are_told_apart(cluster):
         stdout = run(*HELD, "--", f"--data-location={location}")
         assert stdout.count("in the queue already") == 3 and "other options" not in stdout
     stdout = run(*HELD, "--models", names[0], "--", "--num-iterations=5")
-    assert re.search(
-        r"as job \w+, but with other options: 200000 iterations of training there, --num-iterations=5 here;", stdout
-    )
+    assert re.search(r"as job \w+, but with other options: num-iterations is 200000 there and 5 here; --cancel", stdout)
     assert [(c["state"], c["job"]) for c in get_cells("--models", *names)] == [
         ("queued", f"{number}_{i} (JobHeldUser)") for i in range(3)
     ]

@@ -21,7 +21,7 @@ import eval_logp
 import main
 import sweep
 import util
-from cluster import tasks
+from cluster import slurm, tasks
 from runs import checkpoints, locks
 from util import UserError
 
@@ -146,7 +146,7 @@ def test_evaluations_of_a_sweep():
     assert [task.kind for task in some] == ["sleep", "rws", "vimco"] * 2
     assert [(task.settings["seed"], task.settings["mode"]) for task in some] == [(0, "test")] * 3 + [(2, "test")] * 3
     assert [task.settings.get("num_dreams") for task in some] == [5000, None, None] * 2 and "--seed=2" in some[3].flags
-    assert str(some[4].get_state_path()) == "save/rws_3_seed=2/logp/checkpoints/test_rws.pt"
+    assert [str(path) for path in some[4].get_state_paths()] == ["save/rws_3_seed=2/logp/checkpoints/test_rws.pt"]
     chosen = ["--eval-logp", "--models", "rws_3", "--eval-algorithms", "own"]
     (task,) = sweep.get_tasks(sweep.parse_args([*chosen, "--eval-options=--mode train --seed 5"]))
     assert (task.kind, task.settings["mode"], task.settings["seed"]) == ("train_own", "train", 5)
@@ -182,12 +182,39 @@ def test_a_run_stopped_before_its_last_test_is_not_complete(make_sweep, monkeypa
 
 def test_the_end_of_a_log_is_that_of_the_last_attempt(folder):
     task = tasks.Task("a", "train", [], 5)
-    for line in ["first\nfailed", "second", ""]:
+    for line in ["first\nfailed", "second", "--- of the user's: not a header", ""]:
         with tasks.open_log(task) as log:
             log.write(line)
         assert tasks.get_log_end(task) == line
-    tasks.write_status(task, 2)
-    assert tasks.is_failed(task)
+    assert slurm.get_attempts(task) == ("", [])
+    for words, is_failed in [("2", True), ("143", False), ("0", False), ("torn", True)]:
+        task.get_path("status").write_text(words)
+        assert tasks.is_failed(task) == is_failed
+
+
+def test_a_task_that_cannot_start_stops_no_other(make_sweep):
+    models = make_sweep("--pretrain-iterations 0 --num-iterations 2")
+    (util.SAVE / models[0]).mkdir(parents=True)
+    (util.SAVE / models[0] / "logs").write_text("a file")
+    stdout = run("--jobs", "2", status=1)
+    assert f"{models[0]}: not started: cannot write save/{models[0]}/logs/train.log (File exists); mend that" in stdout
+    assert f"{models[1]}: done, 2 iterations" in stdout and "1 of 2 done" in stdout
+
+
+def test_options_of_a_queued_task():
+    def get_task(*options):
+        words = ["--eval-logp", "--models", "rws_5", "--eval-algorithms", "mws", f"--eval-options={' '.join(options)}"]
+        (task,) = sweep.get_tasks(sweep.parse_args(words))
+        return task
+
+    queued = get_task("--num-data 4", "--num-particles 5")
+    assert sweep.describe_change(queued, get_task("--num-data=4", "--num-particles=5", "--force")) == ""
+    change = sweep.describe_change(queued, get_task("--num-data 5", "--num-particles 4"))
+    assert change == (
+        ", but with other options: num-particles is 5 there and 4 here, num-data is 4 there and 5 here; --cancel cancels it"
+    )
+    change = sweep.describe_change(queued, queued._replace(total=7))
+    assert "options: training-iterations is 200000 there and 7 here;" in change
 
 
 def test_sweep_here(make_sweep, monkeypatch):
