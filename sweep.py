@@ -138,7 +138,10 @@ def choose_tasks(args, queue=()):
 
 def describe_change(submitted, task):
     """How a task in the queue differs from what is asked for now, in words; "" if it does not"""
-    differences = util.describe_differences(*map(get_options, (submitted, task)))
+    try:
+        differences = util.describe_differences(*map(get_options, (submitted, task)))
+    except UserError as error:  # settings may have gone since
+        differences = str(error)
     return f", but with other options: {differences}; --cancel cancels it" if differences else ""
 
 
@@ -147,8 +150,7 @@ def get_options(task):
     options = {**task.settings, "training_iterations": task.total}
     if task.kind == "train":
         options = {**vars(training.parse_args(task.flags)), "cuda": None}
-    location = options.get("data_location")
-    return {**options, "images_from": location and util.get_location_name(location)}
+    return tasks.name_images(options, util.Config.data_location)
 
 
 # ------------------------------------------------------------------ here

@@ -117,7 +117,7 @@ class Setting(NamedTuple):
     help: str
     low: float | None = None  # the least a number may be
     high: float | None = None  # by default, the largest 32-bit integer, or a million
-    parse: Callable | None = None  # from the command line's text; raises UserError
+    parse: Callable | None = None  # from the command line's text; raises UserError or argparse.ArgumentTypeError
     group: str = "training"  # in the help
     limit: float | None = None  # the most that --test-run leaves of it
     changes_result: bool = True  # whether it affects what a run computes, and so belongs in its name
@@ -134,7 +134,7 @@ class Field(NamedTuple):
     owners: tuple  # the (field of Config, choice) pairs that it belongs to; () for all runs
 
     def get_parser(self):
-        """The function that parses a value; it raises ValueError, perhaps a UserError"""
+        """The function that parses a value; it raises ValueError or argparse.ArgumentTypeError"""
         is_number = self.type in (int, float)
         return self.setting.parse or (in_range(self.type, self.setting.low, self.setting.high) if is_number else self.type)
 
@@ -264,7 +264,7 @@ def make_field(name, kind, default):
     if plain in (int, float) and default is not None:
         try:
             field.get_parser()(repr(default))
-        except UserError as error:
+        except argparse.ArgumentTypeError as error:  # a UserError, or that of a researcher's own parser
             raise ValueError(f"the setting {name}: its default {error}; declare the lowest and the highest value") from None
     return field
 

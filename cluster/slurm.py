@@ -186,8 +186,10 @@ def submit_tasks(some_tasks, args, queue):
     if is_repeated(args) and args.jobs:
         raise UserError("--jobs is for job arrays, which om-repeat does not submit; give --no-repeat")
     path, options = (FOLDER / f"{secrets.token_hex(4)}.json").resolve(), get_options(args)
-    asks_for_gpu = re.search(r"--gres=\S*gpu|--gpus|(^| )-G", " ".join(options))
-    if asks_for_gpu if args.cuda is None else args.cuda:  # a job without a working GPU fails at once
+    on_gpu = args.cuda
+    if on_gpu is None:
+        on_gpu = re.search(r"--gres=\S*gpu|--gpus|(^| )-G", " ".join(options)) is not None
+    if on_gpu:  # a job without a working GPU fails at once
         some_tasks = [task._replace(flags=[*task.flags, "--cuda"]) for task in some_tasks]
     location = os.environ.get("OMNIGLOT_PATH")
     environment = {"OMNIGLOT_PATH": os.path.abspath(os.path.expanduser(location))} if location else {}

@@ -136,11 +136,11 @@ def get_evaluation_progress(task):
     if path in matching:
         return Progress(True, total, total, total, f"{matching[path]['log_p']:.2f}", path.stat().st_mtime)
     damage = next(filter(None, damages), "")
-    for state_path, state in matching.items():
-        steps = state["iteration"] + len(state["log_p"]) + state["num_searched"]
-        saved_at = state_path.stat().st_mtime
-        return Progress(False, state["iteration"], total, steps, saved=saved_at, replaces=replaces, damage=damage)
-    return Progress(False, 0, total, replaces=replaces, others=others, damage=damage)
+    if not matching:
+        return Progress(False, 0, total, replaces=replaces, others=others, damage=damage)
+    state_path, state = next(iter(matching.items()))
+    steps, saved_at = state["iteration"] + len(state["log_p"]) + state["num_searched"], state_path.stat().st_mtime
+    return Progress(False, state["iteration"], total, steps, saved=saved_at, replaces=replaces, damage=damage)
 
 
 def describe_differences(saved, task, location):

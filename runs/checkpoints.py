@@ -146,10 +146,9 @@ def complete(checkpoint):
     for name, kind in TYPES.items():
         if not isinstance(checkpoint.get(name), kind):
             raise UserError(f"its {name} is missing, or is not what this program writes")
-    if min(checkpoint["iteration"], checkpoint["pretrain_iteration"]) < 0 or not all(
-        map(is_table, checkpoint["statistics"].values())
-    ):
-        raise UserError("its iteration or its statistics are not what this program writes")
+    are_tables = all(map(is_table, checkpoint["statistics"].values()))
+    if not are_tables or min(checkpoint["iteration"], checkpoint["pretrain_iteration"]) < 0:
+        raise UserError("its statistics or its iteration are not what this program writes")
     args = util.make_args(checkpoint["args"])
     util.get_path_base(args)  # raises
     removed = {name: value for name, value in vars(args).items() if name not in util.get_fields() and name not in RESERVED}

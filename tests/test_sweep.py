@@ -215,6 +215,8 @@ def test_options_of_a_queued_task():
     )
     change = sweep.describe_change(queued, queued._replace(total=7))
     assert "options: training-iterations is 200000 there and 7 here;" in change
+    old = tasks.Task("rws_5", "train", ["--gone=3"], 200000)
+    assert "--gone=3" in sweep.describe_change(old, old._replace(flags=[]))
 
 
 def test_sweep_here(make_sweep, monkeypatch):
