@@ -420,19 +420,6 @@ class GenerativeModel(nn.Module):
         logits = rendering.get_logits(arcs, flat[..., 1], params, num_rows, num_cols)  # [N, R, C]
         return logits.view(*latent.shape[:-2], num_rows, num_cols)
 
-    @torch.no_grad()
-    def get_next_logits(self, beginning, primitive_id):
-        """Logits of drawings continued by one of J strokes, pen down: beginning [N, k, 2], 0 < k < A; primitive_id [N, J]
-        -> [N, J, R, C]"""
-        primitives = self.get_primitives()  # [K, 5]
-        end = 0.5 + look_up(primitives, beginning[..., 0])[..., :2].sum(1, keepdim=True)  # [N, 1, 2]
-        more = torch.cat([end.expand(*primitive_id.shape, 2), look_up(primitives, primitive_id)], 2)  # [N, J, 7]
-        # Invisible strokes fill the rest, so that one compiled kernel serves all lengths
-        beginning = F.pad(beginning, (0, 0, 0, self.num_arcs - beginning.shape[1]))  # [N, A, 2]
-        return rendering.get_logits_with_one_more(
-            self.get_arcs(beginning), beginning[..., 1], more, self.get_rendering_params(), self.num_rows, self.num_cols
-        )
-
     def log_prior(self, latent, alphabet=None):
         """log p(z): latent [P, B, A, 2], alphabet [B, L] one-hot -> [P, B]"""
         return self.prior.log_prob(latent, self._get_context(latent.shape[1], alphabet))

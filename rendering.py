@@ -131,21 +131,9 @@ def _draw(constants, on, x, y, rendering_params):
 
 def _draw_ink(constants, on, x, y, rendering_params):
     """Like _draw without arc_id, but faster: [B, R * C]"""
-    return _get_ink_logits(_get_strongest(constants, on, x, y), rendering_params)
-
-
-def _get_strongest(constants, on, x, y):
-    """The exponent of the strongest arc that is on, -inf if none is: [B, R * C]; arguments as for _draw"""
     arcs = zip(constants.unbind(1), on.unbind(1), strict=True)  # unrolled, so that no pixel is written more than once
     exponents = [get_exponent(x, y, c.unsqueeze(-1).unbind(1)).masked_fill(~o.unsqueeze(-1), -math.inf) for c, o in arcs]
-    return functools.reduce(torch.maximum, exponents)
-
-
-def _draw_one_more(constants, strongest, x, y, rendering_params):
-    """Logits of drawings with one more arc, for each of K: constants [B, K, 10]; strongest [B, R * C], the exponents of what
-    has been drawn -> [B, K, R * C]"""
-    exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, K, R * C]
-    return _get_ink_logits(torch.maximum(exponent, strongest.unsqueeze(1)), rendering_params)
+    return _get_ink_logits(functools.reduce(torch.maximum, exponents), rendering_params)
 
 
 def _get_ink_logits(exponent, rendering_params):
@@ -228,21 +216,10 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols, unroll=True)
 
 
 @torch.no_grad()
-def get_logits_with_one_more(arcs, on_offs, more, rendering_params, num_rows, num_cols):
-    """Like `get_logits`, for drawings continued by one of K arcs, in the time of drawing these alone.
-
-    Args: arcs [B, A, 7], on_offs [B, A]: what has been drawn; more [B, K, 7]: the arcs to add
-    Returns: logits [B, K, R, C]
-    """
-    x, y = get_pixel_centres(num_rows, num_cols, more)
-    drawn, size = (get_arc_constants(arcs), on_offs != 0), _get_chunk_size(more.device)
-    if arcs.shape[1] <= MOST_UNROLLED:
-        strongest = _run_in_chunks(_get_strongest, drawn, (x, y), size)  # [B, R * C]
-    else:
-        strongest = _get_strongest(*drawn, x, y)
-    batched, size = (get_arc_constants(more), strongest), max(size // more.shape[1], 2)
-    logits = _run_in_chunks(_draw_one_more, batched, (x, y, rendering_params), size)  # [B, K, R * C]
-    return logits.unflatten(-1, (num_rows, num_cols))
+def get_arc_logits(arcs, x, y, rendering_params):
+    """Draws each arc by itself at points x, y [R * C]: arcs [K, 7] -> [K, R * C]"""
+    exponent = get_exponent(x, y, get_arc_constants(arcs).unsqueeze(-1).unbind(1))  # [K, R * C]
+    return _get_ink_logits(exponent, rendering_params)
 
 
 # ------------------------------------------------------------------ affine maps
@@ -466,7 +443,7 @@ def _try_kernels(unroll):
     get_logits(arcs.detach(), torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28, unroll)
 
 
-FULLY_FUSED = [_draw, _draw_ink, _get_strongest, _draw_one_more, _log_prob_by_map, _differentiate_by_map]
+FULLY_FUSED = [_draw, _draw_ink, _log_prob_by_map, _differentiate_by_map]
 
 
 @functools.cache  # so that turning kernels off and on does not recompile them

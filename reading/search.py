@@ -1,12 +1,13 @@
 """Searches for programs of an image: grown stroke by stroke along its ink, then improved by mutation.
 
 Posteriors over programs have many modes, tens of nats apart: the same ink can be traced in another order, with other primitives
-or through another affine map. `find` therefore begins with programs from a beam search under each of several groups of maps,
-each of whose steps scores the primitives that the prior expects most as the next stroke; an evolutionary search mutates and
-crosses them as a temperature falls; their beginnings are continued by beam search once more; and a second evolutionary search
-polishes the result. Most scores along the way use only a few maps, for a lower bound in a fraction of the time. A pixel of ink
-that is not drawn costs 14 nats; beam searches charge less, or they would prefer programs that cover much ink with few strokes
-to programs that draw it well.
+or through another affine map. `find` therefore begins with programs from beam searches, a narrow one under each of the maps and
+wide ones under the best; an evolutionary search mutates and crosses them as a temperature falls; their beginnings are continued
+by beam search once more; and a second evolutionary search polishes the result. A beam search tries all strokes of the library
+as the next one, but draws and scores only those that promise most: how much a stroke would gain on an empty page, from any
+place, is a convolution of the image with the stroke. A pixel of ink that is not drawn costs 14 nats; beam searches charge less,
+or they would prefer programs that cover much ink with few strokes to programs that draw it well. Evolutionary searches use only
+a few maps, for a lower bound in a fraction of the time.
 
     latent, log_joint = search.find(generative_model, obs)
 """
@@ -18,37 +19,40 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import rendering
 import scoring
 from models import pack, unpack
 from util import show_progress
 
-VERSION = 2  # to be raised when searches find other programs: reports do not average evaluations by different versions
+VERSION = 3  # to be raised when searches find other programs: reports do not average evaluations by different versions
 
 
 class Effort(NamedTuple):
     """How long a search takes. The default takes 10 to 15 seconds an image on one core."""
 
-    width: int = 150  # of a beam
-    num_groups: int = 10  # of maps, each with its own beam
+    width: int = 300  # of a beam; the first ones have a third
+    num_maps: int = 40  # with a first beam each
+    num_beams: int = 24  # later ones, under the best maps
     population: int = 400
     num_mutants: int = 800  # per round
-    num_hot_rounds: int = 120  # of the first evolutionary search
-    num_cold_rounds: int = 80  # of the second
+    num_hot_rounds: int = 60  # of the first evolutionary search
+    num_cold_rounds: int = 60  # of the second
 
     def scale(self, factor):
-        """Makes beams wider and evolutionary searches longer by a factor; a factor below 1 also shrinks populations"""
+        """Makes searches longer by a factor, with more beams and rounds; a factor below 1 also shrinks beams and populations"""
         shorter = min(factor, 1)
-        factors = Effort(factor, 1, shorter, shorter, factor, factor)
+        factors = Effort(shorter, shorter**0.5, factor, shorter, shorter, factor, factor)
         return Effort(*(math.ceil(factor * num) for factor, num in zip(factors, self, strict=True)))
 
 
-QUICK = Effort(10, 2, 100, 100, 60, 20)  # takes seconds an image when compiled
-NUM_EXPECTED = 24  # primitives that a beam search tries as the next stroke; the best programs seldom use others
-MAPS_PER_GROUP = 4  # used by a beam search
+QUICK = Effort(60, 20, 8, 100, 100, 60, 20)  # takes seconds an image when compiled
+BEAMS_AT_ONCE = 8  # under the best maps, which are then chosen anew
 BEAM_TEMPERATURE = 2.0  # nats
 BEAM_FLOOR = -2.0  # logit of paper in a beam search: ink not drawn yet costs 2 nats a pixel instead of 14
+NUM_SCORED = 3  # strokes scored for each that goes on
 CELL, BUCKET = 1.5 / 28, 3.0  # a beam search's resolution of places (of the page) and log likelihoods (nats)
 UP_SHARE = 0.25  # share of a beam for programs that lift the pen, which pays off only one stroke later
+MARGIN = 14  # pixels around the page in which the pen may be
 HOT, COLD = 12.0, 3.0  # nats: temperatures at which evolutionary searches begin
 NUM_MAPS = 8  # used by an evolutionary search
 ROUNDS_PER_CHECK = 20  # after which maps are chosen anew and the population is scored under all of them
@@ -60,20 +64,19 @@ def find(generative_model, obs, alphabet=None, proposals=None, num_best=200, eff
 
     Args:
         obs [R, C]; alphabet [L] one-hot or None
-        proposals [P, A, 2]: programs to begin with, in addition to those of the beam search, or None
+        proposals [P, A, 2]: programs to begin with, beside those of beam searches; by default, samples from the prior
         effort: Effort; is_stopped: called now and then; if it returns True, the search ends with the best programs so far
     Returns: latent [K, A, 2], at most num_best distinct programs, best first; log_joint [K], their log p(z, x) in nats
     """
     effort, image = effort or Effort(), Image(generative_model, obs, alphabet)
-    codes = [] if proposals is None else [pack(proposals)]
-    empty, maps = torch.empty(1, 0, dtype=torch.long, device=obs.device), generative_model.likelihood.maps
-    groups = [None] if maps is None else torch.randperm(len(maps), device=obs.device).split(MAPS_PER_GROUP)
-    for map_id in groups[: effort.num_groups]:
-        if not is_stopped() and effort.width > 0:
-            codes.append(grow(image, empty, map_id, effort.width))
-    codes = anneal(image, torch.cat(codes), effort, effort.num_hot_rounds, HOT, num_best, is_stopped)
+    if proposals is None:
+        alphabets = None if alphabet is None else alphabet.expand(effort.population, -1)
+        proposals = generative_model.sample_latent(effort.population, alphabets)
+    codes = explore(image, pack(proposals), effort, is_stopped)
+    codes = anneal(image, codes, effort, effort.num_hot_rounds, HOT, num_best, is_stopped)
     if effort.width > 0 and not is_stopped():
-        codes = anneal(image, regrow(image, codes, effort.width), effort, effort.num_cold_rounds, COLD, num_best, is_stopped)
+        codes = regrow(image, codes, math.ceil(effort.width / 2))
+        codes = anneal(image, codes, effort, effort.num_cold_rounds, COLD, num_best, is_stopped)
     codes, log_joint = select(codes, image.score(codes), num_best)
     return unpack(codes), log_joint
 
@@ -118,6 +121,7 @@ class Image:
         self.model, self.obs = generative_model, obs
         self.alphabet = None if alphabet is None else alphabet.unsqueeze(0)  # [1, L]
         self.library = get_library(generative_model.get_primitives())
+        self.strokes = draw_strokes(generative_model)
 
     def score(self, codes, map_id=None):
         """log p(z, x) or, given some maps [t], a lower bound: codes [N, A] -> [N]"""
@@ -140,32 +144,40 @@ class Image:
         """Log prior and log likelihood, with BEAM_FLOOR, of the first k strokes alone: beginning [N, k] -> [N], [N]"""
         log_prior = torch.zeros(len(beginning), device=beginning.device)
         for length, code in enumerate(beginning.unsqueeze(2).unbind(1)):  # [N, 1]
-            id_log_prob, on_log_prob = self._get_next_log_probs(beginning[:, :length])
+            id_log_prob, on_log_prob = self.get_next_log_probs(beginning[:, :length])
             log_prior = log_prior + (id_log_prob.gather(1, code // 2) + on_log_prob.gather(1, code % 2)).squeeze(1)
-        rest = self.model.num_arcs - beginning.shape[1]
-        logits = self.model.get_logits(unpack(F.pad(beginning, (0, rest))))  # 0 leaves no ink
-        return log_prior, self._log_likelihood(logits.clamp(min=BEAM_FLOOR), map_id)
+        return log_prior, self.score_ink(beginning, map_id)
 
-    def score_next(self, beginning, log_prior, log_likelihood, map_id):
-        """Log prior and log likelihood of programs that continue beginnings by a stroke, with the pen up or down.
+    def score_ink(self, beginning, map_id):
+        """The log likelihood of score_beginning"""
+        codes, scores = F.pad(beginning, (0, self.model.num_arcs - beginning.shape[1])), []  # 0 leaves no ink
+        for latent in unpack(codes).split(scoring.ROWS_AT_ONCE):
+            scores.append(self._log_likelihood(self.model.get_logits(latent).clamp(min=BEAM_FLOOR), map_id))
+        return torch.cat(scores)
 
-        Args: beginning [N, k]; log_prior, log_likelihood [N]: its own
-        Returns: codes [N, J, 2] of strokes with the J primitives that the prior expects most; their log prior and log
-            likelihood, of the same shape
-        """
-        id_log_prob, on_log_prob = self._get_next_log_probs(beginning)
-        id_log_prob, primitive_id = id_log_prob.topk(min(NUM_EXPECTED, id_log_prob.shape[1]))  # [N, J]
-        log_prior = log_prior[:, None, None] + id_log_prob.unsqueeze(2) + on_log_prob.unsqueeze(1)
-        up = down = log_likelihood.unsqueeze(1).expand_as(id_log_prob)  # [N, J]
-        if beginning.shape[1] > 0:  # else the stroke leaves no ink
-            size = max(scoring.ROWS_AT_ONCE // up.shape[1], 2)
-            parts = zip(unpack(beginning).split(size), primitive_id.split(size), strict=True)
-            logits = (self.model.get_next_logits(*part).flatten(0, 1) for part in parts)  # each [n * J, R, C]
-            down = torch.cat([self._log_likelihood(some.clamp(min=BEAM_FLOOR), map_id) for some in logits]).view_as(up)
-        codes = torch.stack([2 * primitive_id, 2 * primitive_id + 1], 2)
-        return codes, log_prior, torch.stack([up, down], 2)
+    def get_gains(self, map_id):
+        """How much each stroke would raise the log likelihood, with BEAM_FLOOR, if it were drawn on an empty page, about, as if
+        pixels were independent. Args: map_id: maps [t], or None if the likelihood has none
+        Returns: [K, rows, columns], for strokes that begin at the pixels of the page and of a margin around it"""
+        seen = torch.stack([self.obs, 1 - self.obs]).to(self.strokes.dtype)  # ink and paper, [2, R, C]
+        if map_id is not None:  # back to where the drawing has them
+            index, weight = rendering.get_taps(self.model.likelihood.maps[map_id], *self.obs.shape)  # [4, t, R * C]
+            taps = weight / len(map_id) * seen.flatten(1)[:, None, None]  # [2, 4, t, R * C]
+            seen = torch.zeros_like(seen).flatten(1).index_add(1, index.flatten(), taps.flatten(1)).view_as(seen)
+        floor = self.strokes.new_tensor(BEAM_FLOOR)
+        strokes = self.strokes.clamp(min=BEAM_FLOOR)
+        gain = [F.logsigmoid(sign * strokes) - F.logsigmoid(sign * floor) for sign in (1, -1)]  # per pixel of ink and of paper
+        padding = [n // 2 + MARGIN for n in strokes.shape[1:]]
+        return F.conv2d(seen.unsqueeze(0), torch.stack(gain, 1), padding=padding)[0]
 
-    def _get_next_log_probs(self, beginning):
+    def look_up_gains(self, gains, place):
+        """The gains of strokes that begin at places [N, 2] of the unit square: [N, K]"""
+        rows, cols = self.obs.shape
+        pixel = place.new_tensor([0, rows - 1]) + place * place.new_tensor([cols - 1, 1 - rows])  # [N, 2], column and row
+        grid = 2 * (pixel + MARGIN) / place.new_tensor([gains.shape[2] - 1, gains.shape[1] - 1]) - 1
+        return F.grid_sample(gains[None], grid[None, None], padding_mode="border", align_corners=True)[0, :, 0].t()
+
+    def get_next_log_probs(self, beginning):
         alphabet = None if self.alphabet is None else self.alphabet.expand(len(beginning), -1)
         return self.model.get_next_log_probs(unpack(beginning), alphabet)
 
@@ -175,41 +187,92 @@ class Image:
         return likelihood.log_prob(logits, self.obs.expand(len(logits), -1, -1))
 
 
+def draw_strokes(model):
+    """Logits of each stroke of the library, drawn from the middle of a page that holds the longest: [K, 2n + 1, 2m + 1]"""
+    primitives, rows, cols = model.get_primitives(), model.num_rows, model.num_cols
+    x, y = rendering.get_pixel_centres(2 * rows - 1, 2 * cols - 1, primitives)  # of a page twice as large
+    arcs = F.pad(primitives, (2, 0))  # [K, 7], from (0, 0)
+    logits = rendering.get_arc_logits(arcs, 2 * x - 1, 2 * y - 1, model.get_rendering_params())
+    logits = logits.unflatten(1, (2 * rows - 1, 2 * cols - 1))
+    row, col = (logits > BEAM_FLOOR).any(0).nonzero().unbind(1)
+    n, m = ((x - middle).abs().max().item() if len(x) else 0 for x, middle in ((row, rows - 1), (col, cols - 1)))
+    return logits[:, rows - 1 - n : rows + n, cols - 1 - m : cols + m]
+
+
 # ------------------------------------------------------------------ beam search
+
+
+def explore(image, codes, effort, is_stopped):
+    """Beam searches from nothing: a narrow one under each map, or each of those that fit some of the programs codes [N, A] best,
+    then wide ones under the maps that led to the best programs. Returns: the old and the new programs, [M, A]"""
+    maps, grown, num_beams = image.model.likelihood.maps, [codes], 0
+    chosen = image.choose_maps(codes, effort.num_maps)
+    if chosen is None and maps is not None:
+        chosen = torch.arange(len(maps), device=codes.device)
+    groups = [None] if chosen is None else chosen.split(1)
+    best = torch.full((len(groups),), -math.inf, device=codes.device)
+    due = range(len(groups))
+    while effort.width > 0 and num_beams < len(groups) + effort.num_beams:
+        width = math.ceil(effort.width / 3) if num_beams == 0 else effort.width
+        for i in due:
+            if is_stopped():
+                return torch.cat(grown)
+            programs = grow(image, codes[:1, :0], groups[i], width)
+            best[i] = torch.maximum(best[i], image.score(programs, groups[i]).max())
+            grown.append(programs)
+        num_beams += len(due)
+        due = best.topk(min(BEAMS_AT_ONCE, len(best))).indices.tolist()
+    return torch.cat(grown)
 
 
 def grow(image, beginning, map_id, width):
     """Continues programs to their end by a stochastic beam search, under some maps [t]: beginning [N, k] -> [at most width, A].
     Of programs that lead to about the same place and explain the ink about as well, only the best go on."""
+    offset, gains = image.library.offset, image.get_gains(map_id)
     log_prior, log_likelihood = image.score_beginning(beginning, map_id)
     for length in range(beginning.shape[1], image.model.num_arcs):
-        codes, *scores = image.score_next(beginning, log_prior, log_likelihood, map_id)  # each [N, J, 2]
-        noisy = add_gumbel_noise(sum(scores), BEAM_TEMPERATURE)
+        is_last = length == image.model.num_arcs - 1
         num_up, chosen = round(UP_SHARE * width) if length > 0 else width, []
+        place = 0.5 + offset[beginning // 2].sum(1)  # [N, 2], of the pen
+        next_place = (place.unsqueeze(1) + offset).flatten(0, 1)  # [N * K, 2]
+        id_log_prob, on_log_prob = image.get_next_log_probs(beginning)
         for on, num in enumerate([num_up, width - num_up]):
-            best = noisy[..., on].flatten().argsort(descending=True)
-            if length < image.model.num_arcs - 1:
-                likeness = get_likeness(image, beginning, codes[..., on], scores[1][..., on])
-                best = best[find_first(likeness[best])]
-            chosen.append(2 * best[:num] + on)  # among N * J * 2
-        chosen = torch.cat(chosen)
-        parents = beginning[chosen // codes[0].numel()]
-        codes, log_prior, log_likelihood = (x.flatten()[chosen] for x in (codes, *scores))
-        beginning = torch.cat([parents, codes.unsqueeze(1)], 1)
+            if num == 0:
+                continue
+            prior = (log_prior.unsqueeze(1) + id_log_prob + on_log_prob[:, on : on + 1]).flatten()  # [N * K]
+            gain = image.look_up_gains(gains, place) if on else torch.zeros_like(id_log_prob)
+            likelihood = (log_likelihood.unsqueeze(1) + gain).flatten()  # [N * K]
+            likeness = None if is_last else get_likeness(next_place, likelihood)
+            best = draw(prior + likelihood, likeness, NUM_SCORED * num if on else num)
+            parent, code = best // len(offset), 2 * (best % len(offset)) + on
+            codes = torch.cat([beginning[parent], code.unsqueeze(1)], 1)  # [n, length + 1]
+            prior, likelihood = prior[best], likelihood[best]
+            if on:  # so far, as if the page were empty
+                likelihood = image.score_ink(codes, map_id)
+                likeness = None if is_last else get_likeness(next_place[best], likelihood)
+                best = draw(prior + likelihood, likeness, num)
+                codes, prior, likelihood = codes[best], prior[best], likelihood[best]
+            chosen.append((codes, prior, likelihood))
+        beginning, log_prior, log_likelihood = (torch.cat(x) for x in zip(*chosen, strict=True))
     return beginning
 
 
-def get_likeness(image, beginning, codes, log_likelihood):
-    """What tells programs apart in a beam: where the pen is, and how well they explain the image. Args: beginning [N, k]; codes
-    and log_likelihood of their next strokes [N, J]. Returns: [N * J, 3], integers that are equal for similar programs"""
-    offset = image.library.offset
-    place = offset[beginning // 2].sum(1).unsqueeze(1) + offset[codes // 2]  # [N, J, 2]
-    return torch.cat([place / CELL, log_likelihood.unsqueeze(2) / BUCKET], 2).round().long().flatten(0, 1)
+def get_likeness(place, log_likelihood):
+    """What tells programs apart in a beam: where the pen is [N, 2], and how well they explain the image [N]. Returns: [N, 3],
+    integers that are equal for similar programs"""
+    return torch.cat([place / CELL, log_likelihood.unsqueeze(1) / BUCKET], 1).round().long()
+
+
+def draw(scores, likeness, num):
+    """Draws up to num programs in proportion to exp(scores [N] / BEAM_TEMPERATURE), without replacement and, unless likeness is None,
+    only one of those whose rows of likeness [N, 3] are equal. Returns: their indices"""
+    best = add_gumbel_noise(scores, BEAM_TEMPERATURE).topk(min(3 * num, len(scores))).indices
+    return best[:num] if likeness is None else best[find_first(likeness[best])[:num]]
 
 
 def regrow(image, codes, width):
     """Continues beginnings of every length of programs codes [N, A], best first. Returns: the old and the new programs"""
-    map_id, grown = image.choose_maps(codes, MAPS_PER_GROUP), []
+    map_id, grown = image.choose_maps(codes, 1), []
     for length in range(1, image.model.num_arcs - 1):
         beginning = codes[:, :length]
         grown.append(grow(image, beginning[find_first(beginning)[:width]], map_id, width))

@@ -420,7 +420,7 @@ def test_memoised_evaluation_of_an_enumerable_model(model, memory_size, num_thre
     side, in two processes, or one after the other"""
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # more than one would compete with other tests
-    flags = [*MWS, "--memory-size", str(memory_size), *["--test-num-particles", "1"] * (memory_size < 8)]
+    flags = [*MWS, "--memory-size", str(memory_size), "--test-num-particles", "5000" if memory_size == 8 else "1"]
     result = evaluate(model, "mws", *flags, num_iterations=60 if memory_size == 8 else 0)
     exact, bound = get_exact_log_p(model), result["enumeration_bound_by_image"]
     assert (bound < exact + 1e-4).all() and (result["bound_by_half"] < bound + 1e-4).all()

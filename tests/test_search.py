@@ -25,41 +25,52 @@ def test_the_best_programs_where_all_can_be_listed(likelihood, num_alphabets):
     _, obs = model.sample(3, alphabet)
     every = losses.unpack(codes).unsqueeze(1).expand(-1, 3, -1, -1)
     want = losses.score(model, every, obs, alphabet).topk(5, 0)
-    effort = search.Effort(width=5, num_groups=2, population=10, num_mutants=40, num_hot_rounds=30, num_cold_rounds=30)
+    effort = search.Effort(6, 2, 2, population=10, num_mutants=40, num_hot_rounds=30, num_cold_rounds=30)
     for i in range(3):
-        latent, log_joint = search.find(model, obs[i], alphabet[i] if num_alphabets else None, None, 5, effort)
-        torch.testing.assert_close(log_joint, want.values[:, i], atol=1e-3, rtol=0)
+        latent, log_joint = search.find(model, obs[i], alphabet[i] if num_alphabets else None, None, 10, effort)
+        torch.testing.assert_close(log_joint[:5], want.values[:, i], atol=1e-3, rtol=0)
         assert torch.equal(latent[0], every[want.indices[0, i], i])
 
 
 @pytest.mark.parametrize("likelihood, num_alphabets", [("learned-affine", 3), ("bernoulli", 0)])
-def test_beginnings_and_their_continuations_are_scored_as_programs_are(likelihood, num_alphabets, monkeypatch):
-    """Programs of up to six strokes, from their beginnings of up to five; under some of the maps from below"""
+def test_beginnings_are_scored_as_programs_are(likelihood, num_alphabets, monkeypatch):
+    """With invisible strokes after them; under some of the maps from below"""
     monkeypatch.setattr(search, "BEAM_FLOOR", -math.inf)
-    options = dict(num_primitives=7, likelihood=likelihood, num_alphabets=num_alphabets)
-    model = models.GenerativeModel(num_arcs=6, **options)
+    model = models.GenerativeModel(num_arcs=6, num_primitives=7, likelihood=likelihood, num_alphabets=num_alphabets)
     alphabet = model.sample_alphabet(1) if num_alphabets else None
     latent, obs = model.sample(20, None if alphabet is None else alphabet.expand(20, -1))
     image = search.Image(model, obs[0], alphabet if alphabet is None else alphabet[0])
     codes, scores = losses.pack(latent), {}
     for map_id in [None] if likelihood == "bernoulli" else [None, torch.tensor([1, 5])]:
-        log_prior, log_likelihood = image.score_beginning(codes[:, :1], map_id)
-        for length in range(1, 6):
-            next_codes, *next_scores = image.score_next(codes[:, :length], log_prior, log_likelihood, map_id)  # each [20, 7, 2]
-            is_next = next_codes == codes[:, length, None, None]
-            assert (is_next.flatten(1).sum(1) == 1).all()
-            log_prior, log_likelihood = (x[is_next] for x in next_scores)
-        scores[map_id is None] = log_prior + log_likelihood
+        scores[map_id is None] = sum(image.score_beginning(codes, map_id))
         torch.testing.assert_close(scores[map_id is None], image.score(codes, map_id))
     want = losses.score(model, latent.unsqueeze(1), obs[:1], alphabet)[:, 0]
     torch.testing.assert_close(scores[True], want)
     assert (scores.get(False, want - 1) < want).all()
+    rest = torch.cat([codes[:, :4], 2 * (codes[:, 4:] // 2)], 1)
+    want = model.log_likelihood(models.unpack(rest).unsqueeze(1), obs[:1])[:, 0]
+    torch.testing.assert_close(image.score_ink(codes[:, :4], None), want)
     monkeypatch.setattr(search, "BEAM_FLOOR", -2.0)  # cheaper is only ink that is not drawn
-    log_prior, log_likelihood = image.score_beginning(codes, None)
     logits = model.get_logits(latent).clamp(min=-2.0)
-    want = want + model.likelihood.log_prob(logits, obs[:1].expand(20, -1, -1))
-    want = want - model.likelihood.log_prob(model.get_logits(latent), obs[:1].expand(20, -1, -1))
-    torch.testing.assert_close(log_prior + log_likelihood, want, atol=1e-3, rtol=1e-5)
+    want = model.likelihood.log_prob(logits, obs[:1].expand(20, -1, -1))
+    torch.testing.assert_close(image.score_ink(codes, None), want)
+
+
+def test_gains_are_those_of_strokes_on_an_empty_page():
+    """Exactly so from pixels, if maps shift the page by whole pixels; within the page only, since ink beyond is lost"""
+    for likelihood, map_id in [("bernoulli", None), ("translation", torch.tensor([10]))]:
+        model = models.GenerativeModel(num_primitives=5, likelihood=likelihood)
+        image = search.Image(model, model.sample(1)[1][0])
+        row, col = torch.tensor([13, 9, 16]), torch.tensor([12, 17, 14])
+        place = torch.stack([col / 27, 1 - row / 27], 1)  # [3, 2]
+        gains = image.get_gains(map_id)
+        primitives = model.get_primitives()
+        arcs = torch.cat([place.unsqueeze(1).expand(3, 5, 2), primitives.expand(3, 5, 5)], 2)
+        logits = search.rendering.get_logits(arcs.view(15, 1, 7), torch.ones(15, 1), model.get_rendering_params(), 28, 28)
+        blank = torch.full_like(logits, search.BEAM_FLOOR)
+        want = image._log_likelihood(logits.clamp(min=search.BEAM_FLOOR), map_id) - image._log_likelihood(blank, map_id)
+        torch.testing.assert_close(gains[:, row + search.MARGIN, col + search.MARGIN].t().flatten(), want, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(image.look_up_gains(gains, place).flatten(), want, atol=1e-3, rtol=1e-4)
 
 
 def test_selection_keeps_distinct_programs_and_prefers_probable_ones():
