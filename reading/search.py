@@ -156,8 +156,8 @@ class Image:
         return torch.cat(scores)
 
     def get_gains(self, map_id):
-        """How much each stroke would raise the log likelihood, with BEAM_FLOOR, if it were drawn on an empty page, about, as if
-        pixels were independent. Args: map_id: maps [t], or None if the likelihood has none
+        """About how much each stroke, drawn on an empty page, would raise the log likelihood (with BEAM_FLOOR), as if pixels were
+        independent. Args: map_id: maps [t], or None if the likelihood has none
         Returns: [K, rows, columns], for strokes that begin at the pixels of the page and of a margin around it"""
         seen = torch.stack([self.obs, 1 - self.obs]).to(self.strokes.dtype)  # ink and paper, [2, R, C]
         if map_id is not None:  # back to where the drawing has them
