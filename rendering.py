@@ -217,7 +217,7 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols, unroll=True)
 
 @torch.no_grad()
 def get_arc_logits(arcs, x, y, rendering_params):
-    """Draws each arc by itself at points x, y [R * C]: arcs [K, 7] -> [K, R * C]"""
+    """The logits of ink at points x, y [R * C], for each arc by itself: arcs [K, 7] -> [K, R * C]"""
     exponent = get_exponent(x, y, get_arc_constants(arcs).unsqueeze(-1).unbind(1))  # [K, R * C]
     return _get_ink_logits(exponent, rendering_params)
 

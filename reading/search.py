@@ -159,7 +159,8 @@ class Image:
         """About how much each stroke, drawn on an empty page, would raise the log likelihood (with BEAM_FLOOR), as if pixels were
         independent. Args: map_id: maps [t], or None if the likelihood has none
         Returns: [K, rows, columns], for strokes that begin at the pixels of the page and of a margin around it"""
-        seen = torch.stack([self.obs, 1 - self.obs]).to(self.strokes.dtype)  # ink and paper, [2, R, C]
+        ink = self.obs.to(self.strokes.dtype)
+        seen = torch.stack([ink, 1 - ink])  # [2, R, C]
         if map_id is not None:  # back to where the drawing has them
             index, weight = rendering.get_taps(self.model.likelihood.maps[map_id], *self.obs.shape)  # [4, t, R * C]
             taps = weight / len(map_id) * seen.flatten(1)[:, None, None]  # [2, 4, t, R * C]

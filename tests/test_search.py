@@ -13,6 +13,7 @@ import torch
 import images
 import losses
 import models
+import rendering
 from reading import characters, search
 from util import UserError
 
@@ -66,7 +67,7 @@ def test_gains_are_those_of_strokes_on_an_empty_page():
         gains = image.get_gains(map_id)
         primitives = model.get_primitives()
         arcs = torch.cat([place.unsqueeze(1).expand(3, 5, 2), primitives.expand(3, 5, 5)], 2)
-        logits = search.rendering.get_logits(arcs.view(15, 1, 7), torch.ones(15, 1), model.get_rendering_params(), 28, 28)
+        logits = rendering.get_logits(arcs.view(15, 1, 7), torch.ones(15, 1), model.get_rendering_params(), 28, 28)
         blank = torch.full_like(logits, search.BEAM_FLOOR)
         want = image._log_likelihood(logits.clamp(min=search.BEAM_FLOOR), map_id) - image._log_likelihood(blank, map_id)
         torch.testing.assert_close(gains[:, row + search.MARGIN, col + search.MARGIN].t().flatten(), want, atol=1e-3, rtol=1e-4)
