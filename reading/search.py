@@ -1,8 +1,8 @@
 """Searches for programs of an image: grown stroke by stroke along its ink, then improved by mutation.
 
 Posteriors over programs have many modes, tens of nats apart: the same ink can be traced in another order, with other primitives
-or through another affine map. `find` therefore begins with programs from beam searches, a narrow one under each of the maps and
-wide ones under the best; an evolutionary search mutates and crosses them as a temperature falls; their beginnings are continued
+or through another affine map. `find` therefore begins with programs from beam searches, narrow ones under each of the maps and
+wider and wider ones under the best; an evolutionary search mutates and crosses them as a temperature falls; their beginnings are continued
 by beam search once more; and a second evolutionary search polishes the result. A beam search tries all strokes of the library
 as the next one, but draws and scores only those that promise most: how much a stroke would gain on an empty page, from any
 place, is a convolution of the image with the stroke. A pixel of ink that is not drawn costs 14 nats; beam searches charge less,
@@ -24,34 +24,33 @@ import scoring
 from models import pack, unpack
 from util import show_progress
 
-VERSION = 3  # to be raised when searches find other programs: reports do not average evaluations by different versions
+VERSION = 4  # to be raised when searches find other programs: reports do not average evaluations by different versions
 
 
 class Effort(NamedTuple):
     """How long a search takes. The default takes 10 to 15 seconds an image on one core."""
 
-    width: int = 300  # of a beam; the first ones have a third
+    width: int = 100  # of the first beams
     num_maps: int = 40  # with a first beam each
-    num_beams: int = 24  # later ones, under the best maps
     population: int = 400
     num_mutants: int = 800  # per round
     num_hot_rounds: int = 60  # of the first evolutionary search
     num_cold_rounds: int = 60  # of the second
 
     def scale(self, factor):
-        """Makes searches longer by a factor, with more beams and rounds; a factor below 1 also shrinks beams and populations"""
+        """Makes searches longer by a factor, with wider beams and more rounds; a factor below 1 also shrinks populations"""
         shorter = min(factor, 1)
-        factors = Effort(shorter, shorter**0.5, factor, shorter, shorter, factor, factor)
+        factors = Effort(factor / shorter**0.5, shorter**0.5, shorter, shorter, factor, factor)
         return Effort(*(math.ceil(factor * num) for factor, num in zip(factors, self, strict=True)))
 
 
-QUICK = Effort(60, 20, 8, 100, 100, 60, 20)  # takes seconds an image when compiled
-BEAMS_AT_ONCE = 8  # under the best maps, which are then chosen anew
-BEAM_TEMPERATURE = 2.0  # nats
+QUICK = Effort(30, 20, 100, 100, 60, 20)  # takes seconds an image when compiled
+NUM_STAGES, WIDENING = 3, 4  # stages of beam searches; each has a fourth of the maps of the one before, and beams as much wider
+BEAM_TEMPERATURE = 1.0  # nats
 BEAM_FLOOR = -2.0  # logit of paper in a beam search: ink not drawn yet costs 2 nats a pixel instead of 14
 NUM_SCORED = 3  # strokes scored for each that goes on
-CELL, BUCKET = 1.5 / 28, 3.0  # a beam search's resolution of places (of the page) and log likelihoods (nats)
-UP_SHARE = 0.25  # share of a beam for programs that lift the pen, which pays off only one stroke later
+CELL, BUCKET = 0.5 / 28, 0.5  # a beam search's resolution of places (of the page) and log likelihoods (nats)
+UP_SHARE = 0.4  # share of a beam for programs that lift the pen, which pays off only one stroke later
 MARGIN = 14  # pixels around the page in which the pen may be
 HOT, COLD = 12.0, 3.0  # nats: temperatures at which evolutionary searches begin
 NUM_MAPS = 8  # used by an evolutionary search
@@ -75,7 +74,7 @@ def find(generative_model, obs, alphabet=None, proposals=None, num_best=200, eff
     codes = explore(image, pack(proposals), effort, is_stopped)
     codes = anneal(image, codes, effort, effort.num_hot_rounds, HOT, num_best, is_stopped)
     if effort.width > 0 and not is_stopped():
-        codes = regrow(image, codes, math.ceil(effort.width / 2))
+        codes = regrow(image, codes, effort.width)
         codes = anneal(image, codes, effort, effort.num_cold_rounds, COLD, num_best, is_stopped)
     codes, log_joint = select(codes, image.score(codes), num_best)
     return unpack(codes), log_joint
@@ -204,25 +203,21 @@ def draw_strokes(model):
 
 
 def explore(image, codes, effort, is_stopped):
-    """Beam searches from nothing: a narrow one under each map, or each of those that fit some of the programs codes [N, A] best,
-    then wide ones under the maps that led to the best programs. Returns: the old and the new programs, [M, A]"""
-    maps, grown, num_beams = image.model.likelihood.maps, [codes], 0
+    """Beam searches from nothing: narrow ones under each map, or each of those that fit some of the programs codes [N, A] best,
+    then wider and wider ones under the maps that led to the best programs. Returns: the old and the new programs, [M, A]"""
+    maps, grown = image.model.likelihood.maps, [codes]
     chosen = image.choose_maps(codes, effort.num_maps)
     if chosen is None and maps is not None:
         chosen = torch.arange(len(maps), device=codes.device)
     groups = [None] if chosen is None else chosen.split(1)
     best = torch.full((len(groups),), -math.inf, device=codes.device)
-    due = range(len(groups))
-    while effort.width > 0 and num_beams < len(groups) + effort.num_beams:
-        width = math.ceil(effort.width / 3) if num_beams == 0 else effort.width
-        for i in due:
+    for stage in range(NUM_STAGES if effort.width > 0 else 0):
+        for i in best.topk(math.ceil(len(groups) / WIDENING**stage)).indices.tolist():
             if is_stopped():
                 return torch.cat(grown)
-            programs = grow(image, codes[:1, :0], groups[i], width)
+            programs = grow(image, codes[:1, :0], groups[i], effort.width * WIDENING**stage)
             best[i] = torch.maximum(best[i], image.score(programs, groups[i]).max())
             grown.append(programs)
-        num_beams += len(due)
-        due = best.topk(min(BEAMS_AT_ONCE, len(best))).indices.tolist()
     return torch.cat(grown)
 
 
@@ -260,8 +255,9 @@ def grow(image, beginning, map_id, width):
 
 def get_likeness(place, log_likelihood):
     """What tells programs apart in a beam: where the pen is [N, 2], and how well they explain the image [N]. Returns: [N, 3],
-    integers that are equal for similar programs"""
-    return torch.cat([place / CELL, log_likelihood.unsqueeze(1) / BUCKET], 1).round().long()
+    integers that are equal for similar programs, on a grid that lies elsewhere each time"""
+    position = torch.cat([place / CELL, log_likelihood.unsqueeze(1) / BUCKET], 1)
+    return (position + torch.rand_like(position[0])).floor().long()
 
 
 def draw(scores, likeness, num):

@@ -26,7 +26,7 @@ def test_the_best_programs_where_all_can_be_listed(likelihood, num_alphabets):
     _, obs = model.sample(3, alphabet)
     every = losses.unpack(codes).unsqueeze(1).expand(-1, 3, -1, -1)
     want = losses.score(model, every, obs, alphabet).topk(5, 0)
-    effort = search.Effort(6, 2, 2, population=10, num_mutants=40, num_hot_rounds=30, num_cold_rounds=30)
+    effort = search.Effort(6, 2, population=10, num_mutants=40, num_hot_rounds=30, num_cold_rounds=30)
     for i in range(3):
         latent, log_joint = search.find(model, obs[i], alphabet[i] if num_alphabets else None, None, 10, effort)
         torch.testing.assert_close(log_joint[:5], want.values[:, i], atol=1e-3, rtol=0)
