@@ -2,12 +2,12 @@
 
 Posteriors over programs have many modes, tens of nats apart: the same ink can be traced in another order, with other primitives
 or through another affine map. `find` therefore begins with programs from beam searches, narrow ones under each of the maps and
-wider and wider ones under the best; an evolutionary search mutates and crosses them as a temperature falls; their beginnings are continued
-by beam search once more; and a second evolutionary search polishes the result. A beam search tries all strokes of the library
-as the next one, but draws and scores only those that promise most: how much a stroke would gain on an empty page, from any
-place, is a convolution of the image with the stroke. A pixel of ink that is not drawn costs 14 nats; beam searches charge less,
-or they would prefer programs that cover much ink with few strokes to programs that draw it well. Evolutionary searches use only
-a few maps, for a lower bound in a fraction of the time.
+wider and wider ones under the best; an evolutionary search mutates and crosses them as a temperature falls; their beginnings are
+continued by beam search once more; and a second evolutionary search polishes the result. A beam search tries all strokes of the
+library as the next one, but draws and scores only those that promise most: how much a stroke would gain on an empty page, from
+any place, is a convolution of the image with the stroke. A pixel of ink that is not drawn costs 14 nats; beam searches charge
+less, or they would prefer programs that cover much ink with few strokes to programs that draw it well. Evolutionary searches use
+only a few maps, for a lower bound in a fraction of the time.
 
     latent, log_joint = search.find(generative_model, obs)
 """

@@ -15,6 +15,7 @@ import losses
 import models
 import rendering
 from reading import characters, search
+from results import planted
 from util import UserError
 
 
@@ -31,6 +32,22 @@ def test_the_best_programs_where_all_can_be_listed(likelihood, num_alphabets):
         latent, log_joint = search.find(model, obs[i], alphabet[i] if num_alphabets else None, None, 10, effort)
         torch.testing.assert_close(log_joint[:5], want.values[:, i], atol=1e-3, rtol=0)
         assert torch.equal(latent[0], every[want.indices[0, i], i])
+
+
+@pytest.mark.parametrize("num_alphabets", [0, 2])
+def test_programs_that_drew_an_image_are_found(num_alphabets):
+    """Or better ones: of so small a model, all of them"""
+    model = models.GenerativeModel(num_primitives=4, num_arcs=3, likelihood="translation", num_alphabets=num_alphabets)
+    network = models.InferenceNetwork(num_primitives=4, num_arcs=3, num_alphabets=num_alphabets)
+    effort = search.Effort(6, 2, population=10, num_mutants=40, num_hot_rounds=10, num_cold_rounds=10)
+    with torch.no_grad():
+        advantages = planted.get_advantages(model, network, 10, effort)
+    assert advantages.shape == (10,)
+    assert (advantages > -1e-3).all()
+    advantages[:2] = torch.tensor([-3.0, -2.0])
+    line = planted.describe(advantages)
+    assert "for 8 of 10 images" in line
+    assert "at most 3.0 nats, or 0.50 on average" in line
 
 
 @pytest.mark.parametrize("likelihood, num_alphabets", [("learned-affine", 3), ("bernoulli", 0)])
