@@ -59,7 +59,6 @@ CHOICES = ["mode", "algorithm", *SIZES, "seed"]  # what a result depends on besi
 UNUSED = {"own": ["num_particles", "num_iterations", "batch_size", "lstm_hidden_size"], "mws": ["test_batch_size"]}
 # Memoised evaluation
 LEARNING_RATES = 5e-3, 1e-4  # first and last
-NUM_PROPOSALS = 500  # programs from the model's own network with which a search begins
 PROPOSAL_INTERVAL = 100  # on a GPU, iterations between proposals that join the guaranteed bound
 MANY_MILESTONES = 15  # enough for compiling to pay off (a run of 200 000 iterations has 64)
 MANY_LATENTS = 300_000  # scored by an evaluation, for compiling to pay off
@@ -289,7 +288,7 @@ def search_step(evaluation, stop):
     obs_id = torch.tensor([evaluation.num_searched], device=evaluation.device)
     inputs = evaluation.get_inputs(obs_id)
     obs, alphabet = inputs["obs"], inputs["alphabet"]
-    proposals = [evaluation.own_network.sample(obs, NUM_PROPOSALS, alphabet).squeeze(1)]  # [P, A, 2]
+    proposals = [evaluation.own_network.sample(obs, search.NUM_PROPOSALS, alphabet).squeeze(1)]  # [P, A, 2]
     if evaluation.memory is not None:
         proposals.append(models.unpack(evaluation.memory[obs_id]).squeeze(0))
     effort, proposals = search.Effort().scale(args.effort), torch.cat(proposals)
@@ -597,7 +596,7 @@ def get_parser():
         low = 0 if name == "num_iterations" else 1
         add(f"--{name.replace('_', '-')}", f"{help} (default: {defaults})", type=util.in_range(int, low))
     add("--memory-size", "mws: programs remembered per image", type=positive, default=200)
-    effort = "mws: length of the search, in units of 10 to 15 seconds on one core per image and half"
+    effort = "mws: length of the search, in units of about ten seconds on one core per image and half"
     add("--effort", effort, type=util.in_range(float, 0.01, 1000), default=1.0)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--force", "repeat an evaluation that is complete, or replace one with other settings", action="store_true")

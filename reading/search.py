@@ -28,7 +28,7 @@ VERSION = 4  # to be raised when searches find other programs: reports do not av
 
 
 class Effort(NamedTuple):
-    """How long a search takes. The default takes 10 to 15 seconds an image on one core."""
+    """How long a search takes. The default takes about ten seconds an image on one core."""
 
     width: int = 100  # of the first beams
     num_maps: int = 40  # with a first beam each
@@ -45,6 +45,7 @@ class Effort(NamedTuple):
 
 
 QUICK = Effort(30, 20, 100, 100, 60, 20)  # takes seconds an image when compiled
+NUM_PROPOSALS = 500  # programs from a model's own network, with which evaluations begin a search
 NUM_STAGES, WIDENING = 3, 4  # stages of beam searches; each has a fourth of the maps of the one before, and beams as much wider
 BEAM_TEMPERATURE = 1.0  # nats
 BEAM_FLOOR = -2.0  # logit of paper in a beam search: ink not drawn yet costs 2 nats a pixel instead of 14
@@ -261,8 +262,8 @@ def get_likeness(place, log_likelihood):
 
 
 def draw(scores, likeness, num):
-    """Draws up to num programs in proportion to exp(scores [N] / BEAM_TEMPERATURE), without replacement and, unless likeness is None,
-    only one of those whose rows of likeness [N, 3] are equal. Returns: their indices"""
+    """Draws up to num programs in proportion to exp(scores [N] / BEAM_TEMPERATURE), without replacement and, unless likeness is
+    None, only one of those whose rows of likeness [N, 3] are equal. Returns: their indices"""
     best = add_gumbel_noise(scores, BEAM_TEMPERATURE).topk(min(3 * num, len(scores))).indices
     return best[:num] if likeness is None else best[find_first(likeness[best])[:num]]
 

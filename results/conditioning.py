@@ -21,7 +21,6 @@ from results import report
 from runs import checkpoints
 
 NUM_BEST = 200  # programs of an image
-NUM_PROPOSALS = 500
 NUM_RANKS = 5
 
 
@@ -45,7 +44,7 @@ def get_bounds(model, network, obs, num_alphabets, effort):
     """Lower bounds on log p(x | alphabet) by the programs that a search finds: obs [R, C] -> [L], nats"""
     prior, alphabet = model.prior, torch.eye(num_alphabets)
     average = AveragePrior(prior, num_alphabets)
-    proposals = network.sample(obs.expand(num_alphabets, -1, -1), math.ceil(NUM_PROPOSALS / num_alphabets), alphabet)
+    proposals = network.sample(obs.expand(num_alphabets, -1, -1), math.ceil(search.NUM_PROPOSALS / num_alphabets), alphabet)
     model.prior, model.num_alphabets = average, 0
     latent, log_joint = search.find(model, obs, None, proposals.flatten(0, 1), NUM_BEST, effort)
     log_likelihood = log_joint - model.log_prior(latent.unsqueeze(1)).squeeze(1)  # [N]

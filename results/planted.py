@@ -1,6 +1,6 @@
 """Whether the search finds programs of images that a model has drawn itself.
 
-    python -m results.planted --checkpoint-path pretrained/mws_5.pt     # five minutes on one core
+    python -m results.planted --checkpoint-path pretrained/mws_5.pt     # four minutes on one core
 
 Such an image has a known program. A search is not told it, and should find one that is at least as probable; how far it falls
 short is a part of its error that agreement between searches cannot show.
@@ -15,16 +15,17 @@ import util
 from reading import search
 from runs import checkpoints
 
-NUM_PROPOSALS = 500
-
 
 def get_advantages(model, network, num, effort):
-    """Draws images, and searches for their programs. Returns: log p(z, x) of the best program found less that of the one that
-    drew the image, [num], nats"""
+    """Draws images, and searches for their programs.
+
+    Args: num: number of images; effort: search.Effort
+    Returns: log p(z, x) of the best program found less that of the one that drew the image, [num], nats
+    """
     alphabet = model.sample_alphabet(num) if model.num_alphabets else None  # [num, L]
     latent, obs = model.sample(num, alphabet)
     planted = scoring.score(model, latent.unsqueeze(0), obs, alphabet).squeeze(0)  # [num]
-    proposals = network.sample(obs, NUM_PROPOSALS, alphabet)  # [P, num, A, 2]
+    proposals = network.sample(obs, search.NUM_PROPOSALS, alphabet)  # [P, num, A, 2]
     found = []
     for i in util.show_progress(range(num), desc="searching", unit="image"):
         given = None if alphabet is None else alphabet[i]
@@ -33,12 +34,12 @@ def get_advantages(model, network, num, effort):
 
 
 def describe(advantages):
-    """Describes the result of `get_advantages`"""
-    shortfall = -advantages.clamp(max=0)
+    """Describes the result of `get_advantages`, [num]"""
+    shortfall = (-advantages).clamp(min=0)
     return (
         f"a program at least as probable as the one that drew it is found for {int((shortfall < 0.01).sum())} of"
-        f" {len(advantages)} images; for the others, the best falls short by at most {shortfall.max():.1f} nats,"
-        f" or {shortfall.mean():.2f} on average over all images"
+        f" {len(advantages)} images; the best one found falls short by {shortfall.mean():.2f} nats on average over all of them,"
+        f" and by at most {shortfall.max():.1f}"
     )
 
 

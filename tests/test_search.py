@@ -47,7 +47,7 @@ def test_programs_that_drew_an_image_are_found(num_alphabets):
     advantages[:2] = torch.tensor([-3.0, -2.0])
     line = planted.describe(advantages)
     assert "for 8 of 10 images" in line
-    assert "at most 3.0 nats, or 0.50 on average" in line
+    assert "by 0.50 nats on average over all of them, and by at most 3.0" in line
 
 
 @pytest.mark.parametrize("likelihood, num_alphabets", [("learned-affine", 3), ("bernoulli", 0)])
