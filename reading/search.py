@@ -2,12 +2,12 @@
 
 Posteriors over programs have many modes, tens of nats apart: the same ink can be traced in another order, with other primitives
 or through another affine map. `find` therefore begins with programs from beam searches, narrow ones under each of the maps and
-wider and wider ones under the best; an evolutionary search mutates and crosses them as a temperature falls; their beginnings are
-continued by beam search once more; and a second evolutionary search polishes the result. A beam search tries all strokes of the
-library as the next one, but draws and scores only those that promise most: how much a stroke would gain on an empty page, from
-any place, is a convolution of the image with the stroke. A pixel of ink that is not drawn costs 14 nats; beam searches charge
-less, or they would prefer programs that cover much ink with few strokes to programs that draw it well. Evolutionary searches use
-only a few maps, for a lower bound in a fraction of the time.
+wider and wider ones under the best; an evolutionary search mutates and crosses them as a temperature falls; their beginnings
+are continued by beam search once more; and a second evolutionary search polishes the result. A beam search estimates at once what
+each stroke of the library would gain as the next one, draws and scores the more promising, and keeps programs by what their own
+best next stroke promises: where a stroke leads pays off only later. A pixel of ink that is not drawn costs 14 nats; beam
+searches charge less, or they would prefer programs that cover much ink with few strokes to programs that draw it well.
+Evolutionary searches use only a few maps, for a lower bound in a fraction of the time.
 
     latent, log_joint = search.find(generative_model, obs)
 """
@@ -24,18 +24,18 @@ import scoring
 from models import pack, unpack
 from util import show_progress
 
-VERSION = 4  # to be raised when searches find other programs: reports do not average evaluations by different versions
+VERSION = 5  # to be raised when searches find other programs: reports do not average evaluations by different versions
 
 
 class Effort(NamedTuple):
     """How long a search takes. The default takes about ten seconds an image on one core."""
 
-    width: int = 100  # of the first beams
+    width: int = 60  # of the first beams
     num_maps: int = 40  # with a first beam each
     population: int = 400
     num_mutants: int = 800  # per round
-    num_hot_rounds: int = 60  # of the first evolutionary search
-    num_cold_rounds: int = 60  # of the second
+    num_hot_rounds: int = 40  # of the first evolutionary search
+    num_cold_rounds: int = 20  # of the second
 
     def scale(self, factor):
         """Makes searches longer by a factor, with wider beams and more rounds; a factor below 1 also shrinks populations"""
@@ -44,15 +44,15 @@ class Effort(NamedTuple):
         return Effort(*(math.ceil(factor * num) for factor, num in zip(factors, self, strict=True)))
 
 
-QUICK = Effort(30, 20, 100, 100, 60, 20)  # takes seconds an image when compiled
+QUICK = Effort(15, 20, 100, 100, 60, 20)  # takes seconds an image when compiled
 NUM_PROPOSALS = 500  # programs from a model's own network, with which evaluations begin a search
-NUM_STAGES, WIDENING = 3, 4  # stages of beam searches; each has a fourth of the maps of the one before, and beams as much wider
+FLOOR = -2.0  # logit of paper in a beam search: ink not drawn yet costs 2 nats a pixel, not 14
+# Stages of beam searches: how much wider than the first, under which share of the maps, with which logit of paper
+STAGES = (1, 1.0, FLOOR), (6, 0.25, FLOOR), (25, 0.125, FLOOR), (25, 0.075, -3.0)
 BEAM_TEMPERATURE = 1.0  # nats
-BEAM_FLOOR = -2.0  # logit of paper in a beam search: ink not drawn yet costs 2 nats a pixel instead of 14
-NUM_SCORED = 3  # strokes scored for each that goes on
+NUM_SCORED, ON_SHARE = 1.5, 0.6  # strokes scored for each that goes on, and how many of these leave ink
 CELL, BUCKET = 0.5 / 28, 0.5  # a beam search's resolution of places (of the page) and log likelihoods (nats)
-UP_SHARE = 0.4  # share of a beam for programs that lift the pen, which pays off only one stroke later
-MARGIN = 14  # pixels around the page in which the pen may be
+PATCHES_AT_ONCE = 512  # cut out of drawings: what fits in the cache
 HOT, COLD = 12.0, 3.0  # nats: temperatures at which evolutionary searches begin
 NUM_MAPS = 8  # used by an evolutionary search
 ROUNDS_PER_CHECK = 20  # after which maps are chosen anew and the population is scored under all of them
@@ -120,15 +120,16 @@ class Image:
     def __init__(self, generative_model, obs, alphabet=None):
         self.model, self.obs = generative_model, obs
         self.alphabet = None if alphabet is None else alphabet.unsqueeze(0)  # [1, L]
-        self.library = get_library(generative_model.get_primitives())
-        self.strokes = draw_strokes(generative_model)
+        self.primitives = generative_model.get_primitives()  # [K, 5]
+        self.library = get_library(self.primitives)
+        self.strokes = draw_strokes(generative_model)  # [K, h, w]
 
     def score(self, codes, map_id=None):
         """log p(z, x) or, given some maps [t], a lower bound: codes [N, A] -> [N]"""
         scores = []
         for latent in unpack(codes).split(scoring.ROWS_AT_ONCE):
             log_prior = self.model.log_prior(latent.unsqueeze(1), self.alphabet).squeeze(1)
-            scores.append(log_prior + self._log_likelihood(self.model.get_logits(latent), map_id))
+            scores.append(log_prior + self.get_log_likelihood(self.model.get_logits(latent), map_id))
         return torch.cat(scores)
 
     def choose_maps(self, codes, num_maps):
@@ -140,50 +141,12 @@ class Image:
         log_posterior = self.model.get_map_log_posterior(latent, self.obs.expand(len(latent), -1, -1))  # [N, T]
         return log_posterior.amax(0).topk(num_maps).indices
 
-    def score_beginning(self, beginning, map_id):
-        """Log prior and log likelihood, with BEAM_FLOOR, of the first k strokes alone: beginning [N, k] -> [N], [N]"""
-        log_prior = torch.zeros(len(beginning), device=beginning.device)
-        for length, code in enumerate(beginning.unsqueeze(2).unbind(1)):  # [N, 1]
-            id_log_prob, on_log_prob = self.get_next_log_probs(beginning[:, :length])
-            log_prior = log_prior + (id_log_prob.gather(1, code // 2) + on_log_prob.gather(1, code % 2)).squeeze(1)
-        return log_prior, self.score_ink(beginning, map_id)
-
-    def score_ink(self, beginning, map_id):
-        """The log likelihood of score_beginning"""
-        codes, scores = F.pad(beginning, (0, self.model.num_arcs - beginning.shape[1])), []  # 0 leaves no ink
-        for latent in unpack(codes).split(scoring.ROWS_AT_ONCE):
-            scores.append(self._log_likelihood(self.model.get_logits(latent).clamp(min=BEAM_FLOOR), map_id))
-        return torch.cat(scores)
-
-    def get_gains(self, map_id):
-        """About how much each stroke, drawn on an empty page, would raise the log likelihood (with BEAM_FLOOR), as if pixels were
-        independent. Args: map_id: maps [t], or None if the likelihood has none
-        Returns: [K, rows, columns], for strokes that begin at the pixels of the page and of a margin around it"""
-        ink = self.obs.to(self.strokes.dtype)
-        seen = torch.stack([ink, 1 - ink])  # [2, R, C]
-        if map_id is not None:  # back to where the drawing has them
-            index, weight = rendering.get_taps(self.model.likelihood.maps[map_id], *self.obs.shape)  # [4, t, R * C]
-            taps = weight / len(map_id) * seen.flatten(1)[:, None, None]  # [2, 4, t, R * C]
-            seen = torch.zeros_like(seen).flatten(1).index_add(1, index.flatten(), taps.flatten(1)).view_as(seen)
-        floor = self.strokes.new_tensor(BEAM_FLOOR)
-        strokes = self.strokes.clamp(min=BEAM_FLOOR)
-        gain = [F.logsigmoid(sign * strokes) - F.logsigmoid(sign * floor) for sign in (1, -1)]  # per pixel of ink and of paper
-        padding = [n // 2 + MARGIN for n in strokes.shape[1:]]
-        return F.conv2d(seen.unsqueeze(0), torch.stack(gain, 1), padding=padding)[0]
-
-    def look_up_gains(self, gains, place):
-        """The gains of strokes that begin at places [N, 2] of the unit square: [N, K]"""
-        rows, cols = self.obs.shape
-        pixel = place.new_tensor([0, rows - 1]) + place * place.new_tensor([cols - 1, 1 - rows])  # [N, 2], column and row
-        grid = 2 * (pixel + MARGIN) / place.new_tensor([gains.shape[2] - 1, gains.shape[1] - 1]) - 1
-        return F.grid_sample(gains[None], grid[None, None], padding_mode="border", align_corners=True)[0, :, 0].t()
-
     def get_next_log_probs(self, beginning):
         alphabet = None if self.alphabet is None else self.alphabet.expand(len(beginning), -1)
         return self.model.get_next_log_probs(unpack(beginning), alphabet)
 
-    def _log_likelihood(self, logits, map_id):
-        """The log likelihood or, given some maps [t], a lower bound: logits [N, R, C] -> [N]"""
+    def get_log_likelihood(self, logits, map_id):
+        """log p(x | z) or, given some maps [t], a lower bound: logits [N, R, C] -> [N]"""
         likelihood = self.model.likelihood if map_id is None else self.model.likelihood.restrict(map_id)
         return likelihood.log_prob(logits, self.obs.expand(len(logits), -1, -1))
 
@@ -195,8 +158,8 @@ def draw_strokes(model):
     arcs = F.pad(primitives, (2, 0))  # [K, 7], from (0, 0)
     logits = rendering.get_arc_logits(arcs, 2 * x - 1, 2 * y - 1, model.get_rendering_params())
     logits = logits.unflatten(1, (2 * rows - 1, 2 * cols - 1))
-    row, col = (logits > BEAM_FLOOR).any(0).nonzero().unbind(1)
-    n, m = ((x - middle).abs().max().item() if len(x) else 0 for x, middle in ((row, rows - 1), (col, cols - 1)))
+    row, col = (logits > min(floor for _, _, floor in STAGES)).any(0).nonzero().unbind(1)
+    n, m = (max([min(1, middle), *(x - middle).abs().tolist()]) for x, middle in ((row, rows - 1), (col, cols - 1)))
     return logits[:, rows - 1 - n : rows + n, cols - 1 - m : cols + m]
 
 
@@ -212,46 +175,122 @@ def explore(image, codes, effort, is_stopped):
         chosen = torch.arange(len(maps), device=codes.device)
     groups = [None] if chosen is None else chosen.split(1)
     best = torch.full((len(groups),), -math.inf, device=codes.device)
-    for stage in range(NUM_STAGES if effort.width > 0 else 0):
-        for i in best.topk(math.ceil(len(groups) / WIDENING**stage)).indices.tolist():
+    for factor, share, floor in STAGES if effort.width > 0 else ():
+        for i in best.topk(math.ceil(len(groups) * share)).indices.tolist():
             if is_stopped():
                 return torch.cat(grown)
-            programs = grow(image, codes[:1, :0], groups[i], effort.width * WIDENING**stage)
+            programs = BeamSearch(image, groups[i], floor).grow(codes[:1, :0], effort.width * factor)
             best[i] = torch.maximum(best[i], image.score(programs, groups[i]).max())
             grown.append(programs)
     return torch.cat(grown)
 
 
-def grow(image, beginning, map_id, width):
-    """Continues programs to their end by a stochastic beam search, under some maps [t]: beginning [N, k] -> [at most width, A].
-    Of programs that lead to about the same place and explain the ink about as well, only the best go on."""
-    offset, gains = image.library.offset, image.get_gains(map_id)
-    log_prior, log_likelihood = image.score_beginning(beginning, map_id)
-    for length in range(beginning.shape[1], image.model.num_arcs):
-        is_last = length == image.model.num_arcs - 1
-        num_up, chosen = round(UP_SHARE * width) if length > 0 else width, []
-        place = 0.5 + offset[beginning // 2].sum(1)  # [N, 2], of the pen
-        next_place = (place.unsqueeze(1) + offset).flatten(0, 1)  # [N * K, 2]
-        id_log_prob, on_log_prob = image.get_next_log_probs(beginning)
-        for on, num in enumerate([num_up, width - num_up]):
-            if num == 0:
-                continue
-            prior = (log_prior.unsqueeze(1) + id_log_prob + on_log_prob[:, on : on + 1]).flatten()  # [N * K]
-            gain = image.look_up_gains(gains, place) if on else torch.zeros_like(id_log_prob)
-            likelihood = (log_likelihood.unsqueeze(1) + gain).flatten()  # [N * K]
-            likeness = None if is_last else get_likeness(next_place, likelihood)
-            best = draw(prior + likelihood, likeness, NUM_SCORED * num if on else num)
-            parent, code = best // len(offset), 2 * (best % len(offset)) + on
-            codes = torch.cat([beginning[parent], code.unsqueeze(1)], 1)  # [n, length + 1]
-            prior, likelihood = prior[best], likelihood[best]
-            if on:  # so far, as if the page were empty
-                likelihood = image.score_ink(codes, map_id)
-                likeness = None if is_last else get_likeness(next_place[best], likelihood)
-                best = draw(prior + likelihood, likeness, num)
-                codes, prior, likelihood = codes[best], prior[best], likelihood[best]
-            chosen.append((codes, prior, likelihood))
-        beginning, log_prior, log_likelihood = (torch.cat(x) for x in zip(*chosen, strict=True))
-    return beginning
+class Beam(NamedTuple):
+    """The first k strokes of N programs, and which of K may follow"""
+
+    codes: torch.Tensor  # [N, k]
+    log_prior: torch.Tensor  # [N]
+    log_likelihood: torch.Tensor  # [N]
+    logits: torch.Tensor  # [N, R, C]
+    place: torch.Tensor  # [N, 2], of the pen
+    next_log_prior: torch.Tensor  # [N, 2, K], of each stroke without and with ink
+    gain: torch.Tensor  # [N, 2, K], about how much each would raise the log likelihood
+
+    def take(self, index):
+        return Beam(*(x[index] for x in self))
+
+
+class BeamSearch:
+    """A stochastic beam search for programs of an image, under some maps [t] (None if the likelihood has none).
+
+    Each step draws some of the strokes that could follow the beam's programs, and keeps those of the longer programs whose own
+    best next stroke would lead to the highest score. Of programs that lead to about the same place and explain the ink about as
+    well, only the best go on. A pixel of ink that is not drawn costs -floor nats.
+    """
+
+    def __init__(self, image, map_id, floor):
+        self.image, self.map_id, self.floor = image, map_id, floor
+        ink = image.obs.to(image.strokes.dtype)
+        self.seen = torch.stack([ink, 1 - ink])  # [2, R, C]
+        if map_id is not None:  # back to where the drawing has them
+            index, weight = rendering.get_taps(image.model.likelihood.maps[map_id], *ink.shape)  # [4, t, R * C]
+            taps = weight / len(map_id) * self.seen.flatten(1)[:, None, None]  # [2, 4, t, R * C]
+            self.seen = torch.zeros_like(self.seen).flatten(1).index_add(1, index.flatten(), taps.flatten(1)).view_as(self.seen)
+        strokes, paper = image.strokes.clamp(min=self.floor), image.strokes.new_tensor(self.floor)
+        gains = [F.logsigmoid(sign * strokes) - F.logsigmoid(sign * paper) for sign in (1, -1)]  # per pixel of ink, of paper
+        self.gains = torch.stack(gains, 1).flatten(1).t().contiguous()  # [2 * h * w, K]
+        self.most_paper = (-paper).sigmoid()
+        self.least_paper = (-strokes.max().clamp(min=self.floor + 1)).sigmoid()
+
+    def grow(self, beginning, width):
+        """Continues programs to their end: beginning [N, k] -> [at most width, A]"""
+        beam = self.begin(beginning)
+        for length in range(beginning.shape[1], self.image.model.num_arcs):
+            is_last = length == self.image.model.num_arcs - 1
+            num = math.ceil(NUM_SCORED * width)
+            num_on = round(ON_SHARE * num) if length > 0 else 0  # the first stroke leaves no ink
+            parts = [self.extend(beam, on, n, is_last) for on, n in enumerate([num - num_on, num_on]) if n > 0]
+            codes, log_prior, log_likelihood, logits = (torch.cat(x) for x in zip(*parts, strict=True))
+            if is_last:
+                return codes[draw(log_prior + log_likelihood, None, width)]
+            beam = self.look_ahead(codes, log_prior, log_likelihood, logits)
+            promise = (beam.next_log_prior + beam.gain).flatten(1).amax(1)
+            score = log_prior + log_likelihood + promise
+            beam = beam.take(draw(score, get_likeness(beam.place, log_likelihood), width))
+
+    def begin(self, beginning):
+        """beginning [N, k] -> Beam"""
+        log_prior = self.seen.new_zeros(len(beginning))
+        for length, code in enumerate(beginning.unsqueeze(2).unbind(1)):  # [N, 1]
+            id_log_prob, on_log_prob = self.image.get_next_log_probs(beginning[:, :length])
+            log_prior = log_prior + (id_log_prob.gather(1, code // 2) + on_log_prob.gather(1, code % 2)).squeeze(1)
+        codes = F.pad(beginning, (0, self.image.model.num_arcs - beginning.shape[1]))  # 0 leaves no ink
+        logits = self.image.model.get_logits(unpack(codes))
+        return self.look_ahead(beginning, log_prior, self.get_log_likelihood(logits), logits)
+
+    def extend(self, beam, on, num, is_last):
+        """Draws up to num strokes, with ink or without, to follow programs of a beam. Returns: what look_ahead takes"""
+        log_prior = (beam.log_prior.unsqueeze(1) + beam.next_log_prior[:, on]).flatten()  # [N * K]
+        log_likelihood = (beam.log_likelihood.unsqueeze(1) + beam.gain[:, on]).flatten()
+        offset = self.image.library.offset
+        likeness = None if is_last else get_likeness((beam.place.unsqueeze(1) + offset).flatten(0, 1), log_likelihood)
+        chosen = draw(log_prior + log_likelihood, likeness, num)
+        parent, primitive_id = chosen // len(offset), chosen % len(offset)
+        codes = torch.cat([beam.codes[parent], (2 * primitive_id + on).unsqueeze(1)], 1)  # [n, k + 1]
+        if not on:
+            return codes, log_prior[chosen], beam.log_likelihood[parent], beam.logits[parent]
+        arcs = torch.cat([beam.place[parent], self.image.primitives[primitive_id]], 1).unsqueeze(1)  # [n, 1, 7]
+        params = self.image.model.get_rendering_params()
+        drawn = rendering.get_logits(arcs, torch.ones_like(arcs[..., 0]), params, *self.image.obs.shape)
+        logits = torch.maximum(beam.logits[parent], drawn)  # a pixel takes its ink from the strongest arc alone
+        return codes, log_prior[chosen], self.get_log_likelihood(logits), logits
+
+    def look_ahead(self, codes, log_prior, log_likelihood, logits):
+        """Completes a Beam by what may follow"""
+        place = 0.5 + self.image.library.offset[codes // 2].sum(1)  # [N, 2]
+        id_log_prob, on_log_prob = self.image.get_next_log_probs(codes)
+        next_log_prior = on_log_prob.unsqueeze(2) + id_log_prob.unsqueeze(1)  # [N, 2, K]
+        gain = F.pad(self.get_gain(logits, place).unsqueeze(1), (0, 0, 1, 0))  # [N, 2, K]
+        return Beam(codes, log_prior, log_likelihood, logits, place, next_log_prior, gain)
+
+    def get_gain(self, logits, place):
+        """About how much each stroke, from places [N, 2], would raise the log likelihood of drawings [N, R, C]: as if pixels
+        were independent, and the less, the darker they are already. Returns: [N, K]"""
+        (rows, cols), (height, width) = self.image.obs.shape, self.image.strokes.shape[1:]
+        size = place.new_tensor([(width - 1) / max(cols - 1, 1), (height - 1) / max(rows - 1, 1)])  # of strokes, in pages
+        middle = place * place.new_tensor([2, -2]) + place.new_tensor([-1, 1])  # [N, 2], in affine_grid's coordinates
+        theta = torch.cat([size.diag().expand(len(place), 2, 2), middle.unsqueeze(2)], 2)  # [N, 2, 3]
+        gains = []
+        for some, some_theta in zip(logits.split(PATCHES_AT_ONCE), theta.split(PATCHES_AT_ONCE), strict=True):
+            paper = (-some.clamp(min=self.floor)).sigmoid()  # [n, R, C]
+            left = (paper - self.least_paper) / (self.most_paper - self.least_paper)  # 1 where nothing is drawn
+            grid = F.affine_grid(some_theta, (len(some), 2, height, width), align_corners=True)
+            around = F.grid_sample(self.seen * left.unsqueeze(1), grid, align_corners=True)  # [n, 2, h, w]
+            gains.append(around.flatten(1) @ self.gains)
+        return torch.cat(gains)
+
+    def get_log_likelihood(self, logits):
+        return self.image.get_log_likelihood(logits.clamp(min=self.floor), self.map_id)
 
 
 def get_likeness(place, log_likelihood):
@@ -273,7 +312,7 @@ def regrow(image, codes, width):
     map_id, grown = image.choose_maps(codes, 1), []
     for length in range(1, image.model.num_arcs - 1):
         beginning = codes[:, :length]
-        grown.append(grow(image, beginning[find_first(beginning)[:width]], map_id, width))
+        grown.append(BeamSearch(image, map_id, FLOOR).grow(beginning[find_first(beginning)[:width]], width))
     return torch.cat([codes, *grown])
 
 

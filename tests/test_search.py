@@ -1,7 +1,6 @@
 """Search for programs, and the characters of one's own that it is for."""
 
 import io
-import math
 
 import imageio.v3 as imageio
 import numpy as np
@@ -51,44 +50,47 @@ def test_programs_that_drew_an_image_are_found(num_alphabets):
 
 
 @pytest.mark.parametrize("likelihood, num_alphabets", [("learned-affine", 3), ("bernoulli", 0)])
-def test_beginnings_are_scored_as_programs_are(likelihood, num_alphabets, monkeypatch):
+def test_beginnings_are_scored_as_programs_are(likelihood, num_alphabets):
     """With invisible strokes after them; under some of the maps from below"""
-    monkeypatch.setattr(search, "BEAM_FLOOR", -math.inf)
     model = models.GenerativeModel(num_arcs=6, num_primitives=7, likelihood=likelihood, num_alphabets=num_alphabets)
     alphabet = model.sample_alphabet(1) if num_alphabets else None
     latent, obs = model.sample(20, None if alphabet is None else alphabet.expand(20, -1))
-    image = search.Image(model, obs[0], alphabet if alphabet is None else alphabet[0])
-    codes, scores = losses.pack(latent), {}
-    for map_id in [None] if likelihood == "bernoulli" else [None, torch.tensor([1, 5])]:
-        scores[map_id is None] = sum(image.score_beginning(codes, map_id))
-        torch.testing.assert_close(scores[map_id is None], image.score(codes, map_id))
-    want = losses.score(model, latent.unsqueeze(1), obs[:1], alphabet)[:, 0]
-    torch.testing.assert_close(scores[True], want)
-    assert (scores.get(False, want - 1) < want).all()
+    codes, want = losses.pack(latent), losses.score(model, latent.unsqueeze(1), obs[:1], alphabet)[:, 0]
+    for floor in (-50.0, -2.0):  # cheaper is only ink that is not drawn
+        image = search.Image(model, obs[0], alphabet if alphabet is None else alphabet[0])
+        for map_id in [None] if likelihood == "bernoulli" else [None, torch.tensor([1, 5])]:
+            beams = search.BeamSearch(image, map_id, floor)
+            beam = beams.begin(codes)
+            if floor == -50:
+                torch.testing.assert_close(beam.log_prior + beam.log_likelihood, image.score(codes, map_id))
+                torch.testing.assert_close(image.score(codes), want)
+                assert map_id is None or (image.score(codes, map_id) < want).all()
+            logits = model.get_logits(latent).clamp(min=floor)
+            torch.testing.assert_close(beam.log_likelihood, image.get_log_likelihood(logits, map_id))
+            for on in (0, 1):  # strokes added to a beam
+                fields = beams.extend(beams.begin(codes[:, :3]), on, 50, False)
+                assert len(fields[0]) > 20 and (fields[0][:, 3] % 2 == on).all()
+                torch.testing.assert_close(fields, tuple(beams.begin(fields[0])[:4]))
     rest = torch.cat([codes[:, :4], 2 * (codes[:, 4:] // 2)], 1)
-    want = model.log_likelihood(models.unpack(rest).unsqueeze(1), obs[:1])[:, 0]
-    torch.testing.assert_close(image.score_ink(codes[:, :4], None), want)
-    monkeypatch.setattr(search, "BEAM_FLOOR", -2.0)  # cheaper is only ink that is not drawn
-    logits = model.get_logits(latent).clamp(min=-2.0)
-    want = model.likelihood.log_prob(logits, obs[:1].expand(20, -1, -1))
-    torch.testing.assert_close(image.score_ink(codes, None), want)
+    torch.testing.assert_close(beams.begin(codes[:, :4]).logits, model.get_logits(models.unpack(rest)))
 
 
 def test_gains_are_those_of_strokes_on_an_empty_page():
-    """Exactly so from pixels, if maps shift the page by whole pixels; within the page only, since ink beyond is lost"""
+    """Exactly so from pixels, if maps shift the page by whole pixels; what is drawn already gains nothing"""
     for likelihood, map_id in [("bernoulli", None), ("translation", torch.tensor([10]))]:
         model = models.GenerativeModel(num_primitives=5, likelihood=likelihood)
-        image = search.Image(model, model.sample(1)[1][0])
+        model.pre_rendering_params.data = torch.tensor([20.0, -12.0])  # dark strokes
+        beams = search.BeamSearch(search.Image(model, model.sample(1)[1][0]), map_id, -2.0)
         row, col = torch.tensor([13, 9, 16]), torch.tensor([12, 17, 14])
         place = torch.stack([col / 27, 1 - row / 27], 1)  # [3, 2]
-        gains = image.get_gains(map_id)
-        primitives = model.get_primitives()
-        arcs = torch.cat([place.unsqueeze(1).expand(3, 5, 2), primitives.expand(3, 5, 5)], 2)
+        arcs = torch.cat([place.unsqueeze(1).expand(3, 5, 2), model.get_primitives().expand(3, 5, 5)], 2)
         logits = rendering.get_logits(arcs.view(15, 1, 7), torch.ones(15, 1), model.get_rendering_params(), 28, 28)
-        blank = torch.full_like(logits, search.BEAM_FLOOR)
-        want = image._log_likelihood(logits.clamp(min=search.BEAM_FLOOR), map_id) - image._log_likelihood(blank, map_id)
-        torch.testing.assert_close(gains[:, row + search.MARGIN, col + search.MARGIN].t().flatten(), want, atol=1e-3, rtol=1e-4)
-        torch.testing.assert_close(image.look_up_gains(gains, place).flatten(), want, atol=1e-3, rtol=1e-4)
+        blank = torch.full_like(logits, beams.floor)
+        want = beams.get_log_likelihood(logits) - beams.get_log_likelihood(blank)
+        gain = beams.get_gain(blank[:3], place)  # [3, 5]
+        torch.testing.assert_close(gain.flatten(), want, atol=1e-3, rtol=1e-4)
+        again = beams.get_gain(logits, place.repeat_interleave(5, 0)).view(3, 5, 5).diagonal(dim1=1, dim2=2)
+        assert again.abs().mean() < 0.15 * gain.abs().mean()
 
 
 def test_selection_keeps_distinct_programs_and_prefers_probable_ones():
@@ -138,7 +140,8 @@ def test_of_programs_alike_in_a_beam_only_one_goes_on():
         parameter = getattr(model, name).data
         parameter[3:] = parameter[:3]
     _, obs = model.sample(1)
-    programs = search.grow(search.Image(model, obs[0]), torch.empty(1, 0, dtype=torch.long), torch.tensor([0, 1]), 60)
+    beams = search.BeamSearch(search.Image(model, obs[0]), torch.tensor([0, 1]), -2.0)
+    programs = beams.grow(torch.empty(1, 0, dtype=torch.long), 100)
     beginnings = programs[:, :3].unique(dim=0)
     assert len(beginnings) > 15 and len((beginnings % 6).unique(dim=0)) == len(beginnings)
 
