@@ -1,13 +1,14 @@
 """Searches for programs of an image: grown stroke by stroke along its ink, then improved by mutation.
 
-Posteriors over programs have many modes, tens of nats apart: the same ink can be traced in another order, with other primitives
-or through another affine map. `find` therefore begins with programs from beam searches, narrow ones under each of the maps and
-wider and wider ones under the best; an evolutionary search mutates and crosses them as a temperature falls; their beginnings
-are continued by beam search once more; and a second evolutionary search polishes the result. A beam search estimates at once what
-each stroke of the library would gain as the next one, draws and scores the more promising, and keeps programs by what their own
-best next stroke promises: where a stroke leads pays off only later. A pixel of ink that is not drawn costs 14 nats; beam
-searches charge less, or they would prefer programs that cover much ink with few strokes to programs that draw it well.
-Evolutionary searches use only a few maps, for a lower bound in a fraction of the time.
+Posteriors over programs have many modes, tens of nats apart: the same ink can be traced in another order, with other
+primitives or through another affine map. `find` therefore begins with programs from beam searches, narrow ones under each of
+the maps and wider and wider ones under the best; an evolutionary search mutates and crosses them as a temperature falls; their
+beginnings are continued by beam search once more; and a second evolutionary search polishes the result. A beam search
+estimates at once what each stroke of the library would gain as the next one, draws and scores the more promising, and keeps
+programs by the score that their own best next stroke would lead to: moving the pen to the right place pays off only then. A
+pixel of ink that is not drawn costs 14 nats; beam searches charge less, or they would prefer programs that cover much ink with
+few strokes to programs that draw it well. Evolutionary searches use only a few maps, for a lower bound in a fraction of the
+time.
 
     latent, log_joint = search.find(generative_model, obs)
 """
@@ -50,7 +51,7 @@ FLOOR = -2.0  # logit of paper in a beam search: ink not drawn yet costs 2 nats 
 # Stages of beam searches: how much wider than the first, under which share of the maps, with which logit of paper
 STAGES = (1, 1.0, FLOOR), (6, 0.25, FLOOR), (25, 0.125, FLOOR), (25, 0.075, -3.0)
 BEAM_TEMPERATURE = 1.0  # nats
-NUM_SCORED, ON_SHARE = 1.5, 0.6  # strokes scored for each that goes on, and how many of these leave ink
+NUM_SCORED, ON_SHARE = 1.5, 0.6  # strokes scored for each that goes on, and the share of these that leave ink
 CELL, BUCKET = 0.5 / 28, 0.5  # a beam search's resolution of places (of the page) and log likelihoods (nats)
 PATCHES_AT_ONCE = 512  # cut out of drawings: what fits in the cache
 HOT, COLD = 12.0, 3.0  # nats: temperatures at which evolutionary searches begin
@@ -186,7 +187,7 @@ def explore(image, codes, effort, is_stopped):
 
 
 class Beam(NamedTuple):
-    """The first k strokes of N programs, and which of K may follow"""
+    """The first k strokes of N programs, and what each of K next ones would add"""
 
     codes: torch.Tensor  # [N, k]
     log_prior: torch.Tensor  # [N]
@@ -201,7 +202,7 @@ class Beam(NamedTuple):
 
 
 class BeamSearch:
-    """A stochastic beam search for programs of an image, under some maps [t] (None if the likelihood has none).
+    """A stochastic beam search for programs of an image, under some maps [t] (None: under all, if there are any).
 
     Each step draws some of the strokes that could follow the beam's programs, and keeps those of the longer programs whose own
     best next stroke would lead to the highest score. Of programs that lead to about the same place and explain the ink about as
@@ -212,9 +213,11 @@ class BeamSearch:
         self.image, self.map_id, self.floor = image, map_id, floor
         ink = image.obs.to(image.strokes.dtype)
         self.seen = torch.stack([ink, 1 - ink])  # [2, R, C]
-        if map_id is not None:  # back to where the drawing has them
-            index, weight = rendering.get_taps(image.model.likelihood.maps[map_id], *ink.shape)  # [4, t, R * C]
-            taps = weight / len(map_id) * self.seen.flatten(1)[:, None, None]  # [2, 4, t, R * C]
+        maps = image.model.likelihood.maps
+        if maps is not None:  # back to where the drawing has them
+            maps = maps if map_id is None else maps[map_id]
+            index, weight = rendering.get_taps(maps, *ink.shape)  # [4, t, R * C]
+            taps = weight / len(maps) * self.seen.flatten(1)[:, None, None]  # [2, 4, t, R * C]
             self.seen = torch.zeros_like(self.seen).flatten(1).index_add(1, index.flatten(), taps.flatten(1)).view_as(self.seen)
         strokes, paper = image.strokes.clamp(min=self.floor), image.strokes.new_tensor(self.floor)
         gains = [F.logsigmoid(sign * strokes) - F.logsigmoid(sign * paper) for sign in (1, -1)]  # per pixel of ink, of paper

@@ -77,8 +77,10 @@ def test_beginnings_are_scored_as_programs_are(likelihood, num_alphabets):
 
 def test_gains_are_those_of_strokes_on_an_empty_page():
     """Exactly so from pixels, if maps shift the page by whole pixels; what is drawn already gains nothing"""
-    for likelihood, map_id in [("bernoulli", None), ("translation", torch.tensor([10]))]:
+    for likelihood, map_id in [("bernoulli", None), ("translation", torch.tensor([10])), ("translation", None)]:
         model = models.GenerativeModel(num_primitives=5, likelihood=likelihood)
+        if likelihood == "translation" and map_id is None:  # all maps: a single one, as in the case before
+            model.likelihood.theta_affine = model.likelihood.theta_affine[10:11]
         model.pre_rendering_params.data = torch.tensor([20.0, -12.0])  # dark strokes
         beams = search.BeamSearch(search.Image(model, model.sample(1)[1][0]), map_id, -2.0)
         row, col = torch.tensor([13, 9, 16]), torch.tensor([12, 17, 14])
