@@ -153,13 +153,14 @@ class Image:
 
 
 def draw_strokes(model):
-    """Logits of each stroke of the library, drawn from the middle of a page that holds the longest: [K, 2n + 1, 2m + 1]"""
+    """Logits of each stroke of the library, drawn from the middle of a page that just holds the longest: [K, 2n + 1, 2m + 1]"""
     primitives, rows, cols = model.get_primitives(), model.num_rows, model.num_cols
     x, y = rendering.get_pixel_centres(2 * rows - 1, 2 * cols - 1, primitives)  # of a page twice as large
     arcs = F.pad(primitives, (2, 0))  # [K, 7], from (0, 0)
     logits = rendering.get_arc_logits(arcs, 2 * x - 1, 2 * y - 1, model.get_rendering_params())
     logits = logits.unflatten(1, (2 * rows - 1, 2 * cols - 1))
     row, col = (logits > min(floor for _, _, floor in STAGES)).any(0).nonzero().unbind(1)
+    # At least 3 x 3, since affine_grid warns of single pixels
     n, m = (max([min(1, middle), *(x - middle).abs().tolist()]) for x, middle in ((row, rows - 1), (col, cols - 1)))
     return logits[:, rows - 1 - n : rows + n, cols - 1 - m : cols + m]
 
@@ -204,9 +205,9 @@ class Beam(NamedTuple):
 class BeamSearch:
     """A stochastic beam search for programs of an image, under some maps [t] (None: under all, if there are any).
 
-    Each step draws some of the strokes that could follow the beam's programs, and keeps those of the longer programs whose own
-    best next stroke would lead to the highest score. Of programs that lead to about the same place and explain the ink about as
-    well, only the best go on. A pixel of ink that is not drawn costs -floor nats.
+    Each step samples some of the strokes that could follow the beam's programs, and keeps those of the longer programs whose
+    own best next stroke would lead to the highest score. Of programs that lead to about the same place and explain the ink
+    about as well, only the best go on. A pixel of ink that is not drawn costs about -floor nats.
     """
 
     def __init__(self, image, map_id, floor):
@@ -221,9 +222,9 @@ class BeamSearch:
             self.seen = torch.zeros_like(self.seen).flatten(1).index_add(1, index.flatten(), taps.flatten(1)).view_as(self.seen)
         strokes, paper = image.strokes.clamp(min=self.floor), image.strokes.new_tensor(self.floor)
         gains = [F.logsigmoid(sign * strokes) - F.logsigmoid(sign * paper) for sign in (1, -1)]  # per pixel of ink, of paper
-        self.gains = torch.stack(gains, 1).flatten(1).t().contiguous()  # [2 * h * w, K]
+        self.pixel_gains = torch.stack(gains, 1).flatten(1).t().contiguous()  # [2 * h * w, K]
         self.most_paper = (-paper).sigmoid()
-        self.least_paper = (-strokes.max().clamp(min=self.floor + 1)).sigmoid()
+        self.least_paper = (-strokes.max().clamp(min=self.floor + 1)).sigmoid()  # less than the most, also if strokes are faint
 
     def grow(self, beginning, width):
         """Continues programs to their end: beginning [N, k] -> [at most width, A]"""
@@ -252,7 +253,7 @@ class BeamSearch:
         return self.look_ahead(beginning, log_prior, self.get_log_likelihood(logits), logits)
 
     def extend(self, beam, on, num, is_last):
-        """Draws up to num strokes, with ink or without, to follow programs of a beam. Returns: what look_ahead takes"""
+        """Samples up to num strokes, with ink or without, to follow programs of a beam. Returns: what look_ahead takes"""
         log_prior = (beam.log_prior.unsqueeze(1) + beam.next_log_prior[:, on]).flatten()  # [N * K]
         log_likelihood = (beam.log_likelihood.unsqueeze(1) + beam.gain[:, on]).flatten()
         offset = self.image.library.offset
@@ -269,7 +270,7 @@ class BeamSearch:
         return codes, log_prior[chosen], self.get_log_likelihood(logits), logits
 
     def look_ahead(self, codes, log_prior, log_likelihood, logits):
-        """Completes a Beam by what may follow"""
+        """Completes a Beam: codes [N, k], log_prior and log_likelihood [N], logits [N, R, C]"""
         place = 0.5 + self.image.library.offset[codes // 2].sum(1)  # [N, 2]
         id_log_prob, on_log_prob = self.image.get_next_log_probs(codes)
         next_log_prior = on_log_prob.unsqueeze(2) + id_log_prob.unsqueeze(1)  # [N, 2, K]
@@ -278,9 +279,9 @@ class BeamSearch:
 
     def get_gain(self, logits, place):
         """About how much each stroke, from places [N, 2], would raise the log likelihood of drawings [N, R, C]: as if pixels
-        were independent, and the less, the darker they are already. Returns: [N, K]"""
+        were independent, each counting less the darker it is already. Returns: [N, K]"""
         (rows, cols), (height, width) = self.image.obs.shape, self.image.strokes.shape[1:]
-        size = place.new_tensor([(width - 1) / max(cols - 1, 1), (height - 1) / max(rows - 1, 1)])  # of strokes, in pages
+        size = place.new_tensor([(width - 1) / max(cols - 1, 1), (height - 1) / max(rows - 1, 1)])  # of the part around a pen
         middle = place * place.new_tensor([2, -2]) + place.new_tensor([-1, 1])  # [N, 2], in affine_grid's coordinates
         theta = torch.cat([size.diag().expand(len(place), 2, 2), middle.unsqueeze(2)], 2)  # [N, 2, 3]
         gains = []
@@ -289,10 +290,11 @@ class BeamSearch:
             left = (paper - self.least_paper) / (self.most_paper - self.least_paper)  # 1 where nothing is drawn
             grid = F.affine_grid(some_theta, (len(some), 2, height, width), align_corners=True)
             around = F.grid_sample(self.seen * left.unsqueeze(1), grid, align_corners=True)  # [n, 2, h, w]
-            gains.append(around.flatten(1) @ self.gains)
+            gains.append(around.flatten(1) @ self.pixel_gains)
         return torch.cat(gains)
 
     def get_log_likelihood(self, logits):
+        """With the search's floor and maps, in nats: logits [N, R, C] -> [N]"""
         return self.image.get_log_likelihood(logits.clamp(min=self.floor), self.map_id)
 
 

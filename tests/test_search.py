@@ -77,22 +77,46 @@ def test_beginnings_are_scored_as_programs_are(likelihood, num_alphabets):
 
 def test_gains_are_those_of_strokes_on_an_empty_page():
     """Exactly so from pixels, if maps shift the page by whole pixels; what is drawn already gains nothing"""
-    for likelihood, map_id in [("bernoulli", None), ("translation", torch.tensor([10])), ("translation", None)]:
-        model = models.GenerativeModel(num_primitives=5, likelihood=likelihood)
+    cases = [
+        ("bernoulli", None, 28),
+        ("bernoulli", None, 22),
+        ("translation", torch.tensor([10]), 28),
+        ("translation", None, 28),
+    ]
+    for likelihood, map_id, rows in cases:
+        model = models.GenerativeModel(num_primitives=5, likelihood=likelihood, num_rows=rows)
         if likelihood == "translation" and map_id is None:  # all maps: a single one, as in the case before
             model.likelihood.theta_affine = model.likelihood.theta_affine[10:11]
         model.pre_rendering_params.data = torch.tensor([20.0, -12.0])  # dark strokes
         beams = search.BeamSearch(search.Image(model, model.sample(1)[1][0]), map_id, -2.0)
         row, col = torch.tensor([13, 9, 16]), torch.tensor([12, 17, 14])
-        place = torch.stack([col / 27, 1 - row / 27], 1)  # [3, 2]
+        place = torch.stack([col / 27, 1 - row / (rows - 1)], 1)  # [3, 2]
         arcs = torch.cat([place.unsqueeze(1).expand(3, 5, 2), model.get_primitives().expand(3, 5, 5)], 2)
-        logits = rendering.get_logits(arcs.view(15, 1, 7), torch.ones(15, 1), model.get_rendering_params(), 28, 28)
+        logits = rendering.get_logits(arcs.view(15, 1, 7), torch.ones(15, 1), model.get_rendering_params(), rows, 28)
         blank = torch.full_like(logits, beams.floor)
         want = beams.get_log_likelihood(logits) - beams.get_log_likelihood(blank)
         gain = beams.get_gain(blank[:3], place)  # [3, 5]
         torch.testing.assert_close(gain.flatten(), want, atol=1e-3, rtol=1e-4)
         again = beams.get_gain(logits, place.repeat_interleave(5, 0)).view(3, 5, 5).diagonal(dim1=1, dim2=2)
         assert again.abs().mean() < 0.15 * gain.abs().mean()
+
+
+def test_beams_look_ahead(monkeypatch):
+    """Of first strokes, all of which leave no ink, one goes on that leads to where the ink is"""
+    monkeypatch.setattr(search, "NUM_SCORED", 20)  # all of them
+    model = models.GenerativeModel(num_primitives=20, num_arcs=3, likelihood="bernoulli")
+    model.pre_rendering_params.data = torch.tensor([20.0, -12.0])  # dark strokes
+    pairs = torch.cartesian_prod(2 * torch.arange(20), 2 * torch.arange(20) + 1, torch.tensor([0]))  # one moves, one draws
+    with torch.no_grad():
+        drawings = model.get_logits(models.unpack(pairs)) > 0
+        obs = drawings[drawings.flatten(1).sum(1).argmax()].float()
+        beams = search.BeamSearch(search.Image(model, obs), None, -2.0)
+        beam = beams.begin(2 * torch.arange(20).unsqueeze(1))
+        promise = (beam.next_log_prior + beam.gain).flatten(1).amax(1)
+        is_good = promise > promise.max() - 6
+        first = torch.cat([beams.grow(torch.empty(1, 0, dtype=torch.long), 1)[:, 0] // 2 for _ in range(100)])
+    assert is_good.sum() <= 12
+    assert is_good[first].float().mean() > 0.9
 
 
 def test_selection_keeps_distinct_programs_and_prefers_probable_ones():
