@@ -231,47 +231,45 @@ def enumerate_memory(evaluation):
 
 
 def run(evaluation, settings, path, stop):
-    """Trains the network, then estimates log p, until done or a signal arrives. Returns: whether it is done"""
-    args, num_images, step = evaluation.args, len(evaluation.obs), functools.partial(train_step, evaluation)
+    """Searches, trains the network and estimates log p, until done or a signal arrives. Returns: whether it is done"""
+    args, num_images, clock = evaluation.args, len(evaluation.obs), SaveClock(evaluation.args.save_minutes)
+    save = functools.partial(util.save_checkpoint, path)
+    train = functools.partial(train_step, evaluation)
     if evaluation.device.type == "cuda" and args.compile and args.algorithm != "mws":  # whose steps look scores up
-        step = ReplayedStep(step)
-    adds_proposals = not looks_scores_up(evaluation) and args.algorithm in ("rws", "vimco")
-    # The estimates of mws are made by both halves together
-    num_searches, num_estimates = (num_images, 0) if args.algorithm == "mws" else (0, num_images)
-    clock = SaveClock(args.save_minutes)
-    total = num_searches + args.num_iterations + math.ceil(num_estimates / args.test_batch_size)
-    with util.show_progress(total=total, unit="it") as bar:
-        while stop.received is None:
-            if evaluation.num_searched < num_searches:
-                search_step(evaluation, stop)
-            elif evaluation.iteration < args.num_iterations:
-                statistics = step(get_obs_id(evaluation))
-                evaluation.iteration += 1
-                evaluation.pending.append(("train", evaluation.iteration, statistics))
-                if adds_proposals and evaluation.iteration % PROPOSAL_INTERVAL == 0:
-                    add_proposals(evaluation)
-            elif len(evaluation.log_p) < num_estimates:
-                estimate_step(evaluation)
-            else:
-                break
-            done = evaluation.num_searched + evaluation.iteration + math.ceil(len(evaluation.log_p) / args.test_batch_size)
-            if done % args.save_interval == 0 or clock.is_due():
-                util.save_checkpoint(path, evaluation.get_checkpoint(settings))
-                clock.restart()
-            show(evaluation, bar, done)
+        train = ReplayedStep(train)
+
+    def train_and_count():
+        statistics = train(get_obs_id(evaluation))
+        evaluation.iteration += 1
+        evaluation.pending.append(("train", evaluation.iteration, statistics))
+        adds_proposals = not looks_scores_up(evaluation) and args.algorithm in ("rws", "vimco")
+        if adds_proposals and evaluation.iteration % PROPOSAL_INTERVAL == 0:
+            add_proposals(evaluation)
+
+    def repeat(step, count, total, **shown):
+        """Repeats a step until count() reaches the total, saving now and then"""
+        hidden = count() >= total or multiprocessing.parent_process() is not None  # one half shows how far both are
+        with util.show_progress(total=total, initial=count(), disable=hidden, **shown) as bar:
+            while stop.received is None and count() < total:
+                step()
+                if count() % args.save_interval == 0 or clock.is_due():
+                    save(evaluation.get_checkpoint(settings))
+                    clock.restart()
+                if count() % 10 == 0 and evaluation.pending:
+                    statistics = {name: f"{value.item():.4g}" for name, value in evaluation.pending[-1][2].items()}
+                    bar.set_postfix({**statistics, "latents scored": evaluation.table.num_scored}, refresh=False)
+                bar.update(count() - bar.n)
+
+    if args.algorithm == "mws":
+        search_next = functools.partial(search_step, evaluation, stop)
+        repeat(search_next, lambda: evaluation.num_searched, num_images, desc="searching", unit="image")
+    repeat(train_and_count, lambda: evaluation.iteration, args.num_iterations, desc="training", unit="it")
+    if args.algorithm != "mws":  # whose halves make their estimates together
+        estimate_next = functools.partial(estimate_step, evaluation)
+        repeat(estimate_next, lambda: len(evaluation.log_p), num_images, desc="estimating", unit="image")
     if stop.received is not None or args.half is not None:  # a half waits for the other one
-        util.save_checkpoint(path, evaluation.get_checkpoint(settings))
+        save(evaluation.get_checkpoint(settings))
     return stop.received is None
-
-
-def show(evaluation, bar, done):
-    bar.update(done - bar.n)
-    if evaluation.iteration == 0 and evaluation.num_searched:
-        bar.set_description("searching", refresh=False)
-    if done % 10 == 0 and evaluation.pending:
-        bar.set_description("training" if len(evaluation.log_p) == 0 else "estimating", refresh=False)
-        shown = {name: f"{value.item():.4g}" for name, value in evaluation.pending[-1][2].items()}
-        bar.set_postfix({**shown, "latents scored": evaluation.table.num_scored}, refresh=False)
 
 
 # ------------------------------------------------------------------ memoised evaluation
@@ -443,7 +441,8 @@ def run_one(args, checkpoint, images, memory, settings, path, stop):
         load = functools.partial(util.load_checkpoint, device=device, keys=STATE_KEYS)
         if state := load_saved(state_path, load, settings, args.force):
             evaluation.restore(state)
-            print(f"resuming at iteration {evaluation.iteration} of {state_path}")
+            if args.half is None or evaluation.iteration < args.num_iterations:  # not a half that is done
+                print(f"resuming at iteration {evaluation.iteration} of {state_path}")
         rendering.set_compile(args.compile, device)
         build = functools.partial(build_models, args, checkpoint, len(evaluation.obs), device)
         kernel_check.check(build, device, args.num_particles, min(args.batch_size, len(evaluation.obs)))
@@ -463,6 +462,8 @@ def run_halves(args, *what):
         process = run_in_background(threads // 2, second, *what[:-1])
         torch.set_num_threads(threads - threads // 2)
     halves = [run_one(first, *what)]
+    if process is not None and process.is_alive() and stop.received is None:
+        print("the first half is done; waiting for the second", flush=True)
     while process is not None and process.is_alive():
         process.join(0.2)
         if stop.received is not None:
