@@ -64,14 +64,15 @@ def draw_parts(drawing, on, resolution):
 
 
 def draw_stages(drawing, resolution):
-    """Draws programs after each visible stroke: [N, A - 1, R, R], NaN after the last"""
+    """Draws programs after each visible stroke: [N, S, R, R], NaN after the last"""
     num_arcs = drawing.on.shape[1]
     on = drawing.on.unsqueeze(1) & torch.ones(num_arcs, num_arcs, dtype=torch.bool).tril()  # [N, A, A]
     order = (~drawing.on).long().argsort(dim=1, stable=True)  # the visible strokes first
     probs = draw_parts(drawing, on, resolution)  # [N, A, R, R]
     probs = probs.gather(1, order[..., None, None].expand_as(probs))
-    probs[torch.arange(num_arcs) >= drawing.on.sum(1, keepdim=True)] = math.nan
-    return probs[:, : max(num_arcs - 1, 1)]
+    num_visible = drawing.on.sum(1)
+    probs[torch.arange(num_arcs) >= num_visible.unsqueeze(1)] = math.nan
+    return probs[:, : max(int(num_visible.max()), 1)]
 
 
 def is_off_page(drawing):

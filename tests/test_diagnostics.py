@@ -40,11 +40,12 @@ def test_stages_and_tiles():
     model = models.GenerativeModel(num_arcs=5)
     latent, _ = model.sample(6)
     latent[0, :, 1] = 0
-    latent[1, 1:, 1] = 1
+    latent[1, :, 1] = 1  # as in traces, whose first stroke may leave ink
     stages = drawings.draw_stages(variation.get_drawing(model, latent), 28)
+    assert stages.shape == (6, 5, 28, 28)
     for z, stage in zip(latent, stages, strict=True):
         visible = z[:, 1].nonzero().squeeze(1).tolist()
-        assert stage.isnan().flatten(1).all(1).tolist() == [i >= len(visible) for i in range(4)]
+        assert stage.isnan().flatten(1).all(1).tolist() == [i >= len(visible) for i in range(5)]
         if visible:
             torch.testing.assert_close(stage[len(visible) - 1], model.get_logits(z).sigmoid().detach())
             first = z.clone()
