@@ -704,7 +704,17 @@ def test_only_comparable_evaluations_share_a_row(capsys):
 
 
 def test_what_the_alphabet_is_worth():
-    """The right one's lead over the mean of the others is 3 and 1.5 nats; 2.25 ± 12.706 * 0.75"""
+    """Where a search finds all programs, the bounds are log p(x | alphabet). In words: the right one's lead over the mean of the
+    others is 3 and 1.5 nats; 2.25 ± 12.706 * 0.75"""
+    torch.manual_seed(0)
+    model, network = (
+        models.GenerativeModel(2, num_arcs=2, num_alphabets=3),
+        models.InferenceNetwork(2, num_arcs=2, num_alphabets=3),
+    )
+    obs = model.sample(1, torch.eye(3)[:1])[1][0]
+    joint = sum(model.log_prob(get_latents().unsqueeze(1).expand(-1, 3, -1, -1), obs.expand(3, -1, -1), torch.eye(3)))  # [8, L]
+    bounds = conditioning.get_bounds(model, network, obs, 3, search.Effort().scale(0.01))
+    torch.testing.assert_close(bounds, joint.logsumexp(0))
     bounds = torch.tensor([[0.0, -2.0, -4.0], [-4.0, -1.0, -1.0]])
     lines = conditioning.describe(bounds, torch.tensor([0, 1])).splitlines()
     assert lines[0] == "2 unseen images, 3 alphabets"
