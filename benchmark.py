@@ -174,7 +174,7 @@ def get_parser():
     add("--quick", "a fifth of the batch, timed once", action="store_true")
     add("--no-compile", "measure plain PyTorch", dest="compile", action="store_false")
     add("--algorithms", "what to measure (default: all)", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
-    add("--batch-size", "images (default: 250, the paper's)", type=positive)
+    add("--batch-size", "images (default: 250, the paper's); evaluations have 50, and particles in proportion", type=positive)
     add("--num-particles", "latents per image (default: 10; evaluations: 100)", type=util.in_range(int, 2))
     add("--num-runs", "runs of each", type=positive, default=3)
     return parser

@@ -584,7 +584,7 @@ def get_parser():
     add("--all", "also list the paper's models that have not been evaluated", action="store_true")
     parser.start_group("evaluation")
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one")
-    algorithm = "memoised evaluation (mws), the paper's with a new inference network, or by the model's own (own)"
+    algorithm = "mws: memoised evaluation; sleep, rws, vimco: the paper's, by a new network; own: by the model's own"
     add("--algorithm", algorithm, choices=ALGORITHMS, default="sleep")
     mode = "which images: test, the data's own test part, or train, the model's training images (default: test; report: both)"
     add("--mode", mode, choices=["test", "train"], default=None)

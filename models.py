@@ -534,7 +534,7 @@ class _Network(nn.Module):
 
 
 class InferenceNetwork(_Network):
-    """Encodes images by convolutions. Raises: ValueError if they are not 28 x 28"""
+    """Encodes images of 28 x 28 pixels by convolutions. Raises: ValueError if built for others"""
 
     def __init__(
         self, num_primitives=64, lstm_hidden_size=64, num_rows=28, num_cols=28, num_arcs=10,

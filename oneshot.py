@@ -1,6 +1,6 @@
 """One-shot classification of characters with the strokes that a model has learned.
 
-    python oneshot.py --checkpoint-path pretrained/mws_20.pt --runs all_runs.zip
+    python oneshot.py --checkpoint-path pretrained/mws_10_background.pt --runs all_runs.zip
 
 Each run of Omniglot's one-shot task shows characters once, drawn by one person, and asks which of them each drawing by another
 person is. All images are traced with strokes of the model's library (reading/tracing.py), which are then varied to fit the

@@ -137,7 +137,7 @@ def get_parser():
     add("--examples", "new examples to draw of each character", type=util.in_range(int, 1, 1000))
     add(
         "--program",
-        "also search for the best program of the model's fixed strokes, about 20 seconds a character",
+        "also search for the best program of the model's fixed strokes, seconds a character",
         action="store_true",
     )
     add("--as-is", "take images as they are: one character each, of Omniglot's size and stroke width", action="store_true")

@@ -1,6 +1,6 @@
 """log p(z, x) of many latents, computing each distinct one once.
 
-Objectives and search use `score`. `ScoreTable` remembers scores under a fixed generative model: latents are discrete, so an
+Objectives use `score`. `ScoreTable` remembers scores under a fixed generative model: latents are discrete, so an
 inference network that gets sharper samples the same ones again and again. In the end the table also gives a lower bound
 without variance: log p(x) >= log sum p(z, x) over the distinct latents seen.
 """

@@ -325,7 +325,9 @@ def get_parser():
     add("--cluster", "submit them to Slurm; evaluations start when their training is complete", action=boolean)
     add("--wait", "with --cluster, return once all are complete (status 0) or no longer in the queue (1)", action=boolean)
     add("--status", "print each task's progress, job and log", action=boolean)
-    add("--plot", "draw log p against iterations, by eval_logp.py --every-checkpoint, and its range over seeds", action=boolean)
+    add(
+        "--plot", "draw log p against iterations, by eval_logp.py --every-checkpoint, with the range over seeds", action=boolean
+    )
     add("--cancel", "cancel the jobs of these runs (with --eval-logp only their evaluations)", action=boolean)
     add("--rm", "delete these runs, after asking (with --eval-logp only their evaluations)", action=boolean)
     add("--yes", "do not ask", action=boolean)

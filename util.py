@@ -214,7 +214,8 @@ class Config:
     log_interval: Annotated[int, _saving("iterations between updates of the progress bar and losses.csv", 1, limit=5)] = 10
     tensorboard: Annotated[bool, _saving("also log for TensorBoard")] = False
     test_interval: Annotated[
-        int | None, _saving("iterations between tests; of --small-dataset, on training images (default: never)", 1, limit=20)
+        int | None,
+        _saving("iterations between tests (default: never); with --small-dataset, of its training images", 1, limit=20),
     ] = None
     test_batch_size: Annotated[int, _saving("images per step of a test", 1, limit=5)] = 5
     test_num_particles: Annotated[int, _saving("samples per image in a test", 1, limit=10)] = 1000

@@ -1,4 +1,4 @@
-"""The figures of diagnostics.py: curves, grids of drawings, drawings stroke by stroke.
+"""Figures: curves, grids of drawings, drawings stroke by stroke.
 
 Drawings are probabilities of ink, [..., R, C], from 0 (white) to 1 (black); NaN leaves a place empty.
 Figures are made without pyplot, so that they are freed once nothing refers to them.
@@ -115,7 +115,7 @@ def grid_figure(images, num_cols, title, labels=()):
 
 
 def choose_num_cols(num_images, most=10):
-    """The number of columns, at most 10, that leaves the fewest gaps in the last row"""
+    """The number of columns, at most `most`, that leaves the fewest gaps in the last row"""
     return min(range(min(most, num_images), min(most, num_images) // 2, -1), key=lambda cols: -num_images % cols)
 
 

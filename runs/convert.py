@@ -23,6 +23,8 @@ RESULT = {"settings", "enumeration_bound", "model_settings"}
 
 def convert(path):
     """Returns: what became of a file, in words. Raises: UserError if it cannot be read"""
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
     with contextlib.suppress(UserError):
         util.load_checkpoint(path, keys=set())
         return "is of this version already"
