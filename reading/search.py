@@ -25,7 +25,7 @@ import scoring
 from models import pack, unpack
 from util import show_progress
 
-VERSION = 5  # to be raised when searches find other programs: reports do not average evaluations by different versions
+VERSION = 6  # to be raised when searches find other programs: reports do not average evaluations by different versions
 
 
 class Effort(NamedTuple):
@@ -46,6 +46,7 @@ class Effort(NamedTuple):
 
 
 QUICK = Effort(15, 20, 100, 100, 60, 20)  # takes seconds an image when compiled
+NUM_BEST = 200  # programs that a search keeps
 NUM_PROPOSALS = 500  # programs from a model's own network, with which evaluations begin a search
 FLOOR = -2.0  # logit of paper in a beam search: ink not drawn yet costs 2 nats a pixel, not 14
 # Stages of beam searches: how much wider than the first, under which share of the maps, with which logit of paper
@@ -60,7 +61,7 @@ ROUNDS_PER_CHECK = 20  # after which maps are chosen anew and the population is 
 
 
 @torch.no_grad()
-def find(generative_model, obs, alphabet=None, proposals=None, num_best=200, effort=None, is_stopped=lambda: False):
+def find(generative_model, obs, alphabet=None, proposals=None, num_best=NUM_BEST, effort=None, is_stopped=lambda: False):
     """Searches for the most probable programs of an image.
 
     Args:
@@ -73,11 +74,11 @@ def find(generative_model, obs, alphabet=None, proposals=None, num_best=200, eff
     if proposals is None:
         alphabets = None if alphabet is None else alphabet.expand(effort.population, -1)
         proposals = generative_model.sample_latent(effort.population, alphabets)
-    codes = explore(image, pack(proposals), effort, is_stopped)
-    codes = anneal(image, codes, effort, effort.num_hot_rounds, HOT, num_best, is_stopped)
+    codes, num_kept = explore(image, pack(proposals), effort, is_stopped), max(num_best, NUM_BEST)
+    codes = anneal(image, codes, effort, effort.num_hot_rounds, HOT, num_kept, is_stopped)
     if effort.width > 0 and not is_stopped():
         codes = regrow(image, codes, effort.width)
-        codes = anneal(image, codes, effort, effort.num_cold_rounds, COLD, num_best, is_stopped)
+        codes = anneal(image, codes, effort, effort.num_cold_rounds, COLD, num_kept, is_stopped)
     codes, log_joint = select(codes, image.score(codes), num_best)
     return unpack(codes), log_joint
 
@@ -295,7 +296,8 @@ class BeamSearch:
 
     def get_log_likelihood(self, logits):
         """With the search's floor and maps, in nats: logits [N, R, C] -> [N]"""
-        return self.image.get_log_likelihood(logits.clamp(min=self.floor), self.map_id)
+        some = logits.split(scoring.ROWS_AT_ONCE)
+        return torch.cat([self.image.get_log_likelihood(x.clamp(min=self.floor), self.map_id) for x in some])
 
 
 def get_likeness(place, log_likelihood):
@@ -324,11 +326,11 @@ def regrow(image, codes, width):
 # ------------------------------------------------------------------ evolutionary search
 
 
-def anneal(image, codes, effort, num_rounds, temperature, num_best, is_stopped):
+def anneal(image, codes, effort, num_rounds, temperature, num_kept, is_stopped):
     """Improves programs codes [N, A]: each round mutates a population, and selects the next one from old and new programs at a
-    temperature in nats that falls to 0. Returns: the best programs seen, [at most num_best, A], best first"""
+    temperature in nats that falls to 0. Returns: the best programs seen, [at most num_kept, A], best first"""
     population, log_joint = select(codes, image.score(codes), effort.population)
-    best, best_log_joint = population[:num_best], log_joint[:num_best]
+    best, best_log_joint = population[:num_kept], log_joint[:num_kept]
     for round_id in range(num_rounds):
         if round_id % ROUNDS_PER_CHECK == 0:
             if is_stopped():
@@ -336,7 +338,7 @@ def anneal(image, codes, effort, num_rounds, temperature, num_best, is_stopped):
             map_id, log_joint = image.choose_maps(population, NUM_MAPS), image.score(population)
         mutants = mutate(population, image.library, effort.num_mutants)  # [M, A]
         scores = image.score(mutants, map_id)
-        best, best_log_joint = select(torch.cat([best, mutants]), torch.cat([best_log_joint, scores]), num_best)
+        best, best_log_joint = select(torch.cat([best, mutants]), torch.cat([best_log_joint, scores]), num_kept)
         heat = temperature * (1 - (round_id + 1) / num_rounds)
         codes, scores = torch.cat([population, mutants]), torch.cat([log_joint, scores])
         population, log_joint = select(codes, scores, effort.population, heat)
@@ -382,7 +384,7 @@ def get_library(primitives):
     """primitives [K, 5] -> Library"""
     dx, dy, theta = primitives[:, :3].unbind(1)
     bulge = (theta / 2).tan() / 2  # height of the arc over its chord, in lengths of the chord
-    shape = torch.stack([dx, dy, dx / 2 + bulge * dy, dy / 2 - bulge * dx], 1)  # end and middle
+    shape = torch.stack([dx, dy, dx / 2 - bulge * dy, dy / 2 + bulge * dx], 1)  # end and middle
     distance = torch.cdist(shape, shape).square() + 1e-4
     return Library(primitives[:, :2], distance.fill_diagonal_(math.inf) if len(shape) > 1 else distance)
 

@@ -21,7 +21,6 @@ from reading import search
 from results import report
 from runs import checkpoints
 
-NUM_BEST = 200  # programs of an image
 NUM_RANKS = 5
 
 
@@ -29,7 +28,7 @@ def get_bounds(model, network, obs, num_alphabets, effort):
     """Lower bounds on log p(x | alphabet) by the programs that a search finds: obs [R, C] -> [L], nats"""
     alphabets = torch.eye(num_alphabets)  # [L, L]
     proposals = network.sample(obs.expand(num_alphabets, -1, -1), math.ceil(search.NUM_PROPOSALS / num_alphabets), alphabets)
-    latent, _ = search.find(model, obs, alphabets.mean(0), proposals.flatten(0, 1), NUM_BEST, effort)  # [N, A, 2]
+    latent, _ = search.find(model, obs, alphabets.mean(0), proposals.flatten(0, 1), effort=effort)  # [N, A, 2]
     return scoring.score(model, latent.unsqueeze(1).expand(-1, num_alphabets, -1, -1), obs.unsqueeze(0), alphabets).logsumexp(0)
 
 

@@ -14,7 +14,7 @@ import losses
 import models
 import rendering
 from reading import characters, search
-from results import planted
+from results import drawings, planted
 from util import UserError
 
 
@@ -136,6 +136,26 @@ def test_mutants_are_programs(num_primitives, num_arcs):
     mutants = search.mutate(population, library, 500)
     assert mutants.shape == (500, num_arcs) and mutants.min() >= 0 and mutants.max() < 2 * num_primitives
     assert (mutants[:, 0] % 2 == 0).all() and (num_arcs == 1 or len(mutants.unique(dim=0)) > 300)
+
+
+def test_similar_strokes_have_similar_ends_and_middles():
+    primitives = models.GenerativeModel(num_primitives=10).get_primitives()
+    (_, x_middle, x), (_, y_middle, y) = (some.t() for some in drawings.get_points(primitives, 3))
+    shape = torch.stack([x, y, x_middle, y_middle], 1).float()
+    distance = search.get_library(primitives).distance
+    expected = (shape.unsqueeze(1) - shape).square().sum(2) + 1e-4
+    torch.testing.assert_close(distance, expected.fill_diagonal_(torch.inf))
+
+
+def test_how_many_programs_are_wanted_does_not_change_what_is_found():
+    model = models.GenerativeModel(num_primitives=8, num_arcs=5)
+    found = []
+    for num_best in (1, 20):
+        torch.manual_seed(0)
+        obs = model.sample(1)[1][0]
+        found.append(search.find(model, obs, num_best=num_best, effort=search.Effort().scale(0.02)))
+    assert found[0][0].shape == (1, 5, 2) and found[1][0].shape == (20, 5, 2)
+    assert torch.equal(found[0][0], found[1][0][:1]) and torch.equal(found[0][1], found[1][1][:1])
 
 
 def test_crossing_joins_programs_where_they_meet():
