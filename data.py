@@ -199,7 +199,7 @@ def summarise(obs, groups, notes=()):
 
 def _get_faults(obs):
     """Counts images that cannot be characters, by what is wrong with them"""
-    ink = obs.reshape(len(obs), -1).mean(1)
+    ink = obs.mean((1, 2))
     faults = {"blank": ink == 0, "solid": ink > 0.95, "more than half ink": (ink > 0.5) & (ink <= 0.95)}
     return {name: int(found.sum()) for name, found in faults.items() if found.any()}
 

@@ -18,6 +18,7 @@ from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
 import contextlib
 import functools
+import io
 import math
 import multiprocessing
 import os
@@ -71,7 +72,7 @@ class Evaluation:
     """A trained generative model, the images, and everything that an evaluation's checkpoint holds."""
 
     def __init__(self, args, checkpoint, images, device, memory=None):
-        util.set_seed(args.seed if args.half is None else 2 * args.seed + args.half, device)
+        util.set_seed(args.seed if args.half is None else (2 * args.seed + args.half) % 2**64, device)
         self.args, self.device = args, device
         self.obs = images.obs.to(device)
         self.alphabet = images.alphabet.to(device) if checkpoint["num_alphabets"] else None
@@ -245,19 +246,22 @@ def run(evaluation, settings, path, stop):
         adds_proposals = not looks_scores_up(evaluation) and args.algorithm in ("rws", "vimco")
         if adds_proposals and evaluation.iteration % PROPOSAL_INTERVAL == 0:
             add_proposals(evaluation)
+        return statistics
 
     def repeat(step, count, total, **shown):
         """Repeats a step until count() reaches the total, saving now and then"""
-        hidden = count() >= total or multiprocessing.parent_process() is not None  # one half shows how far both are
-        with util.show_progress(total=total, initial=count(), disable=hidden, **shown) as bar:
+        if stop.received is not None or count() >= total:
+            return
+        in_background = multiprocessing.parent_process() is not None  # where the other half shows how far both are
+        with util.show_progress(total=total, initial=count(), disable=in_background, **shown) as bar:
             while stop.received is None and count() < total:
-                step()
+                statistics = step()
                 if count() % args.save_interval == 0 or clock.is_due():
                     save(evaluation.get_checkpoint(settings))
                     clock.restart()
-                if count() % 10 == 0 and evaluation.pending:
-                    statistics = {name: f"{value.item():.4g}" for name, value in evaluation.pending[-1][2].items()}
-                    bar.set_postfix({**statistics, "latents scored": evaluation.table.num_scored}, refresh=False)
+                if statistics is not None and count() % 10 == 0:
+                    values = {name: f"{value.item():.4g}" for name, value in statistics.items()}
+                    bar.set_postfix({**values, "latents scored": evaluation.table.num_scored}, refresh=False)
                 bar.update(count() - bar.n)
 
     if args.algorithm == "mws":
@@ -344,23 +348,30 @@ def estimate_together(halves):
     return torch.cat(log_p), torch.cat(by_half, 1)
 
 
-def run_in_background(num_threads, args, *what):
+def run_in_background(num_threads, *what):
     """Runs a half in a process of its own, which ends with this one; other arguments as for `run_one`. Returns: the process"""
-    process = multiprocessing.get_context("spawn").Process(target=_run_half, args=(num_threads, args, *what), daemon=True)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that Ctrl-C reaches it only through this process
-    process.start()
-    signal.signal(signal.SIGINT, handler)
+    content = io.BytesIO()
+    torch.save(what, content)  # tensors themselves would take shared memory, of which containers have little
+    process = multiprocessing.get_context("spawn").Process(
+        target=_run_half, args=(num_threads, content.getvalue()), daemon=True
+    )
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C reaches it only through this process
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     return process
 
 
-def _run_half(num_threads, args, *what):
+def _run_half(num_threads, content):
     def follow():
         multiprocessing.parent_process().join()
         os.kill(os.getpid(), signal.SIGTERM)
 
     def run_half():
         with StopSignal() as stop:
-            return 0 if run_one(args, *what, stop) else 128 + stop.received
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            return 0 if run_one(*torch.load(io.BytesIO(content), weights_only=False), stop) else 128 + stop.received
 
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(num_threads)
@@ -596,9 +607,9 @@ def get_parser():
         defaults = ", ".join([str(default), *(f"{algorithm}: {value}" for algorithm, value in others.items())])
         low = 0 if name == "num_iterations" else 1
         add(f"--{name.replace('_', '-')}", f"{help} (default: {defaults})", type=util.in_range(int, low))
-    add("--memory-size", "mws: programs remembered per image", type=positive, default=200)
-    effort = "mws: length of the search, in units of about ten seconds on one core per image and half"
-    add("--effort", effort, type=util.in_range(float, 0.01, 1000), default=1.0)
+    add("--memory-size", "mws: programs remembered per image", type=positive, default=search.NUM_BEST)
+    effort = "mws: length of the search, in units of about ten seconds on one core per image and half (and of 35 MB)"
+    add("--effort", effort, type=util.in_range(float, 0.01, 100), default=1.0)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--force", "repeat an evaluation that is complete, or replace one with other settings", action="store_true")
     parser.start_group("running")

@@ -388,14 +388,13 @@ def get_parser():
 def parse_args(argv=None):
     """Raises: UserError if arguments are out of range or exclude each other"""
     args = get_parser().parse_args(argv)
-    if args.data_location is None:
-        args.data_location = "glyphs" if args.test_run else util.Config.data_location
+    for name in ["data_location", "compile"]:
+        if getattr(args, name) is None:
+            setattr(args, name, util.get_run_default(name, args.test_run))
     if args.test_run:
         for name, limit in util.get_test_run_limits(args).items():
             value = getattr(args, name)
             setattr(args, name, limit if value is None else min(value, limit))
-    if args.compile is None:  # whatever the number of iterations, so that bits do not depend on it
-        args.compile = not args.test_run
     if args.algorithm == "vimco" and args.num_particles < 2:
         raise UserError("--algorithm vimco needs --num-particles of at least 2")
     if args.q_uniform_mixture == 1:

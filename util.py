@@ -327,7 +327,7 @@ def get_path_base(args):
     if test_run:
         limits = get_first_names(get_test_run_limits(args))
         defaults |= {name: min(limits[name], defaults[name]) for name in limits if defaults[name] is not None}
-        defaults["data_location"] = "glyphs"
+        defaults["data_location"] = get_run_default("data_location", True)
     conditional, small = settings.pop("condition_on_alphabet"), settings.pop("small_dataset")
     algorithm, num_particles = settings.pop("algorithm"), settings.pop("num_particles")
     total = num_particles + settings.get("memory_size", 0)
@@ -417,12 +417,22 @@ def get_test_run_limits(args):
     return limits | getattr(CHOICES["likelihood"][args.likelihood], "test_run_limits", {})
 
 
+# Defaults that depend on --test-run. They do not depend on the number of iterations, which must not change bits
+RUN_DEFAULTS = {False: {"compile": True}, True: {"compile": False, "data_location": "glyphs"}}
+
+
+def get_run_default(name, test_run):
+    """The value of a setting that is not given"""
+    return RUN_DEFAULTS[test_run].get(name, get_fields()[name].default)
+
+
 def get_flags(args):
     """The flags of main.py, a list of words, that yield these arguments, a namespace"""
     flags = []
     for name, field in get_fields().items():
-        value, flag = getattr(args, name, field.default), f"--{name.replace('_', '-')}"
-        if value is None or value == field.default or name == "cuda" or (name == "compile" and value):  # which is the default
+        default = get_run_default(name, args.test_run)
+        value, flag = getattr(args, name, default), f"--{name.replace('_', '-')}"
+        if value is None or value == default or name == "cuda":
             continue
         if field.type is bool:
             flags.append(flag if value else f"--no-{flag[2:]}")

@@ -238,7 +238,8 @@ def submit(listing, indices, command):
         task, job = listing.tasks[i], match[1] if command[0] == "om-repeat" else f"{match[1]}_{i}"
         tasks.open_log(task, f", submitted as job {job}").close()
         if len(indices) > 1:  # an array has one name for all of its jobs
-            call(["scontrol", "update", f"JobId={job}", f"JobName={get_job_name(task)}"])
+            with contextlib.suppress(UserError):  # it may have ended already
+                call(["scontrol", "update", f"JobId={job}", f"JobName={get_job_name(task)}"])
     return match[1]
 
 

@@ -138,9 +138,10 @@ def get_evaluation_progress(task):
     damage = next(filter(None, damages), "")
     if not matching:
         return Progress(False, 0, total, replaces=replaces, others=others, damage=damage)
-    state_path, state = next(iter(matching.items()))
-    steps, saved_at = state["iteration"] + len(state["log_p"]) + state["num_searched"], state_path.stat().st_mtime
-    return Progress(False, state["iteration"], total, steps, saved=saved_at, replaces=replaces, damage=damage)
+    steps = sum(state["iteration"] + len(state["log_p"]) + state["num_searched"] for state in matching.values())
+    iteration = sum(state["iteration"] for state in matching.values()) // len(task.get_state_paths())  # the halves' mean
+    saved_at = max(saved_path.stat().st_mtime for saved_path in matching)
+    return Progress(False, iteration, total, steps, saved=saved_at, replaces=replaces, damage=damage)
 
 
 def describe_differences(saved, task, location):
@@ -270,19 +271,21 @@ def finish(task, process):
     """Waits until a task's process has ended, and prints how. Returns: whether it succeeded"""
     status = process.wait()
     write_status(task, status)
-    if status == 0:
-        progress = get_progress(task)
+    if status == 0 and (progress := get_progress(task)).done:
         what = "theta loss" if task.kind == "train" else "log p"
         print(f"{task}: done, {progress.iteration} iterations, {what} {progress.value}", flush=True)
-    elif was_stopped(status):
+        return True
+    if was_stopped(status):
         print(f"{task}: stopped, resumes when the sweep does", flush=True)
     else:
         print(f"{task}: {describe_end(status)}, see {task.get_path('log')}; its end:\n{get_log_end(task)}", flush=True)
-    return status == 0
+    return False
 
 
 def describe_end(status):
     """How a process failed, in words"""
+    if status == 0:
+        return "ended without the result that was asked for"
     if status > 0:
         return f"failed with status {status}"
     return f"killed by {signal.Signals(-status).name}" + ", perhaps because memory ran out" * (status == -signal.SIGKILL)

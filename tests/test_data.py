@@ -323,6 +323,7 @@ def test_damaged_and_missing_files(tmp_path):
     (tmp_path / "empty.npy").write_bytes(b"")
     np.save(tmp_path / "objects.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
     np.save(tmp_path / "zeros.npy", np.zeros((5, 784)))
+    np.save(tmp_path / "single.npy", np.eye(28)[None])
     np.save(tmp_path / "full.npy", np.full((5, 28, 28), 255, np.uint8))
     np.savez(tmp_path / "text.npz", images=np.array("no array of numbers"))
     (tmp_path / "text.txt").write_text("hello")
@@ -336,6 +337,7 @@ def test_damaged_and_missing_files(tmp_path):
     for name, words in {
         "cut.mat": "is damaged", "noise.mat": "is damaged", "sparse.mat": "not in chardata.mat's format", "empty.npy": "is damaged",
         "objects.npy": "is damaged", "zeros.npy": "the value 0 everywhere", "full.npy": "5 blank", "text.npz": "expected numbers",
+        "single.npy": "too few images to split into",
         "text.txt": "is not a .mat, .npy", "none.zip": "holds no images", "empty": "holds no images",
         "broken/a.zip": "a.png is damaged", "pipe": "holds no images", "wide": "pixels of Pillow's mode F", "missing": "no such file",
     }.items():  # fmt: skip

@@ -623,6 +623,12 @@ def test_a_sweeps_evaluation_is_of_the_trained_model_as_it_is_now(model, monkeyp
     old = {"settings": {"model": "of before"}, **dict(args={}, iteration=0, log_p=[], num_searched=1)}
     util.save_checkpoint(searched.get_state_paths()[1], old)  # of the second half alone
     assert tasks.get_progress(searched).replaces
+    settings = {**searched.settings, "model": tasks.get_training_progress(task).model}
+    for path, num_searched, iteration in zip(searched.get_state_paths(), (4, 1), (10, 0), strict=True):
+        state = dict(settings=settings, args=settings, iteration=iteration, log_p=[], num_searched=num_searched)
+        util.save_checkpoint(path, state)
+    progress = tasks.get_progress(searched)  # of both halves: one that gets on in the second is not stuck
+    assert not progress.replaces and (progress.steps, progress.iteration) == (15, 5)
 
 
 def get_evaluation_tasks(model, monkeypatch, *options):

@@ -124,6 +124,10 @@ def test_the_models_of_the_paper():
             flags = util.get_flags(args)
             assert all(re.fullmatch(r"--[\w=./-]+", flag) for flag in flags)
             assert vars(main.parse_args(flags)) == vars(args)
+    for words in ["--data-location local", "--data-location glyphs", "--compile", "--no-compile"]:
+        for test_run in [[], ["--test-run"]]:
+            args = main.parse_args([*test_run, *words.split()])
+            assert vars(main.parse_args(util.get_flags(args))) == vars(args)
 
 
 def test_dry_run_prints_what_would_be_run(folder):
