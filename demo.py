@@ -43,7 +43,10 @@ class Reader:
 
     def __init__(self, model, known):
         self.model, self.lock = model.requires_grad_(False), threading.Lock()
-        which = known.obs.flatten(1) if known.alphabet is None else np.column_stack([known.alphabet.argmax(1), known.character])
+        known = known.select(known.obs.flatten(1).any(1).nonzero().squeeze(1))  # those that are not blank
+        which = (
+            known.obs.flatten(1) if known.character is None else np.column_stack([known.alphabet.argmax(1), known.character])
+        )
         self.known = known.obs[np.unique(which, axis=0, return_index=True)[1]]  # one drawing of each character
         self.points = [matching.get_points(obs, scale=True) for obs in self.known.numpy() >= 0.5]
         self.library = drawings.draw_primitives(model, 40)[0]  # [K, R, R]

@@ -224,15 +224,14 @@ def draw_alphabets(trained, args):
     model, one_hot, pages = trained.generative_model, torch.eye(trained.num_alphabets), []
     for alphabet_id in alphabet_ids.tolist():
         members = trained.dataset.train.alphabet[:, alphabet_id].nonzero().squeeze(1)
-        obs_id = members[data.spread(len(members), num)]
         new, _ = model.sample(num, one_hot[alphabet_id].expand(num, -1))
-        obs, latent = trained.get_images(obs_id)[0], trained.reconstruct(obs_id)
-        _, maps = drawings.get_maps(model, latent, obs)
-        panels = {
-            "images": drawings.resize(obs, args.resolution),
-            "as the model sees them": drawings.draw(model, latent, args.resolution, maps),
-            "new characters": drawings.draw(model, new, args.resolution),
-        }
+        panels = {"new characters": drawings.draw(model, new, args.resolution)}
+        if len(members):
+            obs_id = members[data.spread(len(members), num)]
+            obs, latent = trained.get_images(obs_id)[0], trained.reconstruct(obs_id)
+            _, maps = drawings.get_maps(model, latent, obs)
+            seen = drawings.draw(model, latent, args.resolution, maps)
+            panels = {"images": drawings.resize(obs, args.resolution), "as the model sees them": seen, **panels}
         title = f"{trained.dataset.alphabet_names[alphabet_id]}: {trained.get_title()}"
         pages.append(figures.panels_figure(panels, num_cols, title))
     save_figures(trained, trained.get_stem("alphabets"), pages)

@@ -94,7 +94,7 @@ def get_ink(grey):
     paper = _get_paper(grey)
     if ((grey - paper) ** 3).mean() > 0:  # the ink is lighter
         grey, paper = 1 - grey, 1 - paper
-    darkness = 1 - grey / np.maximum(paper, 1 / 255)  # as a share of the light falling there
+    darkness = np.where(paper > 0, 1 - grey / np.maximum(paper, 1 / 255), 0)  # as a share of the light falling there
     contrast = darkness.max()
     noise = max(np.quantile(-darkness, 0.999), 0)  # values lighter than paper are noise; so are values as much darker
     if contrast < max(MIN_CONTRAST, 1.6 * noise):
@@ -168,7 +168,7 @@ def find_sheet(grey):
     """Cuts out the sheet of paper in a photograph that also shows the table: grey values [rows, columns] -> the same, or the
     part around the sheet, with paper instead of the table in its corners. A sheet is convex, clearly brighter or darker than
     its surroundings on all sides, mostly empty, and reaches at most one corner of the photograph."""
-    if min(grey.shape) < SHEET_SIDE / 2:  # not a photograph
+    if min(grey.shape) < SHEET_SIDE / 2 or max(grey.shape) > 10 * min(grey.shape):  # not a photograph
         return grey
     small = _scale_down(grey, SHEET_SIDE)
     best, chosen = 0, None

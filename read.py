@@ -82,6 +82,7 @@ def save_searched(model, network, found, folder, title):
     obs = (found.obs >= 0.5).float()
     rendering.set_compile(True)  # takes a while, but a search takes longer
     latent, log_joint, alphabets = search.read(model, network, obs)
+    rendering.set_compile(False)  # the drawings have other sizes, each of which would take longer to compile
     (map_id, _), drawing = drawings.get_maps(model, latent, obs), variation.get_drawing(model, latent, obs)
     for i, name in enumerate(found.names):
         program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])

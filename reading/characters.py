@@ -41,12 +41,12 @@ class Characters:
     @functools.cached_property
     def names(self):
         """Names for each character's files: the stems of `files`, numbered where one holds several characters, and distinct, so
-        that none overwrites another"""
+        that none overwrites another, nor another's program"""
         names = []
         for i, file in enumerate(self.files):
             number = f"-{self.files[:i].count(file) + 1}" if self.files.count(file) > 1 else ""
-            name = pathlib.Path(file).stem[:LONGEST_NAME] + number
-            while name in names:
+            name = (pathlib.Path(file).stem.strip(".")[:LONGEST_NAME] or "image") + number
+            while {name, f"{name}-program"} & {written for other in names for written in (other, f"{other}-program")}:
                 name += "-again"
             names.append(name)
         return names

@@ -63,7 +63,8 @@ def summarise(runs):
 
 def _load_run(path, labels, files):
     folder = labels.parent
-    pictures = [name for name, file in files.items() if name.startswith(f"{folder}/") and file.suffix in get_suffixes()]
+    prefix = "" if folder.name == "" else f"{folder}/"  # the path may be that of a single run
+    pictures = [name for name, file in files.items() if name.startswith(prefix) and file.suffix in get_suffixes()]
     pairs = _read_labels(f"{path}: {labels}", files[str(labels)].read(), pictures)
     characters, tests = sorted(filter(_is_training, pictures)), list(pairs)
     others = sorted({*pictures} - {*characters, *tests})
@@ -76,7 +77,7 @@ def _load_run(path, labels, files):
             raise UserError(f"{path}: {name} is {'more than half ink' if inks[-1].any() else 'blank'}")
     images = torch.from_numpy(np.stack([shrink(ink.astype(np.float64)) for ink in inks])).float()
     answers = torch.tensor([characters.index(name) for name in pairs.values()])
-    return Run(folder.name, *images.tensor_split([len(characters)]), answers, inks)
+    return Run(folder.name or util.expand_user(path).stem, *images.tensor_split([len(characters)]), answers, inks)
 
 
 def _is_training(name):
@@ -116,9 +117,14 @@ def make(path, out, num_runs, seed):
         match = re.fullmatch(r"(?:.*/)?([^/]+)/character(\d+)/\d+_(\d+)\.png", name)
         if match:
             images[match[1]][int(match[2])][int(match[3])] = read
-    alphabets = sorted(name for name in images if len(images[name]) >= NUM_CHARACTERS)
+    alphabets = sorted(
+        name
+        for name, characters in images.items()
+        if len(characters) >= NUM_CHARACTERS and len(set.intersection(*map(set, characters.values()))) >= 2
+    )
     if not alphabets:
-        raise UserError(f"{path} has no alphabet with {NUM_CHARACTERS} characters: give Omniglot's images_background.zip")
+        wanted = f"{NUM_CHARACTERS} characters, all by the same two people"
+        raise UserError(f"{path} has no alphabet with {wanted}: give Omniglot's images_background.zip")
     rng = random.Random(seed)
     rng.shuffle(alphabets)
     with zipfile.ZipFile(out, "w") as archive:

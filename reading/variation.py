@@ -30,7 +30,7 @@ import rendering
 
 FLOOR = 0.01  # f
 FARTHEST = 4.0  # largest deviations with which a fit may begin
-LEARNING_RATE = 0.1  # of Adam on e, at first; it falls to a tenth
+LEARNING_RATE = 0.1  # of Adam on e; it falls to about a tenth
 AT_ONCE = 800  # drawings fitted at a time
 ARCS_PER_SIZE = 8  # drawings are padded to multiples of it, since each number of strokes is compiled separately
 

@@ -60,7 +60,7 @@ def main():
     args = parser.parse_args()
     checkpoint = checkpoints.load(checkpoints.find(args.checkpoint_path))
     num_alphabets = checkpoint["num_alphabets"]
-    if not num_alphabets:
+    if num_alphabets < 2:
         raise util.UserError(f"{args.checkpoint_path} is not conditional on the alphabet; give one that is")
     images = data.load_for_model(checkpoint, args.data_location).test
     images = images.select(data.spread(len(images.obs), args.num_data))

@@ -125,7 +125,7 @@ def primitives_figure(generative_model, resolution, title, usage, source):
     probs, start, side = drawings.draw_primitives(generative_model, resolution)
     order = usage.argsort(descending=True, stable=True)
     labels = [f"{i}: {usage[i]:.1%}" for i in order.tolist()]
-    most = int((usage[order].cumsum(0) < 0.9).sum()) + 1
+    most = min(int((usage[order].cumsum(0) < 0.9).sum()) + 1, len(order))
     title += f"\n{most} of {len(order)} make 90 % of the strokes in the {source} (shares below each)"
     figure = grid_figure(probs[order], 8, f"{title}\ndot: start; tile: {side:.2f} characters wide", labels)
     left, top = place(*np.divmod(np.arange(len(order)), 8), resolution, resolution // 4)

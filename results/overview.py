@@ -3,6 +3,7 @@ everything except the animations, which are linked."""
 
 import base64
 import html
+import os
 import time
 import urllib.parse
 
@@ -67,7 +68,7 @@ def get_pictures(name):
         if thumbnail.exists():
             shown[pdf] = f"data:image/png;base64,{base64.b64encode(thumbnail.read_bytes()).decode()}"
     films = [find_newest("reconstructions/*.gif"), folder / "reconstructions.gif"]
-    links = {path: urllib.parse.quote(str(path.relative_to(util.SAVE))) for path in [*shown, *films] if path.exists()}
+    links = {path: urllib.parse.quote(os.fsencode(path.relative_to(util.SAVE))) for path in [*shown, *films] if path.exists()}
     return "\n".join(
         f'<a href="{link}"><img alt="{path.stem}" src="{shown.get(path, link)}"></a>' for path, link in links.items()
     )
@@ -88,5 +89,5 @@ def write_overview():
 </body></html>
 """
     path = util.SAVE / "index.html"
-    util.write(path, page.encode())
+    util.write(path, page.encode(errors="backslashreplace"))
     return path

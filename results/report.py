@@ -367,7 +367,7 @@ def write_csv(path, rows):
     writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    util.write(path, file.getvalue().encode())
+    util.write(path, file.getvalue().encode(errors="surrogateescape"))
 
 
 # ------------------------------------------------------------------ figures
@@ -391,7 +391,9 @@ def draw_lines(path, lines, title, xlabel, ticks=None, limits=None):
     figure = figures.Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for label, line in lines.items():
-        (drawn,) = axes.plot(line.x, line.y, marker="o", markersize=2.5, lw=1.3, label=textwrap.fill(label, 60))
+        (drawn,) = axes.plot(
+            line.x, line.y, marker="o", markersize=2.5, lw=1.3, label=figures.literal(textwrap.fill(label, 60))
+        )
         axes.fill_between(line.x, line.low, line.high, color=drawn.get_color(), alpha=0.25)
         if line.dotted is not None:
             axes.plot(line.x, line.dotted, ":", color=drawn.get_color(), lw=1.3)
@@ -400,7 +402,7 @@ def draw_lines(path, lines, title, xlabel, ticks=None, limits=None):
         axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
     axes.set(xlabel=xlabel, ylabel="log p(x), nats per image", ylim=limits)
-    axes.set_title("\n".join(filter(None, title)), fontsize=8)
+    axes.set_title(figures.literal("\n".join(filter(None, title))), fontsize=8)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     figures.save_pdf(path, [figure])
@@ -485,7 +487,7 @@ def draw_milestones(runs, path):
     """
     kinds = collections.Counter(kind for found in runs.values() for kind in found)
     kind = min(kinds, key=lambda kind: (-kinds[kind], get_place(kind[0])))
-    models, rows, lines, texts = collections.defaultdict(list), [], {}, []
+    models, rows, lines, texts, evaluated = collections.defaultdict(list), [], {}, [], {}
     first = {name: next(iter(found[kind].values())) for name, found in runs.items() if kind in found}
     row_names = name_rows({name: result["model_settings"] for name, result in first.items()})
     for name in sorted(runs, key=get_order):
@@ -493,6 +495,10 @@ def draw_milestones(runs, path):
             warn(f"{name} is left out: its checkpoints were evaluated on other images or with other numbers of particles")
             continue
         results = runs[name][kind]
+        originals = {evaluated.setdefault(result["settings"]["model"], name) for result in results.values()} - {name}
+        if originals:
+            warn(f"{name} is left out: it is a copy of {min(originals)}, not another seed")
+            continue
         models[row_names[name]].append(results)
         rows += [get_milestone_row(name, results[i]) for i in sorted(results)]
         images = describe_images(first[name])

@@ -405,6 +405,7 @@ def test_paper_of_other_kinds():
     for content in [encode(np.where(letter[..., None], blue, yellow)), encode(transparent), file.getvalue()]:
         assert (data.read_image("x", content) >= 0.5).tolist() == expected.tolist()
     assert not data.read_image("x", encode(draw(paper=200, ink=200, noise=3))).any()  # blank paper's noise is no ink
+    assert not data.read_image("x", encode(np.zeros((50, 50)))).any()  # nor is black paper
 
 
 def test_blank_and_solid_images_are_named_or_refused(tmp_path):

@@ -245,6 +245,12 @@ def test_data_with_other_alphabets(folder, capsys):  # noqa: F811
     assert get_files(model) == {"losses.pdf", "primitives/12.pdf", "prior/12.pdf"}
     with pytest.raises(UserError, match="the model knows 5 alphabets, other has 7"):
         eval_logp.main([*flags, "--algorithm", "rws"])
+    make_folder("few", 5)
+    for path in [path for i in (2, 3, 4) for path in pathlib.Path(f"few/{i}").glob("[1-9]*")]:
+        path.unlink()
+    assert data.load("few").train.alphabet.sum(0).min() == 0  # such an alphabet has new characters alone
+    assert diagnostics.main([*DRAW, "--checkpoint-path", model, "--data-location", "few"]) == 0
+    assert any(file.startswith("alphabets/") for file in get_files(model))
 
 
 def test_data_of_another_size(folder, capsys):  # noqa: F811

@@ -242,10 +242,14 @@ def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
     with pytest.raises(UserError, match="past its pretraining"):
         eval_logp.main([*every, "--mode", "train", "--checkpoint-path", seeds[1]])
     assert len(report.compare_milestones(seeds)) == 3 and f"{seeds[1]} is left out" in capsys.readouterr().err
+    shutil.copytree(util.SAVE / model, util.SAVE / f"{model}_seed=2")
+    assert ", 1 seed, " in report.compare_milestones([model, f"{model}_seed=2"])[1]
+    assert f"{model}_seed=2 is left out: it is a copy of {model}, not another seed" in capsys.readouterr().err
     behind = report.get_milestones_folder(seeds[1], "train")
     behind.mkdir(parents=True)
     result = checkpoints.load_result(report.get_milestones_folder(model, "train") / "6.pt")
-    util.save_checkpoint(behind / "5.pt", {**result, "model_iteration": 5})  # a copy of the other seed's
+    other = {**result["settings"], "model": "other"}
+    util.save_checkpoint(behind / "5.pt", {**result, "settings": other, "model_iteration": 5})  # of the other seed
     assert len(report.compare_milestones(seeds)) == 3
     assert f"{behind}/5.pt is left out: it is of another model than this run's now (seed is 0" in capsys.readouterr().err
     checkpoints.get_path(seeds[1]).unlink()  # as if it had come alone: a seed that has not got as far

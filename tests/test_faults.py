@@ -172,6 +172,20 @@ def test_names_from_outside_are_shown_literally(folder, run_script, capsys):  # 
     flags = ["--checkpoint-path", str(get_run_folder()), "--examples=1"]
     status, stdout, _ = run_script(read, *flags, *map(os.fsdecode, names))
     assert status == 0 and "lat\\udcff" in stdout
+    location, own = os.fsdecode(b"$_{\xff$.npy"), "--algorithm own --num-data 2 --test-num-particles 3 --no-compile".split()
+    np.save(location, np.random.RandomState(0).rand(20, 28, 28) < 0.1)
+    for script, *flags in [
+        (eval_logp, *own, "--checkpoint-path", get_run_folder().name, "--data-location", location),
+        (eval_logp, "--report"),
+        (main, *FLAGS, "--data-location", location, "--name", "other"),
+        (diagnostics, "--loss-only"),
+    ]:
+        if script is diagnostics:
+            os.rename("save/other", b"save/caf\xe9")
+        status, _, stderr = run_script(script, *flags)
+        assert status == 0, stderr
+    assert b"_{\xff$.npy" in pathlib.Path("save/logp.csv").read_bytes()
+    assert "_{\\udcff$.npy" in pathlib.Path("save/index.html").read_text()
 
 
 def test_strokes_without_sharpness_or_width(folder):  # noqa: F811

@@ -83,14 +83,16 @@ def test_programs_and_files_that_cannot_be_read(photograph, tmp_path, run_script
     (tmp_path / "broken.png").write_bytes(b"no picture")
     letter = np.full((105, 105), 255, np.uint8)
     letter[20:80, 50:53] = 0
-    for name in ("a/x.png", "b/x.png"):
-        (tmp_path / name).parent.mkdir()
+    for name in ("a/x.png", "b/x.png", "x-program.png", "..png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         imageio.imwrite(tmp_path / name, letter)
     model = ["--checkpoint-path", "pretrained/a_mws_5_batch-size=50"]
-    status, _, stderr = run_script(read, "a/x.png", "broken.png", "none.png", "b/x.png", "--as-is", "--program", *model)
+    files = ["a/x.png", "broken.png", "none.png", "b/x.png", "x-program.png", "..png"]
+    status, _, stderr = run_script(read, *files, "--as-is", "--program", *model)
     assert status == 0 and stderr.count("skipped") == 2, stderr
     (folder,) = (tmp_path / "save").glob("*/read")
-    assert {path.stem for path in folder.glob("*.json")} == {"x", "x-again", "x-program", "x-again-program"}
+    names = ["x", "x-again", "x-program-again", "image"]
+    assert {path.stem for path in folder.glob("*.json")} == {*names, *(f"{name}-program" for name in names)}
     program = json.loads((folder / "x-program.json").read_text())
     assert len(program["strokes"]) == 10 and program["log_joint"] < 0 and 0 <= program["alphabet"] < 50 and "map_id" in program
     status, _, stderr = run_script(read, "none.png")

@@ -247,6 +247,9 @@ def test_thick_strokes_and_several_characters(capsys):
     dotted[60:180, 46:54] = dotted[20:32, 44:56] = 0
     assert len(images.find_characters("i", encode(dotted))) == 1
     assert capsys.readouterr().err == ""
+    strip = np.ones((125, 2500))
+    strip[60:66, 100:-100] = 0
+    assert len(images.find_characters("strip", encode(strip))) == 1
     assert images.find_characters("blank", encode(np.full((90, 90), 0.7))) == []
     assert "warning: blank is blank" in capsys.readouterr().err
 
