@@ -72,7 +72,7 @@ def draw_stages(drawing, resolution):
     probs = probs.gather(1, order[..., None, None].expand_as(probs))
     num_visible = drawing.on.sum(1)
     probs[torch.arange(num_arcs) >= num_visible.unsqueeze(1)] = math.nan
-    return probs[:, : max(int(num_visible.max()), 1)]
+    return probs[:, : max([1, *num_visible.tolist()])]
 
 
 def is_off_page(drawing):
