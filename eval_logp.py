@@ -350,20 +350,26 @@ def estimate_together(halves):
 
 def run_in_background(num_threads, *what):
     """Runs a half in a process of its own, which ends with this one; other arguments as for `run_one`. Returns: the process"""
-    content = io.BytesIO()
+    context, content = multiprocessing.get_context("spawn"), io.BytesIO()
     torch.save(what, content)  # tensors themselves would take shared memory, of which containers have little
-    process = multiprocessing.get_context("spawn").Process(
-        target=_run_half, args=(num_threads, content.getvalue()), daemon=True
-    )
+    theirs, ours = context.Pipe(duplex=False)
+
+    def send():
+        with ours, contextlib.suppress(OSError):  # if the process has died already
+            ours.send_bytes(content.getbuffer())
+
+    process = context.Process(target=_run_half, args=(num_threads, theirs), daemon=True)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C reaches it only through this process
     try:
         process.start()
     finally:
         signal.signal(signal.SIGINT, handler)
+    theirs.close()
+    threading.Thread(target=send, daemon=True).start()  # it takes seconds to be ready for it
     return process
 
 
-def _run_half(num_threads, content):
+def _run_half(num_threads, arguments):
     def follow():
         multiprocessing.parent_process().join()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -371,7 +377,8 @@ def _run_half(num_threads, content):
     def run_half():
         with StopSignal() as stop:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            return 0 if run_one(*torch.load(io.BytesIO(content), weights_only=False), stop) else 128 + stop.received
+            what = torch.load(io.BytesIO(arguments.recv_bytes()), weights_only=False)
+            return 0 if run_one(*what, stop) else 128 + stop.received
 
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(num_threads)

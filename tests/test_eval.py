@@ -4,12 +4,15 @@ import argparse
 import csv
 import functools
 import math
+import multiprocessing.resource_tracker
+import multiprocessing.spawn
 import os
 import pathlib
 import re
 import shlex
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -436,6 +439,20 @@ def test_memoised_evaluation_of_an_enumerable_model(model, memory_size, num_thre
     assert result["log_p"] == pytest.approx(exact.mean().item(), abs=0.02)
     torch.testing.assert_close(result["log_p_by_half"], exact.expand(2, -1), atol=0.3, rtol=0)
     assert not list((util.SAVE / model / "logp/checkpoints").glob("*.pt"))
+
+
+def test_a_half_that_dies_at_its_start_does_not_hold_up_the_other():
+    """What it was sent is larger than a pipe"""
+    spawn, resource_tracker = multiprocessing.spawn, multiprocessing.resource_tracker
+    resource_tracker.ensure_running()
+    python, before = spawn.get_executable(), time.monotonic()
+    spawn.set_executable("/bin/false")
+    try:
+        process = eval_logp.run_in_background(1, torch.zeros(10**6))
+        process.join(10)
+        assert process.exitcode == 1 and time.monotonic() - before < 10
+    finally:
+        spawn.set_executable(python)
 
 
 def test_evaluations_by_other_searches_share_no_row(model, monkeypatch, capsys):
