@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import math
 import multiprocessing
 import os
@@ -234,7 +235,7 @@ def enumerate_memory(evaluation):
 def run(evaluation, settings, path, stop):
     """Searches, trains the network and estimates log p, until done or a signal arrives. Returns: whether it is done"""
     args, num_images, clock = evaluation.args, len(evaluation.obs), SaveClock(evaluation.args.save_minutes)
-    save = functools.partial(util.save_checkpoint, path)
+    save, numbers = functools.partial(util.save_checkpoint, path), itertools.count(1)  # of steps of any kind
     train = functools.partial(train_step, evaluation)
     if evaluation.device.type == "cuda" and args.compile and args.algorithm != "mws":  # whose steps look scores up
         train = ReplayedStep(train)
@@ -256,7 +257,7 @@ def run(evaluation, settings, path, stop):
         with util.show_progress(total=total, initial=count(), disable=in_background, **shown) as bar:
             while stop.received is None and count() < total:
                 statistics = step()
-                if count() % args.save_interval == 0 or clock.is_due():
+                if next(numbers) % args.save_interval == 0 or clock.is_due():
                     save(evaluation.get_checkpoint(settings))
                     clock.restart()
                 if statistics is not None and count() % 10 == 0:
