@@ -1,6 +1,6 @@
 """How much it helps a conditional model to know the alphabet of unseen drawings.
 
-    python -m results.conditioning --checkpoint-path "pretrained/a_mws_5_batch-size=50"     # ten minutes on one core
+    python -m results.conditioning --checkpoint-path "pretrained/a_mws_5_batch-size=50"     # nine minutes on one core
 
 Programs of test images are searched for under the prior of a mixture of all alphabets, which favours none: that of the mean
 of their one-hot vectors. The sum of p(z, x | alphabet) over these programs bounds p(x | alphabet) from below, for every
