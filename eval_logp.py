@@ -235,16 +235,16 @@ def enumerate_memory(evaluation):
 def run(evaluation, settings, path, stop):
     """Searches, trains the network and estimates log p, until done or a signal arrives. Returns: whether it is done"""
     args, num_images, clock = evaluation.args, len(evaluation.obs), SaveClock(evaluation.args.save_minutes)
-    save, numbers = functools.partial(util.save_checkpoint, path), itertools.count(1)  # of steps of any kind
+    save, num_steps = functools.partial(util.save_checkpoint, path), itertools.count(1)  # of any kind
     train = functools.partial(train_step, evaluation)
     if evaluation.device.type == "cuda" and args.compile and args.algorithm != "mws":  # whose steps look scores up
         train = ReplayedStep(train)
+    adds_proposals = not looks_scores_up(evaluation) and args.algorithm in ("rws", "vimco")
 
     def train_and_count():
         statistics = train(get_obs_id(evaluation))
         evaluation.iteration += 1
         evaluation.pending.append(("train", evaluation.iteration, statistics))
-        adds_proposals = not looks_scores_up(evaluation) and args.algorithm in ("rws", "vimco")
         if adds_proposals and evaluation.iteration % PROPOSAL_INTERVAL == 0:
             add_proposals(evaluation)
         return statistics
@@ -257,7 +257,7 @@ def run(evaluation, settings, path, stop):
         with util.show_progress(total=total, initial=count(), disable=in_background, **shown) as bar:
             while stop.received is None and count() < total:
                 statistics = step()
-                if next(numbers) % args.save_interval == 0 or clock.is_due():
+                if next(num_steps) % args.save_interval == 0 or clock.is_due():
                     save(evaluation.get_checkpoint(settings))
                     clock.restart()
                 if statistics is not None and count() % 10 == 0:
@@ -617,7 +617,7 @@ def get_parser():
         add(f"--{name.replace('_', '-')}", f"{help} (default: {defaults})", type=util.in_range(int, low))
     add("--memory-size", "mws: programs remembered per image", type=positive, default=search.NUM_BEST)
     effort = "mws: length of the search, in units of about ten seconds on one core per image and half (and of 35 MB)"
-    add("--effort", effort, type=util.in_range(float, 0.01, 100), default=1.0)
+    add("--effort", effort, type=util.in_range(float, 0.01, 1000), default=1.0)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--force", "repeat an evaluation that is complete, or replace one with other settings", action="store_true")
     parser.start_group("running")

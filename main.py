@@ -388,7 +388,7 @@ def get_parser():
 def parse_args(argv=None):
     """Raises: UserError if arguments are out of range or exclude each other"""
     args = get_parser().parse_args(argv)
-    for name in ["data_location", "compile"]:
+    for name in util.RUN_DEFAULTS[True]:
         if getattr(args, name) is None:
             setattr(args, name, util.get_run_default(name, args.test_run))
     if args.test_run:

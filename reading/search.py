@@ -144,6 +144,7 @@ class Image:
         return log_posterior.amax(0).topk(num_maps).indices
 
     def get_next_log_probs(self, beginning):
+        """log p of the next stroke's primitive, and of its ink: beginning [N, k] -> [N, K], [N, 2]"""
         alphabet = None if self.alphabet is None else self.alphabet.expand(len(beginning), -1)
         return self.model.get_next_log_probs(unpack(beginning), alphabet)
 

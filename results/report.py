@@ -285,13 +285,21 @@ def name_rows(settings):
     return rows
 
 
+def find_copies(models):
+    """The names of runs that are copies of others, with a warning. Args: models: {name: digests of what was evaluated of it}"""
+    owners, copies = {}, set()
+    for name, digests in models.items():
+        originals = {owners.setdefault(digest, name) for digest in digests} - {name}
+        if originals:
+            warn(f"{name} is left out: it is a copy of {min(originals)}, not another seed")
+            copies.add(name)
+    return copies
+
+
 def choose_seeds(runs):
     """The runs of a model, without copies of one, and without evaluations made differently from those of most seeds"""
-    runs, models = [run._replace(results=dict(run.results)) for run in runs], {}
-    for run in runs:
-        if (name := models.setdefault(run.first["settings"]["model"], run.name)) != run.name:
-            warn(f"{run.name} is left out: it is a copy of {name}, not another seed")
-    runs = [run for run in runs if run.name in models.values()]
+    copies = find_copies({run.name: {run.first["settings"]["model"]} for run in runs})
+    runs = [run._replace(results=dict(run.results)) for run in runs if run.name not in copies]
     for algorithm in ALGORITHMS:
         evaluated = [run for run in runs if algorithm in run.results]
         most = collections.Counter(run.work[algorithm] for run in evaluated).most_common(1)
@@ -487,18 +495,16 @@ def draw_milestones(runs, path):
     """
     kinds = collections.Counter(kind for found in runs.values() for kind in found)
     kind = min(kinds, key=lambda kind: (-kinds[kind], get_place(kind[0])))
-    models, rows, lines, texts, evaluated = collections.defaultdict(list), [], {}, [], {}
+    models, rows, lines, texts = collections.defaultdict(list), [], {}, []
     first = {name: next(iter(found[kind].values())) for name, found in runs.items() if kind in found}
     row_names = name_rows({name: result["model_settings"] for name, result in first.items()})
     for name in sorted(runs, key=get_order):
         if kind not in runs[name]:
             warn(f"{name} is left out: its checkpoints were evaluated on other images or with other numbers of particles")
-            continue
+    names = sorted(first, key=get_order)
+    copies = find_copies({name: {result["settings"]["model"] for result in runs[name][kind].values()} for name in names})
+    for name in [name for name in names if name not in copies]:
         results = runs[name][kind]
-        originals = {evaluated.setdefault(result["settings"]["model"], name) for result in results.values()} - {name}
-        if originals:
-            warn(f"{name} is left out: it is a copy of {min(originals)}, not another seed")
-            continue
         models[row_names[name]].append(results)
         rows += [get_milestone_row(name, results[i]) for i in sorted(results)]
         images = describe_images(first[name])

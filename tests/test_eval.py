@@ -734,10 +734,8 @@ def test_what_the_alphabet_is_worth():
     """Where a search finds all programs, the bounds are log p(x | alphabet). In words: the right one's lead over the mean of the
     others is 3 and 1.5 nats; 2.25 ± 12.706 * 0.75"""
     torch.manual_seed(0)
-    model, network = (
-        models.GenerativeModel(2, num_arcs=2, num_alphabets=3),
-        models.InferenceNetwork(2, num_arcs=2, num_alphabets=3),
-    )
+    model = models.GenerativeModel(2, num_arcs=2, num_alphabets=3)
+    network = models.InferenceNetwork(2, num_arcs=2, num_alphabets=3)
     obs = model.sample(1, torch.eye(3)[:1])[1][0]
     joint = sum(model.log_prob(get_latents().unsqueeze(1).expand(-1, 3, -1, -1), obs.expand(3, -1, -1), torch.eye(3)))  # [8, L]
     bounds = conditioning.get_bounds(model, network, obs, 3, search.Effort().scale(0.01))
