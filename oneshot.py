@@ -68,7 +68,7 @@ def get_settings(checkpoint, run, args):
     return {
         "model": checkpoints.get_digest(checkpoint),
         "images": hashlib.sha1(images).hexdigest()[:12],
-        "method": 3,  # changes whenever the same images and settings would give other numbers
+        "method": 4,  # changes whenever the same images and settings would give other numbers
         **{name: getattr(args, name) for name in ("num_traces", "num_steps", "seed")},
     }
 

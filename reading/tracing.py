@@ -26,7 +26,7 @@ import scipy.ndimage
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from images import make_square
+from images import SIDE, make_square
 from reading import variation
 from reading.variation import OWN
 
@@ -176,7 +176,8 @@ def find_lines(ink, rng=None):
     """The lines of ink [H, H]: a list of arrays [n, 2], points (x, y) of the unit square, y upwards"""
     side, scale = len(ink), len(ink) / PAGE
     lines = [_smooth(line, SMOOTH * scale) for line in _join(_get_edges(ink), max(round(REACH * scale), 1), rng)]
-    return [np.column_stack([line[:, 1] + 0.5, side - 0.5 - line[:, 0]]) / side for line in lines]
+    points = [np.column_stack([line[:, 1] + 0.5, side - 0.5 - line[:, 0]]) / side for line in lines]  # from edge to edge
+    return [(SIDE * some - 0.5) / (SIDE - 1) for some in points]  # from the first of 28 pixels' centre to the last one's
 
 
 def find_ends(ink):

@@ -22,7 +22,8 @@ def draw_ink(*lines, radius=1.5):
     ink = np.zeros((SIDE, SIDE), bool)
     for line in lines:
         for x, y in line:
-            ink |= (col + 0.5 - x * SIDE) ** 2 + (row + 0.5 - (1 - y) * SIDE) ** 2 <= radius**2
+            x_from_edge, y_from_edge = (SIDE * (27 * place + 0.5) / 28 for place in (x, 1 - y))
+            ink |= (col + 0.5 - x_from_edge) ** 2 + (row + 0.5 - y_from_edge) ** 2 <= radius**2
     return ink
 
 
@@ -56,10 +57,20 @@ def test_lines_are_found(name):
     drawn, found = LINES[name], tracing.find_lines(draw_ink(*LINES[name]))
     assert len(found) == len(drawn)
     ours, theirs = np.concatenate(found), np.concatenate(drawn)
-    distance = np.linalg.norm(ours[:, None] - theirs, axis=2) * SIDE  # pixels
+    distance = np.linalg.norm(ours[:, None] - theirs, axis=2) * SIDE * 27 / 28  # pixels
     assert distance.min(1).max() < 1.5 and distance.min(0).max() < 3.5
     if name == "crossing":
         assert sorted(round(float(abs(line[-1] - line[0])[0]), 1) for line in found) == [0, 0.6]  # neither turns
+
+
+@pytest.mark.parametrize("place", [0.07, 0.5, 0.93])
+def test_lines_lie_where_the_renderer_puts_the_ink(place):
+    """Its unit square reaches from the centre of the first pixel to that of the last"""
+    ink = draw_ink(get_line((place, 0.2), (place, 0.8)))
+    obs, centre = images.shrink(ink.astype(float)), np.linspace(0, 1, 28)  # of each pixel
+    for axis, image in enumerate([ink, ink.T[::-1]]):  # upright, and turned on its side
+        (line,) = tracing.find_lines(image)
+        np.testing.assert_allclose(line[:, axis].mean(), (obs.sum(0) * centre).sum() / obs.sum(), atol=0.1 / 28)
 
 
 def test_frayed_ink_is_no_line():
@@ -147,8 +158,9 @@ def test_any_image_has_a_trace():
     assert not centre.on[0].any() and centre.on[1:].any(1).all()
     assert all(x.isfinite().all() for x in start)
     drawing = variation.vary(centre, start, OWN)
-    torch.testing.assert_close(drawing.start[2], torch.tensor([10.5 / 60, 0.5]), atol=0.02, rtol=0)  # in the middle of a square
-    torch.testing.assert_close(drawing.displacement[2].sum(0), torch.tensor([39 / 60, 0]), atol=0.02, rtol=0)
+    start_x = (28 * 10.5 / 60 - 0.5) / 27
+    torch.testing.assert_close(drawing.start[2], torch.tensor([start_x, 0.5]), atol=0.01, rtol=0)  # in the middle of a square
+    torch.testing.assert_close(drawing.displacement[2].sum(0), torch.tensor([28 / 27 * 39 / 60, 0]), atol=0.02, rtol=0)
 
 
 def test_structure_of_ink():
