@@ -116,7 +116,7 @@ def main(argv=None):
         drawings.save_program(folder / stem, get_strokes(reading, i), deviation=reading.deviation[i].sum().item(), **details)
         print(f"{file}: {int(reading.drawing.on[i].sum())} strokes: {folder / stem}.svg, {stem}.json")
     title = f"strokes of {name}'s library, varied to lie on the ink"
-    title += "\nlog p(x | strokes): the ink under them; deviation: theirs from the library, nats"
+    title += "\nlog p(x | strokes): the ink under them\ndeviation: theirs from the library (both in nats)"
     print(f"stroke by stroke: {figures.save_pdf(folder / 'strokes.pdf', strokes_figures(found, reading, title))}")
     if args.examples:
         drawn = drawings.vary_strokes(reading.drawing, args.examples, RESOLUTION)  # [N, E, R, R]

@@ -7,6 +7,7 @@ Figures are made without pyplot, so that they are freed once nothing refers to t
 import io
 import itertools
 import math
+import textwrap
 
 import matplotlib
 import matplotlib.backends.backend_agg
@@ -67,8 +68,10 @@ def show(axes, image):
 
 
 def make_figure(width, height, title):
-    """A figure of the given size in inches; a title too long for its line loses its middle"""
-    lines = [shorten(line, int(13 * width)) for line in title.split("\n")]
+    """A figure of the given size in inches. A title too long for a line continues on the next; a word too long for one loses its
+    middle"""
+    wrap = textwrap.TextWrapper(int(13 * width), break_long_words=False, break_on_hyphens=False).wrap
+    lines = [shorten(part, int(13 * width)) for line in title.split("\n") for part in wrap(line)]
     figure = Figure(figsize=(width, height + 0.17 * len(lines)), layout="constrained")
     figure.suptitle(literal("\n".join(lines)), fontsize=9)
     return figure
@@ -194,9 +197,10 @@ def matches_figure(tests, characters, best, probs, answers, title):
 
 
 def pair_frame(obs, probs, title):
-    """Renders images beside drawings, [N, R, R] each, as an RGB frame of an animation, with a title"""
+    """Renders images beside drawings, [N, R, R] each, as an RGB frame of an animation, with a title of one line, since all frames
+    are of the same size"""
     image = tile(torch.stack([obs, probs], 1).flatten(0, 1), 8)
-    figure = make_figure(6, 6 * image.shape[0] / image.shape[1], title)
+    figure = make_figure(6, 6 * image.shape[0] / image.shape[1], shorten(title, 78))
     show(figure.subplots(), image)
     canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
     canvas.draw()

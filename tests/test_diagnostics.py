@@ -57,6 +57,16 @@ def test_stages_and_tiles():
     assert np.isnan(grid).sum() == grid.size - 3 * 28 * 28
 
 
+def test_titles_lose_no_words():
+    """Unless a single one, such as a run's name, is longer than a line; all frames of an animation are of the same size"""
+    title = f"log p(x | strokes): the ink under them\n{'long_name' * 9}, iteration 5"
+    words = figures.make_figure(3, 2, title).get_suptitle().split("\n")
+    assert words[:2] == ["log p(x | strokes): the ink under them", f"{('long_name' * 9)[:18]}…{'long_name' * 2},"]
+    assert words[2:] == ["iteration 5"]
+    obs = torch.zeros(8, 28, 28)
+    assert figures.pair_frame(obs, obs, "short").shape == figures.pair_frame(obs, obs, "a long title " * 20).shape
+
+
 def test_thinned_curves():
     values = np.arange(1.0, 100_001)
     x, mean, low, high = figures.thin((values, values))
