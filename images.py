@@ -56,8 +56,9 @@ def decode(name, content):
         with PIL.Image.open(io.BytesIO(content)) as file:
             num_pictures = getattr(file, "n_frames", 1)
             image = PIL.ImageOps.exif_transpose(file)
-            deep = image.mode.startswith("I")  # 16 bits
-            pixels = np.asarray(image if deep else image.convert("RGBA"), np.float32) / (65535 if deep else 255)
+            deep = image.mode.startswith("I")  # 16 bits, or 12 of them
+            pixels = np.asarray(image if deep else image.convert("RGBA"), np.float32)
+            pixels /= (4095 if pixels.max() <= 4095 else 65535) if deep else 255
     except Exception as error:  # decoders may raise anything
         reason = str(error).partition("<")[0][:80].strip()  # without the name of the buffer
         advice = "HEIC needs pip install pillow-heif" if b"ftyp" in content[:12] else "repair or remove it"

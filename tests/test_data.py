@@ -400,9 +400,11 @@ def test_paper_of_other_kinds():
     yellow, blue = np.array([250, 240, 120]), np.array([40, 50, 140])
     transparent = np.zeros((100, 100, 4))
     transparent[letter, 3] = 255
-    scan = PIL.Image.fromarray((np.where(letter, 900, 3100)).astype(np.uint16))  # 12 bits of 16
-    scan.save(file := io.BytesIO(), "PNG")
-    for content in [encode(np.where(letter[..., None], blue, yellow)), encode(transparent), file.getvalue()]:
+    scans = []
+    for ink, paper in [(900, 3100), (4090, 10), (65000, 100)]:  # the first two of 12 bits
+        PIL.Image.fromarray((np.where(letter, ink, paper)).astype(np.uint16)).save(file := io.BytesIO(), "PNG")
+        scans.append(file.getvalue())
+    for content in [encode(np.where(letter[..., None], blue, yellow)), encode(transparent), *scans]:
         assert (data.read_image("x", content) >= 0.5).tolist() == expected.tolist()
     assert not data.read_image("x", encode(draw(paper=200, ink=200, noise=3))).any()  # blank paper's noise is no ink
     assert not data.read_image("x", encode(np.zeros((50, 50)))).any()  # nor is black paper
