@@ -36,7 +36,7 @@ from util import UserError
 
 NUM_LATENTS = [3, 5, 10, 20, 40]  # per image; for mws, memory plus proposals
 WAIT_SECONDS = 20  # between checks of Slurm's queue
-TEST_RUN_EVALUATION = ["--effort=0.02", "--num-data=5", "--num-iterations=10", "--num-particles=10", "--test-num-particles=100"]
+TEST_RUN_EVALUATION = ["--effort=0.01", "--num-data=5", "--num-iterations=10", "--num-particles=10", "--test-num-particles=100"]
 
 # ------------------------------------------------------------------ the models
 

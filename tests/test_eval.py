@@ -418,7 +418,7 @@ def test_only_seeds_of_one_model_share_a_row(capsys):
 
 # ------------------------------------------------------------------ memoised evaluation
 
-MWS = "--effort 0.02 --memory-size 8 --num-particles 4".split()
+MWS = "--effort 0.01 --memory-size 8 --num-particles 4".split()
 
 
 @pytest.mark.parametrize("memory_size, num_threads", [(8, 2), (2, 1)])
@@ -461,16 +461,16 @@ def test_evaluations_by_other_searches_share_no_row(model, monkeypatch, capsys):
     evaluate(model, "mws", *flags, num_iterations=0)
     (run,) = report.read_runs(path)
     settings = "num-iterations 0, num-particles 4, batch-size 50, lstm-hidden-size 8, test-num-particles 1, memory-size 8"
-    assert run.work == {"mws": f"mws: {settings}, effort 0.02, search {search.VERSION}"}
+    assert run.work == {"mws": f"mws: {settings}, effort 0.01, search {search.VERSION}"}
     monkeypatch.setattr(search, "VERSION", 99)
-    with pytest.raises(UserError, match=r"effort is 0\.02 there and 0\.03 here, search is \d there and 99 here; --force"):
+    with pytest.raises(UserError, match=r"effort is 0\.01 there and 0\.03 here, search is \d there and 99 here; --force"):
         evaluate(model, "mws", *flags, "--effort", "0.03", num_iterations=0)
     first = load(model, "mws")
     del first["settings"]["search"]
     util.save_checkpoint(path / "logp" / "test_mws.pt", first)
     util.save_checkpoint(path / "logp" / "copy.pt", first)
     (run,) = report.read_runs(path)
-    assert run.work["mws"].endswith("effort 0.02, search 1")
+    assert run.work["mws"].endswith("effort 0.01, search 1")
     assert (
         capsys.readouterr().err.splitlines()[-1]
         == f"warning: {path}/logp/copy.pt is left out: a result by this name would be test_mws.pt"
