@@ -103,13 +103,15 @@ def get_row(name, run, result):
 
 
 def write_table(path, rows):
-    """Writes the CSV. Returns: lines of text with the errors over all images and their 95 % intervals"""
+    """Writes the CSV. Returns: lines of text with the errors over all images, their 95 % intervals, as if images were independent,
+    and their standard errors over runs"""
     report.write_csv(path, rows)
     total, lines = sum(row["images"] for row in rows), []
     for key in [key for key in rows[0] if key.startswith("wrong")]:
-        num = sum(row[key] for row in rows)
+        num, error = sum(row[key] for row in rows), report.get_standard_error([row[key] / row["images"] for row in rows])
         low, high = binomtest(num, total).proportion_ci(method="wilson")
-        lines.append(f"{key}: {num} of {total}, {num / total:.1%} (95 % interval {low:.1%} to {high:.1%})")
+        over_runs = f"; standard error over runs {error:.1%}" * (len(rows) > 1)
+        lines.append(f"{key}: {num} of {total}, {num / total:.1%} (95 % interval {low:.1%} to {high:.1%}{over_runs})")
     return [*lines, str(path)]
 
 
