@@ -10,7 +10,7 @@ The images are the first 50 of the data's own test part, on which models are not
 of the model. The generative model stays fixed. The particles of the importance-weighted bound
 log p(x) >= E log (1/P) sum_k p(z_k, x) / q(z_k | x) (Burda et al., 2016) are proposed by the model's own inference network
 (own), by a new one trained for the evaluation (sleep, rws, vimco), or by two trained on programs found by search (mws). The sum
-of p(z, x) over all distinct programs seen, including the memory of MWS, is a guaranteed lower bound of p(x). Results go to
+of p(z, x) over the distinct programs seen, including the memory of MWS, is a guaranteed lower bound of p(x). Results go to
 save/<run>/logp/<mode>_<algorithm>.pt. If stopped, rerun the same command to resume.
 """
 

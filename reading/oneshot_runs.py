@@ -7,7 +7,7 @@ have other names and formats, and show scanned or photographed paper.
 
     python -m reading.oneshot_runs images_background.zip background_runs.zip --num-runs 20
 
-makes runs of the same kind from the official release's images, to choose settings on.
+makes runs of the same kind from the official release's images, to choose settings on, or to test on.
 """
 
 import collections
