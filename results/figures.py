@@ -70,8 +70,9 @@ def show(axes, image):
 def make_figure(width, height, title):
     """A figure of the given size in inches. A title too long for a line continues on the next; a word too long for one loses its
     middle"""
-    wrap = textwrap.TextWrapper(int(13 * width), break_long_words=False, break_on_hyphens=False).wrap
-    lines = [shorten(part, int(13 * width)) for line in title.split("\n") for part in wrap(line)]
+    length = int(13 * width)  # of a line, in characters
+    wrap = textwrap.TextWrapper(length, break_long_words=False, break_on_hyphens=False).wrap
+    lines = [shorten(part, length) for line in title.split("\n") for part in wrap(line)]
     figure = Figure(figsize=(width, height + 0.17 * len(lines)), layout="constrained")
     figure.suptitle(literal("\n".join(lines)), fontsize=9)
     return figure
