@@ -116,11 +116,13 @@ def choose_ids(given, num_all, num_default, flag):
 def save_figures(trained, stem, some_figures):
     """Writes an iterable of figures as the pages of a PDF in the run's folder and, for the newest checkpoint with its own data,
     the first as a thumbnail. Args: stem: <kind>, or <kind>/<name>"""
-    pages, thumbnail = iter(some_figures), io.BytesIO()
+    pages = iter(some_figures)
     first = next(pages)
-    first.savefig(thumbnail, format="png", dpi=overview.THUMBNAIL_PIXELS / first.get_size_inches()[0])
     figures.save_pdf(trained.folder / f"{stem}.pdf", itertools.chain([first], pages))
     if trained.is_latest and not trained.other_data:
+        thumbnail = io.BytesIO()
+        first.set_layout_engine("none")  # it is laid out already, which takes most of the time
+        first.savefig(thumbnail, format="png", dpi=overview.THUMBNAIL_PIXELS / first.get_size_inches()[0])
         util.write(overview.get_thumbnail_path(trained.name, stem.split("/")[0]), thumbnail.getvalue())
 
 

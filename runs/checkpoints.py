@@ -151,7 +151,8 @@ def complete(checkpoint):
         raise UserError("its statistics or its iteration are not what this program writes")
     args = util.make_args(checkpoint["args"])
     util.get_path_base(args)  # raises
-    removed = {name: value for name, value in vars(args).items() if name not in util.get_fields() and name not in RESERVED}
+    known = util.get_fields().keys() | RESERVED
+    removed = {name: value for name, value in vars(args).items() if name not in known}
     settings = {**util.get_settings(args), "data": checkpoint["data"]}
     return {"memory": None, **checkpoint, "args": vars(args), "settings": settings, "removed": removed}
 
