@@ -103,8 +103,8 @@ def get_row(name, run, result):
 
 
 def write_table(path, rows):
-    """Writes the CSV. Returns: lines of text with the errors over all images, their 95 % intervals, as if images were independent,
-    and their standard errors over runs"""
+    """Writes the CSV. Returns: lines of text with the errors over all images, their 95 % intervals (as if images were
+    independent) and their standard errors over runs"""
     report.write_csv(path, rows)
     total, lines = sum(row["images"] for row in rows), []
     for key in [key for key in rows[0] if key.startswith("wrong")]:

@@ -410,7 +410,12 @@ FAULTS = {"raises": "ptxas is missing", "is wrong": "differs by", "draws no prog
 
 @pytest.mark.parametrize(
     "kernel, fault",
-    [*((kernel, "is wrong") for kernel in KERNELS), ("memory._keep_best", "raises"), ("decoder._decode", "draws no programs")],
+    [
+        *((kernel, "is wrong") for kernel in KERNELS),
+        ("memory._keep_best", "raises"),
+        ("convolution._differentiate_pool", "raises"),  # in a backward pass
+        ("decoder._decode", "draws no programs"),
+    ],
 )
 def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, kernel, fault, monkeypatch, capsys):
     """And a step then gives plain PyTorch's loss and gradients"""
