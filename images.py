@@ -18,7 +18,7 @@ import scipy.ndimage
 import scipy.spatial
 import skimage
 
-from util import UserError, warn
+from util import UserError, count, warn
 
 SIDE = 28
 CHARACTER_SIDE = 19  # pixels, a character's longer side (a little more than Omniglot's median)
@@ -156,7 +156,8 @@ def find_characters(name, content, side=SIDE):
     if not ink.any():
         warn(f"{name} is blank; skipped")
     elif len(legible) < len(parts):
-        warn(f"{name}: {len(parts) - len(legible)} parts have no legible strokes (a table, a shadow?); skipped")
+        num = len(parts) - len(legible)
+        warn(f"{name}: skipped {count(num, 'part')} without legible strokes (a table, a shadow?)")
     return legible
 
 

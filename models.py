@@ -8,9 +8,7 @@ Source: Hewitt, Le and Tenenbaum (2020), section 4.2.
 """
 
 import argparse
-import functools
 import math
-import types
 
 import torch
 import torch.nn as nn
@@ -233,10 +231,6 @@ class Likelihood(nn.Module):
         """Draws maps: [num, 2, 3], or None if it has none"""
         return None
 
-    def restrict(self, map_id):
-        """A faster lower bound, from some maps only: map_id [t] -> an object whose `log_prob` is at most this one's"""
-        return self
-
 
 class Bernoulli(Likelihood):
     """Independent pixels. A grey image, whose pixels are probabilities of ink, gets the expected score of a binary one"""
@@ -275,7 +269,8 @@ class AffineMixture(Likelihood):
         return None
 
     def log_prob(self, logits, obs, map_id=None):
-        """logits, obs [N, R, C] in {0, 1} -> [N], nats; if map_id [t] is given, from the terms of these maps alone"""
+        """logits, obs [N, R, C] in {0, 1} -> [N], nats; if map_id [t] is given, from the terms of these maps alone: a lower
+        bound, in t / T of the time"""
         _check_binary(obs)
         maps, log_weights = self.maps, self.get_log_weights()
         if map_id is None:
@@ -289,10 +284,6 @@ class AffineMixture(Likelihood):
         _check_binary(obs)
         by_map, log_weights = rendering.affine_log_prob_by_map(logits, obs, self.maps), self.get_log_weights()
         return (by_map if log_weights is None else by_map + log_weights).log_softmax(1)
-
-    def restrict(self, map_id):
-        """The contribution of some maps, in t / T of the time: see Likelihood.restrict"""
-        return types.SimpleNamespace(log_prob=functools.partial(self.log_prob, map_id=map_id))
 
     def sample_maps(self, num):
         log_weights = self.get_log_weights()

@@ -77,11 +77,11 @@ def can_select(latent):
 
 
 def find_distinct(codes, obs_id):
-    """The distinct latents of each image: codes [N, A], obs_id [N] -> chosen [D], their rows; key [N]: row i equals row
-    chosen[key[i]]"""
+    """The distinct latents of each image: codes [N, A], obs_id [N] -> chosen [D], the first row of each; key [N]: row i equals
+    row chosen[key[i]]"""
     distinct, key = get_hash(codes, obs_id).unique(return_inverse=True)
     rows = torch.arange(len(key), device=key.device)
-    chosen = torch.empty_like(distinct).scatter_(0, key, rows)
+    chosen = torch.full_like(distinct, len(rows)).scatter_reduce(0, key, rows, "amin")
     if not torch.equal(codes[chosen[key]], codes):  # a collision, vanishingly rare
         return rows, rows
     return chosen, key

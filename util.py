@@ -58,7 +58,7 @@ def run_script(main):
         of_memory = "can't allocate memory|not enough memory|Storage size calculation overflowed"
         if isinstance(error, RuntimeError) and not re.search(of_memory, str(error)):
             raise
-        message = "out of memory: use fewer or smaller --batch-size, --num-particles, --memory-size or sizes of the model"
+        message = "out of memory; use a smaller --batch-size, --memory-size or model, or fewer --num-particles"
     except OSError as error:
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         if error.filename and os.path.islink(error.filename) and not os.path.exists(error.filename):
@@ -67,6 +67,16 @@ def run_script(main):
         bar.close()  # the message begins on a line of its own
     print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def get_reason(error, length=80):
+    """The first line of an exception's message, cut, or its kind if it has none"""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:length]
+
+
+def count(number, noun):
+    """A number of things in words, such as "1 image" or "2 images"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 class Stream:
@@ -516,24 +526,31 @@ def write(path, content):
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path)
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A context in which a file is written. Raises: UserError in place of an OSError"""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room and run" if full else "fix that and run"
+        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
         raise UserError(
-            f"cannot write {path} ({error.strerror}); what was saved before is intact: {advice} the same command again"
+            f"cannot write {path} ({error.strerror}); what was saved before is intact: {advice} and run the same command again"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(path):
@@ -564,9 +581,8 @@ def load_checkpoint(path, device="cpu", keys=frozenset({"args", "generative_mode
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except Exception as error:  # a broken file can make readers raise anything
-        reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
         raise UserError(
-            f"{path} is damaged or not a checkpoint ({reason}); if a version before 1.0 wrote it,"
+            f"{path} is damaged or not a checkpoint ({get_reason(error)}); if a version before 1.0 wrote it,"
             " python -m runs.convert rewrites it"
         ) from None
     if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
@@ -604,11 +620,6 @@ def set_random_state(state, device):
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-def get_cores():
-    """The indices of the cores that this process may use"""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
 def get_device(cuda):
     """Raises: UserError if a GPU is requested but none is usable"""
     if not cuda:
@@ -616,6 +627,5 @@ def get_device(cuda):
     try:
         torch.zeros(1, device="cuda")
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--cuda: there is no usable GPU ({reason}); run without --cuda") from None
+        raise UserError(f"--cuda: there is no usable GPU ({get_reason(error, 200)}); run without --cuda") from None
     return torch.device("cuda")

@@ -77,7 +77,7 @@ def test_strokes_lie_on_the_ink(photograph, tmp_path, run_script):  # noqa: F811
 
 
 def test_programs_and_files_that_cannot_be_read(photograph, tmp_path, run_script, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(search, "QUICK", search.Effort(0, 1, 10, 10, 5, 0))
+    monkeypatch.setattr(search, "QUICK", search.Effort(1, 1, 10, 10, 5, 0))
     monkeypatch.setattr(read.rendering, "set_compile", lambda enabled: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"no picture")
