@@ -22,7 +22,7 @@ import scipy.io
 import torch
 
 from images import ALPHABETS, SIDE, decode, draw_glyphs, find_characters, fit, get_suffixes, read_image, shrink
-from util import UserError, expand_user, show_progress, warn, write
+from util import UserError, count, expand_user, get_reason, show_progress, warn, write
 
 SMALL_NUM_PER_ALPHABET = 10
 
@@ -96,7 +96,7 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
         faults = _get_faults(obs)
         if 2 * sum(faults.values()) > len(obs):
             raise UserError(
-                f"{location}: of {_count(len(obs), f'{part}image')}, {_list_counts(faults)}: ink must be clearly darker than"
+                f"{location}: of {count(len(obs), f'{part}image')}, {_list_counts(faults)}: ink must be clearly darker than"
                 " paper, or lighter, and cover less of it (transparent pixels count as white paper)"
             )
     notes, num_alphabets = list(source.notes), len(source.alphabet_names)
@@ -107,7 +107,7 @@ def load(location="local", small_dataset=False, dataset_size=None, find_characte
         notes.append(f"{size} to train on")
     if len(train.obs) == 0 or len(test.obs) == 0:
         raise UserError(f"{location} holds too few images to split into training and test images")
-    groups = _count(num_alphabets, "alphabet") if num_alphabets else "no alphabets"
+    groups = count(num_alphabets, "alphabet") if num_alphabets else "no alphabets"
     return Dataset(train, valid, test, num_alphabets, tuple(source.alphabet_names), summarise(source.obs, groups, notes))
 
 
@@ -142,13 +142,13 @@ def load_for_model(checkpoint, location=None, load=load_and_tell):
 
 
 def _check_alphabets(known, names, location):
-    """Raises: UserError if a model's alphabets, by name, are others than those of a location. Older checkpoints have no names,
+    """Raises: UserError if a model's alphabets, by name, differ from those of a location. Older checkpoints have no names,
     nor has chardata.mat"""
     if known == names or any(set(some) <= set(_number_alphabets(len(some))) for some in (known, names)):
         return
     ours, theirs = next((ours, theirs) for ours, theirs in zip(known, names, strict=True) if ours != theirs)
     raise UserError(
-        f"the model's alphabets are others than those of {location}: {ours} is not {theirs}, for example; set --data-location"
+        f"the model's alphabets differ from those of {location}: {ours} is not {theirs}, for example; set --data-location"
     )
 
 
@@ -165,11 +165,8 @@ def get_fingerprint(split):
 
 def count_common(split, other):
     """The number of images of a Split that another one has as well"""
-    rows, known = (
-        np.packbits(some.obs.cpu().numpy().astype(bool).reshape(len(some.obs), -1), axis=1) for some in (split, other)
-    )
-    known = {row.tobytes() for row in known}
-    return sum(row.tobytes() in known for row in rows)
+    rows, known = ([image.tobytes() for image in some.obs.bool().numpy()] for some in (split, other))
+    return sum(map(set(known).__contains__, rows))
 
 
 def _take_per_alphabet(split, size, num_groups):
@@ -181,9 +178,9 @@ def _take_per_alphabet(split, size, num_groups):
     ids = [(group_ids == i).nonzero().squeeze(1)[:num] for i in range(num_groups)]
     fewest = min(map(len, ids))
     if fewest < num:
+        which, owner = ("", "there are") if split.alphabet is None else (" of each alphabet", "one has")
         raise UserError(
-            f"a data set of {size} takes {num} training images of each alphabet, but one has only {fewest};"
-            " use less or more data"
+            f"a data set of {size} takes {num} training images{which}, but {owner} only {fewest}; use less or more data"
         )
     return split.select(torch.cat(ids))
 
@@ -193,7 +190,7 @@ def _take_per_alphabet(split, size, num_groups):
 
 def summarise(obs, groups, notes=()):
     """Summarises images [N, 28, 28] in a line. Args: groups: words, such as the number of alphabets; notes: further remarks"""
-    words = [f"{_count(len(obs), 'image')}, {groups}, mean ink {obs.mean():.2f}", *notes, _list_counts(_get_faults(obs))]
+    words = [f"{count(len(obs), 'image')}, {groups}, mean ink {obs.mean():.2f}", *notes, _list_counts(_get_faults(obs))]
     return "; ".join(filter(None, words))
 
 
@@ -202,10 +199,6 @@ def _get_faults(obs):
     ink = obs.mean((1, 2))
     faults = {"blank": ink == 0, "solid": ink > 0.95, "more than half ink": (ink > 0.5) & (ink <= 0.95)}
     return {name: int(found.sum()) for name, found in faults.items() if found.any()}
-
-
-def _count(number, noun):
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _list_counts(counts):
@@ -277,8 +270,7 @@ def _decoding(path):
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
-        raise UserError(f"{path} is damaged, or not what its name says ({reason})") from None
+        raise UserError(f"{path} is damaged, or not what its name says ({get_reason(error)})") from None
 
 
 def _load_mat(path):
@@ -324,7 +316,7 @@ def _load_arrays(path):
     if labels is None:
         return Source(obs, notes=notes)
     if labels.shape != (len(obs),):
-        raise UserError(f"{path} has {_count(len(obs), 'image')}, but labels of the shape {list(labels.shape)}")
+        raise UserError(f"{path} has {count(len(obs), 'image')}, but labels of the shape {list(labels.shape)}")
     names, alphabet_ids = np.unique(labels, return_inverse=True)
     return Source(obs, alphabet_ids, alphabet_names=[str(name) for name in names], notes=notes)
 
@@ -341,7 +333,7 @@ def _to_ink(path, array):
         raise UserError(f"{path} has the shape {list(array.shape)}, type {array.dtype}; expected numbers [N, rows, columns]")
     array = array.reshape(-1, *shape)
     if len(array) == shape[0] != shape[1] or max(shape) > 4 * min(shape):
-        found = f"{_count(len(array), 'image')} of {shape[0]} x {shape[1]} pixels"
+        found = f"{count(len(array), 'image')} of {shape[0]} x {shape[1]} pixels"
         warn(f"{path} is read as {found}; if images are numbered along its last axis, move that to the front")
     low, high, rounding = float(array.min()), float(array.max()), 1 + 1e-5  # tolerance, for rounded averages
     full = next((full for full in (1, 255, 65535) if high <= full * rounding), 0)  # the value of ink, or of white paper
@@ -418,12 +410,12 @@ def _describe_skipped(path, files):
     """Warns about files that are left out. Returns: a list with a remark for the summary, if there are any"""
     if not files:
         return []
-    kinds = ["beside the others" if file.suffix in get_suffixes() else file.suffix[1:].upper() or "other" for file in files]
+    kinds = ["outside the folders" if file.suffix in get_suffixes() else file.suffix[1:].upper() or "other" for file in files]
     counts = _list_counts(collections.Counter(sorted(kinds)))
     examples = ", ".join(file.name for file in files[:5]) + ", ..." * (len(files) > 5)
     advice = "; to read HEIC, pip install pillow-heif, or convert it to JPEG or PNG" * (not {"HEIC", "HEIF"}.isdisjoint(kinds))
     warn(f"{path}: skipped {counts}: {examples}{advice}")
-    return [f"skipped: {_count(len(files), 'file')} ({counts})"]
+    return [f"skipped: {count(len(files), 'file')} ({counts})"]
 
 
 def _is_official(file):

@@ -86,6 +86,12 @@ class TrainedModel:
             best.append(latent[log_joint.argmax(0), torch.arange(len(ids))])
         return torch.cat(best)
 
+    def see(self, obs_id, resolution):
+        """Training images, and their programs as the model sees them: [N, R, R] each"""
+        obs, latent = self.get_images(obs_id)[0], self.reconstruct(obs_id)
+        drawing = variation.get_drawing(self.generative_model, latent, obs)
+        return drawings.resize(obs, resolution), drawings.draw_seen(drawing, resolution)
+
     def get_alphabet_name(self, obs_id):
         """The name of a training image's alphabet; "" if there are no alphabets"""
         alphabet = self.dataset.train.alphabet
@@ -138,7 +144,7 @@ def save_film(path, frames, milliseconds):
 def draw_losses(trained, checkpoint):
     """Writes losses.pdf or, for an older checkpoint, losses/<iteration>.pdf"""
     statistics, memory = checkpoint["statistics"], checkpoint["memory"]
-    if not statistics:
+    if not figures.get_curves(statistics):
         print(f"{trained.name}: no losses in this checkpoint")
         return
     log_num_images = None
@@ -179,9 +185,9 @@ def draw_reconstructions(trained, args):
     save_figures(trained, trained.get_stem("reconstructions"), pages)
     if args.svg:
         folder = trained.folder / trained.get_stem("reconstructions")
-        map_id, _ = drawings.get_maps(trained.generative_model, latent, obs)
+        map_ids = drawings.get_map_ids(trained.generative_model, latent, obs)
         for i, name in enumerate(obs_id.tolist()):
-            program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
+            program = drawings.get_program(drawing.select([i]), latent[i], map_ids[i])
             drawings.save_program(folder / str(name), program, iteration=trained.iteration, obs_id=name, log_joint=log_joint[i])
     return obs_id, obs, drawing
 
@@ -204,18 +210,14 @@ def film_training(trained, obs_id, args):
     if not numbered or not trained.is_latest or trained.other_data:
         return
     obs_id, frames = obs_id[:NUM_FILMED], []
-    obs = trained.get_images(obs_id)[0]
     for path in [*(numbered[i] for i in data.spread(len(numbered), MAX_FRAMES - 1)), trained.path]:
         try:
             then = TrainedModel(trained.name, checkpoints.load(path), trained.dataset)
         except UserError as error:
             print(f"{trained.name}: {error}, left out of the animation")
             continue
-        latent = then.reconstruct(obs_id)
-        _, maps = drawings.get_maps(then.generative_model, latent, obs)
-        probs = drawings.draw(then.generative_model, latent, args.resolution, maps)
         title = f"{trained.name}: images and programs at iteration {then.iteration}"
-        frames.append(figures.pair_frame(drawings.resize(obs, args.resolution), probs, title))
+        frames.append(figures.pair_frame(*then.see(obs_id, args.resolution), title))
     save_film(trained.folder / "reconstructions.gif", frames, CHECKPOINT_MILLISECONDS)
 
 
@@ -230,10 +232,8 @@ def draw_alphabets(trained, args):
         panels = {"new characters": drawings.draw(model, new, args.resolution)}
         if len(members):
             obs_id = members[data.spread(len(members), num)]
-            obs, latent = trained.get_images(obs_id)[0], trained.reconstruct(obs_id)
-            _, maps = drawings.get_maps(model, latent, obs)
-            seen = drawings.draw(model, latent, args.resolution, maps)
-            panels = {"images": drawings.resize(obs, args.resolution), "as the model sees them": seen, **panels}
+            obs, seen = trained.see(obs_id, args.resolution)
+            panels = {"images": obs, "as the model sees them": seen, **panels}
         title = f"{trained.dataset.alphabet_names[alphabet_id]}: {trained.get_title()}"
         pages.append(figures.panels_figure(panels, num_cols, title))
     save_figures(trained, trained.get_stem("alphabets"), pages)

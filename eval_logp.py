@@ -326,11 +326,11 @@ def memoised_step(evaluation, obs_id):
 
 
 @torch.no_grad()
-def estimate_together(halves):
+def estimate_together(halves, stop):
     """Importance sampling with both halves' networks: each on its own samples, and their mixture on all samples, whose scores
     are added to the first half's table.
 
-    Returns: log p by the mixture [N], and by each half [2, N]
+    Returns: log p by the mixture [N], and by each half [2, N]; or None if a signal arrives
     """
     model, log_p, by_half = halves[0].generative_model, [], []
     num_particles = math.ceil(halves[0].args.test_num_particles / len(halves))
@@ -338,6 +338,8 @@ def estimate_together(halves):
         half.network.eval()
     images = torch.arange(len(halves[0].obs), device=halves[0].device).split(1)
     for obs_id in util.show_progress(images, desc="estimating", unit="image"):
+        if stop.received is not None:
+            return None
         inputs = halves[0].get_inputs(obs_id)
         obs, alphabet = inputs["obs"], inputs["alphabet"]
         latent = [half.network.sample(obs_id, num_particles, alphabet) for half in halves]  # each [P, 1, A, 2]
@@ -438,10 +440,11 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_
             return 0
         what = checkpoint, images, memory, settings, path, stop
         parts = run_halves(args, *what) if args.algorithm == "mws" else [run_one(args, *what)]
-        if None in parts:
+        result = None if None in parts else get_result(parts, settings, name, checkpoint, stop)
+        if result is None:
             print(f"stopped by {signal.Signals(stop.received).name}, saved; rerun the same command to resume")
             return 128 + stop.received
-        util.save_checkpoint(path, get_result(parts, settings, name, checkpoint))
+        util.save_checkpoint(path, result)
         for part in parts:
             checkpoints.get_state_path(path, part.args.half).unlink(missing_ok=True)
     print(f"{report.describe(path)}: {path}")
@@ -554,14 +557,18 @@ def load_saved(path, load, settings, force=False):
     return None if differences else saved
 
 
-def get_result(parts, settings, name, checkpoint):
-    """The result that results/report.py reads (see checkpoints.RESULT_KEYS). Args: parts: an Evaluation, or its halves"""
+def get_result(parts, settings, name, checkpoint, stop):
+    """The result that results/report.py reads (see checkpoints.RESULT_KEYS), or None if a signal arrives. Args: parts: an
+    Evaluation, or its halves"""
     of_halves, evaluation = {}, parts[0]
     if len(parts) > 1:
         num_images = len(evaluation.obs)
         bounds = [get_enumeration_bound(part.table.settle(), num_images).cpu() for part in parts]
         of_halves["bound_by_half"] = torch.stack(bounds)
-        evaluation.log_p, log_p_by_half = estimate_together(parts)
+        estimates = estimate_together(parts, stop)
+        if estimates is None:
+            return None
+        evaluation.log_p, log_p_by_half = estimates
         of_halves["log_p_by_half"] = log_p_by_half.double().cpu()
         of_halves["search_error"] = of_halves["bound_by_half"].mean(1).diff().abs().item()
     log_p = evaluation.log_p.double().cpu()

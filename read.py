@@ -83,9 +83,9 @@ def save_searched(model, network, found, folder, title):
     rendering.set_compile(True)  # takes a while, but a search takes longer
     latent, log_joint, alphabets = search.read(model, network, obs)
     rendering.set_compile(False)  # the drawings have other sizes, each of which would take longer to compile
-    (map_id, _), drawing = drawings.get_maps(model, latent, obs), variation.get_drawing(model, latent, obs)
+    map_ids, drawing = drawings.get_map_ids(model, latent, obs), variation.get_drawing(model, latent, obs)
     for i, name in enumerate(found.names):
-        program = drawings.get_program(drawing.select([i]), latent[i], None if map_id is None else map_id[i])
+        program = drawings.get_program(drawing.select([i]), latent[i], map_ids[i])
         details = {} if alphabets[i] is None else {"alphabet": alphabets[i].argmax().item()}
         drawings.save_program(
             folder / f"{name}-program", program, image=found.files[i], log_joint=log_joint[i].item(), **details
@@ -116,7 +116,9 @@ def main(argv=None):
         drawings.save_program(folder / stem, get_strokes(reading, i), deviation=reading.deviation[i].sum().item(), **details)
         print(f"{file}: {int(reading.drawing.on[i].sum())} strokes: {folder / stem}.svg, {stem}.json")
     title = f"strokes of {name}'s library, varied to lie on the ink"
-    title += "\nlog p(x | strokes): the ink under them\ndeviation: theirs from the library (both in nats)"
+    title += (
+        "\nlog p(x | strokes): how probable they make the ink\ndeviation: how far they are from the library's (both in nats)"
+    )
     print(f"stroke by stroke: {figures.save_pdf(folder / 'strokes.pdf', strokes_figures(found, reading, title))}")
     if args.examples:
         drawn = drawings.vary_strokes(reading.drawing, args.examples, RESOLUTION)  # [N, E, R, R]
@@ -136,11 +138,7 @@ def get_parser():
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one", default=MODEL)
     add("--output", "folder to write into (default: save/<model>/read)")
     add("--examples", "new examples to draw of each character", type=util.in_range(int, 1, 1000))
-    add(
-        "--program",
-        "also search for the best program of the model's fixed strokes, seconds a character",
-        action="store_true",
-    )
+    add("--program", "also search for the best program of the model's fixed strokes, seconds a character", action="store_true")
     add("--as-is", "take images as they are: one character each, of Omniglot's size and stroke width", action="store_true")
     add("--seed", "seed of examples and search", type=util.in_range(int, 0, 2**63 - 1), default=0)
     return parser

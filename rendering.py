@@ -249,8 +249,8 @@ def get_shifts(most):
     """Maps of all shifts by up to `most` pixels (of 28) in each direction: [(2 * most + 1)^2, 2, 3]"""
     pixel = 2 / 27  # in affine_grid's coordinates, from corner to corner
     shift = torch.arange(-most, most + 1) * pixel
-    x, y = torch.cartesian_prod(shift, shift).unbind(1)
-    return F.pad(torch.eye(2).expand(len(x), 2, 2), (0, 1)) + F.pad(torch.stack([x, y], 1).unsqueeze(2), (2, 0))
+    shifts = torch.cartesian_prod(shift, shift).unsqueeze(2)  # [T, 2, 1]
+    return torch.cat([torch.eye(2).expand(len(shifts), 2, 2), shifts], 2)
 
 
 def apply_maps(probs, maps):

@@ -34,7 +34,6 @@ from runs import checkpoints, locks
 from runs.saving import StopSignal
 from util import UserError
 
-NUM_LATENTS = [3, 5, 10, 20, 40]  # per image; for mws, memory plus proposals
 WAIT_SECONDS = 20  # between checks of Slurm's queue
 TEST_RUN_EVALUATION = ["--effort=0.01", "--num-data=5", "--num-iterations=10", "--num-particles=10", "--test-num-particles=100"]
 
@@ -45,7 +44,7 @@ def get_sweep_argss(test_run=False, data_location=None, large_conditional=False)
     """Yields main.py's arguments, a namespace for each model of section 4.2: mws, rws and vimco with 3 to 40 latents, and the
     alphabet-conditional mws model, on the small data set or, with large_conditional, on all of it"""
     common = ["--test-run"] * test_run + ["--data-location", data_location] * (data_location is not None)
-    for algorithm, num_latents in itertools.product(["mws", "rws", "vimco"], NUM_LATENTS):
+    for algorithm, num_latents in itertools.product(["mws", "rws", "vimco"], report.NUM_LATENTS):
         memory_size = (num_latents + 1) // 2 if algorithm == "mws" else 0
         flags = ["--small-dataset", "--algorithm", algorithm, "--num-particles", str(num_latents - memory_size)]
         flags += ["--memory-size", str(memory_size)] if memory_size else []
@@ -77,7 +76,7 @@ def get_runs(args):
         runs[path_base] = run_args
     unknown = [model for model in args.models or [] if model not in known]
     if unknown:
-        raise UserError(f"--models: {', '.join(unknown)} is not in the sweep, which has {', '.join(models)}")
+        raise UserError(f"--models: not in the sweep: {', '.join(unknown)}; it has {', '.join(models)}")
     return runs
 
 
@@ -132,7 +131,7 @@ def choose_tasks(args, queue=()):
         else:
             left.append(task._replace(flags=task.flags + ["--force"] * progress.replaces))
     if num_done:
-        print(f"{num_done} are complete already")
+        print(f"{util.count(num_done, 'task')} complete already")
     return left
 
 
@@ -231,10 +230,11 @@ def cancel(args):
         for job in jobs:
             print(f"would cancel {job.number}: {' '.join(job.task.key)}")
     else:
-        print(f"cancelled {slurm.cancel(jobs)} jobs")
+        print(f"cancelled {util.count(slurm.cancel(jobs), 'job')}")
     rest = collections.Counter(job.task.model for job in queue if job not in jobs)
     if rest:
-        print(f"other runs from here are in the queue: {', '.join(f'{model} ({n} jobs)' for model, n in rest.items())}")
+        others = ", ".join(f"{model} ({util.count(n, 'job')})" for model, n in rest.items())
+        print(f"other runs from here are in the queue: {others}")
     return 0
 
 
@@ -281,13 +281,13 @@ def remove(args):
     print("\n".join(map(str, paths)) or f"there is nothing to delete in {util.SAVE}/")
     if args.dry_run or not paths:
         return 0
-    what = f"the evaluations of {len(paths)} runs" if args.eval_logp else f"{len(paths)} runs"
+    what = f"{'the evaluations of ' * args.eval_logp}{util.count(len(paths), 'run')}"
     if not args.yes:
         print(f"delete {what}, checkpoints and all? [y/N] ", end="", flush=True)
         answer = sys.stdin.readline() if sys.stdin is not None else ""
         if not answer:
             raise UserError("there is no terminal to ask; give --yes to delete them")
-        if answer.strip().lower() != "y":
+        if answer.strip().lower() not in ("y", "yes"):
             print("nothing is deleted")
             return 1
     for path in paths:

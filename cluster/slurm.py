@@ -157,7 +157,7 @@ def get_array(listing, indices, after=(), limit=None):
     options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", f"--comment={get_tag()}-{listing.path.stem}"]
     if after and any(re.match(r"--dep|-d", option) for option in listing.options):
         raise UserError(
-            "--sbatch --dependency: evaluations wait for their training by this option; give it when that has ended"
+            "--sbatch --dependency: evaluations wait for their training with this option; give yours when the training has ended"
         )
     options += [f"--dependency=afterany:{':'.join(after)}"] * bool(after)
     return ["sbatch", *listing.options, *options, *get_script(listing.path)]

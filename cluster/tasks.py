@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import errno
 import io
 import os
 import pathlib
@@ -18,6 +17,7 @@ import torch
 
 import util
 from runs import checkpoints, curves, locks
+from runs.saving import SIGNALS
 from util import UserError, warn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -167,8 +167,7 @@ def load_saved(path, keys):
 
 def was_stopped(status):
     """Whether a process ended because of one of the signals on which runs save and stop"""
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-    return status in [128 + number for number in numbers] or -status in numbers
+    return status in [128 + number for number in SIGNALS] or -status in SIGNALS
 
 
 def is_failed(task):
@@ -186,16 +185,13 @@ def is_failed(task):
 def open_log(task, words=""):
     """Opens the task's log for appending, and writes the command. Args: words: what else to say about this attempt"""
     path, when, node = task.get_path("log"), time.strftime("%Y-%m-%d %H:%M:%S"), os.uname().nodename
-    try:
+    with util.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         task.get_path("status").unlink(missing_ok=True)
         log = open(path, "a")
         log.write("\n" if log.tell() else "")  # after an interrupted progress bar
         log.write(f"--- {when} on {node}{words}: {shlex.join(task.get_command())}\n")
         log.flush()
-    except OSError as error:
-        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
-        raise UserError(f"cannot write {path} ({error.strerror}); {advice} and run the same command again") from None
     return log
 
 
@@ -246,7 +242,8 @@ def get_visible_gpus():
 
 def start(task, slot, num_slots, num_gpus):
     """Starts a task on its slot's share of the cores, and on its GPU if there are several. Returns: the process"""
-    cores = util.get_cores()
+    pins = hasattr(os, "sched_setaffinity")
+    cores = sorted(os.sched_getaffinity(0)) if pins else list(range(os.cpu_count() or 1))
     share = cores[slot % len(cores) :: num_slots]
     # Processes with as many threads as cores would slow each other down several-fold.
     environment = {"OMP_NUM_THREADS": str(len(share)), **os.environ}
@@ -262,7 +259,7 @@ def start(task, slot, num_slots, num_gpus):
             env=environment,
             preexec_fn=_prepare_child,
         )
-    if hasattr(os, "sched_setaffinity"):
+    if pins:
         os.sched_setaffinity(process.pid, share)
     return process
 

@@ -69,4 +69,4 @@ class ReplayedStep:
         self.can_record = False
         cause = error.__context__ or error  # ending the capture also fails, and hides the original error
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:100]
-        print(f"warning: no CUDA graph, training is slower: {reason}", file=sys.stderr)
+        print(f"warning: no CUDA graph, steps are slower: {reason}", file=sys.stderr)

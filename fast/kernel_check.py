@@ -171,7 +171,7 @@ def get_decoder_checks(decoder, latent):
                 return compare(log_prob[0], parameters)
             ids, on = drawn[with_gradients][0].unbind(-1)  # plain PyTorch would draw others, so it scores these
             if not (((0 <= ids) & (ids < decoder.num_primitives)).all() and ((0 <= on) & (on < 2)).all()):
-                raise ValueError("what is drawn are not programs")  # must not be looked up on a GPU
+                raise ValueError("the samples are not programs")  # must not be looked up on a GPU
             return compare(decoder.log_prob(drawn[with_gradients], context[:NUM_COMPARED])[0], parameters)
 
     return [functools.partial(function, with_gradients) for function in (score, sample) for with_gradients in (True, False)]

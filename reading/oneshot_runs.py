@@ -58,7 +58,7 @@ def load(path):
 def summarise(runs):
     """Summarises a list of Run in one line"""
     obs = torch.cat([torch.cat([run.characters, run.tests]) for run in runs])
-    return data.summarise(obs.numpy() >= 0.5, f"{len(runs)} run{'s' * (len(runs) != 1)}")
+    return data.summarise(obs.numpy() >= 0.5, util.count(len(runs), "run"))
 
 
 def _load_run(path, labels, files):

@@ -22,16 +22,12 @@ NUM_PIXELS = 28  # along a character's side; units of the SVG
 FLAT = 1e-3  # pixels; an arc that bulges less than this is drawn as a line
 
 
-def get_maps(generative_model, latent, obs):
-    """The most probable map of each program and image.
-
-    Args: latent [N, A, 2]; obs [N, R, C]
-    Returns: map_id [N]; maps [N, 2, 3], or None and None if the likelihood has no maps
-    """
+def get_map_ids(generative_model, latent, obs):
+    """The number of the most probable map of each program and image, or None without maps: latent [N, A, 2], obs [N, R, C] ->
+    a list of N"""
     if generative_model.likelihood.maps is None:
-        return None, None
-    map_id = generative_model.get_map_log_posterior(latent, obs).argmax(1)
-    return map_id, generative_model.likelihood.maps[map_id].detach()
+        return [None] * len(latent)
+    return generative_model.get_map_log_posterior(latent, obs).argmax(1).tolist()
 
 
 @torch.no_grad()
@@ -94,6 +90,11 @@ def get_pen_path(drawing, resolution):
     return (points + 1) / 2 * (resolution - 1)
 
 
+def draw_seen(drawing, resolution):
+    """Draws a Drawing of [N], seen through its maps: [N, R, R]"""
+    return draw_arcs(drawing.params, variation.get_arcs(drawing), drawing.on, resolution, drawing.map)
+
+
 def resize(obs, resolution):
     """Scales images [N, R, C] to another resolution, without smoothing"""
     return F.interpolate(obs.unsqueeze(1).cpu(), size=(resolution, resolution), mode="nearest")[:, 0]
@@ -104,8 +105,7 @@ def vary_strokes(drawing, num_examples, resolution, num_tries=3):
     """Draws programs as other hands would: [N, E, R, R]. Each is the first of a few tries that stays within the page, if any"""
     ids = torch.arange(len(drawing.on)).repeat_interleave(num_examples * num_tries)
     varied = variation.sample(drawing.select(ids))
-    probs = draw_arcs(varied.params, variation.get_arcs(varied), varied.on, resolution, varied.map)
-    probs = probs.unflatten(0, (-1, num_tries))  # [N * E, T, R, R]
+    probs = draw_seen(varied, resolution).unflatten(0, (-1, num_tries))  # [N * E, T, R, R]
     edge = (probs > 0.5).sum((2, 3)) - (probs[..., 1:-1, 1:-1] > 0.5).sum((2, 3))  # pixels of ink on it: [N * E, T]
     return probs[torch.arange(len(probs)), edge.argmin(1)].unflatten(0, (-1, num_examples))
 
@@ -183,7 +183,7 @@ def get_program(drawing, latent, map_id=None):
         for (primitive, on), arc in zip(latent.tolist(), arcs, strict=True)
     ]
     scale, bias = drawing.params.tolist()
-    number = {} if map_id is None else {"map_id": int(map_id)}
+    number = {} if map_id is None else {"map_id": map_id}
     return {"strokes": strokes, "scale": scale, "bias": bias, **number, "map": drawing.map[0].tolist()}
 
 

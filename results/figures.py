@@ -226,7 +226,7 @@ def stroke_figures(obs, drawing, labels, title, resolution, num_rows=20):
 
     Args: obs [N, R, C]; drawing: a reading.variation.Drawing of N programs; labels: N strings
     """
-    seen = drawings.draw_parts(drawing, drawing.on.unsqueeze(1), drawings.NUM_PIXELS)[:, 0]
+    seen = drawings.draw_seen(drawing, drawings.NUM_PIXELS)
     pair = torch.stack([drawings.resize(images, resolution) for images in (obs, seen)], 1)
     stages = drawings.draw_stages(drawing, resolution)
     rows = torch.cat([to_colour(pair), colour_newest(stages)], 1)  # [N, columns, R, R, 3]

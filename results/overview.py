@@ -56,22 +56,24 @@ def describe(name):
 
 def get_pictures(name):
     """HTML of a run's thumbnails, each linked to its newest PDF, and of its animations"""
-    folder, shown = util.SAVE / name, {}  # file -> the picture that links to it
+    folder, shown = util.SAVE / name, {}  # file -> what it shows, and the picture that links to it
 
-    def find_newest(pattern):
-        numbered = [path for path in folder.glob(pattern) if path.stem.isdigit()]
-        return max(numbered, key=lambda path: int(path.stem), default=folder / "none")
+    def find_newest(kind, suffix):
+        return next(reversed(checkpoints.get_numbered(folder / kind, suffix)), folder / "none")
 
     for kind in KINDS:
         thumbnail = get_thumbnail_path(name, kind)
-        pdf = folder / "losses.pdf" if kind == "losses" else find_newest(f"{kind}/*.pdf")
+        pdf = folder / "losses.pdf" if kind == "losses" else find_newest(kind, "pdf")
         if thumbnail.exists():
-            shown[pdf] = f"data:image/png;base64,{base64.b64encode(thumbnail.read_bytes()).decode()}"
-    films = [find_newest("reconstructions/*.gif"), folder / "reconstructions.gif"]
-    links = {path: urllib.parse.quote(os.fsencode(path.relative_to(util.SAVE))) for path in [*shown, *films] if path.exists()}
-    return "\n".join(
-        f'<a href="{link}"><img alt="{path.stem}" src="{shown.get(path, link)}"></a>' for path, link in links.items()
-    )
+            shown[pdf] = kind, f"data:image/png;base64,{base64.b64encode(thumbnail.read_bytes()).decode()}"
+    for film in find_newest("reconstructions", "gif"), folder / "reconstructions.gif":
+        shown[film] = "reconstructions, animated", None
+    lines = []
+    for path, (words, picture) in shown.items():
+        if path.exists():
+            link = urllib.parse.quote(os.fsencode(path.relative_to(util.SAVE)))
+            lines.append(f'<a href="{link}"><img alt="{words}" src="{picture or link}"></a>')
+    return "\n".join(lines)
 
 
 def write_overview():

@@ -32,7 +32,8 @@ WORK_BY_ALGORITHM = {
 }
 ALGORITHMS = list(WORK_BY_ALGORITHM)
 ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
-PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in (3, 5, 10, 20, 40)] + ["a_mws_40"]
+NUM_LATENTS = [3, 5, 10, 20, 40]  # per image; for mws, memory plus proposals
+PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in NUM_LATENTS] + ["a_mws_40"]
 
 
 # ------------------------------------------------------------------ reading
@@ -88,7 +89,7 @@ def load_results(name, paths):
             difference = model and describe_difference(result, model)
         if difference:
             advice = "delete it, or replace it by eval_logp.py --force"
-            warn(f"{path} is left out: it is of another model than this run's now ({difference}); {advice}")
+            warn(f"{path} is left out: it is of a different model from this run's current one ({difference}); {advice}")
         else:
             results[path] = result
     return results
@@ -242,7 +243,7 @@ def describe_leads(models):
             if len(lead) > 1:
                 half = get_half_width(lead)
                 text += f"; 95 % interval over images {lead.mean() - half:.1f} to {lead.mean() + half:.1f}"
-            lines.append(f"{text}; {len(found[best])} and {len(found[name])} seeds")
+            lines.append(f"{text}; seeds: {len(found[best])} and {len(found[name])}")
     return lines
 
 
@@ -494,6 +495,8 @@ def draw_milestones(runs, path):
     Raises: UserError if no model has one
     """
     kinds = collections.Counter(kind for found in runs.values() for kind in found)
+    if not kinds:
+        raise UserError("no evaluations are left to draw; see the warnings")
     kind = min(kinds, key=lambda kind: (-kinds[kind], get_place(kind[0])))
     models, rows, lines, texts = collections.defaultdict(list), [], {}, []
     first = {name: next(iter(found[kind].values())) for name, found in runs.items() if kind in found}
@@ -517,7 +520,7 @@ def draw_milestones(runs, path):
         log_p, bound = (
             np.array([[seed[i][key] for i in x] for seed in seeds]) for key in ("log_p", "enumeration_bound")
         )  # [S, X]
-        num_seeds = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        num_seeds = util.count(len(seeds), "seed")
         lines[f"{labels[name]} ({num_seeds})"] = Line(x, bound.mean(0), bound.min(0), bound.max(0), log_p.mean(0))
         ends = [describe_values(values[:, -1]) for values in (log_p, bound)]
         texts.append(f"{name}: log p {ends[0]}, enumeration bound {ends[1]}, {num_seeds}, at iteration {x[-1]}")

@@ -61,11 +61,10 @@ def find(path):
     raise UserError(f"there is no checkpoint {path}; {there}")
 
 
-def get_numbered(folder):
-    """The paths of the numbered checkpoints in a folder, in order"""
-    return sorted(
-        (path for path in pathlib.Path(folder).glob("*.pt") if path.stem.isdecimal()), key=lambda path: int(path.stem)
-    )
+def get_numbered(folder, suffix="pt"):
+    """The paths of the numbered checkpoints in a folder, or of other files, in order"""
+    paths = [path for path in pathlib.Path(folder).glob(f"*.{suffix}") if path.stem.isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem))
 
 
 def get_all(path):
@@ -99,7 +98,7 @@ def find_run(args, get_fingerprint):
     name = util.get_path_base(args)
     if args.name or get_path(name).exists():
         return name
-    default = "glyphs" if args.test_run else util.Config.data_location
+    default = util.get_run_default("data_location", args.test_run)
     there, elsewhere = (util.get_path_base(argparse.Namespace(**{**vars(args), "data_location": x})) for x in (default, "/x"))
     start = elsewhere.split("data-location=")[0]  # what follows it may be cut off
     ours, iterations = util.get_settings(args), {}
@@ -230,7 +229,7 @@ def copy(checkpoint):
         try:
             copied |= util.decode(util.encode({name: value}))
         except Exception as error:
-            reason = str(error).strip().split("\n")[0][:150]
+            reason = util.get_reason(error, 150)
             raise UserError(f"the part {name} of the run cannot be saved and loaded: {reason}") from error
     return copied
 

@@ -89,14 +89,11 @@ class Curves:
         self._log(new)
         names = [name for phase in dict.fromkeys(["train", "test", *statistics]) for name in statistics.get(phase, {})]
         columns = [name for name in dict.fromkeys(["theta_loss", "phi_loss", *names]) if name != "iteration"]
-        try:
-            if columns == self.columns:
-                with open(self.path, "ab") as file:
-                    file.write(to_csv(columns, new))
-            else:
-                util.write(self.path, to_csv(columns, get_rows(statistics), with_heading=True))
-        except OSError as error:
-            raise UserError(f"cannot write {self.path} ({error.strerror}); what was saved before is intact") from None
+        if columns == self.columns:
+            with util.writing(self.path), open(self.path, "ab") as file:
+                file.write(to_csv(columns, new))
+        else:
+            util.write(self.path, to_csv(columns, get_rows(statistics), with_heading=True))
         self.columns, self.num_written = columns, {phase: len(table["iteration"]) for phase, table in statistics.items()}
 
     def _log(self, rows):

@@ -18,16 +18,18 @@ class SaveClock:
         self.saved = time.monotonic()  # the machine's clock may be set back
 
 
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # the last is Slurm's warning
+
+
 class StopSignal:
-    """A context in which SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) are recorded in `received`, so that a loop can save
+    """A context in which SIGNALS are recorded in `received`, so that a loop can save
     and return. A second SIGINT (Ctrl-C) ends the program at once."""
 
     def __init__(self):
         self.received = None
 
     def __enter__(self):
-        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-        self.handlers = {number: signal.signal(number, self._receive) for number in numbers}
+        self.handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *_):

@@ -162,4 +162,4 @@ def test_training_goes_on_wherever_a_capture_fails(stage, no_gpu, monkeypatch, c
     assert current[0] is usual and generator.state == ["sound"] and not replayed.recordings
     (line,) = capsys.readouterr().err.splitlines()
     cause = {"beginning": "no memory for a graph", "end": "capture_end failed"}.get(stage, "the step failed")
-    assert line == f"warning: no CUDA graph, training is slower: {cause}"
+    assert line == f"warning: no CUDA graph, steps are slower: {cause}"

@@ -459,7 +459,8 @@ def test_stray_pictures_are_left_out_by_name(tmp_path, capsys):
         (folder / name).write_bytes(encode(draw(), "JPEG"))
     dataset = data.load(str(folder), small_dataset=False)
     assert (
-        dataset.summary == "12 images, 3 alphabets, mean ink 0.13; skipped: 4 files (1 HEIC, 1 PDF, 1 TXT, 1 beside the others)"
+        dataset.summary
+        == "12 images, 3 alphabets, mean ink 0.13; skipped: 4 files (1 HEIC, 1 PDF, 1 TXT, 1 outside the folders)"
     )
     assert dataset.alphabet_names == ("a", "b", "c")
     warning = capsys.readouterr().err.splitlines()[0]
@@ -488,7 +489,7 @@ def test_a_clone_of_omniglots_repository(tmp_path):
     (tmp_path / "python/one-shot/run01/training/class01.png").write_bytes(encode(draw()))
     clone = data.load(str(tmp_path), True)
     counts = "100 images, 2 alphabets, mean ink 0.07; skipped: {}; 20 to train on"
-    assert clone.summary == counts.format("22 files (22 beside the others)")
+    assert clone.summary == counts.format("22 files (22 outside the folders)")
     assert data.get_fingerprint(plain.test) == data.get_fingerprint(data.load(str(tmp_path)).test)
     with zipfile.ZipFile(tmp_path / "images_background.zip", "w") as inner:
         make_release(lambda name, png: inner.writestr(name, png))
@@ -579,7 +580,7 @@ def test_arrays_as_people_have_them(tmp_path):
         assert data.get_fingerprint(dataset.train) == expected, name
         assert ("dark on light" in dataset.summary) == name.startswith("paper"), dataset.summary
     assert {image.bool().numpy().tobytes() for image in dataset.train.obs} <= {(image > 127).tobytes() for image in ink}
-    with pytest.raises(UserError, match="has only"):
+    with pytest.raises(UserError, match="there are only"):
         data.load(str(tmp_path / "bytes.npy"), small_dataset=True)
     np.save(tmp_path / "solid.npy", np.pad(np.ones((12, 60, 60), np.uint8), [(0, 0), (20, 25), (20, 25)]))
     assert data.load(str(tmp_path / "solid.npy")).train.obs.mean() == pytest.approx((60 / 105) ** 2, abs=0.02)

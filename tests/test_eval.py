@@ -1,6 +1,7 @@
 """Evaluation and its report, end to end, against exact enumeration where there are few latents."""
 
 import argparse
+import collections
 import csv
 import functools
 import math
@@ -254,7 +255,10 @@ def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
     other = {**result["settings"], "model": "other"}
     util.save_checkpoint(behind / "5.pt", {**result, "settings": other, "model_iteration": 5})  # of the other seed
     assert len(report.compare_milestones(seeds)) == 3
-    assert f"{behind}/5.pt is left out: it is of another model than this run's now (seed is 0" in capsys.readouterr().err
+    assert (
+        f"{behind}/5.pt is left out: it is of a different model from this run's current one (seed is 0"
+        in capsys.readouterr().err
+    )
     checkpoints.get_path(seeds[1]).unlink()  # as if it had come alone: a seed that has not got as far
     with pytest.raises(UserError, match="in common"):
         report.compare_milestones(seeds)
@@ -293,7 +297,7 @@ def test_a_conditional_model_knows_its_alphabets_by_name(folder):  # noqa: F811
     checkpoint = checkpoints.load(checkpoints.find(util.get_path_base(main.parse_args(flags))))
     assert data.load_for_model(checkpoint).alphabet_names == ("a", "b")
     assert data.load_for_model(checkpoint, "renamed.npz").alphabet_names == ("b", "c")
-    with pytest.raises(UserError, match="the model's alphabets are others than those of other.npz: a is not b, for example"):
+    with pytest.raises(UserError, match="the model's alphabets differ from those of other.npz: a is not b, for example"):
         data.load_for_model(checkpoint, "other.npz")
     data.load_for_model({**checkpoint, "alphabet_names": ["alphabet 1", "alphabet 2"]}, "other.npz")
     del checkpoint["alphabet_names"]
@@ -311,7 +315,7 @@ def test_the_model_of_an_evaluation_is_the_runs(folder, capsys):  # noqa: F811
     assert len(report.read_runs(path)) == 1  # results alone are trusted
     main.main(flags)
     assert not report.read_runs(path)
-    left_out = f"{path}/logp/test_own.pt is left out: it is of another model than this run's now"
+    left_out = f"{path}/logp/test_own.pt is left out: it is of a different model from this run's current one"
     assert f"{left_out} (iteration 9 of 4)" in capsys.readouterr().err
     checkpoint = checkpoints.load(checkpoints.find("own"))
     early = {**checkpoint, "iteration": 0}
@@ -376,7 +380,7 @@ def test_leads_are_paired_over_images():
         run.results["mws"]["settings"]["effort"] = effort
     runs[-1].results["mws"]["model_settings"]["num_particles"] = 7
     (models,) = report.group(runs).values()
-    lines = ["mws_5 is 2.0 nats per image ahead of rws_5; 95 % interval over images -0.5 to 4.5; 2 and 1 seeds"]
+    lines = ["mws_5 is 2.0 nats per image ahead of rws_5; 95 % interval over images -0.5 to 4.5; seeds: 2 and 1"]
     assert report.describe_leads(models) == lines
 
 
@@ -493,17 +497,17 @@ def test_the_mixture_of_both_networks_estimates_what_neither_alone_can(monkeypat
     only = [get_latents()[:, :, 0].eq(first).all(1) for first in (0, 1)]
     log_joint = get_exact(model, network, obs, torch.arange(NUM_IMAGES))[0].double()
     want = torch.stack([log_joint[some].logsumexp(0) for some in only])
-    log_p, by_half = eval_logp.estimate_together(halves)
+    log_p, by_half = eval_logp.estimate_together(halves, eval_logp.StopSignal())
     torch.testing.assert_close(by_half.double(), want.detach(), atol=0.05, rtol=0)
     torch.testing.assert_close(log_p.double(), want.detach().logsumexp(0), atol=0.05, rtol=0)
     assert (log_p.double() < exact).all()
 
 
 def test_a_memoised_evaluation_resumes_to_the_same_bits(model, monkeypatch):
-    """Stopped within a search and in training, of either half"""
+    """Stopped within a search and in training, of either half, and while both make their estimates"""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     flags = [*MWS, "--num-data", "2"]
-    whole, calls = evaluate(model, "mws", *flags, num_iterations=5), {"mutate": 0, "memoised_step": 0}
+    whole, calls = evaluate(model, "mws", *flags, num_iterations=5), collections.Counter()
 
     def interrupt(name, function, at, *args):
         calls[name] += 1
@@ -511,9 +515,10 @@ def test_a_memoised_evaluation_resumes_to_the_same_bits(model, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return function(*args)
 
-    for module, name, at in [(eval_logp.search, "mutate", (3, 7)), (eval_logp, "memoised_step", (2, 8))]:
+    stops = [(search, "mutate", (3, 7)), (eval_logp, "memoised_step", (2, 8)), (scoring, "log_mean_weight", (2,))]
+    for module, name, at in stops:
         monkeypatch.setattr(module, name, functools.partial(interrupt, name, getattr(module, name), at))
-    for _ in range(4):
+    for _ in range(5):
         evaluate(model, "mws", *flags, "--force", num_iterations=5, status=128 + signal.SIGTERM)
     evaluate(model, "mws", *flags, "--force", num_iterations=5)
     assert calls["mutate"] > 8 and calls["memoised_step"] == 10

@@ -82,7 +82,7 @@ def test_a_sweep_finds_runs_whose_data_moved(folder, monkeypatch, capsys):  # no
     pathlib.Path("data.mat").rename("there/data.mat")
     settings = ["--", "--data-location", "there/data.mat"]
     assert list(sweep.get_runs(sweep.parse_args(settings))) == [started]
-    assert sweep.main(settings) == 0 and "1 are complete already" in capsys.readouterr().out
+    assert sweep.main(settings) == 0 and "1 task complete already" in capsys.readouterr().out
     task, *_ = sweep.get_tasks(sweep.parse_args(["--eval-logp", *settings]))
     assert task.model == started and "--data-location=there/data.mat" in task.flags
     monkeypatch.setattr(data, "load", lambda *_: pytest.fail("loads data only to name a run"))

@@ -252,10 +252,10 @@ def test_jobs_of_the_queue_are_told_apart(cluster):
     assert run("--cancel", "--dry-run", "--models", names[1]).startswith(f"would cancel {number}_1: {names[1]} train\n")
     assert len(list_jobs()) == 3 + 3 + 2
     stdout = run("--cancel", "--models", names[1])
-    assert "cancelled 1 jobs" in stdout and "other runs from here are in the queue" in stdout
+    assert "cancelled 1 job" in stdout and "other runs from here are in the queue" in stdout
     assert [cells["state"] for cells in get_cells("--models", *names)] == ["queued", "stopped", "queued"]
     stdout = run("--cancel", "--models", *names)
-    assert "cancelled 2 jobs" in stdout and all(re.search(rf"_seed={seed}_\S* \(1 jobs\)", stdout) for seed in (3, 4))
+    assert "cancelled 2 jobs" in stdout and all(re.search(rf"_seed={seed}_\S* \(1 job\)", stdout) for seed in (3, 4))
     assert "cancelled 2 jobs" in run("--cancel", "--seeds", "3", "4")
     wait_for(lambda: sorted(list_jobs()) == [f"{foreign}_{i}" for i in range(3)])
 

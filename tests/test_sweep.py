@@ -201,7 +201,10 @@ def test_a_task_that_cannot_start_stops_no_other(make_sweep):
     (util.SAVE / models[0]).mkdir(parents=True)
     (util.SAVE / models[0] / "logs").write_text("a file")
     stdout = run("--jobs", "2", status=1)
-    assert f"{models[0]}: not started: cannot write save/{models[0]}/logs/train.log (File exists); mend that" in stdout
+    assert (
+        f"{models[0]}: not started: cannot write save/{models[0]}/logs/train.log (File exists); what was saved before is intact: fix that"
+        in stdout
+    )
     assert f"{models[1]}: done, 2 iterations" in stdout and "1 of 2 done" in stdout
 
 
@@ -247,7 +250,7 @@ def test_sweep_here(make_sweep, monkeypatch):
     shutil.rmtree(util.SAVE / models[0])
     main.main(util.get_flags(next(sweep.get_sweep_argss())))
     assert_same(resumed, load(models[0]))
-    assert "2 are complete already\n0 of 0 done" in run()
+    assert "2 tasks complete already\n0 of 0 done" in run()
 
     evaluation = ["--eval-logp", "--eval-algorithms", "rws", "--test-run", "--models", models[1]]
     assert "1 of 1 done" in run(*evaluation, "--jobs", "2")
