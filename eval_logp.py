@@ -532,12 +532,8 @@ def get_choices(args):
 def get_settings(args, checkpoint, images, kind):
     """Everything that the result depends on, as plain values. Args: kind: from load_images"""
     fingerprint = f"{data.get_fingerprint(images)} ({len(images.obs)})"
-    return {
-        **get_choices(args),
-        "model": checkpoints.get_digest(checkpoint),
-        "images": fingerprint,
-        "kind_of_images": kind,
-    }
+    model = checkpoints.get_digest(checkpoint)
+    return {**get_choices(args), "model": model, "images": fingerprint, "kind_of_images": kind}
 
 
 def load_saved(path, load, settings, force=False):

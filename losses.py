@@ -379,8 +379,11 @@ def get_loss(args, step, state, **others):
 
 
 def get_statistics(statistics, kept):
-    """Statistics of an objective or a callback as they are recorded: scalars on the device, none of which changes later. Args: kept: tensors
-    and objects with a state_dict that later steps change; the first is on the device. Raises: UserError if one is not a scalar"""
+    """Statistics of an objective or a callback as they are recorded: scalars on the device, none of which changes later.
+
+    Args: kept: tensors and objects with a state_dict that later steps change; the first is on the device
+    Raises: UserError if one is not a scalar
+    """
     storages, device, recorded = _get_storages(kept), kept[0].device, {}
     for name, value in statistics.items():
         is_scalar = isinstance(value, torch.Tensor | numbers.Real | np.ndarray) and np.ndim(value) == 0

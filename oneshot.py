@@ -166,12 +166,7 @@ def get_parser():
     add("--runs", "Omniglot's all_runs.zip, or a zip or folder of runs in its form", required=True)
     add("--run-ids", "numbers of the runs to classify (default: all)", nargs="+", type=positive)
     add("--num-traces", "traces of each image", type=positive, default=matching.NUM_TRACES)
-    add(
-        "--num-steps",
-        "gradient steps in the last fit to another image",
-        type=positive,
-        default=matching.FINE.num_steps,
-    )
+    add("--num-steps", "gradient steps in the last fit to another image", type=positive, default=matching.FINE.num_steps)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--compile", "compile the hot path (default: yes)", action=argparse.BooleanOptionalAction, default=True)
     add("--force", "repeat runs that are complete, or replace those with other settings", action="store_true")

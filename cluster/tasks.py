@@ -251,14 +251,8 @@ def start(task, slot, num_slots, num_gpus):
         task = task._replace(flags=[*task.flags, "--cuda"])
         environment["CUDA_VISIBLE_DEVICES"] = get_visible_gpus()[slot % num_gpus]
     with open_log(task) as log:
-        process = subprocess.Popen(
-            task.get_command(),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            preexec_fn=_prepare_child,
-        )
+        streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(task.get_command(), env=environment, preexec_fn=_prepare_child, **streams)
     if pins:
         os.sched_setaffinity(process.pid, share)
     return process
