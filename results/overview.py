@@ -66,8 +66,8 @@ def get_pictures(name):
         pdf = folder / "losses.pdf" if kind == "losses" else find_newest(kind, "pdf")
         if thumbnail.exists():
             shown[pdf] = kind, f"data:image/png;base64,{base64.b64encode(thumbnail.read_bytes()).decode()}"
-    for film in find_newest("reconstructions", "gif"), folder / "reconstructions.gif":
-        shown[film] = "reconstructions, animated", None
+    shown[find_newest("reconstructions", "gif")] = "reconstructions, stroke by stroke", None
+    shown[folder / "reconstructions.gif"] = "reconstructions in the course of training", None
     lines = []
     for path, (words, picture) in shown.items():
         if path.exists():
