@@ -2,13 +2,13 @@
 
 Posteriors over programs have many modes, tens of nats apart: the same ink can be traced in another order, with other
 primitives or through another affine map. `find` therefore begins with programs from beam searches, one under each of the maps
-and a wider one under the best; an evolutionary search mutates and crosses them as a temperature falls; their beginnings are
-continued by beam search once more; and a second evolutionary search polishes the result. A beam search
-estimates at once what each stroke of the library would gain as the next one, draws and scores the more promising, and keeps
-programs by the score that their own best next stroke would lead to: moving the pen to the right place pays off only then. A
-pixel of ink that is not drawn costs 14 nats; beam searches charge less, or they would prefer programs that cover much ink with
-few strokes to programs that draw it well. Evolutionary searches use only a few maps, for a lower bound in a fraction of the
-time.
+and wider and wider ones under the best; an evolutionary search mutates and crosses them as a temperature falls; their
+beginnings are continued by beam search once more; and a second evolutionary search polishes the result. A beam search estimates
+at once what each stroke of the library would gain as the next one, draws and scores the more promising, and keeps programs by
+the score that their own best next stroke would lead to: moving the pen to the right place pays off only then. A pixel of ink
+that is not drawn costs 14 nats; beam searches charge less, or they would prefer programs that cover much ink with few strokes
+to programs that draw it well; and since beam searches that charge 2 nats and such that charge 1 miss different programs, there
+are both. Evolutionary searches use only a few maps, for a lower bound in a fraction of the time.
 
     latent, log_joint = search.find(generative_model, obs)
 """
@@ -25,7 +25,7 @@ import scoring
 from models import pack, unpack
 from util import show_progress
 
-VERSION = 7  # to be raised when searches find other programs: reports do not average evaluations by different versions
+VERSION = 8  # to be raised when searches find other programs: reports do not average evaluations by different versions
 
 
 class Effort(NamedTuple):
@@ -49,7 +49,8 @@ QUICK = Effort(15, 20, 100, 100, 60, 20)  # takes seconds an image when compiled
 NUM_BEST = 200  # programs that a search keeps
 NUM_PROPOSALS = 500  # programs from a model's own network, with which evaluations begin a search
 FLOOR = -2.0  # logit of paper in a beam search: ink not drawn yet costs 2 nats a pixel, not 14
-STAGES = (4, 1.0), (25, 0.15)  # of beam searches: how much wider than the narrowest, under which share of the maps
+# Stages of beam searches: how much wider than the narrowest, under which share of the maps, with which logit of paper
+STAGES = (4, 1.0, FLOOR), (12, 0.15, FLOOR), (25, 0.075, -1.0)
 BEAM_TEMPERATURE = 1.0  # nats
 NUM_SCORED, ON_SHARE = 1.5, 0.6  # strokes scored for each that goes on, and the share of these that leave ink
 CELL, BUCKET = 0.5 / 28, 0.5  # a beam search's resolution of places (of the page) and log likelihoods (nats)
@@ -170,19 +171,19 @@ def draw_strokes(model):
 
 
 def explore(image, codes, effort, is_stopped):
-    """Beam searches from nothing: one under each map, or each of those that fit some of the programs codes [N, A] best, then a
-    wider one under the maps that led to the best programs. Returns: the old and the new programs, [M, A]"""
+    """Beam searches from nothing: one under each map, or each of those that fit some of the programs codes [N, A] best, then
+    wider and wider ones under the maps that led to the best programs. Returns: the old and the new programs, [M, A]"""
     maps, grown = image.model.likelihood.maps, [codes]
     chosen = image.choose_maps(codes, effort.num_maps)
     if chosen is None and maps is not None:
         chosen = torch.arange(len(maps), device=codes.device)
     groups = [None] if chosen is None else chosen.split(1)
     best = torch.full((len(groups),), -math.inf, device=codes.device)
-    for factor, share in STAGES:
+    for factor, share, floor in STAGES:
         for i in best.topk(math.ceil(len(groups) * share)).indices.tolist():
             if is_stopped():
                 return torch.cat(grown)
-            programs = BeamSearch(image, groups[i]).grow(codes[:1, :0], effort.width * factor)
+            programs = BeamSearch(image, groups[i], floor).grow(codes[:1, :0], effort.width * factor)
             best[i] = torch.maximum(best[i], image.score(programs, groups[i]).max())
             grown.append(programs)
     return torch.cat(grown)
@@ -208,11 +209,11 @@ class BeamSearch:
 
     Each step samples some of the strokes that could follow the beam's programs, and keeps those of the longer programs whose
     own best next stroke would lead to the highest score. Of programs that lead to about the same place and explain the ink
-    about as well, only the best go on. A pixel of ink that is not drawn costs about -FLOOR nats.
+    about as well, only the best go on. A pixel of ink that is not drawn costs about -floor nats.
     """
 
-    def __init__(self, image, map_id):
-        self.image, self.map_id = image, map_id
+    def __init__(self, image, map_id, floor):
+        self.image, self.map_id, self.floor = image, map_id, floor
         ink = image.obs.to(image.strokes.dtype)
         self.seen = torch.stack([ink, 1 - ink])  # [2, R, C]
         maps = image.model.likelihood.maps
@@ -221,11 +222,11 @@ class BeamSearch:
             index, weight = rendering.get_taps(maps, *ink.shape)  # [4, t, R * C]
             taps = weight / len(maps) * self.seen.flatten(1)[:, None, None]  # [2, 4, t, R * C]
             self.seen = torch.zeros_like(self.seen).flatten(1).index_add(1, index.flatten(), taps.flatten(1)).view_as(self.seen)
-        strokes, paper = image.strokes.clamp(min=FLOOR), image.strokes.new_tensor(FLOOR)
+        strokes, paper = image.strokes.clamp(min=self.floor), image.strokes.new_tensor(self.floor)
         gains = [F.logsigmoid(sign * strokes) - F.logsigmoid(sign * paper) for sign in (1, -1)]  # per pixel of ink, of paper
         self.pixel_gains = torch.stack(gains, 1).flatten(1).t().contiguous()  # [2 * h * w, K]
         self.most_paper = (-paper).sigmoid()
-        self.least_paper = (-strokes.max().clamp(min=FLOOR + 1)).sigmoid()  # less than the most, also if strokes are faint
+        self.least_paper = (-strokes.max().clamp(min=self.floor + 1)).sigmoid()  # less than the most, also if strokes are faint
 
     def grow(self, beginning, width):
         """Continues programs to their end: beginning [N, k] -> [at most width, A]"""
@@ -287,7 +288,7 @@ class BeamSearch:
         theta = torch.cat([size.diag().expand(len(place), 2, 2), middle.unsqueeze(2)], 2)  # [N, 2, 3]
         gains = []
         for some, some_theta in zip(logits.split(PATCHES_AT_ONCE), theta.split(PATCHES_AT_ONCE), strict=True):
-            paper = (-some.clamp(min=FLOOR)).sigmoid()  # [n, R, C]
+            paper = (-some.clamp(min=self.floor)).sigmoid()  # [n, R, C]
             left = (paper - self.least_paper) / (self.most_paper - self.least_paper)  # 1 where nothing is drawn
             grid = F.affine_grid(some_theta, (len(some), 2, height, width), align_corners=True)
             around = F.grid_sample(self.seen * left.unsqueeze(1), grid, align_corners=True)  # [n, 2, h, w]
@@ -297,7 +298,7 @@ class BeamSearch:
     def get_log_likelihood(self, logits):
         """With the search's floor and maps, in nats: logits [N, R, C] -> [N]"""
         some = logits.split(scoring.ROWS_AT_ONCE)
-        return torch.cat([self.image.get_log_likelihood(x.clamp(min=FLOOR), self.map_id) for x in some])
+        return torch.cat([self.image.get_log_likelihood(x.clamp(min=self.floor), self.map_id) for x in some])
 
 
 def get_likeness(place, log_likelihood):
@@ -319,7 +320,7 @@ def regrow(image, codes, width):
     map_id, grown = image.choose_maps(codes, 1), []
     for length in range(1, image.model.num_arcs - 1):
         beginning = codes[:, :length]
-        grown.append(BeamSearch(image, map_id).grow(beginning[find_first(beginning)[:width]], width))
+        grown.append(BeamSearch(image, map_id, FLOOR).grow(beginning[find_first(beginning)[:width]], width))
     return torch.cat([codes, *grown])
 
 

@@ -50,17 +50,16 @@ def test_programs_that_drew_an_image_are_found(num_alphabets):
 
 
 @pytest.mark.parametrize("likelihood, num_alphabets", [("learned-affine", 3), ("bernoulli", 0)])
-def test_beginnings_are_scored_as_programs_are(likelihood, num_alphabets, monkeypatch):
+def test_beginnings_are_scored_as_programs_are(likelihood, num_alphabets):
     """With invisible strokes after them; under some of the maps from below"""
     model = models.GenerativeModel(num_arcs=6, num_primitives=7, likelihood=likelihood, num_alphabets=num_alphabets)
     alphabet = model.sample_alphabet(1) if num_alphabets else None
     latent, obs = model.sample(20, None if alphabet is None else alphabet.expand(20, -1))
     codes, want = losses.pack(latent), losses.score(model, latent.unsqueeze(1), obs[:1], alphabet)[:, 0]
     for floor in (-50.0, -2.0):  # cheaper is only ink that is not drawn
-        monkeypatch.setattr(search, "FLOOR", floor)
         image = search.Image(model, obs[0], alphabet if alphabet is None else alphabet[0])
         for map_id in [None] if likelihood == "bernoulli" else [None, torch.tensor([1, 5])]:
-            beams = search.BeamSearch(image, map_id)
+            beams = search.BeamSearch(image, map_id, floor)
             beam = beams.begin(codes)
             if floor == -50:
                 torch.testing.assert_close(beam.log_prior + beam.log_likelihood, image.score(codes, map_id))
@@ -89,12 +88,12 @@ def test_gains_are_those_of_strokes_on_an_empty_page():
         if likelihood == "translation" and map_id is None:  # all maps: a single one, as in the case before
             model.likelihood.theta_affine = model.likelihood.theta_affine[10:11]
         model.pre_rendering_params.data = torch.tensor([20.0, -12.0])  # dark strokes
-        beams = search.BeamSearch(search.Image(model, model.sample(1)[1][0]), map_id)
+        beams = search.BeamSearch(search.Image(model, model.sample(1)[1][0]), map_id, -2.0)
         row, col = torch.tensor([13, 9, 16]), torch.tensor([12, 17, 14])
         place = torch.stack([col / 27, 1 - row / (rows - 1)], 1)  # [3, 2]
         arcs = torch.cat([place.unsqueeze(1).expand(3, 5, 2), model.get_primitives().expand(3, 5, 5)], 2)
         logits = rendering.get_logits(arcs.view(15, 1, 7), torch.ones(15, 1), model.get_rendering_params(), rows, 28)
-        blank = torch.full_like(logits, search.FLOOR)
+        blank = torch.full_like(logits, beams.floor)
         want = beams.get_log_likelihood(logits) - beams.get_log_likelihood(blank)
         gain = beams.get_gain(blank[:3], place)  # [3, 5]
         torch.testing.assert_close(gain.flatten(), want, atol=1e-3, rtol=1e-4)
@@ -111,7 +110,7 @@ def test_beams_look_ahead(monkeypatch):
     with torch.no_grad():
         drawings = model.get_logits(models.unpack(pairs)) > 0
         obs = drawings[drawings.flatten(1).sum(1).argmax()].float()
-        beams = search.BeamSearch(search.Image(model, obs), None)
+        beams = search.BeamSearch(search.Image(model, obs), None, -2.0)
         beam = beams.begin(2 * torch.arange(20).unsqueeze(1))
         promise = (beam.next_log_prior + beam.gain).flatten(1).amax(1)
         is_good = promise > promise.max() - 6
@@ -187,7 +186,7 @@ def test_of_programs_alike_in_a_beam_only_one_goes_on():
         parameter = getattr(model, name).data
         parameter[3:] = parameter[:3]
     _, obs = model.sample(1)
-    beams = search.BeamSearch(search.Image(model, obs[0]), torch.tensor([0, 1]))
+    beams = search.BeamSearch(search.Image(model, obs[0]), torch.tensor([0, 1]), -2.0)
     programs = beams.grow(torch.empty(1, 0, dtype=torch.long), 100)
     beginnings = programs[:, :3].unique(dim=0)
     assert len(beginnings) > 15 and len((beginnings % 6).unique(dim=0)) == len(beginnings)
