@@ -7,8 +7,8 @@ beginnings are continued by beam search once more; and a second evolutionary sea
 at once what each stroke of the library would gain as the next one, draws and scores the more promising, and keeps programs by
 the score that their own best next stroke would lead to: moving the pen to the right place pays off only then. A pixel of ink
 that is not drawn costs 14 nats; beam searches charge less, or they would prefer programs that cover much ink with few strokes
-to programs that draw it well; and since beam searches that charge 2 nats and such that charge 1 miss different programs, there
-are both. Evolutionary searches use only a few maps, for a lower bound in a fraction of the time.
+to programs that draw it well. Some charge 2 nats and some 1, since these miss different programs. Evolutionary searches use
+only a few maps, for a lower bound in a fraction of the time.
 
     latent, log_joint = search.find(generative_model, obs)
 """
@@ -48,7 +48,7 @@ class Effort(NamedTuple):
 QUICK = Effort(15, 20, 100, 100, 60, 20)  # takes seconds an image when compiled
 NUM_BEST = 200  # programs that a search keeps
 NUM_PROPOSALS = 500  # programs from a model's own network, with which evaluations begin a search
-FLOOR = -2.0  # logit of paper in a beam search: ink not drawn yet costs 2 nats a pixel, not 14
+FLOOR = -2.0  # logit of paper in most beam searches: ink not drawn yet costs 2 nats a pixel, not 14
 # Stages of beam searches: how much wider than the narrowest, under which share of the maps, with which logit of paper
 STAGES = (4, 1.0, FLOOR), (12, 0.15, FLOOR), (25, 0.075, -1.0)
 BEAM_TEMPERATURE = 1.0  # nats

@@ -22,8 +22,8 @@ SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # the last is Slurm's w
 
 
 class StopSignal:
-    """A context in which SIGNALS are recorded in `received`, so that a loop can save
-    and return. A second SIGINT (Ctrl-C) ends the program at once."""
+    """A context in which SIGNALS are recorded in `received`, so that a loop can save and return. A second SIGINT (Ctrl-C) ends the
+    program at once."""
 
     def __init__(self):
         self.received = None

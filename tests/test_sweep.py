@@ -201,10 +201,8 @@ def test_a_task_that_cannot_start_stops_no_other(make_sweep):
     (util.SAVE / models[0]).mkdir(parents=True)
     (util.SAVE / models[0] / "logs").write_text("a file")
     stdout = run("--jobs", "2", status=1)
-    assert (
-        f"{models[0]}: not started: cannot write save/{models[0]}/logs/train.log (File exists); what was saved before is intact: fix that"
-        in stdout
-    )
+    reason = f"cannot write save/{models[0]}/logs/train.log (File exists); what was saved before is intact: fix that and run"
+    assert f"{models[0]}: not started: {reason} the same command again" in stdout
     assert f"{models[1]}: done, 2 iterations" in stdout and "1 of 2 done" in stdout
 
 
