@@ -64,7 +64,7 @@ LEARNING_RATES = 5e-3, 1e-4  # first and last
 PROPOSAL_INTERVAL = 100  # on a GPU, iterations between proposals that join the guaranteed bound
 MANY_MILESTONES = 15  # enough for compiling to pay off (a run of 200 000 iterations has 64)
 MANY_LATENTS = 300_000  # scored by an evaluation, for compiling to pay off
-LATENTS_PER_SEARCH = 240_000  # scored by a search of effort 1: 90 000 programs, 150 000 strokes that continue some
+LATENTS_PER_SEARCH = 320_000  # scored by a search of effort 1: 90 000 programs, 230 000 strokes that continue some
 
 # ------------------------------------------------------------------ the state of an evaluation
 

@@ -7,8 +7,8 @@ beginnings are continued by beam search once more; and a second evolutionary sea
 at once what each stroke of the library would gain as the next one, draws and scores the more promising, and keeps programs by
 the score that their own best next stroke would lead to: moving the pen to the right place pays off only then. A pixel of ink
 that is not drawn costs 14 nats; beam searches charge less, or they would prefer programs that cover much ink with few strokes
-to programs that draw it well. Some charge 2 nats and some 1, since these miss different programs. Evolutionary searches use
-only a few maps, for a lower bound in a fraction of the time.
+to programs that draw it well. They charge 2, 1.5 or 1 nats, since such searches miss different programs. Evolutionary searches
+use only a few maps, for a lower bound in a fraction of the time.
 
     latent, log_joint = search.find(generative_model, obs)
 """
@@ -25,7 +25,7 @@ import scoring
 from models import pack, unpack
 from util import show_progress
 
-VERSION = 8  # to be raised when searches find other programs: reports do not average evaluations by different versions
+VERSION = 9  # to be raised when searches find other programs: reports do not average evaluations by different versions
 
 
 class Effort(NamedTuple):
@@ -45,12 +45,27 @@ class Effort(NamedTuple):
         return Effort(*(math.ceil(factor * num) for factor, num in zip(factors, self, strict=True)))
 
 
+class Stage(NamedTuple):
+    """A stage of beam searches, each under one map"""
+
+    widening: int  # factor on the width of the narrowest beams
+    share_of_maps: float  # that it takes: those that led to the best programs so far
+    floor: float  # logit of paper: ink not drawn yet costs -floor nats a pixel
+    share_alike: float  # of a beam, in which programs may be alike
+
+
 QUICK = Effort(15, 20, 100, 100, 60, 20)  # takes seconds an image when compiled
 NUM_BEST = 200  # programs that a search keeps
 NUM_PROPOSALS = 500  # programs from a model's own network, with which evaluations begin a search
-FLOOR = -2.0  # logit of paper in most beam searches: ink not drawn yet costs 2 nats a pixel, not 14
-# Stages of beam searches: how much wider than the narrowest, under which share of the maps, with which logit of paper
-STAGES = (4, 1.0, FLOOR), (12, 0.15, FLOOR), (25, 0.075, -1.0)
+FLOOR = -2.0  # in most beam searches
+# From wide beams, the best beginnings are lost to others that are alike but draw other ink; narrow ones have no room for both
+STAGES = (
+    Stage(4, 1.0, FLOOR, 0.0),
+    Stage(8, 0.4, FLOOR, 0.0),
+    Stage(20, 0.075, FLOOR, 0.5),
+    Stage(20, 0.075, -1.5, 0.5),
+    Stage(20, 0.075, -1.0, 0.0),
+)
 BEAM_TEMPERATURE = 1.0  # nats
 NUM_SCORED, ON_SHARE = 1.5, 0.6  # strokes scored for each that goes on, and the share of these that leave ink
 CELL, BUCKET = 0.5 / 28, 0.5  # a beam search's resolution of places (of the page) and log likelihoods (nats)
@@ -179,13 +194,15 @@ def explore(image, codes, effort, is_stopped):
         chosen = torch.arange(len(maps), device=codes.device)
     groups = [None] if chosen is None else chosen.split(1)
     best = torch.full((len(groups),), -math.inf, device=codes.device)
-    for factor, share, floor in STAGES:
-        for i in best.topk(math.ceil(len(groups) * share)).indices.tolist():
+    for widening, share_of_maps, floor, share_alike in STAGES:
+        for i in best.topk(math.ceil(len(groups) * share_of_maps)).indices.tolist():
             if is_stopped():
                 return torch.cat(grown)
-            programs = BeamSearch(image, groups[i], floor).grow(codes[:1, :0], effort.width * factor)
-            best[i] = torch.maximum(best[i], image.score(programs, groups[i]).max())
-            grown.append(programs)
+            beam_search = BeamSearch(image, groups[i], floor, share_alike)
+            programs = beam_search.grow(codes[:1, :0], effort.width * widening)
+            log_joint, index = image.score(programs, groups[i]).topk(min(NUM_BEST, len(programs)))
+            best[i] = torch.maximum(best[i], log_joint[0])
+            grown.append(programs[index])
     return torch.cat(grown)
 
 
@@ -208,12 +225,12 @@ class BeamSearch:
     """A stochastic beam search for programs of an image, under some maps [t] (None: under all, if there are any).
 
     Each step samples some of the strokes that could follow the beam's programs, and keeps those of the longer programs whose
-    own best next stroke would lead to the highest score. Of programs that lead to about the same place and explain the ink
-    about as well, only the best go on. A pixel of ink that is not drawn costs about -floor nats.
+    own best next stroke would lead to the highest score. Beyond a share of the beam, only the best go on of programs that
+    lead to about the same place and explain the ink about as well. A pixel of ink that is not drawn costs about -floor nats.
     """
 
-    def __init__(self, image, map_id, floor):
-        self.image, self.map_id, self.floor = image, map_id, floor
+    def __init__(self, image, map_id, floor, share_alike):
+        self.image, self.map_id, self.floor, self.share_alike = image, map_id, floor, share_alike
         ink = image.obs.to(image.strokes.dtype)
         self.seen = torch.stack([ink, 1 - ink])  # [2, R, C]
         maps = image.model.likelihood.maps
@@ -238,11 +255,11 @@ class BeamSearch:
             parts = [self.extend(beam, on, n, is_last) for on, n in enumerate([num - num_on, num_on]) if n > 0]
             codes, log_prior, log_likelihood, logits = (torch.cat(x) for x in zip(*parts, strict=True))
             if is_last:
-                return codes[draw(log_prior + log_likelihood, None, width)]
+                return codes[draw(log_prior + log_likelihood, None, width, self.share_alike)]
             beam = self.look_ahead(codes, log_prior, log_likelihood, logits)
             promise = (beam.next_log_prior + beam.gain).flatten(1).amax(1)
             score = log_prior + log_likelihood + promise
-            beam = beam.take(draw(score, get_likeness(beam.place, log_likelihood), width))
+            beam = beam.take(draw(score, get_likeness(beam.place, log_likelihood), width, self.share_alike))
 
     def begin(self, beginning):
         """beginning [N, k] -> Beam"""
@@ -260,7 +277,7 @@ class BeamSearch:
         log_likelihood = (beam.log_likelihood.unsqueeze(1) + beam.gain[:, on]).flatten()
         offset = self.image.library.offset
         likeness = None if is_last else get_likeness((beam.place.unsqueeze(1) + offset).flatten(0, 1), log_likelihood)
-        chosen = draw(log_prior + log_likelihood, likeness, num)
+        chosen = draw(log_prior + log_likelihood, likeness, num, self.share_alike)
         parent, primitive_id = chosen // len(offset), chosen % len(offset)
         codes = torch.cat([beam.codes[parent], (2 * primitive_id + on).unsqueeze(1)], 1)  # [n, k + 1]
         if not on:
@@ -308,11 +325,14 @@ def get_likeness(place, log_likelihood):
     return (position + torch.rand_like(position[0])).floor().long()
 
 
-def draw(scores, likeness, num):
-    """Draws up to num programs in proportion to exp(scores [N] / BEAM_TEMPERATURE), without replacement and, unless likeness is
-    None, only one of those whose rows of likeness [N, 3] are equal. Returns: their indices"""
+def draw(scores, likeness, num, share_alike):
+    """Draws up to num programs in proportion to exp(scores [N] / BEAM_TEMPERATURE), without replacement. Unless likeness is
+    None, those beyond the first share_alike * num have rows of likeness [N, 3] that no better one has. Returns: indices"""
     best = add_gumbel_noise(scores, BEAM_TEMPERATURE).topk(min(3 * num, len(scores))).indices
-    return best[:num] if likeness is None else best[find_first(likeness[best])[:num]]
+    if likeness is None:
+        return best[:num]
+    first = torch.arange(min(round(share_alike * num), len(best)), device=best.device)
+    return best[torch.cat([first, find_first(likeness[best])]).unique()[:num]]
 
 
 def regrow(image, codes, width):
@@ -320,7 +340,7 @@ def regrow(image, codes, width):
     map_id, grown = image.choose_maps(codes, 1), []
     for length in range(1, image.model.num_arcs - 1):
         beginning = codes[:, :length]
-        grown.append(BeamSearch(image, map_id, FLOOR).grow(beginning[find_first(beginning)[:width]], width))
+        grown.append(BeamSearch(image, map_id, FLOOR, 0.0).grow(beginning[find_first(beginning)[:width]], width))
     return torch.cat([codes, *grown])
 
 

@@ -59,7 +59,7 @@ def test_beginnings_are_scored_as_programs_are(likelihood, num_alphabets):
     for floor in (-50.0, -2.0):  # cheaper is only ink that is not drawn
         image = search.Image(model, obs[0], alphabet if alphabet is None else alphabet[0])
         for map_id in [None] if likelihood == "bernoulli" else [None, torch.tensor([1, 5])]:
-            beams = search.BeamSearch(image, map_id, floor)
+            beams = search.BeamSearch(image, map_id, floor, 0.0)
             beam = beams.begin(codes)
             if floor == -50:
                 torch.testing.assert_close(beam.log_prior + beam.log_likelihood, image.score(codes, map_id))
@@ -88,7 +88,7 @@ def test_gains_are_those_of_strokes_on_an_empty_page():
         if likelihood == "translation" and map_id is None:  # all maps: a single one, as in the case before
             model.likelihood.theta_affine = model.likelihood.theta_affine[10:11]
         model.pre_rendering_params.data = torch.tensor([20.0, -12.0])  # dark strokes
-        beams = search.BeamSearch(search.Image(model, model.sample(1)[1][0]), map_id, -2.0)
+        beams = search.BeamSearch(search.Image(model, model.sample(1)[1][0]), map_id, -2.0, 0.0)
         row, col = torch.tensor([13, 9, 16]), torch.tensor([12, 17, 14])
         place = torch.stack([col / 27, 1 - row / (rows - 1)], 1)  # [3, 2]
         arcs = torch.cat([place.unsqueeze(1).expand(3, 5, 2), model.get_primitives().expand(3, 5, 5)], 2)
@@ -110,7 +110,7 @@ def test_beams_look_ahead(monkeypatch):
     with torch.no_grad():
         drawings = model.get_logits(models.unpack(pairs)) > 0
         obs = drawings[drawings.flatten(1).sum(1).argmax()].float()
-        beams = search.BeamSearch(search.Image(model, obs), None, -2.0)
+        beams = search.BeamSearch(search.Image(model, obs), None, -2.0, 0.0)
         beam = beams.begin(2 * torch.arange(20).unsqueeze(1))
         promise = (beam.next_log_prior + beam.gain).flatten(1).amax(1)
         is_good = promise > promise.max() - 6
@@ -179,17 +179,13 @@ def test_crossing_joins_programs_where_they_meet():
     assert torch.stack(jumps).mean() < 0.7 * anywhere.mean()
 
 
-def test_of_programs_alike_in_a_beam_only_one_goes_on():
-    """With two copies of each primitive, no two beginnings differ in the copy alone"""
-    model = models.GenerativeModel(num_primitives=6, num_arcs=4)
-    for name in ("pre_dxdy", "pre_theta"):
-        parameter = getattr(model, name).data
-        parameter[3:] = parameter[:3]
-    _, obs = model.sample(1)
-    beams = search.BeamSearch(search.Image(model, obs[0]), torch.tensor([0, 1]), -2.0)
-    programs = beams.grow(torch.empty(1, 0, dtype=torch.long), 100)
-    beginnings = programs[:, :3].unique(dim=0)
-    assert len(beginnings) > 15 and len((beginnings % 6).unique(dim=0)) == len(beginnings)
+def test_beyond_a_share_of_a_beam_only_one_of_programs_alike_goes_on():
+    scores = -100.0 * torch.arange(12)  # far apart, so that the draw follows their order
+    likeness = torch.tensor([0, 0, 0, 0, 1, 1, 2, 1, 3, 2, 4, 5]).unsqueeze(1).expand(-1, 3)
+    assert search.draw(scores, likeness, 6, 0.5).tolist() == [0, 1, 2, 4, 6, 8]
+    assert search.draw(scores, likeness, 6, 0.0).tolist() == [0, 4, 6, 8, 10, 11]
+    assert search.draw(scores, None, 6, 0.5).tolist() == [0, 1, 2, 3, 4, 5]
+    assert search.draw(scores, likeness, 100, 0.5).tolist() == list(range(12))
 
 
 # ------------------------------------------------------------------ characters on a page
