@@ -22,19 +22,13 @@ import scipy.io
 import torch
 
 from images import ALPHABETS, SIDE, decode, draw_glyphs, find_characters, fit, get_suffixes, read_image, shrink
-from util import UserError, count, expand_user, get_reason, show_progress, warn, write
+from util import SITES, UserError, count, expand_user, get_reason, show_progress, warn, write
 
 SMALL_NUM_PER_ALPHABET = 10
 
 CHARDATA_URL = "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/chardata.mat"
 CHARDATA_BLOB_ID = "016a3536ffe5e1d38e42563a18d7a78bfaf643ec"  # git's name for this content
 CHARDATA_SIZES = dict(train=24345, valid=1345, test=8115)  # valid is split off the end of train
-
-# Where sites keep chardata.mat; $OMNIGLOT_PATH takes precedence. To add a site, add a line.
-SITES = {
-    "local": pathlib.Path(__file__).resolve().parent / "datasets/omniglot/chardata.mat",
-    "om": pathlib.Path("/om2/user", os.environ.get("USER", ""), "datasets/omniglot/omniglot.mat"),
-}
 
 
 class Split(typing.NamedTuple):

@@ -435,7 +435,7 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_
     with checkpoints.using(checkpoint):
         settings = get_settings(args, checkpoint, images, kind)
     with locks.lock(path.parent / f".{path.stem}.lock", f"{name} is being evaluated by {args.algorithm}", stop):
-        if not args.force and load_saved(path, report.load_result, settings):
+        if not args.force and checkpoints.load_saved(path, report.load_result, settings):
             print(f"{path} is complete: {report.describe(path)}; --force repeats it")
             return 0
         what = checkpoint, images, memory, settings, path, stop
@@ -461,7 +461,7 @@ def run_one(args, checkpoint, images, memory, settings, path, stop):
     with held:
         evaluation = Evaluation(args, checkpoint, images, device, memory)
         load = functools.partial(util.load_checkpoint, device=device, keys=STATE_KEYS)
-        if state := load_saved(state_path, load, settings, args.force):
+        if state := checkpoints.load_saved(state_path, load, settings, args.force):
             evaluation.restore(state)
             if args.half is None or evaluation.iteration < args.num_iterations:  # not a half that is done
                 print(f"resuming at iteration {evaluation.iteration} of {state_path}")
@@ -534,23 +534,6 @@ def get_settings(args, checkpoint, images, kind):
     fingerprint = f"{data.get_fingerprint(images)} ({len(images.obs)})"
     model = checkpoints.get_digest(checkpoint)
     return {**get_choices(args), "model": model, "images": fingerprint, "kind_of_images": kind}
-
-
-def load_saved(path, load, settings, force=False):
-    """Loads what is saved of an evaluation, by load(path). An unreadable file is set aside. Returns: None if there is none or,
-    with force, a different evaluation. Raises: UserError if a different evaluation is in its place"""
-    if not path.exists():
-        return None
-    try:
-        saved = load(path)
-    except UserError as error:
-        path.rename(f"{path}.old")
-        warn(f"{error}; it is evaluated again, and the file is now {path.name}.old")
-        return None
-    differences = util.describe_differences(saved["settings"], settings)
-    if differences and not force:
-        raise UserError(f"{path} holds a different evaluation: {differences}; --force replaces it")
-    return None if differences else saved
 
 
 def get_result(parts, settings, name, checkpoint, stop):

@@ -11,6 +11,7 @@ command to resume.
 
 from fast import before_torch  # noqa: F401  # isort: skip
 import argparse
+import functools
 import hashlib
 
 import torch
@@ -22,7 +23,7 @@ import util
 from reading import matching, oneshot_runs, variation
 from results import drawings, figures, report
 from runs import checkpoints, locks
-from util import UserError, warn
+from util import UserError
 
 NUM_SHOWN = 3  # best characters, in figures
 RESOLUTION = 56  # of figures
@@ -71,21 +72,6 @@ def get_settings(checkpoint, run, args):
         "method": 4,  # changes whenever the same images and settings would give other numbers
         **{name: getattr(args, name) for name in ("num_traces", "num_steps", "seed")},
     }
-
-
-def find_result(path, settings):
-    """A complete result, or None if missing or damaged. Raises: UserError if there is one with other settings"""
-    if not path.exists():
-        return None
-    try:
-        result = util.load_checkpoint(path, keys=RESULT_KEYS)
-    except UserError as error:
-        warn(f"{error}; the run is classified again")
-        return None
-    differences = util.describe_differences(result["settings"], settings)
-    if differences:
-        raise UserError(f"{path} holds a result with other settings: {differences}; --force replaces it")
-    return result
 
 
 def get_row(name, run, result):
@@ -141,7 +127,9 @@ def main(argv=None):
     with locks.lock(folder / ".lock", f"{name} is classifying"):
         settings = [get_settings(checkpoint, run, args) for run in runs]
         paths = [folder / f"{run.name}.pt" for run in runs]
-        results = [None if args.force else find_result(*both) for both in zip(paths, settings, strict=True)]
+        load = functools.partial(util.load_checkpoint, keys=RESULT_KEYS)
+        saved = zip(paths, settings, strict=True)
+        results = [None if args.force else checkpoints.load_saved(path, load, own) for path, own in saved]
         with util.show_progress(total=results.count(None), unit="run", disable=None not in results) as bar:
             for run, path, own, result in zip(runs, paths, settings, results, strict=True):
                 if result is None:

@@ -77,20 +77,21 @@ def get_strokes(reading, i):
     return program
 
 
-def save_searched(model, network, found, folder, title):
-    """Searches for the best programs of the model's own strokes, and writes their drawings"""
+def save_searched(model, network, found, folder, name):
+    """Searches for the best programs of the model's own strokes, and writes their drawings. Args: name: of the model"""
     obs = (found.obs >= 0.5).float()
     rendering.set_compile(True)  # takes a while, but a search takes longer
     latent, log_joint, alphabets = search.read(model, network, obs)
     rendering.set_compile(False)  # the drawings have other sizes, each of which would take longer to compile
     map_ids, drawing = drawings.get_map_ids(model, latent, obs), variation.get_drawing(model, latent, obs)
-    for i, name in enumerate(found.names):
+    for i, stem in enumerate(found.names):
         program = drawings.get_program(drawing.select([i]), latent[i], map_ids[i])
-        details = {} if alphabets[i] is None else {"alphabet": alphabets[i].argmax().item()}
-        drawings.save_program(
-            folder / f"{name}-program", program, image=found.files[i], log_joint=log_joint[i].item(), **details
-        )
-    labels = [f"{name}\n{score:.0f} nats" for name, score in zip(found.names, log_joint.tolist(), strict=True)]
+        details = dict(image=found.files[i], model=name, log_joint=log_joint[i].item())
+        if alphabets[i] is not None:
+            details["alphabet"] = alphabets[i].argmax().item()
+        drawings.save_program(folder / f"{stem}-program", program, **details)
+    title = f"best programs found of {name}'s own strokes, as the model sees them"
+    labels = [f"{stem}\n{score:.0f} nats" for stem, score in zip(found.names, log_joint.tolist(), strict=True)]
     pages = figures.stroke_figures(obs, drawing, labels, title, RESOLUTION)
     return figures.save_pdf(folder / "programs.pdf", pages)
 
@@ -126,8 +127,7 @@ def main(argv=None):
         pages = figures.example_figures(obs, drawn, found.names, "new examples: the strokes vary as from hand to hand")
         print(f"new examples: {figures.save_pdf(folder / 'examples.pdf', pages)}")
     if args.program:
-        title = f"best programs found of {name}'s own strokes, as the model sees them"
-        print(f"programs: {save_searched(model, network, found, folder, title)}")
+        print(f"programs: {save_searched(model, network, found, folder, name)}")
     return 0
 
 

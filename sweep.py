@@ -274,7 +274,7 @@ def remove(args):
         path = folder / "logp" if args.eval_logp else folder
         if folder.name in queued:
             print(f"{folder} has jobs in the queue and stays")
-        elif any(locks.is_locked(lock) for lock in [folder / "lock", *folder.glob("logp/.*.lock")]):
+        elif any(map(locks.is_locked, [folder / "lock", *folder.rglob(".*lock")])):
             print(f"{folder} is in use and stays")
         elif path.is_dir() and not folder.is_symlink():
             paths.append(path)

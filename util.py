@@ -338,32 +338,39 @@ def get_path_base(args):
         limits = get_first_names(get_test_run_limits(args))
         defaults |= {name: min(limits[name], defaults[name]) for name in limits if defaults[name] is not None}
         defaults["data_location"] = get_run_default("data_location", True)
-    conditional, small = settings.pop("condition_on_alphabet"), settings.pop("small_dataset")
+    conditional, small, seed = (settings.pop(name) for name in ("condition_on_alphabet", "small_dataset", "seed"))
     algorithm, num_particles = settings.pop("algorithm"), settings.pop("num_particles")
     total = num_particles + settings.get("memory_size", 0)
     if settings.get("memory_size") == (total + 1) // 2:  # the paper's choice
         settings.pop("memory_size")
     else:
         defaults["memory_size"] = None
-    parts = [f"{'a_' * bool(conditional)}{algorithm}_{total}{'' if small else '_large'}"]
-    for name in [name for name, value in settings.items() if value != defaults[name]]:
-        parts.append(f"{name.replace('_', '-')}={settings[name]}")
-    name = test_run + "_".join(parts)
+    first = f"{test_run}{'a_' * bool(conditional)}{algorithm}_{total}{'' if small else '_large'}"
+    others = [f"_{name.replace('_', '-')}={value}" for name, value in settings.items() if value != defaults[name]]
+    name = "".join([first, *others])
     if len(os.fsencode(name)) > 200:  # file systems allow 255 bytes
         short = os.fsencode(name)[:180].decode(errors="ignore")
         name = f"{short}_{hashlib.sha1(os.fsencode(name)).hexdigest()[:12]}"
-    return to_run_name(name)
+    seeded = f"_seed={seed}" * (seed != defaults["seed"])  # added last: names of other seeds differ in nothing else
+    return to_run_name(first + seeded + name.removeprefix(first))
+
+
+# Where sites keep chardata.mat; $OMNIGLOT_PATH takes precedence. To add a site, add a line.
+SITES = {
+    "local": pathlib.Path(__file__).resolve().parent / "datasets/omniglot/chardata.mat",
+    "om": pathlib.Path("/om2/user", os.environ.get("USER", ""), "datasets/omniglot/omniglot.mat"),
+}
 
 
 def get_location_name(location):
     """A name for a data location that can be part of a folder's name. Named copies of chardata.mat are the same data; paths
     that lead to the same place get the same name."""
-    if location in ("local", "om"):
+    if location in SITES:
         return "local"
     if location == "glyphs":
         return location
     path = expand_user(location).resolve()
-    stem = "".join(c if c.isalnum() or c in ".-" else "-" for c in path.name)[:40]
+    stem = "".join(c if c.isascii() and c.isalnum() or c in ".-" else "-" for c in path.name)[:40]
     return f"{stem}-{hashlib.sha1(os.fsencode(path)).hexdigest()[:8]}"
 
 

@@ -178,7 +178,7 @@ def load_newest(path_base):
             warn(str(error))
             continue
         if path != paths[0]:
-            warn(f"resuming from {path}, the newest intact checkpoint")
+            warn(f"using {path}, the newest intact checkpoint")
         return checkpoint
     if paths:
         raise UserError(f"no checkpoint in {latest.parent} is intact; move {util.SAVE / path_base} away to start over")
@@ -204,6 +204,23 @@ def get_state_path(path, half=None):
 def load_result(path):
     """Loads a result of eval_logp.py. Raises: UserError if it cannot be read"""
     return util.load_checkpoint(path, keys=RESULT_KEYS)
+
+
+def load_saved(path, load, settings, force=False):
+    """Loads what is saved of an evaluation, by load(path). An unreadable file is set aside. Returns: None if there is none or,
+    with force, a different evaluation. Raises: UserError if a different evaluation is in its place"""
+    if not path.exists():
+        return None
+    try:
+        saved = load(path)
+    except UserError as error:
+        path.rename(f"{path}.old")
+        warn(f"{error}; it is evaluated again, and the file is now {path.name}.old")
+        return None
+    differences = util.describe_differences(saved["settings"], settings)
+    if differences and not force:
+        raise UserError(f"{path} holds a different evaluation: {differences}; --force replaces it")
+    return None if differences else saved
 
 
 @contextlib.contextmanager

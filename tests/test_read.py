@@ -95,6 +95,7 @@ def test_programs_and_files_that_cannot_be_read(photograph, tmp_path, run_script
     assert {path.stem for path in folder.glob("*.json")} == {*names, *(f"{name}-program" for name in names)}
     program = json.loads((folder / "x-program.json").read_text())
     assert len(program["strokes"]) == 10 and program["log_joint"] < 0 and 0 <= program["alphabet"] < 50 and "map_id" in program
+    assert program["model"] == folder.parent.name
     status, _, stderr = run_script(read, "none.png")
     assert status == 2 and stderr.splitlines()[-1].endswith(
         "there is no character to read; give images of characters, or --as-is"

@@ -314,6 +314,9 @@ def test_failures_and_locks(make_sweep):
         stdout = run("--rm", "--dry-run")
         assert "is in use and stays" in stdout and stdout.splitlines()[-1] == f"save/{models[1]}"
     assert not tasks.get_progress(task).done
+    for path in ("logp/.test_mws.lock", "logp/test_every_checkpoint/.5.lock", "oneshot/.lock"):
+        with locks.lock(util.SAVE / models[0] / path, "in use"):
+            assert f"save/{models[0]} is in use and stays" in run("--rm", "--dry-run")
 
 
 BAD_INPUT = [

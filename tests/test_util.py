@@ -76,6 +76,19 @@ def test_path_base():
         assert util.get_path_base(main.parse_args(flags)) == expected
 
 
+def test_names_of_data_locations(monkeypatch):
+    monkeypatch.setitem(util.SITES, "lab", pathlib.Path("/lab/chardata.mat"))
+    assert [util.get_location_name(location) for location in ("local", "om", "lab", "glyphs")] == [*["local"] * 3, "glyphs"]
+    names = {util.get_path_base(main.parse_args(["--data-location", path])) for path in ("données.npy", "手書き", "手書")}
+    assert len(names) == 3 and any("_data-location=donn-es.npy-" in name for name in names)
+
+
+def test_long_names_of_seeds_differ_in_the_seed_alone():
+    flags = [flag for key, flags in DIFFERENT.items() if key not in ("seed", "dataset_size", "vimco") for flag in flags]
+    name, seeded = (util.get_path_base(main.parse_args([*flags, "--seed", seed])) for seed in ("0", "12"))
+    assert len(name) > 190 and seeded.replace("_seed=12", "") == name != seeded
+
+
 def test_a_checkpoint_from_elsewhere_keeps_apart_from_a_run_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_args = vars(main.parse_args(["--small-dataset"]))
