@@ -21,7 +21,7 @@ import numpy as np
 import scipy.io
 import torch
 
-from images import ALPHABETS, SIDE, decode, draw_glyphs, find_characters, fit, get_suffixes, read_image, shrink
+from images import ALPHABETS, SIDE, decode, draw_glyphs, find_characters, fit, get_ink, get_suffixes, read_image, shrink
 from util import SITES, UserError, count, expand_user, get_reason, show_progress, warn, write
 
 SMALL_NUM_PER_ALPHABET = 10
@@ -340,7 +340,8 @@ def _to_ink(path, array):
     if shape == [SIDE, SIDE]:
         ink = (array >= 0.5 * full) ^ inverted
     else:
-        ink = np.stack([shrink(abs(image.astype(np.float32) / full - inverted)) >= 0.5 for image in array])
+        greys = (1 - abs(image.astype(np.float32) / full - inverted) for image in array)  # ink is dark
+        ink = np.stack([shrink(get_ink(grey)) >= 0.5 for grey in greys])
     return ink, ["dark on light"] if inverted else []
 
 
@@ -383,8 +384,10 @@ def _load_image_files(path, prepare):
     def read(name, read_bytes):
         name = f"{path}/{name}"
         if not prepare:
-            ink = fit(1 - decode(name, read_bytes())) if is_official else read_image(name, read_bytes())
-            return [ink >= 0.5]
+            if not is_official:
+                return [read_image(name, read_bytes()) >= 0.5]
+            grey = decode(name, read_bytes())
+            return [fit(1 - grey if np.median(grey) > 0.5 else grey) >= 0.5]
         try:
             return find_characters(name, read_bytes())
         except UserError as error:
@@ -418,12 +421,24 @@ def _is_official(file):
 
 
 def _arrange_official(files):
-    """Returns: (file, alphabet, character, None) for each image of the official release, which has no parts"""
+    """Returns: (file, alphabet, character, part or None) for each image in folders like those of the official release, which
+    itself has no parts"""
     files = list(filter(_is_official, files))
     if any("images_background" in file.folders for file in files):  # parts of it are included a second time
         files = [file for file in files if "images_background_small" not in file.name]
+    parts = [next((PARTS[name.lower()] for name in file.folders[:-2] if name.lower() in PARTS), None) for file in files]
+    have_parts = _have_parts(parts)
     # images_background and images_evaluation have no alphabet in common
-    return [(file, file.folders[-2], int(file.folders[-1].removeprefix("character")), None) for file in files]
+    return [
+        (file, file.folders[-2], int(file.folders[-1].removeprefix("character")), part if have_parts else None)
+        for file, part in zip(files, parts, strict=True)
+        if part or not have_parts
+    ]
+
+
+def _have_parts(parts):
+    """Whether names of parts, or None, divide images into parts"""
+    return "train" in parts and len(set(parts) - {None}) > 1
 
 
 def _arrange(files):
@@ -438,10 +453,10 @@ def _arrange(files):
         return PARTS.get(file.folders[depth].lower()) if len(file.folders) > depth else None
 
     parts = {get_part(file) for file in files}
-    have_parts = "train" in parts and len(parts - {None}) > 1
+    have_parts = _have_parts(parts)
     level = depth + have_parts  # of the alphabets' folders
     if have_parts:
-        files = _enter(list(filter(get_part, files)), level)
+        files = [file for part in sorted(parts - {None}) for file in _enter([x for x in files if get_part(x) == part], level)]
     ignored = {folder for file in files for folder in file.folders[level:] if re.split(r"[\W_]", folder.lower())[0] in PARTS}
     if ignored:
         warn(f"the folders {', '.join(sorted(ignored))} do not divide the images; for that, put train/ and test/ outermost")

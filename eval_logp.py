@@ -73,7 +73,7 @@ class Evaluation:
     """A trained generative model, the images, and everything that an evaluation's checkpoint holds."""
 
     def __init__(self, args, checkpoint, images, device, memory=None):
-        util.set_seed(args.seed if args.half is None else (2 * args.seed + args.half) % 2**64, device)
+        util.set_seed(args.seed if args.half is None else 2 * args.seed + args.half, device)
         self.args, self.device = args, device
         self.obs = images.obs.to(device)
         self.alphabet = images.alphabet.to(device) if checkpoint["num_alphabets"] else None

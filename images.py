@@ -21,8 +21,8 @@ import skimage
 from util import UserError, count, warn
 
 SIDE = 28
-CHARACTER_SIDE = 19  # pixels, a character's longer side (a little more than Omniglot's median)
-STROKE_RADIUS = 3  # on a grid four times as fine: strokes of Omniglot are 1.6 pixels wide
+CHARACTER_SIDE = round(19 / 28 * SIDE)  # pixels, a character's longer side (a little more than Omniglot's median)
+STROKE_RADIUS = round(3 / 28 * SIDE)  # on a grid four times as fine: strokes of Omniglot are 1.6 pixels of 28 wide
 MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the range from black to white
 SHEET_SIDE = 240  # pixels, the longer side of the photograph when a sheet is sought
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
@@ -56,9 +56,9 @@ def decode(name, content):
         with PIL.Image.open(io.BytesIO(content)) as file:
             num_pictures = getattr(file, "n_frames", 1)
             image = PIL.ImageOps.exif_transpose(file)
-            deep = image.mode.startswith("I")  # 16 bits, or 12 of them
+            deep = image.mode.startswith("I")  # 16 bits, or 12 or 8 of them
             pixels = np.asarray(image if deep else image.convert("RGBA"), np.float32)
-            pixels /= (4095 if pixels.max() <= 4095 else 65535) if deep else 255
+            pixels /= next(full for full in (255, 4095, 65535, np.inf) if pixels.max() <= full)
     except Exception as error:  # decoders may raise anything
         reason = str(error).partition("<")[0][:80].strip()  # without the name of the buffer
         advice = "HEIC needs pip install pillow-heif" if b"ftyp" in content[:12] else "repair or remove it"
@@ -85,7 +85,7 @@ def read_image(name, content):
 def shrink(ink):
     """Scales ink [rows, columns] in [0, 1] to [28, 28]; darkens it if its strokes become much thinner than a pixel"""
     ink = fit(ink)
-    darkest = np.quantile(ink[ink > 0.02], 0.9) if (ink > 0.02).any() else 1
+    darkest = np.quantile(ink[ink > min(0.02, ink.max() / 2)], 0.9) if ink.max() > 0 else 1
     return (ink * 1.5 / darkest).clip(0, 1) if darkest < 0.6 else ink
 
 
@@ -241,7 +241,7 @@ def _scale_down(grey, side):
     """Scales grey values [rows, columns] so that the longer side has at most the given number of pixels"""
     scale = min(side / max(grey.shape), 1)
     shape = [max(round(n * scale), 1) for n in grey.shape]
-    return skimage.transform.resize(grey, shape, order=1, anti_aliasing=True)
+    return skimage.transform.resize_local_mean(grey, shape).astype(grey.dtype)  # lines a pixel wide stay whole
 
 
 def find_ink(grey):
@@ -258,7 +258,7 @@ def find_ink(grey):
     paper = scipy.ndimage.gaussian_filter(scipy.ndimage.grey_closing(coarse, (window, window)), window / 8)
     paper = paper[tuple(slice(n, m - n) for n, m in zip(pad, paper.shape, strict=True))]
     darkness = skimage.transform.resize(paper, light.shape, order=1) - light
-    strongest = np.sort(darkness, axis=None)[-max(min(darkness.size // 20, 30), 1)]
+    strongest = np.sort(darkness, axis=None)[-max(min(darkness.size // 200, 30), 1)]
     if strongest < MIN_CONTRAST:
         return np.zeros(light.shape, bool)
     # Most of a page is paper: the threshold separates clearly darker pixels from the rest.

@@ -205,8 +205,10 @@ def get_steps(run):
     steps = functools.partial(pretrain_step, run), functools.partial(train_step, run)
     if run.device.type != "cuda" or not run.args.compile:
         return steps
-    for group in run.optimizer.param_groups if run.get_schedulers() else []:
-        group["lr"] = torch.tensor(group["lr"], device=run.device)  # a graph reads it anew in each step
+    for schedule in filter(checkpoints.is_schedule, run.parts.values()):
+        for group in schedule.optimizer.param_groups:
+            if not torch.is_tensor(group["lr"]):
+                group["lr"] = torch.tensor(group["lr"], device=run.device)  # a graph reads it anew in each step
     return [ReplayedStep(step) for step in steps]
 
 

@@ -95,7 +95,8 @@ def get_tasks(args):
     runs = get_runs(args).items()
     if not args.eval_logp:
         return [Task(model, "train", util.get_flags(run_args), run_args.num_iterations) for model, run_args in runs]
-    return [get_evaluation(args, *run, algorithm) for run in runs for algorithm in dict.fromkeys(args.eval_algorithms)]
+    algorithms = dict.fromkeys(args.eval_algorithms or report.TRAINED)
+    return [get_evaluation(args, *run, algorithm) for run in runs for algorithm in algorithms]
 
 
 def get_evaluation(args, model, run_args, algorithm):
@@ -243,7 +244,7 @@ def cancel(args):
 
 def has_choice(args):
     """Whether options choose runs"""
-    names = ["models", "seeds", "settings", "data_location", "test_run", "large_conditional", "eval_options"]
+    names = ["models", "seeds", "settings", "data_location", "test_run", "large_conditional", "eval_algorithms", "eval_options"]
     return any(getattr(args, name) for name in names)
 
 
@@ -263,25 +264,29 @@ def plot(args):
 
 
 def remove(args):
-    """Deletes runs after asking: all, or those chosen by options; with --eval-logp, only their evaluations. Folders that are
-    not runs stay, as do runs that are in use or in the queue."""
+    """Deletes runs after asking: all, or those chosen by options; with --eval-logp, only their evaluations, all or those chosen
+    by --eval-algorithms and --eval-options. Folders that are not runs stay, as do runs that are in use or in the queue."""
     folders = {path.parent for name in ("checkpoints", "lock", "logs") for path in util.SAVE.glob(f"[!.]*/{name}")}
     if has_choice(args):
         folders &= {util.SAVE / path_base for path_base in get_runs(args)}
     queued = {job.task.model for job in slurm.get_queue(essential=slurm.FOLDER.exists() and not args.dry_run)}
-    paths = []
+    evaluations = get_tasks(args) if args.eval_algorithms or args.eval_options else None
+    paths, num_runs = [], 0
     for folder in sorted(folders):
-        path = folder / "logp" if args.eval_logp else folder
         if folder.name in queued:
             print(f"{folder} has jobs in the queue and stays")
         elif any(map(locks.is_locked, [folder / "lock", *folder.rglob(".*lock")])):
             print(f"{folder} is in use and stays")
-        elif path.is_dir() and not folder.is_symlink():
-            paths.append(path)
+        elif not folder.is_symlink():
+            all_paths = [folder / "logp"] if args.eval_logp else [folder]
+            if evaluations is not None:
+                all_paths = [path for task in evaluations if task.model == folder.name for path in task.get_saved_paths()]
+            own = [path for path in all_paths if path.exists()]
+            paths, num_runs = paths + own, num_runs + bool(own)
     print("\n".join(map(str, paths)) or f"there is nothing to delete in {util.SAVE}/")
     if args.dry_run or not paths:
         return 0
-    what = f"{'the evaluations of ' * args.eval_logp}{util.count(len(paths), 'run')}"
+    what = f"{'the evaluations of ' * args.eval_logp}{util.count(num_runs, 'run')}"
     if not args.yes:
         print(f"delete {what}, checkpoints and all? [y/N] ", end="", flush=True)
         answer = sys.stdin.readline() if sys.stdin is not None else ""
@@ -291,7 +296,7 @@ def remove(args):
             print("nothing is deleted")
             return 1
     for path in paths:
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     print(f"deleted {what}")
     return 0
 
@@ -318,7 +323,7 @@ def get_parser():
     add("--large-conditional", "train the conditional model on the whole data set (a_mws_40_large)", action=boolean)
     add("--eval-logp", "instead, evaluate trained models on test images: a task for each of --eval-algorithms", action=boolean)
     algorithms = "algorithms of eval_logp.py by which to evaluate (default: sleep, rws and vimco)"
-    add("--eval-algorithms", algorithms, nargs="+", choices=eval_logp.ALGORITHMS, default=report.TRAINED)
+    add("--eval-algorithms", algorithms, nargs="+", choices=eval_logp.ALGORITHMS)
     options = 'options of eval_logp.py for all evaluations, as one string: "--mode train" for training images'
     add("--eval-options", options, default="")
     parser.start_group("what to do (default: run them here)")
@@ -362,6 +367,8 @@ def parse_args(argv=None):
     args.settings = argv[cut + 1 :]
     if sum([args.cluster, args.status, args.plot, args.cancel, args.rm]) > 1:
         raise UserError("--cluster, --status, --plot, --cancel and --rm exclude each other; give one")
+    if (args.eval_algorithms or args.eval_options) and not args.eval_logp:
+        raise UserError("--eval-algorithms and --eval-options are for --eval-logp; give that, or leave them out")
     if args.wait and not args.cluster:
         raise UserError("--wait is for --cluster; a sweep on this machine waits anyway")
     if (args.cluster or args.cancel) and not args.dry_run:

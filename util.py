@@ -605,6 +605,8 @@ def load_checkpoint(path, device="cpu", keys=frozenset({"args", "generative_mode
 def set_seed(seed, device="cpu"):
     """Seeds torch and makes runs on the device reproducible bit for bit. On a GPU, torch's deterministic mode makes
     some operations wait for the CPU; it stays off, and steps use only operations that are deterministic anyway."""
+    if seed >= 2**32:  # of which torch's generator on the CPU would take the last 32 bits alone
+        seed = int(hashlib.sha256(str(seed).encode()).hexdigest()[:8], 16)
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True

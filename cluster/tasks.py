@@ -60,6 +60,10 @@ class Task(NamedTuple):
         halves = [1, 2] if self.settings["algorithm"] == "mws" else [None]
         return [checkpoints.get_state_path(self.get_evaluation_path(), half) for half in halves]
 
+    def get_saved_paths(self):
+        """Where an evaluation may be saved, complete or not"""
+        return [self.get_evaluation_path(), *self.get_state_paths()]
+
     def get_lock(self):
         """The lock file that the task's process holds"""
         if self.kind == "train":
@@ -122,7 +126,7 @@ def get_evaluation_progress(task):
     """Done means evaluated for the current model, once that is trained, with the settings and images that the task asks for"""
     total, training = task.settings["num_iterations"], get_training_progress(task)
     path, matching, replaces, others, damages = task.get_evaluation_path(), {}, False, "", []
-    for saved_path in [path, *task.get_state_paths()]:
+    for saved_path in task.get_saved_paths():
         saved, damage = load_saved(saved_path, checkpoints.RESULT_KEYS if saved_path == path else STATE_KEYS)
         damages.append(damage)
         if saved is None:

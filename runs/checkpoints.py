@@ -32,7 +32,7 @@ TYPES = dict(
 )  # fmt: skip
 RATES = ["lr", "initial_lr"]  # what schedules change
 PROGRESS = {  # of a schedule
-    "last_epoch", "best", "num_bad_epochs", "cooldown_counter", "_step_count", "_last_lr", "_is_initial",
+    "last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i", "_step_count", "_last_lr", "_is_initial",
     "_get_lr_called_within_step",
 }  # fmt: skip
 OF_DEVICES = {"fused", "capturable", "foreach", "differentiable"}  # optimiser options that depend on the device alone
@@ -77,9 +77,10 @@ def get_all(path):
 def get_run_name(checkpoint_path, run_args):
     """The name of a checkpoint's run: that of its folder in save/ or, for a checkpoint from elsewhere, the one implied by its
     arguments (a dict), with "-from-<folder>" appended if save/ holds another run of that name"""
-    folder = pathlib.Path(checkpoint_path).resolve().parent
-    if folder.name == "checkpoints" and folder.parents[1] == util.SAVE.resolve():
-        return folder.parent.name
+    given = pathlib.Path(checkpoint_path).absolute().parent
+    for folder in (given, given.resolve()):  # a run's folder may be a link, or reached by one
+        if folder.name == "checkpoints" and folder.parents[1].resolve() == util.SAVE.resolve():
+            return folder.parent.name
     name = util.get_path_base(argparse.Namespace(**run_args))
     ours = list((util.SAVE / name / "checkpoints").glob("*.pt"))
     if not ours or any(filecmp.cmp(checkpoint_path, path, shallow=False) for path in ours):  # none there, or a copy

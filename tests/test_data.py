@@ -296,8 +296,10 @@ def test_local_is_downloaded_when_missing(server, tmp_path, monkeypatch):
 
 def test_thin_strokes_survive():
     rows, cols = np.mgrid[:1000, :1000]
-    for line in (abs(rows - cols), abs(rows - 400), abs(3 * rows - cols - 700) / 3):
-        content = imageio.imwrite("<bytes>", (255 * (line >= 4)).astype(np.uint8), extension=".png")
+    diagonal, *others = abs(rows - cols), abs(rows - 400), abs(3 * rows - cols - 700) / 3
+    huge = abs(np.subtract(*np.mgrid[:3000, :3000]))
+    for line, width in ((diagonal, 4), *((line, 4) for line in others), (huge, 1)):
+        content = imageio.imwrite("<bytes>", (255 * (line >= width)).astype(np.uint8), extension=".png")
         ink = data.read_image("thin.png", content) >= 0.5
         assert ink.any(0).all() and ink.sum() < 90  # unbroken from left to right, and still thin
 
@@ -600,6 +602,28 @@ def test_arrays_as_people_have_them(tmp_path):
     np.savez(tmp_path / "two.npz", a=ink, b=ink)
     with pytest.raises(UserError, match="two.npz holds a, b; give one array of images"):
         data.load(str(tmp_path / "two.npz"))
+
+
+@pytest.mark.parametrize("paper, ink", [(255, 0), (245, 0), (230, 20), (15, 240)])
+def test_larger_arrays_on_paper_of_any_brightness(paper, ink, tmp_path):
+    """As the same pixels in image files"""
+    greys = np.stack([draw(105, 4, paper, ink)] * 12).round().astype(np.uint8)
+    np.save(tmp_path / "grey.npy", greys)
+    obs = data.load(str(tmp_path / "grey.npy")).train.obs.bool().numpy()
+    assert (obs == (data.read_image("x", encode(greys[0])) >= 0.5)).all()
+
+
+def test_characters_folders_that_are_split_already(tmp_path):
+    """With folders named as in the official release, dark on light or light on dark"""
+    for part, characters in [("train", range(1, 7)), ("test", (7, 8))]:
+        for alphabet, character, light in [(x, i, y) for x in "ab" for i in characters for y in (False, True)]:
+            folder = tmp_path / part / alphabet / f"character{character:02}"
+            folder.mkdir(parents=True, exist_ok=True)
+            grey = draw(40 + character)
+            (folder / f"{light}.png").write_bytes(encode(255 - grey if light else grey))
+    dataset = data.load(str(tmp_path))
+    assert len(dataset.test.obs) == 8 and set(dataset.test.character.tolist()) == {7, 8} and dataset.num_alphabets == 2
+    assert set(dataset.train.character.tolist()) == set(range(1, 7)) and dataset.train.obs.mean() < 0.2
 
 
 def test_zips_of_any_system(tmp_path):

@@ -83,6 +83,14 @@ def test_names_of_data_locations(monkeypatch):
     assert len(names) == 3 and any("_data-location=donn-es.npy-" in name for name in names)
 
 
+def test_seeds_give_different_numbers():
+    drawn = set()
+    for seed in (5, 5 + 2**32, 5 + 2**33, 2**63 - 1, 2**64 + 5):
+        util.set_seed(seed)
+        drawn.add(torch.rand(()).item())
+    assert len(drawn) == 5
+
+
 def test_long_names_of_seeds_differ_in_the_seed_alone():
     flags = [flag for key, flags in DIFFERENT.items() if key not in ("seed", "dataset_size", "vimco") for flag in flags]
     name, seeded = (util.get_path_base(main.parse_args([*flags, "--seed", seed])) for seed in ("0", "12"))
@@ -101,6 +109,8 @@ def test_a_checkpoint_from_elsewhere_keeps_apart_from_a_run_of_the_same_name(tmp
     assert [checkpoints.get_run_name(path, run_args) for path in [ours, shutil.copy(ours, "copy.pt"), *others]] == [
         "mws_20", "mws_20", "mws_20-from-pretrained", "mws_20-from-there",
     ]  # fmt: skip
+    pathlib.Path("save/linked").symlink_to(pathlib.Path("there/save/mws_20").absolute())
+    assert checkpoints.get_run_name("save/linked/checkpoints/latest.pt", run_args) == "linked"
 
 
 def test_runs_that_differ_do_not_share_a_folder():
