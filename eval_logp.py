@@ -405,12 +405,12 @@ def evaluate(args):
 
 
 def evaluate_every_checkpoint(args):
-    """Evaluates all checkpoints of a run's training, and writes a CSV and a figure. Damaged ones are left out, with a warning.
-    Returns: the exit status. Raises: UserError if there are none"""
+    """Evaluates all checkpoints of a run's training, the latest first, since it knows where the data are now, and writes a CSV
+    and a figure. Damaged ones are left out, with a warning. Returns: the exit status. Raises: UserError if there are none"""
     given, name = checkpoints.find(args.checkpoint_path), None
     device, load_data = util.get_device(args.cuda), functools.cache(data.load_and_tell)
     with StopSignal() as stop:
-        for path in checkpoints.get_all(given):
+        for path in checkpoints.get_all(given)[::-1]:
             try:
                 checkpoint = checkpoints.load(path, device)
             except UserError as error:
@@ -419,6 +419,7 @@ def evaluate_every_checkpoint(args):
             if checkpoint["iteration"] == 0:  # still in pretraining
                 continue
             name = name or checkpoints.get_run_name(path, checkpoint["args"])
+            args.data_location = args.data_location or checkpoint["args"]["data_location"]
             result_path = report.get_milestones_folder(name, args.mode) / f"{checkpoint['iteration']}.pt"
             status = evaluate_checkpoint(args, checkpoint, name, result_path, stop, load_data)
             if status != 0:

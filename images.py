@@ -105,16 +105,18 @@ def get_ink(grey):
     return (darkness / ink).clip(0, 1) if ink < 0.9 else darkness
 
 
-def _get_paper(grey):
-    """The brightness of the paper, fitted to the image's edge: a number or, under uneven light, [rows, columns]"""
-    edge = _get_edge(grey)
+def _get_paper(grey, take=None):
+    """The brightness of the paper, fitted to what `take` chooses of an image, its edge by default: a number or, under uneven
+    light, [rows, columns]"""
+    take = take or _get_edge
+    edge = take(grey)
     paper = np.median(edge)
     distance = np.abs(edge - paper)
     if np.mean(distance < 1.5 / 255) > 0.5:
         return paper
     row, col = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in grey.shape), indexing="ij")
     terms = np.stack([np.ones_like(row), row, col, row * col, row**2, col**2], -1)  # [rows, columns, 6]
-    at_edge = _get_edge(terms)
+    at_edge = take(terms)
     for _ in range(5):  # leaves out strokes that reach the edge
         near = distance <= 3 * np.median(distance)
         weights = np.linalg.lstsq(at_edge[near], edge[near], rcond=None)[0]
@@ -252,11 +254,13 @@ def find_ink(grey):
     light = grey if ((detail - detail.mean()) ** 3).mean() <= 0 else 1 - grey
     coarse = _scale_down(light, 96)
     window = max(max(coarse.shape) // 3, 3)
-    # Extrapolate the change in light beyond the edge.
+    # Extrapolate the change in light beyond the edge, which strokes may reach.
     pad = [min(window, n - 1) for n in coarse.shape]
-    coarse = np.pad(coarse, [(n, n) for n in pad], mode="reflect", reflect_type="odd").clip(0, 1)
-    paper = scipy.ndimage.gaussian_filter(scipy.ndimage.grey_closing(coarse, (window, window)), window / 8)
-    paper = paper[tuple(slice(n, m - n) for n, m in zip(pad, paper.shape, strict=True))]
+    blank = np.maximum(coarse, _get_paper(coarse, np.concatenate))
+    extended = np.pad(blank, [(n, n) for n in pad], mode="reflect", reflect_type="odd").clip(0, 1)
+    interior = tuple(slice(n, m - n) for n, m in zip(pad, extended.shape, strict=True))
+    extended[interior] = coarse
+    paper = scipy.ndimage.gaussian_filter(scipy.ndimage.grey_closing(extended, (window, window)), window / 8)[interior]
     darkness = skimage.transform.resize(paper, light.shape, order=1) - light
     strongest = np.sort(darkness, axis=None)[-max(min(darkness.size // 200, 30), 1)]
     if strongest < MIN_CONTRAST:

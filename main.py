@@ -203,9 +203,11 @@ def train_step(run, obs_id):
 def get_steps(run):
     """The pretraining step, called without arguments, and the training step, called with obs_id; CUDA graphs on a GPU"""
     steps = functools.partial(pretrain_step, run), functools.partial(train_step, run)
-    if run.device.type != "cuda" or not run.args.compile:
+    schedules = list(filter(checkpoints.is_schedule, run.parts.values()))
+    cycles_momentum = any(getattr(schedule, "cycle_momentum", False) for schedule in schedules)  # which a graph would freeze
+    if run.device.type != "cuda" or not run.args.compile or cycles_momentum:
         return steps
-    for schedule in filter(checkpoints.is_schedule, run.parts.values()):
+    for schedule in schedules:
         for group in schedule.optimizer.param_groups:
             if not torch.is_tensor(group["lr"]):
                 group["lr"] = torch.tensor(group["lr"], device=run.device)  # a graph reads it anew in each step

@@ -110,7 +110,7 @@ def main(argv=None):
     util.set_seed(args.seed)
     found = characters.find(args.images, args.as_is)
     num_steps = matching.TRACING.num_steps * math.ceil(len(found) / variation.AT_ONCE)
-    with util.show_progress(total=num_steps, desc=f"reading {len(found)} characters", unit="step") as bar:
+    with util.show_progress(total=num_steps, desc=f"reading {util.count(len(found), 'character')}", unit="step") as bar:
         reading = characters.read(model, found, bar.update)
     for i, (stem, file) in enumerate(zip(found.names, found.files, strict=True)):
         details = dict(image=file, model=name, log_likelihood=reading.log_likelihood[i].item())

@@ -112,6 +112,8 @@ def get_evaluation(args, model, run_args, algorithm):
         raise UserError("--eval-options: the sweep itself sets model, algorithm and device, and takes the latest checkpoint")
     kind = algorithm if parsed.mode == "test" else f"{parsed.mode}_{algorithm}"
     chosen = {name: getattr(parsed, name) for name in tasks.CHOICE_OF_IMAGES}
+    if parsed.data_location == run_args.data_location:  # where the training's data are now, which may have moved since
+        chosen["data_location"] = None
     return Task(model, kind, flags, run_args.num_iterations, {**eval_logp.get_choices(parsed), **chosen})
 
 

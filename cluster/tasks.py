@@ -152,6 +152,8 @@ def describe_differences(saved, task, location):
     """How what is saved of an evaluation differs from what the task asks for, in words. Args: location: of the training's data"""
     settings = {**saved["settings"], **{name: saved["args"].get(name) for name in CHOICE_OF_IMAGES}}
     theirs, ours = (name_images(some, location) for some in (settings, task.settings))
+    if task.settings.get("data_location") is None and settings.get("kind_of_images") in ("test", "training"):
+        theirs["images_from"] = ours["images_from"]  # the training's data, wherever they were
     return util.describe_differences({name: theirs.get(name) for name in ours}, ours)
 
 

@@ -277,12 +277,13 @@ def group(runs):
 
 def name_rows(settings):
     """The names of rows: {run's name: settings of its training} -> {run's name: name of its row}. Runs whose names differ only
-    in the seed share a row if their settings do as well; those of another model have a row by their own name"""
-    rows, firsts = {}, {}
+    in the seed, or in the path of the same data, share a row if their settings do as well; others have one by their own name"""
+    rows, firsts = {}, {}  # firsts: what seeds share -> the first run's row and settings
     for name in sorted(settings, key=get_order):
-        model = {**settings[name], "seed": None}
-        first = firsts.setdefault(get_name(name), model)
-        rows[name] = name if compare_settings(model, first) else get_name(name)
+        model, seedless = {**settings[name], "seed": None}, get_name(name)
+        row = name if seedless in rows.values() else seedless
+        row, first = firsts.setdefault((re.sub("_data-location=[^_]*", "", seedless), model.get("data")), (row, model))
+        rows[name] = name if compare_settings(model, first) else row
     return rows
 
 
@@ -336,6 +337,7 @@ def get_row(name, runs):
         estimates[algorithm] = [(result["log_p"], result["standard_error"]) for result in found]
     by_all = [algorithm for algorithm in ALGORITHMS if len(estimates[algorithm]) == len(runs)]  # averages are of the same work
     bounds = [get_joint_bound([run.results[algorithm] for algorithm in by_all]) for run in runs if by_all]
+    row["best by"] = "; ".join(runs[0].work[algorithm] for algorithm in by_all)
     estimates["best"] = list(map(max, zip(*(estimates[algorithm] for algorithm in by_all), strict=True)))
     estimates["enumeration bound"] = [(bound.mean().item(), get_standard_error(bound.tolist())) for bound in bounds]
     for estimate, found in estimates.items():
@@ -430,11 +432,11 @@ def write_figure(path, rows):
     """Draws the paper's figure: log p against the number of latents per image, a line per training algorithm, with standard
     errors over seeds. Those over images are only in the CSV, since the choice of images moves all models together."""
     rows = [row for row in rows if not is_test_run(row["model"])] or rows
-    most = collections.Counter(row["evaluated by"] for row in rows).most_common(1)[0][0]
-    others = [row["model"] for row in rows if row["evaluated by"] != most]
+    most = collections.Counter(row["best by"] for row in rows).most_common(1)[0][0]
+    others = [row["model"] for row in rows if row["best by"] != most]
     if others:
         warn(f"the figure is of the models evaluated by {most}, and leaves out {', '.join(others)}")
-    rows = [row for row in rows if row["evaluated by"] == most]
+    rows = [row for row in rows if row["best by"] == most]
     models = collections.defaultdict(list)
     for row in sorted(rows, key=lambda row: row["particles"]):
         models[re.sub(rf"_{row['particles']}(?=_|$)", "", row["model"], count=1)].append(row)

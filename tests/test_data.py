@@ -198,6 +198,24 @@ def test_photographs_are_searched_for_characters(tmp_path):
         data.load("glyphs", find_characters=True)
 
 
+@pytest.mark.parametrize("margin", [0, 2])
+def test_characters_cropped_closely(margin):
+    """Strokes along the whole border are strokes"""
+    (expected,) = data.find_characters("x", encode(draw(200, 12)))
+    rows, cols = np.nonzero(draw(200, 12) < 128)
+    box = np.pad(draw(200, 12)[rows.min() : rows.max() + 1, cols.min() : cols.max() + 1], margin, constant_values=255)
+    for content in (encode(box), encode(255 - box)):
+        (found,) = data.find_characters("x", content)
+        assert (found & expected).sum() > 0.7 * (found | expected).sum()
+
+
+@pytest.mark.parametrize("full", [255, 4095, 65535])
+def test_sixteen_bits_of_any_depth(full):
+    PIL.Image.fromarray((draw(60) / 255 * full).round().astype(np.uint16)).save(file := io.BytesIO(), "PNG")
+    (found,), (expected,) = (data.find_characters("x", content) for content in (file.getvalue(), encode(draw(60))))
+    assert (found == expected).all()
+
+
 def test_glyphs():
     dataset = data.load("glyphs")
     assert dataset.summary == "9960 images, 14 alphabets, mean ink 0.12"

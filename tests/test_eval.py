@@ -384,7 +384,7 @@ def test_leads_are_paired_over_images():
     assert report.describe_leads(models) == lines
 
 
-def test_a_row_averages_what_all_of_its_seeds_have(capsys):
+def test_a_row_averages_what_all_of_its_seeds_have(capsys, monkeypatch):
     """An evaluation more of one seed, or one of another effort, leaves the others in the row"""
     first, second, third = (
         get_fake_run(name, "cc", value) for name, value in [("a", -3.0), ("a_seed=1", -5.0), ("a_seed=2", -9.0)]
@@ -402,6 +402,13 @@ def test_a_row_averages_what_all_of_its_seeds_have(capsys):
         r"warning: a_seed=1: its evaluation by mws: .* effort 2, .* is left out of the row, .* effort 1, .*\n",
         capsys.readouterr().err,
     )
+    drawn = []
+    monkeypatch.setattr(report, "draw_lines", lambda path, lines, *_: drawn.extend(lines))
+    other = get_fake_run("b", "cc", -2.0)
+    other.results["own"] = {**own, "settings": {**own["settings"], "model": "b"}}
+    report.write_figure("logp.pdf", get_rows(first, third, other, get_fake_run("c", "cc", -4.0)))
+    assert drawn == ["a", "c"]  # best of the same evaluations, which both seeds of a have
+    assert re.search("the figure is of the models evaluated by mws: .*, and leaves out b\n", capsys.readouterr().err)
     second.results["own"] = {**own, "settings": {**own["settings"], "model": "a_seed=1"}}
     (row,) = get_rows(first, second)
     assert [row[key] for key in ("own", "best", "enumeration bound", "seeds")] == [-1.0, -1.0, -1.0, 2]  # the search was of one
@@ -418,6 +425,16 @@ def test_only_seeds_of_one_model_share_a_row(capsys):
     runs[3].results["mws"]["model_settings"].update(seed=3, later_setting=1)
     assert [(row["model"], row["seeds"], row["mws"]) for row in get_rows(*runs)] == [("a", 2, -1.5), ("a_seed=1", 1, -1.0)]
     assert capsys.readouterr().err == "warning: a_seed=2 is left out: it is a copy of a_seed=0, not another seed\n"
+    names = [
+        "b_data-location=x.npz-1",
+        "b_data-location=y.npz-2_seed=1",
+        "b_data-location=y.npz-2",
+        "b_data-location=z.npz-3_seed=4",
+    ]
+    runs = [get_fake_run(name, "cc", -float(i)) for i, name in enumerate(names)]  # of the same data, which moved, and others
+    for run, letters in zip(runs, ["same", "same", "other", "other"], strict=True):
+        run.results["mws"]["model_settings"]["data"] = letters
+    assert [(row["model"], row["seeds"], row["mws"]) for row in get_rows(*runs)] == [(names[0], 2, -0.5), (names[2], 2, -2.5)]
 
 
 # ------------------------------------------------------------------ memoised evaluation

@@ -85,6 +85,11 @@ def test_a_sweep_finds_runs_whose_data_moved(folder, monkeypatch, capsys):  # no
     assert sweep.main(settings) == 0 and "1 task complete already" in capsys.readouterr().out
     task, *_ = sweep.get_tasks(sweep.parse_args(["--eval-logp", *settings]))
     assert task.model == started and "--data-location=there/data.mat" in task.flags
+    evaluation = ["--eval-logp", "--eval-algorithms", "own", "--eval-options=--num-data 2 --test-num-particles 3 --no-compile"]
+    assert sweep.main([*evaluation, *settings]) == 0 and ": done" in capsys.readouterr().out
+    os.renames("there/data.mat", "elsewhere/data.mat")
+    settings[-1] = "elsewhere/data.mat"
+    assert sweep.main([*evaluation, *settings]) == 0 and "1 task complete already" in capsys.readouterr().out
     monkeypatch.setattr(data, "load", lambda *_: pytest.fail("loads data only to name a run"))
     assert list(sweep.get_runs(sweep.parse_args(["--", "--data-location", "there/data.mat", "--seed=3"]))) != [started]
 

@@ -271,6 +271,12 @@ def test_sweep_here(make_sweep, monkeypatch):
         (cells,) = get_cells(*evaluation, f"--eval-options={options}")
         assert (cells["state"], cells["iteration"]) == ("stopped", iteration)
 
+    stdout = run("--rm", "--eval-logp", "--eval-algorithms", "mws", "--dry-run")
+    assert stdout == "there is nothing to delete in save/\n"
+    own = [f"save/{models[1]}/logp/{name}" for name in ("test_rws.pt", "checkpoints/test_rws.pt")]
+    every = pathlib.Path(f"save/{models[1]}/logp/test_every_checkpoint/110.pt")
+    assert run("--rm", *evaluation, "--yes").splitlines()[:2] == own and every.exists()
+    assert not any(map(os.path.exists, own))
     pathlib.Path("save/notes").mkdir()
     stdout = run("--rm", "--dry-run")
     assert sorted(stdout.splitlines()) == sorted(f"save/{name}" for name in models)
