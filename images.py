@@ -105,18 +105,16 @@ def get_ink(grey):
     return (darkness / ink).clip(0, 1) if ink < 0.9 else darkness
 
 
-def _get_paper(grey, take=None):
-    """The brightness of the paper, fitted to what `take` chooses of an image, its edge by default: a number or, under uneven
-    light, [rows, columns]"""
-    take = take or _get_edge
-    edge = take(grey)
+def _get_paper(grey):
+    """The brightness of the paper, fitted to the image's edge: a number or, under uneven light, [rows, columns]"""
+    edge = _get_edge(grey)
     paper = np.median(edge)
     distance = np.abs(edge - paper)
     if np.mean(distance < 1.5 / 255) > 0.5:
         return paper
     row, col = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in grey.shape), indexing="ij")
     terms = np.stack([np.ones_like(row), row, col, row * col, row**2, col**2], -1)  # [rows, columns, 6]
-    at_edge = take(terms)
+    at_edge = _get_edge(terms)
     for _ in range(5):  # leaves out strokes that reach the edge
         near = distance <= 3 * np.median(distance)
         weights = np.linalg.lstsq(at_edge[near], edge[near], rcond=None)[0]
@@ -256,7 +254,7 @@ def find_ink(grey):
     window = max(max(coarse.shape) // 3, 3)
     # Extrapolate the change in light beyond the edge, which strokes may reach.
     pad = [min(window, n - 1) for n in coarse.shape]
-    blank = np.maximum(coarse, _get_paper(coarse, np.concatenate))
+    blank = np.maximum(coarse, _get_paper(coarse))
     extended = np.pad(blank, [(n, n) for n in pad], mode="reflect", reflect_type="odd").clip(0, 1)
     interior = tuple(slice(n, m - n) for n, m in zip(pad, extended.shape, strict=True))
     extended[interior] = coarse
