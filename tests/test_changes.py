@@ -2,6 +2,7 @@
 the text of a copy of the project, which is then used as they would."""
 
 import argparse
+import inspect
 import json
 import pathlib
 import shutil
@@ -12,6 +13,7 @@ import scipy.io
 import torch
 from conftest import ROOT
 from test_data import make_mat
+from test_models import GRUDecoder
 
 import losses
 import main
@@ -38,26 +40,8 @@ GRU = {
     "models.py": [
         (
             "# ------------------------------------------------------------------ likelihoods\n",
-            """class GRUDecoder(Decoder):
-    def __init__(self, num_primitives, num_arcs, hidden_size, context_size, uniform_mixture):
-        super().__init__(num_primitives, num_arcs, hidden_size, context_size, uniform_mixture)
-        del self.lstm
-        self.gru = nn.GRUCell(num_primitives + 2 + context_size, hidden_size)
-
-    def _get_inputs(self, context):
-        weight = self.gru.weight_ih.split([self.num_primitives, 2, self.context_size], 1)
-        table = weight[0].t().unsqueeze(1) + weight[1].t()
-        return table.flatten(0, 1), F.linear(context, weight[2], self.gru.bias_ih)
-
-    def _step(self, x, state):
-        hidden = x.new_zeros(len(x), self.gru.hidden_size) if state is None else state[0]
-        r, z, n = zip(x.chunk(3, 1), F.linear(hidden, self.gru.weight_hh, self.gru.bias_hh).chunk(3, 1))
-        r, z = (sum(some).sigmoid() for some in (r, z))
-        return ((1 - z) * (n[0] + r * n[1]).tanh() + z * hidden,)
-
-
-# ------------------------------------------------------------------ likelihoods
-""",
+            inspect.getsource(GRUDecoder).replace("models.", "").replace("torch.nn.", "nn.")
+            + "\n\n# ------------------------------------------------------------------ likelihoods\n",
         ),
         ("self.prior = Decoder(", "self.prior = GRUDecoder("),
     ]
