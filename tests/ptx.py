@@ -219,20 +219,8 @@ def compare(name, a, b):
     return COMPARISONS[name](a, b)
 
 
-BESIDES = (
-    "ld",
-    "st",
-    "red",
-    "atom",
-    "shfl",
-    "redux",
-    "mma",
-    "ldmatrix",
-    "stmatrix",
-    "bar",
-    "bra",
-    "ret",
-)  # do more than compute
+# do more than compute
+BESIDES = ("ld", "st", "red", "atom", "shfl", "redux", "mma", "ldmatrix", "stmatrix", "bar", "bra", "ret")
 
 
 def get_function(name):

@@ -746,10 +746,7 @@ def test_only_comparable_evaluations_share_a_row(capsys):
     )
     others = dict(mws=("b", 7), own=("b", 7))  # whose effort is not that of a training
     assert choose(**others) == (["own", "mws"], [])
-    assert choose(**others, rws=("b", 100), vimco=("b", 200)) == (
-        ["vimco", "own", "mws"],
-        ["num-particles is 100, not 200"],
-    )
+    assert choose(**others, rws=("b", 100), vimco=("b", 200)) == (["vimco", "own", "mws"], ["num-particles is 100, not 200"])
     assert choose(own=("a", 7), vimco=("b", 200)) == (["vimco"], ["model is a, not b"])
 
 

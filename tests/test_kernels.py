@@ -465,10 +465,7 @@ def test_what_breaks_all_kernels_is_said_once(use_kernels, monkeypatch, capsys):
 
 
 def test_kernels_that_work_stay_on(use_kernels, monkeypatch, capsys):
-    model, network = (
-        make_tiny_model(),
-        models.LookupInferenceNetwork(3, 16, 16, num_arcs=2).to(device),
-    )
+    model, network = make_tiny_model(), models.LookupInferenceNetwork(3, 16, 16, num_arcs=2).to(device)
     use_kernels(True)
     kernel_check.check(lambda: (model, network), device, 2, 3, 2, losses.init_memory, losses.remember)
     monkeypatch.setattr(kernel_check, "MOST_ROWS", 6)

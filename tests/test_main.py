@@ -92,16 +92,7 @@ def assert_same(a, b, name=""):
 @pytest.mark.parametrize("algorithm", ["mws", "rws", "vimco", "sleep"])
 @pytest.mark.parametrize("conditional", [False, True])
 def test_training(folder, capfd, algorithm, conditional):
-    flags = [
-        "--algorithm",
-        algorithm,
-        "--data-location",
-        "data.mat",
-        "--test-interval",
-        "6",
-        "--test-num-particles",
-        "4",
-    ]
+    flags = ["--algorithm", algorithm, *"--data-location data.mat --test-interval 6 --test-num-particles 4".split()]
     run(*SHORT, *flags, *["--condition-on-alphabet", "--likelihood", "learned-affine"] * conditional)
     stdout, stderr = capfd.readouterr()
     path = get_run_folder() / "checkpoints"
