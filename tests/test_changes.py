@@ -13,6 +13,7 @@ import scipy.io
 import torch
 from conftest import ROOT
 from test_data import make_mat
+from test_main import assert_same
 from test_models import GRUDecoder
 
 import losses
@@ -188,10 +189,7 @@ def test_a_change_works_everywhere(copy, name):
     assert names == [path_base] and all(word in path_base for word in words)
     whole, resumed = load("whole"), load(path_base)
     resumed["args"], whole["args"] = {}, {}
-    assert torch.utils._pytree.tree_all(lambda x: True, whole) and whole.keys() == resumed.keys()
-    for key in whole:
-        got, want = (torch.utils._pytree.tree_leaves(some[key]) for some in (resumed, whole))
-        assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(got, want, strict=True)), key
+    assert_same(resumed, whole)
     if name == "training":
         assert resumed["schedule"]["last_epoch"] == 6 and resumed["optimizer"]["param_groups"][0]["lr"] < 1e-9
         assert resumed["hyperparameters"]["optimizer"][0]["betas"] == [0.9, 0.95]
@@ -345,7 +343,7 @@ def test_callbacks_and_a_reason_to_stop(copy):
     use(code, str(ROOT), json.dumps([*TINY, "--algorithm=rws", "--num-iterations=4"]))
     whole = load(path_base)
     for part in ["generative_model", "inference_network"]:
-        assert all(torch.equal(whole[part][name], stopped[part][name]) for name in whole[part])
+        assert_same(stopped[part], whole[part])
 
 
 def test_what_cannot_be_resumed_is_refused_before_the_first_step(copy):

@@ -14,12 +14,10 @@ import sys
 import imageio.v3 as imageio
 import numpy as np
 import pytest
-import test_main
 import torch
 from conftest import ROOT
-from test_main import SHORT, TINY, folder, get_run_folder, run, run_script  # noqa: F401
+from test_main import SHORT, TINY, assert_same, folder, get_run_folder, run, run_script  # noqa: F401
 from test_rendering import check_nan_reaches_the_likelihood
-from torch.utils._pytree import tree_leaves
 
 import diagnostics
 import eval_logp
@@ -37,13 +35,6 @@ AFFINE = ["--likelihood", "learned-affine"]
 
 def load_all(run_folder):
     return {path.name: util.load_checkpoint(path) for path in (run_folder / "checkpoints").glob("*.pt")}
-
-
-def assert_same(got, want):
-    assert got.keys() == want.keys()
-    for name in want:
-        for a, b in zip(tree_leaves(got[name]), tree_leaves(want[name]), strict=True):
-            assert torch.equal(a, b) if torch.is_tensor(a) else a == b, name
 
 
 # ------------------------------------------------------------------ damage, and files from elsewhere
@@ -159,7 +150,7 @@ def test_a_file_of_an_older_version_is_rewritten(folder, capsys):  # noqa: F811
     get_run_folder().rename("converted")
     run(*FLAGS, "--algorithm", "rws", "--num-iterations", "6")
     for name, value in load_all(get_run_folder())["latest.pt"].items():
-        test_main.assert_same(got[name], value, name)
+        assert_same(got[name], value, name)
 
 
 def test_names_from_outside_are_shown_literally(folder, run_script, capsys):  # noqa: F811
