@@ -17,7 +17,6 @@ import pytest
 import torch
 from conftest import ROOT
 from test_main import SHORT, TINY, assert_same, folder, get_run_folder, run, run_script  # noqa: F401
-from test_rendering import check_nan_reaches_the_likelihood
 
 import diagnostics
 import eval_logp
@@ -292,11 +291,6 @@ def test_a_run_continues_to_more_iterations(folder, capsys):  # noqa: F811
 
 
 # ------------------------------------------------------------------ divergence
-
-
-def test_nan_reaches_the_likelihood():
-    """test_rendering.py does the same with compiled kernels"""
-    check_nan_reaches_the_likelihood()
 
 
 PARAMETERS = ["generative_model.pre_dxdy", "generative_model.theta_affine", "inference_network.conv3.bias"]
