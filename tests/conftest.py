@@ -9,6 +9,12 @@ import torch  # noqa: E402
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+def assert_near(got, want, tolerance, floor=0.0):
+    """Each tensor is another one, to a tolerance of that one's norm"""
+    for x, y in zip(got, want, strict=True):
+        assert (x - y).norm() <= tolerance * y.norm() + floor
+
+
 def pytest_addoption(parser):
     capabilities = parser.getgroup("strokes").addoption
     capabilities("--capability", type=int, default=90, help="of the GPU that kernels are compiled for where there is none")

@@ -15,9 +15,9 @@ NUM_IMAGES, NUM_COPIES, NUM_BATCHES = 3, 200, 12
 K, A = 2, 2  # K^A * 2^(A - 1) = 8 latents
 
 
-def get_latents():
-    """Every latent: [8, A, 2]"""
-    arcs = itertools.product(range(K), range(K), [0, 1])
+def get_latents(num_primitives=K):
+    """Every latent: [2 * K^2, A, 2]"""
+    arcs = itertools.product(range(num_primitives), range(num_primitives), [0, 1])
     return torch.tensor([[[first, 0], [second, on]] for first, second, on in arcs])
 
 

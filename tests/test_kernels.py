@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 import ptx  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from conftest import assert_near  # noqa: E402
 
 import losses  # noqa: E402
 import models  # noqa: E402
@@ -55,37 +56,18 @@ def use_kernels(monkeypatch):
 
 
 def check_gradients(function, inputs, use_kernels, tolerance=1e-4):
-    """function's value and its gradients for those inputs that have any, by the kernels and plain, to a tolerance of
-    the norm. Returns: the plain value"""
+    """The value of a function without arguments and its gradients for inputs, by the kernels and plain, to a tolerance of the
+    norm. Returns: the plain value"""
     results = []
     for enabled in (False, True):
         use_kernels(enabled)
-        leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-        value = function(*leaves)
+        value = function()
         cotangent = torch.linspace(-1, 2, value.numel(), device=value.device).view_as(value)
-        grads = torch.autograd.grad((value * cotangent).sum(), [x for x in leaves if x.requires_grad])
+        grads = torch.autograd.grad((value * cotangent).sum(), inputs)
         results.append([value.detach(), *grads])
-    for want, got in zip(*results, strict=True):
-        assert want.isfinite().all()
-        assert (got - want).norm() <= tolerance * want.norm()
+    assert all(x.isfinite().all() for x in results[0])
+    assert_near(results[1], results[0], tolerance)
     return results[0][0]
-
-
-class Method(torch.nn.Module):
-    """A method in place of a module's forward"""
-
-    def __init__(self, module, name):
-        super().__init__()
-        self.module, self.name = module, name
-
-    def forward(self, *args):
-        return getattr(self.module, self.name)(*args)
-
-
-def call(module, method, parameters, *args):
-    """Calls a module's method with other parameters, a dict"""
-    given = {f"module.{name}": value for name, value in parameters.items()}
-    return torch.func.functional_call(Method(module, method), given, args)
 
 
 def make_tiny_model():
@@ -179,7 +161,7 @@ def test_drawing(use_kernels, size):
     on = torch.rand(6, 4, device=device) < 0.7
     on[2] = False
     params = torch.tensor([3.0, -3.0], device=device, requires_grad=True)
-    logits = check_gradients(lambda a, p: rendering.get_logits(a, on, p, *size), [arcs, params], use_kernels)
+    logits = check_gradients(lambda: rendering.get_logits(arcs, on, params, *size), [arcs, params], use_kernels)
     assert (logits[2] == rendering.LOG_PAPER).all() and logits.max() > -1
 
 
@@ -188,7 +170,8 @@ def test_more_strokes_than_a_byte_can_count(use_kernels):
     arcs[..., :2], arcs[..., 2:5] = torch.rand(1, 300, 2, device=device), 0.02
     params, on = torch.tensor([3.0, -3.0], device=device), torch.zeros(1, 300, device=device)
     on[:, [2, 43, 258, 299]] = 1  # 258 = 2 and 299 = 43, modulo 256
-    check_gradients(lambda a: rendering.get_logits(a, on, params, 28, 28), [arcs.requires_grad_()], use_kernels)
+    arcs.requires_grad_()
+    check_gradients(lambda: rendering.get_logits(arcs, on, params, 28, 28), [arcs], use_kernels)
     gradient = torch.autograd.grad(rendering.get_logits(arcs, on, params, 28, 28).sum(), arcs)[0]
     assert (gradient.abs().sum(2) > 0).nonzero()[:, 1].tolist() == [2, 43, 258, 299]
 
@@ -201,10 +184,10 @@ def test_affine_likelihood(use_kernels, spread, size):
     arcs, on = make_arcs(5, 4), torch.ones(5, 4, device=device)
     logits = rendering.get_logits(arcs, on, torch.tensor([3.0, -3.0], device=device), *size).requires_grad_()
     obs = (torch.rand(5, *size, device=device) < logits.sigmoid()).float()
-    check_gradients(lambda x, m: rendering.affine_log_prob(x, obs, m), [logits, maps], use_kernels)
+    check_gradients(lambda: rendering.affine_log_prob(logits, obs, maps), [logits, maps], use_kernels)
     weights = torch.linspace(-2, 1, 7, device=device, requires_grad=True)
 
-    def score(logits, maps, weights):
+    def score():
         return rendering.affine_log_prob(logits, obs, maps, weights.log_softmax(0))
 
     check_gradients(score, [logits, maps, weights], use_kernels)
@@ -234,13 +217,8 @@ def test_all_fixed_maps(use_kernels):
 def test_first_layers(use_kernels):
     network = models.InferenceNetwork().to(device)
     obs = models.GenerativeModel().sample(3)[1].to(device)
-    names = ["conv0.weight", "conv0.bias", "conv1.weight", "conv1.bias"]
-    parameters = dict(network.named_parameters())
-
-    def embed(*values):
-        return call(network, "embed", dict(zip(names, values, strict=True)), obs)
-
-    check_gradients(embed, [parameters[name] for name in names], use_kernels)
+    parameters = [*network.conv0.parameters(), *network.conv1.parameters()]
+    check_gradients(lambda: network.embed(obs), parameters, use_kernels)
 
 
 DECODERS = dict(prior=(64, 4, 0, 0.0), network=(64, 64, 20, 0.0), mixed=(5, 6, 3, 0.2), lookup=(64, 128, 6, 0.0))
@@ -261,12 +239,8 @@ def make_decoder(name, num_arcs=5):
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoder_log_prob(use_kernels, name):
     decoder, latent, context = make_decoder(name)
-    names, parameters = zip(*decoder.named_parameters(), strict=True)
-
-    def log_prob(context, *parameters):
-        return call(decoder, "log_prob", dict(zip(names, parameters, strict=True)), latent, context)
-
-    check_gradients(log_prob, [context.requires_grad_(context.numel() > 0), *parameters], use_kernels)
+    inputs = [*decoder.parameters(), *[context.requires_grad_()] * (context.numel() > 0)]
+    check_gradients(lambda: decoder.log_prob(latent, context), inputs, use_kernels)
 
 
 @pytest.mark.parametrize(
@@ -302,8 +276,7 @@ def test_decoder_samples(use_kernels, name, num_multiprocessors, monkeypatch):
         results.append([latent, log_prob.detach(), *gradients])
     assert torch.equal(results[0][0], results[1][0]) and len(results[0][0].unique(dim=0)) > 1
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-5)
-    for want, got in zip(results[0][2:], results[1][2:], strict=True):
-        assert (got - want).norm() <= 1e-4 * want.norm()
+    assert_near(results[1][2:], results[0][2:], 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -381,8 +354,7 @@ def test_an_objective(use_kernels, name, num_alphabets, monkeypatch):
         loss.backward()
         grads = [p.grad for net in networks for p in net.parameters()]
         results.append([loss.detach(), *statistics.values(), *grads])
-    for want, got in zip(*results, strict=True):
-        assert (got - want).norm() <= 1e-3 * want.norm() + 1e-6
+    assert_near(results[1], results[0], 1e-3, floor=1e-6)
 
 
 def test_nan_reaches_the_scores(use_kernels, monkeypatch):
@@ -442,17 +414,13 @@ def test_a_kernel_that_does_not_work_is_turned_off_alone(use_kernels, kernel, fa
     assert gpu.kernels.operators == [other for other in gpu.OPERATORS if other != name]
     (line,) = capsys.readouterr().err.splitlines()
     assert name in line and FAULTS[fault] in line
-    results = []
+    results, parameters = [], [*model.parameters(), *network.parameters()]
     for enabled in (True, False):
         if not enabled:
             use_kernels(False)
-        for net in (model, network):
-            net.zero_grad()
         loss = -sum(model.log_prob(latent[None], obs)).mean() - network.log_prob(latent[None], obs).mean()
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for net in (model, network) for p in net.parameters())])
-    for got, want in zip(*results, strict=True):
-        assert (got - want).norm() <= 1e-3 * want.norm() + 1e-6
+        results.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
+    assert_near(*results, 1e-3, floor=1e-6)
 
 
 def test_what_breaks_all_kernels_is_said_once(use_kernels, monkeypatch, capsys):

@@ -4,8 +4,10 @@ import functools
 import math
 
 import pytest
+import test_enumeration
 import torch
 import torch.nn.functional as F
+from conftest import assert_near
 from scipy import stats
 
 import losses
@@ -26,14 +28,11 @@ def assert_frequencies(drawn, log_prob):
     assert stats.chisquare(counts, expected / expected.sum() * len(drawn)).pvalue > 1e-4  # there are some twenty of these
 
 
-def get_latents():
-    """Every latent [K^A * 2^(A - 1), A, 2], in the order of get_ids"""
-    ids = torch.arange(K * K * 2)
-    arcs = torch.stack([ids // (2 * K), torch.zeros_like(ids), ids // 2 % K, ids % 2], -1)
-    return arcs.view(-1, A, 2)
+get_latents = functools.partial(test_enumeration.get_latents, K)
 
 
 def get_ids(latent):
+    """The places of latents among those of get_latents"""
     assert (latent[..., 0, 1] == 0).all()
     return latent[..., 0, 0] * 2 * K + latent[..., 1, 0] * 2 + latent[..., 1, 1]
 
@@ -175,12 +174,10 @@ def get_images(name):
 def test_embeddings_and_gradients_are_those_of_the_convolutions(name):
     network, obs, results = models.InferenceNetwork().double(), get_images(name), []
     grad = torch.randn(len(obs), 64, dtype=torch.double)
+    parameters = [parameter for name, parameter in network.named_parameters() if name.startswith("conv")]
     for embed in (network.embed, lambda obs: reference.embed(network, obs)):
-        network.zero_grad()
         embedding = embed(obs)
-        embedding.backward(grad)
-        gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-        results.append([embedding.detach(), *(gradient.clone() for gradient in gradients)])
+        results.append([embedding.detach(), *torch.autograd.grad(embedding, parameters, grad)])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
 
@@ -222,9 +219,7 @@ def test_gradients_of_the_particles_that_matter_are_those_of_all(objective, monk
     monkeypatch.setattr(reference, "decode", lambda *args, **options: (latent, None) if options else decode(*args))
     want = getattr(reference, objective)(model.double(), network.double(), obs.double(), 5)
     assert abs(loss - want) < 1e-3
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        want_gradient = torch.autograd.grad(want, parameter, retain_graph=True)[0]
-        assert (gradient - want_gradient).norm() <= 2e-4 * want_gradient.norm()
+    assert_near(gradients, torch.autograd.grad(want, parameters), 2e-4)
 
 
 @pytest.mark.parametrize("likelihood", ["learned-affine", "bernoulli"])
@@ -244,8 +239,7 @@ def test_chunks_change_nothing(likelihood, monkeypatch):
     monkeypatch.setattr(rendering, "_get_gradient_chunk_size", lambda device: 23)  # the last one would be of one alone
     log_likelihood, gradients = score()
     torch.testing.assert_close(log_likelihood, expected, atol=1e-4, rtol=0)
-    for gradient, want in zip(gradients, expected_gradients, strict=True):
-        assert (gradient - want).norm() <= 1e-4 * want.norm()
+    assert_near(gradients, expected_gradients, 1e-4)
 
 
 def test_when_memory_runs_out_fewer_are_scored_at_a_time(monkeypatch):
@@ -536,5 +530,4 @@ def test_float64(objective):
         table = scoring.ScoreTable(4)
         for _ in range(2):
             torch.testing.assert_close(table.score(torch.arange(4), model, proposal, obs), scoring.score(model, proposal, obs))
-    for got, want in zip(*results, strict=True):
-        assert (got - want).norm() <= 1e-3 * want.norm()
+    assert_near(*results, 1e-3)
