@@ -153,15 +153,9 @@ def test_memory_update(packed):
     expected = losses.pack(golden["memory_after"], torch.uint8)
     for after, want in zip(memory if packed else losses.pack(memory, torch.uint8), expected, strict=True):
         assert {tuple(z.tolist()) for z in after} == {tuple(z.tolist()) for z in want}
-    by_latent = {
-        (b, tuple(losses.pack(golden["memory_after"][i, m], torch.uint8).tolist())): golden["after_log_joint"][b, m]
-        for b, i in enumerate(obs_id)
-        for m in range(4)
-    }
-    for m in range(4):
-        for b in range(8):
-            want = by_latent[b, tuple(losses.pack(kept[m, b], torch.uint8).tolist())]
-            assert abs(log_joint[m, b] - want) < 1e-3
+    best_first = golden["after_log_joint"].sort(1, descending=True).values
+    torch.testing.assert_close(log_joint.t(), best_first, atol=1e-3, rtol=0)
+    torch.testing.assert_close(sum(model.log_prob(kept, obs)), log_joint, atol=1e-3, rtol=0)
     for name, value in statistics.items():
         assert abs(value - golden[name]) < 1e-6, name
 
