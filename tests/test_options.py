@@ -36,22 +36,9 @@ TINY = (
     " --num-particles=2 --memory-size=2 --pretrain-iterations=1 --likelihood=bernoulli --dataset-size=10"
     " --data-location=data.mat --no-compile"
 ).split()
-LEFT_OUT = [
-    "-h",
-    "--cuda",
-    "--tensorboard",
-    "--test-run",
-    "--compile",
-    "--data-location",
-    "--find-characters",
-    "--num-iterations",
-]
-LARGEST = {
-    "--num-arcs": 7,
-    "--num-primitives": 130,
-    "--dataset-size": 25,
-    "--pretrain-iterations": 2,
-}  # so that cases stay small
+LEFT_OUT = "-h --cuda --tensorboard --test-run --compile --data-location --find-characters --num-iterations".split()
+# So that cases stay small
+LARGEST = {"--num-arcs": 7, "--num-primitives": 130, "--dataset-size": 25, "--pretrain-iterations": 2}
 
 
 def draw_value(random_state, action):

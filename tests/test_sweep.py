@@ -52,11 +52,8 @@ def make_sweep(folder, monkeypatch):
     def make(flags):
         flags = flags.split()
         monkeypatch.setattr(sweep, "get_sweep_argss", lambda *_: get_small_argss(flags))
-        monkeypatch.setattr(
-            sweep,
-            "TEST_RUN_EVALUATION",
-            "--num-data=3 --num-iterations=5 --num-particles=5 --test-num-particles=20".split(),
-        )
+        small = "--num-data=3 --num-iterations=5 --num-particles=5 --test-num-particles=20".split()
+        monkeypatch.setattr(sweep, "TEST_RUN_EVALUATION", small)
         return [util.get_path_base(args) for args in get_small_argss(flags)]
 
     return make
