@@ -133,7 +133,9 @@ class Run:
 
 def get_optimizer(generative_model, inference_network, prior_lr_factor, lr=1e-3):
     """Adam for both models; the prior's learning rate is prior_lr_factor times that of the rest"""
-    others, prior = models.get_parameter_groups(generative_model, inference_network)
+    prior = list(generative_model.prior.parameters())
+    others = [p for p in generative_model.parameters() if all(p is not other for other in prior)]
+    others += inference_network.parameters()
     groups = [{"params": others, "lr": lr}, {"params": prior, "lr": lr * prior_lr_factor}]
     return get_adam(groups, others[0].device)
 

@@ -565,13 +565,6 @@ class LookupInferenceNetwork(_Network):
 # ------------------------------------------------------------------ from arguments
 
 
-def get_parameter_groups(generative_model, inference_network):
-    """The optimiser's two groups of parameters: all but the prior's, and the prior's"""
-    prior = list(generative_model.prior.parameters())
-    others = [p for p in generative_model.parameters() if all(p is not other for other in prior)]
-    return [[*others, *inference_network.parameters()], prior]
-
-
 def build(args, num_alphabets, device="cpu"):
     """Builds the models of a run, initialised from torch's global random state.
 
