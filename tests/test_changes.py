@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from test_data import make_mat
 from test_main import assert_same
-from test_models import GRUDecoder
+from test_models import GRUDecoder, MixtureWeights
 
 import losses
 import main
@@ -37,12 +37,18 @@ ADAMW = {
         ),
     ]
 }
+
+
+def get_code(kind):
+    """Of a class in test_models.py, as it would stand in models.py"""
+    return inspect.getsource(kind).replace("models.", "").replace("torch.nn.", "nn.")
+
+
 GRU = {
     "models.py": [
         (
             "# ------------------------------------------------------------------ likelihoods\n",
-            inspect.getsource(GRUDecoder).replace("models.", "").replace("torch.nn.", "nn.")
-            + "\n\n# ------------------------------------------------------------------ likelihoods\n",
+            f"{get_code(GRUDecoder)}\n\n# ------------------------------------------------------------------ likelihoods\n",
         ),
         ("self.prior = Decoder(", "self.prior = GRUDecoder("),
     ]
@@ -51,19 +57,9 @@ WEIGHTS = {
     "models.py": [
         (
             "# The choices of main.py's --likelihood\n",
-            """class Weights(AffineMixture):
-    def __init__(self, num_maps: Annotated[int, util.Setting("maps", 1, 100)] = 7):
-        super().__init__(nn.Parameter(torch.eye(3)[:2] + 0.03 * torch.randn(num_maps, 2, 3)))
-        self.weight_logits = nn.Parameter(torch.zeros(num_maps))
-
-    def get_log_weights(self):
-        return self.weight_logits.log_softmax(0)
-
-
-# The choices of main.py's --likelihood
-""",
+            f"{get_code(MixtureWeights)}\n\n# The choices of main.py's --likelihood\n",
         ),
-        ('"bernoulli": Bernoulli}', '"bernoulli": Bernoulli, "weights": Weights}'),
+        ('"bernoulli": Bernoulli}', '"bernoulli": Bernoulli, "weights": MixtureWeights}'),
         ("import argparse\n", "import argparse\nfrom typing import Annotated\n"),
     ]
 }

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Annotated
 
 import pytest
 import test_enumeration
@@ -15,6 +16,7 @@ import main
 import models
 import rendering
 import scoring
+import util
 from fast import gpu, reference
 
 K, A = 3, 2
@@ -440,7 +442,7 @@ def test_another_prior_needs_samples_and_a_density():
 class MixtureWeights(models.LearnedAffine):
     """Learned maps with learned weights"""
 
-    def __init__(self, num_maps=40):
+    def __init__(self, num_maps: Annotated[int, util.Setting("maps", 1, 100)] = 40):
         super().__init__(num_maps)
         self.weight_logits = torch.nn.Parameter(torch.linspace(-2, 2, num_maps))
 
