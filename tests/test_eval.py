@@ -44,11 +44,16 @@ TRAIN = (
 EVALUATE = "--num-data 4 --num-particles 8 --test-num-particles 200 --lstm-hidden-size 8 --no-compile".split()
 
 
+def train(*flags):
+    """Runs main.py. Returns: the run's path base"""
+    main.main([*TRAIN, *flags])
+    return util.get_path_base(main.parse_args([*TRAIN, *flags]))
+
+
 @pytest.fixture
 def model(folder):  # noqa: F811
     """A trained model with 8 latents; returns its path base"""
-    main.main(TRAIN)
-    return util.get_path_base(main.parse_args(TRAIN))
+    return train()
 
 
 def evaluate(model, algorithm="rws", *flags, num_iterations=30, status=0):
@@ -71,10 +76,8 @@ def read_csv():
 
 @pytest.mark.parametrize("num_samples", [7, 12])
 def test_sleep_in_parts_has_the_gradient_of_one_batch(num_samples, monkeypatch):
-    model, network = (
-        get_tiny()[0],
-        models.InferenceNetwork(num_primitives=2, num_arcs=2, lstm_hidden_size=8, obs_embedding_dim=8),
-    )
+    model = get_tiny()[0]
+    network = models.InferenceNetwork(num_primitives=2, num_arcs=2, lstm_hidden_size=8, obs_embedding_dim=8)
     latent, obs = model.sample(num_samples)
     parts, left = [], [latent.split(4), obs.split(4)]
     monkeypatch.setattr(model, "sample", lambda num, _: (parts.append(num), [x[len(parts) - 1] for x in left])[1])
@@ -167,9 +170,7 @@ def get_exact_log_p(model, *flags):
 
 @pytest.mark.parametrize("algorithm, conditional", [("sleep", True), ("rws", False), ("vimco", False)])
 def test_estimates_of_an_enumerable_model(folder, algorithm, conditional):  # noqa: F811
-    flags = [*TRAIN, *["--condition-on-alphabet"] * conditional]
-    main.main(flags)
-    model = util.get_path_base(main.parse_args(flags))
+    model = train(*["--condition-on-alphabet"] * conditional)
     result = evaluate(model, algorithm, "--test-num-particles", "5000", "--batch-size", "4", num_iterations=100)
     exact = get_exact_log_p(model)
     assert result["log_p"] == pytest.approx(exact.mean().item(), abs=0.05)
@@ -184,9 +185,7 @@ def test_estimates_of_an_enumerable_model(folder, algorithm, conditional):  # no
 @pytest.mark.parametrize("memory_size", [2, 8])
 def test_own_network_and_memory(folder, memory_size):  # noqa: F811
     """The guaranteed bound is below log p(x), and equal to it once the memory holds all eight programs"""
-    flags = [*TRAIN, "--algorithm", "mws", "--memory-size", str(memory_size), "--num-iterations", "8"]
-    main.main(flags)
-    model = util.get_path_base(main.parse_args(flags))
+    model = train("--algorithm", "mws", "--memory-size", str(memory_size), "--num-iterations", "8")
     given = "--mode train --images spread --num-data 9 --test-num-particles".split()
     for num_particles in (1, 3000):
         main_flags = ["--checkpoint-path", model, "--algorithm", "own", "--force", "--no-compile", *given, str(num_particles)]
@@ -197,16 +196,14 @@ def test_own_network_and_memory(folder, memory_size):  # noqa: F811
         if memory_size == 8:
             torch.testing.assert_close(bound, exact, atol=1e-4, rtol=0)
     assert result["log_p"] == pytest.approx(exact.mean().item(), abs=0.1)
-    train = data.load("data.mat").train.obs
+    obs = data.load("data.mat").train.obs
     images = eval_logp.load_images(eval_logp.parse_args(main_flags), checkpoints.load(checkpoints.find(model)))[0]
-    assert (images.obs == train[torch.linspace(0, len(train) - 1, 9).round().long()]).all()
+    assert (images.obs == obs[torch.linspace(0, len(obs) - 1, 9).round().long()]).all()
 
 
 def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
     """Each milestone once; resumed; a damaged one is left out; training and test images stay apart"""
-    flags = [*TRAIN, "--algorithm", "mws", "--memory-size", "2", "--num-iterations", "6", "--dataset-size", "20"]
-    main.main(flags)
-    model = util.get_path_base(main.parse_args(flags))
+    model = train(*"--algorithm mws --memory-size 2 --num-iterations 6 --dataset-size 20".split())
     every = f"--algorithm own --every-checkpoint --no-compile --test-num-particles 20 --checkpoint-path {model}".split()
     path = checkpoints.get_path(model, 3)
     path.write_bytes(path.read_bytes()[:-100])
@@ -267,9 +264,7 @@ def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
 @pytest.fixture
 def small_model(folder):  # noqa: F811
     """A conditional model that knows ten images of each alphabet; returns its path base"""
-    flags = [*TRAIN, "--small-dataset", "--condition-on-alphabet", "--likelihood", "bernoulli"]
-    main.main(flags)
-    return util.get_path_base(main.parse_args(flags))
+    return train("--small-dataset", "--condition-on-alphabet", "--likelihood", "bernoulli")
 
 
 OWN = "--algorithm own --num-data 4 --test-num-particles 20 --no-compile --checkpoint-path".split()
@@ -292,9 +287,7 @@ def test_a_conditional_model_knows_its_alphabets_by_name(folder):  # noqa: F811
     obs = torch.bernoulli(torch.full((40, 28, 28), 0.1)).numpy()
     for name, images, labels in [("one", obs, "ab"), ("renamed", obs, "bc"), ("other", obs[::-1], "bc")]:
         np.savez(f"{name}.npz", images=images, labels=np.array(list(labels) * 20))
-    flags = [*TRAIN, "--condition-on-alphabet", "--data-location", "one.npz"]
-    main.main(flags)
-    checkpoint = checkpoints.load(checkpoints.find(util.get_path_base(main.parse_args(flags))))
+    checkpoint = checkpoints.load(checkpoints.find(train("--condition-on-alphabet", "--data-location", "one.npz")))
     assert data.load_for_model(checkpoint).alphabet_names == ("a", "b")
     assert data.load_for_model(checkpoint, "renamed.npz").alphabet_names == ("b", "c")
     with pytest.raises(UserError, match="the model's alphabets differ from those of other.npz: a is not b, for example"):
@@ -546,9 +539,7 @@ def test_a_memoised_evaluation_resumes_to_the_same_bits(model, monkeypatch):
 
 
 def test_report(model, capsys):
-    other = [*TRAIN, "--seed", "1"]
-    main.main(other)
-    other = util.get_path_base(main.parse_args(other))
+    other = train("--seed", "1")
     values = {algorithm: [evaluate(name, algorithm)["log_p"] for name in (model, other)] for algorithm in ("rws", "vimco")}
     capsys.readouterr()
     assert eval_logp.main(["--report", "--all"]) == 0
