@@ -39,18 +39,18 @@ def load(name):
     return {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(FOLDER / f"{name}.npz").items()}
 
 
-def load_parameters(module, golden, decoder):
-    """param_lstm_weight_ih belongs to decoder.lstm.weight_ih, param_conv0_weight to conv0.weight"""
-    state = {}
-    for name in module.state_dict():
-        key = name.replace(f"{decoder}.", "prior_" if decoder == "prior" else "").replace(".", "_")
-        state[name] = golden[f"param_{key}"]
-    module.load_state_dict(state)
+def get_key(name):
+    """lstm_weight_ih stands for decoder.lstm.weight_ih, conv0_weight for conv0.weight, prior_linear_bias for prior.linear.bias"""
+    return name.removeprefix("decoder.").replace(".", "_")
 
 
-def assert_gradients(module, golden, decoder):
+def load_parameters(module, golden):
+    module.load_state_dict({name: golden[f"param_{get_key(name)}"] for name in module.state_dict()})
+
+
+def assert_gradients(module, golden):
     for name, parameter in module.named_parameters():
-        key = name.replace(f"{decoder}.", "prior_" if decoder == "prior" else "").replace(".", "_")
+        key = get_key(name)
         if f"grad_{key}" in golden:
             expected = golden[f"grad_{key}"]
             error = get_error(f"gradient of {key}", parameter.grad, expected)
@@ -65,7 +65,7 @@ def get_generative_model(name, golden):
         uniform_mixture=float(golden["uniform_mixture"]),
         num_alphabets=50 if "alphabet" in name else 0,
     )
-    load_parameters(model, golden, "prior")
+    load_parameters(model, golden)
     return model
 
 
@@ -100,7 +100,7 @@ def test_generative_model(name):
     get_error("log_prior", log_prior, golden["log_prior"])
     get_error("log_likelihood", log_likelihood, golden["log_likelihood"])
     (log_prior + log_likelihood).mean().backward()
-    assert_gradients(model, golden, "prior")
+    assert_gradients(model, golden)
 
 
 @pytest.mark.parametrize("name", INFERENCE)
@@ -112,12 +112,12 @@ def test_inference_network(name):
     else:
         network = models.InferenceNetwork(uniform_mixture=float(golden["uniform_mixture"]), num_alphabets=num_alphabets)
         given = golden["obs"]
-    load_parameters(network, golden, "decoder")
+    load_parameters(network, golden)
     log_q = network.log_prob(golden["latent"], given, golden["alphabet"] if num_alphabets else None)
     torch.testing.assert_close(log_q, golden["log_q"], atol=1e-3, rtol=0)
     get_error("log_q", log_q, golden["log_q"])
     log_q.mean().backward()
-    assert_gradients(network, golden, "decoder")
+    assert_gradients(network, golden)
     norms = [p.grad.norm().item() for n, p in network.named_parameters() if n.startswith("conv")]
     np.testing.assert_allclose(norms, golden["gradnorm_conv"], rtol=1e-4)
 
@@ -144,7 +144,7 @@ def test_objectives(num_particles):
 def test_memory_update(packed):
     golden = load("memory_update")
     model = models.GenerativeModel()
-    load_parameters(model, golden, "prior")
+    load_parameters(model, golden)
     memory = golden["memory_before"].clone()
     if packed:
         memory = losses.pack(memory, torch.uint8)
