@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from fast import gpu, triton_decoder  # noqa: E402
 
-compile_kernel, results = JITFunction.run, []
+compile_kernel = JITFunction.run
 SHOWN = ["SAMPLE", "SAVE", "UNITS", "num_warps"]  # what tells the kernels of a name apart
 
 
@@ -27,12 +27,13 @@ def run(kernel, *args, grid, warmup, **options):
     code = ptx.dump(compiled, "-sass")
     num_instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP|BRA `\(\.L_x_\d+\))", code, re.M))
     sizes = " ".join(str(options[name]) for name in SHOWN if name in options)
-    results.append(dict(kernel=kernel.fn.__name__, sizes=sizes, registers=registers, stack=stack,
-                        shared=compiled.metadata.shared, instructions=num_instructions))  # fmt: skip
+    name, shared = kernel.fn.__name__, compiled.metadata.shared
+    print(f"{name:28}{sizes:18}{registers:9}{stack:7}{shared:8}{num_instructions:14}")
 
 
 triton.runtime.driver.set_active(ptx.Driver(int(sys.argv[1])))
 JITFunction.run = run
+print(f"{'kernel':28}{'':18}registers  stack  shared  instructions")
 arcs, on, params = torch.zeros(2, 10, 7, requires_grad=True), torch.ones(2, 10, dtype=torch.bool), torch.ones(2)
 gpu.DrawArcs.apply(arcs, on, params, 28, 28).sum().backward()
 obs, maps = torch.zeros(2, 28, 28), torch.zeros(40, 2, 3, requires_grad=True)
@@ -50,6 +51,3 @@ for num_units, triton_decoder.NUM_MULTIPROCESSORS in itertools.product((4, 64, 1
     with torch.no_grad():
         gpu.sample(*given, 1, 10, 0.0)
         gpu.log_prob(*given, proposal[0], 0.0)
-print(f"{'kernel':28}{'':18}registers  stack  shared  instructions")
-for r in results:
-    print(f"{r['kernel']:28}{r['sizes']:18}{r['registers']:9}{r['stack']:7}{r['shared']:8}{r['instructions']:14}")
