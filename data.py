@@ -172,10 +172,8 @@ def _take_per_alphabet(split, size, num_groups):
     ids = [(group_ids == i).nonzero().squeeze(1)[:num] for i in range(num_groups)]
     fewest = min(map(len, ids))
     if fewest < num:
-        which, owner = ("", "there are") if split.alphabet is None else (" of each alphabet", "one has")
-        raise UserError(
-            f"a data set of {size} takes {num} training images{which}, but {owner} only {fewest}; use less or more data"
-        )
+        which = " of each alphabet" * (split.alphabet is not None)
+        raise UserError(f"a data set of {size} takes {num} images{which}, but there are only {fewest}; use less or more")
     return split.select(torch.cat(ids))
 
 
@@ -225,8 +223,7 @@ def _load_source(location, prepare=False):
 
 
 def may_hold_pages(location):
-    """Whether a location may hold photographs and scans, on which to find characters. Raises: UserError if it begins with
-    the home of an unknown user"""
+    """Whether a location may hold photographs and scans, on which to find characters"""
     return location not in (*SITES, "glyphs") and expand_user(location).suffix not in (".mat", ".npy", ".npz")
 
 
@@ -332,9 +329,7 @@ def _to_ink(path, array):
     low, high, rounding = float(array.min()), float(array.max()), 1 + 1e-5  # tolerance, for rounded averages
     full = next((full for full in (1, 255, 65535) if high <= full * rounding), 0)  # the value of ink, or of white paper
     if low < 1 - rounding or high < full / 16 or not full:
-        is_one = low == high and 0 <= low <= 1
-        what = f"the value {low:g} everywhere" if is_one else f"values outside [0, 1], {low:g} to {high:g}"
-        raise UserError(f"{path} has {what}; scale it so that paper is 0 and ink is 1, or 255")
+        raise UserError(f"{path} has values from {low:g} to {high:g}; scale it so that paper is 0 and ink is 1, or 255")
     edges = np.concatenate([array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1]], 1) > 0.5 * full
     inverted = np.mean(edges.mean(1) > 0.5) > 0.5
     if shape == [SIDE, SIDE]:

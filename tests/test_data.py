@@ -104,9 +104,9 @@ def test_small_dataset_and_dataset_size(tmp_path):
     [
         (dict(target=None), "not in chardata.mat's format"),
         (dict(data=np.zeros((100, 200))), "784"),
-        (dict(data=np.full((784, 200), 1.5)), r"outside \[0, 1\]"),
-        (dict(data=np.full((784, 200), -0.1)), r"outside \[0, 1\]"),
-        (dict(testdata=np.full((784, 40), np.nan)), r"outside \[0, 1\]"),
+        (dict(data=np.full((784, 200), 1.5)), "values from"),
+        (dict(data=np.full((784, 200), -0.1)), "values from"),
+        (dict(testdata=np.full((784, 40), np.nan)), "values from"),
         (dict(target=np.zeros((5, 200))), "not one-hot"),
         (dict(target=np.eye(5)), r"have the shapes \(784, 200\), \(5, 5\), \(1, 200\); expected"),
         (dict(targetchar=np.zeros((1, 7))), "shape"),
@@ -356,7 +356,7 @@ def test_damaged_and_missing_files(tmp_path):
     write_folder("wide", lambda folder: wide.save(folder / "a.png", "TIFF"))
     for name, words in {
         "cut.mat": "is damaged", "noise.mat": "is damaged", "sparse.mat": "not in chardata.mat's format", "empty.npy": "is damaged",
-        "objects.npy": "is damaged", "zeros.npy": "the value 0 everywhere", "full.npy": "5 blank", "text.npz": "expected numbers",
+        "objects.npy": "is damaged", "zeros.npy": "values from 0 to 0;", "full.npy": "5 blank", "text.npz": "expected numbers",
         "single.npy": "too few images to split into",
         "text.txt": "is not a .mat, .npy", "none.zip": "holds no images", "empty": "holds no images",
         "broken/a.zip": "a.png is damaged", "pipe": "holds no images", "wide": "pixels of Pillow's mode F", "missing": "no such file",
@@ -364,7 +364,7 @@ def test_damaged_and_missing_files(tmp_path):
         with pytest.raises(UserError, match=words) as error:
             data.load(str(tmp_path / name))
         assert len(str(error.value).splitlines()) == 1 and str(tmp_path / name) in str(error.value)
-    with pytest.raises(UserError, match="there is no such user"):
+    with pytest.raises(UserError, match="no such file or folder"):
         data.load("~nosuchuser/x")
 
 
@@ -452,7 +452,7 @@ def test_each_part_must_show_characters(tmp_path):
     expected = [data.get_fingerprint(split) for split in data.load(save_mat(path))[:3]]
     scaled = data.load(save_mat(path, data=make_mat()["data"] * 255))
     assert [data.get_fingerprint(split) for split in scaled[:3]] == expected
-    for blank, message in [(0, "the value 0 everywhere"), (2, "of 40 test images, 38 blank")]:
+    for blank, message in [(0, "values from 0 to 0;"), (2, "of 40 test images, 38 blank")]:
         images = make_mat()["testdata"] * (np.arange(40) < blank)
         with pytest.raises(UserError, match=message):
             data.load(save_mat(path, testdata=images))
@@ -604,7 +604,7 @@ def test_arrays_as_people_have_them(tmp_path):
         data.load(str(tmp_path / "bytes.npy"), small_dataset=True)
     np.save(tmp_path / "solid.npy", np.pad(np.ones((12, 60, 60), np.uint8), [(0, 0), (20, 25), (20, 25)]))
     assert data.load(str(tmp_path / "solid.npy")).train.obs.mean() == pytest.approx((60 / 105) ** 2, abs=0.02)
-    for wrong, words in [(ink / 255 * 1.5, "0 to 1.5"), (ink / 255 - 0.5, "outside"), (ink[..., None].repeat(3, 3), "shape")]:
+    for wrong, words in [(ink / 255 * 1.5, "0 to 1.5"), (ink / 255 - 0.5, "from -0.5"), (ink[..., None].repeat(3, 3), "shape")]:
         np.save(tmp_path / "wrong.npy", wrong)
         with pytest.raises(UserError, match=f"wrong.npy has .*{words}"):
             data.load(str(tmp_path / "wrong.npy"))
