@@ -66,7 +66,7 @@ class Run(NamedTuple):
 
 def load_result(path):
     """Loads a result of eval_logp.py. Raises: UserError if it is damaged, or a row of a table cannot be made of it"""
-    result = checkpoints.load_result(path)
+    result = util.load_checkpoint(path, keys=checkpoints.RESULT_KEYS)
     with checkpoints.using({"path": path}):
         run = Run(result["run"], get_images(result), {result["settings"]["algorithm"]: result})
         get_place(run.images), get_row(run.name, [run]), int(result["model_iteration"])

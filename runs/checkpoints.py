@@ -202,11 +202,6 @@ def get_state_path(path, half=None):
     return path.parent / "checkpoints" / (path.name if half is None else f"{path.stem}-{half}.pt")
 
 
-def load_result(path):
-    """Loads a result of eval_logp.py. Raises: UserError if it cannot be read"""
-    return util.load_checkpoint(path, keys=RESULT_KEYS)
-
-
 def load_saved(path, load, settings, force=False):
     """Loads what is saved of an evaluation, by load(path). An unreadable file is set aside. Returns: None if there is none or,
     with force, a different evaluation. Raises: UserError if a different evaluation is in its place"""

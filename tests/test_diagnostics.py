@@ -25,7 +25,7 @@ import main
 import models
 import util
 from reading import variation
-from results import drawings, figures
+from results import drawings, figures, report
 from runs import checkpoints
 from util import UserError
 
@@ -274,7 +274,7 @@ def test_data_of_another_size(folder, capsys):  # noqa: F811
     evaluate = ["--checkpoint-path", model, *"--algorithm own --mode train --test-num-particles 5 --no-compile --force".split()]
     for location, num_images, kind in [("mine", 6, "training"), ("data.mat", 50, "other")]:
         assert eval_logp.main([*evaluate, "--data-location", location]) == 0
-        result = checkpoints.load_result(f"save/{model}/logp/train_own.pt")
+        result = report.load_result(f"save/{model}/logp/train_own.pt")
         assert len(result["log_p_by_image"]) == num_images and result["settings"]["kind_of_images"] == kind
     capsys.readouterr()
     assert eval_logp.main(["--report"]) == 0

@@ -248,7 +248,7 @@ def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
     assert f"{model}_seed=2 is left out: it is a copy of {model}, not another seed" in capsys.readouterr().err
     behind = report.get_milestones_folder(seeds[1], "train")
     behind.mkdir(parents=True)
-    result = checkpoints.load_result(report.get_milestones_folder(model, "train") / "6.pt")
+    result = report.load_result(report.get_milestones_folder(model, "train") / "6.pt")
     other = {**result["settings"], "model": "other"}
     util.save_checkpoint(behind / "5.pt", {**result, "settings": other, "model_iteration": 5})  # of the other seed
     assert len(report.compare_milestones(seeds)) == 3
