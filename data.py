@@ -130,20 +130,11 @@ def load_for_model(checkpoint, location=None, load=load_and_tell):
         dataset = load(location, False, None, find)
     if num_known not in (0, dataset.num_alphabets):
         raise UserError(f"the model knows {num_known} alphabets, {location} has {dataset.num_alphabets}; set --data-location")
-    if num_known and get_fingerprint(dataset.train) != checkpoint["data"]:
-        _check_alphabets(checkpoint.get("alphabet_names", []), list(dataset.alphabet_names), location)
+    known, names = checkpoint.get("alphabet_names", []), list(dataset.alphabet_names)
+    have_names = known and "alphabet 1" not in known + names  # chardata.mat has none, nor have older checkpoints
+    if have_names and known != names and get_fingerprint(dataset.train) != checkpoint["data"]:
+        raise UserError(f"the model's alphabets differ from those of {location}; set --data-location")
     return dataset
-
-
-def _check_alphabets(known, names, location):
-    """Raises: UserError if a model's alphabets, by name, differ from those of a location. Older checkpoints have no names,
-    nor has chardata.mat"""
-    if known == names or any(set(some) <= set(_number_alphabets(len(some))) for some in (known, names)):
-        return
-    ours, theirs = next((ours, theirs) for ours, theirs in zip(known, names, strict=True) if ours != theirs)
-    raise UserError(
-        f"the model's alphabets differ from those of {location}: {ours} is not {theirs}, for example; set --data-location"
-    )
 
 
 def get_fingerprint(split):
@@ -285,13 +276,8 @@ def _load_mat(path):
     notes = list(dict.fromkeys(sum(notes, [])))
     if ((alphabets != 0).sum(0) != 1).any() or alphabets.max() != 1:
         raise UserError(f"{path}: target or testtarget is not one-hot")
-    sizes, names = [arrays[0].shape[1] for arrays in parts], _number_alphabets(num_alphabets)
+    sizes, names = [arrays[0].shape[1] for arrays in parts], [f"alphabet {i + 1}" for i in range(num_alphabets)]
     return Source(np.concatenate(obs), alphabets.argmax(0), characters[0], names, np.repeat(["train", "test"], sizes), notes)
-
-
-def _number_alphabets(num):
-    """Names of alphabets that have none"""
-    return [f"alphabet {i + 1}" for i in range(num)]
 
 
 def _load_arrays(path):

@@ -290,7 +290,7 @@ def test_a_conditional_model_knows_its_alphabets_by_name(folder):  # noqa: F811
     checkpoint = checkpoints.load(checkpoints.find(train("--condition-on-alphabet", "--data-location", "one.npz")))
     assert data.load_for_model(checkpoint).alphabet_names == ("a", "b")
     assert data.load_for_model(checkpoint, "renamed.npz").alphabet_names == ("b", "c")
-    with pytest.raises(UserError, match="the model's alphabets differ from those of other.npz: a is not b, for example"):
+    with pytest.raises(UserError, match="the model's alphabets differ from those of other.npz"):
         data.load_for_model(checkpoint, "other.npz")
     data.load_for_model({**checkpoint, "alphabet_names": ["alphabet 1", "alphabet 2"]}, "other.npz")
     del checkpoint["alphabet_names"]
