@@ -256,8 +256,7 @@ def call_back(run):
 
 def is_milestone(iteration):
     """Every 5000, and floor(10^(n / 5)): 1, 2, 3, 6, 10, 15, 25, 39, 63, 100, ..."""
-    n = round(5 * math.log10(iteration + 1))
-    return iteration % 5000 == 0 or iteration in [math.floor(10 ** (k / 5) + 1e-9) for k in (n - 1, n, n + 1)]
+    return iteration % 5000 == 0 or iteration in [math.floor(10 ** (n / 5) + 1e-9) for n in range(50)]
 
 
 def save(run, name="latest"):
