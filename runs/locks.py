@@ -23,7 +23,7 @@ def lock(path, what, stop=None):
     Raises: UserError if another process holds it
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    patience, start, told = PATIENCE if "SLURM_JOB_ID" in os.environ else MOMENT, time.monotonic(), False
+    patience, start = PATIENCE if "SLURM_JOB_ID" in os.environ else MOMENT, time.monotonic()
     with open(path, "a+") as file:
         while not take(file):
             file.seek(0)
@@ -33,9 +33,8 @@ def lock(path, what, stop=None):
                 sys.exit(128 + stop.received)
             if waited >= patience:
                 raise util.UserError(f"{holder}; wait for it or stop it")
-            if waited >= MOMENT and not told:
-                util.warn(f"{holder}; waiting up to {PATIENCE} seconds for it to end")
-                told = True
+            if waited >= MOMENT:
+                util.warn_once(f"{holder}; waiting up to {PATIENCE} seconds for it to end")
             time.sleep(0.1)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
