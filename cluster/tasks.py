@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import io
 import os
 import pathlib
 import re
@@ -102,10 +101,10 @@ def get_progress(task):
 
 def get_training_progress(task):
     """Progress up to the newest intact checkpoint; a training whose latest.pt is damaged is not done"""
-    checkpoint, latest = None, checkpoints.get_path(task.model)
-    with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.suppress(UserError, OSError):
-        checkpoint = checkpoints.load_newest(task.model)  # warns of each damaged one
-    damage = stderr.getvalue().partition("\n")[0].removeprefix("warning: ")
+    checkpoint, latest, damages = None, checkpoints.get_path(task.model), []
+    with contextlib.suppress(UserError, OSError):
+        checkpoint = checkpoints.load_newest(task.model, warn=damages.append)
+    damage = damages[0] if damages else ""
     if checkpoint is None:
         return Progress(False, 0, task.total, damage=damage)
     losses = curves.get_last(checkpoint["statistics"], "train")
@@ -125,11 +124,12 @@ def get_training_progress(task):
 def get_evaluation_progress(task):
     """Done means evaluated for the current model, once that is trained, with the settings and images that the task asks for"""
     total, training = task.settings["num_iterations"], get_training_progress(task)
-    path, matching, replaces, others, damages = task.get_evaluation_path(), {}, False, "", []
-    for saved_path in task.get_saved_paths():
-        saved, damage = load_saved(saved_path, checkpoints.RESULT_KEYS if saved_path == path else STATE_KEYS)
-        damages.append(damage)
-        if saved is None:
+    path, matching, replaces, others, damage = task.get_evaluation_path(), {}, False, "", ""
+    for saved_path in filter(os.path.exists, task.get_saved_paths()):
+        try:
+            saved = util.load_checkpoint(saved_path, keys=checkpoints.RESULT_KEYS if saved_path == path else STATE_KEYS)
+        except UserError as error:  # it starts over
+            damage = damage or str(error)
             continue
         is_current = training.done and saved["settings"]["model"] == training.model
         differences = describe_differences(saved, task, training.location) if is_current else ""
@@ -139,7 +139,6 @@ def get_evaluation_progress(task):
             replaces, others = True, others or differences
     if path in matching:
         return Progress(True, total, total, total, f"{matching[path]['log_p']:.2f}", path.stat().st_mtime)
-    damage = next(filter(None, damages), "")
     if not matching:
         return Progress(False, 0, total, replaces=replaces, others=others, damage=damage)
     steps = sum(state["iteration"] + len(state["log_p"]) + state["num_searched"] for state in matching.values())
@@ -161,14 +160,6 @@ def name_images(settings, default):
     """Settings of an evaluation, with a name for where its images come from, since a location has many paths. Args: default:
     path of the training's data, from which they come if none was given"""
     return {**settings, "images_from": util.get_location_name(settings.get("data_location") or default)}
-
-
-def load_saved(path, keys):
-    """What is saved of an evaluation, None if missing or damaged, so that it starts over; and the damage, in words"""
-    try:
-        return (util.load_checkpoint(path, keys=keys) if path.exists() else None), ""
-    except UserError as error:
-        return None, str(error)
 
 
 def was_stopped(status):

@@ -10,7 +10,6 @@ import contextlib
 import filecmp
 import glob
 import hashlib
-import io
 import pathlib
 
 import torch
@@ -105,8 +104,8 @@ def find_run(args, get_fingerprint):
     ours, iterations = util.get_settings(args), {}
     for folder in [util.SAVE / there, *util.SAVE.glob(f"{glob.escape(start)}data-location=*")]:
         checkpoint = None
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError):  # the run itself will report damage
-            checkpoint = load_newest(folder.name)
+        with contextlib.suppress(UserError):  # the run itself will report damage
+            checkpoint = load_newest(folder.name, warn=lambda _: None)
         if checkpoint is not None:
             settings = {**checkpoint["settings"], **checkpoint["removed"]}
             is_same = not util.describe_differences(settings, {**ours, "data": settings["data"]})
@@ -164,7 +163,7 @@ def is_table(value):
     return are_columns and bool(columns) and "iteration" in value
 
 
-def load_newest(path_base):
+def load_newest(path_base, warn=warn):
     """Loads a run's latest.pt or, if that is damaged, the newest checkpoint that is not, with a warning.
 
     Returns: the checkpoint, or None if there are none
