@@ -644,6 +644,14 @@ def test_characters_folders_that_are_split_already(tmp_path):
     assert set(dataset.train.character.tolist()) == set(range(1, 7)) and dataset.train.obs.mean() < 0.2
 
 
+def test_a_flat_test_folder_beside_alphabets(tmp_path):
+    """Test images in no alphabet's folder: all are kept, and none is trained on"""
+    fill(tmp_path / "train", 8, ("a", "b"))
+    fill(tmp_path / "test", 3, ("",))
+    dataset = data.load(str(tmp_path))
+    assert (len(dataset.train.obs), len(dataset.test.obs)) == (8, 3)
+
+
 def test_zips_of_any_system(tmp_path):
     for system, name, litter in [
         ("windows", "letters\\{}\\{}.PNG", "letters\\a\\Thumbs.db"),
