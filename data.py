@@ -21,7 +21,7 @@ import numpy as np
 import scipy.io
 import torch
 
-from images import ALPHABETS, SIDE, decode, draw_glyphs, find_characters, fit, get_ink, get_suffixes, read_image, shrink
+from images import ALPHABETS, SIDE, decode, draw_glyphs, find_characters, fit, get_suffixes, read_image, shrink
 from util import SITES, UserError, count, expand_user, get_reason, show_progress, warn, write
 
 SMALL_NUM_PER_ALPHABET = 10
@@ -316,13 +316,14 @@ def _to_ink(path, array):
     full = next((full for full in (1, 255, 65535) if high <= full * rounding), 0)  # the value of ink, or of white paper
     if low < 1 - rounding or high < full / 16 or not full:
         raise UserError(f"{path} has values from {low:g} to {high:g}; scale it so that paper is 0 and ink is 1, or 255")
-    edges = np.concatenate([array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1]], 1) > 0.5 * full
-    inverted = np.mean(edges.mean(1) > 0.5) > 0.5
+    edges = np.concatenate([array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1]], 1)  # [N, E]
+    inverted = np.mean((edges > 0.5 * full).mean(1) > 0.5) > 0.5
     if shape == [SIDE, SIDE]:
         ink = (array >= 0.5 * full) ^ inverted
     else:
         greys = (1 - abs(image.astype(np.float32) / full - inverted) for image in array)  # ink is dark
-        ink = np.stack([shrink(get_ink(grey)) >= 0.5 for grey in greys])
+        paper = np.median(np.median(1 - abs(edges / full - inverted), 1))  # the same for all: ink may fill one's edge
+        ink = np.stack([shrink((1 - grey / paper).clip(0, 1)) >= 0.5 for grey in greys])
     return ink, ["dark on light"] if inverted else []
 
 

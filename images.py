@@ -58,7 +58,7 @@ def decode(name, content):
             image = PIL.ImageOps.exif_transpose(file)
             deep = image.mode.startswith("I")  # 16 bits, or 12 or 8 of them
             pixels = np.asarray(image if deep else image.convert("RGBA"), np.float32)
-            pixels /= next(full for full in (255, 4095, 65535, np.inf) if pixels.max() <= full)
+            pixels /= next((full for full in (255, 4095) if pixels.max() <= full), 65535)
     except Exception as error:  # decoders may raise anything
         reason = str(error).partition("<")[0][:80].strip()  # without the name of the buffer
         advice = "HEIC needs pip install pillow-heif" if b"ftyp" in content[:12] else "repair or remove it"

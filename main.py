@@ -166,7 +166,7 @@ def get_obs_id(run):
     num_data, batch_size = len(run.train_data.obs), run.args.batch_size
     epoch, batch_id = divmod(run.iteration, math.ceil(num_data / batch_size))
     if run.epoch != epoch:
-        generator = torch.Generator().manual_seed(run.args.seed + 1_000_003 * (epoch + 1))
+        generator = torch.Generator().manual_seed(util.fold_seed(run.args.seed) + 1_000_003 * (epoch + 1))
         order = torch.randperm(num_data, generator=generator)
         if run.device.type == "cuda":  # from pinned memory, so that the CPU does not wait
             order = order.pin_memory()

@@ -112,7 +112,8 @@ def get_evaluation(args, model, run_args, algorithm):
         raise UserError("--eval-options: the sweep itself sets model, algorithm and device, and takes the latest checkpoint")
     kind = algorithm if parsed.mode == "test" else f"{parsed.mode}_{algorithm}"
     chosen = {name: getattr(parsed, name) for name in tasks.CHOICE_OF_IMAGES}
-    if parsed.data_location == run_args.data_location:  # where the training's data are now, which may have moved since
+    # Where the training's data are now, which may have moved since; a run found by --name may be of other data
+    if parsed.data_location == run_args.data_location and not run_args.name:
         chosen["data_location"] = None
     return Task(model, kind, flags, run_args.num_iterations, {**eval_logp.get_choices(parsed), **chosen})
 
@@ -282,7 +283,8 @@ def remove(args):
         elif not folder.is_symlink():
             all_paths = [folder / "logp"] if args.eval_logp else [folder]
             if evaluations is not None:
-                all_paths = [path for task in evaluations if task.model == folder.name for path in task.get_saved_paths()]
+                ours = [(task, path) for task in evaluations if task.model == folder.name for path in task.get_saved_paths()]
+                all_paths = [path for task, path in ours if not args.eval_options or tasks.is_as_asked(task, path)]
             own = [path for path in all_paths if path.exists()]
             paths, num_runs = paths + own, num_runs + bool(own)
     print("\n".join(map(str, paths)) or f"there is nothing to delete in {util.SAVE}/")

@@ -599,12 +599,15 @@ def load_checkpoint(path, device="cpu", keys=frozenset({"args", "generative_mode
 # ------------------------------------------------------------------ randomness
 
 
+def fold_seed(seed):
+    """A seed of 32 bits, of which torch's generator on a CPU takes no more: smaller ones are kept, larger ones are hashed"""
+    return seed if seed < 2**32 else int(hashlib.sha256(str(seed).encode()).hexdigest()[:8], 16)
+
+
 def set_seed(seed, device="cpu"):
     """Seeds torch and makes runs on the device reproducible bit for bit. On a GPU, torch's deterministic mode makes
     some operations wait for the CPU; it stays off, and steps use only operations that are deterministic anyway."""
-    if seed >= 2**32:  # of which torch's generator on the CPU would take the last 32 bits alone
-        seed = int(hashlib.sha256(str(seed).encode()).hexdigest()[:8], 16)
-    torch.manual_seed(seed)
+    torch.manual_seed(fold_seed(seed))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(torch.device(device).type == "cpu", warn_only=True)

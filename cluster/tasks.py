@@ -156,6 +156,15 @@ def describe_differences(saved, task, location):
     return util.describe_differences({name: theirs.get(name) for name in ours}, ours)
 
 
+def is_as_asked(task, path):
+    """Whether a file holds an evaluation, complete or not, with the settings and images that the task asks for"""
+    try:
+        saved = util.load_checkpoint(path, keys={"settings", "args"})
+    except (UserError, OSError):
+        return False
+    return not describe_differences(saved, task, get_training_progress(task).location)
+
+
 def name_images(settings, default):
     """Settings of an evaluation, with a name for where its images come from, since a location has many paths. Args: default:
     path of the training's data, from which they come if none was given"""

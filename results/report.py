@@ -281,7 +281,7 @@ def name_rows(settings):
     rows, firsts = {}, {}  # firsts: what seeds share -> the first run's row and settings
     for name in sorted(settings, key=get_order):
         model, seedless = {**settings[name], "seed": None}, get_name(name)
-        row = name if seedless in rows.values() else seedless
+        row = f"{seedless}_data={model.get('data')}" if seedless in rows.values() else seedless
         row, first = firsts.setdefault((re.sub("_data-location=[^_]*", "", seedless), model.get("data")), (row, model))
         rows[name] = name if compare_settings(model, first) else row
     return rows

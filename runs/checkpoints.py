@@ -78,7 +78,7 @@ def get_run_name(checkpoint_path, run_args):
     arguments (a dict), with "-from-<folder>" appended if save/ holds another run of that name"""
     given = pathlib.Path(checkpoint_path).absolute().parent
     for folder in (given, given.resolve()):  # a run's folder may be a link, or reached by one
-        if folder.name == "checkpoints" and folder.parents[1].resolve() == util.SAVE.resolve():
+        if folder.name == "checkpoints" and folder.parent.parent.resolve() == util.SAVE.resolve():
             return folder.parent.name
     name = util.get_path_base(argparse.Namespace(**run_args))
     ours = list((util.SAVE / name / "checkpoints").glob("*.pt"))

@@ -216,6 +216,12 @@ def test_sixteen_bits_of_any_depth(full):
     assert (found == expected).all()
 
 
+def test_more_than_sixteen_bits_are_refused():
+    PIL.Image.fromarray(np.full((60, 60), 200_000, np.int32)).save(file := io.BytesIO(), "TIFF")
+    with pytest.raises(UserError, match="pixels of Pillow's mode I"):
+        data.find_characters("deep.tiff", file.getvalue())
+
+
 def test_glyphs():
     dataset = data.load("glyphs")
     assert dataset.summary == "9960 images, 14 alphabets, mean ink 0.12"
@@ -629,6 +635,17 @@ def test_larger_arrays_on_paper_of_any_brightness(paper, ink, tmp_path):
     np.save(tmp_path / "grey.npy", greys)
     obs = data.load(str(tmp_path / "grey.npy")).train.obs.bool().numpy()
     assert (obs == (data.read_image("x", encode(greys[0])) >= 0.5)).all()
+
+
+def test_one_polarity_for_an_array(tmp_path):
+    """Even of images whose edge is mostly ink, or with faint ink"""
+    ink = np.zeros((12, 56, 56), np.uint8)
+    ink[:, 20:30] = 255
+    ink[0, :2] = ink[0, -2:] = ink[0, :, :2] = ink[0, :, -2:] = 255  # a box, as large as the image
+    for array in (ink, 255 - ink):
+        np.save(tmp_path / "boxes.npy", array)
+        dataset = data.load(str(tmp_path / "boxes.npy"))
+        assert max(split.obs.mean((1, 2)).max() for split in (dataset.train, dataset.test)) < 0.5
 
 
 def test_characters_folders_that_are_split_already(tmp_path):

@@ -428,6 +428,8 @@ def test_only_seeds_of_one_model_share_a_row(capsys):
     for run, letters in zip(runs, ["same", "same", "other", "other"], strict=True):
         run.results["mws"]["model_settings"]["data"] = letters
     assert [(row["model"], row["seeds"], row["mws"]) for row in get_rows(*runs)] == [(names[0], 2, -0.5), (names[2], 2, -2.5)]
+    settings = {"c": {"data": "a"}, "c_seed=1": {"data": "b"}, "c_seed=2": {"data": "b"}}  # replaced between seeds
+    assert list(report.name_rows(settings).values()) == ["c", "c_data=b", "c_data=b"]
 
 
 # ------------------------------------------------------------------ memoised evaluation

@@ -270,6 +270,9 @@ def test_sweep_here(make_sweep, monkeypatch):
 
     stdout = run("--rm", "--eval-logp", "--eval-algorithms", "mws", "--dry-run")
     assert stdout == "there is nothing to delete in save/\n"
+    (task,) = sweep.get_tasks(sweep.parse_args(evaluation))
+    assert "nothing to delete" in run("--rm", *evaluation, "--eval-options=--num-data=7", "--yes")
+    assert str(task.get_evaluation_path()) in run("--rm", *evaluation, "--eval-options=--seed=0", "--dry-run")
     own = [f"save/{models[1]}/logp/{name}" for name in ("test_rws.pt", "checkpoints/test_rws.pt")]
     every = pathlib.Path(f"save/{models[1]}/logp/test_every_checkpoint/110.pt")
     assert run("--rm", *evaluation, "--yes").splitlines()[:2] == own and every.exists()
