@@ -164,7 +164,9 @@ def _take_per_alphabet(split, size, num_groups):
     fewest = min(map(len, ids))
     if fewest < num:
         which = " of each alphabet" * (split.alphabet is not None)
-        raise UserError(f"a data set of {size} takes {num} images{which}, but there are only {fewest}; use less or more")
+        raise UserError(
+            f"a data set of {size} takes {num} training images{which}, but there are only {fewest}; use less or more data"
+        )
     return split.select(torch.cat(ids))
 
 
@@ -438,7 +440,8 @@ def _arrange(files):
     have_parts = _have_parts(parts)
     level = depth + have_parts  # of the alphabets' folders
     if have_parts:
-        files = [file for part in sorted(parts - {None}) for file in _enter([x for x in files if get_part(x) == part], level)]
+        of_parts = [[file for file in files if get_part(file) == part] for part in sorted(parts - {None})]
+        files = [file for some in of_parts for file in _enter(some, level)]  # one part may have alphabets, another none
     ignored = {folder for file in files for folder in file.folders[level:] if re.split(r"[\W_]", folder.lower())[0] in PARTS}
     if ignored:
         warn(f"the folders {', '.join(sorted(ignored))} do not divide the images; for that, put train/ and test/ outermost")

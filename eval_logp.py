@@ -419,7 +419,7 @@ def evaluate_every_checkpoint(args):
             if checkpoint["iteration"] == 0:  # still in pretraining
                 continue
             name = name or checkpoints.get_run_name(path, checkpoint["args"])
-            args.data_location = args.data_location or checkpoint["args"]["data_location"]
+            args.data_location = args.data_location or checkpoint["args"]["data_location"]  # for older ones as well
             result_path = report.get_milestones_folder(name, args.mode) / f"{checkpoint['iteration']}.pt"
             status = evaluate_checkpoint(args, checkpoint, name, result_path, stop, load_data)
             if status != 0:

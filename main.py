@@ -27,6 +27,8 @@ from runs.curves import append_statistics, check_finite
 from runs.saving import SaveClock, StopSignal
 from util import UserError, warn
 
+POWERS = {math.floor(10 ** (n / 5) + 1e-9) for n in range(50)}  # 1, 2, 3, 6, 10, 15, 25, 39, 63, 100, ...
+
 # ------------------------------------------------------------------ the state of a run
 
 
@@ -255,8 +257,8 @@ def call_back(run):
 
 
 def is_milestone(iteration):
-    """Every 5000, and floor(10^(n / 5)): 1, 2, 3, 6, 10, 15, 25, 39, 63, 100, ..."""
-    return iteration % 5000 == 0 or iteration in [math.floor(10 ** (n / 5) + 1e-9) for n in range(50)]
+    """Whether a numbered checkpoint is kept: every 5000 iterations, and at POWERS"""
+    return iteration % 5000 == 0 or iteration in POWERS
 
 
 def save(run, name="latest"):

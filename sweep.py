@@ -266,6 +266,16 @@ def plot(args):
     return 0
 
 
+def get_removable(args, folder, evaluations):
+    """The paths that --rm deletes of a run's folder, if they exist. Args: evaluations: Tasks of all runs, or None for all"""
+    if not args.eval_logp:
+        return [folder]
+    if evaluations is None:
+        return [folder / "logp"]
+    ours = [(task, path) for task in evaluations if task.model == folder.name for path in task.get_saved_paths()]
+    return [path for task, path in ours if not args.eval_options or tasks.is_as_asked(task, path)]
+
+
 def remove(args):
     """Deletes runs after asking: all, or those chosen by options; with --eval-logp, only their evaluations, all or those chosen
     by --eval-algorithms and --eval-options. Folders that are not runs stay, as do runs that are in use or in the queue."""
@@ -281,11 +291,7 @@ def remove(args):
         elif any(map(locks.is_locked, [folder / "lock", *folder.rglob(".*lock")])):
             print(f"{folder} is in use and stays")
         elif not folder.is_symlink():
-            all_paths = [folder / "logp"] if args.eval_logp else [folder]
-            if evaluations is not None:
-                ours = [(task, path) for task in evaluations if task.model == folder.name for path in task.get_saved_paths()]
-                all_paths = [path for task, path in ours if not args.eval_options or tasks.is_as_asked(task, path)]
-            own = [path for path in all_paths if path.exists()]
+            own = [path for path in get_removable(args, folder, evaluations) if path.exists()]
             paths, num_runs = paths + own, num_runs + bool(own)
     print("\n".join(map(str, paths)) or f"there is nothing to delete in {util.SAVE}/")
     if args.dry_run or not paths:
@@ -300,7 +306,10 @@ def remove(args):
             print("nothing is deleted")
             return 1
     for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     print(f"deleted {what}")
     return 0
 

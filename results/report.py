@@ -277,7 +277,8 @@ def group(runs):
 
 def name_rows(settings):
     """The names of rows: {run's name: settings of its training} -> {run's name: name of its row}. Runs whose names differ only
-    in the seed, or in the path of the same data, share a row if their settings do as well; others have one by their own name"""
+    in the seed, or in the path of the same data, share a row if their other settings agree as well; else a run has one by its own name. If data
+    were replaced between seeds, the row of the later ones also names the data"""
     rows, firsts = {}, {}  # firsts: what seeds share -> the first run's row and settings
     for name in sorted(settings, key=get_order):
         model, seedless = {**settings[name], "seed": None}, get_name(name)

@@ -166,6 +166,7 @@ def is_table(value):
 def load_newest(path_base, warn=warn):
     """Loads a run's latest.pt or, if that is damaged, the newest checkpoint that is not, with a warning.
 
+    Args: warn: called with each warning
     Returns: the checkpoint, or None if there are none
     Raises: UserError if there are checkpoints but all are damaged
     """
