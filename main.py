@@ -62,7 +62,7 @@ class Run:
         self.callbacks = [(args.test_interval, test)] if args.test_interval else []  # (iterations between calls, function)
         self.num_called = 0  # callbacks already called at this iteration
         self.reason = ""  # why the run ends early; a callback sets it to complete the run
-        self.stop = None  # a StopSignal
+        self.stop = StopSignal()
         self.curves = None
         self.pretrain_iteration = self.iteration = 0
         self.clock = torch.zeros((), dtype=torch.long, device=device)  # the iteration, as a CUDA graph sees it
@@ -91,11 +91,11 @@ class Run:
             iteration=self.iteration,
             num_due=len(self.get_due()),
             num_called=self.num_called,
-            reason=self.reason,
+            reason=str(self.reason or ""),
             statistics=self.statistics,
             random_state=util.get_random_state(self.device),
             hyperparameters=self.hyperparameters,
-            **checkpoints.get_states(self.parts),
+            **checkpoints.get_states({**self.parts, **self.state}),  # an objective may have replaced its state
         )
 
     def restore(self, checkpoint):
@@ -137,7 +137,7 @@ def get_optimizer(generative_model, inference_network, prior_lr_factor, lr=1e-3)
     """Adam for both models; the prior's learning rate is prior_lr_factor times that of the rest"""
     prior = list(generative_model.prior.parameters())
     others = [p for p in generative_model.parameters() if all(p is not other for other in prior)]
-    others += inference_network.parameters()
+    others += [p for p in inference_network.parameters() if all(p is not other for other in [*prior, *others])]
     groups = [{"params": others, "lr": lr}, {"params": prior, "lr": lr * prior_lr_factor}]
     return get_adam(groups, others[0].device)
 
@@ -249,9 +249,10 @@ def call_back(run):
     modules = [*run.generative_model.modules(), *run.inference_network.modules()]
     modes = [module.training for module in modules]
     run.generative_model.eval(), run.inference_network.eval()
-    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
-        if run.get_due()[0](run) is not False or run.stop.received is None:
-            run.num_called += 1
+    random_state = util.get_random_state(run.device)
+    if run.get_due()[0](run) is not False or run.stop.received is None:
+        run.num_called += 1
+    util.set_random_state(random_state, run.device)
     for module, mode in zip(modules, modes, strict=True):
         module.training = mode
 
@@ -262,9 +263,9 @@ def is_milestone(iteration):
 
 
 def save(run, name="latest"):
-    """Returns: the path"""
-    path = checkpoints.get_path(run.path_base, name)
-    util.save_checkpoint(path, run.get_checkpoint())
+    """Returns: the path. Raises: UserError if a part has become something that cannot be saved; the file stays as it was"""
+    path, checkpoint = checkpoints.get_path(run.path_base, name), run.get_checkpoint()
+    util.save_checkpoint(path, checkpoints.copy(checkpoint))
     return path
 
 

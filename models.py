@@ -606,8 +606,10 @@ def from_checkpoint(checkpoint, device="cpu"):
             model.load_state_dict(state, assign=True)  # compares sizes before anything is allocated
         models = build(args, num_alphabets, device)
         for model, state in zip(models, saved, strict=True):
-            dtype = next(value.dtype for value in state.values() if value.is_floating_point())
-            model.to(dtype).load_state_dict(state)
+            dtypes = {value.dtype for value in state.values() if torch.is_tensor(value) and value.is_floating_point()}
+            if len(dtypes) == 1:  # a model of mixed precision is built like that
+                model.to(*dtypes)
+            model.load_state_dict(state)
             model.eval().requires_grad_(False)
     except Exception as error:  # a foreign file's contents, or a custom model, may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -11,6 +11,7 @@ import inspect
 import io
 import os
 import pathlib
+import random
 import re
 import shlex
 import signal
@@ -21,6 +22,7 @@ import uuid
 from collections.abc import Callable
 from typing import Annotated, NamedTuple, get_args, get_origin
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
@@ -270,8 +272,10 @@ def make_field(name, kind, default):
     setting = kind.__metadata__[0]
     plain = next((x for x in get_args(kind.__origin__) if x is not type(None)), kind.__origin__)  # of float | None
     field = Field(name, plain, default, setting, ())
-    if default is inspect.Parameter.empty:
+    if default in (inspect.Parameter.empty, dataclasses.MISSING):
         raise ValueError(f"the setting {name} needs a default")
+    if not isinstance(plain, type):
+        raise ValueError(f"the setting {name} needs a plain type such as str, not {plain}; give its choices by parse=")
     if plain in (int, float) and default is not None:
         try:
             field.get_parser()(repr(default))
@@ -346,13 +350,20 @@ def get_path_base(args):
     else:
         defaults["memory_size"] = None
     first = f"{test_run}{'a_' * bool(conditional)}{algorithm}_{total}{'' if small else '_large'}"
-    others = [f"_{name.replace('_', '-')}={value}" for name, value in settings.items() if value != defaults[name]]
+    changed = {name: get_text(value) for name, value in settings.items() if value != defaults[name]}
+    plain = {name: text if re.fullmatch(r"[\w.=+-]*", text, re.ASCII) else make_name(text) for name, text in changed.items()}
+    others = [f"_{name.replace('_', '-')}={text}" for name, text in plain.items()]
     name = "".join([first, *others])
     if len(os.fsencode(name)) > 200:  # file systems allow 255 bytes
         short = os.fsencode(name)[:180].decode(errors="ignore")
         name = f"{short}_{hashlib.sha1(os.fsencode(name)).hexdigest()[:12]}"
     seeded = f"_seed={seed}" * (seed != defaults["seed"])  # added last: names of other seeds differ in nothing else
     return to_run_name(first + seeded + name.removeprefix(first))
+
+
+def get_text(value):
+    """A setting's value as on a command line"""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 # Where sites keep chardata.mat; $OMNIGLOT_PATH takes precedence. To add a site, add a line.
@@ -370,8 +381,13 @@ def get_location_name(location):
     if location == "glyphs":
         return location
     path = expand_user(location).resolve()
-    stem = "".join(c if c.isascii() and c.isalnum() or c in ".-" else "-" for c in path.name)[:40]
-    return f"{stem}-{hashlib.sha1(os.fsencode(path)).hexdigest()[:8]}"
+    return make_name(path.name, path)
+
+
+def make_name(text, whole=None):
+    """A part of a folder's name that stands for a text: its plain characters, and a hash of the whole text"""
+    stem = "".join(c if c.isascii() and c.isalnum() or c in ".-" else "-" for c in text)[:40]
+    return f"{stem}-{hashlib.sha1(os.fsencode(whole or text)).hexdigest()[:8]}"
 
 
 def expand_user(path):
@@ -451,7 +467,7 @@ def get_flags(args):
         if field.type is bool:
             flags.append(flag if value else f"--no-{flag[2:]}")
         else:
-            flags.append(f"{flag}={value}")
+            flags.append(f"{flag}={get_text(value)}")
     return flags
 
 
@@ -507,7 +523,8 @@ def save_checkpoint(path, checkpoint):
 def encode(checkpoint):
     """The bytes of a file: torch.save's zip archive, with a digest of everything before it as its comment"""
     buffer = io.BytesIO()
-    torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, {"format": FORMAT, **checkpoint}), buffer)
+    plain = tree_map_only(np.generic, np.generic.item, {"format": FORMAT, **checkpoint})
+    torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, plain), buffer)
     content = buffer.getvalue()[:-2]  # without the length of its empty comment
     length = len(DIGEST) + 2 * hashlib.sha256().digest_size
     content += length.to_bytes(2, "little") + DIGEST
@@ -608,6 +625,8 @@ def set_seed(seed, device="cpu"):
     """Seeds torch and makes runs on the device reproducible bit for bit. On a GPU, torch's deterministic mode makes
     some operations wait for the CPU; it stays off, and steps use only operations that are deterministic anyway."""
     torch.manual_seed(fold_seed(seed))
+    np.random.seed(fold_seed(seed))
+    random.seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(torch.device(device).type == "cpu", warn_only=True)
@@ -615,8 +634,9 @@ def set_seed(seed, device="cpu"):
 
 
 def get_random_state(device):
-    """The states of the generators that a run on the device uses: a dict of byte tensors."""
-    state = {"cpu": torch.get_rng_state()}
+    """The states of the generators that a run on the device may use, those of NumPy and Python among them: a dict"""
+    name, key, *rest = np.random.get_state()
+    state = {"cpu": torch.get_rng_state(), "python": random.getstate(), "numpy": (name, key.tolist(), *rest)}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -625,6 +645,9 @@ def get_random_state(device):
 def set_random_state(state, device):
     """Restores what get_random_state returned, on any device."""
     torch.set_rng_state(state["cpu"].cpu())
+    if "numpy" in state:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 

@@ -19,7 +19,7 @@ PATCH_CHUNK_SIZE = 4096  # patches convolved at a time
 def convolve(obs, conv0, conv1):
     """Two convolutions, each pooled by max_pool2d(x, 3, 2) and then rectified: obs [B, 28, 28],
     conv0 = Conv2d(1, C, 3, padding=2), conv1 = Conv2d(C, D, 3, padding=1) -> [B, D, 6, 6]"""
-    obs = obs.to(conv0.weight.dtype)
+    obs = obs.to(next(conv0.parameters()).dtype)
     if not are_ours(conv0, conv1) or obs.shape[1:] != (28, 28):  # custom layers or images
         return F.max_pool2d(conv1(F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()), 3, 2).relu()
     if gpu.is_gpu(obs.device) or not ((obs == 0) | (obs == 1)).all():
@@ -32,7 +32,13 @@ def are_ours(conv0, conv1):
     ours = {"kernel_size": (3, 3), "stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
     same = all(getattr(conv, name, None) == value for conv in (conv0, conv1) for name, value in ours.items())
     has_bias = same and conv0.bias is not None and conv1.bias is not None
-    return has_bias and conv0.in_channels == 1 and (conv0.padding, conv1.padding) == ((2, 2), (1, 1))
+    is_plain = all(type(conv).forward is torch.nn.Conv2d.forward and not has_hooks(conv) for conv in (conv0, conv1))
+    return is_plain and has_bias and conv0.in_channels == 1 and (conv0.padding, conv1.padding) == ((2, 2), (1, 1))
+
+
+def has_hooks(module):
+    names = ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"]
+    return any(getattr(module, name) for name in names)
 
 
 def _convolve_each(obs, conv0, conv1):

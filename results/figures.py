@@ -310,7 +310,7 @@ def losses_figure(statistics, log_num_images, title):
 
 def plot_panel(axes, phase, name, curve, log_num_images):
     """Plots a statistic of a phase of training; other arguments as for `losses_figure`"""
-    words = name.replace("_", " ")
+    words = literal(name.replace("_", " "))
     axes.set_title(words if phase == "train" or name.startswith(phase) else f"{phase} {words}", fontsize=9)
     axes.set_xlabel("iteration of pretraining" if phase == "pretrain" else "iteration")
     axes.grid(alpha=0.25)

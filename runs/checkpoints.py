@@ -119,7 +119,8 @@ def get_digest(checkpoint):
     changes the inference network alone, of the network's as well"""
     digest, names = hashlib.sha1(), ["generative_model"] + ["inference_network"] * (checkpoint["iteration"] == 0)
     for value in [value for name in names for value in checkpoint[name].values()]:
-        digest.update(value.cpu().numpy().tobytes())
+        is_tensor = torch.is_tensor(value)  # or what a module's get_extra_state returns
+        digest.update(value.cpu().flatten().view(torch.uint8).numpy().tobytes() if is_tensor else repr(value).encode())
     return f"{digest.hexdigest()[:12]} at iteration {checkpoint['iteration']}"
 
 
@@ -313,6 +314,8 @@ def find_unusable(parts, checkpoint, ours, theirs):
             reasons[name] = f"the checkpoint has no {words}"
         elif name in ours and get_kind(ours[name]) != get_kind(theirs[name]):
             reasons[name] = f"{words}: a different kind of optimiser, or number of groups, than in the checkpoint"
+        elif name in ours and get_sizes(part.state_dict()) != get_sizes(checkpoint[name]):
+            reasons[name] = f"{words}: it has other numbers of parameters than in the checkpoint"
         elif is_schedule(part) and part.state_dict().keys() != checkpoint[name].keys():
             reasons[name] = f"{words}: a different kind of schedule than in the checkpoint"
         elif is_schedule(part) and any(part.optimizer is parts[other] for other in reasons):
@@ -323,6 +326,11 @@ def find_unusable(parts, checkpoint, ours, theirs):
 def get_kind(hyperparameters):
     """What must agree for optimisers to use each other's state"""
     return [(group["optimiser"], group.get("amsgrad", False)) for group in hyperparameters]
+
+
+def get_sizes(state):
+    """The number of parameters in each group of an optimiser's state"""
+    return [len(group["params"]) for group in state["param_groups"]]
 
 
 def warn_of_schedule(name, ours, theirs):

@@ -184,9 +184,27 @@ def test_embeddings_and_gradients_are_those_of_the_convolutions(name):
         torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
 
 
-def test_other_first_layers_are_computed_as_they_are():
+class Halved(torch.nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def hook(layer):
+    layer.register_forward_pre_hook(lambda _, args: (args[0] / 2,))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.nn.Conv2d(1, 64, 5, padding=3),
+        lambda: Halved(1, 64, 3, padding=2),
+        lambda: hook(torch.nn.Conv2d(1, 64, 3, padding=2)),
+    ],
+)
+def test_other_first_layers_are_computed_as_they_are(make):
     network, obs = models.InferenceNetwork(), get_images("lines").float()
-    network.conv0 = torch.nn.Conv2d(1, 64, 5, padding=3)
+    network.conv0 = make()
     x = F.max_pool2d(network.conv0(obs.unsqueeze(1)), 3, 2).relu()
     x = F.max_pool2d(network.conv1(x), 3, 2).relu()
     want = F.max_pool2d(network.conv3(network.conv2(x).relu()).relu(), 2, 2).flatten(1)
