@@ -79,6 +79,7 @@ class Evaluation:
         self.alphabet = images.alphabet.to(device) if checkpoint["num_alphabets"] else None
         self.memory = memory  # packed programs remembered for the images, or None: [N, M, A]
         self.generative_model, self.own_network = models.from_checkpoint(checkpoint, device)
+        check_finite([*self.generative_model.parameters(), *self.own_network.parameters()])
         if args.algorithm == "own":
             self.network = self.own_network
         else:
@@ -552,6 +553,10 @@ def get_result(parts, settings, name, checkpoint, stop):
         of_halves["log_p_by_half"] = log_p_by_half.double().cpu()
         of_halves["search_error"] = of_halves["bound_by_half"].mean(1).diff().abs().item()
     log_p = evaluation.log_p.double().cpu()
+    if log_p.isnan().any():
+        raise UserError(
+            f"log p of {util.count(int(log_p.isnan().sum()), 'image')} is not a number, so nothing is saved: see the model"
+        )
     rows = scoring.keep_best(scoring.merge([part.table.settle() for part in parts]))
     bound = get_enumeration_bound(rows, len(log_p)).cpu()  # [N]
     return dict(

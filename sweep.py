@@ -118,11 +118,12 @@ def get_evaluation(args, model, run_args, algorithm):
     return Task(model, kind, flags, run_args.num_iterations, {**eval_logp.get_choices(parsed), **chosen})
 
 
-def choose_tasks(args, queue=()):
-    """Chooses the remaining tasks, and prints which are skipped. Args: queue: the jobs in Slurm's queue"""
-    left, num_done = [], 0
-    jobs = {job.task.key: job for job in queue}
-    for task in get_tasks(args):
+def choose_tasks(args, queue=None):
+    """Chooses the remaining tasks, and prints which are skipped. Args: queue: the jobs in Slurm's queue; None to run tasks here.
+    Returns: the tasks; whether it is all that are not complete"""
+    all_tasks, left, num_done = get_tasks(args), [], 0
+    jobs = {job.task.key: job for job in queue or []}
+    for task in all_tasks:
         progress, training = tasks.get_progress(task), tasks.get_training_progress(task)
         if progress.done:
             num_done += 1
@@ -132,11 +133,11 @@ def choose_tasks(args, queue=()):
             print(f"{task}: skipped, its model is not trained yet ({training.iteration} of {task.total} iterations)")
         elif progress.others and "--force" not in task.flags:
             print(f"{task}: skipped, a different evaluation is saved: {progress.others}; --eval-options=--force replaces it")
-        else:
+        elif queue is None or tasks.wait_for_lock(task, 0):
             left.append(task._replace(flags=task.flags + ["--force"] * progress.replaces))
     if num_done:
         print(f"{util.count(num_done, 'task')} complete already")
-    return left
+    return left, num_done + len(left) == len(all_tasks)
 
 
 def describe_change(submitted, task):
@@ -165,7 +166,7 @@ def run_here(args):
     has_gpus = torch.cuda.is_available()
     if args.cuda and not has_gpus:
         raise UserError("--cuda: there is no usable GPU; run without --cuda")
-    left = choose_tasks(args)
+    left, is_all = choose_tasks(args)
     num_gpus = len(tasks.get_visible_gpus()) if has_gpus and args.cuda is not False else 0
     if args.dry_run:
         for task in left:
@@ -177,7 +178,7 @@ def run_here(args):
     print(f"{num_done} of {len(left)} done, in {util.SAVE}/{resume}")
     if stop.received is not None:
         return 128 + stop.received
-    return 0 if num_done == len(left) else 1
+    return 0 if is_all and num_done == len(left) else 1
 
 
 # ------------------------------------------------------------------ on Slurm
@@ -189,7 +190,7 @@ def submit(args):
     held = locks.lock(slurm.FOLDER / "lock", f"a sweep of {util.SAVE} is being submitted")  # or tasks might be submitted twice
     with contextlib.nullcontext() if args.dry_run else held:
         queue = slurm.get_queue(essential=not args.dry_run)
-        left = choose_tasks(args, queue)
+        left, _ = choose_tasks(args, queue)
         if left and not args.dry_run:
             check_data(args)
         if left:

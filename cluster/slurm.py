@@ -52,7 +52,7 @@ def call(command):
     """Runs one of Slurm's commands. Returns: the process, with its stdout and stderr. Raises: UserError with Slurm's reason
     if it fails, is missing, or takes too long"""
     environment = {name: value for name, value in os.environ.items() if not UNWANTED.fullmatch(name)}
-    options = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
+    options = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=environment, timeout=TIMEOUT)
     try:
         process = subprocess.run(command, **options)
     except FileNotFoundError:
@@ -127,8 +127,8 @@ def get_options(args):
     options = dict(time=time_limit, mem=args.mem, cpus_per_task=args.cpus_per_task, partition=args.partition, gres=args.gres)
     words = util.split_words("--sbatch", args.sbatch)
     for word in words:
-        match = re.match(r"--([\w-]+)|-([A-Za-z])", word)
-        if match and (match[1] or match[2]) in OURS:
+        match = re.match(r"--([\w-]+)|-[HhIkOsvV]*([A-Za-z])", word)  # names may be abbreviated, and letters bundled
+        if match and (match[2] in OURS or any(name.startswith(match[1] or "-") for name in OURS)):
             raise UserError(f"--sbatch {word}: leave it out; sweep.py sets it, or relies on its default")
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value not in (None, "none")] + words
 
@@ -154,7 +154,7 @@ def get_array(listing, indices, after=(), limit=None):
     name = get_job_name(listing.tasks[indices[0]]) if len(indices) == 1 else f"{len(indices)}_strokes"
     options = [f"--array={','.join(map(str, indices))}" + (f"%{limit}" if limit else "")]
     options += [f"--signal=B:USR1@{WARNING}", "--requeue", "--open-mode=append", "-J", name]
-    options += [f"--output={FOLDER.resolve() / '%A_%a.out'}", f"--comment={get_tag()}-{listing.path.stem}"]
+    options += [f"--output={get_output('%A_%a')}", f"--comment={get_tag()}-{listing.path.stem}"]
     if after and any(re.match(r"--dep|-d", option) for option in listing.options):
         raise UserError(
             "--sbatch --dependency: evaluations wait for their training with this option; give yours when the training has ended"
@@ -163,9 +163,14 @@ def get_array(listing, indices, after=(), limit=None):
     return ["sbatch", *listing.options, *options, *get_script(listing.path)]
 
 
+def get_output(pattern):
+    """Where Slurm writes a job's own output. Args: pattern: of its number"""
+    return f"{FOLDER.resolve()}/".replace("%", "%%") + f"{pattern}.out"
+
+
 def get_chain(listing, index):
     """The command that submits a task by om-repeat. Raises: UserError if om-repeat would mangle it"""
-    options = [f"--output={FOLDER.resolve() / '%j.out'}", f"--comment={get_tag()}-{listing.path.stem}-{index}"]
+    options = [f"--output={get_output('%j')}", f"--comment={get_tag()}-{listing.path.stem}-{index}"]
     options += ["--no-requeue", "-J", get_job_name(listing.tasks[index])]  # the chain's next job takes over
     command = ["om-repeat", "sbatch", *listing.options, *options, *get_script(f"{listing.path}:{index}")]
     for word in command:
@@ -186,10 +191,7 @@ def submit_tasks(some_tasks, args, queue):
     if is_repeated(args) and args.jobs:
         raise UserError("--jobs is for job arrays, which om-repeat does not submit; give --no-repeat")
     path, options = (FOLDER / f"{secrets.token_hex(4)}.json").resolve(), get_options(args)
-    on_gpu = args.cuda
-    if on_gpu is None:
-        on_gpu = re.search(r"--gres=\S*gpu|--gpus|(^| )-G", " ".join(options)) is not None
-    if on_gpu:  # a job without a working GPU fails at once
+    if args.cuda or args.cuda is None and asks_for_gpu(" ".join(options)):  # a job without a working GPU fails at once
         some_tasks = [task._replace(flags=[*task.flags, "--cuda"]) for task in some_tasks]
     location = os.environ.get("OMNIGLOT_PATH")
     environment = {"OMNIGLOT_PATH": os.path.abspath(os.path.expanduser(location))} if location else {}
@@ -208,6 +210,12 @@ def submit_tasks(some_tasks, args, queue):
         print(f"{task}: submitted")
     log = "eval_ALGORITHM.log" if args.eval_logp else "train.log"
     print(f"their logs are {util.SAVE}/RUN/logs/{log}, Slurm's own output {FOLDER}/JOB.out; see python sweep.py --status")
+
+
+def asks_for_gpu(options):
+    """Whether options of sbatch, a text, ask for a GPU; the last --gres counts"""
+    gres = re.findall(r"--gres[= ](\S+)", options)
+    return "gpu" in "".join(gres[-1:]) or re.search(r"--gpus|--tres-per-\w+[= ]\S*gpu|(^| )-G", options) is not None
 
 
 def get_submissions(listing, args, queue):
@@ -234,12 +242,13 @@ def submit(listing, indices, command):
     match = re.search(r"^Submitted batch job (\d+)", text, re.M)
     if not match:
         raise UserError(f"{command[0]} refused the job: {' '.join(re.findall('.*error.*', text))}")
-    for i in indices:
-        task, job = listing.tasks[i], match[1] if command[0] == "om-repeat" else f"{match[1]}_{i}"
-        tasks.open_log(task, f", submitted as job {job}").close()
-        if len(indices) > 1:  # an array has one name for all of its jobs
+    jobs = {i: match[1] if command[0] == "om-repeat" else f"{match[1]}_{i}" for i in indices}
+    for i, job in jobs.items():  # at once, before they start
+        tasks.open_log(listing.tasks[i], f", submitted as job {job}").close()
+    for i, job in jobs.items():
+        if len(jobs) > 1:  # an array has one name for all of its jobs
             with contextlib.suppress(UserError):  # it may have ended already
-                call(["scontrol", "update", f"JobId={job}", f"JobName={get_job_name(task)}"])
+                call(["scontrol", "update", f"JobId={job}", f"JobName={get_job_name(listing.tasks[i])}"])
     return match[1]
 
 
@@ -267,7 +276,7 @@ def get_queue(essential=True):
         warn(str(error))
         return []
     jobs, listings = [], {listing.path.stem: listing for listing in read_listings(essential)}
-    for line in lines:
+    for line in [line for line in lines if line.count("|") >= 4]:  # comments of other jobs may have several lines
         number, array_index, state, reason, comment = line.split("|", 4)
         match = re.fullmatch(rf"{get_tag()}-([0-9a-f]+)(?:-(\d+))?", comment)
         if match and match[1] in listings:

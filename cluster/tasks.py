@@ -288,9 +288,9 @@ def describe_end(status):
     return f"killed by {signal.Signals(-status).name}" + ", perhaps because memory ran out" * (status == -signal.SIGKILL)
 
 
-def wait_for_lock(task):
-    """Waits five seconds for a process that is ending and may still be saving. Returns: whether the task is free"""
-    for _ in range(50):
+def wait_for_lock(task, seconds=5):
+    """Waits some seconds for a process that is ending and may still be saving. Returns: whether the task is free"""
+    for _ in range(10 * seconds + 1):
         if not locks.is_locked(task.get_lock()):
             return True
         time.sleep(0.1)

@@ -68,8 +68,11 @@ def load_result(path):
     """Loads a result of eval_logp.py. Raises: UserError if it is damaged, or a row of a table cannot be made of it"""
     result = util.load_checkpoint(path, keys=checkpoints.RESULT_KEYS)
     with checkpoints.using({"path": path}):
-        run = Run(result["run"], get_images(result), {result["settings"]["algorithm"]: result})
+        name, algorithm = result["run"], result["settings"]["algorithm"]
+        run = Run(name, get_images(result), choose_comparable(name, {algorithm: result}))
         get_place(run.images), get_row(run.name, [run]), int(result["model_iteration"])
+        if torch.stack([result["log_p_by_image"], result["enumeration_bound_by_image"]]).isnan().any():
+            raise UserError(f"{path}: log p is not a number")
     return result
 
 
@@ -86,7 +89,7 @@ def load_results(name, paths):
             warn(f"{error}; left out")
             continue
         with checkpoints.using({"path": path}):
-            difference = model and describe_difference(result, model)
+            difference = model and describe_difference(result, load_evaluated(name, result, model))
         if difference:
             advice = "delete it, or replace it by eval_logp.py --force"
             warn(f"{path} is left out: it is of a different model from this run's current one ({difference}); {advice}")
@@ -95,8 +98,17 @@ def load_results(name, paths):
     return results
 
 
+def load_evaluated(name, result, model):
+    """The checkpoint that a run keeps of the iteration that was evaluated, or else its latest one, model"""
+    path = checkpoints.get_path(name, result["model_iteration"])
+    if result["model_iteration"] < model["iteration"] and path.exists():
+        with contextlib.suppress(UserError):  # a damaged one says nothing
+            return checkpoints.load(path)
+    return model
+
+
 def describe_difference(result, model):
-    """Why the model that was evaluated cannot be one that a run with this latest checkpoint has been; "" if it can"""
+    """Why the model that was evaluated cannot be one that a run with this checkpoint has been; "" if it can"""
     if differences := compare_settings(result["model_settings"], model["settings"]):
         return differences
     if result["model_iteration"] > model["iteration"]:
@@ -226,14 +238,15 @@ def describe_images(result):
 
 
 def describe_leads(models):
-    """How far the best model is ahead of each other one with as many latents, by the guaranteed bounds of memoised evaluations
+    """How far the best model is ahead of each other like it, with as many latents, by the guaranteed bounds of memoised evaluations
     with equal settings: lines of text. Intervals are paired over images, whose choice moves all models together, and say
     nothing about other seeds. Args: models: {name: Runs with different seeds}, of the same images"""
     searched, lines = collections.defaultdict(dict), []  # latents, what describe_work says -> {name: bounds [S, N]}
     for name, runs in models.items():
         for run in [run for run in runs if "mws" in run.results]:
             bound = run.results["mws"]["enumeration_bound_by_image"]
-            searched[get_num_latents(run), run.work["mws"]].setdefault(name, []).append(bound)
+            conditional = run.first["model_settings"].get("condition_on_alphabet")  # which knows more
+            searched[get_num_latents(run), conditional, run.work["mws"]].setdefault(name, []).append(bound)
     for found in searched.values():
         bounds = {name: torch.stack(seeds).mean(0) for name, seeds in found.items()}  # [N] each
         best, *others = sorted(bounds, key=lambda name: -bounds[name].mean())
@@ -309,6 +322,9 @@ def choose_seeds(runs):
         for run in [run for run in evaluated if run.work[algorithm] != most[0][0]]:
             warn(f"{run.name}: its evaluation by {run.work[algorithm]} is left out of the row, which is by {most[0][0]}")
             del run.results[algorithm]
+    iterations = {run.first["model_iteration"] for run in runs if run.results}
+    if len(iterations) > 1:
+        warn(f"the row of {runs[0].name} averages seeds at different iterations: {', '.join(map(str, sorted(iterations)))}")
     return [run for run in runs if run.results]
 
 
@@ -344,6 +360,7 @@ def get_row(name, runs):
     for estimate, found in estimates.items():
         values = [value for value, _ in found]
         row[estimate] = sum(values) / len(values) if values else None
+        row[f"{estimate} seeds"] = len(values)
         row[f"{estimate} s.e. over seeds"] = get_standard_error(values) if len(values) > 1 else None
         row[f"{estimate} s.e. over images"] = found[0][1] if len(found) == 1 else None
     errors = [error for run in runs if (error := get_search_error(run.results.get("mws", {})))]
@@ -357,9 +374,9 @@ def print_table(rows):
     first, width = rows[0], max(len(row["model"]) for row in rows)
     names = ESTIMATES + SEARCH_ERRORS * any(row["search error"] is not None for row in rows)
     print(f"{first['images in words']}, {KINDS[first['images']]} (fingerprint {first['fingerprint'].split()[0]}):")
-    print(f"{'model':{width}} particles     iteration seeds" + "".join(f"{name:>18}" for name in names))
+    print(f"{'model':{width}} particles     iteration seeds" + "".join(f"{name:>20}" for name in names))
     for row in rows:
-        values = "".join(f"{describe_value(row, name):>18}" for name in names)
+        values = "".join(f"{describe_value(row, name):>20}" for name in names)
         print(f"{row['model']:{width}} {row['particles']:9} {row['iteration']:>13} {row['seeds']:5}{values}")
     for work in dict.fromkeys(work for row in rows for work in row["evaluated by"].split("; ")):
         names = [row["model"] for row in rows if work in row["evaluated by"].split("; ")]
@@ -369,8 +386,9 @@ def print_table(rows):
 def describe_value(row, name):
     if row[name] is None:
         return "missing"
-    error = row.get(f"{name} s.e. over seeds")
-    return f"{row[name]:.2f}" + ("" if error is None else f" ± {error:.2f}")
+    error, num_seeds = row.get(f"{name} s.e. over seeds"), row.get(f"{name} seeds", row["seeds"])
+    fewer = f" ({num_seeds})" * (num_seeds < row["seeds"])
+    return f"{row[name]:.2f}" + ("" if error is None else f" ± {error:.2f}") + fewer
 
 
 def write_csv(path, rows):
@@ -465,7 +483,10 @@ def read_milestones(name, modes="*"):
     {(images, what describe_work says): {iteration: result}}. Args: modes: test, train or, for both, *"""
     groups = collections.defaultdict(dict)
     paths = sorted((util.SAVE / name / "logp").glob(f"{modes}_every_checkpoint/[!.]*.pt"))
-    for result in load_results(name, paths).values():
+    for path, result in load_results(name, paths).items():
+        if path.stem != str(result["model_iteration"]):
+            warn(f"{path} is left out: a result by this name would be {result['model_iteration']}.pt")
+            continue
         groups[get_images(result), describe_work(result["settings"])][result["model_iteration"]] = result
     return groups
 

@@ -540,6 +540,11 @@ def test_a_memoised_evaluation_resumes_to_the_same_bits(model, monkeypatch):
 # ------------------------------------------------------------------ the report
 
 
+def get_report_warnings(capsys):
+    assert eval_logp.main(["--report"]) == 0
+    return capsys.readouterr().err
+
+
 def test_report(model, capsys):
     other = train("--seed", "1")
     values = {algorithm: [evaluate(name, algorithm)["log_p"] for name in (model, other)] for algorithm in ("rws", "vimco")}
@@ -563,6 +568,8 @@ def test_report(model, capsys):
     result = torch.load(path, weights_only=True)  # as if of an older model
     result["settings"]["model"], result["model_iteration"] = "older", 2
     util.save_checkpoint(path, result)
+    assert "left out: it is of a different model" in get_report_warnings(capsys)
+    (util.SAVE / other / "checkpoints/2.pt").unlink()
     cut(util.SAVE / model / "logp" / "test_rws.pt")
     wrong = {"log_p": None, "latents": {}, "args": {}, "settings": {}, "log_p_by_image": 3, "model_iteration": "q"}
     for name, value in wrong.items():  # with a right digest
@@ -719,6 +726,11 @@ def test_different_images_share_no_row_and_no_table(monkeypatch, capsys, folder)
     tables = capsys.readouterr().out.split("\n\n")
     assert ["search error" in table for table in tables] == [True, False, False, False]
     assert re.search(r"^mws_5 .* 0.50 +1.50$", tables[0], re.M) and re.search(r"^rws_5 .* missing$", tables[0], re.M)
+    runs[2].first["model_iteration"] = 9
+    runs[2].results["own"] = runs[2].results["mws"]
+    (row, *_) = get_rows(*runs[2:])
+    assert [report.describe_value(row, name) for name in ("mws", "own")] == ["-141.00 ± 1.00", "-140.00 (1)"]
+    assert "the row of mws_5_seed=2 averages seeds at different iterations: 7, 9" in capsys.readouterr().err
 
 
 def test_only_comparable_evaluations_share_a_row(capsys):

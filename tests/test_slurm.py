@@ -209,7 +209,18 @@ def test_the_users_environment_and_a_slurm_that_hangs(cluster, monkeypatch, caps
         run("--status", "--models", cluster[0])
         assert time.time() - start < 20
         assert "Slurm does not answer" in capsys.readouterr().err
-    for options in ("--parsable", "-Q", "--chdir=/tmp", "--wrap=true", "-a 1-2", "--output=x", "--signal=USR1", "-J name"):
+    for options in (
+        "--parsable",
+        "-Q",
+        "--chdir=/tmp",
+        "--wrap=true",
+        "-a 1-2",
+        "--output=x",
+        "--signal=USR1",
+        "-J name",
+        "--parsab",
+        "-HQ",
+    ):
         with pytest.raises(UserError, match="leave it out"):
             run("--cluster", "--dry-run", f"--sbatch={options}")
 
@@ -232,7 +243,16 @@ def test_jobs_of_the_queue_are_told_apart(cluster):
     assert "ArrayTaskThrottle=2" in subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True).stdout
     assert sorted(list_jobs("%j")) == sorted(names)
     (comment,) = set(list_jobs("%k"))
-    foreign = ["sbatch", "--parsable", "--mem=1M", "--hold", "--array=0-2", f"--comment={comment}x", "--wrap", "true"]
+    foreign = [
+        "sbatch",
+        "--parsable",
+        "--mem=1M",
+        "--hold",
+        "--array=0-2",
+        f"--comment={comment}x\nand\udce9",
+        "--wrap",
+        "true",
+    ]
     foreign = subprocess.run(foreign, capture_output=True, text=True, check=True).stdout.strip()
     run(*HELD, "--seeds", "3", "4", "--models", names[0])
     for location in ("./data.mat", os.path.abspath("data.mat")):  # the same data as data.mat
@@ -293,7 +313,14 @@ def test_without_slurm(folder, monkeypatch, capsys):  # noqa: F811
     assert "--cuda" not in run("--cluster", "--dry-run", "--models", "mws_3", "--no-cuda")
     stdout = run("--cluster", "--dry-run", "--models", "mws_3", "--time=none", "--mem=none").splitlines()[0]
     assert "--time" not in stdout and "--mem" not in stdout and "--signal=B:USR1@120 --requeue" in stdout
-    assert "--cuda" not in run("--cluster", "--dry-run", "--models", "mws_3", "--gres=none")
+    for gres, others, on_gpu in [
+        ("none", "", False),
+        ("none", "--gres gpu:1", True),
+        ("gpu:1", "--gres=none", False),
+        ("none", "-H -G1", True),
+    ]:
+        stdout = run("--cluster", "--dry-run", "--models", "mws_3", f"--gres={gres}", f"--sbatch={others}")
+        assert ("--cuda" in stdout) == on_gpu, (gres, others)
 
 
 # ------------------------------------------------------------------ in a job
