@@ -48,6 +48,10 @@ def slurm_conf(tmp_path_factory):
 def cluster(slurm_conf, folder, monkeypatch):  # noqa: F811
     """Three small models in place of the paper's, on a Slurm without om-repeat. Returns: their names"""
     monkeypatch.setenv("SLURM_CONF", str(slurm_conf))
+    odd = pathlib.Path("50%a")  # which Slurm would replace in the names of files
+    odd.mkdir()
+    pathlib.Path("data.mat").rename(odd / "data.mat")
+    monkeypatch.chdir(odd)
     monkeypatch.setattr(sweep, "get_sweep_argss", lambda *_: get_small_argss([], ["mws", "rws", "vimco"]))
     yield [util.get_path_base(args) for args in sweep.get_sweep_argss()]
     if subprocess.run(["scontrol", "ping"], capture_output=True).returncode:  # the test failed while it was down
