@@ -24,6 +24,7 @@ SIDE = 28
 CHARACTER_SIDE = round(19 / 28 * SIDE)  # pixels, a character's longer side (a little more than Omniglot's median)
 STROKE_RADIUS = round(3 / 28 * SIDE)  # on a grid four times as fine: strokes of Omniglot are 1.6 pixels of 28 wide
 MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the range from black to white
+ACCENT = 0.5  # the farthest that a dot or an accent is from the rest of its character, as a share of that one's size
 SHEET_SIDE = 240  # pixels, the longer side of the photograph when a sheet is sought
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
 ONLY_RECOGNISED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow needs other programs to read
@@ -152,7 +153,7 @@ def find_characters(name, content, side=SIDE):
     ink = find_ink(find_sheet(decode(name, content)))
     parts = split_page(ink)
     characters = [normalise(part, side) for part in parts if not _is_patch(part, ink)]
-    legible = [character for character in characters if 4 / SIDE**2 <= character.mean() <= 0.5]
+    legible = [character for character in characters if 3 / SIDE**2 <= character.mean() <= 0.5]  # a dot is a little more
     if not ink.any():
         warn(f"{name} is blank; skipped")
     elif len(legible) < len(parts):
@@ -280,10 +281,13 @@ def split_page(ink):
     sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
     edges = find_edges(pieces, sides)
     longest = sides[~edges].max()
-    kept = np.flatnonzero((sides >= max(0.06 * longest, min(3, longest))) & ~edges) + 1
+    width = 2 * np.median(scipy.ndimage.distance_transform_edt(ink)[skimage.morphology.skeletonize(ink)])
+    kept = np.flatnonzero((sides >= max(min(0.06 * longest, 0.8 * width), min(3, longest))) & ~edges) + 1
     ink, sides = np.isin(pieces, kept), sides[kept - 1]
-    reach = 0.12 * np.median(sides[sides >= sides.max() / 3])  # half of the largest gap within a character
+    typical = np.median(sides[sides >= sides.max() / 3])
+    reach = 0.12 * typical  # half of the largest gap within a character
     groups = join_enclosed(skimage.measure.label(scipy.ndimage.distance_transform_edt(~ink) <= reach) * ink)
+    groups = join_dots(groups, typical)
     regions = skimage.measure.regionprops(groups)
     top, left, bottom, _ = np.array([region.bbox for region in regions]).T
     # A new line of text begins where a character's middle is lower than the previous one's by its height.
@@ -330,9 +334,35 @@ def join_enclosed(groups):
     return joined
 
 
+def join_dots(groups, typical):
+    """Merges small groups into the nearest larger one, since dots and accents may be farther from the rest of their character,
+    unless a second one is almost as near: numbers of groups [rows, columns] and the typical side of a character -> the same, with
+    fewer groups"""
+    regions, joined = skimage.measure.regionprops(groups), groups.copy()
+    sides = np.array([max(region.image.shape) for region in regions])
+    larger = [(region, side) for region, side in zip(regions, sides, strict=True) if side >= typical / 3]
+    for dot in [region for region, side in zip(regions, sides, strict=True) if side < typical / 3]:
+        gaps = np.array([scipy.spatial.distance.cdist(dot.coords, region.coords).min() for region, _ in larger])
+        nearest, *others = gaps.argsort()
+        region, side = larger[nearest]
+        if gaps[nearest] <= ACCENT * side and all(gaps[others] > 1.5 * gaps[nearest]):
+            joined[groups == dot.label] = region.label
+    return joined
+
+
+def is_blob(part):
+    """Whether the largest circle in a part of the ink [rows, columns] nearly fills it"""
+    return 2 * scipy.ndimage.distance_transform_edt(np.pad(part, 1)).max() > 0.7 * min(part.shape)
+
+
 def normalise(part, side=SIDE):
-    """Centres a character's cropped ink [rows, columns] on side x side pixels, with Omniglot's size and stroke width: bool"""
+    """Centres a character's cropped ink [rows, columns] on side x side pixels, with Omniglot's size and stroke width: bool. A
+    blob becomes a dot"""
     fine = 4
+    if 1.5 * min(part.shape) > max(part.shape) and is_blob(part):
+        canvas = np.zeros((fine * SIDE, fine * SIDE), np.float32)
+        canvas[skimage.draw.disk(((fine * SIDE - 1) / 2,) * 2, STROKE_RADIUS + 1)] = 1
+        return fit(canvas, side) >= 0.5
     scale = fine * CHARACTER_SIDE / max(part.shape)
     length = max(skimage.morphology.skeletonize(part).sum(), 1)
     missing = (3 / scale - part.sum() / length) / 2  # strokes must survive the scaling

@@ -109,6 +109,8 @@ def main(argv=None):
     folder = util.SAVE / name / "read" if args.output is None else util.expand_user(args.output)
     util.set_seed(args.seed)
     found = characters.find(args.images, args.as_is)
+    with util.writing(folder):  # before the work, if it cannot be written
+        folder.mkdir(parents=True, exist_ok=True)
     num_steps = matching.TRACING.num_steps * math.ceil(len(found) / variation.AT_ONCE)
     with util.show_progress(total=num_steps, desc=f"reading {util.count(len(found), 'character')}", unit="step") as bar:
         reading = characters.read(model, found, bar.update)

@@ -46,7 +46,8 @@ class Characters:
         for i, file in enumerate(self.files):
             number = f"-{self.files[:i].count(file) + 1}" if self.files.count(file) > 1 else ""
             name = (pathlib.Path(file).stem.strip(".")[:LONGEST_NAME] or "image") + number
-            while {name, f"{name}-program"} & {written for other in names for written in (other, f"{other}-program")}:
+            written = {stem.casefold() for other in names for stem in (other, f"{other}-program")}  # some disks ignore case
+            while {name.casefold(), f"{name}-program".casefold()} & written:
                 name += "-again"
             names.append(name)
         return names

@@ -209,6 +209,20 @@ def test_characters_cropped_closely(margin):
         assert (found & expected).sum() > 0.7 * (found | expected).sum()
 
 
+@pytest.mark.parametrize("pen", [4, 12])
+def test_dots_belong_to_their_letters(pen):
+    """Also those of a fine pen; a dot alone remains a dot, not the cross that it is thinned to"""
+    grey = np.full((400, 500), 255, np.uint8)
+    for left in (100, 300):
+        grey[150:300, left : left + pen] = grey[80 : 80 + pen, left : left + pen] = 0
+    found = data.find_characters("x", encode(grey))
+    assert [scipy.ndimage.label(ink, np.ones((3, 3)))[1] for ink in found] == [2, 2]
+    grey[140:] = 255
+    for side in (28, 112):
+        dots = data.find_characters("x", encode(grey), side)
+        assert len(dots) == 2 and all(3 / 28**2 < dot.mean() < 6 / 28**2 for dot in dots)
+
+
 @pytest.mark.parametrize("full", [255, 4095, 65535])
 def test_sixteen_bits_of_any_depth(full):
     PIL.Image.fromarray((draw(60) / 255 * full).round().astype(np.uint16)).save(file := io.BytesIO(), "PNG")
