@@ -281,7 +281,8 @@ def split_page(ink):
     sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
     edges = find_edges(pieces, sides)
     longest = sides[~edges].max()
-    width = 2 * np.median(scipy.ndimage.distance_transform_edt(ink)[skimage.morphology.skeletonize(ink)])
+    strokes = np.isin(pieces, np.flatnonzero((sides >= longest / 3) & ~edges) + 1)
+    width = 2 * np.median(scipy.ndimage.distance_transform_edt(strokes)[skimage.morphology.skeletonize(strokes)])
     kept = np.flatnonzero((sides >= max(min(0.06 * longest, 0.8 * width), min(3, longest))) & ~edges) + 1
     ink, sides = np.isin(pieces, kept), sides[kept - 1]
     typical = np.median(sides[sides >= sides.max() / 3])
