@@ -79,7 +79,6 @@ class Evaluation:
         self.alphabet = images.alphabet.to(device) if checkpoint["num_alphabets"] else None
         self.memory = memory  # packed programs remembered for the images, or None: [N, M, A]
         self.generative_model, self.own_network = models.from_checkpoint(checkpoint, device)
-        check_finite([*self.generative_model.parameters(), *self.own_network.parameters()])
         if args.algorithm == "own":
             self.network = self.own_network
         else:
@@ -395,7 +394,7 @@ def _run_half(num_threads, arguments):
 def evaluate(args):
     """Evaluates a checkpoint. Returns: the exit status"""
     checkpoint_path = checkpoints.find(args.checkpoint_path)
-    checkpoint = checkpoints.load(checkpoint_path, util.get_device(args.cuda))
+    checkpoint = load_finite(checkpoint_path, util.get_device(args.cuda))
     name = checkpoints.get_run_name(checkpoint_path, checkpoint["args"])
     path = checkpoints.get_result_path(name, vars(args))
     with StopSignal() as stop:
@@ -403,6 +402,15 @@ def evaluate(args):
     if status == 0:
         print("next, for a table: python eval_logp.py --report")
     return status
+
+
+def load_finite(path, device):
+    """Loads a checkpoint of main.py. Raises: UserError if that is impossible, or the generative model has values that are not finite"""
+    checkpoint = checkpoints.load(path, device)
+    values = [value for value in checkpoint["generative_model"].values() if torch.is_tensor(value)]
+    if not all(value.isfinite().all() for value in values):
+        raise UserError(f"{path}: the generative model has values that are not finite, so it cannot be evaluated")
+    return checkpoint
 
 
 def evaluate_every_checkpoint(args):
@@ -413,7 +421,7 @@ def evaluate_every_checkpoint(args):
     with StopSignal() as stop:
         for path in checkpoints.get_all(given)[::-1]:
             try:
-                checkpoint = checkpoints.load(path, device)
+                checkpoint = load_finite(path, device)
             except UserError as error:
                 warn(f"{error}; left out")
                 continue
@@ -555,7 +563,7 @@ def get_result(parts, settings, name, checkpoint, stop):
     log_p = evaluation.log_p.double().cpu()
     if log_p.isnan().any():
         raise UserError(
-            f"log p of {util.count(int(log_p.isnan().sum()), 'image')} is not a number, so nothing is saved: see the model"
+            f"{name}: log p of {util.count(int(log_p.isnan().sum()), 'image')} is not a number, so no result is saved"
         )
     rows = scoring.keep_best(scoring.merge([part.table.settle() for part in parts]))
     bound = get_enumeration_bound(rows, len(log_p)).cpu()  # [N]

@@ -25,6 +25,7 @@ CHARACTER_SIDE = round(19 / 28 * SIDE)  # pixels, a character's longer side (a l
 STROKE_RADIUS = round(3 / 28 * SIDE)  # on a grid four times as fine: strokes of Omniglot are 1.6 pixels of 28 wide
 MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the range from black to white
 ACCENT = 0.5  # the farthest that a dot or an accent is from the rest of its character, as a share of that one's size
+MOST_DOTS = 3  # as small as specks, for each larger piece of ink: more are specks
 SHEET_SIDE = 240  # pixels, the longer side of the photograph when a sheet is sought
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
 ONLY_RECOGNISED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow needs other programs to read
@@ -281,15 +282,18 @@ def split_page(ink):
     sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
     edges = find_edges(pieces, sides)
     longest = sides[~edges].max()
-    strokes = np.isin(pieces, np.flatnonzero((sides >= longest / 3) & ~edges) + 1)
-    width = 2 * np.median(scipy.ndimage.distance_transform_edt(strokes)[skimage.morphology.skeletonize(strokes)])
-    kept = np.flatnonzero((sides >= max(min(0.06 * longest, 0.8 * width), min(3, longest))) & ~edges) + 1
-    ink, sides = np.isin(pieces, kept), sides[kept - 1]
-    typical = np.median(sides[sides >= sides.max() / 3])
+    speck = max(0.06 * longest, min(3, longest))
+    kept = np.flatnonzero((sides >= speck) & ~edges) + 1
+    ink = np.isin(pieces, kept)
+    typical = np.median(sides[kept - 1][sides[kept - 1] >= longest / 3])
     reach = 0.12 * typical  # half of the largest gap within a character
     groups = join_enclosed(skimage.measure.label(scipy.ndimage.distance_transform_edt(~ink) <= reach) * ink)
-    groups = join_dots(groups, typical)
-    regions = skimage.measure.regionprops(groups)
+    # Dots of a fine pen are as small as specks
+    width = 2 * np.median(scipy.ndimage.distance_transform_edt(ink)[skimage.morphology.skeletonize(ink)])
+    dots = np.flatnonzero((sides < speck) & (sides >= max(0.8 * width, 3)) & ~edges) + 1
+    if len(dots) <= MOST_DOTS * len(kept):
+        groups = np.where(np.isin(pieces, dots), groups.max() + pieces, groups)
+    regions = [region for region in skimage.measure.regionprops(join_dots(groups, typical)) if max(region.image.shape) >= speck]
     top, left, bottom, _ = np.array([region.bbox for region in regions]).T
     # A new line of text begins where a character's middle is lower than the previous one's by its height.
     middle = (top + bottom) / 2
@@ -336,24 +340,26 @@ def join_enclosed(groups):
 
 
 def join_dots(groups, typical):
-    """Merges small groups into the nearest larger one, since dots and accents may be farther from the rest of their character,
-    unless a second one is almost as near: numbers of groups [rows, columns] and the typical side of a character -> the same, with
-    fewer groups"""
-    regions, joined = skimage.measure.regionprops(groups), groups.copy()
-    sides = np.array([max(region.image.shape) for region in regions])
-    larger = [(region, side) for region, side in zip(regions, sides, strict=True) if side >= typical / 3]
-    for dot in [region for region, side in zip(regions, sides, strict=True) if side < typical / 3]:
-        gaps = np.array([scipy.spatial.distance.cdist(dot.coords, region.coords).min() for region, _ in larger])
+    """Merges small groups into the nearest larger one that they are above or below, as dots and accents are, unless another one is
+    almost as near: numbers of groups [rows, columns] and the typical side of a character -> the same, with fewer groups"""
+    regions, numbers = skimage.measure.regionprops(groups), np.arange(groups.max() + 1)
+    boxes = np.array([region.bbox for region in regions])
+    sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
+    larger = np.flatnonzero(sides >= typical / 3)
+    trees = [scipy.spatial.cKDTree(regions[i].coords) for i in larger]
+    for i in np.flatnonzero(sides < typical / 3):
+        gaps = np.array([tree.query(regions[i].coords)[0].min() for tree in trees])
         nearest, *others = gaps.argsort()
-        region, side = larger[nearest]
-        if gaps[nearest] <= ACCENT * side and all(gaps[others] > 1.5 * gaps[nearest]):
-            joined[groups == dot.label] = region.label
-    return joined
+        letter = larger[nearest]
+        is_above = boxes[i, 1] < boxes[letter, 3] and boxes[letter, 1] < boxes[i, 3]  # or below
+        if is_above and gaps[nearest] <= ACCENT * sides[letter] and all(gaps[others] > 1.5 * gaps[nearest]):
+            numbers[regions[i].label] = regions[letter].label
+    return numbers[groups]
 
 
 def is_blob(part):
     """Whether the largest circle in a part of the ink [rows, columns] nearly fills it"""
-    return 2 * scipy.ndimage.distance_transform_edt(np.pad(part, 1)).max() > 0.7 * min(part.shape)
+    return 2 * scipy.ndimage.distance_transform_edt(np.pad(part, 1)).max() - 0.5 > 0.8 * min(part.shape)
 
 
 def normalise(part, side=SIDE):

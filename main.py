@@ -80,6 +80,10 @@ class Run:
     def get_checkpoint(self):
         """Raises: UserError if training has diverged: only finite numbers are saved"""
         self.flush_statistics()
+        for name in [name for name, part in self.state.items() if self.parts.get(name) is not part]:
+            raise UserError(
+                f"the part {name} of run.state is not that of run.parts, which is saved: change state in place (copy_)"
+            )
         check_finite([*self.generative_model.parameters(), *self.inference_network.parameters()])
         return dict(
             args=vars(self.args),
@@ -95,7 +99,7 @@ class Run:
             statistics=self.statistics,
             random_state=util.get_random_state(self.device),
             hyperparameters=self.hyperparameters,
-            **checkpoints.get_states({**self.parts, **self.state}),  # an objective may have replaced its state
+            **checkpoints.get_states(self.parts),
         )
 
     def restore(self, checkpoint):
@@ -263,7 +267,8 @@ def is_milestone(iteration):
 
 
 def save(run, name="latest"):
-    """Returns: the path. Raises: UserError if a part has become something that cannot be saved; the file stays as it was"""
+    """Returns: the path. Raises: UserError if a part has become something that cannot be saved and loaded; the file stays as it
+    was"""
     path, checkpoint = checkpoints.get_path(run.path_base, name), run.get_checkpoint()
     util.save_checkpoint(path, checkpoints.copy(checkpoint))
     return path

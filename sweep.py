@@ -120,7 +120,7 @@ def get_evaluation(args, model, run_args, algorithm):
 
 def choose_tasks(args, queue=None):
     """Chooses the remaining tasks, and prints which are skipped. Args: queue: the jobs in Slurm's queue; None to run tasks here.
-    Returns: the tasks; whether it is all that are not complete"""
+    Returns: the tasks; whether they are all that remain"""
     all_tasks, left, num_done = get_tasks(args), [], 0
     jobs = {job.task.key: job for job in queue or []}
     for task in all_tasks:

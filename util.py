@@ -18,6 +18,8 @@ import signal
 import sys
 import time
 import traceback
+import types
+import typing
 import uuid
 from collections.abc import Callable
 from typing import Annotated, NamedTuple, get_args, get_origin
@@ -270,12 +272,15 @@ def get_own_fields(function):
 def make_field(name, kind, default):
     """Raises: ValueError if the default is missing or not a valid value"""
     setting = kind.__metadata__[0]
-    plain = next((x for x in get_args(kind.__origin__) if x is not type(None)), kind.__origin__)  # of float | None
+    plain = kind.__origin__
+    if get_origin(plain) in (types.UnionType, typing.Union):  # of float | None
+        plain = next(x for x in get_args(plain) if x is not type(None))
+    plain = setting.parse and get_origin(plain) or plain  # tuple[float, ...]
     field = Field(name, plain, default, setting, ())
     if default in (inspect.Parameter.empty, dataclasses.MISSING):
         raise ValueError(f"the setting {name} needs a default")
-    if not isinstance(plain, type):
-        raise ValueError(f"the setting {name} needs a plain type such as str, not {plain}; give its choices by parse=")
+    if not isinstance(plain, type) and setting.parse is None:
+        raise ValueError(f"the setting {name} needs a plain type such as str, not {plain}, or a function parse=")
     if plain in (int, float) and default is not None:
         try:
             field.get_parser()(repr(default))

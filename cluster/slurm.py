@@ -127,7 +127,7 @@ def get_options(args):
     options = dict(time=time_limit, mem=args.mem, cpus_per_task=args.cpus_per_task, partition=args.partition, gres=args.gres)
     words = util.split_words("--sbatch", args.sbatch)
     for word in words:
-        match = re.match(r"--([\w-]+)|-[HhIkOsvV]*([A-Za-z])", word)  # names may be abbreviated, and letters bundled
+        match = re.match(r"--([\w-]+)|-[HhOsvV]*([A-Za-z])", word)  # names may be abbreviated, and letters bundled
         if match and (match[2] in OURS or any(name.startswith(match[1] or "-") for name in OURS)):
             raise UserError(f"--sbatch {word}: leave it out; sweep.py sets it, or relies on its default")
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value not in (None, "none")] + words
@@ -215,7 +215,7 @@ def submit_tasks(some_tasks, args, queue):
 def asks_for_gpu(options):
     """Whether options of sbatch, a text, ask for a GPU; the last --gres counts"""
     gres = re.findall(r"--gres[= ](\S+)", options)
-    return "gpu" in "".join(gres[-1:]) or re.search(r"--gpus|--tres-per-\w+[= ]\S*gpu|(^| )-G", options) is not None
+    return "gpu" in "".join(gres[-1:]) or re.search(r"--gpus|--tres-per-\w+[= ]\S*gpu|(^| )-[HhOsvV]*G", options) is not None
 
 
 def get_submissions(listing, args, queue):

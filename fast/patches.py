@@ -32,13 +32,19 @@ def are_ours(conv0, conv1):
     ours = {"kernel_size": (3, 3), "stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
     same = all(getattr(conv, name, None) == value for conv in (conv0, conv1) for name, value in ours.items())
     has_bias = same and conv0.bias is not None and conv1.bias is not None
-    is_plain = all(type(conv).forward is torch.nn.Conv2d.forward and not has_hooks(conv) for conv in (conv0, conv1))
-    return is_plain and has_bias and conv0.in_channels == 1 and (conv0.padding, conv1.padding) == ((2, 2), (1, 1))
+    return (
+        has_bias
+        and is_plain(conv0)
+        and is_plain(conv1)
+        and conv0.in_channels == 1
+        and (conv0.padding, conv1.padding) == ((2, 2), (1, 1))
+    )
 
 
-def has_hooks(module):
-    names = ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"]
-    return any(getattr(module, name) for name in names)
+def is_plain(conv):
+    """Whether a layer does what Conv2d does, and nothing else"""
+    has_hooks = any(getattr(conv, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+    return type(conv) is torch.nn.Conv2d and "forward" not in vars(conv) and not has_hooks
 
 
 def _convolve_each(obs, conv0, conv1):

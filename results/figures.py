@@ -156,9 +156,9 @@ def row_figures(rows, labels, title, num_rows, headings=()):
     Yields: a figure, its axes, and the numbers of its rows
     """
     num_cols, size, gap = rows.shape[1], rows.shape[2], get_gap(rows.shape[2])
+    longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
     for first in range(0, len(rows), num_rows):
         chosen = range(first, min(first + num_rows, len(rows)))
-        longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
         figure = make_figure(0.7 * num_cols + max(0.07 * longest, 1) + 0.5, 0.7 * len(chosen) + 0.6, title)
         axes = figure.subplots()
         show(axes, tile(rows[first : first + num_rows].flatten(0, 1), num_cols))

@@ -101,7 +101,7 @@ def load_results(name, paths):
 def load_evaluated(name, result, model):
     """The checkpoint that a run keeps of the iteration that was evaluated, or else its latest one, model"""
     path = checkpoints.get_path(name, result["model_iteration"])
-    if result["model_iteration"] < model["iteration"] and path.exists():
+    if result["model_iteration"] != model["iteration"] and path.exists():
         with contextlib.suppress(UserError):  # a damaged one says nothing
             return checkpoints.load(path)
     return model
@@ -238,8 +238,8 @@ def describe_images(result):
 
 
 def describe_leads(models):
-    """How far the best model is ahead of each other like it, with as many latents, by the guaranteed bounds of memoised evaluations
-    with equal settings: lines of text. Intervals are paired over images, whose choice moves all models together, and say
+    """How far the best model is ahead of each other one with as many latents, conditional or not alike, by the guaranteed bounds of
+    memoised evaluations with equal settings: lines of text. Intervals are paired over images, whose choice moves all models together, and say
     nothing about other seeds. Args: models: {name: Runs with different seeds}, of the same images"""
     searched, lines = collections.defaultdict(dict), []  # latents, what describe_work says -> {name: bounds [S, N]}
     for name, runs in models.items():
@@ -374,9 +374,9 @@ def print_table(rows):
     first, width = rows[0], max(len(row["model"]) for row in rows)
     names = ESTIMATES + SEARCH_ERRORS * any(row["search error"] is not None for row in rows)
     print(f"{first['images in words']}, {KINDS[first['images']]} (fingerprint {first['fingerprint'].split()[0]}):")
-    print(f"{'model':{width}} particles     iteration seeds" + "".join(f"{name:>20}" for name in names))
+    print(f"{'model':{width}} particles     iteration seeds" + "".join(f" {name:>17}" for name in names))
     for row in rows:
-        values = "".join(f"{describe_value(row, name):>20}" for name in names)
+        values = "".join(f" {describe_value(row, name):>17}" for name in names)
         print(f"{row['model']:{width}} {row['particles']:9} {row['iteration']:>13} {row['seeds']:5}{values}")
     for work in dict.fromkeys(work for row in rows for work in row["evaluated by"].split("; ")):
         names = [row["model"] for row in rows if work in row["evaluated by"].split("; ")]

@@ -11,8 +11,10 @@ import filecmp
 import glob
 import hashlib
 import pathlib
+import pickle
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 import losses  # noqa: F401  # it and models declare settings
 import util
@@ -118,9 +120,10 @@ def get_digest(checkpoint):
     """Identifies a checkpoint's model: a hash of the generative model's parameters, and the iteration; in pretraining, which
     changes the inference network alone, of the network's as well"""
     digest, names = hashlib.sha1(), ["generative_model"] + ["inference_network"] * (checkpoint["iteration"] == 0)
-    for value in [value for name in names for value in checkpoint[name].values()]:
-        is_tensor = torch.is_tensor(value)  # or what a module's get_extra_state returns
-        digest.update(value.cpu().flatten().view(torch.uint8).numpy().tobytes() if is_tensor else repr(value).encode())
+    for value in tree_leaves([checkpoint[name] for name in names]):
+        is_tensor = torch.is_tensor(value)  # get_extra_state may return anything
+        content = value.cpu().contiguous().flatten().view(torch.uint8).numpy() if is_tensor else repr(value).encode()
+        digest.update(content)
     return f"{digest.hexdigest()[:12]} at iteration {checkpoint['iteration']}"
 
 
@@ -242,9 +245,14 @@ def copy(checkpoint):
     for name, value in checkpoint.items():
         try:
             copied |= util.decode(util.encode({name: value}))
+        except MemoryError:
+            raise
         except Exception as error:
-            reason = util.get_reason(error, 150)
-            raise UserError(f"the part {name} of the run cannot be saved and loaded: {reason}") from error
+            is_strange = isinstance(error, pickle.UnpicklingError)
+            reason = "it holds more than tensors and plain values" if is_strange else util.get_reason(error, 150)
+            raise UserError(
+                f"the part {name} of the run cannot be saved and loaded: {reason}; older checkpoints are intact"
+            ) from error
     return copied
 
 

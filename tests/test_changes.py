@@ -110,7 +110,7 @@ FLOAT64 = {
         )
     ]
 }
-ROUGH = {  # what works in a first draft: state that is replaced, NumPy's numbers and random numbers, layers of one's own
+ROUGH = {  # what works in a first draft: NumPy's numbers and random numbers, layers of one's own
     "main.py": [
         ("import math\n", "import math\nimport random\n\nimport numpy as np\n"),
         (
@@ -133,7 +133,7 @@ ROUGH = {  # what works in a first draft: state that is replaced, NumPy's number
             "    loss, statistics = losses.get_loss(args, step, run.state)\n",
             "    step = step._replace(obs=step.obs.roll(np.random.randint(3) + random.randrange(3), 1))\n"
             "    loss, statistics = losses.get_loss(args, step, run.state)\n"
-            "    run.state['mean'] = 0.9 * run.state['mean'] + 0.1 * loss.detach()\n"
+            "    run.state['mean'].mul_(0.9).add_(0.1 * loss.detach())\n"
             "    run.best.value = min(run.best.value, np.float32(loss.item()))\n"
             "    run.reason = run.iteration == 5\n",
         ),
@@ -401,7 +401,8 @@ def test_callbacks_and_a_reason_to_stop(copy):
 def test_what_cannot_be_resumed_is_refused_before_the_first_step(copy):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import main, util; sys.argv[1:2] = []; util.run_script(main.main)"
     before = "        self.hyperparameters = checkpoints.get_hyperparameters(self.parts)\n"
-    for part in ["self.parts['iteration'] = torch.zeros(3)", "self.parts['mine'] = Mine()"]:
+    missing = "self.state['mine'] = torch.zeros(3)"
+    for part in ["self.parts['iteration'] = torch.zeros(3)", "self.parts['mine'] = Mine()", missing]:
         state = "class Mine:\n    def state_dict(self):\n        return {'x': signal}\n\n\nclass Run:\n"
         text = (copy / "main.py").read_text()
         change(copy, {"main.py": [(before, f"        {part}\n{before}"), ("class Run:\n", state)]})
