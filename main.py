@@ -270,7 +270,9 @@ def save(run, name="latest"):
     """Returns: the path. Raises: UserError if a part has become something that cannot be saved and loaded; the file stays as it
     was"""
     path, checkpoint = checkpoints.get_path(run.path_base, name), run.get_checkpoint()
-    util.save_checkpoint(path, checkpoints.copy(checkpoint))
+    if not checkpoints.is_plain(checkpoint):
+        checkpoints.copy(checkpoint)  # raises
+    util.save_checkpoint(path, checkpoint)
     return path
 
 

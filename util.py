@@ -640,8 +640,13 @@ def set_seed(seed, device="cpu"):
 
 def get_random_state(device):
     """The states of the generators that a run on the device may use, those of NumPy and Python among them: a dict"""
+    version, values, gauss = random.getstate()
     name, key, *rest = np.random.get_state()
-    state = {"cpu": torch.get_rng_state(), "python": random.getstate(), "numpy": (name, key.tolist(), *rest)}
+    state = {
+        "cpu": torch.get_rng_state(),
+        "python": (version, torch.tensor(values), gauss),
+        "numpy": (name, torch.from_numpy(key.astype(np.int64)), *rest),
+    }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -651,8 +656,9 @@ def set_random_state(state, device):
     """Restores what get_random_state returned, on any device."""
     torch.set_rng_state(state["cpu"].cpu())
     if "numpy" in state:
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
+        (version, values, gauss), (name, key, *rest) = state["python"], state["numpy"]
+        random.setstate((version, tuple(values.tolist()), gauss))
+        np.random.set_state((name, key.tolist(), *rest))
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 

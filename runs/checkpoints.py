@@ -239,6 +239,11 @@ def using(checkpoint):
 # ------------------------------------------------------------------ the parts of a run
 
 
+def is_plain(checkpoint):
+    """Whether it holds only tensors and plain values, which can certainly be saved and loaded"""
+    return all(isinstance(value, torch.Tensor | int | float | str | None) for value in tree_leaves(checkpoint))
+
+
 def copy(checkpoint):
     """A checkpoint, saved and loaded in memory. Raises: UserError, naming the part, if one cannot be saved or loaded"""
     copied = {}
