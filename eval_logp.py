@@ -405,7 +405,7 @@ def evaluate(args):
 
 
 def load_finite(path, device):
-    """Loads a checkpoint of main.py. Raises: UserError if that is impossible, or the generative model has values that are not finite"""
+    """Loads a checkpoint of main.py. Raises: UserError if that fails, or the generative model has values that are not finite"""
     checkpoint = checkpoints.load(path, device)
     values = [value for value in checkpoint["generative_model"].values() if torch.is_tensor(value)]
     if not all(value.isfinite().all() for value in values):

@@ -78,11 +78,11 @@ class Run:
         append_statistics(self.statistics, self.pending)
 
     def get_checkpoint(self):
-        """Raises: UserError if training has diverged: only finite numbers are saved"""
+        """Raises: UserError if training has diverged, since only finite numbers are saved, or state was replaced"""
         self.flush_statistics()
-        for name in [name for name, part in self.state.items() if self.parts.get(name) is not part]:
+        if replaced := [name for name, part in self.state.items() if self.parts.get(name) is not part]:
             raise UserError(
-                f"the part {name} of run.state is not that of run.parts, which is saved: change state in place (copy_)"
+                f"the part {replaced[0]} of run.state is not that of run.parts, which is saved: change state in place (copy_)"
             )
         check_finite([*self.generative_model.parameters(), *self.inference_network.parameters()])
         return dict(
@@ -271,7 +271,7 @@ def save(run, name="latest"):
     was"""
     path, checkpoint = checkpoints.get_path(run.path_base, name), run.get_checkpoint()
     if not checkpoints.is_plain(checkpoint):
-        checkpoints.copy(checkpoint)  # raises
+        checkpoints.copy(checkpoint)  # raises, naming the part, if it could not be loaded
     util.save_checkpoint(path, checkpoint)
     return path
 

@@ -609,8 +609,9 @@ def from_checkpoint(checkpoint, device="cpu"):
             dtypes = {value.dtype for value in state.values() if torch.is_tensor(value) and value.is_floating_point()}
             if len(dtypes) == 1:
                 model.to(*dtypes)
-            for name, value in [*model.named_parameters(), *model.named_buffers()] * (len(dtypes) > 1):
-                value.data = value.data.to(state.get(name, value).dtype)
+            else:  # mixed precision
+                for name, value in [*model.named_parameters(), *model.named_buffers()]:
+                    value.data = value.data.to(state.get(name, value).dtype)
             model.load_state_dict(state)
             model.eval().requires_grad_(False)
     except Exception as error:  # a foreign file's contents, or a custom model, may raise anything

@@ -275,7 +275,8 @@ def make_field(name, kind, default):
     plain = kind.__origin__
     if get_origin(plain) in (types.UnionType, typing.Union):  # of float | None
         plain = next(x for x in get_args(plain) if x is not type(None))
-    plain = setting.parse and get_origin(plain) or plain  # tuple[float, ...]
+    if setting.parse is not None:
+        plain = get_origin(plain) or plain  # of tuple[float, ...]
     field = Field(name, plain, default, setting, ())
     if default in (inspect.Parameter.empty, dataclasses.MISSING):
         raise ValueError(f"the setting {name} needs a default")

@@ -238,10 +238,10 @@ def describe_images(result):
 
 
 def describe_leads(models):
-    """How far the best model is ahead of each other one with as many latents, conditional or not alike, by the guaranteed bounds of
-    memoised evaluations with equal settings: lines of text. Intervals are paired over images, whose choice moves all models together, and say
-    nothing about other seeds. Args: models: {name: Runs with different seeds}, of the same images"""
-    searched, lines = collections.defaultdict(dict), []  # latents, what describe_work says -> {name: bounds [S, N]}
+    """How far the best model is ahead of each other one with as many latents, conditional or not alike, by the guaranteed bounds
+    of memoised evaluations with equal settings: lines of text. Intervals are paired over images, whose choice moves all models
+    together, and say nothing about other seeds. Args: models: {name: Runs with different seeds}, of the same images"""
+    searched, lines = collections.defaultdict(dict), []  # what must be equal -> {name: bounds [S, N]}
     for name, runs in models.items():
         for run in [run for run in runs if "mws" in run.results]:
             bound = run.results["mws"]["enumeration_bound_by_image"]
@@ -290,8 +290,8 @@ def group(runs):
 
 def name_rows(settings):
     """The names of rows: {run's name: settings of its training} -> {run's name: name of its row}. Runs whose names differ only
-    in the seed, or in the path of the same data, share a row if their other settings agree as well; else a run has one by its own name. If data
-    were replaced between seeds, the row of the later ones also names the data"""
+    in the seed, or in the path of the same data, share a row if their other settings agree as well; else a run has one by its
+    own name. If data were replaced between seeds, the row of the later ones also names the data"""
     rows, firsts = {}, {}  # firsts: what seeds share -> the first run's row and settings
     for name in sorted(settings, key=get_order):
         model, seedless = {**settings[name], "seed": None}, get_name(name)
