@@ -6,9 +6,10 @@ graph is launched as a whole. A recorded step must not read values from the GPU,
 
 import collections
 import contextlib
-import sys
 
 import torch
+
+from util import get_reason, warn
 
 NUM_WARM_UPS = 3  # calls before a step is recorded, to compile kernels and allocate what persists
 
@@ -68,5 +69,4 @@ class ReplayedStep:
         self.recordings.clear()
         self.can_record = False
         cause = error.__context__ or error  # ending the capture also fails, and hides the original error
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:100]
-        print(f"warning: no CUDA graph, steps are slower: {reason}", file=sys.stderr)
+        warn(f"no CUDA graph, steps are slower: {get_reason(cause, 100)}")

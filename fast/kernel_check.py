@@ -16,6 +16,7 @@ import torch
 
 from fast import gpu
 from fast.gpu import kernels
+from util import get_reason, warn
 
 NUM_COMPARED = 64  # rows
 MOST_ROWS = 2**16  # most latents to try kernels on; a run may have more, and scores a few at a time
@@ -58,10 +59,6 @@ def check(build, device, num_particles, batch_size, memory_size=0, init_memory=N
     kernels.use([name for name in names if faults[name] is None])
 
 
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
-
-
 def compile_side_by_side(functions, device):
     """Compiles the kernels that functions would launch, in threads, without launching them. What fails here fails again in
     find_fault, which reports it"""
@@ -96,7 +93,7 @@ def find_fault(name, functions, device):
                 if not difference <= TOLERANCE:
                     return f"the result differs by {difference.item():.1%}"
     except Exception as error:  # from Triton, from CUDA, or from this program
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+        reason = get_reason(error, 100)
         try:
             synchronize(device)
         except RuntimeError:

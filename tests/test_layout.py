@@ -15,7 +15,8 @@ losses
 scoring
 models data
 rendering images
-fast util
+fast
+util
 """
 
 

@@ -1,5 +1,6 @@
 """Reading characters of one's own: strokes on the ink, and what is written about them"""
 
+import functools
 import json
 
 import imageio.v3 as imageio
@@ -78,6 +79,7 @@ def test_strokes_lie_on_the_ink(photograph, tmp_path, run_script):  # noqa: F811
 
 def test_programs_and_files_that_cannot_be_read(photograph, tmp_path, run_script, monkeypatch):  # noqa: F811
     monkeypatch.setattr(search, "QUICK", search.Effort(1, 1, 10, 10, 5, 0))
+    monkeypatch.setattr(search, "read", functools.partial(search.read, num_proposals=50))
     monkeypatch.setattr(read.rendering, "set_compile", lambda enabled: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"no picture")
