@@ -263,11 +263,6 @@ def describe_leads(models):
 # ------------------------------------------------------------------ tables
 
 
-def get_name(run_name):
-    """A run's name without its seed, which names the row that it shares with other seeds"""
-    return re.sub(r"_seed=\d+", "", run_name)
-
-
 def is_test_run(name):
     return name.startswith("test_run_")
 
@@ -294,7 +289,7 @@ def name_rows(settings):
     own name. If data were replaced between seeds, the row of the later ones also names the data"""
     rows, firsts = {}, {}  # firsts: what seeds share -> the first run's row and settings
     for name in sorted(settings, key=get_order):
-        model, seedless = {**settings[name], "seed": None}, get_name(name)
+        model, seedless = {**settings[name], "seed": None}, re.sub(r"_seed=\d+", "", name)
         row = f"{seedless}_data={model.get('data')}" if seedless in rows.values() else seedless
         row, first = firsts.setdefault((re.sub("_data-location=[^_]*", "", seedless), model.get("data")), (row, model))
         rows[name] = name if compare_settings(model, first) else row
@@ -489,12 +484,6 @@ def read_milestones(name, modes="*"):
             continue
         groups[get_images(result), describe_work(result["settings"])][result["model_iteration"]] = result
     return groups
-
-
-def write_milestones(name, mode):
-    """Writes a CSV and a figure of a run's log p against iterations. Returns: lines of text that describe them"""
-    path = get_milestones_folder(name, mode).with_suffix(".pdf")
-    return draw_milestones({name: read_milestones(name, mode)}, path)
 
 
 def compare_milestones(names):
