@@ -354,7 +354,9 @@ def test_a_full_disk_behind_standard_output_and_a_cache_that_cannot_be_written(f
     with open("/dev/full", "w") as full:
         process = subprocess.run([*command, "--num-iterations", "2"], stdout=full, stderr=subprocess.PIPE, text=True, env=cache)
     assert process.returncode == 0 and load_all(get_run_folder())["latest.pt"]["iteration"] == 2
-    assert (folder / f"torchinductor_cache_{os.getuid()}").is_dir()  # takes its place
+    code = "from fast import before_torch; import os; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=cache)
+    assert process.stdout == f"{folder}/torchinductor_cache_{os.getuid()}\n"  # takes its place
 
 
 def test_closed_streams(folder):  # noqa: F811
