@@ -205,7 +205,7 @@ def refusing(function):
         if isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith("/proc"):
             raise FileNotFoundError(2, "No such file or directory", os.fspath(path))
         return function(path, *args, **kwargs)
-    return call
+    return staticmethod(call)  # a class may keep it, as pathlib of Python 3.10 does
 builtins.open = io.open = refusing(io.open)
 os.stat = refusing(os.stat)
 class Library:
