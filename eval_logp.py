@@ -155,6 +155,11 @@ def build_models(args, checkpoint, num_images, device):
 # ------------------------------------------------------------------ steps
 
 
+def get_num_dreams(args):
+    """The number of samples of the model in a step of sleep: 5000 by default"""
+    return args.batch_size * args.num_particles
+
+
 def get_obs_id(evaluation):
     """Indices of the current iteration's batch: [B]"""
     num_images = len(evaluation.obs)
@@ -170,7 +175,7 @@ def train_step(evaluation, obs_id):
     if args.algorithm == "mws":
         return memoised_step(evaluation, obs_id)
     if args.algorithm == "sleep":
-        loss, statistics = losses.sleep_in_parts(*networks, args.batch_size * args.num_particles)
+        loss, statistics = losses.sleep_in_parts(*networks, get_num_dreams(args))
     else:
         scorer = functools.partial(evaluation.table.score, obs_id) if looks_scores_up(evaluation) else losses.score
         step = losses.Step(
@@ -532,7 +537,7 @@ def get_choices(args):
     choices = {name: getattr(args, name) for name in CHOICES}
     if args.algorithm == "mws":
         choices |= {"memory_size": args.memory_size, "effort": args.effort, "search": search.VERSION}
-    return choices | ({"num_dreams": args.batch_size * args.num_particles} if args.algorithm == "sleep" else {})
+    return choices | ({"num_dreams": get_num_dreams(args)} if args.algorithm == "sleep" else {})
 
 
 def get_settings(args, checkpoint, images, kind):
