@@ -394,7 +394,7 @@ def _run_half(num_threads, arguments):
 def evaluate(args):
     """Evaluates a checkpoint. Returns: the exit status"""
     checkpoint_path = checkpoints.find(args.checkpoint_path)
-    checkpoint = load_finite(checkpoint_path, util.get_device(args.cuda))
+    checkpoint = load_numbers(checkpoint_path, util.get_device(args.cuda), args.algorithm)
     name = checkpoints.get_run_name(checkpoint_path, checkpoint["args"])
     path = checkpoints.get_result_path(name, vars(args))
     with StopSignal() as stop:
@@ -404,12 +404,13 @@ def evaluate(args):
     return status
 
 
-def load_finite(path, device):
-    """Loads a checkpoint of main.py. Raises: UserError if that fails, or the generative model has values that are not finite"""
+def load_numbers(path, device, algorithm):
+    """Loads a checkpoint of main.py. Raises: UserError if that fails, or if a part that the algorithm uses holds NaN. (Masks of
+    attention hold infinity.)"""
     checkpoint = checkpoints.load(path, device)
-    values = [value for value in checkpoint["generative_model"].values() if torch.is_tensor(value)]
-    if not all(value.isfinite().all() for value in values):
-        raise UserError(f"{path}: the generative model has values that are not finite, so it cannot be evaluated")
+    for part in ["generative_model"] + ["inference_network"] * (algorithm in ("own", "mws")):
+        if any(value.isnan().any() for value in checkpoint[part].values() if torch.is_tensor(value)):
+            raise UserError(f"{path}: the {part.replace('_', ' ')} has values that are not numbers, so it cannot be evaluated")
     return checkpoint
 
 
@@ -421,7 +422,7 @@ def evaluate_every_checkpoint(args):
     with StopSignal() as stop:
         for path in checkpoints.get_all(given)[::-1]:
             try:
-                checkpoint = load_finite(path, device)
+                checkpoint = load_numbers(path, device, args.algorithm)
             except UserError as error:
                 warn(f"{error}; left out")
                 continue

@@ -358,7 +358,7 @@ class Step(NamedTuple):
 def init_state(args, num_data, device):
     """The initial state of the objective that a run's arguments choose: {name: part}, on the device. Raises: UserError if a
     part's name is taken"""
-    init = getattr(OBJECTIVES[args.algorithm], "init_state", None)
+    init = util.get_init_state(OBJECTIVES[args.algorithm])
     available = {**vars(args), "num_data": num_data}
     parts = {} if init is None else init(**{name: available[name] for name in inspect.signature(init).parameters})
     for name, part in parts.items():
@@ -374,7 +374,9 @@ def get_loss(args, step, state, **others):
     Args: step: a Step; state: from `init_state`; others: passed on by name, if the objective takes them"""
     objective = OBJECTIVES[args.algorithm]
     available = {**util.get_own_settings(args, "algorithm"), **step._asdict(), **state, **others}
-    loss, statistics = objective(**{name: available[name] for name in _get_names(objective) or available if name in available})
+    fixed = getattr(objective, "keywords", {})  # by functools.partial
+    names = [name for name in _get_names(objective) or available if name in available and name not in fixed]
+    loss, statistics = objective(**{name: available[name] for name in names})
     return loss, get_statistics(statistics, [step.iteration, step.generative_model, step.inference_network, *state.values()])
 
 

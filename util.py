@@ -259,14 +259,19 @@ def get_fields():
 
 @functools.cache
 def get_own_fields(function):
-    """The settings that an algorithm or likelihood declares: a list of Fields"""
-    fields = []
-    for part in filter(None, [function, getattr(function, "init_state", None)]):
+    """The settings that an algorithm or likelihood declares: a list of Fields. Those that a functools.partial fixes are none"""
+    fields, fixed = [], getattr(function, "keywords", {})
+    for part in filter(None, [function, get_init_state(function)]):
         for name, parameter in inspect.signature(part, eval_str=True).parameters.items():
             kind = parameter.annotation
-            if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], Setting):
+            if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], Setting) and name not in fixed:
                 fields.append(make_field(name, kind, parameter.default))
     return fields
+
+
+def get_init_state(objective):
+    """The function that losses.keeps declared for an objective, also for a functools.partial of it; or None"""
+    return getattr(getattr(objective, "func", objective), "init_state", None)
 
 
 def make_field(name, kind, default):

@@ -2,10 +2,12 @@
 the text of a copy of the project, which is then used as they would."""
 
 import argparse
+import functools
 import inspect
 import json
 import pathlib
 import shutil
+from typing import Annotated
 
 import forks
 import pytest
@@ -363,6 +365,23 @@ def test_names_of_state_that_are_taken(name, monkeypatch):
     monkeypatch.setitem(losses.OBJECTIVES, "mine", losses.keeps(lambda: {name: torch.zeros(())})(lambda **_: None))
     with pytest.raises(util.UserError, match=f"a part called {name}: the name is taken"):
         losses.init_state(argparse.Namespace(algorithm="mine"), 5, torch.device("cpu"))
+
+
+def test_a_partial_of_an_objective_keeps_what_it_fixes_and_the_state(monkeypatch):
+    """Its arguments are not replaced by the run's of the same name, and what it fixes is no setting of it"""
+    taken = []
+
+    @losses.keeps(lambda num_data: {"memory": torch.zeros(num_data)})
+    def mine(memory, num_particles, weight: Annotated[float, util.Setting("a weight")] = 1.0):
+        taken.append((len(memory), num_particles, weight))
+        return memory.sum(), {}
+
+    for name, objective in [("mine", mine), ("ours", functools.partial(mine, num_particles=3, weight=2.0))]:
+        monkeypatch.setitem(losses.OBJECTIVES, name, objective)
+        args = main.parse_args(["--algorithm", name, "--num-particles", "4", "--weight", "5"])
+        step = losses.Step(*[torch.nn.Linear(1, 1)] * 2, torch.zeros(1), None, None, 4, 0, torch.tensor(0))
+        losses.get_loss(args, step, losses.init_state(args, 7, torch.device("cpu")))
+    assert taken == [(7, 4, 5.0), (7, 3, 2.0)] and util.get_fields()["weight"].owners == (("algorithm", "mine"),)
 
 
 def test_frozen_parameters_stay_as_they_are():

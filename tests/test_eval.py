@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import csv
 import functools
 import math
@@ -796,6 +797,20 @@ def test_joint_bound_takes_each_latent_once():
     results = [get_result([4, 2], [-3.0, -1.0]), get_result([2, 6], [-1.0, -2.0])]
     bound = report.get_joint_bound(results)
     assert bound.item() == pytest.approx(math.log(math.exp(-3) + math.exp(-1) + math.exp(-2)))
+
+
+@pytest.mark.parametrize("part, algorithm", [("generative_model", "rws"), ("inference_network", "mws")])
+def test_nan_is_refused_at_once_and_infinity_is_not(part, algorithm, model):
+    path = checkpoints.find(model)
+    checkpoint = checkpoints.load(path)
+    checkpoint[part] |= {"mask": torch.tensor([0, -torch.inf]), "count": torch.tensor(3)}
+    for value, error in [(1.0, None), (torch.nan, f"the {part.replace('_', ' ')} has values that are not numbers")]:
+        checkpoint[part]["last"] = torch.tensor([0, value])
+        util.save_checkpoint(path, checkpoint)
+        with pytest.raises(UserError, match=error) if error else contextlib.nullcontext():
+            eval_logp.load_numbers(path, "cpu", algorithm)
+    if part == "inference_network":
+        eval_logp.load_numbers(path, "cpu", "rws")  # which trains a network of its own
 
 
 def test_bad_input(folder, run_script):  # noqa: F811
