@@ -1,18 +1,55 @@
 import os
 import pathlib
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, a process for each core
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import scipy.io  # noqa: E402
 import torch  # noqa: E402
 
+import util  # noqa: E402
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+NUM_ALPHABETS = 5
 
 
 def assert_near(got, want, tolerance, floor=0.0):
     """Each tensor is another one, to a tolerance of that one's norm"""
     for x, y in zip(got, want, strict=True):
         assert (x - y).norm() <= tolerance * y.norm() + floor
+
+
+def assert_same(a, b, name=""):
+    """Two checkpoints, bit for bit"""
+    assert type(a) is type(b), name
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        for key in a:
+            assert_same(a[key], b[key], f"{name}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), name
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{name}/{i}")
+    else:
+        assert a == b or (a != a and b != b), name
+
+
+def make_mat(num_train=200, num_test=40):
+    """In chardata.mat's format, column by column: image i has ink in its top row, left part of i + 1 pixels"""
+    random_state = np.random.RandomState(0)
+    mat = {}
+    for prefix, num in [("", num_train), ("test", num_test)]:
+        images = np.zeros((num, 28, 28), np.float32)
+        for i, image in enumerate(images):
+            image[0, : i % 28 + 1] = 1
+        mat[prefix + "data"] = images.transpose(0, 2, 1).reshape(num, 784).T
+        mat[prefix + "target"] = np.eye(NUM_ALPHABETS, dtype=np.uint8)[np.arange(num) % NUM_ALPHABETS].T
+        mat[prefix + "targetchar"] = random_state.randint(1, 9, (1, num))
+    return mat
 
 
 def pytest_addoption(parser):
@@ -23,6 +60,30 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with data of 5 alphabets in chardata.mat's format"""
+    monkeypatch.chdir(tmp_path)
+    scipy.io.savemat("data.mat", make_mat(80, 6))
+    return tmp_path
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Calls a script's main with arguments as its last lines do. Returns: (status, stdout, stderr)"""
+
+    def run_script(script, *argv):
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+            patch.setattr(sys, "stdout", sys.stdout)  # run_script replaces them
+            patch.setattr(sys, "stderr", sys.stderr)
+            util.run_script(script.main)
+        return end.value.code, *capsys.readouterr()
+
+    return run_script
 
 
 @pytest.fixture(scope="session")

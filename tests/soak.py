@@ -23,7 +23,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from test_main import assert_same  # noqa: E402
+from conftest import assert_same  # noqa: E402
 
 SWEEP = [sys.executable, str(ROOT / "sweep.py"), "--test-run", "--models", "mws_3", "rws_3", "vimco_3", "--seeds", "0"]
 TRAIN = [*SWEEP, "--", "--save-interval=3", "--num-particles=4"]

@@ -11,11 +11,8 @@ from typing import Annotated
 
 import forks
 import pytest
-import scipy.io
 import torch
-from conftest import ROOT
-from test_data import make_mat
-from test_main import assert_same
+from conftest import ROOT, assert_same
 from test_models import GRUDecoder, MixtureWeights
 
 import losses
@@ -212,12 +209,10 @@ def change(copy, changes):
 
 
 @pytest.fixture
-def copy(tmp_path, monkeypatch):
+def copy(folder):
     """A copy of the project's modules, beside data of five alphabets"""
-    monkeypatch.chdir(tmp_path)
-    scipy.io.savemat("data.mat", make_mat(80, 6))
     left_out = shutil.ignore_patterns(".*", "docs", "pretrained", "save", "shared", "tests", "__pycache__")
-    return pathlib.Path(shutil.copytree(ROOT, tmp_path / "changed_copy", ignore=left_out))
+    return pathlib.Path(shutil.copytree(ROOT, folder / "changed_copy", ignore=left_out))
 
 
 def use(code, *argv):

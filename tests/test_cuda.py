@@ -11,8 +11,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, assert_near
-from test_main import assert_same
+from conftest import ROOT, assert_near, assert_same
 from test_models import GRUDecoder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

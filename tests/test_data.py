@@ -14,26 +14,11 @@ import pytest
 import scipy.io
 import scipy.sparse
 import torch
+from conftest import NUM_ALPHABETS, make_mat
 
 import data
 import images
 from util import UserError
-
-NUM_ALPHABETS = 5
-
-
-def make_mat(num_train=200, num_test=40):
-    """In chardata.mat's format, column by column: image i has ink in its top row, left part of i + 1 pixels"""
-    random_state = np.random.RandomState(0)
-    mat = {}
-    for prefix, num in [("", num_train), ("test", num_test)]:
-        images = np.zeros((num, 28, 28), np.float32)
-        for i, image in enumerate(images):
-            image[0, : i % 28 + 1] = 1
-        mat[prefix + "data"] = images.transpose(0, 2, 1).reshape(num, 784).T
-        mat[prefix + "target"] = np.eye(NUM_ALPHABETS, dtype=np.uint8)[np.arange(num) % NUM_ALPHABETS].T
-        mat[prefix + "targetchar"] = random_state.randint(1, 9, (1, num))
-    return mat
 
 
 def save_mat(path, **changes):

@@ -15,7 +15,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
-from test_main import TINY, folder  # noqa: F401
+from test_main import TINY
 from test_util import cut
 
 import data
@@ -29,7 +29,6 @@ from results import drawings, figures, report
 from runs import checkpoints
 from util import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 TRAIN = [*TINY, *"--likelihood learned-affine --data-location data.mat --pretrain-iterations 4 --num-iterations 12".split()]
 DRAW = "--num-reconstructions 6 --num-prior-samples 5 --alphabet-num-rows 2 --alphabet-num-cols 2".split()
 
@@ -93,7 +92,7 @@ def get_files(name):
 FILES = {"losses.pdf", "primitives/12.pdf", "prior/12.pdf", "reconstructions/12.pdf", "reconstructions/12.gif"}
 
 
-def test_every_kind_of_run(folder, capsys):  # noqa: F811
+def test_every_kind_of_run(folder, capsys):
     """Conditional or not; runs without a checkpoint, with a damaged one, without data; and the overview of all"""
     plain, conditional = train("--algorithm", "rws", "--likelihood", "bernoulli"), train("--condition-on-alphabet")
     flags = f"--num-data 3 --num-particles 4 --num-iterations 3 --test-num-particles 5 --checkpoint-path {plain}"
@@ -119,11 +118,11 @@ def test_every_kind_of_run(folder, capsys):  # noqa: F811
     assert new == {"losses/6.pdf", "primitives/6.pdf", "prior/6.pdf"}
 
 
-def test_vectors(folder):  # noqa: F811
+def test_vectors(folder):
     model = train("--condition-on-alphabet")
     flags = [*DRAW, "--checkpoint-path", model, "--resolution", "40", "--svg", "--obs-ids", "3", "5"]
     assert diagnostics.main(flags) == 0
-    folder = util.SAVE / model / "reconstructions/12"  # noqa: F811
+    folder = util.SAVE / model / "reconstructions/12"
     assert {path.name for path in folder.iterdir()} == {"3.svg", "3.json", "5.svg", "5.json"}
     checkpoint = util.load_checkpoint(checkpoints.find(model))
     generative_model, _ = models.from_checkpoint(checkpoint)
@@ -149,7 +148,7 @@ def count_figures():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.distributed.reduce_op. is deprecated")  # one of the objects that are counted
-def test_many_checkpoints(folder, monkeypatch):  # noqa: F811
+def test_many_checkpoints(folder, monkeypatch):
     """What one checkpoint after another is drawn with goes again; no display, no pyplot"""
     model = train()
     checkpoints = util.SAVE / model / "checkpoints"
@@ -184,7 +183,7 @@ def find_chromium():
     return next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 
 
-def check_overview(folder, model, other):  # noqa: F811
+def check_overview(folder, model, other):
     text = pathlib.Path("save/index.html").read_text()
     page = Page(text)
     assert len(page.links) == len(page.images) == 4 + 5 + 4
@@ -206,14 +205,14 @@ def check_overview(folder, model, other):  # noqa: F811
     assert "<title>13</title>" in dom
 
 
-def test_missing_and_nothing(folder, capsys):  # noqa: F811
+def test_missing_and_nothing(folder, capsys):
     assert diagnostics.main([]) == 0
     assert "no run in save/ yet" in capsys.readouterr().out and not pathlib.Path("save").exists()
     with pytest.raises(UserError, match="there is no checkpoint mws_20; save/ holds no run"):
         diagnostics.main(["--checkpoint-path", "mws_20"])
 
 
-def test_learns_real_characters(omniglot, folder):  # noqa: F811
+def test_learns_real_characters(omniglot, folder):
     """MWS on fifty characters, to be quick: its loss falls, and it draws its ink where theirs is"""
     location = str(omniglot / "chardata.mat")
     flags = "--dataset-size 50 --batch-size 50 --pretrain-iterations 0 --num-iterations 75 --likelihood bernoulli"
@@ -240,12 +239,12 @@ def test_learns_real_characters(omniglot, folder):  # noqa: F811
 def make_folder(path, num_alphabets):
     """Images in subfolders, which are alphabets"""
     for i in range(num_alphabets):
-        (folder := pathlib.Path(path) / str(i)).mkdir(parents=True)  # noqa: F811
+        (folder := pathlib.Path(path) / str(i)).mkdir(parents=True)
         for j in range(12):
             imageio.imwrite(folder / f"{j}.png", np.random.RandomState(j).randint(0, 2, (28, 28), np.uint8) * 255)
 
 
-def test_data_with_other_alphabets(folder, capsys):  # noqa: F811
+def test_data_with_other_alphabets(folder, capsys):
     model = train("--condition-on-alphabet", "--algorithm", "rws")
     make_folder("other", 7)
     capsys.readouterr()
@@ -263,7 +262,7 @@ def test_data_with_other_alphabets(folder, capsys):  # noqa: F811
     assert any(file.startswith("alphabets/") for file in get_files(model))
 
 
-def test_data_of_another_size(folder, capsys):  # noqa: F811
+def test_data_of_another_size(folder, capsys):
     """A model trained on a few photographs reads all of other data that has no such part and no photographs"""
     for i in range(24):
         page = np.full((60, 60), 255, np.uint8)

@@ -19,8 +19,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, assert_same
 from test_enumeration import NUM_IMAGES, get_exact, get_latents, get_tiny
-from test_main import assert_same, folder, run_script  # noqa: F401
 from test_util import cut
 
 import data
@@ -37,7 +37,6 @@ from results import conditioning, report
 from runs import checkpoints, convert
 from util import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 TRAIN = (
     "--data-location data.mat --num-primitives 2 --num-arcs 2 --q-lstm-hidden-size 8 --obs-embedding-dim 8"
     " --batch-size 7 --algorithm rws --num-particles 2 --pretrain-iterations 0 --num-iterations 4 --no-compile"
@@ -52,7 +51,7 @@ def train(*flags):
 
 
 @pytest.fixture
-def model(folder):  # noqa: F811
+def model(folder):
     """A trained model with 8 latents; returns its path base"""
     return train()
 
@@ -170,7 +169,7 @@ def get_exact_log_p(model, *flags):
 
 
 @pytest.mark.parametrize("algorithm, conditional", [("sleep", True), ("rws", False), ("vimco", False)])
-def test_estimates_of_an_enumerable_model(folder, algorithm, conditional):  # noqa: F811
+def test_estimates_of_an_enumerable_model(folder, algorithm, conditional):
     model = train(*["--condition-on-alphabet"] * conditional)
     result = evaluate(model, algorithm, "--test-num-particles", "5000", "--batch-size", "4", num_iterations=100)
     exact = get_exact_log_p(model)
@@ -184,7 +183,7 @@ def test_estimates_of_an_enumerable_model(folder, algorithm, conditional):  # no
 
 
 @pytest.mark.parametrize("memory_size", [2, 8])
-def test_own_network_and_memory(folder, memory_size):  # noqa: F811
+def test_own_network_and_memory(folder, memory_size):
     """The guaranteed bound is below log p(x), and equal to it once the memory holds all eight programs"""
     model = train("--algorithm", "mws", "--memory-size", str(memory_size), "--num-iterations", "8")
     given = "--mode train --images spread --num-data 9 --test-num-particles".split()
@@ -202,7 +201,7 @@ def test_own_network_and_memory(folder, memory_size):  # noqa: F811
     assert (images.obs == obs[torch.linspace(0, len(obs) - 1, 9).round().long()]).all()
 
 
-def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
+def test_every_checkpoint(folder, capsys, monkeypatch):
     """Each milestone once; resumed; a damaged one is left out; training and test images stay apart"""
     model = train(*"--algorithm mws --memory-size 2 --num-iterations 6 --dataset-size 20".split())
     every = f"--algorithm own --every-checkpoint --no-compile --test-num-particles 20 --checkpoint-path {model}".split()
@@ -263,7 +262,7 @@ def test_every_checkpoint(folder, capsys, monkeypatch):  # noqa: F811
 
 
 @pytest.fixture
-def small_model(folder):  # noqa: F811
+def small_model(folder):
     """A conditional model that knows ten images of each alphabet; returns its path base"""
     return train("--small-dataset", "--condition-on-alphabet", "--likelihood", "bernoulli")
 
@@ -283,7 +282,7 @@ def test_the_images_are_the_first_of_the_test_part(small_model, monkeypatch):
         torch.testing.assert_close(result["enumeration_bound_by_image"], exact, atol=1e-3, rtol=0)
 
 
-def test_a_conditional_model_knows_its_alphabets_by_name(folder):  # noqa: F811
+def test_a_conditional_model_knows_its_alphabets_by_name(folder):
     """Equally many others are refused, unless they have no names or are the same data, renamed"""
     obs = torch.bernoulli(torch.full((40, 28, 28), 0.1)).numpy()
     for name, images, labels in [("one", obs, "ab"), ("renamed", obs, "bc"), ("other", obs[::-1], "bc")]:
@@ -298,7 +297,7 @@ def test_a_conditional_model_knows_its_alphabets_by_name(folder):  # noqa: F811
     data.load_for_model(checkpoint, "other.npz")
 
 
-def test_the_model_of_an_evaluation_is_the_runs(folder, capsys):  # noqa: F811
+def test_the_model_of_an_evaluation_is_the_runs(folder, capsys):
     """Not one that training has replaced, as by starting over, nor the network of an earlier iteration of pretraining"""
     flags = [*TRAIN, "--name", "own"]
     main.main([*flags, "--num-iterations", "9"])
@@ -708,7 +707,7 @@ def get_rows(*runs):
     return [report.get_row(*model) for models in report.group(runs).values() for model in models.items()]
 
 
-def test_different_images_share_no_row_and_no_table(monkeypatch, capsys, folder):  # noqa: F811
+def test_different_images_share_no_row_and_no_table(monkeypatch, capsys, folder):
     """Not even of two seeds; test images and then those of most models come first, and only they are drawn"""
     runs = [get_fake_run("mws_5", "aa", -100.0, "training"), get_fake_run("mws_5_seed=1", "bb", -130.0)]
     runs += [get_fake_run("mws_5_seed=2", "cc", -140.0, search_error=(0.25, 1.0)), get_fake_run("rws_5", "cc", -150.0)]
@@ -774,7 +773,7 @@ def test_what_the_alphabet_is_worth():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.pt")), ids=lambda path: path.stem)
-def test_pretrained_models(folder, path):  # noqa: F811
+def test_pretrained_models(folder, path):
     """Whole, found from anywhere, and better on their own samples than on noise"""
     checkpoint = checkpoints.load(checkpoints.find(f"pretrained/{path.stem}"))
     generative_model, network = models.from_checkpoint(checkpoint)
@@ -813,7 +812,7 @@ def test_nan_is_refused_at_once_and_infinity_is_not(part, algorithm, model):
         eval_logp.load_numbers(path, "cpu", "rws")  # which trains a network of its own
 
 
-def test_bad_input(folder, run_script):  # noqa: F811
+def test_bad_input(folder, run_script):
     pathlib.Path("broken.pt").write_bytes(b"PK")
     torch.save({"a": 1}, "other.pt")
     cases = [

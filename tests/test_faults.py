@@ -15,8 +15,8 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_main import SHORT, TINY, assert_same, folder, get_run_folder, run, run_script  # noqa: F401
+from conftest import ROOT, assert_same
+from test_main import SHORT, TINY, get_run_folder, run
 
 import diagnostics
 import eval_logp
@@ -39,7 +39,7 @@ def load_all(run_folder):
 # ------------------------------------------------------------------ damage, and files from elsewhere
 
 
-def test_every_flipped_byte_is_noticed(folder):  # noqa: F811
+def test_every_flipped_byte_is_noticed(folder):
     """Of a small file, each; of a run's model and memory, a thousand damages of any kind, and of its checkpoint, twenty"""
     small = bytearray(util.encode({"args": {"seed": 3}, "memory": torch.arange(6).view(1, 2, 3)}))
     assert util.decode(bytes(small))["memory"].sum() == 15
@@ -68,7 +68,7 @@ def test_every_flipped_byte_is_noticed(folder):  # noqa: F811
             checkpoints.load(path)
 
 
-def test_an_intact_checkpoint_takes_the_place_of_a_damaged_one(folder, capsys):  # noqa: F811
+def test_an_intact_checkpoint_takes_the_place_of_a_damaged_one(folder, capsys):
     run(*FLAGS)
     expected, latest = load_all(get_run_folder()), get_run_folder() / "checkpoints/latest.pt"
     latest.write_bytes(latest.read_bytes()[:-100])
@@ -79,7 +79,7 @@ def test_an_intact_checkpoint_takes_the_place_of_a_damaged_one(folder, capsys): 
     assert "newest intact checkpoint" in capsys.readouterr().err
 
 
-def test_one_bad_run_does_not_stop_the_others(folder, capsys):  # noqa: F811
+def test_one_bad_run_does_not_stop_the_others(folder, capsys):
     run(*FLAGS)
     good = get_run_folder().name
     checkpoint = util.load_checkpoint(checkpoints.get_path(good))
@@ -101,7 +101,7 @@ HOSTILE += [("data_location", "a\0b"), ("likelihood", "../../x"), ("num_arcs", 1
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # a tensor in the place of a list
-def test_forged_files_end_in_one_line(folder, capsys):  # noqa: F811
+def test_forged_files_end_in_one_line(folder, capsys):
     """With the right digest, and anything in the place of each entry; nothing is allocated for sizes that are not the file's"""
     run(*FLAGS)
     latest = get_run_folder() / "checkpoints/latest.pt"
@@ -122,7 +122,7 @@ def test_forged_files_end_in_one_line(folder, capsys):  # noqa: F811
     assert sorted(folder.rglob("*")) == before and num_refused > 0.8 * len(forged)
 
 
-def test_a_file_of_an_older_version_is_rewritten(folder, capsys):  # noqa: F811
+def test_a_file_of_an_older_version_is_rewritten(folder, capsys):
     run(*FLAGS, "--algorithm", "rws", "--num-iterations", "5")
     path = get_run_folder() / "checkpoints/latest.pt"
     saved = util.load_checkpoint(path)
@@ -152,7 +152,7 @@ def test_a_file_of_an_older_version_is_rewritten(folder, capsys):  # noqa: F811
         assert_same(got[name], value, name)
 
 
-def test_names_from_outside_are_shown_literally(folder, run_script, capsys):  # noqa: F811
+def test_names_from_outside_are_shown_literally(folder, run_script, capsys):
     """Mathematics, bytes that are not UTF-8"""
     run(*FLAGS)
     names = [os.fsencode("$x_$.png"), b"lat\xff.png", b"a$b.png"]
@@ -180,7 +180,7 @@ def test_names_from_outside_are_shown_literally(folder, run_script, capsys):  # 
     assert "_{\\udcff$.npy" in pathlib.Path("save/index.html").read_text()
 
 
-def test_strokes_without_sharpness_or_width(folder):  # noqa: F811
+def test_strokes_without_sharpness_or_width(folder):
     run(*FLAGS)
     latest = get_run_folder() / "checkpoints/latest.pt"
     checkpoint = util.load_checkpoint(latest)
@@ -191,7 +191,7 @@ def test_strokes_without_sharpness_or_width(folder):  # noqa: F811
     assert diagnostics.main(["--num-reconstructions", "2", "--num-prior-samples", "2", "--svg"]) == 0
 
 
-def test_a_question_without_a_terminal(folder, monkeypatch):  # noqa: F811
+def test_a_question_without_a_terminal(folder, monkeypatch):
     run(*FLAGS)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     with pytest.raises(UserError, match="give --yes"):
@@ -199,7 +199,7 @@ def test_a_question_without_a_terminal(folder, monkeypatch):  # noqa: F811
     assert get_run_folder().exists()
 
 
-def test_a_forged_evaluation_starts_over_or_ends_in_one_line(folder, capsys):  # noqa: F811
+def test_a_forged_evaluation_starts_over_or_ends_in_one_line(folder, capsys):
     run(*FLAGS)
     model = get_run_folder().name
     flags = "--algorithm rws --num-data 2 --num-particles 3 --test-num-particles 4 --lstm-hidden-size 8".split()
@@ -235,7 +235,7 @@ def die(*cases):
 KINDS = [["mws"], ["rws"], ["vimco"], ["sleep"], ["mws", "--condition-on-alphabet", "--likelihood", "learned-affine"]]
 
 
-def test_killed_between_any_two_file_operations(folder):  # noqa: F811
+def test_killed_between_any_two_file_operations(folder):
     """A stand-in for os.replace and os.fsync dies at the n-th call, for every n (of other kinds of runs, every
     eleventh); then the run goes on. All files, milestones included, end with the bits of one that was never stopped."""
     flags = [*TINY, "--data-location", "data.mat", "--pretrain-iterations", "1", "--num-iterations", "2"]
@@ -272,7 +272,7 @@ def load_evaluations(run_folder):
     return {path.name: util.load_checkpoint(path, keys=set()) for path in (run_folder / "logp").glob("*.pt")}
 
 
-def test_a_run_continues_to_more_iterations(folder, capsys):  # noqa: F811
+def test_a_run_continues_to_more_iterations(folder, capsys):
     flags = [*TINY, "--data-location", "data.mat", "--pretrain-iterations", "2"]
     run(*flags, "--num-iterations", "8", "--name", "long")
     run(*flags, "--num-iterations", "4", "--name", "short")
@@ -300,7 +300,7 @@ PARAMETERS = ["generative_model.pre_dxdy", "generative_model.theta_affine", "inf
     *[("mws", where) for where in PARAMETERS], ("rws", PARAMETERS[0]), ("rws", PARAMETERS[2]),
     ("vimco", PARAMETERS[1]), ("vimco", PARAMETERS[2]), ("sleep", PARAMETERS[0]),
 ])  # fmt: skip
-def test_divergence_ends_the_run(folder, algorithm, where, monkeypatch):  # noqa: F811
+def test_divergence_ends_the_run(folder, algorithm, where, monkeypatch):
     """Real NaN parameters, from the fourth iteration on"""
     train_step = main.train_step
 
@@ -333,7 +333,7 @@ def get_options(script):
 
 
 @pytest.mark.parametrize("script", ["main", "eval_logp", "diagnostics", "sweep"])
-def test_any_value_of_an_option_is_taken_or_refused_in_one_line(script, folder):  # noqa: F811
+def test_any_value_of_an_option_is_taken_or_refused_in_one_line(script, folder):
     module = {"main": main, "eval_logp": eval_logp, "diagnostics": diagnostics, "sweep": sweep}[script]
     options = get_options(script)
     assert len(options) >= 8
@@ -348,7 +348,7 @@ def test_any_value_of_an_option_is_taken_or_refused_in_one_line(script, folder):
 # ------------------------------------------------------------------ streams and environment
 
 
-def test_a_full_disk_behind_standard_output_and_a_cache_that_cannot_be_written(folder):  # noqa: F811
+def test_a_full_disk_behind_standard_output_and_a_cache_that_cannot_be_written(folder):
     command = [sys.executable, ROOT / "main.py", *TINY, "--data-location", "data.mat", "--pretrain-iterations", "1"]
     cache = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "data.mat" / "cache"), "TMPDIR": str(folder)}
     with open("/dev/full", "w") as full:
@@ -359,7 +359,7 @@ def test_a_full_disk_behind_standard_output_and_a_cache_that_cannot_be_written(f
     assert process.stdout == f"{folder}/torchinductor_cache_{os.getuid()}\n"  # takes its place
 
 
-def test_closed_streams(folder):  # noqa: F811
+def test_closed_streams(folder):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import pathlib, util\n"

@@ -19,8 +19,8 @@ import time
 import pytest
 import scipy.io
 import torch
-from test_data import make_mat
-from test_main import SHORT, TINY, assert_same, folder, get_run_folder, load_latest, run, run_script  # noqa: F401
+from conftest import ROOT, assert_same, make_mat
+from test_main import SHORT, TINY, get_run_folder, load_latest, run
 from test_sweep import wait_for
 
 import data
@@ -33,15 +33,13 @@ from runs import checkpoints, locks
 from runs.saving import StopSignal
 from util import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
 # ------------------------------------------------------------------ data that move
 
 LONG = "--p-lstm-hidden-size 5 --p-uniform-mixture 0.1 --q-uniform-mixture 0.2 --prior-lr-factor 0.7".split()
 
 
 @pytest.mark.parametrize("flags", [[], ["--name", "mine"], LONG])  # with LONG, the folder's name is cut off
-def test_a_run_goes_on_wherever_its_data_are(folder, flags):  # noqa: F811
+def test_a_run_goes_on_wherever_its_data_are(folder, flags):
     run(*SHORT, *flags, "--data-location", "data.mat")
     expected = load_latest()
     shutil.rmtree("save")
@@ -56,7 +54,7 @@ def test_a_run_goes_on_wherever_its_data_are(folder, flags):  # noqa: F811
     assert_same({name: value for name, value in load_latest().items() if name in expected}, expected)
 
 
-def test_other_data_are_another_run(folder, monkeypatch):  # noqa: F811
+def test_other_data_are_another_run(folder, monkeypatch):
     """In a place of the same name; changed where they are, they are refused. Omniglot counts as well, wherever it is"""
     monkeypatch.setenv("OMNIGLOT_PATH", "data.mat")
     run(*SHORT, "--num-iterations", "5")
@@ -72,7 +70,7 @@ def test_other_data_are_another_run(folder, monkeypatch):  # noqa: F811
         run(*SHORT, "--data-location", "other/data.mat")
 
 
-def test_a_sweep_finds_runs_whose_data_moved(folder, monkeypatch, capsys):  # noqa: F811
+def test_a_sweep_finds_runs_whose_data_moved(folder, monkeypatch, capsys):
     flags = [*SHORT, "--num-iterations", "2"]
     monkeypatch.setattr(sweep, "get_sweep_argss", lambda *_: [main.parse_args(flags)])
     monkeypatch.setattr(sweep.report, "ALGORITHMS", ["rws"])
@@ -97,7 +95,7 @@ def test_a_sweep_finds_runs_whose_data_moved(folder, monkeypatch, capsys):  # no
 # ------------------------------------------------------------------ files and folders
 
 
-def test_a_file_system_without_locks(folder, monkeypatch, capsys):  # noqa: F811
+def test_a_file_system_without_locks(folder, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -177,7 +175,7 @@ def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch):
     assert (tmp_path / "x").read_bytes() == b"y"
 
 
-def test_a_link_to_nowhere_is_named(folder, run_script):  # noqa: F811
+def test_a_link_to_nowhere_is_named(folder, run_script):
     pathlib.Path("save").symlink_to("/scratch/purged")
     status, _, stderr = run_script(main, *SHORT, "--data-location", "data.mat")
     assert status == 2 and stderr.count("\n") == 1 and "save is a link to /scratch/purged, which does not exist" in stderr
@@ -218,7 +216,7 @@ ctypes.CDLL = lambda name, *args, **kwargs: Library(load(name)) if name is None 
 """
 
 
-def test_without_what_only_linux_has(folder):  # noqa: F811
+def test_without_what_only_linux_has(folder):
     """As on macOS; in a process of its own, and those that it starts"""
     pathlib.Path("sitecustomize.py").write_text(WITHOUT_LINUX)
     flags = [*TINY, "--data-location", "data.mat", "--pretrain-iterations", "1", "--num-iterations", "2"]
@@ -245,7 +243,7 @@ util.run_script(run)
 # ------------------------------------------------------------------ logs and signals
 
 
-def test_a_log_has_whole_lines(folder, monkeypatch, capfd):  # noqa: F811
+def test_a_log_has_whole_lines(folder, monkeypatch, capfd):
     run(*SHORT, "--data-location", "data.mat")
     stderr = capfd.readouterr().err
     assert "\r" not in stderr and stderr.endswith("\n")
@@ -286,7 +284,7 @@ def test_a_second_ctrl_c_ends_a_program_at_once(tmp_path):
     assert os.waitpid(pid, 0)[1] == signal.SIGINT
 
 
-def test_a_ctrl_c_reaches_the_runs_of_a_sweep_once(folder, monkeypatch):  # noqa: F811
+def test_a_ctrl_c_reaches_the_runs_of_a_sweep_once(folder, monkeypatch):
     """Though a terminal sends it to all processes of its group"""
     script = "trap 'echo asked to stop' INT; echo started; while [ $SECONDS -lt 60 ]; do sleep 0.05; [ ! -f end ] || exit; done"
     monkeypatch.setattr(tasks.Task, "get_command", lambda _: ["bash", "-c", script])
@@ -309,7 +307,7 @@ def test_a_ctrl_c_reaches_the_runs_of_a_sweep_once(folder, monkeypatch):  # noqa
 # ------------------------------------------------------------------ TensorBoard, compilation
 
 
-def test_tensorboard_shows_all_of_a_resumed_run(folder):  # noqa: F811
+def test_tensorboard_shows_all_of_a_resumed_run(folder):
     """Killed after it had logged what it had not saved; the files are read back"""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags = [*TINY, *"--pretrain-iterations 9 --log-interval 1 --tensorboard --data-location data.mat".split()]

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from test_data import fill, make_mat
+from conftest import ROOT, assert_same, make_mat
+from test_data import fill
 from test_util import cut, put_code, small_disk
 
 import eval_logp
@@ -26,7 +27,6 @@ from results import overview
 from runs import checkpoints
 from util import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = (
     "--num-arcs 3 --num-primitives 5 --q-lstm-hidden-size 8 --obs-embedding-dim 8 --batch-size 5"
     " --num-particles 2 --memory-size 2 --log-interval 3 --likelihood bernoulli --no-compile"
@@ -34,33 +34,9 @@ TINY = (
 SHORT = [*TINY, *"--pretrain-iterations 6 --num-iterations 12 --save-interval 5".split()]
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working directory with data of 5 alphabets in chardata.mat's format"""
-    monkeypatch.chdir(tmp_path)
-    scipy.io.savemat("data.mat", make_mat(80, 6))
-    return tmp_path
-
-
 def run(*flags, status=0):
     """Runs main.py in this process"""
     assert main.main(list(flags)) == status
-
-
-@pytest.fixture
-def run_script(monkeypatch, capsys):
-    """Calls a script's main with arguments as its last lines do. Returns: (status, stdout, stderr)"""
-
-    def run_script(script, *argv):
-        capsys.readouterr()
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-            patch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
-            patch.setattr(sys, "stdout", sys.stdout)  # run_script replaces them
-            patch.setattr(sys, "stderr", sys.stderr)
-            util.run_script(script.main)
-        return end.value.code, *capsys.readouterr()
-
-    return run_script
 
 
 def get_run_folder():
@@ -70,23 +46,6 @@ def get_run_folder():
 
 def load_latest():
     return util.load_checkpoint(get_run_folder() / "checkpoints" / "latest.pt")
-
-
-def assert_same(a, b, name=""):
-    """Two checkpoints, bit for bit"""
-    assert type(a) is type(b), name
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), name
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), name
-        for key in a:
-            assert_same(a[key], b[key], f"{name}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), name
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{name}/{i}")
-    else:
-        assert a == b or (a != a and b != b), name
 
 
 @pytest.mark.parametrize("algorithm", ["mws", "rws", "vimco", "sleep"])

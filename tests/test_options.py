@@ -21,8 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import pytest  # noqa: E402
 import scipy.io  # noqa: E402
 import torch  # noqa: E402
-from test_data import make_mat  # noqa: E402
-from test_main import assert_same  # noqa: E402
+from conftest import assert_same, make_mat  # noqa: E402
 
 import diagnostics  # noqa: E402
 import eval_logp  # noqa: E402
@@ -129,10 +128,8 @@ def test_what_a_run_saves_is_valid(tmp_path, monkeypatch, part):
     assert check_all(20, seed=0, draw_every=10, part=slice(part, None, 4)) > 2
 
 
-def test_no_gradients_no_refusal(tmp_path, monkeypatch):
+def test_no_gradients_no_refusal(folder):
     """Parameters that the loss does not depend on; found by the test above on an older version"""
-    monkeypatch.chdir(tmp_path)
-    scipy.io.savemat("data.mat", make_mat(80, 6))
     for words in [["--num-arcs=1"], ["--p-uniform-mixture=1"], ["--num-primitives=1", "--num-arcs=2", "--algorithm=rws"]]:
         assert check(words, draw="--num-arcs=1" in words)
 

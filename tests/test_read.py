@@ -9,7 +9,6 @@ import PIL.Image
 import PIL.ImageDraw
 import pytest
 import torch
-from test_main import run_script  # noqa: F401
 
 import models
 import read
@@ -52,7 +51,7 @@ def get_points(strokes, num=40):
     return np.concatenate(points)
 
 
-def test_strokes_lie_on_the_ink(photograph, tmp_path, run_script):  # noqa: F811
+def test_strokes_lie_on_the_ink(photograph, tmp_path, run_script):
     """Of a photograph; all ink has strokes, all strokes have ink; the same numbers twice"""
     output = tmp_path / "out"
     status, stdout, stderr = run_script(read, str(photograph), "--output", str(output), "--examples", "3")
@@ -77,7 +76,7 @@ def test_strokes_lie_on_the_ink(photograph, tmp_path, run_script):  # noqa: F811
     assert {path.name: path.read_bytes() for path in output.iterdir()} == content
 
 
-def test_programs_and_files_that_cannot_be_read(photograph, tmp_path, run_script, monkeypatch):  # noqa: F811
+def test_programs_and_files_that_cannot_be_read(photograph, tmp_path, run_script, monkeypatch):
     monkeypatch.setattr(search, "QUICK", search.Effort(1, 1, 10, 10, 5, 0))
     monkeypatch.setattr(search, "read", functools.partial(search.read, num_proposals=50))
     monkeypatch.setattr(read.rendering, "set_compile", lambda enabled: None)

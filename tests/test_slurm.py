@@ -13,8 +13,8 @@ import time
 import types
 
 import pytest
-from test_main import assert_same
-from test_sweep import folder, get_cells, get_small_argss, load, run  # noqa: F401
+from conftest import ROOT, assert_same
+from test_sweep import get_cells, get_small_argss, load, run
 
 import main
 import sweep
@@ -23,7 +23,6 @@ from cluster import slurm, tasks
 from runs import checkpoints, locks, saving
 from util import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 EVALUATION = "--num-data=3 --num-iterations=5 --num-particles=5 --test-num-particles=20"
 SUBMIT = ["--cluster", "--mem=3G", "--gres=none"]
 HELD = [*SUBMIT, "--sbatch=--hold"]  # in the queue, but not started
@@ -45,7 +44,7 @@ def slurm_conf(tmp_path_factory):
 
 
 @pytest.fixture
-def cluster(slurm_conf, folder, monkeypatch):  # noqa: F811
+def cluster(slurm_conf, folder, monkeypatch):
     """Three small models in place of the paper's, on a Slurm without om-repeat. Returns: their names"""
     monkeypatch.setenv("SLURM_CONF", str(slurm_conf))
     odd = pathlib.Path("50%a")  # which Slurm would replace in the names of files
@@ -305,7 +304,7 @@ def test_what_slurm_refuses(cluster, om_repeat, monkeypatch):
         run(*SUBMIT)
 
 
-def test_without_slurm(folder, monkeypatch, capsys):  # noqa: F811
+def test_without_slurm(folder, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{folder}:{pathlib.Path(shutil.which('bash')).parent}")
     pathlib.Path("squeue").write_text("#!/bin/bash\necho one >&2; echo 'squeue: error: nobody answers' >&2; exit 1\n")
     pathlib.Path("squeue").chmod(0o755)
@@ -341,7 +340,7 @@ def test_a_run_saves_by_the_clock(monkeypatch):
     assert saves == [300, 600, 900]
 
 
-def test_a_job_waits_for_the_one_before_it(folder, monkeypatch, capsys):  # noqa: F811
+def test_a_job_waits_for_the_one_before_it(folder, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     with locks.lock_run("run"):
         thread = threading.Thread(target=lambda: locks.lock_run("run").__enter__())
@@ -374,7 +373,7 @@ def make_listing(task, setup=""):
     return str(listing.path)
 
 
-def test_a_job_without_the_gpu_that_it_was_given(folder):  # noqa: F811
+def test_a_job_without_the_gpu_that_it_was_given(folder):
     """Fails at once, and --status says why"""
     flags = [*util.get_flags(next(sweep.get_sweep_argss())), "--cuda"]
     path = make_listing(tasks.Task("mws_3", "train", flags, 200000))
@@ -384,7 +383,7 @@ def test_a_job_without_the_gpu_that_it_was_given(folder):  # noqa: F811
     assert "no usable GPU" in run("--status", "--models", "mws_3", status=1)
 
 
-def test_tasks_that_cannot_go_on(folder, monkeypatch):  # noqa: F811
+def test_tasks_that_cannot_go_on(folder, monkeypatch):
     """Too many starts without progress since it was submitted; nothing to evaluate"""
     monkeypatch.setattr(tasks.Task, "get_command", lambda _: ["false"])
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -401,7 +400,7 @@ def test_tasks_that_cannot_go_on(folder, monkeypatch):  # noqa: F811
     assert "nothing to evaluate" in run("--status", "--eval-logp", "--models", "rws_3", status=1)
 
 
-def test_a_task_that_is_stopped_by_its_jobs_end_waits_to_be_killed(folder, monkeypatch):  # noqa: F811
+def test_a_task_that_is_stopped_by_its_jobs_end_waits_to_be_killed(folder, monkeypatch):
     """Else om-repeat would take it for complete"""
     monkeypatch.setattr(slurm, "HOLD", 3)
     monkeypatch.setattr(tasks.Task, "get_command", lambda _: [sys.executable, "-c", "import sys; sys.exit(143)"])

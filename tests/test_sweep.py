@@ -12,10 +12,8 @@ import time
 import types
 
 import pytest
-import scipy.io
 import torch
-from test_data import make_mat
-from test_main import assert_same
+from conftest import ROOT, assert_same
 
 import eval_logp
 import main
@@ -25,7 +23,6 @@ from cluster import slurm, tasks
 from runs import checkpoints, locks
 from util import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = (
     "--data-location data.mat --likelihood bernoulli --num-primitives 5 --num-arcs 3"
     " --q-lstm-hidden-size 8 --obs-embedding-dim 8 --batch-size 5 --num-particles 2 --memory-size 2 --no-compile"
@@ -35,14 +32,6 @@ TINY = (
 def get_small_argss(flags, algorithms=("mws", "rws")):
     for algorithm in algorithms:
         yield main.parse_args([*TINY.split(), "--algorithm", algorithm, *flags])
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    scipy.io.savemat("data.mat", make_mat(80, 6))
-    return tmp_path
 
 
 @pytest.fixture

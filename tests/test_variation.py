@@ -11,7 +11,6 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from test_main import run_script  # noqa: F401
 from test_util import cut
 
 import images
@@ -245,7 +244,7 @@ def test_runs_are_read_and_damage_is_one_line(tmp_path):
         assert "\n" not in str(raised.value)
 
 
-def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_script, monkeypatch):  # noqa: F811
+def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_script, monkeypatch):
     write_runs(tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     asked = []
