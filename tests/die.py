@@ -1,7 +1,7 @@
 """Runs scripts again and again: dying at the n-th file operation of a save, for n = STEP, 2 * STEP, ..., then to the
 end, until a script no longer dies. The argument is a JSON list of cases, each SCRIPT (without .py), STEP, FOLDER,
-DESTINATION and the script's arguments; the folder is moved to the destination after each death and what followed, and
-"{n}" in any of them counts these. Prints a JSON list: how often each died."""
+DESTINATION and the script's arguments; the folder is moved to the destination, in which "{n}" counts, after each death and
+what followed. Prints a JSON list: how often each died."""
 
 import importlib
 import json
@@ -46,13 +46,12 @@ def run(script, argv, last):
 def count_deaths(script, step, folder, destination, argv):
     n = 1
     while True:
-        now = [argument.replace("{n}", str(n)) for argument in argv]
-        status = run(script, now, n * step)
+        status = run(script, argv, n * step)
         if status == 0:
             return n - 1
-        if status != DIED or run(script, now, 0) != 0:
+        if status != DIED or run(script, argv, 0) != 0:
             sys.exit(f"the {n}th ended with {status}")
-        os.rename(folder.replace("{n}", str(n)), destination.replace("{n}", str(n)))
+        os.rename(folder, destination.replace("{n}", str(n)))
         n += 1
 
 

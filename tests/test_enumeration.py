@@ -98,8 +98,8 @@ def test_bound_rises_to_log_p():
         assert log_px - bounds[0] > 0.1  # there was something to gain
 
 
-@pytest.mark.parametrize("num_particles", [2])
-def test_rws_gradient(num_particles):
+def test_rws_gradient():
+    num_particles = 2
     model, network, obs = get_tiny()
     log_p, log_q = get_exact(model, network, obs, torch.arange(NUM_IMAGES))
     theta = exact_bound(log_p, log_q.detach(), num_particles)[0]
@@ -110,8 +110,8 @@ def test_rws_gradient(num_particles):
     assert_expected_gradient(parameters, exact, lambda: losses.rws(model, network, images, num_particles, obs_id=ids)[0])
 
 
-@pytest.mark.parametrize("num_particles", [3])
-def test_vimco_gradient(num_particles):
+def test_vimco_gradient():
+    num_particles = 3
     model, network, obs = get_tiny()
     log_p, log_q = get_exact(model, network, obs, torch.arange(NUM_IMAGES))
     parameters = get_parameters(model, network)
