@@ -324,23 +324,15 @@ def test_divergence_ends_the_run(folder, algorithm, where, monkeypatch):
 VALUES = ["0", "-1", "nan", "inf", "1" + 400 * "0", "1e400", "", "text", "9223372036854775807", "1e308"]
 
 
-def get_options(script):
-    """The flags of a script that take a value, from its parser"""
-    parser = {"main": main.get_parser, "eval_logp": eval_logp.get_parser, "diagnostics": diagnostics.get_parser,
-              "sweep": sweep.get_parser}[script]()  # fmt: skip
-    takes = (argparse._StoreAction,)
-    return [action.option_strings[0] for action in parser._actions if isinstance(action, takes)]
-
-
-@pytest.mark.parametrize("script", ["main", "eval_logp", "diagnostics", "sweep"])
+@pytest.mark.parametrize("script", [main, eval_logp, diagnostics, sweep])
 def test_any_value_of_an_option_is_taken_or_refused_in_one_line(script, folder):
-    module = {"main": main, "eval_logp": eval_logp, "diagnostics": diagnostics, "sweep": sweep}[script]
-    options = get_options(script)
+    actions = script.get_parser()._actions
+    options = [action.option_strings[0] for action in actions if isinstance(action, argparse._StoreAction)]  # take a value
     assert len(options) >= 8
     for option in options:
         for value in VALUES:
             try:
-                module.parse_args([f"{option}={value}"])
+                script.parse_args([f"{option}={value}"])
             except UserError as error:
                 assert len(str(error).splitlines()) == 1 and len(str(error)) < 400, option
 
