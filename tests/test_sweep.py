@@ -14,6 +14,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT, assert_same
+from test_main import TINY
 
 import eval_logp
 import main
@@ -23,15 +24,10 @@ from cluster import slurm, tasks
 from runs import checkpoints, locks
 from util import UserError
 
-TINY = (
-    "--data-location data.mat --likelihood bernoulli --num-primitives 5 --num-arcs 3"
-    " --q-lstm-hidden-size 8 --obs-embedding-dim 8 --batch-size 5 --num-particles 2 --memory-size 2 --no-compile"
-)
-
 
 def get_small_argss(flags, algorithms=("mws", "rws")):
     for algorithm in algorithms:
-        yield main.parse_args([*TINY.split(), "--algorithm", algorithm, *flags])
+        yield main.parse_args([*TINY, "--data-location", "data.mat", "--algorithm", algorithm, *flags])
 
 
 @pytest.fixture
@@ -325,16 +321,13 @@ BAD_INPUT = [
 ]
 
 
-def test_bad_input(folder, monkeypatch, capsys):
+def test_bad_input(folder, monkeypatch, run_script):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     pathlib.Path("save").write_text("a file where the folder should be")
     for flags, words in BAD_INPUT:
-        with pytest.raises(SystemExit) as end:
-            monkeypatch.setattr(sys, "argv", ["sweep.py", *flags.split()])
-            util.run_script(sweep.main)
-        stderr = capsys.readouterr().err
-        assert end.value.code == 2 and stderr.count("\n") == 1 and all(word in stderr for word in words), stderr
+        status, _, stderr = run_script(sweep, *flags.split())
+        assert status == 2 and stderr.count("\n") == 1 and all(word in stderr for word in words), stderr
 
 
 def test_tasks_share_the_gpus_that_the_sweep_may_use(folder, monkeypatch):
