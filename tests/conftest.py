@@ -1,5 +1,6 @@
 import os
 import pathlib
+import signal
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, a process for each core
@@ -84,6 +85,23 @@ def run_script(monkeypatch, capsys):
         return end.value.code, *capsys.readouterr()
 
     return run_script
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Lets a script's run get a signal before the step after an iteration, once"""
+
+    def stop_at(script, iteration, number=signal.SIGTERM):
+        train_step, numbers = script.train_step, [number]
+
+        def interrupt(run, obs_id):
+            if run.iteration == iteration and numbers:
+                os.kill(os.getpid(), numbers.pop())
+            return train_step(run, obs_id)
+
+        monkeypatch.setattr(script, "train_step", interrupt)
+
+    return stop_at
 
 
 @pytest.fixture(scope="session")

@@ -333,19 +333,11 @@ def test_an_evaluation_is_repeatable_and_kept(model, capsys):
     assert evaluate(model, "vimco", "--force")["model_iteration"] == 6
 
 
-def test_an_evaluation_in_progress_is_not_replaced_by_another(model, monkeypatch):
+def test_an_evaluation_in_progress_is_not_replaced_by_another(model, stop_at):
     """Unless --force is given; one with the same settings resumes"""
-    train_step = eval_logp.train_step
-
-    def interrupt(evaluation, obs_id):
-        if evaluation.iteration == 10:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(evaluation, obs_id)
-
     flags = [*EVALUATE, "--checkpoint-path", model, "--algorithm", "rws", "--num-iterations", "30"]
-    monkeypatch.setattr(eval_logp, "train_step", interrupt)
+    stop_at(eval_logp, 10)
     assert eval_logp.main(flags) == 128 + signal.SIGTERM
-    monkeypatch.setattr(eval_logp, "train_step", train_step)
     state = util.SAVE / model / "logp/checkpoints/test_rws.pt"
     before = state.read_bytes()
     for change in (["--lstm-hidden-size", "9"], ["--num-data", "3"], ["--test-num-particles", "100"]):

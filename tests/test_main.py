@@ -1,7 +1,6 @@
 """The training script, end to end, as a user runs it."""
 
 import csv
-import os
 import pathlib
 import shutil
 import signal
@@ -98,7 +97,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(folder):
         assert_same(util.load_checkpoint(get_run_folder() / "checkpoints" / path.name), util.load_checkpoint(path))
 
 
-def test_signals_save_and_exit(folder, monkeypatch, capfd):
+def test_signals_save_and_exit(folder, stop_at, capfd):
     flags = [*TINY, *"--num-iterations 60 --pretrain-iterations 10 --data-location data.mat".split()]
     run(*flags)
     expected = load_latest()
@@ -113,15 +112,8 @@ def test_signals_save_and_exit(folder, monkeypatch, capfd):
     assert process.exitcode == 128 + signal.SIGTERM
     assert "SIGTERM" in pathlib.Path("stdout").read_text() and 2 <= load_latest()["iteration"] < 60
 
-    train_step, stop = main.train_step, {45: signal.SIGINT, 50: signal.SIGUSR1}  # in this process
-
-    def interrupt(run, obs_id):
-        if run.iteration in stop:
-            os.kill(os.getpid(), stop.pop(run.iteration))
-        return train_step(run, obs_id)
-
-    monkeypatch.setattr(main, "train_step", interrupt)
-    for number, iteration in ((signal.SIGINT, 46), (signal.SIGUSR1, 51)):
+    for number, iteration in ((signal.SIGINT, 46), (signal.SIGUSR1, 51)):  # in this process
+        stop_at(main, iteration - 1, number)
         run(*flags, status=128 + number)
         assert number.name in capfd.readouterr().out and load_latest()["iteration"] == iteration
     run(*flags)
@@ -132,22 +124,15 @@ def get_path_base(flags):
     return util.get_path_base(main.parse_args(flags))
 
 
-def test_a_compiled_run_goes_on_with_the_same_bits(folder, monkeypatch):
+def test_a_compiled_run_goes_on_with_the_same_bits(folder, stop_at):
     if shutil.which("g++") is None:
         pytest.skip("there is no C++ compiler")
     flags = [*SHORT, "--compile", "--data-location", "data.mat", "--likelihood", "learned-affine"]
-    train_step = main.train_step
-
-    def interrupt(run, obs_id):
-        if run.iteration == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(run, obs_id)
-
     try:
         run(*flags)
         expected = load_latest()
         get_run_folder().rename("expected")
-        monkeypatch.setattr(main, "train_step", interrupt)
+        stop_at(main, 6)
         run(*flags, status=128 + signal.SIGTERM)
         assert load_latest()["iteration"] == 7
         run(*flags)
