@@ -1,7 +1,9 @@
 import os
 import pathlib
+import shutil
 import signal
 import sys
+import traceback
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, a process for each core
 
@@ -51,6 +53,25 @@ def make_mat(num_train=200, num_test=40):
         mat[prefix + "target"] = np.eye(NUM_ALPHABETS, dtype=np.uint8)[np.arange(num) % NUM_ALPHABETS].T
         mat[prefix + "targetchar"] = random_state.randint(1, 9, (1, num))
     return mat
+
+
+def fork(function):
+    """Calls a function in a process of its own. Returns: its number"""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return pid
+
+
+def find_chromium():
+    """Its path, or None"""
+    return next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 
 
 def pytest_addoption(parser):

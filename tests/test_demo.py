@@ -3,12 +3,12 @@
 import base64
 import io
 import re
-import shutil
 import sys
 
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import find_chromium
 
 import data
 import demo
@@ -20,7 +20,7 @@ from runs import checkpoints
 def browser():
     gradio = pytest.importorskip("gradio", "6", reason="no gradio: pip install 'gradio>=6'")
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    chromium = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+    chromium = find_chromium()
     if chromium is None:
         pytest.skip("no chromium to open the page with")
     model, _ = models.from_checkpoint(checkpoints.load(checkpoints.find(demo.MODEL)))

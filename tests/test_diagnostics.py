@@ -15,6 +15,8 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
+from conftest import find_chromium
+from test_data import fill
 from test_main import TINY
 from test_util import cut
 
@@ -179,10 +181,6 @@ class Page(html.parser.HTMLParser):
         self.images += [value for name, value in attrs if (tag, name) == ("img", "src")]
 
 
-def find_chromium():
-    return next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-
-
 def check_overview(folder, model, other):
     text = pathlib.Path("save/index.html").read_text()
     page = Page(text)
@@ -236,17 +234,9 @@ def test_learns_real_characters(omniglot, folder):
         assert upright > get_overlap(probs.flip(flipped)) + 0.05
 
 
-def make_folder(path, num_alphabets):
-    """Images in subfolders, which are alphabets"""
-    for i in range(num_alphabets):
-        (folder := pathlib.Path(path) / str(i)).mkdir(parents=True)
-        for j in range(12):
-            imageio.imwrite(folder / f"{j}.png", np.random.RandomState(j).randint(0, 2, (28, 28), np.uint8) * 255)
-
-
 def test_data_with_other_alphabets(folder, capsys):
     model = train("--condition-on-alphabet", "--algorithm", "rws")
-    make_folder("other", 7)
+    fill(folder / "other", 84, "0123456")
     capsys.readouterr()
     flags = ["--checkpoint-path", model, "--data-location", "other"]
     assert diagnostics.main([*DRAW, *flags]) == 0
@@ -254,9 +244,7 @@ def test_data_with_other_alphabets(folder, capsys):
     assert get_files(model) == {"losses.pdf", "primitives/12.pdf", "prior/12.pdf"}
     with pytest.raises(UserError, match="the model knows 5 alphabets, other has 7"):
         eval_logp.main([*flags, "--algorithm", "rws"])
-    make_folder("few", 5)
-    for path in [path for i in (2, 3, 4) for path in pathlib.Path(f"few/{i}").glob("[1-9]*")]:
-        path.unlink()
+    fill(folder / "few", 24, "01"), fill(folder / "few", 3, "234")
     assert data.load("few").train.alphabet.sum(0).min() == 0  # such an alphabet has new characters alone
     assert diagnostics.main([*DRAW, "--checkpoint-path", model, "--data-location", "few"]) == 0
     assert any(file.startswith("alphabets/") for file in get_files(model))
@@ -264,11 +252,7 @@ def test_data_with_other_alphabets(folder, capsys):
 
 def test_data_of_another_size(folder, capsys):
     """A model trained on a few photographs reads all of other data that has no such part and no photographs"""
-    for i in range(24):
-        page = np.full((60, 60), 255, np.uint8)
-        page[10 : 30 + i, 20:24] = page[10:14, 10 : 25 + i] = 0
-        pathlib.Path(f"mine/{i % 3}").mkdir(parents=True, exist_ok=True)
-        imageio.imwrite(f"mine/{i % 3}/{i}.png", page)
+    fill(folder / "mine", 24)
     model = train("--algorithm", "rws", "--dataset-size", "6", "--find-characters", "--data-location", "mine")
     evaluate = ["--checkpoint-path", model, *"--algorithm own --mode train --test-num-particles 5 --no-compile --force".split()]
     for location, num_images, kind in [("mine", 6, "training"), ("data.mat", 50, "other")]:

@@ -19,7 +19,7 @@ import time
 import pytest
 import scipy.io
 import torch
-from conftest import ROOT, assert_same, make_mat
+from conftest import ROOT, assert_same, fork, make_mat
 from test_main import SHORT, TINY, get_run_folder, load_latest, run
 from test_sweep import wait_for
 
@@ -122,18 +122,6 @@ def test_whether_a_file_is_locked(tmp_path):
     with locks.lock(path, "is busy"):
         assert locks.is_locked(path)
     assert not locks.is_locked(path) and not locks.is_locked(tmp_path / "none")
-
-
-def fork(function):
-    """Calls a function in a process of its own. Returns: its number"""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            function()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return pid
 
 
 def test_several_processes_write_the_same_file(tmp_path):

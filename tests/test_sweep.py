@@ -13,7 +13,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, assert_same
+from conftest import ROOT, assert_same, fork
 from test_main import TINY
 
 import eval_logp
@@ -51,23 +51,6 @@ def run(*flags, status=0, script=sweep):
         ended_with = script.main(list(flags))
     assert status is None or ended_with == status, stdout.getvalue()
     return stdout.getvalue()
-
-
-def start_fork(*flags):
-    """Starts sweep.py in a process forked from this one, which saves the imports. Returns: its number; a file with
-    what it prints"""
-    stdout = open("sweep.out", "w+")
-    pid = os.fork()
-    if pid == 0:
-        try:
-            sys.argv, sys.stdout = ["sweep.py", *flags], stdout
-            util.run_script(sweep.main)
-        except SystemExit as end:
-            stdout.flush()
-            os._exit(end.code)
-        finally:
-            os._exit(99)
-    return pid, stdout
 
 
 def load(name):
@@ -209,12 +192,11 @@ def test_options_of_a_queued_task():
 def test_sweep_here(make_sweep, monkeypatch):
     """Trained two at a time, interrupted, resumed; evaluated, reported, deleted"""
     models = make_sweep("--pretrain-iterations 5 --num-iterations 110 --save-interval 10")
-    pid, stdout = start_fork("--jobs", "2")
+    pid = fork(lambda: pathlib.Path("sweep.out").write_text(run("--jobs", "2", status=128 + signal.SIGINT)))
     wait_for(lambda: all(checkpoints.get_path(name, 10).exists() for name in models))
     os.kill(pid, signal.SIGINT)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGINT
-    stdout.seek(0)
-    assert stdout.read().count("stopped, resumes when the sweep does") == 2
+    assert os.waitpid(pid, 0)[1] == 0
+    assert pathlib.Path("sweep.out").read_text().count("stopped, resumes when the sweep does") == 2
     assert not any(locks.is_locked(util.SAVE / name / "lock") for name in models)
     assert all("stopped by SIGINT" in tasks.get_log_end(tasks.Task(name, "train", [], 110)) for name in models)
     assert all(10 <= load(name)["iteration"] < 110 for name in models)
@@ -277,12 +259,9 @@ def test_a_killed_sweep_stops_its_tasks(folder, monkeypatch):
     """So that they save"""
     script = "trap 'echo asked to stop; exit 143' TERM; echo started; while :; do sleep 0.1; done"
     monkeypatch.setattr(tasks.Task, "get_command", lambda _: ["bash", "-c", script])
-    log = tasks.Task("run", "train", [], 1).get_path("log")
-    pid = os.fork()
-    if pid == 0:
-        tasks.start(tasks.Task("run", "train", [], 1), 0, 1, 0)
-        time.sleep(60)
-        os._exit(0)
+    task = tasks.Task("run", "train", [], 1)
+    log = task.get_path("log")
+    pid = fork(lambda: (tasks.start(task, 0, 1, 0), time.sleep(60)))
     wait_for(lambda: log.exists() and "started" in log.read_text().splitlines())
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
