@@ -79,13 +79,6 @@ def exact_bound(log_p, log_q, num_particles):
     return bound.mean(), phi.mean()
 
 
-def test_prior_and_posterior_sum_to_one():
-    model, network, obs = get_tiny()
-    latent = get_latents().unsqueeze(1).expand(-1, NUM_IMAGES, -1, -1)
-    for log_prob in (model.log_prior(latent), network.log_prob(latent, torch.arange(NUM_IMAGES))):
-        torch.testing.assert_close(log_prob.exp().sum(0), torch.ones(NUM_IMAGES))
-
-
 def test_bound_rises_to_log_p():
     model, network, obs = get_tiny("learned-affine")
     with torch.no_grad():

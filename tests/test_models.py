@@ -134,29 +134,6 @@ def test_translation_shifts_whole_pixels():
     torch.testing.assert_close(model.log_likelihood(latent.unsqueeze(0), obs)[0], expected, atol=2e-3, rtol=0)
 
 
-def test_a_likelihood_is_added_by_a_class_and_an_entry(monkeypatch):
-    class Constant(models.Bernoulli):
-        def __init__(self):
-            super().__init__()
-            self.ink = torch.nn.Parameter(torch.tensor(0.0))
-
-        def log_prob(self, logits, obs):
-            return super().log_prob(logits * 0 + self.ink, obs)
-
-    monkeypatch.setitem(models.LIKELIHOODS, "constant", Constant)
-    args = main.parse_args(["--likelihood", "constant", "--test-run"])
-    model, _ = models.build(args, 0)
-    latent, obs = model.sample(2)
-    torch.testing.assert_close(sum(model.log_prob(latent.unsqueeze(0), obs)[1:]), torch.full((1, 2), -784 * math.log(2)))
-    assert "ink" in model.state_dict() and "ink" in dict(model.named_parameters())
-
-
-def test_alphabets_change_what_is_drawn():
-    model = models.GenerativeModel(K, num_arcs=A, likelihood="bernoulli", num_alphabets=4)
-    latent = get_latents().unsqueeze(1).expand(-1, 4, -1, -1)
-    assert model.log_prior(latent, torch.eye(4)).std(1).min() > 1e-4
-
-
 def get_images(name):
     """A few images in float64, or what is unusual: [B, 28, 28]"""
     noise = torch.rand(130, 28, 28, dtype=torch.double)  # more than are convolved at a time
@@ -493,7 +470,7 @@ def test_learned_mixture_weights(monkeypatch):
     share = (by_map * weights / (by_map @ weights)[:, None]).sum(0)
     torch.testing.assert_close(model.likelihood.weight_logits.grad, share - 3 * weights)
     assert {"theta_affine", "weight_logits"} <= model.state_dict().keys() & dict(model.named_parameters()).keys()
-    again = models.GenerativeModel(K, num_arcs=A, likelihood="weights", likelihood_settings={"num_maps": 7})
+    again, _ = models.build(main.parse_args("--likelihood weights --num-maps 7 --num-primitives 3 --num-arcs 2".split()), 0)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.likelihood.maps, model.likelihood.maps)
 
