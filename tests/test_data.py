@@ -215,23 +215,11 @@ def test_sixteen_bits_of_any_depth(full):
     assert (found == expected).all()
 
 
-def test_more_than_sixteen_bits_are_refused():
-    PIL.Image.fromarray(np.full((60, 60), 200_000, np.int32)).save(file := io.BytesIO(), "TIFF")
-    with pytest.raises(UserError, match="pixels of Pillow's mode I"):
-        data.find_characters("deep.tiff", file.getvalue())
-
-
 def test_glyphs():
     dataset = data.load("glyphs")
     assert dataset.summary == "9960 images, 14 alphabets, mean ink 0.12"
     # The same whatever is installed: published numbers and older runs depend on it
     assert [data.get_fingerprint(split) for split in dataset[:3]] == ["f7c5429f34fe", "88a599335956", "c06b791d5d45"]
-    rows = dataset.train.obs.any(2).float().sum(1)
-    cols = dataset.train.obs.any(1).float().sum(1)
-    extent = torch.maximum(rows, cols)  # a gap inside a character counts as nothing
-    assert 12 < extent.mean() < 24
-    assert (dataset.train.obs.flatten(1).sum(1) > 5).all()
-    assert (dataset.train.alphabet.sum(0) >= 10).all()
     assert set(dataset.train.character[dataset.train.alphabet[:, 0] == 1].tolist()) == set(range(1, 41))
 
 
@@ -357,14 +345,16 @@ def test_damaged_and_missing_files(tmp_path):
     write_folder("empty", lambda _: None)
     write_folder("broken", write_broken_zip)
     write_folder("pipe", lambda folder: os.mkfifo(folder / "a.png"))
-    wide = PIL.Image.fromarray(draw(30).astype(np.float32))
-    write_folder("wide", lambda folder: wide.save(folder / "a.png", "TIFF"))
+    for name, kind in [("wide", np.float32), ("deep", np.int32)]:  # pixels of more than 16 bits
+        image = PIL.Image.fromarray(1000 * draw(30).astype(kind))
+        write_folder(name, lambda folder, image=image: image.save(folder / "a.png", "TIFF"))
     for name, words in {
         "cut.mat": "is damaged", "noise.mat": "is damaged", "sparse.mat": "not in chardata.mat's format", "empty.npy": "is damaged",
         "objects.npy": "is damaged", "zeros.npy": "values from 0 to 0;", "full.npy": "5 blank", "text.npz": "expected numbers",
         "single.npy": "too few images to split into",
         "text.txt": "is not a .mat, .npy", "none.zip": "holds no images", "empty": "holds no images",
-        "broken/a.zip": "a.png is damaged", "pipe": "holds no images", "wide": "pixels of Pillow's mode F", "missing": "no such file",
+        "broken/a.zip": "a.png is damaged", "pipe": "holds no images", "wide": "pixels of Pillow's mode F", "deep": "pixels of Pillow's mode I",
+        "missing": "no such file",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=words) as error:
             data.load(str(tmp_path / name))
