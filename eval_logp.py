@@ -617,7 +617,8 @@ def get_parser():
         defaults = ", ".join([str(default), *(f"{algorithm}: {value}" for algorithm, value in others.items())])
         low = 0 if name == "num_iterations" else 1
         add(f"--{name.replace('_', '-')}", f"{help} (default: {defaults})", type=util.in_range(int, low))
-    add("--memory-size", "mws: programs remembered per image", type=positive, default=search.NUM_BEST)
+    memory_size = util.in_range(int, 1, scoring.CAPACITY)
+    add("--memory-size", "mws: programs remembered per image", type=memory_size, default=search.NUM_BEST)
     effort = "mws: length of the search, in units of about ten seconds on one core per image and half (and of 35 MB)"
     add("--effort", effort, type=util.in_range(float, 0.01, 1000), default=1.0)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)

@@ -214,8 +214,10 @@ def load_saved(path, load, settings, force=False):
     try:
         saved = load(path)
     except UserError as error:
-        path.rename(f"{path}.old")
-        warn(f"{error}; it is evaluated again, and the file is now {path.name}.old")
+        names = (path.with_name(f"{path.name}.old{number}") for number in ["", *range(2, 1000)])
+        aside = next(name for name in names if not name.exists())
+        path.rename(aside)
+        warn(f"{error}; it is evaluated again, and the file is now {aside.name}")
         return None
     differences = util.describe_differences(saved["settings"], settings)
     if differences and not force:

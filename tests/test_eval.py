@@ -325,6 +325,9 @@ def test_an_evaluation_is_repeatable_and_kept(model, capsys):
     util.write(util.SAVE / model / "logp/checkpoints/test_vimco.pt", b"PK broken")
     assert evaluate(model, "vimco")["log_p"] == first["log_p"]
     assert capsys.readouterr().err.count("it is evaluated again, and the file is now test_vimco.pt.old") == 2
+    cut(util.SAVE / model / "logp" / "test_vimco.pt")
+    evaluate(model, "vimco")
+    assert "the file is now test_vimco.pt.old2" in capsys.readouterr().err
     other = evaluate(model, "vimco", "--force", "--seed", "1")
     assert other["log_p"] != first["log_p"]
     main.main([*TRAIN[:-3], "--num-iterations", "6", "--no-compile"])  # the same run, continued
@@ -352,14 +355,17 @@ def test_an_evaluation_in_progress_is_not_replaced_by_another(model, stop_at):
 
 def test_leads_are_paired_over_images():
     """The best model's, with the interval of Student's t: 2 ± 4.303 * 1 / sqrt(3) for differences of 1, 2 and 3; only among
-    memoised evaluations with equal settings, of models with as many latents"""
+    memoised evaluations with equal settings, of models with as many latents, trained equally long on the same images"""
     runs, bounds = [], {"mws_5": [-3, -1, -5], "mws_5_seed=1": [-1, 1, -3], "mws_5_seed=2": [9, 9, 9], "rws_5": [-3, -2, -7]}
-    for name, bound in {**bounds, "vimco_5": [0, 0, 0], "mws_10": [0, 0, 0]}.items():
+    others = ["vimco_5", "mws_10", "tvo_5", "sleep_5"]
+    for name, bound in {**bounds, **dict.fromkeys(others, [0, 0, 0])}.items():
         runs.append(get_fake_run(name, "cc", -140.0))
         runs[-1].results["mws"]["enumeration_bound_by_image"] = torch.tensor(bound, dtype=torch.double)
-    for run, effort in zip(runs, [1, 1, 2, 1, 3, 1], strict=True):
+    for run, effort in zip(runs, [1, 1, 2, 1, 3, 1, 1, 1], strict=True):
         run.results["mws"]["settings"]["effort"] = effort
-    runs[-1].results["mws"]["model_settings"]["num_particles"] = 7
+    runs[-3].results["mws"]["model_settings"]["num_particles"] = 7
+    runs[-2].results["mws"]["model_iteration"] = 8
+    runs[-1].results["mws"]["model_settings"]["data"] = "others"
     (models,) = report.group(runs).values()
     lines = ["mws_5 is 2.0 nats per image ahead of rws_5; 95 % interval over images -0.5 to 4.5; seeds: 2 and 1"]
     assert report.describe_leads(models) == lines
@@ -383,12 +389,16 @@ def test_a_row_averages_what_all_of_its_seeds_have(capsys, monkeypatch):
         r"warning: a_seed=1: its evaluation by mws: .* effort 2, .* is left out of the row, .* effort 1, .*\n",
         capsys.readouterr().err,
     )
-    drawn = []
-    monkeypatch.setattr(report, "draw_lines", lambda path, lines, *_: drawn.extend(lines))
+    drawn = {}
+    monkeypatch.setattr(report, "draw_lines", lambda path, lines, *_: drawn.update(lines))
     other = get_fake_run("b", "cc", -2.0)
     other.results["own"] = {**own, "settings": {**own["settings"], "model": "b"}}
-    report.write_figure("logp.pdf", get_rows(first, third, other, get_fake_run("c", "cc", -4.0)))
-    assert drawn == ["a", "c"]  # best of the same evaluations, which both seeds of a have
+    low = get_fake_run("c", "cc", -4.0)
+    low.results["mws"]["log_p"] = -9.0
+    report.write_figure("logp.pdf", get_rows(first, third, other, low))
+    assert list(drawn) == ["a", "c"]  # best of the same evaluations, which both seeds of a have
+    values = [x.item() for x in (drawn["a"].y, drawn["a"].high, drawn["c"].y)]
+    assert values == [-6.0, pytest.approx(-3.0), -4.0]  # the bound of c, which is above its estimate
     assert re.search("the figure is of the models evaluated by mws: .*, and leaves out b\n", capsys.readouterr().err)
     second.results["own"] = {**own, "settings": {**own["settings"], "model": "a_seed=1"}}
     (row,) = get_rows(first, second)
