@@ -210,13 +210,13 @@ def get_half_width(values):
 def describe(path):
     """Describes a result of eval_logp.py in a sentence"""
     result = load_result(path)
-    error = get_search_error(result)
+    error, spread, bound = get_search_error(result), result["standard_error"], result["enumeration_bound"]
+    spread = "" if math.isnan(spread) else f" (standard error over images {spread:.2f})"  # of a single image
     searched = f", search error {error[0]:.2f} (both halves together gain {error[1]:.2f} over one)" if error else ""
-    if result["enumeration_bound"] - result["log_p"] > TOLERANCE:
-        searched += "; report the bound: the estimate's network misses many of the programs that were found"
+    advice = " (report this: the estimate's network misses many of the programs found)"
     return (
-        f"log p(x) = {result['log_p']:.2f} nats per image (standard error over images {result['standard_error']:.2f}),"
-        f" enumeration bound {result['enumeration_bound']:.2f}{searched}, {describe_images(result)},"
+        f"log p(x) = {result['log_p']:.2f} nats per image{spread},"
+        f" enumeration bound {bound:.2f}{advice * (bound - result['log_p'] > TOLERANCE)}{searched}, {describe_images(result)},"
         f" {result['run']} at iteration {result['model_iteration']} by {result['settings']['algorithm']}"
     )
 
@@ -231,7 +231,7 @@ def describe_work(settings):
 def describe_images(result):
     """The images of an evaluation, in words"""
     args, kind, number = result["args"], result["settings"]["kind_of_images"], len(result["log_p_by_image"])
-    chosen = f"all {number}" if number < args["num_data"] else f"the first {number}"
+    chosen = f"all {number}" if number < args["num_data"] else "the first" + f" {number}" * (number > 1)
     chosen = f"{number} evenly spread" if args["images"] == "spread" else chosen
     images = "image" if number == 1 else "images"
     if kind == "training":
