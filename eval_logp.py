@@ -563,9 +563,9 @@ def get_result(parts, settings, name, checkpoint, stop):
         of_halves["log_p_by_half"] = log_p_by_half.double().cpu()
         of_halves["search_error"] = of_halves["bound_by_half"].mean(1).diff().abs().item()
     log_p = evaluation.log_p.double().cpu()
-    if log_p.isnan().any():
+    if not log_p.isfinite().all():
         raise UserError(
-            f"{name}: log p of {util.count(int(log_p.isnan().sum()), 'image')} is not a number, so no result is saved"
+            f"{name}: log p of {util.count(int((~log_p.isfinite()).sum()), 'image')} is not a number, so no result is saved"
         )
     rows = scoring.keep_best(scoring.merge([part.table.settle() for part in parts]))
     bound = get_enumeration_bound(rows, len(log_p)).cpu()  # [N]

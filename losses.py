@@ -358,8 +358,9 @@ class Step(NamedTuple):
 def init_state(args, num_data, device):
     """The initial state of the objective that a run's arguments choose: {name: part}, on the device. Raises: UserError if a
     part's name is taken"""
-    init = util.get_init_state(OBJECTIVES[args.algorithm])
-    available = {**vars(args), "num_data": num_data}
+    objective = OBJECTIVES[args.algorithm]
+    init = util.get_init_state(objective)
+    available = {**vars(args), "num_data": num_data, **util.get_fixed(objective)}
     parts = {} if init is None else init(**{name: available[name] for name in inspect.signature(init).parameters})
     for name, part in parts.items():
         if name in {*Step._fields, *util.get_own_settings(args, "algorithm"), "scorer", "optimizer", "pretrain_optimizer"}:
@@ -374,7 +375,7 @@ def get_loss(args, step, state, **others):
     Args: step: a Step; state: from `init_state`; others: passed on by name, if the objective takes them"""
     objective = OBJECTIVES[args.algorithm]
     available = {**util.get_own_settings(args, "algorithm"), **step._asdict(), **state, **others}
-    fixed = getattr(objective, "keywords", {})  # by functools.partial
+    fixed = util.get_fixed(objective)
     names = [name for name in _get_names(objective) or available if name in available and name not in fixed]
     loss, statistics = objective(**{name: available[name] for name in names})
     return loss, get_statistics(statistics, [step.iteration, step.generative_model, step.inference_network, *state.values()])

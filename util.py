@@ -260,7 +260,7 @@ def get_fields():
 @functools.cache
 def get_own_fields(function):
     """The settings that an algorithm or likelihood declares: a list of Fields. Those that a functools.partial fixes are none"""
-    fields, fixed = [], getattr(function, "keywords", {})
+    fields, fixed = [], get_fixed(function)
     for part in filter(None, [function, get_init_state(function)]):
         for name, parameter in inspect.signature(part, eval_str=True).parameters.items():
             kind = parameter.annotation
@@ -270,8 +270,14 @@ def get_own_fields(function):
 
 
 def get_init_state(objective):
-    """The function that losses.keeps declared for an objective, also for a functools.partial of it; or None"""
-    return getattr(getattr(objective, "func", objective), "init_state", None)
+    """The function that losses.keeps declared for an objective, or for the one that a functools.partial is of; or None"""
+    whole = objective.func if isinstance(objective, functools.partial) else objective
+    return getattr(objective, "init_state", getattr(whole, "init_state", None))
+
+
+def get_fixed(function):
+    """The arguments, by name, that a functools.partial fixes"""
+    return function.keywords if isinstance(function, functools.partial) else {}
 
 
 def make_field(name, kind, default):

@@ -32,7 +32,7 @@ WORK_BY_ALGORITHM = {
 }
 ALGORITHMS = list(WORK_BY_ALGORITHM)
 ESTIMATES = [*ALGORITHMS, "best", "enumeration bound"]
-TOLERANCE = 1.0  # nats per image by which an estimate below the guaranteed bound is no matter of chance
+TOLERANCE = 1.0  # nats per image: an estimate further below the guaranteed bound is not worth reporting
 NUM_LATENTS = [3, 5, 10, 20, 40]  # per image; for mws, memory plus proposals
 PAPER_MODELS = [f"{algorithm}_{num}" for algorithm in ("mws", "rws", "vimco") for num in NUM_LATENTS] + ["a_mws_40"]
 
@@ -213,10 +213,11 @@ def describe(path):
     error, spread, bound = get_search_error(result), result["standard_error"], result["enumeration_bound"]
     spread = "" if math.isnan(spread) else f" (standard error over images {spread:.2f})"  # of a single image
     searched = f", search error {error[0]:.2f} (both halves together gain {error[1]:.2f} over one)" if error else ""
-    advice = " (report this: the estimate's network misses many of the programs found)"
+    is_short = error and bound - result["log_p"] > TOLERANCE
+    advice = " (report this: the networks of the estimate propose too few of the programs found)" if is_short else ""
     return (
         f"log p(x) = {result['log_p']:.2f} nats per image{spread},"
-        f" enumeration bound {bound:.2f}{advice * (bound - result['log_p'] > TOLERANCE)}{searched}, {describe_images(result)},"
+        f" enumeration bound {bound:.2f}{advice}{searched}, {describe_images(result)},"
         f" {result['run']} at iteration {result['model_iteration']} by {result['settings']['algorithm']}"
     )
 
@@ -232,7 +233,8 @@ def describe_images(result):
     """The images of an evaluation, in words"""
     args, kind, number = result["args"], result["settings"]["kind_of_images"], len(result["log_p_by_image"])
     chosen = f"all {number}" if number < args["num_data"] else "the first" + f" {number}" * (number > 1)
-    chosen = f"{number} evenly spread" if args["images"] == "spread" else chosen
+    chosen = f"{number} evenly spread" if args["images"] == "spread" and number > 1 else chosen
+    chosen = "the only" if chosen == "all 1" else chosen
     images = "image" if number == 1 else "images"
     if kind == "training":
         return f"{chosen} training {images}"
@@ -243,8 +245,9 @@ def describe_images(result):
 
 def describe_leads(models):
     """How far the best model is ahead of each other one with as many latents, trained equally long on the same images, and
-    conditional or not alike, by the guaranteed bounds of memoised evaluations with equal settings: lines of text. Intervals are paired over images, whose choice moves all models
-    together, and say nothing about other seeds. Args: models: {name: Runs with different seeds}, of the same images"""
+    conditional or not alike, by the guaranteed bounds of memoised evaluations with equal settings: lines of text. Intervals are
+    paired over images, whose choice moves all models together, and say nothing about other seeds. Args: models: {name: Runs
+    with different seeds}, of the same images"""
     searched, lines = collections.defaultdict(dict), []  # what must be equal -> {name: bounds [S, N]}
     for name, runs in models.items():
         for run in [run for run in runs if "mws" in run.results]:
@@ -252,7 +255,8 @@ def describe_leads(models):
             training = result["model_iteration"], settings.get("data"), settings.get("condition_on_alphabet")
             key = get_num_latents(run), *training, run.work["mws"]
             searched[key].setdefault(name, []).append(result["enumeration_bound_by_image"])
-    for found in searched.values():
+    iterations = {key[1] for key in searched}
+    for key, found in searched.items():
         bounds = {name: torch.stack(seeds).mean(0) for name, seeds in found.items()}  # [N] each
         best, *others = sorted(bounds, key=lambda name: -bounds[name].mean())
         for name in others:
@@ -261,7 +265,8 @@ def describe_leads(models):
             if len(lead) > 1:
                 half = get_half_width(lead)
                 text += f"; 95 % interval over images {lead.mean() - half:.1f} to {lead.mean() + half:.1f}"
-            lines.append(f"{text}; seeds: {len(found[best])} and {len(found[name])}")
+            when = f" at iteration {key[1]}" * (len(iterations) > 1)
+            lines.append(f"{text}; seeds: {len(found[best])} and {len(found[name])}{when}")
     return lines
 
 
@@ -449,8 +454,8 @@ def get_labels(names):
 
 def write_figure(path, rows):
     """Draws the paper's figure: log p against the number of latents per image, a line per training algorithm, with standard
-    errors over seeds. log p is the best estimate or, if that is higher, the guaranteed bound. Standard errors over images are
-    only in the CSV, since the choice of images moves all models together."""
+    errors over seeds. log p is, at each point, the best estimate or, if that is higher, the guaranteed bound. Standard errors
+    over images are only in the CSV, since the choice of images moves all models together."""
     rows = [row for row in rows if not is_test_run(row["model"])] or rows
     most = collections.Counter(row["best by"] for row in rows).most_common(1)[0][0]
     others = [row["model"] for row in rows if row["best by"] != most]

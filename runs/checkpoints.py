@@ -10,6 +10,7 @@ import contextlib
 import filecmp
 import glob
 import hashlib
+import itertools
 import pathlib
 import pickle
 
@@ -214,7 +215,7 @@ def load_saved(path, load, settings, force=False):
     try:
         saved = load(path)
     except UserError as error:
-        names = (path.with_name(f"{path.name}.old{number}") for number in ["", *range(2, 1000)])
+        names = (path.with_name(f"{path.name}.old{number}") for number in itertools.chain([""], itertools.count(2)))
         aside = next(name for name in names if not name.exists())
         path.rename(aside)
         warn(f"{error}; it is evaluated again, and the file is now {aside.name}")

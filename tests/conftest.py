@@ -63,7 +63,8 @@ def fork(function):
             function()
             os._exit(0)
         except BaseException:
-            traceback.print_exc()
+            traceback.print_exc(file=sys.__stderr__)
+            sys.__stderr__.flush()
         finally:
             os._exit(1)
     return pid

@@ -363,20 +363,27 @@ def test_names_of_state_that_are_taken(name, monkeypatch):
 
 
 def test_a_partial_of_an_objective_keeps_what_it_fixes_and_the_state(monkeypatch):
-    """Its arguments are not replaced by the run's of the same name, and what it fixes is no setting of it"""
+    """Its arguments are not replaced by the run's of the same name, nor those of its state, and what it fixes is no setting"""
     taken = []
 
-    @losses.keeps(lambda num_data: {"memory": torch.zeros(num_data)})
-    def mine(memory, num_particles, weight: Annotated[float, util.Setting("a weight")] = 1.0):
-        taken.append((len(memory), num_particles, weight))
+    def init(num_data, weight):
+        return {"memory": torch.full((num_data,), weight)}
+
+    def plain(memory, num_particles, weight: Annotated[float, util.Setting("a weight")] = 1.0):
+        taken.append((memory.tolist(), num_particles, weight))
         return memory.sum(), {}
 
-    for name, objective in [("mine", mine), ("ours", functools.partial(mine, num_particles=3, weight=2.0))]:
+    mine, fixed = losses.keeps(init)(functools.partial(plain)), dict(num_particles=3, weight=2.0)
+    kept_later = losses.keeps(init)(functools.partial(plain, **fixed))
+    losses.keeps(init)(plain)
+    for name, objective in [("mine", mine), ("ours", functools.partial(plain, **fixed)), ("theirs", kept_later)]:
         monkeypatch.setitem(losses.OBJECTIVES, name, objective)
         args = main.parse_args(["--algorithm", name, "--num-particles", "4", "--weight", "5"])
         step = losses.Step(*[torch.nn.Linear(1, 1)] * 2, torch.zeros(1), None, None, 4, 0, torch.tensor(0))
-        losses.get_loss(args, step, losses.init_state(args, 7, torch.device("cpu")))
-    assert taken == [(7, 4, 5.0), (7, 3, 2.0)] and util.get_fields()["weight"].owners == (("algorithm", "mine"),)
+        losses.get_loss(args, step, losses.init_state(args, 2, torch.device("cpu")))
+    assert taken == [([5.0, 5.0], 4, 5.0), *[([2.0, 2.0], 3, 2.0)] * 2] and util.get_fields()["weight"].owners == (
+        ("algorithm", "mine"),
+    )
 
 
 def test_frozen_parameters_stay_as_they_are():

@@ -367,8 +367,10 @@ def test_leads_are_paired_over_images():
     runs[-2].results["mws"]["model_iteration"] = 8
     runs[-1].results["mws"]["model_settings"]["data"] = "others"
     (models,) = report.group(runs).values()
-    lines = ["mws_5 is 2.0 nats per image ahead of rws_5; 95 % interval over images -0.5 to 4.5; seeds: 2 and 1"]
-    assert report.describe_leads(models) == lines
+    line = "mws_5 is 2.0 nats per image ahead of rws_5; 95 % interval over images -0.5 to 4.5; seeds: 2 and 1"
+    assert report.describe_leads(models) == [f"{line} at iteration 7"]
+    del models["tvo_5"]
+    assert report.describe_leads(models) == [line]
 
 
 def test_a_row_averages_what_all_of_its_seeds_have(capsys, monkeypatch):
