@@ -563,9 +563,9 @@ def get_result(parts, settings, name, checkpoint, stop):
         of_halves["log_p_by_half"] = log_p_by_half.double().cpu()
         of_halves["search_error"] = of_halves["bound_by_half"].mean(1).diff().abs().item()
     log_p = evaluation.log_p.double().cpu()
-    if not log_p.isfinite().all():
+    if log_p.isnan().any():
         raise UserError(
-            f"{name}: log p of {util.count(int((~log_p.isfinite()).sum()), 'image')} is not a number, so no result is saved"
+            f"{name}: log p of {util.count(int(log_p.isnan().sum()), 'image')} is not a number, so no result is saved"
         )
     rows = scoring.keep_best(scoring.merge([part.table.settle() for part in parts]))
     bound = get_enumeration_bound(rows, len(log_p)).cpu()  # [N]
@@ -617,8 +617,7 @@ def get_parser():
         defaults = ", ".join([str(default), *(f"{algorithm}: {value}" for algorithm, value in others.items())])
         low = 0 if name == "num_iterations" else 1
         add(f"--{name.replace('_', '-')}", f"{help} (default: {defaults})", type=util.in_range(int, low))
-    memory_size = util.in_range(int, 1, scoring.CAPACITY)
-    add("--memory-size", "mws: programs remembered per image", type=memory_size, default=search.NUM_BEST)
+    add("--memory-size", "mws: programs remembered per image", type=positive, default=search.NUM_BEST)
     effort = "mws: length of the search, in units of about ten seconds on one core per image and half (and of 35 MB)"
     add("--effort", effort, type=util.in_range(float, 0.01, 1000), default=1.0)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)

@@ -211,12 +211,12 @@ def describe(path):
     """Describes a result of eval_logp.py in a sentence"""
     result = load_result(path)
     error, spread, bound = get_search_error(result), result["standard_error"], result["enumeration_bound"]
-    spread = "" if math.isnan(spread) else f" (standard error over images {spread:.2f})"  # of a single image
+    over_images = "" if math.isnan(spread) else f" (standard error over images {spread:.2f})"  # of a single image
     searched = f", search error {error[0]:.2f} (both halves together gain {error[1]:.2f} over one)" if error else ""
     is_short = error and bound - result["log_p"] > TOLERANCE
     advice = " (report this: the networks of the estimate propose too few of the programs found)" if is_short else ""
     return (
-        f"log p(x) = {result['log_p']:.2f} nats per image{spread},"
+        f"log p(x) = {result['log_p']:.2f} nats per image{over_images},"
         f" enumeration bound {bound:.2f}{advice}{searched}, {describe_images(result)},"
         f" {result['run']} at iteration {result['model_iteration']} by {result['settings']['algorithm']}"
     )
@@ -232,15 +232,13 @@ def describe_work(settings):
 def describe_images(result):
     """The images of an evaluation, in words"""
     args, kind, number = result["args"], result["settings"]["kind_of_images"], len(result["log_p_by_image"])
-    chosen = f"all {number}" if number < args["num_data"] else "the first" + f" {number}" * (number > 1)
-    chosen = f"{number} evenly spread" if args["images"] == "spread" and number > 1 else chosen
-    chosen = "the only" if chosen == "all 1" else chosen
-    images = "image" if number == 1 else "images"
+    chosen = "" if args["images"] == "spread" else "all " if number < args["num_data"] else "the first "
+    chosen += util.count(number, "evenly spread " * (not chosen) + "training " * (kind == "training") + "image")
     if kind == "training":
-        return f"{chosen} training {images}"
+        return chosen
     part = "test" if result["settings"]["mode"] == "test" else "training"
     source = args["data_location"] or "other data" if kind == "other" else "the model's data"
-    return f"{chosen} {images} of the {part} part of {source}"
+    return f"{chosen} of the {part} part of {source}"
 
 
 def describe_leads(models):
@@ -472,9 +470,9 @@ def write_figure(path, rows):
         values = np.array([row[key] for key, row in zip(highest, own, strict=True)])
         error = np.array([row[f"{key} s.e. over seeds"] or 0 for key, row in zip(highest, own, strict=True)])
         lines[labels[name]] = Line([row["particles"] for row in own], values, values - error, values + error)
-    bands = "best estimate, or the guaranteed bound if that is higher"
-    bands += "; band: standard error over seeds" * any(row["best s.e. over seeds"] for row in rows)
-    title = [rows[0]["images in words"], common, bands]
+    caption = "best estimate, or the guaranteed bound if that is higher"
+    caption += "; band: standard error over seeds" * any(row["best s.e. over seeds"] for row in rows)
+    title = [rows[0]["images in words"], common, caption]
     ticks = sorted({row["particles"] for row in rows})
     draw_lines(path, lines, title, "latents per image (mws: proposals + memory)", ticks)
 
