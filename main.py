@@ -58,7 +58,6 @@ class Run:
             pretrain_optimizer=self.pretrain_optimizer,
             **self.state,
         )
-        self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
         self.callbacks = [(args.test_interval, test)] if args.test_interval else []  # (iterations between calls, function)
         self.num_called = 0  # callbacks already called at this iteration
         self.reason = ""  # why the run ends early; a callback sets it to complete the run
@@ -69,6 +68,9 @@ class Run:
         self.epoch = self.order = None  # the order of the data in this epoch, which follows from the iteration
         self.statistics = {}  # see runs/curves.py
         self.pending = []  # statistics not yet moved off the device
+        # Last, since they are those of all parts, as the code sets them
+        self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
+        self.shapes = {name: part.shape for name, part in self.parts.items() if torch.is_tensor(part)}
 
     def record(self, phase, statistics):
         """Records statistics, a dict of scalars, of this iteration, as they are now"""
@@ -78,11 +80,16 @@ class Run:
         append_statistics(self.statistics, self.pending)
 
     def get_checkpoint(self):
-        """Raises: UserError if training has diverged, since only finite numbers are saved, or state was replaced"""
+        """Raises: UserError if training has diverged, since only finite numbers are saved, or a part could not be restored"""
         self.flush_statistics()
         if replaced := [name for name, part in self.state.items() if self.parts.get(name) is not part]:
             raise UserError(
                 f"the part {replaced[0]} of run.state is not that of run.parts, which is saved: change state in place (copy_)"
+            )
+        if changed := [name for name, shape in self.shapes.items() if getattr(self.parts.get(name), "shape", shape) != shape]:
+            raise UserError(
+                f"the part {changed[0]} of the run has changed its shape, so it could not be restored: keep it, or make the part an"
+                " object with a state_dict"
             )
         check_finite([*self.generative_model.parameters(), *self.inference_network.parameters()])
         return dict(
@@ -111,8 +118,7 @@ class Run:
                 f"{folder} holds a run with other settings: {differences}; use its settings, with --name={name}, or move that"
                 " folder away"
             )
-        for name, value in checkpoint["removed"].items():
-            warn(f"the checkpoint has a setting {name.replace('_', '-')} ({value}), which no longer exists and is ignored")
+        util.warn_of_removed(checkpoint)
         for name in checkpoint.keys() - self.parts.keys() - checkpoints.TYPES.keys() - checkpoints.RESERVED:
             if checkpoint[name] is not None:
                 warn(f"the checkpoint has a part {name}, which this run lacks; it is ignored")
@@ -407,9 +413,7 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, util.get_run_default(name, args.test_run))
     if args.test_run:
-        for name, limit in util.get_test_run_limits(args).items():
-            value = getattr(args, name)
-            setattr(args, name, limit if value is None else min(value, limit))
+        util.lower_to_limits(args)
     if args.algorithm == "vimco" and args.num_particles < 2:
         raise UserError("--algorithm vimco needs --num-particles of at least 2")
     if args.q_uniform_mixture == 1:

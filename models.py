@@ -222,7 +222,7 @@ class Likelihood(nn.Module):
 
     To add one, write a class and enter it in LIKELIHOODS. It needs `log_prob` and `sample`, as in `Bernoulli`. Its parameters
     are learned; its settings are keyword arguments of its constructor. If it sees drawings through affine maps, derive it from
-    `AffineMixture`.
+    `AffineMixture`, and let `log_prob` take `map_id`, as there, by which a search tries a few maps at a time.
     """
 
     maps = None  # [T, 2, 3], affine maps, if it sees drawings through one of them
@@ -320,7 +320,7 @@ class LearnedAffine(AffineMixture):
 
 
 class FixedAffine(AffineMixture):
-    """2187 maps: all combinations of three shears, rotations, scales and translations each"""
+    """2187 maps: all combinations of three values each of seven numbers (rendering.get_fixed_maps)"""
 
     test_run_limits = dict(batch_size=2, num_particles=10, memory_size=10)  # with so many maps, a step takes long
 
@@ -599,6 +599,7 @@ def from_checkpoint(checkpoint, device="cpu"):
         False)
     Raises: UserError if its contents are inconsistent
     """
+    util.warn_of_removed(checkpoint)
     args, num_alphabets = argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"]
     saved = checkpoint["generative_model"], checkpoint["inference_network"]
     try:

@@ -309,11 +309,21 @@ def get_own_settings(args, name):
 def make_args(saved):
     """Converts a checkpoint's arguments, a dict, to a namespace: missing settings get their defaults, renamed ones their
     values, and those that no longer exist stay as they are"""
-    args = dict(saved)
+    args, added = dict(saved), []
     for name, field in get_fields().items():
         if name not in args:
+            added += [name] * (field.setting.formerly not in args)
             args[name] = args.pop(field.setting.formerly, field.default)
-    return argparse.Namespace(**args)
+    args = argparse.Namespace(**args)
+    if args.test_run:
+        lower_to_limits(args, added)
+    return args
+
+
+def warn_of_removed(checkpoint):
+    """Warns of settings of a checkpoint that this version does not have. Args: checkpoint: from `runs.checkpoints.load`"""
+    for name, value in checkpoint.get("removed", {}).items():
+        warn_once(f"the checkpoint has a setting {name.replace('_', '-')} ({value}), which no longer exists and is ignored")
 
 
 def get_settings(args):
@@ -448,7 +458,7 @@ class ArgumentParser(argparse.ArgumentParser):
         help = (f"{owners}: {field.setting.help}" if owners else field.setting.help).replace("%", "%%")
         if field.type is bool:
             action = "store_true" if field.default is False else argparse.BooleanOptionalAction
-            self.add(flag, help, *formerly, action=action, default=field.default)
+            self.add(flag, f"{help} (default: yes)" if field.default else help, *formerly, action=action, default=field.default)
         elif choices is not None:
             self.add(flag, help, *formerly, choices=list(choices), default=field.default)
         else:
@@ -462,6 +472,14 @@ def get_test_run_limits(args):
     """The upper limits that --test-run puts on settings, by name; a likelihood may lower them, to stay under two minutes"""
     limits = {name: field.setting.limit for name, field in get_fields().items() if field.setting.limit is not None}
     return limits | getattr(CHOICES["likelihood"][args.likelihood], "test_run_limits", {})
+
+
+def lower_to_limits(args, names=None):
+    """Lowers the settings of a test run, a namespace, to its limits: all, or those with some names"""
+    for name, limit in get_test_run_limits(args).items():
+        if names is None or name in names:
+            value = getattr(args, name)
+            setattr(args, name, limit if value is None else min(value, limit))
 
 
 # Defaults that depend on --test-run. They do not depend on the number of iterations, which must not change bits

@@ -186,7 +186,7 @@ def get_joint_bound(results):
 
 def get_search_error(result):
     """How much the searches of an evaluation by mws may have missed, in nats per image: the difference between its halves' mean
-    bounds, and the gain of both halves' programs over one half's; None for other evaluations"""
+    bounds, and the gain of all programs over those of one half; None for other evaluations"""
     if "search_error" not in result:
         return None
     return result["search_error"], result["enumeration_bound"] - result["bound_by_half"].mean().item()

@@ -36,9 +36,9 @@ def lock(path, what, stop=None):
             if waited >= MOMENT:
                 util.warn_once(f"{holder}; waiting up to {PATIENCE} seconds for it to end")
             time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
+        with util.writing(path):
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}\n".encode())
         yield
 
 

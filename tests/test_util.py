@@ -16,6 +16,7 @@ import torch
 
 import data
 import main
+import models
 import util
 from runs import checkpoints, locks
 from util import UserError
@@ -124,12 +125,18 @@ def test_runs_that_differ_do_not_share_a_folder():
     assert not fields - set(DIFFERENT) - {"algorithm"}
 
 
+SMALL = "--num-primitives 5 --num-arcs 3 --obs-embedding-dim 8 --q-lstm-hidden-size 8".split()
+
+
+def make_run(args):
+    split = data.Split(torch.ones(4, 28, 28), None, None)
+    return main.Run(args, data.Dataset(split, split, split, 0), torch.device("cpu"))
+
+
 def make_checkpoint(iteration=3):
     """Of a run that has not begun, but for its iteration"""
-    args = main.parse_args("--num-primitives 5 --num-arcs 3 --obs-embedding-dim 8 --q-lstm-hidden-size 8".split())
-    split = data.Split(torch.ones(4, 28, 28), None, None)
-    run = main.Run(args, data.Dataset(split, split, split, 0), torch.device("cpu"))
-    return {**run.get_checkpoint(), "iteration": iteration, "optimizer": {}, "pretrain_optimizer": {}}
+    args = main.parse_args(SMALL)
+    return {**make_run(args).get_checkpoint(), "iteration": iteration, "optimizer": {}, "pretrain_optimizer": {}}
 
 
 @pytest.fixture
@@ -255,3 +262,25 @@ def test_an_old_name_that_is_taken_again_is_refused(monkeypatch):
     monkeypatch.setitem(util.CHOICES["algorithm"], "mine", mine)
     with pytest.raises(UserError, match="was formerly test_run, as another one is called now"):
         util.get_fields()
+
+
+def test_settings_added_and_removed_since_a_checkpoint(monkeypatch, capsys):
+    def mine(length: Annotated[int, util.Setting("a length", limit=3)] = 100):
+        pass
+
+    monkeypatch.setitem(util.CHOICES["algorithm"], "mine", mine)
+    for flags, length in [([], 100), (["--test-run"], 3)]:
+        saved = {**vars(main.parse_args(flags)), "odd_one": 0.5}
+        del saved["length"]
+        assert util.make_args(saved).length == length
+    checkpoint = make_checkpoint()
+    models.from_checkpoint(checkpoints.complete({**checkpoint, "args": {**checkpoint["args"], "odd_one": 0.5}}))
+    assert "has a setting odd-one (0.5), which no longer exists" in capsys.readouterr().err
+
+
+def test_a_tensor_among_the_parts_keeps_its_shape():
+    run = make_run(main.parse_args(SMALL))
+    run.parts["memory"] = torch.cat([run.parts["memory"]] * 2)
+    run.state = {}
+    with pytest.raises(UserError, match="part memory of the run has changed its shape"):
+        run.get_checkpoint()
