@@ -205,7 +205,8 @@ def _load_source(location, prepare=False):
     if not path.exists():
         names = ", ".join([*SITES, "glyphs"])
         advice = "set $OMNIGLOT_PATH to where chardata.mat is" if location in SITES else f"give a path, or one of {names}"
-        raise UserError(f"--data-location {location}: no such file or folder as {path}; {advice}")
+        where = "" if str(path) == location else f" as {path}"
+        raise UserError(f"--data-location {location}: no such file or folder{where}; {advice}")
     if path.suffix == ".mat" or location in SITES:
         return _load_mat(path)
     if path.suffix in (".npy", ".npz"):
@@ -378,7 +379,7 @@ def _load_image_files(path, prepare):
             warn(f"{error}, skipped")
             return []
 
-    progress = show_progress(images, desc="reading images", unit="", leave=False)
+    progress = show_progress(images, desc="reading images", unit="image", leave=False)
     found = [(ink, *labels) for file, *labels in progress for ink in read(*file)]
     if not found:
         raise UserError(f"no characters were found on the images in {path}; see the warnings")

@@ -234,7 +234,7 @@ def draw_alphabets(trained, args):
             obs_id = members[data.spread(len(members), num)]
             obs, seen = trained.see(obs_id, args.resolution)
             panels = {"images": obs, "as the model sees them": seen, **panels}
-        title = f"{trained.dataset.alphabet_names[alphabet_id]}: {trained.get_title()}"
+        title = f"{trained.dataset.alphabet_names[alphabet_id]} (--alphabet-ids {alphabet_id}): {trained.get_title()}"
         pages.append(figures.panels_figure(panels, num_cols, title))
     save_figures(trained, trained.get_stem("alphabets"), pages)
 

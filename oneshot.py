@@ -109,7 +109,7 @@ def choose_runs(args):
     runs = oneshot_runs.load(args.runs)
     print(f"{args.runs}: {oneshot_runs.summarise(runs)}", flush=True)
     if args.run_ids and max(args.run_ids) > len(runs):
-        raise UserError(f"--run-ids {max(args.run_ids)}: {args.runs} has {len(runs)} runs, counted from 1")
+        raise UserError(f"--run-ids {max(args.run_ids)}: {args.runs} has {util.count(len(runs), 'run')}, counted from 1")
     return [run for number, run in enumerate(runs, start=1) if not args.run_ids or number in args.run_ids]
 
 

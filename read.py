@@ -117,7 +117,7 @@ def main(argv=None):
     for i, (stem, file) in enumerate(zip(found.names, found.files, strict=True)):
         details = dict(image=file, model=name, log_likelihood=reading.log_likelihood[i].item())
         drawings.save_program(folder / stem, get_strokes(reading, i), deviation=reading.deviation[i].sum().item(), **details)
-        print(f"{file}: {int(reading.drawing.on[i].sum())} strokes: {folder / stem}.svg, {stem}.json")
+        print(f"{file}: {util.count(int(reading.drawing.on[i].sum()), 'stroke')}: {folder / stem}.svg, {stem}.json")
     title = f"strokes of {name}'s library, varied to lie on the ink"
     title += (
         "\nlog p(x | strokes): how probable they make the ink\ndeviation: how far they are from the library's (both in nats)"

@@ -379,6 +379,8 @@ def parse_args(argv=None):
     cut = argv.index("--") if "--" in argv else len(argv)
     args = get_parser().parse_args(argv[:cut])
     args.settings = argv[cut + 1 :]
+    if args.seeds and any(word.split("=")[0] == "--seed" for word in args.settings):
+        raise UserError("--seeds and, after the --, --seed exclude each other; give one")
     if sum([args.cluster, args.status, args.plot, args.cancel, args.rm]) > 1:
         raise UserError("--cluster, --status, --plot, --cancel and --rm exclude each other; give one")
     if (args.eval_algorithms or args.eval_options) and not args.eval_logp:

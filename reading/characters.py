@@ -80,7 +80,7 @@ def find(paths, as_is=False):
         except UserError as error:
             warn(f"{error}; skipped")
     if not files:
-        raise UserError("there is no character to read; give images of characters, or --as-is")
+        raise UserError("there is no character to read; give images of characters" + ", or --as-is" * (not as_is))
     return Characters(inks, files)
 
 

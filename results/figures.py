@@ -320,7 +320,7 @@ def plot_panel(axes, phase, name, curve, log_num_images):
     else:
         low, high = plot_curve(axes, curve)
         if name == "prior_loss" and log_num_images is not None:
-            axes.axhline(log_num_images, ls="--", color="black", lw=1, label="log number of images")
+            axes.axhline(log_num_images, ls="--", color="black", lw=1, label="log number of images to tell apart")
             low, high = min(low, log_num_images), max(high, log_num_images)
         if math.isfinite(high - low) and high > low:
             axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))

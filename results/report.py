@@ -429,7 +429,7 @@ def draw_lines(path, lines, title, xlabel, ticks=None, limits=None):
         )
         axes.fill_between(line.x, line.low, line.high, color=drawn.get_color(), alpha=0.25)
         if line.dotted is not None:
-            axes.plot(line.x, line.dotted, ":", color=drawn.get_color(), lw=1.3)
+            axes.plot(line.x, line.dotted, ".:", markersize=2.5, color=drawn.get_color(), lw=1.3)
     axes.set_xscale("log")
     if ticks:
         axes.set_xticks(ticks, map(str, ticks))
@@ -443,7 +443,7 @@ def draw_lines(path, lines, title, xlabel, ticks=None, limits=None):
 
 def get_labels(names):
     """Splits the names of models. Returns: labels, {name: parts that others lack}; what all have in common, in words"""
-    parts = {name: name.split("_") for name in names}
+    parts = {name: name.replace("test_run_", "test run_").split("_") for name in names}
     common = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
     labels = {name: "_".join(part for part in own if part not in common) or name for name, own in parts.items()}
     words = [f"{part} latents per image" if part.isdigit() else part for part in next(iter(parts.values())) if part in common]
@@ -526,6 +526,8 @@ def draw_milestones(runs, path):
     models, rows, lines, texts = collections.defaultdict(list), [], {}, []
     first = {name: next(iter(found[kind].values())) for name, found in runs.items() if kind in found}
     row_names = name_rows({name: result["model_settings"] for name, result in first.items()})
+    if len(first) == 1:  # with its seed
+        row_names = {name: name for name in first}
     for name in sorted(runs, key=get_order):
         if kind not in runs[name]:
             warn(f"{name} is left out: its checkpoints were evaluated on other images or with other numbers of particles")
