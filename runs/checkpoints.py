@@ -60,6 +60,7 @@ def find(path):
         return found
     runs = sorted(latest.parents[1].name for latest in util.SAVE.glob("*/checkpoints/latest.pt"))
     there = f"{util.SAVE}/ holds {', '.join(runs)}" if runs else f"{util.SAVE}/ holds no run: train one with python main.py"
+    there += f"; pretrained/{pretrained.stem} is a pretrained model" * pretrained.is_file()
     raise UserError(f"there is no checkpoint {path}; {there}")
 
 
