@@ -88,7 +88,7 @@ class Run:
             )
         if changed := [name for name, shape in self.shapes.items() if getattr(self.parts.get(name), "shape", shape) != shape]:
             raise UserError(
-                f"the part {changed[0]} of the run has changed its shape, so it could not be restored: keep it, or make the part an"
+                f"the part {changed[0]} of the run has changed its shape, so it could not be restored: keep the shape, or make it an"
                 " object with a state_dict"
             )
         check_finite([*self.generative_model.parameters(), *self.inference_network.parameters()])
