@@ -307,8 +307,8 @@ def get_own_settings(args, name):
 
 
 def make_args(saved):
-    """Converts a checkpoint's arguments, a dict, to a namespace: missing settings get their defaults, renamed ones their
-    values, and those that no longer exist stay as they are"""
+    """Converts a checkpoint's arguments, a dict, to a namespace: missing settings get their defaults, within the limits of a
+    test run, renamed ones their values, and those that no longer exist stay as they are"""
     args, added = dict(saved), []
     for name, field in get_fields().items():
         if name not in args:
@@ -474,10 +474,10 @@ def get_test_run_limits(args):
     return limits | getattr(CHOICES["likelihood"][args.likelihood], "test_run_limits", {})
 
 
-def lower_to_limits(args, names=None):
-    """Lowers the settings of a test run, a namespace, to its limits: all, or those with some names"""
+def lower_to_limits(args, names):
+    """Lowers settings of a test run, given by their names, to its limits, in place. Args: args: a namespace"""
     for name, limit in get_test_run_limits(args).items():
-        if names is None or name in names:
+        if name in names:
             value = getattr(args, name)
             setattr(args, name, limit if value is None else min(value, limit))
 

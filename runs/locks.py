@@ -20,7 +20,7 @@ def lock(path, what, stop=None):
     process to release it.
 
     Args: what: what a process that holds it is doing, in words; stop: a StopSignal, which ends the wait
-    Raises: UserError if another process holds it
+    Raises: UserError if another process holds it or it cannot be written
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     patience, start = PATIENCE if "SLURM_JOB_ID" in os.environ else MOMENT, time.monotonic()
