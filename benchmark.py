@@ -171,7 +171,7 @@ def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     add, positive = parser.add, util.in_range(int, 1)
     add("--cuda", "measure a GPU", action="store_true")
-    add("--quick", "a fifth of the batch, timed once", action="store_true")
+    add("--quick", "a fifth of the batch, one run of each", action="store_true")
     add("--no-compile", "measure plain PyTorch", dest="compile", action="store_false")
     add("--algorithms", "what to measure (default: all)", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
     add("--batch-size", "images (default: 250, the paper's); evaluations have 50, and particles in proportion", type=positive)

@@ -53,6 +53,8 @@ def spread(num_all, num):
 
 
 class Dataset(typing.NamedTuple):
+    """Images in three parts, and what is known of them"""
+
     train: Split
     valid: Split
     test: Split
@@ -343,6 +345,8 @@ HIDDEN = re.compile(
 
 
 class File(typing.NamedTuple):
+    """A file in a folder or zip"""
+
     name: str  # relative to the location, with slashes
     read: typing.Callable  # returns its bytes
 

@@ -3,7 +3,7 @@
     pip install 'gradio>=6'
     python demo.py            # then open http://127.0.0.1:7860
 
-Draw with the mouse or a pen, choose a character of Omniglot, or upload a photograph. The page shows the library's strokes that
+Draw with the mouse or a pen, choose a known character, or upload a photograph. The page shows the library's strokes that
 make up the ink, new examples as by other hands, and the known characters that it most resembles. Only this machine can open
 the page, unless --host or --share says otherwise.
 """
@@ -42,7 +42,7 @@ class Reader:
     """Reads characters with a model. Args: model: GenerativeModel; known: data.Split of known characters"""
 
     def __init__(self, model, known):
-        self.model, self.lock = model.requires_grad_(False), threading.Lock()
+        self.model, self.lock = model, threading.Lock()
         known = known.select(known.obs.flatten(1).any(1).nonzero().squeeze(1))  # those that are not blank
         which = (
             known.obs.flatten(1) if known.character is None else np.column_stack([known.alphabet.argmax(1), known.character])
@@ -156,7 +156,7 @@ def build(reader):
         with gradio.Row():
             with gradio.Column(min_width=PAGE):
                 pad = gradio.HTML(html_template=PAD, js_on_load=DRAW)
-                known = gradio.Button("A character of Omniglot")
+                known = gradio.Button("A known character")
                 upload = gradio.UploadButton("A photograph", file_types=["image"])
             with gradio.Column(min_width=PAGE):
                 answer = gradio.HTML()

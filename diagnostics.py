@@ -33,7 +33,7 @@ from util import UserError
 NUM_PROPOSALS = 10  # programs that the inference network proposes for an image; the best is drawn
 BATCH_SIZE = 50  # images whose programs are inferred together
 NUM_COUNTED = 2000  # samples from the prior, to estimate how often it uses each primitive
-NUM_FILMED, MAX_FRAMES = 16, 40  # characters and frames in reconstructions.gif
+NUM_FILMED, MAX_FRAMES = 16, 40  # characters (stroke by stroke, twice as many) and frames in animations
 MOVED = "images as-is examples vary vary-strokes no-refit num-particles num-best num-rounds num-mutants".split()  # to read.py
 STROKE_MILLISECONDS, CHECKPOINT_MILLISECONDS = 900, 600  # for which each frame of an animation is shown
 
@@ -192,9 +192,10 @@ def draw_reconstructions(trained, args):
     return obs_id, obs, drawing
 
 
-def film_strokes(trained, obs, drawing, resolution, num=2 * NUM_FILMED):
+def film_strokes(trained, obs, drawing, resolution):
     """Animates reconstructions, drawn stroke by stroke beside their images"""
-    obs, stages = drawings.resize(obs[:num], resolution), drawings.draw_stages(drawing.select(slice(num)), resolution)
+    first = slice(2 * NUM_FILMED)
+    obs, stages = drawings.resize(obs[first], resolution), drawings.draw_stages(drawing.select(first), resolution)
     current, frames = torch.zeros_like(obs), []
     for i, stage in enumerate([torch.zeros_like(obs), *stages.unbind(1)]):
         if len(frames) and stage.isnan().all():
@@ -205,7 +206,7 @@ def film_strokes(trained, obs, drawing, resolution, num=2 * NUM_FILMED):
 
 
 def film_training(trained, obs_id, args):
-    """Animates the same characters over the course of training, up to the checkpoint being drawn"""
+    """Animates the same characters over the course of training, unless an older checkpoint or other data are drawn"""
     numbered = [path for path in checkpoints.get_numbered(trained.path.parent) if int(path.stem) < trained.iteration]
     if not numbered or not trained.is_latest or trained.other_data:
         return

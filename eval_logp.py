@@ -56,7 +56,7 @@ SIZES = {  # what they are; the paper's defaults, and those that differ by algor
     "test_batch_size": ("images per step of the estimate", 1, {"own": 10}),
     "test_num_particles": ("particles per image in the estimate", 5000, {"own": 1000}),
 }
-CHOICES = ["mode", "algorithm", *SIZES, "seed"]  # what a result depends on besides the model and the images
+DEPENDS_ON = ["mode", "algorithm", *SIZES, "seed"]  # what a result depends on besides the model and the images
 # Settings that change nothing keep their defaults, so that they do not make a different evaluation
 UNUSED = {"own": ["num_particles", "num_iterations", "batch_size", "lstm_hidden_size"], "mws": ["test_batch_size"]}
 # Memoised evaluation
@@ -155,7 +155,7 @@ def build_models(args, checkpoint, num_images, device):
 # ------------------------------------------------------------------ steps
 
 
-def get_num_dreams(args):
+def get_num_samples(args):
     """The number of samples of the model in a step of sleep: 5000 by default"""
     return args.batch_size * args.num_particles
 
@@ -175,7 +175,7 @@ def train_step(evaluation, obs_id):
     if args.algorithm == "mws":
         return memoised_step(evaluation, obs_id)
     if args.algorithm == "sleep":
-        loss, statistics = losses.sleep_in_parts(*networks, get_num_dreams(args))
+        loss, statistics = losses.sleep_in_parts(*networks, get_num_samples(args))
     else:
         scorer = functools.partial(evaluation.table.score, obs_id) if looks_scores_up(evaluation) else losses.score
         step = losses.Step(
@@ -235,7 +235,7 @@ def enumerate_memory(evaluation):
 def run(evaluation, settings, path, stop):
     """Searches, trains the network and estimates log p, until done or a signal arrives. Returns: whether it is done"""
     args, num_images, clock = evaluation.args, len(evaluation.obs), SaveClock(evaluation.args.save_minutes)
-    save, num_steps = functools.partial(util.save_checkpoint, path), itertools.count(1)  # of any kind
+    save, num_steps = functools.partial(util.save_checkpoint, path), itertools.count(1)  # of all kinds
     train = functools.partial(train_step, evaluation)
     if evaluation.device.type == "cuda" and args.compile and args.algorithm != "mws":  # whose steps look scores up
         train = ReplayedStep(train)
@@ -301,7 +301,7 @@ def search_step(evaluation, stop):
         util.set_random_state(state, evaluation.device)
         return
     evaluation.table.score(obs_id, model, latent.unsqueeze(1), obs, alphabet)
-    rank = torch.arange(args.memory_size, device=evaluation.device).clamp(max=len(latent) - 1)  # repeats fill a small space
+    rank = torch.arange(args.memory_size, device=evaluation.device).clamp(max=len(latent) - 1)  # of too few, the last repeats
     evaluation.programs[obs_id] = models.pack(latent[rank], evaluation.programs.dtype)
     evaluation.num_searched += 1
 
@@ -405,8 +405,8 @@ def evaluate(args):
 
 
 def load_numbers(path, device, algorithm):
-    """Loads a checkpoint of main.py. Raises: UserError if that fails, or if a part that the algorithm uses holds NaN. (Masks of
-    attention hold infinity.)"""
+    """Loads a checkpoint of main.py. Raises: UserError if that fails, or if a part that the algorithm uses holds NaN. (Masks
+    of attention may hold infinity.)"""
     checkpoint = checkpoints.load(path, device)
     for part in ["generative_model"] + ["inference_network"] * (algorithm in ("own", "mws")):
         if any(value.isnan().any() for value in checkpoint[part].values() if torch.is_tensor(value)):
@@ -535,10 +535,10 @@ def load_images(args, checkpoint, load_data=data.load_and_tell):
 
 def get_choices(args):
     """What a result depends on besides the model and the images, as plain values"""
-    choices = {name: getattr(args, name) for name in CHOICES}
+    choices = {name: getattr(args, name) for name in DEPENDS_ON}
     if args.algorithm == "mws":
         choices |= {"memory_size": args.memory_size, "effort": args.effort, "search": search.VERSION}
-    return choices | ({"num_dreams": get_num_dreams(args)} if args.algorithm == "sleep" else {})
+    return choices | ({"num_dreams": get_num_samples(args)} if args.algorithm == "sleep" else {})
 
 
 def get_settings(args, checkpoint, images, kind):
@@ -601,7 +601,8 @@ def get_parser():
     parser = util.ArgumentParser(description=__doc__)
     add, positive = parser.add, util.in_range(int, 1)
     parser.start_group("report")
-    add("--report", "print a table of all evaluations, write save/logp.csv and save/logp.pdf", action="store_true")
+    tables = "print a table for each set of images; write save/logp.csv and .pdf (logp_train with --mode train)"
+    add("--report", tables, action="store_true")
     add("--all", "also list the paper's models that have not been evaluated", action="store_true")
     parser.start_group("evaluation")
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one")
@@ -610,7 +611,7 @@ def get_parser():
     mode = "which images: test, the data's own test part, or train, the model's training images (default: test; report: both)"
     add("--mode", mode, choices=["test", "train"], default=None)
     add("--images", "the first --num-data images, or evenly spread ones", choices=["first", "spread"], default="first")
-    add("--every-checkpoint", "evaluate each of a run's milestones; writes a CSV and a figure (own)", action="store_true")
+    add("--every-checkpoint", "own: evaluate each of a run's milestones; writes a CSV and a figure", action="store_true")
     add("--data-location", "as for main.py (default: where the model was trained)", type=util.to_location, default=None)
     add("--num-data", "number of images", type=positive, default=50)
     for name, (help, default, others) in SIZES.items():
@@ -618,7 +619,7 @@ def get_parser():
         low = 0 if name == "num_iterations" else 1
         add(f"--{name.replace('_', '-')}", f"{help} (default: {defaults})", type=util.in_range(int, low))
     add("--memory-size", "mws: programs remembered per image", type=positive, default=search.NUM_BEST)
-    effort = "mws: length of the search, in units of about ten seconds on one core per image and half (and of 35 MB)"
+    effort = "mws: length of the search, in units of about ten seconds on one core per image and half (and 35 MB of memory)"
     add("--effort", effort, type=util.in_range(float, 0.01, 1000), default=1.0)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--force", "repeat an evaluation that is complete, or replace one with other settings", action="store_true")

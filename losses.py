@@ -67,17 +67,19 @@ def get_num_dreams(batch_size, num_particles):
 
 
 def particle_objective(function):
-    """Makes an objective of the models from a loss of the particles' scores: function(log_p, log_q, ...) -> loss, statistics,
-    given log p(z, x) and log q(z|x), each [P, B], with gradients, and any fields of Step that it names."""
+    """Makes an objective of the models from a loss of the particles' scores.
+
+    Args: function(log_p, log_q, ...) -> loss, statistics: of log p(z, x) and log q(z|x), each [P, B], with gradients, and any
+        fields of Step that it names
+    Returns: a function of the models, obs [B, R, C], num_particles, alphabet [B, L] one-hot, obs_id [B] if q is a
+        LookupInferenceNetwork, and scorer (`score`, or a faster equivalent) -> loss, statistics
+    """
     own = list(inspect.signature(function).parameters)[2:]
 
     @functools.wraps(function)
     def objective(
         generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None, scorer=score, **others
     ):
-        """Args: obs [B, R, C]; alphabet [B, L] one-hot; obs_id [B] if q is a LookupInferenceNetwork;
-            scorer: `score`, or a faster equivalent
-        Returns: loss; statistics"""
         known_as = obs_id if isinstance(inference_network, LookupInferenceNetwork) else None
         particles = propose(generative_model, inference_network, obs, num_particles, alphabet, known_as, scorer)
         scores = [x.detach().requires_grad_() for x in (particles.log_p, particles.log_q)]
@@ -159,7 +161,7 @@ def tvo(
 
 
 def get_effective_sample_size(log_weight):
-    """1 / sum_k of the squared normalised weights, mean over images: [P, B] -> scalar between 1 and P"""
+    """1 / sum_k w_k^2 of the normalised weights w_k, mean over images: [P, B] -> scalar between 1 and P"""
     return (1 / log_weight.softmax(0).square().sum(0)).mean()
 
 
@@ -178,7 +180,7 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
     factors [P, B] held constant.
 
     Few particles matter, often one per image: on a CPU, only these are scored again, with gradients. On a GPU selecting takes
-    longer than computing, so all are scored again, but the backward pass skips those whose factor is zero.
+    longer than computing: `propose` has scored all with gradients, and the backward pass skips those whose factor is zero.
     """
     latent, log_p, log_q, context = particles
     num_particles, batch_size = latent.shape[:2]
@@ -269,7 +271,7 @@ def remember(memory, obs_id, proposal, get_scores):
     log_joint = get_scores(candidate)  # [M + P, B]
     if gpu.can_remember(memory, len(proposal)) and log_joint.dtype == torch.float32:
         uniform = torch.rand(len(obs_id), device=memory.device)
-        latent, log_r, statistics = gpu.keep_best(memory, obs_id, candidate, log_joint, uniform)
+        latent, log_r, statistics = gpu.remember(memory, obs_id, candidate, log_joint, uniform)
         return latent, log_r, dict(zip(["novel_proportion", "new_map"], statistics.mean(1), strict=True))
     kept, log_joint, statistics = keep_best(memory, obs_id, candidate, log_joint)  # [M, B, A, 2], [M, B]
     log_memory = log_joint.log_softmax(0)  # log r
@@ -294,8 +296,8 @@ def get_candidates(memory, obs_id, proposal):
 
 
 def keep_best(memory, obs_id, candidate, log_joint):
-    """Updates the memory, given the candidates and their log_joint [M + P, B]. Latents are distinct if their programs are, even
-    if they draw the same image. Returns: as `update_memory`"""
+    """Updates the memory, given the candidates and their log_joint [M + P, B]. Latents that differ are
+    distinct even if they draw the same image. Returns: as `update_memory`"""
     memory_size = memory.shape[1]
     codes, log_joint = pack(candidate, memory.dtype).transpose(0, 1), log_joint.t()  # [B, M + P, A], [B, M + P]
     repeated = find_repeated(codes)  # [B, M + P]

@@ -68,7 +68,7 @@ class Run:
         self.epoch = self.order = None  # the order of the data in this epoch, which follows from the iteration
         self.statistics = {}  # see runs/curves.py
         self.pending = []  # statistics not yet moved off the device
-        # Last, since they are those of all parts, as the code sets them
+        # Last, when all parts exist: hyperparameters and shapes as the code sets them
         self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
         self.shapes = {name: part.shape for name, part in self.parts.items() if torch.is_tensor(part)}
 
@@ -309,7 +309,8 @@ def show(run, bar):
 
 
 def train(run):
-    """Takes steps until the run is complete or a signal arrives. It can resume from its state between any two steps."""
+    """Takes steps until the run is complete or a signal arrives. It can resume from its state between any two steps.
+    Returns: the path of latest.pt"""
     args, clock = run.args, SaveClock(run.args.save_minutes)
     pretrain, step = get_steps(run)
     total, done = args.pretrain_iterations + args.num_iterations, run.pretrain_iteration + run.iteration
@@ -342,7 +343,7 @@ def train(run):
 def try_to_resume(run):
     """Before the first step, saves, loads and restores the run in memory, and rebuilds its models as evaluations and pictures
     will. Raises: UserError if any of this fails"""
-    checkpoint = checkpoints.complete(checkpoints.copy(run.get_checkpoint()))
+    checkpoint = checkpoints.fill_in(checkpoints.copy(run.get_checkpoint()))
     models.from_checkpoint(checkpoint)
     run.restore(checkpoint)
 

@@ -3,7 +3,8 @@
 A latent is a program of A strokes, an integer tensor [..., A, 2]: each stroke's primitive (0 to K - 1) and whether the pen
 is down (1) or up (0). The pen is always up in the first stroke, which takes it from the centre to the first point.
 
-Shapes: B images, P particles, A arcs, K primitives, R x C pixels, L alphabets.
+Shapes: B images, P particles, A arcs, K primitives, R x C pixels, L alphabets, T affine maps; H numbers in a decoder's
+context, E in an image's embedding; N, S: any number.
 Source: Hewitt, Le and Tenenbaum (2020), section 4.2.
 """
 
@@ -79,8 +80,8 @@ class Decoder(nn.Module):
         return self.sample_and_log_prob(num_particles, context)[0]
 
     def sample_and_log_prob(self, num_particles, context):
-        """context [B, H] -> latent [P, B, A, 2], log_prob [P, B]. log_prob has gradients only on a GPU, where all particles
-        are differentiated anyway."""
+        """context [B, H] -> latent [P, B, A, 2], log_prob [P, B]. log_prob has gradients only if a GPU's
+        kernels compute it, since there all particles are differentiated anyway."""
         shape = (num_particles, len(context))
         if self._uses_kernels(context):
             inputs = *self._get_inputs(context), *self._get_weights()
@@ -125,7 +126,7 @@ class Decoder(nn.Module):
     # -------------------------------------------------------------- densities
 
     def log_prob(self, latent, context):
-        """latent [P, B, A, 2], context [B, H] or [1, H] -> [P, B]"""
+        """latent [P, B, A, 2], context [B, H] or [1, H] -> [P, B], nats"""
         context = match_images(context, latent)
         table, context_input = self._get_inputs(context)
         if self._uses_kernels(context):
@@ -236,7 +237,7 @@ class Bernoulli(Likelihood):
     """Independent pixels. A grey image, whose pixels are probabilities of ink, gets the expected score of a binary one"""
 
     def log_prob(self, logits, obs):
-        """logits, obs [N, R, C] in [0, 1] -> [N], nats"""
+        """logits [N, R, C], obs [N, R, C] in [0, 1] -> [N], nats"""
         _check_values(obs, lambda x: (x >= 0) & (x <= 1), "outside [0, 1]")
         obs = obs.to(logits.dtype)
         return -F.binary_cross_entropy_with_logits(logits, obs, reduction="none").flatten(1).sum(1)
@@ -269,8 +270,8 @@ class AffineMixture(Likelihood):
         return None
 
     def log_prob(self, logits, obs, map_id=None):
-        """logits, obs [N, R, C] in {0, 1} -> [N], nats; if map_id [t] is given, from the terms of these maps alone: a lower
-        bound, in t / T of the time"""
+        """logits [N, R, C], obs [N, R, C] in {0, 1} -> [N], nats; if map_id [t] is given, from the terms of
+        these maps alone: a lower bound, in t / T of the time"""
         _check_binary(obs)
         maps, log_weights = self.maps, self.get_log_weights()
         if map_id is None:
@@ -280,7 +281,7 @@ class AffineMixture(Likelihood):
         return rendering.affine_log_prob(logits, obs, maps[map_id]) + math.log(len(map_id) / len(maps))
 
     def map_log_posterior(self, logits, obs):
-        """log p(map | x, z): logits, obs [N, R, C] in {0, 1} -> [N, T], nats"""
+        """log p(map | x, z): logits [N, R, C], obs [N, R, C] in {0, 1} -> [N, T], nats"""
         _check_binary(obs)
         by_map, log_weights = rendering.affine_log_prob_by_map(logits, obs, self.maps), self.get_log_weights()
         return (by_map if log_weights is None else by_map + log_weights).log_softmax(1)
@@ -346,8 +347,8 @@ util.CHOICES["likelihood"] = LIKELIHOODS
 class GenerativeModel(nn.Module):
     """p(z) p(x|z): a prior over programs, a library of strokes, a renderer, a likelihood.
 
-    Args: as on main.py's command line; num_alphabets (L): 0 if unconditional; likelihood_settings: keyword arguments of the
-        likelihood's class
+    Args: as on main.py's command line, without the p_; num_rows (R), num_cols (C): of images; num_alphabets (L): 0 if
+        unconditional; likelihood_settings: keyword arguments of the likelihood's class
     Raises: ValueError if initial_max_curve > 1/2 without big_arcs, or the likelihood is unknown
     """
 
@@ -382,7 +383,7 @@ class GenerativeModel(nn.Module):
             yield _shorten(name, f"{prefix}." if prefix else ""), parameter
 
     def get_primitives(self):
-        """[K, 5]: dx, dy (of the unit square), theta (radians), sharpness, width"""
+        """[K, 5]: dx, dy (of the unit square), theta (half the angle that the arc spans, radians), sharpness, width"""
         dxdy = 0.66 * self.pre_dxdy.tanh()
         if self.big_arcs:
             theta = (math.pi * self.pre_theta).remainder(2 * math.pi) - math.pi
@@ -412,11 +413,11 @@ class GenerativeModel(nn.Module):
         return logits.view(*latent.shape[:-2], num_rows, num_cols)
 
     def log_prior(self, latent, alphabet=None):
-        """log p(z): latent [P, B, A, 2], alphabet [B, L] one-hot -> [P, B]"""
+        """log p(z): latent [P, B, A, 2], alphabet [B, L] one-hot -> [P, B], nats"""
         return self.prior.log_prob(latent, self._get_context(latent.shape[1], alphabet))
 
     def log_likelihood(self, latent, obs):
-        """log p(x|z): latent [P, B, A, 2], obs [B, R, C], or [1, R, C] for all B -> [P, B]
+        """log p(x|z): latent [P, B, A, 2], obs [B, R, C], or [1, R, C] for all B -> [P, B], nats
         Raises: ValueError if their shapes do not fit, or the likelihood does not support such images"""
         obs = match_images(obs, latent)
         if obs.shape[1:] != (self.num_rows, self.num_cols):
@@ -427,7 +428,7 @@ class GenerativeModel(nn.Module):
 
     @torch.no_grad()
     def get_map_log_posterior(self, latent, obs):
-        """log p(map | x, z), which is proportional to p(x | z, map): latent [N, A, 2], obs [N, R, C] -> [N, T]"""
+        """log p(map | x, z), in nats: latent [N, A, 2], obs [N, R, C] in {0, 1} -> [N, T]"""
         return self.likelihood.map_log_posterior(self.get_logits(latent), obs)
 
     def log_prob(self, latent, obs, alphabet=None):

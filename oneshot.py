@@ -3,7 +3,7 @@
     python oneshot.py --checkpoint-path pretrained/mws_10_background.pt --runs all_runs.zip
 
 Each run of Omniglot's one-shot task shows characters once, drawn by one person, and asks which of them each drawing by another
-person is. All images are traced with strokes of the model's library (reading/tracing.py), which are then varied to fit the
+person shows. All images are traced with strokes of the model's library (reading/tracing.py), which are then varied to fit the
 other images (reading/matching.py). Writes save/<model>/oneshot.csv and, for each run, save/<model>/oneshot/<run>.pdf, with each
 test image, its three best characters, and their strokes varied to fit it. Complete runs are not repeated, so rerun the same
 command to resume.

@@ -6,9 +6,9 @@
 
 Writes into save/<model>/read/: strokes.pdf, every character stroke by stroke; for each character, <name>.svg, its strokes as
 real arcs, and <name>.json, its strokes in order, with log p(x | strokes), how probable they make the ink (closer to 0 is
-better), and their deviation from the library's nearest (0: they are in it), in nats. --program also writes programs.pdf and
-<name>-program.svg and .json, with log p(z, x), the log-probability of the program and the ink under the model. docs/reading.md
-explains the numbers.
+better), and their deviation from the library's nearest (0: they are in it), in nats. --examples also writes
+examples.pdf; --program also writes programs.pdf and <name>-program.svg and .json, with log p(z, x), the log-probability of the
+program and the ink under the model. docs/reading.md explains the numbers.
 """
 
 from fast import before_torch  # noqa: F401  # isort: skip
@@ -33,7 +33,8 @@ PER_PAGE = 20  # rows of a figure
 
 
 def strokes_figures(found, reading, title):
-    """Pages of rows: a character, then the drawing after each visible stroke, that in colour and the pen's way to it dotted"""
+    """Pages of rows: a character, then the drawing after each visible stroke, with that one in colour and the pen's way to it
+    dotted"""
     num_cols, arcs = 1 + int(reading.drawing.on.sum(1).max()), variation.get_arcs(reading.drawing)  # [N, A, 7]
     points = torch.stack(drawings.get_points(arcs[..., 2:].flatten(0, 1)), 2)  # [N * A, T, 2], from where each starts
     lines = (points.unflatten(0, arcs.shape[:2]) + arcs[..., None, :2]).numpy()  # [N, A, T, 2]
@@ -105,7 +106,6 @@ def main(argv=None):
     checkpoint = checkpoints.load(path)
     name = checkpoints.get_run_name(path, checkpoint["args"])
     model, network = models.from_checkpoint(checkpoint)
-    model.requires_grad_(False)
     folder = util.SAVE / name / "read" if args.output is None else util.expand_user(args.output)
     util.set_seed(args.seed)
     found = characters.find(args.images, args.as_is)

@@ -1,8 +1,7 @@
 """From strokes to pixels, and from pixels to log-probabilities: the hot path.
 
-A training step spends nearly all its time in `get_logits`, which draws arcs, and `affine_log_prob`, which scores images under
-a mixture over affine maps of the drawing. Both work in float32 and float64, with and without gradients; on a GPU they are
-Triton kernels (fast/gpu.py).
+`get_logits` draws arcs, and `affine_log_prob` scores images under a mixture over affine maps of the drawing. Both work in
+float32 and float64, with and without gradients; on a GPU they are Triton kernels (fast/gpu.py).
 """
 
 import functools
@@ -198,7 +197,8 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols, unroll=True)
     Each pixel takes its ink from the strongest arc alone, so gradients flow through one arc per pixel.
 
     Args:
-        arcs [B, A, 7]: (x_start, y_start, dx, dy, theta, sharpness, width)
+        arcs [B, A, 7]: x_start, y_start, dx, dy (of the unit square, y upwards), theta (half the angle that the arc spans, in
+            radians, positive if the arc is to the left of its chord), sharpness, width
         on_offs [B, A]: 0 for an arc that leaves no ink
         rendering_params [2]: scale (positive) and bias
         num_rows (R), num_cols (C): of the image; row 0 is its top
@@ -382,8 +382,8 @@ def _sum_over_taps(grad_q, index, weight):
 def affine_log_prob(logits, obs, maps, log_weights=None):
     """log p(x | z) under a mixture of affine maps of the drawing.
 
-    Args: logits [N, R, C]; obs [N, R, C] in {0, 1}; maps [T, 2, 3]; log_weights [T] of the maps, equal by default
-    Returns: [N]
+    Args: logits [N, R, C]; obs [N, R, C] in {0, 1}; maps [T, 2, 3]; log_weights [T], log p(map), by default equal
+    Returns: [N], nats
     Raises: ValueError if the shapes of logits and obs differ
     """
     if kernels.are_used("scoring", logits) and math.prod(obs.shape[1:]) <= gpu.BLOCK_PIXELS:

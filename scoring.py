@@ -1,8 +1,8 @@
 """log p(z, x) of many latents, computing each distinct one once.
 
 Objectives use `score`. `ScoreTable` remembers scores under a fixed generative model: latents are discrete, so an
-inference network that gets sharper samples the same ones again and again. In the end the table also gives a lower bound
-without variance: log p(x) >= log sum p(z, x) over the distinct latents seen.
+inference network samples the same ones again and again as it gets sharper. In the end the table also gives a lower bound
+without variance: log p(x) >= log sum p(z, x) over the distinct latents in it.
 """
 
 import math
@@ -25,7 +25,7 @@ def score(generative_model, latent, obs, alphabet=None):
     """log p(z, x) without gradients; on a CPU, each distinct latent of an image is scored once.
 
     Args: latent [P, B, A, 2]; obs [B, R, C], or [1, R, C] for all B; alphabet [B, L] one-hot
-    Returns: [P, B]
+    Returns: [P, B], nats
     Raises: ValueError if their shapes do not fit
     """
     obs = match_images(obs, latent)
@@ -188,7 +188,7 @@ class ScoreTable:
         self.num_scored = 0
 
     def score(self, image_id, generative_model, latent, obs, alphabet=None):
-        """Like `score`, but looks known scores up, and remembers new ones. image_id [B]: indices in the table"""
+        """Like `score`, but looks known scores up, and remembers new ones. image_id [B]: the images' numbers in the table"""
         obs = match_images(obs, latent)
         num_particles, batch_size = latent.shape[:2]
         obs_id = torch.arange(batch_size, device=obs.device).repeat(num_particles)  # [P * B]

@@ -2,7 +2,7 @@
 
     python sweep.py --jobs 2              # train all models here, two at a time
     python sweep.py --jobs 2 --eval-logp  # then evaluate each by three algorithms
-    python sweep.py --cluster             # the same on Slurm
+    python sweep.py --cluster             # train all models on Slurm
     python sweep.py --cluster --eval-logp # evaluations start as soon as their models are trained
     python sweep.py --status              # their progress
     python sweep.py --models mws_5 rws_5 --seeds 0 1 2 -- --batch-size 50   # other settings of main.py

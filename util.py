@@ -37,8 +37,8 @@ SAVE = pathlib.Path("save")
 
 
 class UserError(argparse.ArgumentTypeError, ValueError):
-    """A problem that the user can fix; the message says what is wrong and how to fix it, in one line. Types of arguments raise
-    it as well."""
+    """A problem that the user can fix; the message says what is wrong and how to fix it, in one line. Parsers of arguments
+    raise it as well."""
 
 
 def run_script(main):
@@ -49,28 +49,35 @@ def run_script(main):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main())
-    except UserError as error:
-        message = str(error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        message = describe_error(error)
+        if message is None:
+            raise
         if "--debug" in sys.argv:
             error.__suppress_context__ = False
             traceback.print_exception(error)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except torch.OutOfMemoryError:
-        message = "out of GPU memory; use a smaller --batch-size, fewer --num-particles or another GPU"
-    except (MemoryError, RuntimeError) as error:
-        of_memory = "can't allocate memory|not enough memory|Storage size calculation overflowed"
-        if isinstance(error, RuntimeError) and not re.search(of_memory, str(error)):
-            raise
-        message = "out of memory; use a smaller --batch-size, --memory-size or model, or fewer --num-particles"
-    except OSError as error:
-        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-        if error.filename and os.path.islink(error.filename) and not os.path.exists(error.filename):
-            message = f"{error.filename} is a link to {os.readlink(error.filename)}, which does not exist"
     for bar in list(getattr(tqdm, "_instances", [])):
         bar.close()  # the message begins on a line of its own
     print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def describe_error(error):
+    """What is wrong and what to do, if the user can fix an error, else None"""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of GPU memory; use a smaller --batch-size, fewer --num-particles or another GPU"
+    if isinstance(error, OSError):
+        path = error.filename
+        if path and os.path.islink(path) and not os.path.exists(path):
+            return f"{path} is a link to {os.readlink(path)}, which does not exist"
+        return f"{error.strerror or error}{f': {path}' if path else ''}"
+    of_memory = "can't allocate memory|not enough memory|Storage size calculation overflowed"
+    if isinstance(error, MemoryError) or re.search(of_memory, str(error)):
+        return "out of memory; use a smaller --batch-size, --memory-size or model, or fewer --num-particles"
 
 
 def get_reason(error, length=80):
@@ -133,7 +140,7 @@ class Setting(NamedTuple):
     high: float | None = None  # by default, the largest 32-bit integer, or a million
     parse: Callable | None = None  # from the command line's text; raises UserError or argparse.ArgumentTypeError
     group: str = "training"  # in the help
-    limit: float | None = None  # the most that --test-run leaves of it
+    limit: float | None = None  # the largest value that --test-run allows
     changes_result: bool = True  # whether it affects what a run computes, and so belongs in its name
     formerly: str | None = None  # its name before it was renamed, used in older checkpoints, run names and command lines
 
@@ -259,7 +266,8 @@ def get_fields():
 
 @functools.cache
 def get_own_fields(function):
-    """The settings that an algorithm or likelihood declares: a list of Fields. Those that a functools.partial fixes are none"""
+    """The settings that an algorithm or likelihood declares: a list of Fields, without those that a functools.partial
+    fixes"""
     fields, fixed = [], get_fixed(function)
     for part in filter(None, [function, get_init_state(function)]):
         for name, parameter in inspect.signature(part, eval_str=True).parameters.items():
@@ -270,7 +278,7 @@ def get_own_fields(function):
 
 
 def get_init_state(objective):
-    """The function that losses.keeps declared for an objective, or for the one that a functools.partial is of; or None"""
+    """The function that losses.keeps declared for an objective, or for the one that a functools.partial wraps; else None"""
     whole = objective.func if isinstance(objective, functools.partial) else objective
     return getattr(objective, "init_state", getattr(whole, "init_state", None))
 
@@ -308,7 +316,7 @@ def get_own_settings(args, name):
 
 def make_args(saved):
     """Converts a checkpoint's arguments, a dict, to a namespace: missing settings get their defaults, within the limits of a
-    test run, renamed ones their values, and those that no longer exist stay as they are"""
+    test run, renamed ones keep their values, and those that no longer exist stay as they are"""
     args, added = dict(saved), []
     for name, field in get_fields().items():
         if name not in args:
@@ -355,8 +363,8 @@ def get_path_base(args):
     """The name of a run's folder in save/. Runs that differ in any argument that affects the result never share one.
 
     It is what --name says, or consists of a_ if conditional, the algorithm, its number of latents per image (particles and,
-    if it has a memory, those remembered), _large unless small_dataset, and _<flag>=<value> for each other argument that is
-    not at its default.
+    if it has a memory, those remembered), _large unless small_dataset, and _<flag>=<value>, the seed's first, for each other
+    argument that is not at its default; test_run_ comes before either.
 
     Raises: UserError if it is not a valid folder name, which the arguments of a foreign file may imply
     """
@@ -384,7 +392,9 @@ def get_path_base(args):
     if len(os.fsencode(name)) > 200:  # file systems allow 255 bytes
         short = os.fsencode(name)[:180].decode(errors="ignore")
         name = f"{short}_{hashlib.sha1(os.fsencode(name)).hexdigest()[:12]}"
-    seeded = f"_seed={seed}" * (seed != defaults["seed"])  # added last: names of other seeds differ in nothing else
+    seeded = f"_seed={seed}" * (
+        seed != defaults["seed"]
+    )  # after shortening, so that names of other seeds differ in nothing else
     return to_run_name(first + seeded + name.removeprefix(first))
 
 
@@ -418,7 +428,7 @@ def make_name(text, whole=None):
 
 
 def expand_user(path):
-    """A path whose ~ is replaced; unlike pathlib's, it leaves the home of an unknown user, which is not found then"""
+    """A path whose ~ is replaced; unlike pathlib's, it leaves ~user as it is if there is no such user"""
     return pathlib.Path(os.path.expanduser(path))
 
 
@@ -492,7 +502,7 @@ def get_run_default(name, test_run):
 
 
 def get_flags(args):
-    """The flags of main.py, a list of words, that yield these arguments, a namespace"""
+    """The flags of main.py, a list of words, that yield these arguments, a namespace, except for --cuda"""
     flags = []
     for name, field in get_fields().items():
         default = get_run_default(name, args.test_run)
@@ -652,7 +662,7 @@ def load_checkpoint(path, device="cpu", keys=frozenset({"args", "generative_mode
 
 
 def fold_seed(seed):
-    """A seed of 32 bits, of which torch's generator on a CPU takes no more: smaller ones are kept, larger ones are hashed"""
+    """A seed of 32 bits, all that torch's generator on a CPU takes: smaller seeds are kept, larger ones hashed"""
     return seed if seed < 2**32 else int(hashlib.sha256(str(seed).encode()).hexdigest()[:8], 16)
 
 

@@ -247,7 +247,7 @@ def get_visible_gpus():
 
 
 def start(task, slot, num_slots, num_gpus):
-    """Starts a task on its slot's share of the cores, and on its GPU if there are several. Returns: the process"""
+    """Starts a task on its slot's share of the cores, and, if there are GPUs, on one of them. Returns: the process"""
     pins = hasattr(os, "sched_setaffinity")
     cores = sorted(os.sched_getaffinity(0)) if pins else list(range(os.cpu_count() or 1))
     share = cores[slot % len(cores) :: num_slots]

@@ -1,1 +1,1 @@
-"""Speed only: nothing in here changes a result."""
+"""Speed only: the same computations, but faster. Results may differ by rounding; a GPU draws other random numbers."""

@@ -6,7 +6,7 @@ can become ten times slower. Here they go to sleep after a few microseconds.
 torch and Triton keep compiled code in folders that may not be writable (in a container, say); a temporary folder then takes
 their place.
 
-Ctrl-C ends a script that is still importing without a traceback; util.run_script takes over from there.
+While a script is still importing, Ctrl-C ends it without a traceback; util.run_script takes over from there.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""CUDA graphs: a step is recorded once, then replayed with one launch instead of a thousand.
+"""CUDA graphs: a step is recorded once, then replayed with one launch instead of some two hundred.
 
 The kernels of a training step are short; launched one by one from Python, they leave the GPU idle most of the time. A CUDA
 graph is launched as a whole. A recorded step must not read values from the GPU, and the objectives in losses.py do not.

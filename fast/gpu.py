@@ -137,8 +137,8 @@ class ScoreMaps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         """Many pixels add to one, in integers, so that the order does not matter. The shares of maps sum to one, so a sum is
-        below 2^33 for images up to 28 x 28 (|1 / signed| is at most 2^23), far from 2^63 / FIXED_POINT, and has a resolution
-        of 2^-28."""
+        below 2^33 for images up to 28 x 28 (|1 / signed| is at most 2^23), less than 2^63 / FIXED_POINT = 2^35, and has a
+        resolution of 2^-28."""
         obs, maps, log_prob, by_map, probs = ctx.saved_tensors
         num_images, num_maps, sizes = len(obs), len(maps), ctx.sizes
         fixed, grad_logits, grad = torch.zeros_like(probs, dtype=torch.int64), torch.empty_like(obs), grad.contiguous()
@@ -296,7 +296,7 @@ class Decode(torch.autograd.Function):
 
 def sample(table, context, weight_hh, weight, bias, num_particles, num_arcs, uniform_mixture):
     """Draws latents [P * B, A, 2] and their log_prob [P * B], with gradients if they are enabled; the other arguments
-    as for `Decode`. Draws fewer random numbers than on a CPU, all at once."""
+    as for `Decode`. Draws its random numbers at once, and so others than on a CPU."""
     uniform = torch.rand(num_particles * len(context), num_arcs, 2, device=context.device)
     return Decode.apply(table, context, weight_hh, weight, bias, uniform, uniform_mixture, torch.is_grad_enabled())
 
@@ -330,13 +330,13 @@ def get_candidates(memory, obs_id, proposal):
     return latent
 
 
-def keep_best(memory, obs_id, latent, log_joint, uniform):
+def remember(memory, obs_id, latent, log_joint, uniform):
     """Keeps the best distinct candidates in memory, and draws one of them.
 
     Args: memory [N, M, A], contiguous, whose rows obs_id [B] are changed; latent [M + P, B, A, 2], log_joint [M + P, B]: the
         candidates; uniform [B], in [0, 1)
     Returns: the latent drawn, [1, B, A, 2]; log_r [B], log of its probability; statistics [2, B]: the share of
-        proposals that are novel, and whether the best is
+        proposals that are novel, and whether the best candidate is one of them
     """
     num_candidates, batch_size, num_arcs, _ = latent.shape
     drawn, log_r, statistics = torch.empty_like(latent[:1]), torch.empty_like(uniform), uniform.new_empty(2, batch_size)

@@ -204,5 +204,6 @@ def compare(value, inputs):
     factor = torch.linspace(-1, 2, value.numel(), device=value.device).view_as(value)
     needed = [x for x in inputs if x.requires_grad and value.requires_grad]
     gradients = torch.autograd.grad((value * factor).sum(), needed, allow_unused=True) if needed else []
+    # A drawing's gradient has all rows if kernels computed it
     gradients = [x[:NUM_COMPARED] if x.dim() == 3 and len(x) > NUM_COMPARED else x for x in gradients if x is not None]
     return [value.detach(), *gradients]

@@ -1,4 +1,4 @@
-"""The first two layers of the inference network: on a CPU, each distinct patch of a batch is convolved once.
+"""The first two layers of the inference network: on a CPU, each distinct patch of up to 128 images is convolved once.
 
 After the first convolution and its pooling, a position depends on 5 x 5 binary pixels, and characters consist of lines: there
 is about one distinct patch for every eight positions. The second convolution multiplies each patch by its nine taps once, and

@@ -27,7 +27,7 @@ class Characters:
     """N characters found in image files"""
 
     inks: list  # N arrays of bool, of any size, to be traced
-    files: list  # that each is from
+    files: list  # N names, of the file that each is from
 
     def __len__(self):
         return len(self.inks)

@@ -133,19 +133,19 @@ def compare(tests, characters, structure, schedule=FINE):
     back_e, back_score = match(tests, characters.obs)  # [K, N, M]
     _, among = match(characters, characters.obs)  # [K, N, N]
     own = variation.get_log_likelihood(characters.drawing, characters.obs.expand(len(among), -1, -1, -1), FLOOR)  # [K, N]
-    effort = get_effort(own.amax(0), among.logsumexp(0))
-    forward, backward = score.logsumexp(0), back_score.logsumexp(0).t() - effort
+    baseline = get_baseline(own.amax(0), among.logsumexp(0))
+    forward, backward = score.logsumexp(0), back_score.logsumexp(0).t() - baseline
     candidates = combine(forward, backward, structure).topk(min(NUM_CANDIDATES, forward.shape[1]), 1).indices  # [M, S]
     test = torch.arange(len(candidates)).unsqueeze(1).expand_as(candidates)
     drawing, refined = refine(characters, tests.obs, e, score, test, candidates, schedule=schedule)  # [T, M, S]
     _, back_refined = refine(tests, characters.obs, back_e, back_score, candidates, test, schedule=schedule)
     forward[test, candidates] = refined.logsumexp(0)
-    backward[test, candidates] = back_refined.logsumexp(0) - effort[candidates]
+    backward[test, candidates] = back_refined.logsumexp(0) - baseline[candidates]
     best = drawing.select(refined.argmax(0), test, torch.arange(test.shape[1]).expand_as(test))
     return Comparison(forward, backward, candidates, best)
 
 
-def get_effort(own, among):
+def get_baseline(own, among):
     """How well each character can be explained: own [N], log p under its own strokes; among [N, N], the score of each under the
     strokes of each -> [N]"""
     if len(own) == 1:
@@ -171,7 +171,7 @@ class Structure(NamedTuple):
 
 
 def get_structure(ink):
-    """ink [H, W], bool -> Structure"""
+    """ink [H, W], bool, not blank -> Structure"""
     ink = make_square(ink)
     place = np.argwhere(ink)
     low, high = place.min(0), place.max(0)

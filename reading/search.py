@@ -39,7 +39,8 @@ class Effort(NamedTuple):
     num_cold_rounds: int = 20  # of the second
 
     def scale(self, factor):
-        """Makes searches longer by a factor, with wider beams and more rounds; a factor below 1 also shrinks populations"""
+        """Makes searches longer by a factor, with wider beams and more rounds; a factor below 1 also means fewer maps and smaller
+        populations"""
         shorter = min(factor, 1)
         factors = Effort(factor / shorter**0.5, shorter**0.5, shorter, shorter, factor, factor)
         return Effort(*(math.ceil(factor * num) for factor, num in zip(factors, self, strict=True)))
@@ -57,8 +58,8 @@ class Stage(NamedTuple):
 QUICK = Effort(15, 20, 100, 100, 60, 20)  # takes seconds an image when compiled
 NUM_BEST = 200  # programs that a search keeps
 NUM_PROPOSALS = 500  # programs from a model's own network, with which evaluations begin a search
-FLOOR = -2.0  # in most beam searches
-# From wide beams, the best beginnings are lost to others that are alike but draw other ink; narrow ones have no room for both
+FLOOR = -2.0  # logit of paper in most beam searches
+# Programs that count as alike may draw different ink: wide beams have room for both, narrow ones have not
 STAGES = (
     Stage(4, 1.0, FLOOR, 0.0),
     Stage(8, 0.4, FLOOR, 0.0),
@@ -80,7 +81,7 @@ def find(generative_model, obs, alphabet=None, proposals=None, num_best=NUM_BEST
     """Searches for the most probable programs of an image.
 
     Args:
-        obs [R, C]; alphabet [L] one-hot or None
+        obs [R, C] in {0, 1}; alphabet [L] one-hot or None
         proposals [P, A, 2]: programs to begin with, beside those of beam searches; by default, samples from the prior
         effort: Effort; is_stopped: called now and then; if it returns True, the search ends with the best programs so far
     Returns: latent [K, A, 2], at most num_best distinct programs, best first; log_joint [K], their log p(z, x) in nats
@@ -255,11 +256,11 @@ class BeamSearch:
             parts = [self.extend(beam, on, n, is_last) for on, n in enumerate([num - num_on, num_on]) if n > 0]
             codes, log_prior, log_likelihood, logits = (torch.cat(x) for x in zip(*parts, strict=True))
             if is_last:
-                return codes[draw(log_prior + log_likelihood, None, width, self.share_alike)]
+                return codes[sample(log_prior + log_likelihood, None, width, self.share_alike)]
             beam = self.look_ahead(codes, log_prior, log_likelihood, logits)
             promise = (beam.next_log_prior + beam.gain).flatten(1).amax(1)
             score = log_prior + log_likelihood + promise
-            beam = beam.take(draw(score, get_likeness(beam.place, log_likelihood), width, self.share_alike))
+            beam = beam.take(sample(score, get_likeness(beam.place, log_likelihood), width, self.share_alike))
 
     def begin(self, beginning):
         """beginning [N, k] -> Beam"""
@@ -277,7 +278,7 @@ class BeamSearch:
         log_likelihood = (beam.log_likelihood.unsqueeze(1) + beam.gain[:, on]).flatten()
         offset = self.image.library.offset
         likeness = None if is_last else get_likeness((beam.place.unsqueeze(1) + offset).flatten(0, 1), log_likelihood)
-        chosen = draw(log_prior + log_likelihood, likeness, num, self.share_alike)
+        chosen = sample(log_prior + log_likelihood, likeness, num, self.share_alike)
         parent, primitive_id = chosen // len(offset), chosen % len(offset)
         codes = torch.cat([beam.codes[parent], (2 * primitive_id + on).unsqueeze(1)], 1)  # [n, k + 1]
         if not on:
@@ -325,8 +326,8 @@ def get_likeness(place, log_likelihood):
     return (position + torch.rand_like(position[0])).floor().long()
 
 
-def draw(scores, likeness, num, share_alike):
-    """Draws up to num programs in proportion to exp(scores [N] / BEAM_TEMPERATURE), without replacement. Unless likeness is
+def sample(scores, likeness, num, share_alike):
+    """Samples up to num programs in proportion to exp(scores [N] / BEAM_TEMPERATURE), without replacement. Unless likeness is
     None, those beyond the first share_alike * num have rows of likeness [N, 3] that no better one has. Returns: indices"""
     best = add_gumbel_noise(scores, BEAM_TEMPERATURE).topk(min(3 * num, len(scores))).indices
     if likeness is None:

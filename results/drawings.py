@@ -18,6 +18,7 @@ from reading import variation
 
 PIXELS_AT_ONCE = 64 * 28 * 28
 FAINT = 0.05  # probability of ink that is invisible
+NUM_TRIES = 3  # at a new example that stays within the page
 NUM_PIXELS = 28  # along a character's side; units of the SVG
 FLAT = 1e-3  # pixels; an arc that bulges less than this is drawn as a line
 
@@ -101,11 +102,11 @@ def resize(obs, resolution):
 
 
 @torch.no_grad()
-def vary_strokes(drawing, num_examples, resolution, num_tries=3):
+def vary_strokes(drawing, num_examples, resolution):
     """Draws programs as other hands would: [N, E, R, R]. Each is the first of a few tries that stays within the page, if any"""
-    ids = torch.arange(len(drawing.on)).repeat_interleave(num_examples * num_tries)
+    ids = torch.arange(len(drawing.on)).repeat_interleave(num_examples * NUM_TRIES)
     varied = variation.sample(drawing.select(ids))
-    probs = draw_seen(varied, resolution).unflatten(0, (-1, num_tries))  # [N * E, T, R, R]
+    probs = draw_seen(varied, resolution).unflatten(0, (-1, NUM_TRIES))  # [N * E, T, R, R]
     edge = (probs > 0.5).sum((2, 3)) - (probs[..., 1:-1, 1:-1] > 0.5).sum((2, 3))  # pixels of ink on it: [N * E, T]
     return probs[torch.arange(len(probs)), edge.argmin(1)].unflatten(0, (-1, num_examples))
 

@@ -39,7 +39,7 @@ def describe(name):
     args, iteration, statistics = checkpoint["args"], checkpoint["iteration"], checkpoint["statistics"]
     saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(latest.stat().st_mtime))
     lines = [
-        f"iteration {iteration} of {args.get('num_iterations', iteration)}, saved {saved}",
+        f"iteration {iteration} of {args['num_iterations']}, saved {saved}",
         f"{args['data_location']}: {checkpoint['data_summary']}",
         ", ".join(
             f"{'pretraining: ' * (phase == 'pretrain')}{key} {value:.4g}"

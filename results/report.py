@@ -100,7 +100,7 @@ def load_results(name, paths):
 
 
 def load_evaluated(name, result, model):
-    """The checkpoint that a run keeps of the iteration that was evaluated, or else its latest one, model"""
+    """The run's checkpoint of the iteration that was evaluated if it is kept, else its latest one, model"""
     path = checkpoints.get_path(name, result["model_iteration"])
     if result["model_iteration"] != model["iteration"] and path.exists():
         with contextlib.suppress(UserError):  # a damaged one says nothing
@@ -109,7 +109,7 @@ def load_evaluated(name, result, model):
 
 
 def describe_difference(result, model):
-    """Why the model that was evaluated cannot be one that a run with this checkpoint has been; "" if it can"""
+    """Why the evaluated model cannot be an earlier or the present state of the run with this checkpoint; "" if it can"""
     if differences := compare_settings(result["model_settings"], model["settings"]):
         return differences
     if result["model_iteration"] > model["iteration"]:

@@ -33,7 +33,7 @@ TYPES = dict(
     hyperparameters=dict,
 )  # fmt: skip
 RATES = ["lr", "initial_lr"]  # what schedules change
-PROGRESS = {  # of a schedule
+PROGRESS = {  # what changes in a schedule's state as it steps
     "last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i", "_step_count", "_last_lr", "_is_initial",
     "_get_lr_called_within_step",
 }  # fmt: skip
@@ -133,10 +133,10 @@ def get_digest(checkpoint):
 
 
 def load(path, device="cpu"):
-    """Loads a checkpoint of main.py, see `complete`; its path is in it. Raises: UserError if it cannot be read or used"""
+    """Loads a checkpoint of main.py, see `fill_in`; its path is in it. Raises: UserError if it cannot be read or used"""
     checkpoint = util.load_checkpoint(path, device)
     try:
-        return {**complete(checkpoint), "path": str(path)}
+        return {**fill_in(checkpoint), "path": str(path)}
     except UserError as error:
         reason = str(error)
     except Exception as error:  # a foreign file's arguments may be anything
@@ -144,7 +144,7 @@ def load(path, device="cpu"):
     raise UserError(f"{path} is not a checkpoint of main.py: {reason}")
 
 
-def complete(checkpoint):
+def fill_in(checkpoint):
     """A checkpoint as other modules expect it: with all arguments (those that did not exist when it was saved get their
     defaults), the settings that they imply, and a memory, possibly None. Raises: UserError, or whatever else a foreign file's
     contents raise, if these make that impossible"""
@@ -357,8 +357,8 @@ def warn_of_schedule(name, ours, theirs):
 
 
 def choose_rate(optimizer, parts, checkpoint, afresh):
-    """Which learning rate an optimiser goes on with: as "saved" by a schedule that goes on, or that of the code, with which a
-    "new" schedule begins, or since the schedule is "gone"; None without a schedule. Args: afresh: names of parts without a state"""
+    """How an optimiser's learning rate goes on: "saved", as its schedule left it; "new" or "gone", the code's, since its schedule
+    begins afresh or no longer exists; None if it has had no schedule. Args: afresh: names of parts without a state"""
     schedules = [name for name, part in parts.items() if is_schedule(part) and part.optimizer is optimizer]
     if schedules:
         return "new" if any(name in afresh for name in schedules) else "saved"

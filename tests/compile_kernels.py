@@ -42,7 +42,7 @@ gpu.Convolve.apply(obs, torch.zeros(64, 1, 3, 3, requires_grad=True), torch.zero
 gpu.Pool.apply(torch.zeros(2, 128, 14, 14, requires_grad=True), torch.zeros(128)).sum().backward()
 memory, proposal = torch.zeros(2, 10, 10, dtype=torch.uint8), torch.zeros(10, 2, 10, 2, dtype=torch.int64)
 latent = gpu.get_candidates(memory, torch.arange(2), proposal)
-gpu.keep_best(memory, torch.arange(2), latent, torch.zeros(20, 2), torch.zeros(2))
+gpu.remember(memory, torch.arange(2), latent, torch.zeros(20, 2), torch.zeros(2))
 for num_units, triton_decoder.NUM_MULTIPROCESSORS in itertools.product((4, 64, 128), (128, 0)):  # few programs, and many
     weights = torch.zeros(4 * num_units, num_units), torch.zeros(66, num_units), torch.zeros(66)
     given = torch.zeros(128, 4 * num_units, requires_grad=True), torch.zeros(2, 4 * num_units), *weights

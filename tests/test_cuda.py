@@ -124,7 +124,7 @@ def test_a_run_looks_at_no_value(algorithm, likelihood, num_alphabets, on_meta, 
     checkpoint = util.load_checkpoint(path)
     assert all(not x.is_meta for x in tree_leaves(checkpoint) if torch.is_tensor(x))
     again = get_run(algorithm, num_alphabets, flags)
-    again.restore(checkpoints.complete(checkpoint))
+    again.restore(checkpoints.fill_in(checkpoint))
     assert again.iteration == 4 and all(p.is_meta for p in again.generative_model.parameters())
     main.train_step(again, main.get_obs_id(again))
 

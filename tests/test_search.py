@@ -182,10 +182,10 @@ def test_crossing_joins_programs_where_they_meet():
 def test_beyond_a_share_of_a_beam_only_one_of_programs_alike_goes_on():
     scores = -100.0 * torch.arange(12)  # far apart, so that the draw follows their order
     likeness = torch.tensor([0, 0, 0, 0, 1, 1, 2, 1, 3, 2, 4, 5]).unsqueeze(1).expand(-1, 3)
-    assert search.draw(scores, likeness, 6, 0.5).tolist() == [0, 1, 2, 4, 6, 8]
-    assert search.draw(scores, likeness, 6, 0.0).tolist() == [0, 4, 6, 8, 10, 11]
-    assert search.draw(scores, None, 6, 0.5).tolist() == [0, 1, 2, 3, 4, 5]
-    assert search.draw(scores, likeness, 100, 0.5).tolist() == list(range(12))
+    assert search.sample(scores, likeness, 6, 0.5).tolist() == [0, 1, 2, 4, 6, 8]
+    assert search.sample(scores, likeness, 6, 0.0).tolist() == [0, 4, 6, 8, 10, 11]
+    assert search.sample(scores, None, 6, 0.5).tolist() == [0, 1, 2, 3, 4, 5]
+    assert search.sample(scores, likeness, 100, 0.5).tolist() == list(range(12))
 
 
 # ------------------------------------------------------------------ characters on a page

@@ -274,7 +274,7 @@ def test_settings_added_and_removed_since_a_checkpoint(monkeypatch, capsys):
         del saved["length"]
         assert util.make_args(saved).length == length
     checkpoint = make_checkpoint()
-    models.from_checkpoint(checkpoints.complete({**checkpoint, "args": {**checkpoint["args"], "odd_one": 0.5}}))
+    models.from_checkpoint(checkpoints.fill_in({**checkpoint, "args": {**checkpoint["args"], "odd_one": 0.5}}))
     assert "has a setting odd-one (0.5), which no longer exists" in capsys.readouterr().err
 
 

@@ -151,8 +151,8 @@ def test_distances():
 
 def test_what_it_takes_to_explain_a_character():
     among = torch.tensor([[-1.0, -30, -50], [-20, -1, -40], [-60, -70, -1]])
-    effort = matching.get_effort(torch.tensor([-10.0, -20, -30]), among)
-    assert effort.tolist() == [-25, -25, -47.5] and matching.get_effort(torch.tensor([-3.0]), among[:1, :1]).tolist() == [-3]
+    effort = matching.get_baseline(torch.tensor([-10.0, -20, -30]), among)
+    assert effort.tolist() == [-25, -25, -47.5] and matching.get_baseline(torch.tensor([-3.0]), among[:1, :1]).tolist() == [-3]
 
 
 def test_a_fit_is_repeatable_and_never_worse():
