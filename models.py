@@ -560,7 +560,7 @@ class LookupInferenceNetwork(_Network):
 
     def embed(self, obs_id):
         """obs_id [B] -> one-hot [B, N]"""
-        return F.one_hot(obs_id, self.num_data).to(next(self.decoder.parameters()).dtype)
+        return F.one_hot(obs_id.long(), self.num_data).to(next(self.decoder.parameters()).dtype)
 
 
 # ------------------------------------------------------------------ from arguments

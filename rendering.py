@@ -18,6 +18,7 @@ from util import warn
 BLOCK = 16  # images scored side by side: as many floats as fit in a register
 MAPS_AT_ONCE = 40
 MOST_UNROLLED = 32  # arcs in a loop that the compiler unrolls
+SHORTEST = 1e-18  # chords below it are points: the square of such a number, in a gradient, would be 0 in float32
 MOST_SAMPLED = 2**15  # images seen through maps at a time: cuDNN takes at most 65 535
 
 # ------------------------------------------------------------------ how kernels are called
@@ -98,7 +99,7 @@ def get_squared_distance(x, y, dx, dy, sin, cos, chord, squared_chord):
     away = cos * (squared_chord / 2 - along) - sin * across <= 0
     numerator = (squared - squared_chord / 4) * sin - cos * across
     denominator = _norm(x * sin - cos / 2 * dy, y * sin + cos / 2 * dx) + chord / 2
-    away = away | (denominator <= 0)
+    away = away | (denominator <= SHORTEST)
     to_circle = numerator / torch.where(away, 1.0, denominator)
     to_end = squared - along + squared_chord / 4
     return torch.where(away, to_end, to_circle * to_circle)
@@ -334,12 +335,12 @@ class _ScoreMaps(torch.autograd.Function):
     def forward(ctx, probs, paper, index, weight):
         ctx.save_for_backward(probs, paper, index, weight)
         num_images, num_pixels = probs.shape
-        rest = -num_pixels % 4  # padding: pixels that are certainly paper, and observed as paper
+        rest = -num_pixels % 4  # padding: pixels of paper, observed as paper, each with probability 1 - EPS
         blocks = [_make_blocks(probs, rest, 0.0), _make_blocks(paper, rest, 1.0)]
         size = _get_chunk_size(probs.device) // BLOCK
         quarters = [F.pad(x, (0, rest)).unflatten(2, (4, -1)).split(MAPS_AT_ONCE, 1) for x in (index, weight)]
         by_map = [_run_in_chunks(_log_prob_by_map, blocks, taps, size) for taps in zip(*quarters, strict=True)]
-        return torch.cat(by_map, 1).transpose(1, 2).flatten(0, 1)[:num_images]  # [N, T]
+        return torch.cat(by_map, 1).transpose(1, 2).flatten(0, 1)[:num_images] - rest * math.log1p(-gpu.EPS)  # [N, T]
 
     @staticmethod
     def backward(ctx, grad):

@@ -46,7 +46,7 @@ def _get_distance(x, y, dx, dy, sin, cos, chord, squared_chord):
     u, v = x * sin - cos / 2 * dy, y * sin + cos / 2 * dx
     norm = tl.sqrt(u * u + v * v)
     denominator = norm + chord / 2
-    away = (cos * (squared_chord / 2 - along) - sin * across <= 0) | (denominator <= 0)
+    away = (cos * (squared_chord / 2 - along) - sin * across <= 0) | (denominator <= 1e-18)  # rendering.SHORTEST
     denominator = tl.where(away, 1.0, denominator)
     to_circle = ((squared - squared_chord / 4) * sin - cos * across) / denominator
     distance2 = tl.where(away, squared - along + squared_chord / 4, to_circle * to_circle)

@@ -47,6 +47,20 @@ def test_float32_is_right_where_the_textbook_is_not(theta):
     assert arcs.grad.isfinite().all() and params.grad.isfinite().all()
 
 
+def test_gradients_are_finite_however_short_a_chord_is():
+    length, angle, theta = torch.cartesian_prod(
+        10.0 ** -torch.arange(46.0), torch.arange(8.0), torch.tensor(HARD_THETAS)
+    ).unbind(1)
+    chord = length.unsqueeze(1) * torch.stack([(angle * math.pi / 4).cos(), (angle * math.pi / 4).sin()], 1)
+    arcs = torch.cat(
+        [torch.full_like(chord, 0.5), chord, torch.stack([theta, *torch.tensor([[20.0], [0.01]]).expand(2, len(theta))], 1)], 1
+    )
+    arcs = arcs.unsqueeze(1).requires_grad_()
+    logits = rendering.get_logits(arcs, torch.ones(len(arcs), 1), PARAMS, 29, 29)  # with a pixel where the arcs start
+    logits.sum().backward()
+    assert logits.isfinite().all() and arcs.grad.isfinite().all()
+
+
 def test_straight_is_the_limit_of_curved():
     arcs = get_arcs(40).double()
     arcs[..., 4] = 0
@@ -117,6 +131,9 @@ def test_one_affine_map_is_a_bernoulli():
     identity = torch.eye(3)[None, :2]
     expected = torch.distributions.Bernoulli(logits=logits).log_prob(obs).sum((1, 2))
     torch.testing.assert_close(rendering.affine_log_prob(logits, obs, identity), expected, atol=1e-3, rtol=0)
+    logits, obs = (x[:, :5, :7].double() for x in (logits, obs))  # pixels are scored in fours, and 35 is no multiple
+    expected = torch.distributions.Bernoulli(logits=logits).log_prob(obs).sum((1, 2))
+    torch.testing.assert_close(rendering.affine_log_prob(logits, obs, identity.double()), expected, atol=1e-12, rtol=0)
 
 
 def test_maps_far_off_the_page_are_finite():
