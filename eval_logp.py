@@ -380,7 +380,10 @@ def _run_half(num_threads, arguments):
     def run_half():
         with StopSignal() as stop:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            what = torch.load(io.BytesIO(arguments.recv_bytes()), weights_only=False)
+            try:
+                what = torch.load(io.BytesIO(arguments.recv_bytes()), weights_only=False)
+            except EOFError:  # the other half's process has been killed
+                return 1
             return 0 if run_one(*what, stop) else 128 + stop.received
 
     threading.Thread(target=follow, daemon=True).start()

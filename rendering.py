@@ -6,6 +6,7 @@ float32 and float64, with and without gradients; on a GPU they are Triton kernel
 
 import functools
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -429,7 +430,8 @@ def set_compile(enabled, device="cpu", unroll=True):
     except Exception as error:  # torch raises many types
         kernels.compiled = {}
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = next((line for line in lines if " error: " in line), lines[0])  # the compiler's own words, if any
+        told = [line for line in lines if not line.endswith(" raised:")] or lines
+        reason = next((line for line in told if " error: " in line), told[0])  # the compiler's own words, if any
         warn(f"not compiled, training is slower: {reason[:400]}")
 
 
@@ -450,7 +452,26 @@ FULLY_FUSED = [_draw, _draw_ink, _log_prob_by_map, _differentiate_by_map]
 @functools.cache  # so that turning kernels off and on does not recompile them
 def _compile_for_cpu():
     """The compiled form of each kernel"""
+    _write_libraries_at_once()
     # Force full fusion: inductor otherwise materialises whatever is read more than a few times.
     options = dict.fromkeys(["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000)
     forms = {kernel: torch.compile(kernel, options=options) for kernel in FULLY_FUSED}
     return {**forms, _differentiate_draw: torch.compile(_differentiate_draw)}  # fully fused, it would take minutes to compile
+
+
+def _write_libraries_at_once():
+    """Lets inductor's compiler write elsewhere first: if it is killed, part of a library would be used from then on"""
+    from torch._inductor.cpp_builder import CppBuilder
+
+    build = CppBuilder.build
+
+    def build_aside(self):
+        target = self.get_target_file_path()
+        part = f"{target}.{os.getpid()}.tmp"
+        command = self.get_command_line().replace(target, part)
+        self.get_command_line = lambda: command
+        result = build(self)
+        os.replace(part, target)
+        return result
+
+    CppBuilder.build = build_aside

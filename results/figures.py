@@ -326,6 +326,6 @@ def plot_panel(axes, phase, name, curve, log_num_images):
             axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     if name.endswith("_loss") or phase == "test":
         axes.set_ylabel("nats per image")
-    elif 0 <= curve[1].min() and curve[1].max() <= 1:  # a share
+    elif 0 <= curve[1].min() and 0 < curve[1].max() <= 1:  # a share
         axes.set(ylabel="share", yscale="log", ylim=(1e-5, 1.2))
     axes.legend(fontsize=7)

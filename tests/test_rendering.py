@@ -1,9 +1,13 @@
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import assert_near
+from conftest import ROOT, assert_near
 
 import models
 import rendering
@@ -212,6 +216,22 @@ NOEXEC = (
     "OSError: /tmp/torchinductor_me/sl/cslaldtxqqggzti6vmhx46xbfstgh4r3hl7ho2u3yaia2vcmzffl.main.so: failed to map segment"
     " from shared object.  The most common reason this may occur is if the /tmp folder is mounted with noexec"
 )
+
+
+def test_a_compiler_that_is_killed_leaves_no_part_of_a_library(tmp_path):
+    compiler, cache = tmp_path / "compiler", tmp_path / "cache"
+    compiler.write_text(
+        """#!/bin/bash
+for word; do [ "$before" = -o ] && output=$word; before=$word; done
+[ "$output" ] || exec g++ "$@"
+echo part > "$output"; kill -9 $PPID
+"""
+    )
+    compiler.chmod(0o700)
+    environment = {**os.environ, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    code = [sys.executable, "-c", "import rendering; rendering.set_compile(True)"]
+    assert subprocess.run(code, env=environment, cwd=ROOT).returncode == -signal.SIGKILL
+    assert list(cache.rglob("*.tmp")) and not list(cache.rglob("*.so"))
 
 
 def test_no_compiler_is_one_warning_with_its_own_reason(monkeypatch, capsys):
