@@ -425,6 +425,7 @@ def set_compile(enabled, device="cpu", unroll=True):
     if not kernels.compiled:
         return
     try:
+        _write_libraries_at_once()
         with torch.inference_mode(False), torch.enable_grad():  # even within a notebook's torch.no_grad()
             _try_kernels(unroll)
     except Exception as error:  # torch raises many types
@@ -452,13 +453,13 @@ FULLY_FUSED = [_draw, _draw_ink, _log_prob_by_map, _differentiate_by_map]
 @functools.cache  # so that turning kernels off and on does not recompile them
 def _compile_for_cpu():
     """The compiled form of each kernel"""
-    _write_libraries_at_once()
     # Force full fusion: inductor otherwise materialises whatever is read more than a few times.
     options = dict.fromkeys(["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000)
     forms = {kernel: torch.compile(kernel, options=options) for kernel in FULLY_FUSED}
     return {**forms, _differentiate_draw: torch.compile(_differentiate_draw)}  # fully fused, it would take minutes to compile
 
 
+@functools.cache
 def _write_libraries_at_once():
     """Lets inductor's compiler write elsewhere first: if it is killed, part of a library would be used from then on"""
     from torch._inductor.cpp_builder import CppBuilder

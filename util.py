@@ -392,9 +392,7 @@ def get_path_base(args):
     if len(os.fsencode(name)) > 200:  # file systems allow 255 bytes
         short = os.fsencode(name)[:180].decode(errors="ignore")
         name = f"{short}_{hashlib.sha1(os.fsencode(name)).hexdigest()[:12]}"
-    seeded = f"_seed={seed}" * (
-        seed != defaults["seed"]
-    )  # after shortening, so that names of other seeds differ in nothing else
+    seeded = f"_seed={seed}" * (seed != defaults["seed"])  # never cut off: names of other seeds differ in nothing else
     return to_run_name(first + seeded + name.removeprefix(first))
 
 
