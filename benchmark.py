@@ -1,7 +1,7 @@
 """Measures how fast a step is, compared with a straightforward implementation.
 
     python benchmark.py                     # about ten minutes on two CPU cores
-    python benchmark.py --quick             # a fifth of the batch, timed once
+    python benchmark.py --quick             # a fifth of the batch, one run of each
     python benchmark.py --cuda              # on a GPU; also counts a step's kernels and launches
 
 Both run alternately in one process on the same characters, and medians are compared. The reference is fast/reference.py, which

@@ -296,8 +296,8 @@ def get_candidates(memory, obs_id, proposal):
 
 
 def keep_best(memory, obs_id, candidate, log_joint):
-    """Updates the memory, given the candidates and their log_joint [M + P, B]. Latents that differ are
-    distinct even if they draw the same image. Returns: as `update_memory`"""
+    """Updates the memory, given the candidates and their log_joint [M + P, B]. Latents that differ are distinct
+    even if they draw the same image. Returns: as `update_memory`"""
     memory_size = memory.shape[1]
     codes, log_joint = pack(candidate, memory.dtype).transpose(0, 1), log_joint.t()  # [B, M + P, A], [B, M + P]
     repeated = find_repeated(codes)  # [B, M + P]

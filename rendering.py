@@ -472,7 +472,8 @@ def _write_libraries_at_once():
         command = self.get_command_line().replace(target, part)
         self.get_command_line = lambda: command
         result = build(self)
-        os.replace(part, target)
+        if os.path.exists(part):  # unless the command names its target otherwise
+            os.replace(part, target)
         return result
 
     CppBuilder.build = build_aside

@@ -218,6 +218,7 @@ NOEXEC = (
 )
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_a_compiler_that_is_killed_leaves_no_part_of_a_library(tmp_path):
     compiler, cache = tmp_path / "compiler", tmp_path / "cache"
     compiler.write_text(
