@@ -132,8 +132,9 @@ def _draw(constants, on, x, y, rendering_params):
 
 def _draw_ink(constants, on, x, y, rendering_params):
     """Like _draw without arc_id, but faster: [B, R * C]"""
-    arcs = zip(constants.unbind(1), on.unbind(1), strict=True)  # unrolled, so that no pixel is written more than once
-    exponents = [get_exponent(x, y, c.unsqueeze(-1).unbind(1)).masked_fill(~o.unsqueeze(-1), -math.inf) for c, o in arcs]
+    exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, A, R * C]
+    exponents = exponent.masked_fill(~on.unsqueeze(-1), -math.inf).unbind(1)
+    # The maximum is unrolled, so that the compiled kernel writes each pixel once.
     return _get_ink_logits(functools.reduce(torch.maximum, exponents), rendering_params)
 
 
