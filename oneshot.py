@@ -133,7 +133,7 @@ def main(argv=None):
         with util.show_progress(total=results.count(None), unit="run", disable=None not in results) as bar:
             for run, path, own, result in zip(runs, paths, settings, results, strict=True):
                 if result is None:
-                    rendering.set_compile(args.compile, unroll=False)
+                    rendering.set_compile(args.compile)
                     found, structure = classify(run, model, args)
                     draw(path.with_suffix(".pdf"), run, name, found, structure)
                     scores = dict(forward=found.forward, backward=found.backward, structure=structure)

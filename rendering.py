@@ -18,7 +18,6 @@ from util import warn
 
 BLOCK = 16  # images scored side by side: as many floats as fit in a register
 MAPS_AT_ONCE = 40
-MOST_UNROLLED = 32  # arcs in a loop that the compiler unrolls
 SHORTEST = 1e-18  # chords below it are points: the square of such a number, in a gradient, would be 0 in float32
 MOST_SAMPLED = 2**15  # images seen through maps at a time: cuDNN takes at most 65 535
 
@@ -48,22 +47,22 @@ def _split(size, *batched):
     return [tuple(x[start : start + size if start != starts[-1] else num_rows] for x in batched) for start in starts]
 
 
-def _run_in_chunks(kernel, batched, rest, size):
+def _run_in_chunks(kernel, batched, rest, size, dims=(0,)):
     """Like _run, `size` rows at a time: the batch, even of one, is dimension 0 of all results"""
     if kernels.compiled and len(batched[0]) == 1:  # would be compiled separately
-        return tree_map(lambda x: x[:1], _run_in_chunks(kernel, [torch.cat([x, x]) for x in batched], rest, size))
-    results = [_run(kernel, 0, chunk, rest) for chunk in _split(size, *batched)]
+        return tree_map(lambda x: x[:1], _run_in_chunks(kernel, [torch.cat([x, x]) for x in batched], rest, size, dims))
+    results = [_run(kernel, dims, chunk, rest) for chunk in _split(size, *batched)]
     return results[0] if len(results) == 1 else tree_map(lambda *parts: torch.cat(parts), *results)
 
 
-def _run(kernel, batch_dim, batched, rest):
-    """Calls a kernel, compiled or not. Its first arguments, `batched`, have the batch (of at least two, if it is compiled)
-    in dimension batch_dim. Inputs are detached and made contiguous, since others would be compiled separately."""
+def _run(kernel, dims, batched, rest):
+    """Calls a kernel, compiled or not. It is compiled once for all sizes, but 1, of its first arguments, `batched`, along dims.
+    Inputs are detached and made contiguous, since others would be compiled separately."""
     if kernel not in kernels.compiled:
         return kernel(*batched, *rest)
     batched, rest = ([x.detach().contiguous() for x in args] for args in (batched, rest))
     for x in batched:
-        torch._dynamo.mark_dynamic(x, batch_dim)
+        torch._dynamo.mark_dynamic(x, [dim for dim in dims if x.shape[dim] > 1])
     return kernels.compiled[kernel](*batched, *rest)
 
 
@@ -133,9 +132,7 @@ def _draw(constants, on, x, y, rendering_params):
 def _draw_ink(constants, on, x, y, rendering_params):
     """Like _draw without arc_id, but faster: [B, R * C]"""
     exponent = get_exponent(x, y, constants.unsqueeze(-1).unbind(-2))  # [B, A, R * C]
-    exponents = exponent.masked_fill(~on.unsqueeze(-1), -math.inf).unbind(1)
-    # The maximum is unrolled, so that the compiled kernel writes each pixel once.
-    return _get_ink_logits(functools.reduce(torch.maximum, exponents), rendering_params)
+    return _get_ink_logits(exponent.masked_fill(~on.unsqueeze(-1), -math.inf).amax(1), rendering_params)
 
 
 def _get_ink_logits(exponent, rendering_params):
@@ -161,13 +158,11 @@ class _DrawArcs(torch.autograd.Function):
     """Logits of ink: constants [B, A, 10], on [B, A], x, y [R * C], rendering_params [2] -> [B, R * C]"""
 
     @staticmethod
-    def forward(ctx, constants, on, x, y, rendering_params, unroll):
-        size = _get_chunk_size(constants.device)
-        needs_gradients = ctx.needs_input_grad[0] or ctx.needs_input_grad[4]
-        unroll = unroll or not kernels.compiled
-        if unroll and not needs_gradients and constants.shape[1] <= MOST_UNROLLED:
-            return _run_in_chunks(_draw_ink, (constants, on), (x, y, rendering_params), size)
-        logits, arc_id = _run_in_chunks(_draw, (constants, on), (x, y, rendering_params), size)  # [B, R * C]
+    def forward(ctx, constants, on, x, y, rendering_params):
+        args = (constants, on), (x, y, rendering_params), _get_chunk_size(constants.device), (0, 1)
+        if not any(ctx.needs_input_grad):
+            return _run_in_chunks(_draw_ink, *args)
+        logits, arc_id = _run_in_chunks(_draw, *args)  # [B, R * C]
         ctx.save_for_backward(constants, on, x, y, rendering_params, arc_id)
         return logits
 
@@ -177,7 +172,7 @@ class _DrawArcs(torch.autograd.Function):
         chunks = _split(_get_gradient_chunk_size(grad.device), constants, on, arc_id, grad)
         gradients = [_differentiate_arcs(*chunk, x, y, rendering_params) for chunk in chunks]
         grad_constants, grad_params = zip(*gradients, strict=True)
-        return torch.cat(grad_constants), None, None, None, torch.stack(grad_params).sum(0), None
+        return torch.cat(grad_constants), None, None, None, torch.stack(grad_params).sum(0)
 
 
 def _differentiate_arcs(constants, on, arc_id, grad, x, y, rendering_params):
@@ -194,7 +189,7 @@ def _differentiate_arcs(constants, on, arc_id, grad, x, y, rendering_params):
     return grad_constants.transpose(1, 2), grad_params.sum(0)
 
 
-def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols, unroll=True):
+def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     """Draws arcs: the logit of each pixel being ink.
 
     Each pixel takes its ink from the strongest arc alone, so gradients flow through one arc per pixel.
@@ -205,8 +200,6 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols, unroll=True)
         on_offs [B, A]: 0 for an arc that leaves no ink
         rendering_params [2]: scale (positive) and bias
         num_rows (R), num_cols (C): of the image; row 0 is its top
-        unroll: whether the compiler unrolls the loop over arcs (on a CPU, without gradients): a third faster, with the same
-            values, but half a minute to two minutes to compile for each A and image size
     Returns: logits [B, R, C]
     """
     if kernels.are_used("drawing", arcs):
@@ -214,7 +207,7 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols, unroll=True)
         return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
     x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
     constants = get_arc_constants(arcs)  # [B, A, 10]
-    logits = _DrawArcs.apply(constants, on_offs != 0, x, y, rendering_params, unroll)  # [B, R * C]
+    logits = _DrawArcs.apply(constants, on_offs != 0, x, y, rendering_params)  # [B, R * C]
     return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
 
 
@@ -359,7 +352,7 @@ def _differentiate_maps(probs, paper, grad, index, weight):
     grad_probs, grad_weight = torch.zeros_like(probs), []
     slices = [x.split(MAPS_AT_ONCE, 1) for x in (index, weight)]
     for some, i, w in zip(grad.t().split(MAPS_AT_ONCE), *slices, strict=True):
-        grad_q, grad_w = _run(_differentiate_by_map, 1, (probs, paper, some), (i, w))
+        grad_q, grad_w = _run(_differentiate_by_map, (1,), (probs, paper, some), (i, w))
         grad_weight.append(grad_w)
         grad_probs += _sum_over_taps(grad_q, i, w)
     return grad_probs.t(), torch.cat(grad_weight, 1)
@@ -416,10 +409,10 @@ def affine_log_prob_by_map(logits, obs, maps):
 # ------------------------------------------------------------------ compilation
 
 
-def set_compile(enabled, device="cpu", unroll=True):
-    """Turns compilation of the kernels on or off: on a CPU with torch.compile, for all batch sizes at once; on a GPU with
-    Triton, whose kernels fast/kernel_check.py tries. If compilation fails (without a C++ compiler, say), warns in one line.
-    Args: unroll: whether `get_logits` will unroll its loop"""
+def set_compile(enabled, device="cpu"):
+    """Turns compilation of the kernels on or off: on a CPU with torch.compile, for all numbers of images and arcs at once; on a
+    GPU with Triton, whose kernels fast/kernel_check.py tries. If compilation fails (without a C++ compiler, say), warns in one
+    line."""
     on_gpu = gpu.is_gpu(device)
     kernels.use(gpu.OPERATORS if enabled and on_gpu else [])
     kernels.compiled = _compile_for_cpu() if enabled and not on_gpu else {}
@@ -428,7 +421,7 @@ def set_compile(enabled, device="cpu", unroll=True):
     try:
         _write_libraries_at_once()
         with torch.inference_mode(False), torch.enable_grad():  # even within a notebook's torch.no_grad()
-            _try_kernels(unroll)
+            _try_kernels()
     except Exception as error:  # torch raises many types
         kernels.compiled = {}
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -437,7 +430,7 @@ def set_compile(enabled, device="cpu", unroll=True):
         warn(f"not compiled, training is slower: {reason[:400]}")
 
 
-def _try_kernels(unroll):
+def _try_kernels():
     """Draws and scores something, with gradients and without"""
     # Arbitrary numbers, but not random ones: the run's random state has already been restored.
     numbers = torch.linspace(0.1, 0.9, MAPS_AT_ONCE * 6)
@@ -445,7 +438,7 @@ def _try_kernels(unroll):
     arcs.requires_grad_()
     logits = get_logits(arcs, torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)
     affine_log_prob(logits, torch.zeros_like(logits), maps).sum().backward()
-    get_logits(arcs.detach(), torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28, unroll)
+    get_logits(arcs.detach(), torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)
 
 
 FULLY_FUSED = [_draw, _draw_ink, _log_prob_by_map, _differentiate_by_map]

@@ -32,7 +32,7 @@ FLOOR = 0.01  # f
 FARTHEST = 4.0  # largest deviations with which a fit may begin
 LEARNING_RATE = 0.1  # of Adam on e; it falls to about a tenth
 AT_ONCE = 800  # drawings fitted at a time
-ARCS_PER_SIZE = 8  # drawings are padded to multiples of it, since each number of strokes is compiled separately
+ARCS_PER_SIZE = 8  # drawings are padded to multiples of it: matrix products of other sizes round in other ways
 
 
 class Drawing(NamedTuple):
@@ -70,11 +70,6 @@ class Variation(NamedTuple):
 def change(strokes, function):
     """Applies a function to each field of a Drawing or Variation that has a value per drawing"""
     return strokes._replace(**{name: function(x) for name, x in strokes._asdict().items() if name != "params"})
-
-
-def get_size(num_arcs):
-    """The padded number of strokes of drawings with so many"""
-    return math.ceil(max(num_arcs, 1) / ARCS_PER_SIZE) * ARCS_PER_SIZE
 
 
 def resize(strokes, num):
@@ -131,9 +126,8 @@ def get_arcs(drawing):
 
 def get_probs(drawing, num_rows=28, num_cols=28):
     """The probability of ink, seen through the map: Drawing -> [..., R, C]"""
-    drawing = resize(drawing, get_size(drawing.on.shape[-1]))
     arcs, on, maps = get_arcs(drawing).flatten(0, -3), drawing.on.flatten(0, -2), drawing.map.flatten(0, -3)
-    logits = rendering.get_logits(arcs, on, drawing.params, num_rows, num_cols, unroll=False)  # in too many sizes
+    logits = rendering.get_logits(arcs, on, drawing.params, num_rows, num_cols)
     return rendering.apply_maps(logits.sigmoid(), maps).view(*drawing.on.shape[:-1], num_rows, num_cols)
 
 
@@ -217,7 +211,7 @@ def refit(centre, obs, deviations, schedule, start=None, aligned_to=None, tick=l
     length, parts = (flat.on * torch.arange(1, num_arcs + 1)).amax(1), []  # [N]
     order = length.argsort(stable=True)
     for ids in order.split(AT_ONCE):  # groups drawings of similar length, to pad little
-        num = get_size(int(length[ids].max()))
+        num = math.ceil(max(int(length[ids].max()), 1) / ARCS_PER_SIZE) * ARCS_PER_SIZE
         some = [resize(change(x, lambda x, ids=ids: x[ids]), num) for x in (flat, e, aligned)]
         part = _refit(*some, obs[ids], deviations, schedule, tick)
         parts.append([*resize(part, num_arcs), part.get_distance()])

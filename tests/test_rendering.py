@@ -175,12 +175,13 @@ def compiled():
     rendering.set_compile(False)
 
 
-def test_compiled_is_the_same_for_all_batch_sizes(compiled):
-    """And NaN as well"""
+def test_compiled_is_the_same_for_all_numbers_of_images_and_arcs(compiled):
+    """With gradients and without; and NaN as well"""
     counters = torch._dynamo.utils.counters["stats"]
     num_compiled = counters["unique_graphs"]
-    for batch_size in (1, 2, 15, 33, 250):
-        arcs, on_offs = get_arcs(batch_size * 10).view(batch_size, 10, 7), torch.rand(batch_size, 10) < 0.5
+    for batch_size, num_arcs in [(1, 10), (2, 3), (15, 2), (33, 40), (250, 10)]:
+        arcs = get_arcs(batch_size * num_arcs).view(batch_size, num_arcs, 7)
+        on_offs = torch.rand(batch_size, num_arcs) < 0.5
         arcs, params, maps = arcs.requires_grad_(), PARAMS.clone().requires_grad_(), torch.eye(3)[:2].repeat(40, 1, 1)
         maps = (maps + 0.03 * torch.randn_like(maps)).requires_grad_()
         obs = torch.bernoulli(torch.full((batch_size, 28, 28), 0.1))
@@ -192,12 +193,14 @@ def test_compiled_is_the_same_for_all_batch_sizes(compiled):
             logits = rendering.get_logits(arcs, on_offs, params, 28, 28)
             log_prob = rendering.affine_log_prob(logits, obs, maps)
             gradients = torch.autograd.grad(log_prob.mean(), [arcs, params, maps])
+            with torch.no_grad():
+                assert torch.equal(rendering.get_logits(arcs, on_offs, params, 28, 28), logits)
             gpu.kernels.compiled = compiled_kernels
             results.append([logits.detach(), log_prob.detach(), *gradients])
         assert_near(*results, 1e-4)
         assert (results[0][1] - results[1][1]).abs().max() < 1e-3
     test_nan_reaches_the_likelihood()
-    assert counters["unique_graphs"] == num_compiled  # one size for all: compiled when enabled, not since
+    assert counters["unique_graphs"] == num_compiled  # one kernel for all: compiled when enabled, not since
 
 
 def test_nan_reaches_the_likelihood():

@@ -47,17 +47,6 @@ def test_a_drawing_that_does_not_vary_is_the_program(likelihood):
     torch.testing.assert_close(variation.get_probs(same), variation.get_probs(centre))
 
 
-def test_drawings_do_not_wait_for_kernels_of_their_own_size(monkeypatch):
-    """Traces come in many sizes, each of which the unrolled kernel would compile for up to two minutes"""
-    _, _, _, centre = get_centre()
-    expected, called = variation.get_probs(centre), []
-    spies = {kernel: lambda *args, kernel=kernel: called.append(kernel) or kernel(*args) for kernel in rendering.FULLY_FUSED}
-    monkeypatch.setattr(rendering.kernels, "compiled", spies)
-    assert torch.equal(variation.get_probs(centre), expected) and called == [rendering._draw]
-    rendering.get_logits(variation.get_arcs(centre), centre.on, centre.params, 28, 28)
-    assert called[1:] == [rendering._draw_ink]
-
-
 def test_the_score_is_as_defined():
     _, _, obs, centre = get_centre()
     deviations = Deviations(0.1, 0.2, 0.3, 0.7, 0.4, 0.5, 0.6)
