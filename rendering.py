@@ -177,8 +177,7 @@ class _DrawArcs(torch.autograd.Function):
 
 def _differentiate_arcs(constants, on, arc_id, grad, x, y, rendering_params):
     """The backward pass of _DrawArcs: the gradients of constants and of rendering_params"""
-    arc_ids = torch.arange(constants.shape[1], device=arc_id.device)
-    is_of_arc = (arc_id.unsqueeze(-1) == arc_ids).to(grad.dtype)  # [B, R * C, A]
+    is_of_arc = grad.new_zeros(*grad.shape, constants.shape[1]).scatter_(2, arc_id.unsqueeze(2), 1.0)  # [B, R * C, A]
     on = on.gather(1, arc_id)  # [B, R * C]
     arc_id = arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)  # [B, 10, R * C]
     strongest = constants.transpose(1, 2).gather(2, arc_id)  # [B, 10, R * C]
@@ -341,20 +340,24 @@ class _ScoreMaps(torch.autograd.Function):
     def backward(ctx, grad):
         probs, paper, index, weight = ctx.saved_tensors
         chunks = _split(_get_gradient_chunk_size(probs.device), probs, paper, grad)
-        grad_probs, grad_weight = zip(*[_differentiate_maps(*chunk, index, weight) for chunk in chunks], strict=True)
+        taps = [(i, w, *_sort_taps(i)) for i, w in zip(*[x.split(MAPS_AT_ONCE, 1) for x in (index, weight)], strict=True)]
+        grad_probs, grad_weight = zip(*[_differentiate_maps(*chunk, taps) for chunk in chunks], strict=True)
         return torch.cat(grad_probs), None, None, torch.stack(grad_weight).sum(0)
 
 
-def _differentiate_maps(probs, paper, grad, index, weight):
-    """The backward pass of _ScoreMaps: probs, paper [N, pixels], grad [N, T], index, weight [4, T, pixels] ->
-    the gradients of probs and of weight"""
+def _differentiate_maps(probs, paper, grad, taps):
+    """The backward pass of _ScoreMaps.
+
+    Args: probs, paper [N, pixels]; grad [N, T]; taps: for each MAPS_AT_ONCE of the maps, index and weight [4, T, pixels] and
+        what _sort_taps returns
+    Returns: the gradients of probs and of weight
+    """
     probs, paper = probs.t(), paper.t()  # [pixels, N]
     grad_probs, grad_weight = torch.zeros_like(probs), []
-    slices = [x.split(MAPS_AT_ONCE, 1) for x in (index, weight)]
-    for some, i, w in zip(grad.t().split(MAPS_AT_ONCE), *slices, strict=True):
-        grad_q, grad_w = _run(_differentiate_by_map, (1,), (probs, paper, some), (i, w))
+    for some, (index, weight, *order) in zip(grad.t().split(MAPS_AT_ONCE), taps, strict=True):
+        grad_q, grad_w = _run(_differentiate_by_map, (1,), (probs, paper, some), (index, weight))
         grad_weight.append(grad_w)
-        grad_probs += _sum_over_taps(grad_q, i, w)
+        grad_probs += _sum_over_taps(grad_q, weight, *order)
     return grad_probs.t(), torch.cat(grad_weight, 1)
 
 
@@ -366,12 +369,15 @@ def _make_blocks(images, rest, value):
     return images.unflatten(0, (num_blocks, BLOCK)).transpose(1, 2).contiguous()
 
 
-def _sum_over_taps(grad_q, index, weight):
-    """The gradient of the pixels sampled from, added up in a fixed order: grad_q [T, pixels, N] -> [pixels, N]"""
-    num_maps, num_pixels, _ = grad_q.shape
+def _sort_taps(index):
+    """Taps [4, T, pixels], ordered by the pixel that they sample: their numbers, and the first one's place for each pixel"""
     target, order = index.flatten().sort(stable=True)
-    first = torch.searchsorted(target, torch.arange(num_pixels, device=target.device))
-    source = order % (num_maps * num_pixels)
+    return order, torch.searchsorted(target, torch.arange(index.shape[2], device=index.device))
+
+
+def _sum_over_taps(grad_q, weight, order, first):
+    """The gradient of the pixels sampled from, added up in a fixed order: grad_q [T, pixels, N] -> [pixels, N]"""
+    source = order % weight[0].numel()
     return F.embedding_bag(source, grad_q.flatten(0, 1), first, mode="sum", per_sample_weights=weight.flatten()[order])
 
 
