@@ -138,5 +138,5 @@ def omniglot():
 
 
 def pytest_collection_modifyitems(items):
-    """What mostly waits goes first, beside what computes"""
-    items.sort(key=lambda item: item.get_closest_marker("waits") is None)
+    """What takes longest goes first: Slurm's tests, which mostly wait, beside those that compute"""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)

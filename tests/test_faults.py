@@ -224,6 +224,7 @@ def die(*cases):
 KINDS = [["mws"], ["rws"], ["vimco"], ["sleep"], ["mws", "--condition-on-alphabet", "--likelihood", "learned-affine"]]
 
 
+@pytest.mark.long
 def test_killed_between_any_two_file_operations(folder):
     """A stand-in for os.replace and os.fsync dies at the n-th call, for every n (of other kinds of runs, every
     eleventh); then the run goes on. All files, milestones included, end with the bits of one that was never stopped."""

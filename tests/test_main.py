@@ -124,6 +124,7 @@ def get_path_base(flags):
     return util.get_path_base(main.parse_args(flags))
 
 
+@pytest.mark.long
 def test_a_compiled_run_goes_on_with_the_same_bits(folder, stop_at):
     if shutil.which("g++") is None:
         pytest.skip("there is no C++ compiler")

@@ -112,7 +112,7 @@ def assert_bits_of_a_run_here(model, settings):
 # ------------------------------------------------------------------ sweeps
 
 
-@pytest.mark.waits
+@pytest.mark.long
 def test_job_arrays(cluster):
     """One of two is warned: it alone is requeued, and ends with the bits of a run here; a model is evaluated after its
     training, with as many threads as Slurm gives it CPUs"""
@@ -149,7 +149,7 @@ def test_job_arrays(cluster):
     assert_bits_of_a_run_here(names[1], settings)
 
 
-@pytest.mark.waits
+@pytest.mark.long
 def test_om_repeat(cluster, om_repeat):
     """A run whose job is killed without a warning, as at its time limit, loses next to nothing, and ends with the
     bits of a run here; its evaluation waits for the end of the chain; nothing stays in the queue"""
@@ -173,7 +173,7 @@ def test_om_repeat(cluster, om_repeat):
     assert_bits_of_a_run_here(name, settings)
 
 
-@pytest.mark.waits
+@pytest.mark.long
 def test_data_are_found_where_jobs_inherit_nothing(cluster, monkeypatch):
     monkeypatch.setenv("OMNIGLOT_PATH", "data.mat")
     monkeypatch.setenv("SBATCH_EXPORT", "NONE")
@@ -184,7 +184,7 @@ def test_data_are_found_where_jobs_inherit_nothing(cluster, monkeypatch):
     assert load(name)["iteration"] == 2 and "data-location" not in name
 
 
-@pytest.mark.waits
+@pytest.mark.long
 def test_memory(cluster, monkeypatch):
     """A job that takes too much has failed, in Slurm's words"""
     eat = f"--setup={sys.executable} -c 'import time; x = bytes(10**9) * 2; time.sleep(30)'"

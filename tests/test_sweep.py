@@ -189,6 +189,7 @@ def test_options_of_a_queued_task():
     assert "--gone=3" in sweep.describe_change(old, old._replace(flags=[]))
 
 
+@pytest.mark.long
 def test_sweep_here(make_sweep, monkeypatch):
     """Trained two at a time, interrupted, resumed; evaluated, reported, deleted"""
     models = make_sweep("--pretrain-iterations 5 --num-iterations 110 --save-interval 10")
