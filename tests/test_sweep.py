@@ -205,7 +205,7 @@ def test_sweep_here(make_sweep, monkeypatch):
     assert "2 of 2 done" in stdout and len(re.findall(r"^\w+.*: done, 110 iterations", stdout, re.M)) == 2
     assert [(cells["state"], cells["iteration"]) for cells in get_cells()] == [("done", "110/110")] * 2
     for name in models:
-        every = f"--algorithm own --every-checkpoint --num-data 2 --test-num-particles 3 --checkpoint-path {name}"
+        every = f"--algorithm own --every-checkpoint --num-data 2 --test-num-particles 3 --no-compile --checkpoint-path {name}"
         assert eval_logp.main(every.split()) == 0
     stdout = run("--plot")
     assert pathlib.Path("save/logp_by_iteration.pdf").exists() and stdout.count(" at iteration 110\n") == 2
@@ -231,7 +231,7 @@ def test_sweep_here(make_sweep, monkeypatch):
     with monkeypatch.context() as context:
         context.setattr(eval_logp, "estimate_step", lambda _: os.kill(os.getpid(), signal.SIGTERM))
         (task,) = sweep.get_tasks(sweep.parse_args([*evaluation, "--eval-options=--num-data=6"]))
-        assert eval_logp.main([*task.flags, "--force"]) == 128 + signal.SIGTERM
+        assert eval_logp.main([*task.flags, "--force", "--no-compile"]) == 128 + signal.SIGTERM
     for options, iteration in [("--num-data=6", "5/5"), ("--num-data=7", "0/5"), ("--num-data=6 --images=spread", "0/5")]:
         (cells,) = get_cells(*evaluation, f"--eval-options={options}")
         assert (cells["state"], cells["iteration"]) == ("stopped", iteration)
