@@ -672,7 +672,8 @@ def set_seed(seed, device="cpu"):
     random.seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
-    # use_deterministic_algorithms does the same, but imports the compiler first, which takes a second or two
+    # use_deterministic_algorithms also tells the compiler, whose import takes a second or two; its kernels here are
+    # deterministic anyway
     torch.set_deterministic_debug_mode("warn" if torch.device(device).type == "cpu" else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False
 
