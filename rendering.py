@@ -159,7 +159,10 @@ class _DrawArcs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, constants, on, x, y, rendering_params):
-        args = (constants, on), (x, y, rendering_params), _get_chunk_size(constants.device), (0, 1)
+        size = _get_chunk_size(constants.device)
+        if not kernels.compiled:  # the ink of every arc exists at once: no more of it than of ten arcs on 28 x 28 pixels
+            size = min(size, size * 10 * 28 * 28 // (constants.shape[1] * len(x)) + 1)
+        args = (constants, on), (x, y, rendering_params), size, (0, 1)
         if not any(ctx.needs_input_grad):
             return _run_in_chunks(_draw_ink, *args)
         logits, arc_id = _run_in_chunks(_draw, *args)  # [B, R * C]

@@ -164,6 +164,16 @@ def test_fixed_maps():
     assert ((maps - expected).abs() < 1e-6).all(-1).all(-1).any()
 
 
+def test_large_images_are_drawn_a_few_at_a_time(monkeypatch):
+    """So that memory does not grow with their size"""
+    arcs, on_offs, num_drawn, draw_ink = get_arcs(84).view(7, 12, 7), torch.rand(7, 12) < 0.5, [], rendering._draw_ink
+    monkeypatch.setattr(rendering, "_draw_ink", lambda x, *rest: num_drawn.append(len(x)) or draw_ink(x, *rest))
+    logits = rendering.get_logits(arcs, on_offs, PARAMS, 200, 200)
+    assert num_drawn == [2, 2, 3]
+    alone = [rendering.get_logits(arcs[[i]], on_offs[[i]], PARAMS, 200, 200) for i in range(7)]
+    assert torch.equal(logits, torch.cat(alone))
+
+
 @pytest.fixture
 def compiled():
     if shutil.which("g++") is None:
