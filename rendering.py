@@ -47,23 +47,22 @@ def _split(size, *batched):
     return [tuple(x[start : start + size if start != starts[-1] else num_rows] for x in batched) for start in starts]
 
 
-def _run_in_chunks(kernel, batched, rest, size, dims=(0,)):
+def _run_in_chunks(kernel, batched, rest, size):
     """Like _run, `size` rows at a time: the batch, even of one, is dimension 0 of all results"""
     if kernels.compiled and len(batched[0]) == 1:  # would be compiled separately
-        return tree_map(lambda x: x[:1], _run_in_chunks(kernel, [torch.cat([x, x]) for x in batched], rest, size, dims))
-    results = [_run(kernel, dims, chunk, rest) for chunk in _split(size, *batched)]
+        return tree_map(lambda x: x[:1], _run_in_chunks(kernel, [torch.cat([x, x]) for x in batched], rest, size))
+    results = [_run(kernel, *chunk, *rest) for chunk in _split(size, *batched)]
     return results[0] if len(results) == 1 else tree_map(lambda *parts: torch.cat(parts), *results)
 
 
-def _run(kernel, dims, batched, rest):
-    """Calls a kernel, compiled or not. It is compiled once for all sizes, but 1, of its first arguments, `batched`, along dims.
-    Inputs are detached and made contiguous, since others would be compiled separately."""
+def _run(kernel, *args):
+    """Calls a kernel, compiled or not. Inputs are detached and made contiguous, since others would be compiled separately."""
     if kernel not in kernels.compiled:
-        return kernel(*batched, *rest)
-    batched, rest = ([x.detach().contiguous() for x in args] for args in (batched, rest))
-    for x in batched:
+        return kernel(*args)
+    args = [x.detach().contiguous() for x in args]
+    for x, dims in zip(args, ANY_SIZE[kernel], strict=False):
         torch._dynamo.mark_dynamic(x, [dim for dim in dims if x.shape[dim] > 1])
-    return kernels.compiled[kernel](*batched, *rest)
+    return kernels.compiled[kernel](*args)
 
 
 # ------------------------------------------------------------------ arcs
@@ -162,7 +161,7 @@ class _DrawArcs(torch.autograd.Function):
         size = _get_chunk_size(constants.device)
         if not kernels.compiled:  # the ink of every arc exists at once: no more of it than of ten arcs on 28 x 28 pixels
             size = min(size, size * 10 * 28 * 28 // (constants.shape[1] * len(x)) + 1)
-        args = (constants, on), (x, y, rendering_params), size, (0, 1)
+        args = (constants, on), (x, y, rendering_params), size
         if not any(ctx.needs_input_grad):
             return _run_in_chunks(_draw_ink, *args)
         logits, arc_id = _run_in_chunks(_draw, *args)  # [B, R * C]
@@ -358,7 +357,7 @@ def _differentiate_maps(probs, paper, grad, taps):
     probs, paper = probs.t(), paper.t()  # [pixels, N]
     grad_probs, grad_weight = torch.zeros_like(probs), []
     for some, (index, weight, *order) in zip(grad.t().split(MAPS_AT_ONCE), taps, strict=True):
-        grad_q, grad_w = _run(_differentiate_by_map, (1,), (probs, paper, some), (index, weight))
+        grad_q, grad_w = _run(_differentiate_by_map, probs, paper, some, index, weight)
         grad_weight.append(grad_w)
         grad_probs += _sum_over_taps(grad_q, weight, *order)
     return grad_probs.t(), torch.cat(grad_weight, 1)
@@ -419,9 +418,8 @@ def affine_log_prob_by_map(logits, obs, maps):
 
 
 def set_compile(enabled, device="cpu"):
-    """Turns compilation of the kernels on or off: on a CPU with torch.compile, for all numbers of images and arcs at once; on a
-    GPU with Triton, whose kernels fast/kernel_check.py tries. If compilation fails (without a C++ compiler, say), warns in one
-    line."""
+    """Turns compilation of the kernels on or off: on a CPU with torch.compile; on a GPU with Triton, whose kernels
+    fast/kernel_check.py tries. If compilation fails (without a C++ compiler, say), warns in one line."""
     on_gpu = gpu.is_gpu(device)
     kernels.use(gpu.OPERATORS if enabled and on_gpu else [])
     kernels.compiled = _compile_for_cpu() if enabled and not on_gpu else {}
@@ -451,6 +449,15 @@ def _try_kernels():
 
 
 FULLY_FUSED = [_draw, _draw_ink, _log_prob_by_map, _differentiate_by_map]
+# The dimensions of their first arguments for whose sizes, except 1, kernels are not compiled again: images and arcs. (Not maps:
+# a kernel for any number of them is slower.)
+ANY_SIZE = {
+    _draw: [(0, 1)] * 2,
+    _draw_ink: [(0, 1)] * 2,
+    _differentiate_draw: [(0,)] * 4,
+    _log_prob_by_map: [(0,)] * 2,
+    _differentiate_by_map: [(1,)] * 3,
+}
 
 
 @functools.cache  # so that turning kernels off and on does not recompile them
