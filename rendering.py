@@ -448,7 +448,6 @@ def _try_kernels():
     get_logits(arcs.detach(), torch.ones_like(arcs[..., 0]).long(), maps[0, 0, :2], 28, 28)
 
 
-FULLY_FUSED = [_draw, _draw_ink, _log_prob_by_map, _differentiate_by_map]
 # The dimensions of their first arguments for whose sizes, except 1, kernels are not compiled again: images and arcs. (Not maps:
 # a kernel for any number of them is slower.)
 ANY_SIZE = {
@@ -465,7 +464,7 @@ def _compile_for_cpu():
     """The compiled form of each kernel"""
     # Force full fusion: inductor otherwise materialises whatever is read more than a few times.
     options = dict.fromkeys(["realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"], 10000)
-    forms = {kernel: torch.compile(kernel, options=options) for kernel in FULLY_FUSED}
+    forms = {kernel: torch.compile(kernel, options=options) for kernel in ANY_SIZE}
     return {**forms, _differentiate_draw: torch.compile(_differentiate_draw)}  # fully fused, it would take minutes to compile
 
 

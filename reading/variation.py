@@ -32,7 +32,7 @@ FLOOR = 0.01  # f
 FARTHEST = 4.0  # largest deviations with which a fit may begin
 LEARNING_RATE = 0.1  # of Adam on e; it falls to about a tenth
 AT_ONCE = 800  # drawings fitted at a time
-ARCS_PER_SIZE = 8  # drawings are padded to multiples of it: matrix products of other sizes round in other ways
+ARCS_PER_SIZE = 8  # drawings are padded to multiples of it, so that rounding depends little on what is fitted beside them
 
 
 class Drawing(NamedTuple):
