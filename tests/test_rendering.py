@@ -185,6 +185,7 @@ def compiled():
     rendering.set_compile(False)
 
 
+@pytest.mark.long  # in the process of test_main.py's compiled run, whose kernels it then finds compiled
 def test_compiled_is_the_same_for_all_numbers_of_images_and_arcs(compiled):
     """With gradients and without; and NaN as well"""
     counters = torch._dynamo.utils.counters["stats"]
