@@ -224,13 +224,12 @@ def check_data(args):
 
 def cancel(args):
     """Cancels the jobs of the chosen tasks, and prints what else from this folder is in the queue"""
-    queue = slurm.get_queue(essential=not args.dry_run)
+    queue, models = slurm.get_queue(essential=not args.dry_run), get_runs(args)
+    jobs = [job for job in queue if job.task.model in models or not has_choice(args)]
     if args.eval_logp:
         chosen = {task.key for task in get_tasks(args)}
-        jobs = [job for job in queue if job.task.key in chosen]
-    else:
-        models = get_runs(args)
-        jobs = [job for job in queue if job.task.model in models or not has_choice(args)]
+        all_chosen = not (args.eval_algorithms or args.eval_options)
+        jobs = [job for job in jobs if job.task.kind != "train" and (all_chosen or job.task.key in chosen)]
     if args.dry_run:
         for job in jobs:
             print(f"would cancel {job.number}: {' '.join(job.task.key)}")

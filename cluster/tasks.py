@@ -124,10 +124,14 @@ def get_training_progress(task):
 def get_evaluation_progress(task):
     """Done means evaluated for the current model, once that is trained, with the settings and images that the task asks for"""
     total, training = task.settings["num_iterations"], get_training_progress(task)
-    path, matching, replaces, others, damage = task.get_evaluation_path(), {}, False, "", ""
+    path, matching, saved_at = task.get_evaluation_path(), {}, {}
+    replaces, others, damage = False, "", ""
     for saved_path in filter(os.path.exists, task.get_saved_paths()):
         try:
+            saved_at[saved_path] = saved_path.stat().st_mtime
             saved = util.load_checkpoint(saved_path, keys=checkpoints.RESULT_KEYS if saved_path == path else STATE_KEYS)
+        except FileNotFoundError:  # the evaluation has just ended
+            continue
         except UserError as error:  # it starts over
             damage = damage or str(error)
             continue
@@ -138,13 +142,13 @@ def get_evaluation_progress(task):
         else:
             replaces, others = True, others or differences
     if path in matching:
-        return Progress(True, total, total, total, f"{matching[path]['log_p']:.2f}", path.stat().st_mtime)
+        return Progress(True, total, total, total, f"{matching[path]['log_p']:.2f}", saved_at[path])
     if not matching:
         return Progress(False, 0, total, replaces=replaces, others=others, damage=damage)
     steps = sum(state["iteration"] + len(state["log_p"]) + state["num_searched"] for state in matching.values())
     iteration = sum(state["iteration"] for state in matching.values()) // len(task.get_state_paths())  # the halves' mean
-    saved_at = max(saved_path.stat().st_mtime for saved_path in matching)
-    return Progress(False, iteration, total, steps, saved=saved_at, replaces=replaces, damage=damage)
+    newest = max(saved_at[saved_path] for saved_path in matching)
+    return Progress(False, iteration, total, steps, saved=newest, replaces=replaces, damage=damage)
 
 
 def describe_differences(saved, task, location):
@@ -205,7 +209,7 @@ def read_log(task):
     """The lines of a task's log, without progress bars"""
     path = task.get_path("log")
     text = path.read_text(errors="replace") if path.exists() else ""
-    lines = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
+    lines = [line.rstrip() for line in text.splitlines()]
     return [line for line in lines if line and not re.search(r"\d+/\d+ \[[\d:]+<", line)]
 
 

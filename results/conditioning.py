@@ -8,6 +8,7 @@ alphabet. Prints how far the right alphabet's bound is above the mean of the wro
 how often it is the highest.
 """
 
+from fast import before_torch  # noqa: F401  # isort: skip
 import math
 
 import torch

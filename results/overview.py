@@ -28,7 +28,7 @@ def get_thumbnail_path(name, kind):
 
 
 def describe(name):
-    """Lines of text about a run's checkpoint and evaluations"""
+    """Lines of text about a run's checkpoint"""
     latest = checkpoints.get_path(name)
     if not latest.exists():
         return ["its checkpoint is elsewhere"]
@@ -38,7 +38,7 @@ def describe(name):
         return [str(error)]
     args, iteration, statistics = checkpoint["args"], checkpoint["iteration"], checkpoint["statistics"]
     saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(latest.stat().st_mtime))
-    lines = [
+    return [
         f"iteration {iteration} of {args['num_iterations']}, saved {saved}",
         f"{args['data_location']}: {checkpoint['data_summary']}",
         ", ".join(
@@ -47,11 +47,15 @@ def describe(name):
             for key, value in get_last(statistics, phase).items()
         ),
     ]
+
+
+def describe_evaluations(name):
+    """Lines of text about a run's evaluations on one set of images, if there are any"""
     for run in report.read_runs(util.SAVE / name)[:1]:
         row = report.get_row(run.name, [run])
         log_p = ", ".join(f"{key} {row[key]:.2f}" for key in report.ESTIMATES if row[key] is not None)
-        lines.append(f"log p, {row['images in words']}: {log_p}")
-    return lines
+        return [f"log p, {row['images in words']}: {log_p}"]
+    return []
 
 
 def get_pictures(name):
@@ -80,10 +84,10 @@ def write_overview():
     """Returns: the page's path"""
     names = {path.parents[1].name for path in util.SAVE.glob("*/checkpoints/latest.pt")}
     names |= {path.parents[1].name for path in util.SAVE.glob("*/thumbnails/*.png")}
-    runs = [
-        f"<h2>{html.escape(name)}</h2>\n<p>{'<br>'.join(map(html.escape, describe(name)))}</p>\n{get_pictures(name)}"
-        for name in sorted(names, key=lambda name: (report.is_test_run(name), name))
-    ]
+    runs = []
+    for name in sorted(names, key=lambda name: (report.is_test_run(name), name)):
+        lines = "<br>".join(map(html.escape, [*describe(name), *describe_evaluations(name)]))
+        runs.append(f"<h2>{html.escape(name)}</h2>\n<p>{lines}</p>\n{get_pictures(name)}")
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Runs</title><style>{STYLE}</style></head><body>

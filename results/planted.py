@@ -6,6 +6,7 @@ Such an image has a known program. A search is not told it, and should find one 
 short is a part of its error that agreement between searches cannot show.
 """
 
+from fast import before_torch  # noqa: F401  # isort: skip
 import torch
 
 import models

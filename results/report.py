@@ -369,6 +369,7 @@ def get_row(name, runs):
     errors = [error for run in runs if (error := get_search_error(run.results.get("mws", {})))]
     for i, name in enumerate(SEARCH_ERRORS):
         row[name] = sum(error[i] for error in errors) / len(errors) if errors else None
+        row[f"{name} seeds"] = len(errors)
     return row
 
 
@@ -389,7 +390,7 @@ def print_table(rows):
 def describe_value(row, name):
     if row[name] is None:
         return "missing"
-    error, num_seeds = row.get(f"{name} s.e. over seeds"), row.get(f"{name} seeds", row["seeds"])
+    error, num_seeds = row.get(f"{name} s.e. over seeds"), row[f"{name} seeds"]
     fewer = f" ({num_seeds})" * (num_seeds < row["seeds"])
     return f"{row[name]:.2f}" + ("" if error is None else f" ± {error:.2f}") + fewer
 

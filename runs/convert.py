@@ -6,6 +6,7 @@ Each file is replaced atomically; files of this version stay as they are. Runs r
 bits; unfinished evaluations start over.
 """
 
+from fast import before_torch  # noqa: F401  # isort: skip
 import contextlib
 import pathlib
 import zipfile

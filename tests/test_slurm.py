@@ -296,7 +296,10 @@ def test_what_slurm_refuses(cluster, om_repeat, monkeypatch):
     assert run(*HELD).count(": submitted") == 3
     for kinds, num_new in [(["sleep", "rws"], 2), (["sleep", "rws", "vimco"], 1)]:
         assert run(*HELD, "--eval-logp", "--eval-algorithms", *kinds, "--models", cluster[0]).count(": submitted") == num_new
-    assert "cancelled 6 jobs" in run("--cancel")
+    evaluations = ["--cancel", "--eval-logp"]
+    assert "cancelled 1 job" in run(*evaluations, "--eval-algorithms", "rws", "--models", cluster[0])
+    assert "cancelled 2 jobs" in run(*evaluations)
+    assert "cancelled 3 jobs" in run("--cancel")
     pathlib.Path("a folder").mkdir()
     shutil.copy("data.mat", "a folder")
     monkeypatch.chdir("a folder")
