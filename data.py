@@ -272,7 +272,7 @@ def _load_mat(path):
         if not right or any(array.dtype.kind not in "uifb" for array in arrays):
             raise UserError(
                 f"{path} is not in chardata.mat's format: {prefix}data, {prefix}target and {prefix}targetchar have the shapes"
-                f" {str(shapes)[1:-1]}; expected numbers (784, N), (L, N) and (1, N), with the same L in both parts"
+                f" {str(shapes)[1:-1]}; expected numbers ({SIDE * SIDE}, N), (L, N) and (1, N), with the same L in both parts"
             )
         parts.append(arrays)
     _, alphabets, characters = (np.concatenate(pair, 1) for pair in zip(*parts, strict=True))
@@ -299,7 +299,7 @@ def _load_arrays(path):
         return Source(obs, notes=notes)
     if labels.shape != (len(obs),):
         raise UserError(f"{path} has {count(len(obs), 'image')}, but labels of the shape {list(labels.shape)}")
-    names, alphabet_ids = np.unique(labels, return_inverse=True)
+    names, alphabet_ids = np.unique(labels.astype(str) if labels.dtype.kind == "S" else labels, return_inverse=True)
     return Source(obs, alphabet_ids, alphabet_names=[str(name) for name in names], notes=notes)
 
 
@@ -512,7 +512,7 @@ def _list_zip(path, file):
 
     # Some Windows programs write backslashes
     names = {name.replace("\\", "/").lstrip("/"): name for name in archive.namelist()}
-    for name in sorted(name for name in names if not name.endswith("/")):
+    for name in sorted((name for name in names if not name.endswith("/")), key=lambda name: name.split("/")):  # as paths
         yield File(name, functools.partial(read, names[name]))
 
 

@@ -177,15 +177,15 @@ def main(argv=None):
     model, _ = models.from_checkpoint(checkpoints.load(checkpoints.find(args.checkpoint_path)))
     try:
         known = data.load(args.data_location).train
-    except UserError as error:
-        util.warn(f"{error}; the page knows built-in letters instead")
+    except (UserError, OSError) as error:
+        util.warn(f"{util.describe_error(error)}; the page knows built-in letters instead")
         known = data.load("glyphs").train
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from elsewhere
+    page = build(Reader(model, known))
     try:
-        launch = build(Reader(model, known)).launch
-        launch(server_name=args.host, server_port=args.port, share=args.share, theme=theme, footer_links=[])
-    except OSError as error:
-        raise UserError(f"--port {args.port}: {error}; give another one") from None
+        page.launch(server_name=args.host, server_port=args.port, share=args.share, theme=theme, footer_links=[])
+    except Exception as error:  # from gradio, or from the HTTP client by which it tries the page
+        raise UserError(f"--host {args.host} --port {args.port}: {util.get_reason(error)}; give others") from None
     return 0
 
 
@@ -195,7 +195,7 @@ def get_parser():
     add("--checkpoint-path", "checkpoint of main.py, or a run's folder or name for its latest one", default=MODEL)
     add("--data-location", "known characters, as for main.py", type=util.to_location, default="local")
     add("--host", "address to listen on; 0.0.0.0: all of this machine's", default="127.0.0.1")
-    add("--port", "port to listen on", type=util.in_range(int, 0, 65535), default=7860)
+    add("--port", "port to listen on", type=util.in_range(int, 1, 65535), default=7860)
     add("--share", "also open the page to the internet, through gradio.live", action="store_true")
     return parser
 

@@ -50,9 +50,14 @@ class TrainedModel:
     def __init__(self, name, checkpoint, dataset=None, other_data=""):
         self.name, self.folder, self.path = name, util.SAVE / name, pathlib.Path(checkpoint["path"])
         self.dataset, self.other_data = dataset, other_data
-        self.memory = None if other_data else checkpoint["memory"]
+        self.memory = checkpoint["memory"]  # programs of the images that it was trained on
         self.iteration, self.num_alphabets = checkpoint["iteration"], checkpoint["num_alphabets"]
         self.generative_model, self.inference_network = models.from_checkpoint(checkpoint)
+
+    @property
+    def remembers(self):
+        """Whether its memory holds programs of the data's images"""
+        return self.memory is not None and not self.other_data
 
     @functools.cached_property
     def is_latest(self):
@@ -75,7 +80,7 @@ class TrainedModel:
 
     def reconstruct(self, obs_id):
         """Programs of training images, the best in the memory or else inferred: [N, A, 2]"""
-        if self.memory is not None:
+        if self.remembers:
             return models.unpack(self.memory[obs_id, 0])
         obs, alphabet = self.get_images(obs_id)
         best = []
@@ -174,7 +179,7 @@ def draw_reconstructions(trained, args):
     obs, alphabet = trained.get_images(obs_id)
     latent = trained.reconstruct(obs_id)  # [N, A, 2]
     log_joint = scoring.score(trained.generative_model, latent.unsqueeze(0), obs, alphabet)[0].tolist()
-    source = "memory" if trained.memory is not None else "inference network"
+    source = "memory" if trained.remembers else "inference network"
     title = f"{trained.get_title()}: programs of {'' if trained.other_data else 'training '}images ({source})"
     labels = [
         "\n".join(filter(None, [f"image {i}", trained.get_alphabet_name(i), f"{score:.0f} nats"]))
@@ -249,9 +254,9 @@ def read_run(name, checkpoint, args, load_data):
     if not args.loss_only:
         try:
             dataset = data.load_for_model(checkpoint, args.data_location, load_data)
-        except UserError as error:
+        except (UserError, OSError) as error:
             missing = "reconstructions" + (" and alphabets" if checkpoint["num_alphabets"] else "")
-            print(f"{name}: no {missing} without its data: {error}")
+            print(f"{name}: no {missing} without its data: {util.describe_error(error)}")
     if dataset is not None and checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
         location = args.data_location or checkpoint["args"]["data_location"]
         other_data = util.get_location_name(location)

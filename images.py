@@ -57,10 +57,14 @@ def decode(name, content):
     try:
         with PIL.Image.open(io.BytesIO(content)) as file:
             num_pictures = getattr(file, "n_frames", 1)
+            file.getexif()
+            file.info.pop("exif", None)  # or it would be written anew, which fails if one of its tags is odd
             image = PIL.ImageOps.exif_transpose(file)
             deep = image.mode.startswith("I")  # 16 bits, or 12 or 8 of them
             pixels = np.asarray(image if deep else image.convert("RGBA"), np.float32)
             pixels /= next((full for full in (255, 4095) if pixels.max() <= full), 65535)
+    except PIL.Image.DecompressionBombError as error:
+        raise UserError(f"{name} is too large ({str(error).partition(',')[0]}); scale it down") from None
     except Exception as error:  # decoders may raise anything
         reason = str(error).partition("<")[0][:80].strip()  # without the name of the buffer
         advice = "HEIC needs pip install pillow-heif" if b"ftyp" in content[:12] else "repair or remove it"
@@ -399,7 +403,10 @@ def draw_glyphs():
     matplotlib and FreeType draw depends on their versions.
 
     Returns: obs [N, 28, 28], bool, ink True, upright; alphabet ids [N]; characters [N], numbered from 1 within their alphabet
+    Raises: UserError if images are to have another size
     """
+    if SIDE != 28:
+        raise UserError(f"the built-in letters (glyphs) are 28 x 28 pixels, but images.SIDE is {SIDE}; use your own data")
     with np.load(pathlib.Path(__file__).resolve().parent / "glyphs.npz") as stored:
         obs = np.unpackbits(stored["obs"], axis=1).astype(bool).reshape(-1, SIDE, SIDE)
         num_characters = stored["num_characters"]  # [L]

@@ -70,7 +70,7 @@ def particle_objective(function):
     """Makes an objective of the models from a loss of the particles' scores.
 
     Args: function(log_p, log_q, ...) -> loss, statistics: of log p(z, x) and log q(z|x), each [P, B], with gradients, and any
-        fields of Step that it names
+        fields of Step or parts of the state that it names, whose parameters the loss may also depend on directly
     Returns: a function of the models, obs [B, R, C], num_particles, alphabet [B, L] one-hot, obs_id [B] if q is a
         LookupInferenceNetwork, and scorer (`score`, or a faster equivalent) -> loss, statistics
     """
@@ -88,9 +88,9 @@ def particle_objective(function):
             alphabet=alphabet, obs_id=obs_id, **others,
         )  # fmt: skip
         loss, statistics = function(*scores, **{name: available[name] for name in own if name in available})
-        gradients = torch.autograd.grad(loss, scores, materialize_grads=True)  # each [P, B]
+        gradients = torch.autograd.grad(loss, scores, retain_graph=True, materialize_grads=True)  # each [P, B]
         zero = differentiate(generative_model, inference_network, particles, obs, alphabet, *gradients)
-        return loss.detach() + zero, tree_map_only(torch.Tensor, torch.Tensor.detach, statistics)
+        return loss + zero, tree_map_only(torch.Tensor, torch.Tensor.detach, statistics)
 
     return objective
 
@@ -363,7 +363,8 @@ def init_state(args, num_data, device):
     objective = OBJECTIVES[args.algorithm]
     init = util.get_init_state(objective)
     available = {**vars(args), "num_data": num_data, **util.get_fixed(objective)}
-    parts = {} if init is None else init(**{name: available[name] for name in inspect.signature(init).parameters})
+    names = [] if init is None else [name for name in inspect.signature(init).parameters if name in available]
+    parts = {} if init is None else init(**{name: available[name] for name in names})
     for name, part in parts.items():
         if name in {*Step._fields, *util.get_own_settings(args, "algorithm"), "scorer", "optimizer", "pretrain_optimizer"}:
             raise util.UserError(f"{args.algorithm}: its state cannot hold a part called {name}: the name is taken; rename it")

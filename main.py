@@ -86,6 +86,10 @@ class Run:
             raise UserError(
                 f"the part {replaced[0]} of run.state is not that of run.parts, which is saved: change state in place (copy_)"
             )
+        if replaced := [
+            name for name in ("optimizer", "pretrain_optimizer") if self.parts.get(name) is not getattr(self, name)
+        ]:
+            raise UserError(f"run.{replaced[0]} is not that of run.parts, which is saved: replace both")
         if changed := [name for name, shape in self.shapes.items() if getattr(self.parts.get(name), "shape", shape) != shape]:
             raise UserError(
                 f"the part {changed[0]} of the run has changed its shape, so it could not be restored: keep the shape, or make it an"

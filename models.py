@@ -623,9 +623,9 @@ def from_checkpoint(checkpoint, device="cpu"):
 
 
 def _build_without_values(args, num_alphabets):
-    """Like `build`, on the meta device; () if a model cannot be built there"""
+    """Like `build`, on the meta device; () if a model cannot be built there, as with NumPy"""
     try:
         with torch.device("meta"):
             return build(args, num_alphabets, "meta")
-    except RuntimeError:
+    except Exception:  # `build` raises it again if it has nothing to do with the device
         return ()

@@ -269,7 +269,7 @@ def get_own_fields(function):
     """The settings that an algorithm or likelihood declares: a list of Fields, without those that a functools.partial
     fixes"""
     fields, fixed = [], get_fixed(function)
-    for part in filter(None, [function, get_init_state(function)]):
+    for part in filter(None, [get_whole(function), get_init_state(function)]):
         for name, parameter in inspect.signature(part, eval_str=True).parameters.items():
             kind = parameter.annotation
             if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], Setting) and name not in fixed:
@@ -279,8 +279,12 @@ def get_own_fields(function):
 
 def get_init_state(objective):
     """The function that losses.keeps declared for an objective, or for the one that a functools.partial wraps; else None"""
-    whole = objective.func if isinstance(objective, functools.partial) else objective
-    return getattr(objective, "init_state", getattr(whole, "init_state", None))
+    return getattr(objective, "init_state", getattr(get_whole(objective), "init_state", None))
+
+
+def get_whole(function):
+    """The function that a functools.partial wraps, or the function itself"""
+    return function.func if isinstance(function, functools.partial) else function
 
 
 def get_fixed(function):

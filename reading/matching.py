@@ -205,5 +205,5 @@ def get_points(ink, scale=False):
 def get_hausdorff_distance(points, others):
     """The modified Hausdorff distance between [n, 2] and [m, 2] (Dubuisson and Jain, 1994), Omniglot's one-shot baseline: the
     mean distance from a point to the nearest one in the other set, the greater of both directions"""
-    distance = scipy.spatial.distance.cdist(points, others)
-    return max(distance.min(1).mean(), distance.min(0).mean())
+    pairs = (points, others), (others, points)
+    return max(scipy.spatial.KDTree(some).query(of)[0].mean() for of, some in pairs)

@@ -77,7 +77,7 @@ def _load_run(path, labels, files):
             raise UserError(f"{path}: {name} is {'more than half ink' if inks[-1].any() else 'blank'}")
     images = torch.from_numpy(np.stack([shrink(ink.astype(np.float64)) for ink in inks])).float()
     answers = torch.tensor([characters.index(name) for name in pairs.values()])
-    return Run(folder.name or util.expand_user(path).stem, *images.tensor_split([len(characters)]), answers, inks)
+    return Run(folder.name or util.expand_user(path).resolve().stem, *images.tensor_split([len(characters)]), answers, inks)
 
 
 def _is_training(name):

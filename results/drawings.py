@@ -60,8 +60,9 @@ def draw_parts(drawing, on, resolution):
     return draw_arcs(drawing.params, variation.get_arcs(drawing).unsqueeze(1), on, resolution, drawing.map.unsqueeze(1))
 
 
-def draw_stages(drawing, resolution):
-    """Draws programs after each visible stroke: [N, S, R, R], NaN after the last"""
+def draw_stages(drawing, resolution, num_stages=None):
+    """Draws programs after each visible stroke: [N, S, R, R], NaN after the last. Args: num_stages: S, by default as many as
+    the longest program has"""
     num_arcs = drawing.on.shape[1]
     on = drawing.on.unsqueeze(1) & torch.ones(num_arcs, num_arcs, dtype=torch.bool).tril()  # [N, A, A]
     order = (~drawing.on).long().argsort(dim=1, stable=True)  # the visible strokes first
@@ -69,7 +70,7 @@ def draw_stages(drawing, resolution):
     probs = probs.gather(1, order[..., None, None].expand_as(probs))
     num_visible = drawing.on.sum(1)
     probs[torch.arange(num_arcs) >= num_visible.unsqueeze(1)] = math.nan
-    return probs[:, : max([1, *num_visible.tolist()])]
+    return probs[:, : num_stages or max([1, *num_visible.tolist()])]
 
 
 def is_off_page(drawing):

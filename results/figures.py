@@ -149,19 +149,20 @@ def panels_figure(panels, num_cols, title):
     return figure
 
 
-def row_figures(rows, labels, title, num_rows, headings=()):
+def row_figures(draw_rows, labels, title, num_rows, headings=()):
     """Pages of rows of pictures with a label each, and perhaps a heading for each column.
 
-    Args: rows [N, S, R, R] or [N, S, R, R, 3]; labels: N strings; headings: S strings
+    Args: draw_rows: a function from the numbers of n rows [n] to [n, S, R, R] or [n, S, R, R, 3]; labels: N strings;
+        headings: S strings
     Yields: a figure, its axes, and the numbers of its rows
     """
-    num_cols, size, gap = rows.shape[1], rows.shape[2], get_gap(rows.shape[2])
     longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
-    for first in range(0, len(rows), num_rows):
-        chosen = range(first, min(first + num_rows, len(rows)))
+    for ids in torch.arange(len(labels)).split(num_rows):
+        rows, chosen = draw_rows(ids), ids.tolist()
+        num_cols, size, gap = rows.shape[1], rows.shape[2], get_gap(rows.shape[2])
         figure = make_figure(0.7 * num_cols + max(0.07 * longest, 1) + 0.5, 0.7 * len(chosen) + 0.6, title)
         axes = figure.subplots()
-        show(axes, tile(rows[first : first + num_rows].flatten(0, 1), num_cols))
+        show(axes, tile(rows.flatten(0, 1), num_cols))
         for col, heading in enumerate(headings):
             write(axes, place(0, col, size)[0] + size / 2, -gap, heading, va="bottom")
         for row, i in enumerate(chosen):
@@ -171,7 +172,8 @@ def row_figures(rows, labels, title, num_rows, headings=()):
 
 def example_figures(obs, examples, names, title, num_rows=12):
     """Pages of rows: a character's name, its image, and new examples of it: obs [N, R, R], examples [N, E, R, R]"""
-    for figure, axes, _ in row_figures(torch.cat([obs.unsqueeze(1), examples], 1), names, title, num_rows):
+    rows = torch.cat([obs.unsqueeze(1), examples], 1)
+    for figure, axes, _ in row_figures(lambda ids: rows[ids], names, title, num_rows):
         axes.axvline(place(0, 1, obs.shape[1])[0] - get_gap(obs.shape[1]) / 2 - 0.5, color="black", lw=0.8)
         yield figure
 
@@ -188,7 +190,7 @@ def matches_figure(tests, characters, best, probs, answers, title):
     rows = torch.cat([to_colour(tests.unsqueeze(1)), pairs.flatten(1, 2)], 1)
     is_right, size = best == answers.unsqueeze(1), tests.shape[1]  # [M, S]
     labels = [f"{i + 1}: {'right' if right else 'wrong'}" for i, right in enumerate(is_right[:, 0])]
-    ((figure, axes, _),) = row_figures(rows, labels, title, len(rows))
+    ((figure, axes, _),) = row_figures(lambda ids: rows[ids], labels, title, len(rows))
     for row, rank in np.ndindex(*best.shape):
         if rank == 0 or is_right[row, rank]:
             left, top = (x - (get_gap(size) + 1) / 2 for x in place(row, 2 * rank + 1, size))
@@ -227,13 +229,17 @@ def stroke_figures(obs, drawing, labels, title, resolution, num_rows=20):
 
     Args: obs [N, R, C]; drawing: a reading.variation.Drawing of N programs; labels: N strings
     """
-    seen = drawings.draw_seen(drawing, drawings.NUM_PIXELS)
-    pair = torch.stack([drawings.resize(images, resolution) for images in (obs, seen)], 1)
-    stages = drawings.draw_stages(drawing, resolution)
-    rows = torch.cat([to_colour(pair), colour_newest(stages)], 1)  # [N, columns, R, R, 3]
     moves, off_page = drawings.get_pen_path(drawing, resolution), drawings.is_off_page(drawing)
-    headings = ["image", "as the\nmodel\nsees it", *(f"stroke\n{i + 1}" for i in range(stages.shape[1]))]
-    for figure, axes, chosen in row_figures(rows, labels, title, num_rows, headings):
+    num_stages = max(int(drawing.on.sum(1).max()), 1)
+    headings = ["image", "as the\nmodel\nsees it", *(f"stroke\n{i + 1}" for i in range(num_stages))]
+
+    def draw_rows(ids):
+        some = drawing.select(ids)
+        pair = [drawings.resize(images, resolution) for images in (obs[ids], drawings.draw_seen(some, obs.shape[1]))]
+        stages = drawings.draw_stages(some, resolution, num_stages)
+        return torch.cat([to_colour(torch.stack(pair, 1)), colour_newest(stages)], 1)  # [n, columns, R, R, 3]
+
+    for figure, axes, chosen in row_figures(draw_rows, labels, title, num_rows, headings):
         write(axes, -get_gap(resolution), -get_gap(resolution), "log p(z, x)", ha="right", va="bottom")
         for row, i in enumerate(chosen):
             visible = drawing.on[i].nonzero().squeeze(1).tolist()
@@ -241,7 +247,7 @@ def stroke_figures(obs, drawing, labels, title, resolution, num_rows=20):
                 left, top = place(row, 2 + step, resolution)
                 draw_pen(axes, moves[i, previous + 1 : stroke], left, top, resolution)
                 if off_page[i, stroke]:
-                    stage, band = stages[i, step], resolution // 4
+                    stage, band = drawings.draw_stages(drawing.select(torch.tensor([i])), resolution)[0, step], resolution // 4
                     y = 0.9 if stage[-band:].sum() <= stage[:band].sum() else 0.1  # beside the ink
                     write(axes, left + resolution / 2, top + resolution * y, "off page", color=NEWEST)
         yield figure

@@ -333,7 +333,7 @@ def find_unusable(parts, checkpoint, ours, theirs):
             reasons[name] = f"{words}: a different kind of optimiser, or number of groups, than in the checkpoint"
         elif name in ours and get_sizes(part.state_dict()) != get_sizes(checkpoint[name]):
             reasons[name] = f"{words}: it has other numbers of parameters than in the checkpoint"
-        elif is_schedule(part) and part.state_dict().keys() != checkpoint[name].keys():
+        elif is_schedule(part) and get_entries(part.state_dict()) != get_entries(checkpoint[name]):
             reasons[name] = f"{words}: a different kind of schedule than in the checkpoint"
         elif is_schedule(part) and any(part.optimizer is parts[other] for other in reasons):
             reasons[name] = f"{words}: its optimiser starts afresh"
@@ -342,7 +342,15 @@ def find_unusable(parts, checkpoint, ours, theirs):
 
 def get_kind(hyperparameters):
     """What must agree for optimisers to use each other's state"""
-    return [(group["optimiser"], group.get("amsgrad", False)) for group in hyperparameters]
+    return [
+        (group["optimiser"], group.get("amsgrad", False), "centered" in group and (group["centered"], group["momentum"] > 0))
+        for group in hyperparameters
+    ]
+
+
+def get_entries(state):
+    """The names in a schedule's state, and in those of the schedules that it combines"""
+    return state.keys(), [get_entries(some) for some in state.get("_schedulers", [])]
 
 
 def get_sizes(state):

@@ -51,9 +51,13 @@ def check_finite(tensors):
 
 
 def get_last(statistics, phase):
-    """The latest values of a phase's statistics, by name"""
-    table = statistics.get(phase, {})
-    return {name: values[-1].item() for name, values in table.items() if name != "iteration" and len(values)}
+    """The latest values of a phase's statistics, by name. Callbacks may record in the same phase, each at its own iterations"""
+    latest = {}
+    for name, values in statistics.get(phase, {}).items():
+        recorded = values if phase in ("pretrain", "train") else values[~values.isnan()]
+        if name != "iteration" and len(recorded):
+            latest[name] = recorded[-1].item()
+    return latest
 
 
 # ------------------------------------------------------------------ files

@@ -343,6 +343,40 @@ def test_learning_rates_under_changed_schedules(options, lr, warning, capsys):
     assert warning in stderr and stderr.count("\n") == bool(warning) + ("its optimiser" in warning)
 
 
+@pytest.mark.parametrize("second", ["exponential", "cosine"])
+def test_schedules_that_follow_each_other(second, capsys):
+    """The state of another kind is not used, even if it is the second's"""
+
+    def make(optimizer, second="exponential"):
+        first, exponential = (torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma) for gamma in (0.5, 0.9))
+        return torch.optim.lr_scheduler.SequentialLR(
+            optimizer, [first, exponential if second == "exponential" else make_cosine(optimizer)], [4]
+        )
+
+    parts, hyperparameters = get_parts(make)
+    saved = {**checkpoints.get_states(parts), "hyperparameters": hyperparameters}
+    ours, hyperparameters = get_parts(functools.partial(make, second=second))
+    checkpoints.restore_parts(ours, saved, hyperparameters)
+    assert ("schedule: a different kind of schedule" in capsys.readouterr().err) == (second == "cosine")
+
+
+@pytest.mark.parametrize("changed", [{"momentum": 0.9}, {"centered": True}, {"alpha": 0.9}])
+def test_options_of_an_optimiser_that_need_more_state(changed, capsys):
+    """It then starts afresh, and only then"""
+
+    def step(parameter, optimizer):
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    before, after = ({"optimizer": torch.optim.RMSprop([parameter], **options)} for options in ({}, changed))
+    step(parameter, before["optimizer"])
+    saved = {**checkpoints.get_states(before), "hyperparameters": checkpoints.get_hyperparameters(before)}
+    checkpoints.restore_parts(after, saved, checkpoints.get_hyperparameters(after))
+    step(parameter, after["optimizer"])
+    assert ("it is initialised afresh" in capsys.readouterr().err) == ("alpha" not in changed)
+
+
 def test_what_an_optimiser_keeps_in_its_groups_is_restored(capsys):
     """Also what a new one lacks; a rate of many digits that a schedule has left alone has not changed"""
     parts, hyperparameters = get_parts(lambda x: torch.optim.lr_scheduler.StepLR(x, 100), lr=1 / 3000)
@@ -384,6 +418,8 @@ def test_a_partial_of_an_objective_keeps_what_it_fixes_and_the_state(monkeypatch
     assert taken == [([5.0, 5.0], 4, 5.0), *[([2.0, 2.0], 3, 2.0)] * 2] and util.get_fields()["weight"].owners == (
         ("algorithm", "mine"),
     )
+    monkeypatch.setitem(losses.OBJECTIVES, "rws_3", functools.partial(losses.rws, num_particles=3))
+    assert main.parse_args(["--algorithm", "rws_3"]).algorithm == "rws_3"
 
 
 def test_frozen_parameters_stay_as_they_are():

@@ -4,6 +4,8 @@ import io
 import os
 import pathlib
 import re
+import shutil
+import struct
 import threading
 import zipfile
 
@@ -379,8 +381,8 @@ def test_images_are_decoded_as_one_sees_them(capsys):
     upright, picture = 1 - grey / 255, PIL.Image.fromarray(grey)
     turned = [np.rot90(upright, k) for k in (2, 3, 1)]
     for orientation, expected in zip([1, 3, 6, 8], [upright, *turned], strict=True):  # as cameras note it
-        exif = PIL.Image.Exif()
-        exif[0x0112] = orientation
+        # Two tags, the first of a type that Pillow reads but cannot write: a width of 0.5
+        exif = b"Exif\0\0II*\0" + struct.pack("<IHHHIfHHIII", 8, 2, 0x100, 11, 1, 0.5, 0x112, 3, 1, orientation, 0)
         for encoding, kind in [("L", "PNG"), ("RGB", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG")]:
             picture.convert(encoding).save(file := io.BytesIO(), kind, exif=exif)
             np.testing.assert_allclose(1 - images.decode("x", file.getvalue()), expected, atol=0.1)
@@ -670,9 +672,23 @@ def test_zips_of_any_system(tmp_path):
         assert describe(tmp_path / f"{system}.zip") == "12 images, 3 alphabets, mean ink 0.05"
 
 
+def test_a_folder_and_its_zip_are_the_same_data(tmp_path):
+    """Although "-" comes before "/", and so a name of one before those in the other"""
+    for i, name in enumerate(["a", "a-2", "b"]):
+        fill(tmp_path / "folder" / name, 4 + i, ("",))
+    shutil.make_archive(tmp_path / "folder", "zip", tmp_path / "folder")
+    assert len({data.get_fingerprint(data.load(str(tmp_path / name)).train) for name in ("folder", "folder.zip")}) == 1
+
+
+def test_glyphs_of_another_size_are_refused(monkeypatch):
+    monkeypatch.setattr(images, "SIDE", 56)
+    with pytest.raises(UserError, match="glyphs.* are 28 x 28 pixels"):
+        data.load("glyphs")
+
+
 def test_large_pictures_are_not_called_damaged(monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 2000)
-    with pytest.raises(UserError, match="large.png is .* exceeds limit"):
+    with pytest.raises(UserError, match="large.png is too large .* exceeds limit of 4000 pixels"):
         images.decode("large.png", encode(draw(100)))
 
 

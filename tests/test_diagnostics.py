@@ -235,19 +235,21 @@ def test_learns_real_characters(omniglot, folder):
 
 
 def test_data_with_other_alphabets(folder, capsys):
-    model = train("--condition-on-alphabet", "--algorithm", "rws")
+    model = train("--condition-on-alphabet")
     fill(folder / "other", 84, "0123456")
     capsys.readouterr()
     flags = ["--checkpoint-path", model, "--data-location", "other"]
     assert diagnostics.main([*DRAW, *flags]) == 0
     assert "the model knows 5 alphabets, other has 7; set --data-location" in capsys.readouterr().out
     assert get_files(model) == {"losses.pdf", "primitives/12.pdf", "prior/12.pdf"}
+    primitives = pathlib.Path(f"save/{model}/primitives/12.pdf").read_bytes()
     with pytest.raises(UserError, match="the model knows 5 alphabets, other has 7"):
         eval_logp.main([*flags, "--algorithm", "rws"])
     fill(folder / "few", 24, "01"), fill(folder / "few", 3, "234")
     assert data.load("few").train.alphabet.sum(0).min() == 0  # such an alphabet has new characters alone
     assert diagnostics.main([*DRAW, "--checkpoint-path", model, "--data-location", "few"]) == 0
     assert any(file.startswith("alphabets/") for file in get_files(model))
+    assert pathlib.Path(f"save/{model}/primitives/12.pdf").read_bytes() == primitives
 
 
 def test_data_of_another_size(folder, capsys):

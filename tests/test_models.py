@@ -217,6 +217,19 @@ def test_gradients_of_the_particles_that_matter_are_those_of_all(objective, monk
     assert_near(gradients, torch.autograd.grad(want, parameters), 2e-4)
 
 
+def test_a_loss_of_scores_may_depend_on_parameters_directly():
+    @losses.particle_objective
+    def penalised(log_p, log_q, generative_model):
+        return -log_p.mean() + 3 * (generative_model.pre_dxdy**2).sum(), {}
+
+    (model, network), gradients = (models.GenerativeModel(num_arcs=4), models.InferenceNetwork(num_arcs=4)), []
+    _, obs = model.sample(6)
+    for objective in (penalised, losses.particle_objective(lambda log_p, log_q: (-log_p.mean(), {}))):
+        torch.manual_seed(0)
+        gradients.append(torch.autograd.grad(objective(model, network, obs, 5)[0], model.pre_dxdy)[0])
+    torch.testing.assert_close(gradients[0], gradients[1] + 6 * model.pre_dxdy.detach())
+
+
 @pytest.mark.parametrize("likelihood", ["learned-affine", "bernoulli"])
 def test_chunks_change_nothing(likelihood, monkeypatch):
     model = models.GenerativeModel(likelihood=likelihood, num_arcs=4)

@@ -284,3 +284,6 @@ def test_a_tensor_among_the_parts_keeps_its_shape():
     run.state = {}
     with pytest.raises(UserError, match="part memory of the run has changed its shape"):
         run.get_checkpoint()
+    run.optimizer = torch.optim.SGD(run.generative_model.parameters())
+    with pytest.raises(UserError, match="run.optimizer is not that of run.parts"):
+        run.get_checkpoint()
