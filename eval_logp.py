@@ -87,6 +87,8 @@ class Evaluation:
         # The objective's own settings are those of the model, or their defaults
         self.objective_args = argparse.Namespace(**{**checkpoint["args"], "algorithm": args.algorithm})
         self.state = losses.init_state(self.objective_args, len(self.obs), device) if args.algorithm in ("rws", "vimco") else {}
+        if own := losses.get_parameters(self.state):
+            self.optimizer.add_param_group({"params": own})
         self.table = ScoreTable(self.generative_model.num_arcs, device)
         self.parts = dict(network=self.network, optimizer=self.optimizer, table=self.table)
         self.parts |= {f"state_{name}": part for name, part in self.state.items()}
@@ -382,7 +384,7 @@ def _run_half(num_threads, arguments):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             try:
                 what = torch.load(io.BytesIO(arguments.recv_bytes()), weights_only=False)
-            except EOFError:  # the other half's process has been killed
+            except (EOFError, OSError):  # the other half's process has been killed
                 return 1
             return 0 if run_one(*what, stop) else 128 + stop.received
 

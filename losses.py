@@ -299,7 +299,8 @@ def keep_best(memory, obs_id, candidate, log_joint):
     """Updates the memory, given the candidates and their log_joint [M + P, B]. Latents that differ are distinct
     even if they draw the same image. Returns: as `update_memory`"""
     memory_size = memory.shape[1]
-    codes, log_joint = pack(candidate, memory.dtype).transpose(0, 1), log_joint.t()  # [B, M + P, A], [B, M + P]
+    dtype = memory.dtype if memory.dim() == 3 else torch.long
+    codes, log_joint = pack(candidate, dtype).transpose(0, 1), log_joint.t()  # [B, M + P, A], [B, M + P]
     repeated = find_repeated(codes)  # [B, M + P]
     distinct = log_joint.masked_fill(repeated, -math.inf)
     best_remembered, best_novel = (x.max(1).values for x in distinct.tensor_split([memory_size], 1))
@@ -371,6 +372,14 @@ def init_state(args, num_data, device):
         if torch.is_tensor(part) and part.requires_grad:
             part.data = part.data.to(device)  # in place, so that an optimiser among the parts still has it
     return {name: part.to(device) if hasattr(part, "to") else part for name, part in parts.items()}
+
+
+def get_parameters(state):
+    """The parameters among a state that are to be trained, but by no optimiser in the state: a list"""
+    optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
+    trained = {id(x) for optimizer in optimizers for group in optimizer.param_groups for x in group["params"]}
+    parts = [[part] if torch.is_tensor(part) else getattr(part, "parameters", list)() for part in state.values()]
+    return [x for part in parts for x in part if x.requires_grad and id(x) not in trained]
 
 
 def get_loss(args, step, state, **others):

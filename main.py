@@ -49,6 +49,8 @@ class Run:
         self.optimizer = get_optimizer(self.generative_model, self.inference_network, args.prior_lr_factor)
         self.pretrain_optimizer = get_adam(self.inference_network.parameters(), device)
         self.state = losses.init_state(args, len(dataset.train.obs), device)  # the objective's, such as the memory of mws
+        if own := losses.get_parameters(self.state):
+            self.optimizer.add_param_group({"params": own})
         # All that is saved and restored: tensors and objects with a state_dict. Learning-rate schedulers among them are stepped
         # after each iteration of training
         self.parts = dict(

@@ -56,9 +56,10 @@ class Decoder(nn.Module):
     Used for the prior (context: the alphabet, if any) and the inference networks (context: alphabet and image). A step's
     input is the previous stroke's one-hot id and on/off (zeros in the first step), followed by the context.
 
-    To change all of them, change this class. To change the prior alone, make `GenerativeModel.prior` any nn.Module with
-    `sample(num_particles, context)` and `log_prob(latent, context)` as below. Its `get_next_log_probs` and `complete` are used
-    as well, if it has them: the first tells the search which strokes to try.
+    To change all of them, change this class. For a cell other than an LSTM, override `_step`, which reads the weights of `lstm`
+    without calling it. To change the prior alone, make `GenerativeModel.prior` any nn.Module with `sample(num_particles,
+    context)` and `log_prob(latent, context)` as below. Its `get_next_log_probs` and `complete` are used as well, if it has them
+    (in a subclass of this one, they must be changed along with the other two): the first tells the search which strokes to try.
 
     On a GPU, the kernels of fast/triton_decoder.py compute the same steps, except for a subclass with its own `_get_inputs`,
     `_step` or `_get_log_probs`, or another cell (see `has_kernels`). If you edit these here, make `has_kernels` return False;
@@ -139,7 +140,6 @@ class Decoder(nn.Module):
         on_log_prob = on_log_prob[:, 1:].gather(2, codes[:, 1:].unsqueeze(2) % 2).sum((1, 2))
         return (id_log_prob + on_log_prob).view(latent.shape[:2])
 
-    @torch.no_grad()
     def get_next_log_probs(self, beginning, context):
         """The distribution of the stroke that follows the first k (k < A): beginning [N, k, 2], context [N, H] ->
         log-probabilities of its primitive [N, K] and of the pen being up or down [N, 2]"""
@@ -166,7 +166,10 @@ class Decoder(nn.Module):
         return table.flatten(0, 1), F.linear(context, weight[2], self.lstm.bias_ih + self.lstm.bias_hh)
 
     def _step(self, x, state):
-        """One step of the LSTM, given its gates' input x [N, 4 * hidden]: hidden and cell state, each [N, hidden]"""
+        """One step of the LSTM, given its gates' input x [N, 4 * hidden]: hidden and cell state, each [N, hidden]. Raises:
+        TypeError if `lstm` is another cell"""
+        if type(self.lstm).forward is not nn.LSTMCell.forward:
+            raise TypeError(f"a Decoder computes an LSTM; for another cell ({type(self.lstm).__name__}), override its _step")
         if state is None:
             i, _, g, o = x.chunk(4, 1)
             cell = i.sigmoid() * g.tanh()
@@ -270,8 +273,8 @@ class AffineMixture(Likelihood):
         return None
 
     def log_prob(self, logits, obs, map_id=None):
-        """logits [N, R, C], obs [N, R, C] in {0, 1} -> [N], nats; if map_id [t] is given, from the terms of
-        these maps alone: a lower bound, in t / T of the time"""
+        """logits [N, R, C], obs [N, R, C] in {0, 1}, for which there are no gradients -> [N], nats; if map_id [t] is given, from
+        the terms of these maps alone: a lower bound, in t / T of the time"""
         _check_binary(obs)
         maps, log_weights = self.maps, self.get_log_weights()
         if map_id is None:
@@ -428,7 +431,7 @@ class GenerativeModel(nn.Module):
 
     @torch.no_grad()
     def get_map_log_posterior(self, latent, obs):
-        """log p(map | x, z), in nats: latent [N, A, 2], obs [N, R, C] in {0, 1} -> [N, T]"""
+        """log p(map | x, z), in nats, without gradients: latent [N, A, 2], obs [N, R, C] in {0, 1} -> [N, T]"""
         return self.likelihood.map_log_posterior(self.get_logits(latent), obs)
 
     def log_prob(self, latent, obs, alphabet=None):
@@ -509,7 +512,8 @@ def _prepend_alphabet(context, alphabet, num_alphabets):
 
 class _Network(nn.Module):
     """q(z|x): an autoregressive decoder of programs, given the images' embeddings by `embed`. Methods take obs [B, R, C], or
-    whatever `embed` takes, and alphabet [B, L] one-hot, if it is conditional."""
+    whatever `embed` takes, and alphabet [B, L] one-hot, if it is conditional. Objectives encode images once, by `get_context`,
+    and use `decoder`: to change q, change these."""
 
     def get_context(self, obs, alphabet=None):
         """The decoder's context for each image: [B, L + E]"""

@@ -56,8 +56,9 @@ def _run_in_chunks(kernel, batched, rest, size):
 
 
 def _run(kernel, *args):
-    """Calls a kernel, compiled or not. Inputs are detached and made contiguous, since others would be compiled separately."""
-    if kernel not in kernels.compiled:
+    """Calls a kernel, compiled or, for second derivatives, as it is. Inputs are detached and made contiguous, since others would
+    be compiled separately."""
+    if kernel not in kernels.compiled or torch.is_grad_enabled():
         return kernel(*args)
     args = [x.detach().contiguous() for x in args]
     for x, dims in zip(args, ANY_SIZE[kernel], strict=False):
@@ -279,7 +280,9 @@ def get_taps(maps, num_rows, num_cols):
         for col_offset in [0, 1]:
             row, col = y.floor() + row_offset, x.floor() + col_offset
             inside = (row >= 0) & (row < num_rows) & (col >= 0) & (col < num_cols)
-            weight.append((1 - (x - col).abs()) * (1 - (y - row).abs()) * inside)
+            # Without `abs`, whose gradient at 0, where a position is that of a pixel, would leave out a tap
+            down, across = row - y if row_offset else y - row, col - x if col_offset else x - col
+            weight.append((1 - across) * (1 - down) * inside)
             row, col = row.clamp(0, num_rows - 1), col.clamp(0, num_cols - 1)
             index.append((row * num_cols + col).nan_to_num().long())  # NaN remains in the weight
     return torch.stack(index), torch.stack(weight)

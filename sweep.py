@@ -16,6 +16,7 @@ import collections
 import contextlib
 import functools
 import itertools
+import os
 import shlex
 import shutil
 import sys
@@ -35,6 +36,13 @@ from runs.saving import StopSignal
 from util import UserError
 
 WAIT_SECONDS = 20  # between checks of Slurm's queue
+SIGNS = [
+    "lock",
+    "checkpoints/latest.pt",
+    "checkpoints/[0-9]*.pt",
+    "logs/train.log",
+    "logs/eval_*.log",
+]  # files of a run, one at least
 TEST_RUN_EVALUATION = ["--effort=0.01", "--num-data=5", "--num-iterations=10", "--num-particles=10", "--test-num-particles=100"]
 
 # ------------------------------------------------------------------ the models
@@ -279,39 +287,47 @@ def get_removable(args, folder, evaluations):
 def remove(args):
     """Deletes runs after asking: all, or those chosen by options; with --eval-logp, only their evaluations, all or those chosen
     by --eval-algorithms and --eval-options. Folders that are not runs stay, as do runs that are in use or in the queue."""
-    folders = {path.parent for name in ("checkpoints", "lock", "logs") for path in util.SAVE.glob(f"[!.]*/{name}")}
+    found = {util.SAVE / path.relative_to(util.SAVE).parts[0] for name in SIGNS for path in util.SAVE.glob(f"[!.]*/{name}")}
     if has_choice(args):
-        folders &= {util.SAVE / path_base for path_base in get_runs(args)}
-    queued = {job.task.model for job in slurm.get_queue(essential=slurm.FOLDER.exists() and not args.dry_run)}
+        found &= {util.SAVE / path_base for path_base in get_runs(args)}
+    folders = leave_used([folder for folder in sorted(found) if not folder.is_symlink()], args)
     evaluations = get_tasks(args) if args.eval_algorithms or args.eval_options else None
-    paths, num_runs = [], 0
-    for folder in sorted(folders):
-        if folder.name in queued:
-            print(f"{folder} has jobs in the queue and stays")
-        elif any(map(locks.is_locked, [folder / "lock", *folder.rglob(".*lock")])):
-            print(f"{folder} is in use and stays")
-        elif not folder.is_symlink():
-            own = [path for path in get_removable(args, folder, evaluations) if path.exists()]
-            paths, num_runs = paths + own, num_runs + bool(own)
-    print("\n".join(map(str, paths)) or f"there is nothing to delete in {util.SAVE}/")
+    paths = {folder: list(filter(os.path.exists, get_removable(args, folder, evaluations))) for folder in folders}
+    paths = {folder: some for folder, some in paths.items() if some}
+    print("\n".join(map(str, sum(paths.values(), []))) or f"there is nothing to delete in {util.SAVE}/")
     if args.dry_run or not paths:
         return 0
-    what = f"{'the evaluations of ' * args.eval_logp}{util.count(num_runs, 'run')}"
+    evaluations_of = "the evaluations of " * args.eval_logp
     if not args.yes:
-        print(f"delete {what}, checkpoints and all? [y/N] ", end="", flush=True)
+        print(f"delete {evaluations_of}{util.count(len(paths), 'run')}, checkpoints and all? [y/N] ", end="", flush=True)
         answer = sys.stdin.readline() if sys.stdin is not None else ""
         if not answer:
             raise UserError("there is no terminal to ask; give --yes to delete them")
         if answer.strip().lower() not in ("y", "yes"):
             print("nothing is deleted")
             return 1
-    for path in paths:
+    folders = leave_used(paths, args)  # a run may have started since
+    for path in itertools.chain(*(paths[folder] for folder in folders)):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
-    print(f"deleted {what}")
+    print(f"deleted {evaluations_of}{util.count(len(folders), 'run')}")
     return 0
+
+
+def leave_used(folders, args):
+    """Returns: those of some runs' folders that are neither in use nor in the queue; names the others"""
+    queued = {job.task.model for job in slurm.get_queue(essential=slurm.FOLDER.exists() and not args.dry_run)}
+    unused = []
+    for folder in folders:
+        if folder.name in queued:
+            print(f"{folder} has jobs in the queue and stays")
+        elif any(map(locks.is_locked, [folder / "lock", *folder.rglob(".*lock")])):
+            print(f"{folder} is in use and stays")
+        else:
+            unused.append(folder)
+    return unused
 
 
 # ------------------------------------------------------------------ script

@@ -198,7 +198,7 @@ def open_log(task, words=""):
     with util.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         task.get_path("status").unlink(missing_ok=True)
-        log = open(path, "a")
+        log = open(path, "a", encoding="utf-8", errors="surrogateescape")
         log.write("\n" if log.tell() else "")  # after an interrupted progress bar
         log.write(f"--- {when} on {node}{words}: {shlex.join(task.get_command())}\n")
         log.flush()
@@ -208,7 +208,7 @@ def open_log(task, words=""):
 def read_log(task):
     """The lines of a task's log, without progress bars"""
     path = task.get_path("log")
-    text = path.read_text(errors="replace") if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = [line.rstrip() for line in text.splitlines()]
     return [line for line in lines if line and not re.search(r"\d+/\d+ \[[\d:]+<", line)]
 

@@ -14,6 +14,7 @@ import os
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 LOG_PAPER = math.log(1e-6)  # the logit of a pixel far from all arcs: log(1e-6)
 EPS = torch.finfo(torch.float32).eps  # the lowest probability of a pixel's value; the highest is one minus that
@@ -88,6 +89,7 @@ class DrawArcs(torch.autograd.Function):
         return logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         arcs = ctx.saved_tensors[0]
         grad_arcs, grad_params = arcs.new_empty(*ctx.grid, *arcs.shape[1:]), arcs.new_empty(*ctx.grid, 2)
@@ -135,6 +137,7 @@ class ScoreMaps(torch.autograd.Function):
         return log_prob
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         """Many pixels add to one, in integers, so that the order does not matter. The shares of maps sum to one, so a sum is
         below 2^33 for images up to 28 x 28 (|1 / signed| is at most 2^23), less than 2^63 / FIXED_POINT = 2^35, and has a
@@ -179,6 +182,7 @@ class Convolve(torch.autograd.Function):
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (obs, argmax), grad = ctx.saved_tensors, grad.permute(0, 2, 3, 1).contiguous()
         partial = grad.new_empty(len(obs), 10, grad.shape[3])  # nine for the weight, one for the bias
@@ -203,6 +207,7 @@ class Pool(torch.autograd.Function):
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         grad, num_channels = grad.permute(0, 2, 3, 1).contiguous(), grad.shape[1]
         grad_x, partial = grad.new_empty(len(grad), FIRST, FIRST, num_channels), grad.new_empty(len(grad), num_channels)
@@ -227,6 +232,7 @@ class Lookup(torch.autograd.Function):
         return F.embedding(index, table)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         index = ctx.saved_tensors[0]
         return get_one_hot(index.flatten(), ctx.num_rows, grad).t() @ grad.flatten(0, -2), None
@@ -274,6 +280,7 @@ class Decode(torch.autograd.Function):
         return latent, log_prob
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, _, grad):
         weight_hh, weight, latent, hidden, cells, gates, log_probs = ctx.saved_tensors
         (num_rows, num_arcs), num_units, num_choices = latent.shape[:2], weight.shape[1], weight.shape[0] - 2

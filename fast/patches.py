@@ -22,7 +22,7 @@ def convolve(obs, conv0, conv1):
     obs = obs.to(next(conv0.parameters()).dtype)
     if not are_ours(conv0, conv1) or obs.shape[1:] != (28, 28):  # custom layers or images
         return F.max_pool2d(conv1(F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()), 3, 2).relu()
-    if gpu.is_gpu(obs.device) or not ((obs == 0) | (obs == 1)).all():
+    if gpu.is_gpu(obs.device) or obs.requires_grad or not ((obs == 0) | (obs == 1)).all():
         return _convolve_each(obs, conv0, conv1)
     return torch.cat([_convolve_shared(chunk, conv0, conv1) for chunk in obs.split(IMAGE_CHUNK_SIZE)])
 

@@ -11,6 +11,7 @@ import filecmp
 import glob
 import hashlib
 import itertools
+import os
 import pathlib
 import pickle
 
@@ -56,7 +57,7 @@ def find(path):
     pretrained = pathlib.Path(__file__).resolve().parents[1] / "pretrained" / f"{pathlib.Path(path).stem}.pt"
     candidates = [pathlib.Path(path), pathlib.Path(f"{path}.pt"), pathlib.Path(path, "checkpoints/latest.pt"), get_path(path)]
     candidates += [pretrained] * (pathlib.Path(path).parent == pathlib.Path("pretrained"))
-    if found := next(filter(pathlib.Path.is_file, candidates), None):
+    if found := next(filter(os.path.isfile, candidates), None):
         return found
     runs = sorted(latest.parents[1].name for latest in util.SAVE.glob("*/checkpoints/latest.pt"))
     there = f"{util.SAVE}/ holds {', '.join(runs)}" if runs else f"{util.SAVE}/ holds no run: train one with python main.py"

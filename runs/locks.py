@@ -62,6 +62,8 @@ def is_locked(path):
             return not take(file, fcntl.LOCK_SH)  # released at once
     except FileNotFoundError:
         return False
+    except PermissionError:  # another user's, who may hold it
+        return True
 
 
 def lock_run(path_base, stop=None):

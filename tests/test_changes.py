@@ -15,8 +15,10 @@ import torch
 from conftest import ROOT, assert_same
 from test_models import GRUDecoder, MixtureWeights
 
+import data
 import losses
 import main
+import models
 import util
 from runs import checkpoints
 
@@ -387,6 +389,40 @@ def test_what_an_optimiser_keeps_in_its_groups_is_restored(capsys):
     (group,) = ours["optimizer"].param_groups
     assert group["count"] == 2 and group["lr"] == 1 / 3000 and "initial_lr" not in group
     assert not capsys.readouterr().err
+
+
+def test_parameters_in_the_state_are_trained_once(monkeypatch):
+    """By the run's optimiser, unless one in the state trains them"""
+
+    def init():
+        critic = torch.nn.Linear(28 * 28, 1)
+        return {
+            "temperature": torch.nn.Parameter(torch.ones(())),
+            "critic": critic,
+            "own": torch.optim.SGD(critic.parameters()),
+        }
+
+    @losses.keeps(init)
+    @losses.particle_objective
+    def tempered(log_p, log_q, temperature):
+        return temperature**2 - log_p.mean(), {}
+
+    monkeypatch.setitem(losses.OBJECTIVES, "tempered", tempered)
+    args = main.parse_args([*TINY, "--algorithm=tempered"])
+    run = main.Run(args, data.load("glyphs", dataset_size=14), torch.device("cpu"))
+    main.train_step(run, torch.arange(5))
+    assert run.state["temperature"].item() == pytest.approx(1 - 1e-3) and len(run.optimizer.param_groups[-1]["params"]) == 1
+
+
+def test_another_cell_is_not_taken_for_an_lstm():
+    class Normalised(torch.nn.LSTMCell):
+        def forward(self, x, state=None):
+            return tuple(torch.nn.functional.layer_norm(part, part.shape[1:]) for part in super().forward(x, state))
+
+    model = models.GenerativeModel()
+    model.prior.lstm = Normalised(66, 64)
+    with pytest.raises(TypeError, match="for another cell .Normalised., override its _step"):
+        model.sample(2)
 
 
 @pytest.mark.parametrize("name", ["obs", "optimizer", "alphabet"])

@@ -267,8 +267,10 @@ def test_jobs_of_the_queue_are_told_apart(cluster):
         ("queued", f"{number}_{i} (JobHeldUser)") for i in range(3)
     ]
 
-    for path in (util.SAVE / names[0] / "checkpoints", util.SAVE / "elsewhere" / "checkpoints"):
-        path.mkdir(parents=True)
+    for path in (util.SAVE / names[0] / "logs", util.SAVE / "elsewhere" / "logs", util.SAVE / "not a run" / "logs"):
+        path.mkdir(parents=True, exist_ok=True)
+        if path.parent.name != "not a run":
+            (path / "train.log").touch()
     stdout = run("--rm", "--dry-run")
     assert f"save/{names[0]} has jobs in the queue and stays" in stdout and stdout.splitlines()[-1] == "save/elsewhere"
 

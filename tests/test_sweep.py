@@ -269,7 +269,7 @@ def test_a_killed_sweep_stops_its_tasks(folder, monkeypatch):
     wait_for(lambda: "asked to stop" in log.read_text().splitlines(), 10)
 
 
-def test_failures_and_locks(make_sweep):
+def test_failures_and_locks(make_sweep, monkeypatch):
     models = make_sweep("--pretrain-iterations 0 --num-iterations 8")
     task = tasks.Task(models[0], "train", [], 8)
     (util.SAVE / models[1] / "checkpoints").mkdir(parents=True)
@@ -288,6 +288,17 @@ def test_failures_and_locks(make_sweep):
     for path in ("logp/.test_mws.lock", "logp/test_every_checkpoint/.5.lock", "oneshot/.lock"):
         with locks.lock(util.SAVE / models[0] / path, "in use"):
             assert f"save/{models[0]} is in use and stays" in run("--rm", "--dry-run")
+
+    with contextlib.ExitStack() as stack:  # a run starts before the answer
+
+        def answer():
+            stack.enter_context(locks.lock_run(models[0]))
+            return "y\n"
+
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(readline=answer))
+        stdout = run("--rm")
+    assert stdout.endswith(f"save/{models[0]} is in use and stays\ndeleted 1 run\n")
+    assert [path.name for path in util.SAVE.iterdir() if path.is_dir()] == [models[0]]
 
 
 BAD_INPUT = [
