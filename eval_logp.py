@@ -534,7 +534,7 @@ def load_images(args, checkpoint, load_data=data.load_and_tell):
         if args.data_location in (None, checkpoint["args"]["data_location"]):
             warn_once("the data have changed since training: the model may have been trained on some of the images to evaluate")
     if kind == "test" and (num := data.count_common(images, dataset.train)):
-        warn_once(f"{num} of the {len(images.obs)} test images equal training images, so they are not unseen")
+        warn_once(f"of the {len(images.obs)} test images, {num} equal training images, so not all are unseen")
     return images, memory[ids.to(memory.device)] if memory is not None and kind == "training" else None, kind
 
 
@@ -624,7 +624,7 @@ def get_parser():
         low = 0 if name == "num_iterations" else 1
         add(f"--{name.replace('_', '-')}", f"{help} (default: {defaults})", type=util.in_range(int, low))
     add("--memory-size", "mws: programs remembered per image", type=positive, default=search.NUM_BEST)
-    effort = "mws: length of the search, in units of about ten seconds on one core per image and half (and 35 MB of memory)"
+    effort = "mws: length of the search, in units of about ten seconds on one core per image and half (and 35 MB of memory), with 40 maps"
     add("--effort", effort, type=util.in_range(float, 0.01, 1000), default=1.0)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--force", "repeat an evaluation that is complete, or replace one with other settings", action="store_true")

@@ -121,8 +121,8 @@ class Run:
         if differences:
             folder, name = util.SAVE / self.path_base, self.path_base.removeprefix("test_run_")
             raise UserError(
-                f"{folder} holds a run with other settings: {differences}; use its settings, with --name={name}, or move that"
-                " folder away"
+                f"{folder} holds a run with other settings: {differences}; to resume it, use its settings and --name={name}; else"
+                " choose another --name, or move that folder away"
             )
         util.warn_of_removed(checkpoint)
         for name in checkpoint.keys() - self.parts.keys() - checkpoints.TYPES.keys() - checkpoints.RESERVED:
@@ -384,7 +384,7 @@ def main(argv=None):
         name, progress = signal.Signals(stop.received).name, f"{run.iteration} ({run.pretrain_iteration} of pretraining)"
         print(f"stopped by {name} at iteration {progress}, saved {path}; rerun the same command to resume")
         return 128 + stop.received
-    print(f"trained {run.iteration} iterations{f', stopped because {run.reason}' if run.reason else ''}: {path}")
+    print(f"trained {util.count(run.iteration, 'iteration')}{f', stopped because {run.reason}' if run.reason else ''}: {path}")
     print(f"next, to see what it learned: python diagnostics.py --checkpoint-path {path}")
     print(f"and for log p: python eval_logp.py --checkpoint-path {path} --algorithm mws")
     return 0

@@ -40,13 +40,13 @@ def describe(bounds, right):
     gain = of_right - (bounds.sum(1) - of_right) / (num_alphabets - 1)  # [N]
     half = report.get_half_width(gain)
     rank, num_best = (bounds > of_right.unsqueeze(1)).sum(1), min(NUM_RANKS, num_alphabets - 1)  # the right one's, from 0
-    evidence = of_right - (bounds.logsumexp(1) - math.log(num_alphabets))
+    evidence = (of_right - (bounds.logsumexp(1) - math.log(num_alphabets))).mean().item()
     return (
         f"{num_images} unseen images, {num_alphabets} alphabets\n"
         f"log p(x | right alphabet) is {gain.mean():.2f} nats per image above the mean of the wrong ones (95 % interval"
-        f" {gain.mean() - half:.2f} to {gain.mean() + half:.2f}), {evidence.mean():.2f} above log p(x) without knowing it\n"
-        f"the right alphabet is the most probable one of {int((rank == 0).sum())} images (by chance"
-        f" {num_images / num_alphabets:.0f}), and among the best {num_best} of {int((rank < num_best).sum())}"
+        f" {gain.mean() - half:.2f} to {gain.mean() + half:.2f}), {abs(evidence):.2f} {'above' if evidence > 0 else 'below'} log p(x) without"
+        f" knowing it\nthe right alphabet is the most probable one for {int((rank == 0).sum())} images (by chance:"
+        f" {num_images / num_alphabets:.0f}), and among the best {num_best} for {int((rank < num_best).sum())}"
         f" ({num_best * num_images / num_alphabets:.0f})"
     )
 

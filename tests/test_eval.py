@@ -764,7 +764,7 @@ def test_what_the_alphabet_is_worth():
     lines = conditioning.describe(bounds, torch.tensor([0, 1])).splitlines()
     assert lines[0] == "2 unseen images, 3 alphabets"
     assert "is 2.25 nats per image above the mean of the wrong ones (95 % interval -7.28 to 11.78), 0.67 above" in lines[1]
-    assert lines[2] == "the right alphabet is the most probable one of 2 images (by chance 1), and among the best 2 of 2 (1)"
+    assert lines[2] == "the right alphabet is the most probable one for 2 images (by chance: 1), and among the best 2 for 2 (1)"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.pt")), ids=lambda path: path.stem)
