@@ -22,7 +22,7 @@ import scipy.io
 import torch
 
 from images import ALPHABETS, SIDE, decode, draw_glyphs, find_characters, fit, get_suffixes, read_image, shrink
-from util import SITES, UserError, count, expand_user, get_reason, show_progress, warn, write
+from util import SITES, UserError, count, expand_user, get_reason, show_progress, warn, warn_once, write
 
 SMALL_NUM_PER_ALPHABET = 10
 
@@ -136,6 +136,8 @@ def load_for_model(checkpoint, location=None, load=load_and_tell):
     have_names = known and "alphabet 1" not in known + names  # chardata.mat has none, nor have older checkpoints
     if have_names and known != names and get_fingerprint(dataset.train) != checkpoint["data"]:
         raise UserError(f"the model's alphabets differ from those of {location}; set --data-location")
+    if num_known and not have_names and get_fingerprint(dataset.train) != checkpoint["data"]:
+        warn_once(f"without names, the alphabets of {location} are taken to be in the order of the training data's")
     return dataset
 
 

@@ -63,8 +63,10 @@ def main():
     num_alphabets = checkpoint["num_alphabets"]
     if num_alphabets < 2:
         raise util.UserError(f"{args.checkpoint_path} is not conditional on the alphabet; give one that is")
-    images = data.load_for_model(checkpoint, args.data_location).test
-    images = images.select(data.spread(len(images.obs), args.num_data))
+    dataset = data.load_for_model(checkpoint, args.data_location)
+    if checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
+        util.warn("these are other data than the model was trained on: it may have seen some of the images, or other alphabets")
+    images = dataset.test.select(data.spread(len(dataset.test.obs), args.num_data))
     model, network = models.from_checkpoint(checkpoint)
     rendering.set_compile(True)
     util.set_seed(args.seed)
@@ -72,6 +74,8 @@ def main():
     with torch.no_grad():
         progress = util.show_progress(images.obs, desc="searching", unit="image")
         bounds = torch.stack([get_bounds(model, network, obs, num_alphabets, effort) for obs in progress])
+    if bounds.isnan().any():
+        raise util.UserError(f"{args.checkpoint_path}: log p is not a number")
     print(describe(bounds, images.alphabet.argmax(1)))
     return 0
 

@@ -90,7 +90,9 @@ def load_results(name, paths):
             warn(f"{error}; left out")
             continue
         with checkpoints.using({"path": path}):
-            difference = model and describe_difference(result, load_evaluated(name, result, model))
+            # Also of the latest model, since a checkpoint of another run may have been copied beside it
+            difference = model and compare_settings(result["model_settings"], model["settings"])
+            difference = difference or model and describe_difference(result, load_evaluated(name, result, model))
         if difference:
             advice = "delete it, or replace it by eval_logp.py --force"
             warn(f"{path} is left out: it is of a different model from this run's current one ({difference}); {advice}")
@@ -316,8 +318,13 @@ def find_copies(models):
 
 
 def choose_seeds(runs):
-    """The runs of a model, without copies of one, and without evaluations made differently from those of most seeds"""
-    copies = find_copies({run.name: {run.first["settings"]["model"]} for run in runs})
+    """The runs of a model, without copies of one or others of the same seed (with the data elsewhere, say), and without
+    evaluations made differently from those of most seeds"""
+    copies, by_seed = find_copies({run.name: {run.first["settings"]["model"]} for run in runs}), {}
+    for run in [run for run in runs if run.name not in copies and run.first["model_settings"].get("seed") is not None]:
+        if (first := by_seed.setdefault(run.first["model_settings"]["seed"], run.name)) != run.name:
+            warn(f"{run.name} is left out: it has the same seed as {first}")
+            copies.add(run.name)
     runs = [run._replace(results=dict(run.results)) for run in runs if run.name not in copies]
     for algorithm in ALGORITHMS:
         evaluated = [run for run in runs if algorithm in run.results]
@@ -474,6 +481,8 @@ def write_figure(path, rows):
         lines[labels[name]] = Line([row["particles"] for row in own], values, values - error, values + error)
     caption = "best estimate, or the guaranteed bound if that is higher"
     caption += "; band: standard error over seeds" * any(row["best s.e. over seeds"] for row in rows)
+    iterations = sorted({int(num) for row in rows for num in row["iteration"].split("-")})
+    caption += f"; trained for {iterations[0]} to {iterations[-1]} iterations" * (len(iterations) > 1)
     title = [rows[0]["images in words"], common, caption]
     ticks = sorted({row["particles"] for row in rows})
     draw_lines(path, lines, title, "latents per image (mws: proposals + memory)", ticks)
@@ -557,8 +566,9 @@ def draw_milestones(runs, path):
         raise UserError("the seeds of no model have an evaluated iteration in common: evaluate them when they are trained")
     caption = "lines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds"
     typical = np.quantile(np.concatenate([line.y for line in lines.values()]), 0.25)  # the first iterations are far below
+    lowest = min(typical, *(line.y[-1] for line in lines.values()))
     highest = max(max(line.high.max(), line.dotted.max()) for line in lines.values())
-    draw_lines(path, lines, [images, common, caption], "iteration", limits=(typical - 10, highest + 3))
+    draw_lines(path, lines, [images, common, caption], "iteration", limits=(lowest - 10, highest + 3))
     write_csv(path.with_suffix(".csv"), rows)
     return [f"{images} (fingerprint {kind[0].fingerprint.split()[0]}):", *texts, f"{path.with_suffix('.csv')}, {path}"]
 

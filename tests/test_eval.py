@@ -702,6 +702,16 @@ def get_rows(*runs):
     return [report.get_row(*model) for models in report.group(runs).values() for model in models.items()]
 
 
+def test_a_seed_counts_once(capsys):
+    """Though trained twice, with the same data from two places, and on machines that round differently"""
+    runs = [get_fake_run(f"mws_5{place}", "aa", log_p) for place, log_p in [("", -100.0), ("_data-location=b", -101.0)]]
+    for run in runs:
+        run.first["model_settings"]["seed"] = 0
+    (row,) = get_rows(*runs)
+    assert (row["seeds"], row["mws"]) == (1, -100.0)
+    assert "mws_5_data-location=b is left out: it has the same seed as mws_5" in capsys.readouterr().err
+
+
 def test_different_images_share_no_row_and_no_table(monkeypatch, capsys, folder):
     """Not even of two seeds; test images and then those of most models come first, and only they are drawn"""
     runs = [get_fake_run("mws_5", "aa", -100.0, "training"), get_fake_run("mws_5_seed=1", "bb", -130.0)]
