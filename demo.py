@@ -104,19 +104,22 @@ def animate(program, ink):
 
 # ------------------------------------------------------------------ the page
 
-PAD = f"""<canvas width="{PAGE}" height="{PAGE}" style="border:1px solid #888;background:white;touch-action:none;cursor:crosshair">
+PAD = f"""<canvas width="{PAGE}" height="{PAGE}"
+style="max-width:100%;border:1px solid #888;background:white;touch-action:none;cursor:crosshair">
 </canvas><br><button class="primary lg">Clean page</button>"""
 DRAW = f"""
 const canvas = element.querySelector('canvas'), pen = canvas.getContext('2d');
 pen.lineWidth = {BRUSH};
 pen.lineCap = pen.lineJoin = 'round';
 let timer;
+const at = e => [e.offsetX * canvas.width / canvas.clientWidth, e.offsetY * canvas.height / canvas.clientHeight];
 const send = () => {{ clearTimeout(timer); timer = setTimeout(() => trigger('submit', {{png: canvas.toDataURL()}}), {PAUSE}); }};
-const draw = e => {{ pen.lineTo(e.offsetX, e.offsetY); pen.stroke(); }};
+const draw = e => {{ pen.lineTo(...at(e)); pen.stroke(); }};
 canvas.onpointerdown = e => {{
+    clearTimeout(timer);
     canvas.setPointerCapture(e.pointerId);
     pen.beginPath();
-    pen.moveTo(e.offsetX - 0.1, e.offsetY);  // a line of no length would leave no dot
+    pen.moveTo(at(e)[0] - 0.1, at(e)[1]);  // a line of no length would leave no dot
     draw(e);
     canvas.onpointermove = draw;
 }};
@@ -131,25 +134,29 @@ def build(reader):
 
     others = itertools.cycle(torch.randperm(len(reader.known), generator=torch.Generator().manual_seed(0)).tolist())
 
-    newest, turn = {}, threading.Lock()  # visitor: the last page sent; a page that waits is not read if it is not the last
+    newest, turn = {}, threading.Lock()  # visitor: the last request; others are not answered
 
-    def read_page(event: gradio.EventData, request: gradio.Request):
-        newest[request.session_hash] = event
-        with turn:
-            if newest[request.session_hash] is not event:
-                return gradio.skip()
-            page = images.decode("the page", base64.b64decode(event.png.split(",")[1]))
-            return reader.read(characters.from_inks([page < 0.5], "page"))
-
-    def read_file(path):
+    def respond(request, find):
+        """HTML about the Characters that find() returns, unless the visitor has asked for others since"""
+        newest[request.session_hash] = find
         try:
-            return reader.read(characters.take(pathlib.Path(path).name, pathlib.Path(path).read_bytes()))
+            found = find()
         except UserError as error:
             return f"<p>{html.escape(str(error))}</p>"
+        with turn:
+            words = reader.read(found) if newest[request.session_hash] is find else ""
+        return words if newest[request.session_hash] is find else gradio.skip()
 
-    def read_known():
-        ink = reader.known[next(others)].numpy() >= 0.5
-        return reader.read(characters.from_inks([np.kron(ink, np.ones((4, 4), bool))], "known"))
+    def read_page(event: gradio.EventData, request: gradio.Request):
+        png = base64.b64decode(event.png.split(",")[1])
+        return respond(request, lambda: characters.from_inks([images.decode("the page", png) < 0.5], "page"))
+
+    def read_file(path, request: gradio.Request):
+        return respond(request, lambda: characters.take(pathlib.Path(path).name, pathlib.Path(path).read_bytes()))
+
+    def read_known(request: gradio.Request):
+        ink = np.kron(reader.known[next(others)].numpy() >= 0.5, np.ones((4, 4), bool))
+        return respond(request, lambda: characters.from_inks([ink], "known"))
 
     with gradio.Blocks(title="Learning to write", analytics_enabled=False) as page:
         gradio.Markdown("# Draw a character, and see it read\nThe strokes come from a library that a model has learned.")

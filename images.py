@@ -294,7 +294,7 @@ def split_page(ink):
     groups = join_enclosed(skimage.measure.label(scipy.ndimage.distance_transform_edt(~ink) <= reach) * ink)
     # Dots of a fine pen are as small as specks
     width = 2 * np.median(scipy.ndimage.distance_transform_edt(ink)[skimage.morphology.skeletonize(ink)])
-    dots = np.flatnonzero((sides < speck) & (sides >= max(0.8 * width, 3)) & ~edges) + 1
+    dots = np.flatnonzero((sides < speck) & (sides >= max(0.8 * width, 2)) & ~edges) + 1
     if len(dots) <= MOST_DOTS * len(kept):
         groups = np.where(np.isin(pieces, dots), groups.max() + pieces, groups)
     regions = [region for region in skimage.measure.regionprops(join_dots(groups, typical)) if max(region.image.shape) >= speck]

@@ -27,7 +27,7 @@ from util import UserError
 
 NUM_SHOWN = 3  # best characters, in figures
 RESOLUTION = 56  # of figures
-RESULT_KEYS = {"settings", "forward", "backward", "structure"}
+RESULT_KEYS = {"settings", "forward", "backward", "structure", "answers"}
 
 # ------------------------------------------------------------------ a run
 
@@ -132,7 +132,7 @@ def main(argv=None):
         results = [None if args.force else checkpoints.load_saved(path, load, own) for path, own in saved]
         with util.show_progress(total=results.count(None), unit="run", disable=None not in results) as bar:
             for run, path, own, result in zip(runs, paths, settings, results, strict=True):
-                if result is None:
+                if result is None or not torch.equal(result["answers"], run.answers):  # or labels were corrected
                     rendering.set_compile(args.compile)
                     found, structure = classify(run, model, args)
                     draw(path.with_suffix(".pdf"), run, name, found, structure)

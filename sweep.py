@@ -136,7 +136,9 @@ def choose_tasks(args, queue=None):
         if progress.done:
             num_done += 1
         elif task.key in jobs:
-            print(f"{task}: in the queue already, as job {jobs[task.key].number}{describe_change(jobs[task.key].task, task)}")
+            job = jobs[task.key]
+            ending = ", which is ending: submit again in a minute" * (job.state == "COMPLETING")
+            print(f"{task}: in the queue already, as job {job.number}{ending or describe_change(job.task, task)}")
         elif task.kind != "train" and not training.done and (task.model, "train") not in jobs:
             print(f"{task}: skipped, its model is not trained yet ({training.iteration} of {task.total} iterations)")
         elif progress.others and "--force" not in task.flags:

@@ -124,8 +124,9 @@ def get_options(args):
     """The options of sbatch that do not depend on the task, each one word; the user's come last and take precedence. Raises:
     UserError for any that would break the sweep"""
     time_limit = args.time or (TIME_OF_REPEATED if is_repeated(args) else TIME)
-    options = dict(time=time_limit, mem=args.mem, cpus_per_task=args.cpus_per_task, partition=args.partition, gres=args.gres)
     words = util.split_words("--sbatch", args.sbatch)
+    mem = None if any(word.startswith("--mem-per-") for word in words) else args.mem  # which excludes --mem
+    options = dict(time=time_limit, mem=mem, cpus_per_task=args.cpus_per_task, partition=args.partition, gres=args.gres)
     for word in words:
         match = re.match(r"--([\w-]+)|-[HhOsvV]*([A-Za-z])", word)  # names may be abbreviated, and letters bundled
         if match and (match[2] in OURS or any(name.startswith(match[1] or "-") for name in OURS)):
@@ -164,7 +165,9 @@ def get_array(listing, indices, after=(), limit=None):
 
 
 def get_output(pattern):
-    """Where Slurm writes a job's own output. Args: pattern: of its number"""
+    """Where Slurm writes a job's own output. Args: pattern: of its number. Raises: UserError if Slurm could not"""
+    if "\\" in str(FOLDER.resolve()):
+        raise UserError(f"Slurm cannot write to {FOLDER.resolve()}, whose path has a backslash: rename that folder")
     return f"{FOLDER.resolve()}/".replace("%", "%%") + f"{pattern}.out"
 
 
@@ -341,6 +344,8 @@ def run_task(where):
         task = listing.tasks[index]
     except (UserError, ValueError, TypeError, IndexError):
         raise UserError(f"--task {where!r} is not a task of a sweep; this option is for Slurm jobs, not for people") from None
+    if not (FOLDER.exists() and os.path.samefile(FOLDER, listing.path.parent)):  # Slurm turns to /tmp if a folder is gone
+        raise UserError(f"this job runs in {os.getcwd()}, whose {FOLDER} is not that of its sweep: submit it anew from there")
     os.environ.update(listing.environment)
     is_chain = path != where
     number = os.environ.get("SLURM_JOB_ID", "") if is_chain else f"{os.environ.get('SLURM_ARRAY_JOB_ID')}_{index}"
@@ -356,7 +361,7 @@ def run_task(where):
             log.flush()
             time.sleep(HOLD)  # if the job ended by itself, so would the chain
         elif status == 128 + signal.SIGUSR1:
-            requeue(number)
+            requeue(number, stop)
     return status
 
 
@@ -407,24 +412,26 @@ def run_command(command, log, stop, end):
     ignore_warning = functools.partial(signal.signal, signal.SIGUSR1, signal.SIG_IGN)  # until it can save
     options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=ignore_warning)
     process = subprocess.Popen(command, **options)
-    due, is_warned = end - min(WARNING, (end - start) / 5), False
+    due, is_warned, other = end - min(WARNING, (end - start) / 5), False, None
     while process.poll() is None:
         number, stop.received = stop.received, None
         if number == signal.SIGUSR1:  # Slurm's warning comes at about `due`; an earlier one is from somebody else
             is_warned |= time.time() < end - WARNING - EARLY
         elif number is not None:
             process.send_signal(number)
-        if is_warned or time.time() >= due:  # again and again, since it may still be starting
+            other = number if time.time() < end else other  # at the limit, Slurm sends SIGTERM to jobs that are not cancelled
+        if other is None and (is_warned or time.time() >= due):  # again and again, since it may still be starting
             process.send_signal(signal.SIGUSR1)
         time.sleep(0.5)
+    stop.received = other or stop.received
     if process.returncode < 0:
         log.write(f"{tasks.describe_end(process.returncode)}\n")
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def requeue(number):
-    """Requeues a job, trying again while Slurm is down; the job ends at its limit at the latest"""
-    while True:
+def requeue(number, stop):
+    """Requeues a job unless it has been cancelled, trying again while Slurm is down; it ends at its limit at the latest"""
+    while stop.received in (None, signal.SIGUSR1):
         try:
             return call(["scontrol", "requeue", number])
         except UserError as error:

@@ -110,6 +110,12 @@ def test_a_known_character_and_a_photograph(browser, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     visitor.set_input_files("input[type=file]", tmp_path / "broken.png")
     visitor.wait_for_selector("text=broken.png is damaged or not an image")
+    visitor.click("text=A known character")
+    visitor.wait_for_timeout(100)
+    visitor.click("text=Clean page")  # the answer to it is shorter, and must not be overtaken
+    visitor.wait_for_selector("text=There is no character on this page.")
+    visitor.wait_for_timeout(1000)
+    assert not get_strokes(visitor)
 
 
 def test_without_gradio(monkeypatch):

@@ -2,12 +2,14 @@
 
 import contextlib
 import io
+import math
 import os
 import pathlib
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import types
 
@@ -22,6 +24,7 @@ import sweep
 import util
 from cluster import slurm, tasks
 from runs import checkpoints, locks
+from runs.saving import StopSignal
 from util import UserError
 
 
@@ -267,6 +270,31 @@ def test_a_killed_sweep_stops_its_tasks(folder, monkeypatch):
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     wait_for(lambda: "asked to stop" in log.read_text().splitlines(), 10)
+
+
+SLOW_TO_SAVE = """
+import signal, sys, time
+received = []
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, _: received.append(number))
+while not received:
+    time.sleep(0.05)
+time.sleep(2)
+sys.exit(128 + received[-1])
+"""
+
+
+def test_a_job_cancelled_while_it_saves_stays_out_of_the_queue(monkeypatch, tmp_path):
+    """Its run is warned again and again before the time limit, but not once the job is cancelled"""
+    calls = []
+    monkeypatch.setattr(slurm, "call", calls.append)
+    timers = [threading.Timer(t, os.kill, (os.getpid(), n)) for t, n in ((0.7, signal.SIGUSR1), (1.7, signal.SIGTERM))]
+    with StopSignal() as stop, open(tmp_path / "log", "w") as log:
+        for timer in timers:
+            timer.start()
+        status = slurm.run_command([sys.executable, "-c", SLOW_TO_SAVE], log, stop, math.inf)
+        slurm.requeue("7_0", stop)
+    assert status == 128 + signal.SIGTERM and not calls
 
 
 def test_failures_and_locks(make_sweep, monkeypatch):
