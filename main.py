@@ -374,6 +374,8 @@ def main(argv=None):
                 print(f"{util.SAVE / path_base} is complete: {run.iteration} iterations{why}")
                 return 0
             print(f"resuming at iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")
+        elif any(some for name in ("logp/*.pt", "*/[0-9]*.pdf") for some in (util.SAVE / path_base).glob(name)):
+            warn(f"{util.SAVE / path_base} holds pictures or evaluations of another model; to keep them apart, choose a --name")
         rendering.set_compile(args.compile, device)
         memory_size = run.state["memory"].shape[1] if "memory" in run.state else 0
         build = functools.partial(models.build, args, dataset.num_alphabets, device)

@@ -298,7 +298,7 @@ def wait_for_lock(task, seconds=5):
         if not locks.is_locked(task.get_lock()):
             return True
         time.sleep(0.1)
-    print(f"{task}: skipped, {task.get_lock().read_text().strip()} is working on it", flush=True)
+    print(f"{task}: skipped, {locks.get_holder(task.get_lock())} is working on it", flush=True)
     return False
 
 

@@ -10,6 +10,7 @@ have other names and formats, and show scanned or photographed paper.
 makes runs of the same kind from the official release's images, to choose settings on, or to test on.
 """
 
+from fast import before_torch  # noqa: F401  # isort: skip
 import collections
 import pathlib
 import random

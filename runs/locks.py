@@ -4,6 +4,7 @@ the process ends, however it ends."""
 import contextlib
 import fcntl
 import os
+import pathlib
 import signal
 import sys
 import time
@@ -53,6 +54,13 @@ def take(file, kind=fcntl.LOCK_EX):
         reason = f"nothing can be locked in {folder} ({error.strerror})"
         util.warn_once(f"{reason}: let only one process at a time train or evaluate a run")
     return True
+
+
+def get_holder(path):
+    """Who holds a lock file, in words"""
+    with contextlib.suppress(OSError):  # it may be another user's
+        return pathlib.Path(path).read_text(errors="replace").strip() or "another process"
+    return "another process"
 
 
 def is_locked(path):
