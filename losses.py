@@ -88,11 +88,27 @@ def particle_objective(function):
             alphabet=alphabet, obs_id=obs_id, **others,
         )  # fmt: skip
         loss, statistics = function(*scores, **{name: available[name] for name in own if name in available})
-        gradients = torch.autograd.grad(loss, scores, retain_graph=True, materialize_grads=True)  # each [P, B]
+        has_others = depends_on_others(loss, scores)
+        gradients = torch.autograd.grad(loss, scores, retain_graph=has_others, materialize_grads=True)  # each [P, B]
         zero = differentiate(generative_model, inference_network, particles, obs, alphabet, *gradients)
-        return loss + zero, tree_map_only(torch.Tensor, torch.Tensor.detach, statistics)
+        return (loss if has_others else loss.detach()) + zero, tree_map_only(torch.Tensor, torch.Tensor.detach, statistics)
 
     return objective
+
+
+def depends_on_others(loss, leaves):
+    """Whether a loss has gradients for more than these leaves of its graph. If not, to differentiate it anew would be wasted"""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of a leaf
+        if variable is not None and all(variable is not leaf for leaf in leaves):
+            return True
+        nodes += [other for other, _ in node.next_functions]
+    return False
 
 
 @particle_objective
