@@ -280,9 +280,7 @@ def get_taps(maps, num_rows, num_cols):
         for col_offset in [0, 1]:
             row, col = y.floor() + row_offset, x.floor() + col_offset
             inside = (row >= 0) & (row < num_rows) & (col >= 0) & (col < num_cols)
-            # Without `abs`, whose gradient at 0, where a position is that of a pixel, would leave out a tap
-            down, across = row - y if row_offset else y - row, col - x if col_offset else x - col
-            weight.append((1 - across) * (1 - down) * inside)
+            weight.append((1 - (x - col).abs()) * (1 - (y - row).abs()) * inside)
             row, col = row.clamp(0, num_rows - 1), col.clamp(0, num_cols - 1)
             index.append((row * num_cols + col).nan_to_num().long())  # NaN remains in the weight
     return torch.stack(index), torch.stack(weight)

@@ -214,14 +214,6 @@ def test_compiled_is_the_same_for_all_numbers_of_images_and_arcs(compiled):
     assert counters["unique_graphs"] == num_compiled  # one kernel for all: compiled when enabled, not since
 
 
-def test_moving_a_blank_page_changes_nothing():
-    """Also where pixels lie on pixels"""
-    maps = torch.tensor([[[0.5, 0, 0], [0, 0.5, 0]]], requires_grad=True)
-    obs = (torch.rand(1, 9, 9) < 0.5).float()
-    (grad,) = torch.autograd.grad(rendering.affine_log_prob(torch.zeros(1, 9, 9), obs, maps).sum(), maps)
-    assert grad.abs().max() < 1e-4
-
-
 def test_second_derivatives_where_kernels_are_compiled(monkeypatch):
     """The kernels themselves stand in for their compiled forms"""
     model, products = models.GenerativeModel().double(), []
