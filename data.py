@@ -134,11 +134,16 @@ def load_for_model(checkpoint, location=None, load=load_and_tell):
         raise UserError(f"the model knows {num_known} alphabets, {location} has {dataset.num_alphabets}; set --data-location")
     known, names = checkpoint.get("alphabet_names", []), list(dataset.alphabet_names)
     have_names = known and "alphabet 1" not in known + names  # chardata.mat has none, nor have older checkpoints
-    if have_names and known != names and get_fingerprint(dataset.train) != checkpoint["data"]:
+    if have_names and known != names and not was_trained_on(checkpoint, dataset):
         raise UserError(f"the model's alphabets differ from those of {location}; set --data-location")
-    if num_known and not have_names and get_fingerprint(dataset.train) != checkpoint["data"]:
+    if num_known and not have_names and not was_trained_on(checkpoint, dataset):
         warn_once(f"without names, the alphabets of {location} are taken to be in the order of the training data's")
     return dataset
+
+
+def was_trained_on(checkpoint, dataset):
+    """Whether a data set's training images are those that a checkpoint's model was trained on"""
+    return checkpoint["data"] == get_fingerprint(dataset.train)
 
 
 def get_fingerprint(split):

@@ -257,10 +257,10 @@ def read_run(name, checkpoint, args, load_data):
         except (UserError, OSError) as error:
             missing = "reconstructions" + (" and alphabets" if checkpoint["num_alphabets"] else "")
             print(f"{name}: no {missing} without its data: {util.describe_error(error)}")
-    if dataset is not None and checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
+    if dataset is not None and not data.was_trained_on(checkpoint, dataset):
         location = args.data_location or checkpoint["args"]["data_location"]
         other_data = util.get_location_name(location)
-        print(f"{name}: {location} is not its training data; the network infers programs, and the memory is not used")
+        print(f"{name}: {location} is not its training data; the network infers the programs of its images")
     return TrainedModel(name, checkpoint, dataset, other_data)
 
 

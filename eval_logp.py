@@ -529,7 +529,7 @@ def load_images(args, checkpoint, load_data=data.load_and_tell):
     ids = data.spread(num_all, args.num_data) if spread else torch.arange(min(args.num_data, num_all))
     memory, images = checkpoint["memory"], split.select(ids)
     kind = "training" if args.mode == "train" else "test"
-    if checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
+    if not data.was_trained_on(checkpoint, dataset):
         kind = "other"
         if args.data_location in (None, checkpoint["args"]["data_location"]):
             warn_once("the data have changed since training: the model may have been trained on some of the images to evaluate")

@@ -394,8 +394,8 @@ def get_parameters(state):
     """The parameters among a state that are to be trained, but by no optimiser in the state: a list"""
     optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
     trained = {id(x) for optimizer in optimizers for group in optimizer.param_groups for x in group["params"]}
-    parts = [[part] if torch.is_tensor(part) else getattr(part, "parameters", list)() for part in state.values()]
-    return [x for part in parts for x in part if x.requires_grad and id(x) not in trained]
+    parts = [part.parameters() if isinstance(part, torch.nn.Module) else [part] for part in state.values()]
+    return [x for part in parts for x in part if torch.is_tensor(x) and x.requires_grad and id(x) not in trained]
 
 
 def get_loss(args, step, state, **others):

@@ -88,9 +88,8 @@ class Run:
             raise UserError(
                 f"the part {replaced[0]} of run.state is not that of run.parts, which is saved: change state in place (copy_)"
             )
-        if replaced := [
-            name for name in ("optimizer", "pretrain_optimizer") if self.parts.get(name) is not getattr(self, name)
-        ]:
+        used = dict(optimizer=self.optimizer, pretrain_optimizer=self.pretrain_optimizer)
+        if replaced := [name for name, part in used.items() if self.parts.get(name, part) is not part]:
             raise UserError(f"run.{replaced[0]} is not that of run.parts, which is saved: replace both")
         if changed := [name for name, shape in self.shapes.items() if getattr(self.parts.get(name), "shape", shape) != shape]:
             raise UserError(

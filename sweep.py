@@ -36,13 +36,8 @@ from runs.saving import StopSignal
 from util import UserError
 
 WAIT_SECONDS = 20  # between checks of Slurm's queue
-SIGNS = [
-    "lock",
-    "checkpoints/latest.pt",
-    "checkpoints/[0-9]*.pt",
-    "logs/train.log",
-    "logs/eval_*.log",
-]  # files of a run, one at least
+# Files of a run, of which it has at least one
+SIGNS = ["lock", "checkpoints/latest.pt", "checkpoints/[0-9]*.pt", "logs/train.log", "logs/eval_*.log"]
 TEST_RUN_EVALUATION = ["--effort=0.01", "--num-data=5", "--num-iterations=10", "--num-particles=10", "--test-num-particles=100"]
 
 # ------------------------------------------------------------------ the models

@@ -32,8 +32,8 @@ def get_row(task, job):
     state, notes = get_state(task, progress, job), []
     if state in ("failed", "stopped"):
         verdict, failed = slurm.describe(task)
-        has_status = task.get_path("status").exists()  # or else it could not end by itself
-        state = "failed" if failed and not has_status else state
+        ended = task.get_path("status").exists()  # by itself: Slurm only repeats its exit status, which is known
+        state = "failed" if failed and not ended else state
         notes = [tasks.get_log_end(task, 1)] * (state == "failed") + [verdict]
         notes += [f"a different evaluation is saved: {progress.others}"] * bool(progress.others)
     iteration, log = f"{progress.iteration}/{progress.total}", task.get_path("log")

@@ -64,8 +64,8 @@ def main():
     if num_alphabets < 2:
         raise util.UserError(f"{args.checkpoint_path} is not conditional on the alphabet; give one that is")
     dataset = data.load_for_model(checkpoint, args.data_location)
-    if checkpoint["settings"]["data"] != data.get_fingerprint(dataset.train):
-        util.warn("these are other data than the model was trained on: it may have seen some of the images, or other alphabets")
+    if not data.was_trained_on(checkpoint, dataset):
+        util.warn("these are not the data that the model was trained on: it may have seen some of the images")
     images = dataset.test.select(data.spread(len(dataset.test.obs), args.num_data))
     model, network = models.from_checkpoint(checkpoint)
     rendering.set_compile(True)

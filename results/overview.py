@@ -51,11 +51,12 @@ def describe(name):
 
 def describe_evaluations(name):
     """Lines of text about a run's evaluations on one set of images, if there are any"""
+    lines = []
     for run in report.read_runs(util.SAVE / name)[:1]:
         row = report.get_row(run.name, [run])
         log_p = ", ".join(f"{key} {row[key]:.2f}" for key in report.ESTIMATES if row[key] is not None)
-        return [f"log p, {row['images in words']}: {log_p}"]
-    return []
+        lines.append(f"log p, {row['images in words']}: {log_p}")
+    return lines
 
 
 def get_pictures(name):

@@ -453,8 +453,8 @@ def get_labels(names):
     """Splits the names of models. Returns: labels, {name: parts that others lack}; what all have in common, in words"""
     parts = {name: name.replace("test_run_", "test run_").split("_") for name in names}
     common = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
-    labels = {name: "_".join(part for part in own if part not in common) or name for name, own in parts.items()}
-    labels = {name: label.replace("test run_", "test_run_") for name, label in labels.items()}
+    labels = {name: "_".join(part for part in own if part not in common) for name, own in parts.items()}
+    labels = {name: label.replace("test run_", "test_run_") or name for name, label in labels.items()}
     words = [f"{part} latents per image" if part.isdigit() else part for part in next(iter(parts.values())) if part in common]
     return labels, ", ".join(words)
 

@@ -27,8 +27,7 @@ def lock(path, what, stop=None):
     patience, start = PATIENCE if "SLURM_JOB_ID" in os.environ else MOMENT, time.monotonic()
     with open(path, "a+") as file:
         while not take(file):
-            file.seek(0)
-            holder, waited = f"{what} by {file.read().strip() or 'another process'}", time.monotonic() - start
+            holder, waited = f"{what} by {get_holder(path)}", time.monotonic() - start
             if stop is not None and stop.received is not None:
                 print(f"stopped by {signal.Signals(stop.received).name} before it started")
                 sys.exit(128 + stop.received)
