@@ -22,7 +22,7 @@ import scipy.io
 import torch
 
 from images import ALPHABETS, SIDE, decode, draw_glyphs, find_characters, fit, get_suffixes, read_image, shrink
-from util import SITES, UserError, count, expand_user, get_reason, show_progress, warn, warn_once, write
+from util import SITES, UserError, count, expand_user, get_reason, is_out_of_memory, show_progress, warn, warn_once, write
 
 SMALL_NUM_PER_ALPHABET = 10
 
@@ -159,7 +159,7 @@ def get_fingerprint(split):
 
 def count_common(split, other):
     """The number of images of a Split that another one has as well"""
-    rows, known = ([image.tobytes() for image in some.obs.bool().numpy()] for some in (split, other))
+    rows, known = ([image.tobytes() for image in some.obs.numpy()] for some in (split, other))
     return sum(map(set(known).__contains__, rows))
 
 
@@ -264,7 +264,8 @@ def _decoding(path):
     try:
         yield
     except Exception as error:
-        raise UserError(f"{path} is damaged, or not what its name says ({get_reason(error)})") from None
+        kind = "needs more memory than there is" if is_out_of_memory(error) else "is damaged"
+        raise UserError(f"{path} {kind}, or is not what its name says ({get_reason(error)})") from None
 
 
 def _load_mat(path):
@@ -306,7 +307,9 @@ def _load_arrays(path):
         return Source(obs, notes=notes)
     if labels.shape != (len(obs),):
         raise UserError(f"{path} has {count(len(obs), 'image')}, but labels of the shape {list(labels.shape)}")
-    names, alphabet_ids = np.unique(labels.astype(str) if labels.dtype.kind == "S" else labels, return_inverse=True)
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8", "backslashreplace")
+    names, alphabet_ids = np.unique(labels, return_inverse=True)
     return Source(obs, alphabet_ids, alphabet_names=[str(name) for name in names], notes=notes)
 
 

@@ -18,7 +18,7 @@ import scipy.ndimage
 import scipy.spatial
 import skimage
 
-from util import UserError, count, warn
+from util import UserError, count, is_out_of_memory, warn
 
 SIDE = 28
 CHARACTER_SIDE = round(19 / 28 * SIDE)  # pixels, a character's longer side (a little more than Omniglot's median)
@@ -66,6 +66,8 @@ def decode(name, content):
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{name} is too large ({str(error).partition(',')[0]}); scale it down") from None
     except Exception as error:  # decoders may raise anything
+        if is_out_of_memory(error):
+            raise UserError(f"{name} needs more memory than there is; scale it down") from None
         reason = str(error).partition("<")[0][:80].strip()  # without the name of the buffer
         advice = "HEIC needs pip install pillow-heif" if b"ftyp" in content[:12] else "repair or remove it"
         raise UserError(f"{name} is damaged or not an image ({reason}); {advice}") from None

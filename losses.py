@@ -3,11 +3,8 @@
 Each takes the models and a batch, and returns a scalar to call `.backward()` on, averaged over the batch, and a dict of
 statistics (detached scalars, in nats unless stated otherwise), all of which are recorded.
 
-RWS, VIMCO and TVO are written as in their papers: losses of two matrices [P, B], log p(z, x) and log q(z|x) of the particles.
-What they share, drawing particles and backpropagating through the models, is in `particle_objective`.
-
-To add an objective, write such a function, whose arguments name the fields of Step that it needs, and enter it in OBJECTIVES.
-Arguments annotated with a Setting are its own settings; `keeps` gives it a state that a run saves.
+RWS, VIMCO and TVO are written as in their papers, as losses of two matrices [P, B], log p(z, x) and log q(z|x) of the particles;
+`particle_objective` does the rest. docs/changing.md shows how to add an objective.
 """
 
 import functools
@@ -424,7 +421,8 @@ def get_statistics(statistics, kept):
             is_copied = device.type == "cpu" or _get_storages([value]) & storages  # on a GPU, copying takes a launch
             recorded[name] = value.detach().clone() if is_copied else value.detach()
         else:  # without a copy, which a CUDA graph could not record
-            recorded[name] = torch.full((), value, dtype=torch.float32, device=device)
+            rounded = torch.tensor(float(value), dtype=torch.float32).item()  # to infinity if it is too large
+            recorded[name] = torch.full((), rounded, dtype=torch.float32, device=device)
     return recorded
 
 

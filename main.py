@@ -97,6 +97,10 @@ class Run:
                 " object with a state_dict"
             )
         check_finite([*self.generative_model.parameters(), *self.inference_network.parameters()])
+        hyperparameters, get_kind = dict(self.hyperparameters), checkpoints.get_kind
+        for name, now in checkpoints.get_hyperparameters(self.parts).items():
+            if get_kind(now) != get_kind(hyperparameters.get(name, now)):  # a callback has replaced the optimiser
+                hyperparameters[name] = now
         return dict(
             args=vars(self.args),
             data=self.settings["data"],
@@ -110,7 +114,7 @@ class Run:
             reason=str(self.reason or ""),
             statistics=self.statistics,
             random_state=util.get_random_state(self.device),
-            hyperparameters=self.hyperparameters,
+            hyperparameters=hyperparameters,
             **checkpoints.get_states(self.parts),
         )
 
@@ -217,6 +221,15 @@ def train_step(run, obs_id):
     update(run.optimizer, loss)
     run.clock += 1
     return statistics
+
+
+def step_schedules(run):
+    """Raises: UserError if a schedule of fixed length has ended"""
+    try:
+        for scheduler in run.get_schedulers():
+            scheduler.step()
+    except ValueError as error:  # OneCycleLR's
+        raise UserError(f"the learning-rate schedule cannot go on: {error}; give it the full length at the start") from error
 
 
 def get_steps(run):
@@ -334,8 +347,7 @@ def train(run):
                 run.iteration += 1
                 run.num_called = 0
                 run.pending.append(("train", run.iteration, statistics))
-                for scheduler in run.get_schedulers():
-                    scheduler.step()
+                step_schedules(run)
             else:
                 break
             show(run, bar)
@@ -409,7 +421,7 @@ def load_data(args):
 
 def get_parser():
     parser = util.ArgumentParser(description=__doc__)
-    parser.add_fields(["run", "data", "model", "training", "saving and logging"])
+    parser.add_fields()
     parser.set_defaults(data_location=None)
     return parser
 

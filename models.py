@@ -608,8 +608,11 @@ def from_checkpoint(checkpoint, device="cpu"):
     args, num_alphabets = argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"]
     saved = checkpoint["generative_model"], checkpoint["inference_network"]
     try:
-        for model, state in zip(_build_without_values(args, num_alphabets), saved, strict=False):
-            model.load_state_dict(state, assign=True)  # compares sizes before anything is allocated
+        for model, state in zip(_build_without_values(args, num_alphabets, saved), saved, strict=False):
+            # Compares sizes before anything is allocated; a parametrisation may keep more elsewhere than on this device
+            missing = model.load_state_dict(state, strict=False, assign=True).missing_keys
+            if missing:
+                raise KeyError(f"missing {missing[0]}")
         models = build(args, num_alphabets, device)
         for model, state in zip(models, saved, strict=True):
             dtypes = {value.dtype for value in state.values() if torch.is_tensor(value) and value.is_floating_point()}
@@ -626,8 +629,13 @@ def from_checkpoint(checkpoint, device="cpu"):
     return models
 
 
-def _build_without_values(args, num_alphabets):
-    """Like `build`, on the meta device; () if a model cannot be built there, as with NumPy"""
+def _build_without_values(args, num_alphabets, saved):
+    """Like `build`, on the meta device; () if a model cannot be built there, as with NumPy, or if no size is large for the saved
+    states"""
+    fields = [field.name for field in util.get_fields().values() if field.type is int and field.setting.group == "model"]
+    largest = max([num_alphabets, *(getattr(args, name) for name in fields)])
+    if largest**2 <= sum(value.numel() for state in saved for value in state.values() if torch.is_tensor(value)):
+        return ()
     try:
         with torch.device("meta"):
             return build(args, num_alphabets, "meta")

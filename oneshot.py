@@ -94,7 +94,9 @@ def write_table(path, rows):
     report.write_csv(path, rows)
     total, lines = sum(row["images"] for row in rows), []
     for key in [key for key in rows[0] if key.startswith("wrong")]:
-        num, error = sum(row[key] for row in rows), report.get_standard_error([row[key] / row["images"] for row in rows])
+        num = sum(row[key] for row in rows)
+        excess = [row[key] - row["images"] * num / total for row in rows]  # runs may differ in size
+        error = report.get_standard_error(excess) * len(rows) / total
         low, high = binomtest(num, total).proportion_ci(method="wilson")
         over_runs = f"; standard error over runs {error:.1%}" * (len(rows) > 1)
         lines.append(f"{key}: {num} of {total}, {num / total:.1%} (95 % interval {low:.1%} to {high:.1%}{over_runs})")

@@ -423,10 +423,11 @@ def set_compile(enabled, device="cpu"):
     fast/kernel_check.py tries. If compilation fails (without a C++ compiler, say), warns in one line."""
     on_gpu = gpu.is_gpu(device)
     kernels.use(gpu.OPERATORS if enabled and on_gpu else [])
-    kernels.compiled = _compile_for_cpu() if enabled and not on_gpu else {}
-    if not kernels.compiled:
+    kernels.compiled = {}
+    if not enabled or on_gpu:
         return
     try:
+        kernels.compiled = _compile_for_cpu()
         _write_libraries_at_once()
         with torch.inference_mode(False), torch.enable_grad():  # even within a notebook's torch.no_grad()
             _try_kernels()

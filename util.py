@@ -41,6 +41,10 @@ class UserError(argparse.ArgumentTypeError, ValueError):
     raise it as well."""
 
 
+class Unreadable(UserError):
+    """A file that cannot be read now, but may be intact"""
+
+
 def run_script(main):
     """Calls main() and exits. Errors that the user can fix become one line on standard error and exit status 2; --debug shows
     their traceback."""
@@ -75,9 +79,14 @@ def describe_error(error):
         if path and os.path.islink(path) and not os.path.exists(path):
             return f"{path} is a link to {os.readlink(path)}, which does not exist"
         return f"{error.strerror or error}{f': {path}' if path else ''}"
-    of_memory = "can't allocate memory|not enough memory|Storage size calculation overflowed"
-    if isinstance(error, MemoryError) or re.search(of_memory, str(error)):
+    if is_out_of_memory(error):
         return "out of memory; use a smaller --batch-size, --memory-size or model, or fewer --num-particles"
+
+
+def is_out_of_memory(error):
+    """Whether memory ran out: whatever was being read or used may be intact"""
+    of_memory = "can't allocate memory|not enough memory|Storage size calculation overflowed"
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(of_memory, str(error)) is not None
 
 
 def get_reason(error, length=80):
@@ -189,6 +198,7 @@ def to_location(text):
     return text
 
 
+GROUPS = ["run", "data", "model", "training", "saving and logging"]  # in the help, in this order
 _run = functools.partial(Setting, group="run", changes_result=False)
 _data = functools.partial(Setting, group="data")
 _model = functools.partial(Setting, group="model")
@@ -270,7 +280,11 @@ def get_own_fields(function):
     fixes"""
     fields, fixed = [], get_fixed(function)
     for part in filter(None, [get_whole(function), get_init_state(function)]):
-        for name, parameter in inspect.signature(part, eval_str=True).parameters.items():
+        try:
+            parameters = inspect.signature(part, eval_str=True).parameters
+        except ValueError:  # a built-in function may have none, and declares no settings
+            continue
+        for name, parameter in parameters.items():
             kind = parameter.annotation
             if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], Setting) and name not in fixed:
                 fields.append(make_field(name, kind, parameter.default))
@@ -302,7 +316,7 @@ def make_field(name, kind, default):
         plain = get_origin(plain) or plain  # of tuple[float, ...]
     field = Field(name, plain, default, setting, ())
     if default in (inspect.Parameter.empty, dataclasses.MISSING):
-        raise ValueError(f"the setting {name} needs a default")
+        raise ValueError(f"the setting {name} needs a default (a tuple rather than a list)")
     if not isinstance(plain, type) and setting.parse is None:
         raise ValueError(f"the setting {name} needs a plain type such as str, not {plain}, or a function parse=")
     if plain in (int, float) and default is not None:
@@ -456,9 +470,10 @@ class ArgumentParser(argparse.ArgumentParser):
             help += " (default: %(default)s)" * shows_default
         self.group.add_argument(flag, *others, help=help, **options)
 
-    def add_fields(self, groups):
-        """Adds the settings of some groups, in this order"""
-        for group in groups:
+    def add_fields(self):
+        """Adds all settings, by group"""
+        own = [field.setting.group for field in get_fields().values()]
+        for group in dict.fromkeys([*GROUPS, *own]):
             self.start_group(group)
             for field in [field for field in get_fields().values() if field.setting.group == group]:
                 self._add_field(field)
@@ -509,12 +524,12 @@ def get_flags(args):
     for name, field in get_fields().items():
         default = get_run_default(name, args.test_run)
         value, flag = getattr(args, name, default), f"--{name.replace('_', '-')}"
-        if value is None or value == default or name == "cuda":
+        if value == default or value is None is field.default or name == "cuda":
             continue
         if field.type is bool:
             flags.append(flag if value else f"--no-{flag[2:]}")
         else:
-            flags.append(f"{flag}={get_text(value)}")
+            flags.append(f"{flag}={'none' if value is None else get_text(value)}")  # as a parser that yields None would read
     return flags
 
 
@@ -640,15 +655,18 @@ def sync_folder(path):
 def load_checkpoint(path, device="cpu", keys=frozenset({"args", "generative_model", "iteration"})):
     """Reads a dict that save_checkpoint wrote. Nothing in the file is executed.
 
-    Raises: UserError if the file is missing, damaged, or of another version or kind (without `keys`)
+    Raises: UserError if the file is missing, damaged, or of another version or kind (without `keys`); Unreadable; MemoryError or
+        RuntimeError if it does not fit in memory
     """
     try:
         checkpoint = decode(pathlib.Path(path).read_bytes(), device)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+        raise Unreadable(f"{path} cannot be read ({error.strerror})") from None
     except Exception as error:  # a broken file can make readers raise anything
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{path} is damaged or not a checkpoint ({get_reason(error)}); if a version before 1.0 wrote it,"
             " python -m runs.convert rewrites it"

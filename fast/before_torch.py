@@ -9,6 +9,8 @@ their place.
 While a script is still importing, Ctrl-C ends it without a traceback; util.run_script takes over from there.
 """
 
+import contextlib
+import getpass
 import os
 import pathlib
 import signal
@@ -27,16 +29,18 @@ if "OMP_WAIT_POLICY" not in os.environ:
 def _choose_cache(variable, default=None):
     """Sets the variable to a temporary folder if the user's choice, or the default, is not writable"""
     chosen = os.environ.get(variable, default)
-    if not chosen:
-        return
     try:
+        if not chosen:
+            getpass.getuser()  # torch's own folder has the user's name, which one in a container may lack
+            return
         folder = pathlib.Path(chosen).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, RuntimeError, ValueError):
+    except (KeyError, OSError, RuntimeError, ValueError):
         name = f"{variable.split('_')[0].lower()}_cache_{os.getuid()}"
-        os.environ[variable] = os.path.join(tempfile.gettempdir(), name)
+        with contextlib.suppress(OSError):  # there may be no folder for temporary files, either
+            os.environ[variable] = os.path.join(tempfile.gettempdir(), name)
 
 
 _choose_cache("TORCHINDUCTOR_CACHE_DIR")

@@ -14,11 +14,7 @@ scores is subtracted, those of the character's own best strokes and, on average,
 
     s(c | t) - (max_k log p(c | v_k of c) + mean_{c' != c} s(c | c')) / 2
 
-All pairs are fitted blurred, on a coarse grid (`match`); the best few characters of each test image are also fitted sharply, on
-28 x 28 pixels (`refine`).
-
-Strokes can be varied until they hide what another hand would hardly change: how many parts and holes the ink has, and where its
-lines end. `get_structural_distance` measures this; `combine` adds both directions and subtracts it.
+docs/oneshot.md ("Method") has the steps, and why structure counts as well.
 """
 
 from typing import NamedTuple

@@ -141,7 +141,7 @@ def make(path, out, num_runs, seed):
                 archive.writestr(test, alphabet[character][people[1]]())
                 lines.append(f"{test} {training}\n")
             archive.writestr(f"{name}/{LABELS}", "".join(sorted(lines)))
-    print(f"{num_runs} runs of {len(alphabets)} alphabets: {out}")
+    print(f"{util.count(num_runs, 'run')} of {util.count(len(alphabets), 'alphabet')}: {out}")
 
 
 def main(argv=None):

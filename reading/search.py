@@ -1,14 +1,10 @@
 """Searches for programs of an image: grown stroke by stroke along its ink, then improved by mutation.
 
 Posteriors over programs have many modes, tens of nats apart: the same ink can be traced in another order, with other
-primitives or through another affine map. `find` therefore begins with programs from beam searches, one under each of the maps
-and wider and wider ones under the best; an evolutionary search mutates and crosses them as a temperature falls; their
-beginnings are continued by beam search once more; and a second evolutionary search polishes the result. A beam search estimates
-at once what each stroke of the library would gain as the next one, draws and scores the more promising, and keeps programs by
-the score that their own best next stroke would lead to: moving the pen to the right place pays off only then. A pixel of ink
-that is not drawn costs 14 nats; beam searches charge less, or they would prefer programs that cover much ink with few strokes
-to programs that draw it well. They charge 2, 1.5 or 1 nats, since such searches miss different programs. Evolutionary searches
-use only a few maps, for a lower bound in a fraction of the time.
+primitives or through another affine map. docs/evaluation.md ("Memoised evaluation") lists the steps. Two things are not obvious:
+a beam keeps programs by the score that their own best next stroke would lead to, since moving the pen to the right place pays
+off only then; and it charges less than the model's 14 nats for a pixel of ink not drawn yet, or it would prefer programs that
+cover much ink with few strokes to those that draw it well.
 
     latent, log_joint = search.find(generative_model, obs)
 """

@@ -39,15 +39,18 @@ def describe(bounds, right):
     of_right = bounds.gather(1, right.unsqueeze(1)).squeeze(1)
     gain = of_right - (bounds.sum(1) - of_right) / (num_alphabets - 1)  # [N]
     half = report.get_half_width(gain)
-    rank, num_best = (bounds > of_right.unsqueeze(1)).sum(1), min(NUM_RANKS, num_alphabets - 1)  # the right one's, from 0
+    # Of alphabets that tie, as all do in a model that ignores them, each is as likely to be the first as any other
+    better, equal = (compare(bounds, of_right.unsqueeze(1)).sum(1) for compare in (torch.gt, torch.eq))  # [N]
+    num_best = min(NUM_RANKS, num_alphabets - 1)
+    highest, among = (((num - better) / equal).clamp(0, 1).sum().item() for num in (1, num_best))
     evidence = (of_right - (bounds.logsumexp(1) - math.log(num_alphabets))).mean().item()
     return (
         f"{num_images} unseen images, {num_alphabets} alphabets\n"
         f"log p(x | right alphabet) is {gain.mean():.2f} nats per image above the mean of the wrong ones (95 % interval"
         f" {gain.mean() - half:.2f} to {gain.mean() + half:.2f}), {abs(evidence):.2f} {'above' if evidence > 0 else 'below'} log p(x) without"
-        f" knowing it\nthe right alphabet is the most probable one for {int((rank == 0).sum())} images (by chance:"
-        f" {num_images / num_alphabets:.0f}), and among the best {num_best} for {int((rank < num_best).sum())}"
-        f" ({num_best * num_images / num_alphabets:.0f})"
+        f" knowing it\nthe right alphabet is the most probable one for {highest:.3g} images (by chance:"
+        f" {num_images / num_alphabets:.3g}), and among the best {num_best} for {among:.3g}"
+        f" ({num_best * num_images / num_alphabets:.3g})"
     )
 
 

@@ -60,11 +60,12 @@ def draw_parts(drawing, on, resolution):
     return draw_arcs(drawing.params, variation.get_arcs(drawing).unsqueeze(1), on, resolution, drawing.map.unsqueeze(1))
 
 
-def draw_stages(drawing, resolution, num_stages=None):
-    """Draws programs after each visible stroke: [N, S, R, R], NaN after the last. Args: num_stages: S, by default as many as
-    the longest program has"""
+def draw_stages(drawing, resolution, num_stages=None, alone=False):
+    """Draws programs after each visible stroke, or each of these strokes alone: [N, S, R, R], NaN after the last. Args:
+    num_stages: S, by default as many as the longest program has"""
     num_arcs = drawing.on.shape[1]
-    on = drawing.on.unsqueeze(1) & torch.ones(num_arcs, num_arcs, dtype=torch.bool).tril()  # [N, A, A]
+    upto = torch.ones(num_arcs, num_arcs, dtype=torch.bool).tril()
+    on = drawing.on.unsqueeze(1) & (torch.eye(num_arcs, dtype=torch.bool) if alone else upto)  # [N, A, A]
     order = (~drawing.on).long().argsort(dim=1, stable=True)  # the visible strokes first
     probs = draw_parts(drawing, on, resolution)  # [N, A, R, R]
     probs = probs.gather(1, order[..., None, None].expand_as(probs))
@@ -135,13 +136,14 @@ def draw_primitives(generative_model, resolution):
     x, y = get_points(primitives)
     middle = torch.stack([(p.amax(1) + p.amin(1)) / 2 for p in (x, y)], 1)  # [K, 2]
     size = torch.stack([p.amax(1) - p.amin(1) for p in (x, y)], 1).amax(1)
-    zoom = 0.8 / max(size.max().item(), 1e-3)
+    params = generative_model.get_rendering_params()
+    half_widths = [get_half_width(*stroke[3:], *params.tolist()) for stroke in primitives.tolist()]
+    zoom = 0.9 / max((size + 2 * size.new_tensor(half_widths)).max().item(), 1e-3)
     start = 0.5 - middle * zoom  # [K, 2]
     scaled = primitives * primitives.new_tensor([zoom, zoom, 1, 1 / zoom, zoom])  # keeps the shape of the ink
     arcs = torch.cat([start.to(scaled.dtype), scaled], 1).unsqueeze(1)  # [K, 1, 7]
     on = torch.ones(len(arcs), 1, dtype=torch.long, device=arcs.device)
     pixel = torch.stack([start[:, 0], 1 - start[:, 1]], 1) * (resolution - 1)
-    params = generative_model.get_rendering_params()
     return draw_arcs(params, arcs, on, resolution), pixel.cpu(), 1 / zoom
 
 

@@ -24,6 +24,7 @@ from results import drawings
 MAX_POINTS = 300  # in a curve; longer curves are thinned
 EMPTY, NEWEST, PEN_UP, START = "#e8eef4", "#d1410c", "#3b7dd8", "#3b7dd8"
 RIGHT, WRONG = "#2a8a3e", "#c0281e"
+SHARES, LEAST_SHARE = ("novel_proportion", "new_map"), 1e-5  # statistics on a logarithmic axis, and where it begins
 SETTLED = 0.05  # share of a curve at its beginning that does not affect the axis
 
 # ------------------------------------------------------------------ tiles
@@ -162,6 +163,7 @@ def row_figures(draw_rows, labels, title, num_rows, headings=()):
         num_cols, size, gap = rows.shape[1], rows.shape[2], get_gap(rows.shape[2])
         figure = make_figure(0.7 * num_cols + max(0.07 * longest, 1) + 0.5, 0.7 * len(chosen) + 0.6, title)
         axes = figure.subplots()
+        axes.set_anchor("W")  # the labels on its left are part of the layout, whatever the picture's proportions
         show(axes, tile(rows.flatten(0, 1), num_cols))
         for col, heading in enumerate(headings):
             write(axes, place(0, col, size)[0] + size / 2, -gap, heading, va="bottom")
@@ -214,11 +216,10 @@ def pair_frame(obs, probs, title):
 # ------------------------------------------------------------------ stroke by stroke
 
 
-def colour_newest(stages):
-    """Drawings after each stroke, [N, S, R, R], as RGB with the newest ink in colour: [N, S, R, R, 3]"""
-    paper = stages[:, :1].amin((2, 3), keepdim=True).expand_as(stages[:, :1])
-    before = torch.cat([paper, stages[:, :-1]], 1)
-    new = ((stages - before) / stages.clamp(min=1e-3)).clamp(0, 1).unsqueeze(-1)
+def colour_newest(stages, strokes, paper):
+    """Drawings after each stroke, as RGB with the newest stroke in colour, also where it retraces others: [N, S, R, R, 3].
+    Args: stages, strokes [N, S, R, R], the latter of each stroke alone; paper [N, 1, R, R], without any"""
+    new = ((strokes - paper) / stages.clamp(min=1e-3)).clamp(0, 1).unsqueeze(-1)
     colour = torch.tensor(matplotlib.colors.to_rgb(NEWEST))
     return 1 - stages.unsqueeze(-1) * (1 - new * colour)
 
@@ -236,8 +237,9 @@ def stroke_figures(obs, drawing, labels, title, resolution, num_rows=20):
     def draw_rows(ids):
         some = drawing.select(ids)
         pair = [drawings.resize(images, resolution) for images in (obs[ids], drawings.draw_seen(some, obs.shape[1]))]
-        stages = drawings.draw_stages(some, resolution, num_stages)
-        return torch.cat([to_colour(torch.stack(pair, 1)), colour_newest(stages)], 1)  # [n, columns, R, R, 3]
+        stages, strokes = (drawings.draw_stages(some, resolution, num_stages, alone) for alone in (False, True))
+        paper = drawings.draw_parts(some, torch.zeros_like(some.on).unsqueeze(1), resolution)
+        return torch.cat([to_colour(torch.stack(pair, 1)), colour_newest(stages, strokes, paper)], 1)  # [n, columns, R, R, 3]
 
     for figure, axes, chosen in row_figures(draw_rows, labels, title, num_rows, headings):
         write(axes, -get_gap(resolution), -get_gap(resolution), "log p(z, x)", ha="right", va="bottom")
@@ -294,7 +296,7 @@ def smooth(values):
 def plot_curve(axes, curve):
     """Plots a smoothed curve over a band of its raw values. Returns: their range, without the beginning"""
     x, mean, low, high = thin(curve)
-    (line,) = axes.plot(x, smooth(mean), lw=1.3, label="moving average")
+    (line,) = axes.plot(x, smooth(mean), lw=1.3, marker="." * (len(x) == 1), label="moving average")
     axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0.6, label="5th to 95th percentile")
     settled = int(SETTLED * len(x))
     return low[settled:].min(), high[settled:].max()
@@ -324,14 +326,15 @@ def plot_panel(axes, phase, name, curve, log_num_images):
     if phase == "test":
         axes.plot(*curve, marker=".", label="estimate")
     else:
-        low, high = plot_curve(axes, curve)
+        is_share = name in SHARES
+        low, high = plot_curve(axes, (curve[0], curve[1].clip(min=LEAST_SHARE / 10)) if is_share else curve)
         if name == "prior_loss" and log_num_images is not None:
             axes.axhline(log_num_images, ls="--", color="black", lw=1, label="log number of images to tell apart")
             low, high = min(low, log_num_images), max(high, log_num_images)
         if math.isfinite(high - low) and high > low:
             axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    if name.endswith("_loss") or phase == "test":
+    if name.endswith("_loss") or name in ("test_log_p", "test_kl"):
         axes.set_ylabel("nats per image")
-    elif 0 <= curve[1].min() and 0 < curve[1].max() <= 1:  # a share
-        axes.set(ylabel="share", yscale="log", ylim=(1e-5, 1.2))
+    elif name in SHARES:
+        axes.set(ylabel="share", yscale="log", ylim=(LEAST_SHARE, 1.2))
     axes.legend(fontsize=7)

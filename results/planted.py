@@ -36,7 +36,7 @@ def get_advantages(model, network, num, effort):
 
 def describe(advantages):
     """Describes the result of `get_advantages`, [num]"""
-    shortfall = (-advantages).clamp(min=0)
+    shortfall = (0 - advantages).clamp(min=0)
     return (
         f"a program at least as probable as the one that drew it is found for {int((shortfall < 0.01).sum())} of"
         f" {len(advantages)} images; the best one found falls short by {shortfall.mean():.2f} nats on average over all of them,"

@@ -429,8 +429,10 @@ def draw_lines(path, lines, title, xlabel, ticks=None, limits=None):
     y-axis"""
     from results import figures  # a sweep's jobs, which draw nothing, start sooner without matplotlib
 
-    figure = figures.Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = figures.make_figure(6.4, 4.1, "\n".join(filter(None, title)))
     axes = figure.subplots()
+    if len(lines) > 10:  # the colours that matplotlib starts with
+        axes.set_prop_cycle(color=figures.matplotlib.colormaps["tab20"].colors)
     for label, line in lines.items():
         (drawn,) = axes.plot(
             line.x, line.y, marker="o", markersize=2.5, lw=1.3, label=figures.literal(textwrap.fill(label, 60))
@@ -443,7 +445,6 @@ def draw_lines(path, lines, title, xlabel, ticks=None, limits=None):
         axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
     axes.set(xlabel=xlabel, ylabel="log p(x), nats per image", ylim=limits)
-    axes.set_title(figures.literal("\n".join(filter(None, title))), fontsize=8)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     figures.save_pdf(path, [figure])
@@ -455,6 +456,8 @@ def get_labels(names):
     common = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
     labels = {name: "_".join(part for part in own if part not in common) for name, own in parts.items()}
     labels = {name: label.replace("test run_", "test_run_") or name for name, label in labels.items()}
+    if len(set(labels.values())) < len(labels):  # names may have the same parts in another order
+        labels = {name: name for name in names}
     words = [f"{part} latents per image" if part.isdigit() else part for part in next(iter(parts.values())) if part in common]
     return labels, ", ".join(words)
 
@@ -564,13 +567,19 @@ def draw_milestones(runs, path):
         texts.append(f"{name}: log p {ends[0]}, enumeration bound {ends[1]}, {num_seeds}, at iteration {x[-1]}")
     if not lines:
         raise UserError("the seeds of no model have an evaluated iteration in common: evaluate them when they are trained")
-    caption = "lines: enumeration bound (guaranteed), dotted: estimate; band: range over seeds"
-    typical = np.quantile(np.concatenate([line.y for line in lines.values()]), 0.25)  # the first iterations are far below
-    lowest = min(typical, *(line.y[-1] for line in lines.values()))
-    highest = max(max(line.high.max(), line.dotted.max()) for line in lines.values())
-    draw_lines(path, lines, [images, common, caption], "iteration", limits=(lowest - 10, highest + 3))
+    caption = "lines: enumeration bound (guaranteed), dotted: estimate"
+    caption += "; band: range over seeds" * any(len(seeds) > 1 for seeds in models.values())
+    draw_lines(path, lines, [images, common, caption], "iteration", limits=choose_limits(lines.values()))
     write_csv(path.with_suffix(".csv"), rows)
     return [f"{images} (fingerprint {kind[0].fingerprint.split()[0]}):", *texts, f"{path.with_suffix('.csv')}, {path}"]
+
+
+def choose_limits(lines):
+    """The range of the y-axis for Lines, whose first points may be far below, or infinite; None if no value is finite"""
+    bounds, ends = np.concatenate([line.y for line in lines]), np.array([line.y[-1] for line in lines])
+    highest = np.concatenate([values for line in lines for values in (line.high, line.dotted)])
+    bounds, ends, highest = (values[np.isfinite(values)] for values in (bounds, ends, highest))
+    return (min([np.quantile(bounds, 0.25), *ends]) - 10, highest.max() + 3) if len(bounds) else None
 
 
 def describe_values(values):

@@ -6,6 +6,7 @@ trusted. Whatever does not fit is found on use: by load_state_dict, or by compar
 """
 
 import argparse
+import collections
 import contextlib
 import filecmp
 import glob
@@ -210,12 +211,14 @@ def get_state_path(path, half=None):
 
 
 def load_saved(path, load, settings, force=False):
-    """Loads what is saved of an evaluation, by load(path). An unreadable file is set aside. Returns: None if there is none or,
-    with force, a different evaluation. Raises: UserError if a different evaluation is in its place"""
+    """Loads what is saved of an evaluation, by load(path). A damaged file is set aside. Returns: None if there is none or, with
+    force, a different evaluation. Raises: UserError if a different evaluation is in its place; util.Unreadable"""
     if not path.exists():
         return None
     try:
         saved = load(path)
+    except util.Unreadable:
+        raise
     except UserError as error:
         names = (path.with_name(f"{path.name}.old{number}") for number in itertools.chain([""], itertools.count(2)))
         aside = next(name for name in names if not name.exists())
@@ -233,9 +236,11 @@ def using(checkpoint):
     """A context in which a checkpoint's contents are used. Raises: UserError, naming the file, in place of any other error"""
     try:
         yield
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+    except (UserError, OSError):
         raise
     except Exception as error:  # a foreign file's contents, or custom parts, may raise anything
+        if util.is_out_of_memory(error):
+            raise
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         path = checkpoint.get("path", "a checkpoint")
         raise UserError(f"{path} cannot be used here: {what} (--debug shows where)") from error
@@ -244,9 +249,13 @@ def using(checkpoint):
 # ------------------------------------------------------------------ the parts of a run
 
 
-def is_plain(checkpoint):
-    """Whether it holds only tensors and plain values, which can certainly be saved and loaded"""
-    return all(isinstance(value, torch.Tensor | int | float | str | None) for value in tree_leaves(checkpoint))
+def is_plain(value):
+    """Whether it consists of tensors, plain values and plain containers alone, which can certainly be saved and loaded"""
+    if isinstance(value, dict):
+        return type(value) in (dict, collections.OrderedDict) and all(map(is_plain, [*value, *value.values()]))
+    if isinstance(value, list | tuple):
+        return type(value) in (list, tuple) and all(map(is_plain, value))
+    return type(value) in (torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None))
 
 
 def copy(checkpoint):
@@ -255,9 +264,9 @@ def copy(checkpoint):
     for name, value in checkpoint.items():
         try:
             copied |= util.decode(util.encode({name: value}))
-        except MemoryError:
-            raise
         except Exception as error:
+            if util.is_out_of_memory(error):
+                raise
             is_strange = isinstance(error, pickle.UnpicklingError)
             reason = "it holds more than tensors and plain values" if is_strange else util.get_reason(error, 150)
             raise UserError(
@@ -383,6 +392,7 @@ def restore_optimizer(name, optimizer, state, ours, theirs, rate):
         rate: from `choose_rate`
     """
     groups, warnings = [], []
+    held = [{key: value for key, value in group.items() if torch.is_tensor(value)} for group in optimizer.param_groups]
     for group, saved, our, their in zip(optimizer.param_groups, state["param_groups"], ours, theirs, strict=True):
         saved = {key: value.item() if torch.is_tensor(value) else value for key, value in saved.items()}
         if rate in ("new", "gone"):
@@ -398,6 +408,9 @@ def restore_optimizer(name, optimizer, state, ours, theirs, rate):
     for warning in dict.fromkeys(warnings):
         warn(f"{name}: {warning}")
     optimizer.load_state_dict({**state, "param_groups": groups})
+    for group, tensors in zip(optimizer.param_groups, held, strict=True):
+        for key, tensor in tensors.items():  # which a callback may hold, or a CUDA graph
+            group[key] = tensor.fill_(group[key])
 
 
 def _to_plain(value):

@@ -2,6 +2,8 @@
 the text of a copy of the project, which is then used as they would."""
 
 import argparse
+import collections
+import enum
 import functools
 import inspect
 import json
@@ -10,6 +12,7 @@ import shutil
 from typing import Annotated
 
 import forks
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_same
@@ -503,3 +506,94 @@ def test_what_cannot_be_resumed_is_refused_before_the_first_step(copy):
         assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
         assert ("part mine" in process.stderr) == ("mine" in part) and not list(pathlib.Path("save").glob("*/checkpoints/*"))
         (copy / "main.py").write_text(text)
+
+
+Level = enum.IntEnum("Level", "LOW HIGH")
+
+
+@pytest.mark.parametrize(
+    "value", [{np.int64(3): 1}, {3: collections.deque([1.0])}, [Level.LOW], (torch.Size([2]),), collections.defaultdict(int)]
+)
+def test_what_looks_plain_but_may_not_load_is_tried(value):
+    """Such as counts by obs_id.numpy(), or what an optimiser keeps from its first step on"""
+    assert not checkpoints.is_plain({"part": value})
+    assert checkpoints.is_plain(
+        dict(torch.nn.BatchNorm1d(2).state_dict(), x=[(1, 2.0), None, {"a": True, 3: torch.nn.Parameter()}])
+    )
+
+
+def test_a_rate_that_is_a_tensor_stays_the_same_tensor():
+    rate = torch.tensor(1e-3)
+    parts, hyperparameters = get_parts(lr=rate)
+    saved = {**checkpoints.get_states(parts), "hyperparameters": hyperparameters}
+    saved["optimizer"]["param_groups"][0]["lr"] = torch.tensor(5e-4)
+    checkpoints.restore_parts(parts, saved, hyperparameters)
+    assert parts["optimizer"].param_groups[0]["lr"] is rate and rate == 5e-4
+
+
+def test_an_optimiser_replaced_on_the_way_starts_afresh(capsys):
+    def make_run():
+        return main.Run(main.parse_args([*TINY, "--algorithm=rws"]), data.load("glyphs", dataset_size=14), torch.device("cpu"))
+
+    run = make_run()
+    run.optimizer = run.parts["optimizer"] = torch.optim.SGD(run.generative_model.parameters(), momentum=0.9)
+    main.train_step(run, torch.arange(5))
+    make_run().restore(checkpoints.fill_in(checkpoints.copy(run.get_checkpoint())))
+    assert "optimizer: a different kind of optimiser" in capsys.readouterr().err
+
+
+def test_settings_in_a_group_of_their_own_or_without_a_value(monkeypatch):
+    def to_norm(text):
+        return None if text == "none" else float(text)
+
+    @losses.particle_objective
+    def clipped(
+        log_p,
+        log_q,
+        clip: Annotated[float | None, util.Setting("norm of the gradient", parse=to_norm, group="averaging")] = 1.0,
+    ):
+        return log_p.sum(), {"huge": 1e300}
+
+    monkeypatch.setitem(losses.OBJECTIVES, "clipped", clipped)
+    monkeypatch.setitem(util.CHOICES, "test_batch_size", {5: torch.relu})  # a built-in function declares no settings
+    for text, clip in [("none", None), ("2", 2.0)]:
+        args = main.parse_args(["--algorithm=clipped", f"--clip={text}"])
+        assert args.clip == clip and vars(main.parse_args(util.get_flags(args))) == vars(args)
+    step = losses.Step(*models.build(args, 0), torch.zeros(1, 28, 28), None, None, 2, 0, torch.tensor(0))
+    assert losses.get_loss(args, step, {})[1]["huge"] == torch.inf
+
+
+@functools.cache
+def get_mask():
+    return torch.ones(28, 28)
+
+
+class Masked(models.Bernoulli):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", get_mask(), persistent=False)
+        self.turn = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(3, 5))
+
+
+@pytest.mark.parametrize("num_primitives", [5, 2000])
+def test_constants_and_parametrisations_of_a_part(num_primitives, monkeypatch):
+    """Whether or not sizes are compared on the meta device first, where they are another"""
+    monkeypatch.setitem(models.LIKELIHOODS, "masked", Masked)
+    args = util.make_args({"likelihood": "masked", "num_primitives": num_primitives})
+    get_mask() if num_primitives > 5 else get_mask.cache_clear()
+    states = [model.state_dict() for model in models.build(args, 0)]
+    get_mask() if num_primitives > 5 else get_mask.cache_clear()
+    checkpoint = dict(args=vars(args), num_alphabets=0, generative_model=states[0], inference_network=states[1])
+    model, _ = models.from_checkpoint(checkpoint)
+    assert model.likelihood.mask.sum() == 28 * 28 and any(name.endswith("base") for name in states[0])
+
+
+def test_a_schedule_that_has_ended():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=2)
+    run = argparse.Namespace(get_schedulers=lambda: [schedule])
+    optimizer.step()
+    main.step_schedules(run)
+    with pytest.raises(util.UserError, match="cannot go on: Tried to step 3 times.*; give it the full length at the start"):
+        for _ in range(2):
+            main.step_schedules(run)

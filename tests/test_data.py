@@ -606,7 +606,8 @@ def test_arrays_as_people_have_them(tmp_path):
         with pytest.raises(UserError, match=f"wrong.npy has .*{words}"):
             data.load(str(tmp_path / "wrong.npy"))
     labels = np.arange(12) % 3
-    for name, more in dict(a=labels, b=np.array(["x", "y", "z"])[labels]).items():
+    in_bytes = np.array(["ш".encode(), b"y", b"\xff"])[labels]
+    for name, more in dict(a=labels, b=np.array(["x", "y", "z"])[labels], c=in_bytes).items():
         np.savez(tmp_path / f"{name}.npz", images=ink, labels=more)
         assert describe(tmp_path / f"{name}.npz").startswith("12 images, 3 alphabets"), name
     np.savez(tmp_path / "alone.npz", ink)

@@ -58,6 +58,60 @@ def test_stages_and_tiles():
     assert np.isnan(grid).sum() == grid.size - 3 * 28 * 28
 
 
+def test_the_newest_stroke_is_in_colour_where_it_retraces_others():
+    """And the paper, which is grey in young models and ends at the edge of a turned page, is not"""
+    model = models.GenerativeModel(num_arcs=3)
+    latent, _ = model.sample(1)
+    latent[0, :, 1] = 1
+    drawing = variation.get_drawing(model, latent)
+    turned = drawing._replace(map=torch.tensor([[[0.7, 0.7, 0.0], [-0.7, 0.7, 0.0]]]))
+    strokes, paper = drawings.draw_stages(turned, 28, alone=True), drawings.draw_parts(turned, 0 * turned.on.unsqueeze(1), 28)
+    stages = strokes.cummax(1).values  # the second and third retrace the first where they are lighter
+    stages[0, 1] = strokes[0, 1] = strokes[0, 0]
+    colours = figures.colour_newest(stages, strokes, paper)
+    assert torch.equal(colours[0, 0], colours[0, 1])
+    is_grey = (colours.amax(-1) - colours.amin(-1) < 1e-6)[0, 0]
+    is_paper = (strokes[0, 0] - paper[0, 0]) < 1e-9
+    assert is_paper.any() and torch.equal(is_grey, is_paper)
+
+
+def test_primitives_lie_within_their_tiles():
+    model = models.GenerativeModel(num_primitives=1)
+    with torch.no_grad():
+        model.pre_dxdy.fill_(0.1)
+    probs, _, side = drawings.draw_primitives(model, 56)
+    edge = torch.cat([probs[0, 0], probs[0, -1], probs[0, :, 0], probs[0, :, -1]])
+    params = model.get_rendering_params()
+    half = drawings.get_half_width(*model.get_primitives()[0, 3:].tolist(), *params.tolist())
+    assert edge.max() < probs.max() / 2 and side > 2 * half
+
+
+def test_colours_and_names_of_lines(monkeypatch):
+    """More lines than matplotlib has colours to start with differ; names of the same parts in another order keep apart"""
+    kept = {}
+    monkeypatch.setattr(figures, "save_pdf", lambda path, some: kept.setdefault(path, some[0]))
+    lines = {f"model {i}": report.Line([1, 2], *[np.array([i, -np.inf])] * 3, np.array([i, i + 1])) for i in range(16)}
+    title = ["the first 50 images", "", "best estimate; trained for 10000 to 200000 iterations " * 3]
+    report.draw_lines("lines.pdf", lines, title, "iteration", limits=report.choose_limits(lines.values()))
+    (axes,) = kept["lines.pdf"].axes
+    assert len({line.get_color() for line in axes.lines}) == 16 and axes.get_ylim() == (-6.25, 19.0)
+    assert kept["lines.pdf"].get_suptitle().replace("\n", " ").count("200000 iterations") == 3
+    infinite = {"model": report.Line([1], *[np.array([-np.inf])] * 4)}
+    assert report.choose_limits(infinite.values()) is None
+    assert report.get_labels(["new_mws", "mws_new", "mws_old"])[0]["mws_new"] == "mws_new"
+
+
+def test_curves_of_one_point_and_axes_of_own_statistics():
+    table = dict.fromkeys(["theta_loss", "accuracy", "new_map"], torch.tensor([0.5]))
+    statistics = {
+        "train": {"iteration": torch.tensor([1]), **table},
+        "test": {"iteration": torch.tensor([1]), "right": torch.ones(1)},
+    }
+    figure = figures.losses_figure(statistics, None, "title")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["nats per image", "", "share", ""]
+    assert all(axes.lines[0].get_marker() == "." for axes in figure.axes)
+
+
 def test_titles_lose_no_words():
     """Unless a single one, such as a run's name, is longer than a line; all frames of an animation are of the same size"""
     title = f"log p(x | strokes): the ink under them\n{'long_name' * 9}, iteration 5"

@@ -341,6 +341,12 @@ def test_a_full_disk_behind_standard_output_and_a_cache_that_cannot_be_written(f
     code = "from fast import before_torch; import os; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=cache)
     assert process.stdout == f"{folder}/torchinductor_cache_{os.getuid()}\n"  # takes its place
+    del cache["TORCHINDUCTOR_CACHE_DIR"]
+    code = f"import getpass; getpass.getuser = lambda: {{}}['no name']; {code}"  # as for a user without a name, in a container
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=cache).stdout
+        == process.stdout
+    )
 
 
 def test_closed_streams(folder):

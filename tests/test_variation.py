@@ -254,6 +254,8 @@ def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_scr
     assert (results / "run02.pdf").stat().st_size > 10_000
     lines = oneshot.write_table(tmp_path / "table.csv", [{"images": 20, "wrong": 1}, {"images": 20, "wrong": 3}])
     assert lines[0] == "wrong: 4 of 40, 10.0% (95 % interval 4.0% to 23.1%; standard error over runs 5.0%)"
+    rows = [{"images": images, "wrong": wrong} for images, wrong in [(100, 8), (100, 7), (100, 9), (100, 8), (2, 1)]]
+    assert "over runs 0.5%" in oneshot.write_table(tmp_path / "table.csv", rows)[0]  # not that of 8.0, 7.0, 9.0, 8.0, 50.0
     (results / "run02.pt").unlink()
     assert run_script(oneshot, *argv, "--run-ids", "2", "--no-compile")[0] == 0
     assert asked == [True, True, False]
