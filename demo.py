@@ -111,11 +111,13 @@ DRAW = f"""
 const canvas = element.querySelector('canvas'), pen = canvas.getContext('2d');
 pen.lineWidth = {BRUSH};
 pen.lineCap = pen.lineJoin = 'round';
-let timer;
+let timer, pointer = null;  // of several fingers, the first draws
 const at = e => [e.offsetX * canvas.width / canvas.clientWidth, e.offsetY * canvas.height / canvas.clientHeight];
 const send = () => {{ clearTimeout(timer); timer = setTimeout(() => trigger('submit', {{png: canvas.toDataURL()}}), {PAUSE}); }};
-const draw = e => {{ pen.lineTo(...at(e)); pen.stroke(); }};
+const draw = e => {{ if (e.pointerId === pointer) {{ pen.lineTo(...at(e)); pen.stroke(); }} }};
 canvas.onpointerdown = e => {{
+    if (pointer !== null || e.button) return;
+    pointer = e.pointerId;
     clearTimeout(timer);
     canvas.setPointerCapture(e.pointerId);
     pen.beginPath();
@@ -123,7 +125,11 @@ canvas.onpointerdown = e => {{
     draw(e);
     canvas.onpointermove = draw;
 }};
-canvas.onpointerup = canvas.onpointercancel = () => {{ canvas.onpointermove = null; send(); }};
+canvas.onpointerup = canvas.onpointercancel = e => {{
+    if (e.pointerId !== pointer) return;
+    pointer = canvas.onpointermove = null;
+    send();
+}};
 element.querySelector('button').onclick = () => {{ pen.clearRect(0, 0, canvas.width, canvas.height); send(); }};
 """
 

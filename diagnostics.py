@@ -61,8 +61,9 @@ class TrainedModel:
 
     @functools.cached_property
     def is_latest(self):
-        """Whether this is the newest checkpoint of the run"""
-        newest = checkpoints.load_newest(self.name)
+        """Whether this was the newest checkpoint of the run when it was read"""
+        latest = checkpoints.get_path(self.name)
+        newest = None if self.path.resolve() == latest.resolve() else checkpoints.load_newest(self.name)
         return newest is None or self.iteration >= newest["iteration"]
 
     def get_title(self):
@@ -294,8 +295,8 @@ def draw_all(args, load_data):
                 print(f"{name}: no checkpoint yet, skipped")
             else:
                 draw_run(name, checkpoint, args, load_data)
-        except UserError as error:
-            print(f"{name}: {error}", file=sys.stderr)
+        except (UserError, PermissionError) as error:  # save/ may be shared
+            print(f"{name}: {util.describe_error(error)}", file=sys.stderr)
 
 
 def main(argv=None):

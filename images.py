@@ -25,6 +25,8 @@ CHARACTER_SIDE = round(19 / 28 * SIDE)  # pixels, a character's longer side (a l
 STROKE_RADIUS = round(3 / 28 * SIDE)  # on a grid four times as fine: strokes of Omniglot are 1.6 pixels of 28 wide
 MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the range from black to white
 ACCENT = 0.5  # the farthest that a dot or an accent is from the rest of its character, as a share of the rest's size
+MOST_TILT = 0.14  # of lines of text, a tangent: eight degrees
+LINE_COST = 0.5  # of one more line, in squared distances of a character from the middle of its line, in heights
 MOST_DOTS = 3  # dots as small as specks, for each larger piece of ink; if there are more, all are specks
 SHEET_SIDE = 240  # pixels, the longer side of the photograph when a sheet is sought
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
@@ -300,12 +302,26 @@ def split_page(ink):
     if len(dots) <= MOST_DOTS * len(kept):
         groups = np.where(np.isin(pieces, dots), groups.max() + pieces, groups)
     regions = [region for region in skimage.measure.regionprops(join_dots(groups, typical)) if max(region.image.shape) >= speck]
-    top, left, bottom, _ = np.array([region.bbox for region in regions]).T
-    # A new line of text begins where a character's middle is lower than the previous one's by its height.
-    middle = (top + bottom) / 2
-    order = middle.argsort(kind="stable")
-    line = np.cumsum(np.diff(middle[order], prepend=middle.min()) > 0.7 * np.median(bottom - top))
-    return [regions[i].image for i in order[np.lexsort([left[order], line])]]
+    boxes = np.array([region.bbox for region in regions])
+    return [regions[i].image for i in np.lexsort([boxes[:, 1], find_lines(boxes)])]
+
+
+def find_lines(boxes):
+    """Numbers the lines of text on a page that may be tilted: boxes [N, 4] (top, left, bottom, right) -> [N], from 0. At each tilt
+    a line begins where a character's middle is lower than the previous one's by its height. Of the tilts, the one is chosen
+    at which few lines hold all characters closely."""
+    height, (y, x) = np.median(boxes[:, 2] - boxes[:, 0]), (boxes[:, :2] + boxes[:, 2:]).T / 2
+    best, least = None, np.inf
+    for tilt in sorted(np.linspace(-MOST_TILT, MOST_TILT, 57), key=abs):
+        level = y - tilt * x
+        order = level.argsort(kind="stable")
+        line = np.empty(len(boxes), int)
+        line[order] = np.cumsum(np.diff(level[order], prepend=level.min()) > 0.7 * height)
+        mean = np.bincount(line, level) / np.bincount(line)
+        cost = (((level - mean[line]) / height) ** 2).sum() + LINE_COST * len(mean)
+        if cost < least:
+            best, least = line, cost
+    return best
 
 
 def find_edges(pieces, sides):

@@ -30,12 +30,12 @@ def get_thumbnail_path(name, kind):
 def describe(name):
     """Lines of text about a run's checkpoint"""
     latest = checkpoints.get_path(name)
-    if not latest.exists():
-        return ["its checkpoint is elsewhere"]
     try:
+        if not latest.exists():
+            return ["its checkpoint is elsewhere"]
         checkpoint = checkpoints.load(latest)
-    except UserError as error:
-        return [str(error)]
+    except (UserError, PermissionError) as error:
+        return [util.describe_error(error)]
     args, iteration, statistics = checkpoint["args"], checkpoint["iteration"], checkpoint["statistics"]
     saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(latest.stat().st_mtime))
     return [

@@ -87,7 +87,12 @@ def test_strokes_lie_on_the_ink_that_two_visitors_draw(browser):
     visitor.wait_for_selector("text=There is no character on this page.")
     assert not get_ink(visitor).any() and not get_strokes(visitor)
     box = visitor.query_selector("canvas").bounding_box()
-    visitor.mouse.click(box["x"] + demo.PAGE / 2, box["y"] + demo.PAGE / 2)
+    visitor.mouse.move(box["x"] + demo.PAGE / 2, box["y"] + demo.PAGE / 2)
+    visitor.mouse.down()
+    visitor.evaluate("""for (const kind of ['down', 'move', 'up']) document.querySelector('canvas').dispatchEvent(
+        new PointerEvent('pointer' + kind, {pointerId: 77, clientX: 9, clientY: 9}))""")  # a second finger draws nothing
+    visitor.mouse.up()
+    visitor.mouse.click(box["x"] + 9, box["y"] + 9, button="right")
     assert 0.5 < get_ink(visitor).sum() / (np.pi * demo.BRUSH**2 / 4) < 1.5
     visitor.wait_for_selector("svg.strokes path", state="attached")
     rng = np.random.RandomState(0)

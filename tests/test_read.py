@@ -10,6 +10,7 @@ import PIL.ImageDraw
 import pytest
 import torch
 
+import images
 import models
 import read
 from reading import characters, search
@@ -111,3 +112,16 @@ def test_a_model_in_double_precision_reads_the_same():
     single, double = (characters.read(some, found) for some in (model, model.double()))
     assert torch.equal(single.latent, double.latent) and double.drawing.theta.dtype == torch.float32
     torch.testing.assert_close(single.log_likelihood, double.log_likelihood, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("tilt", [-0.1, -0.03, 0.0, 0.05, 0.12])
+def test_lines_of_a_tilted_page(tilt):
+    """Ten lines of twenty characters, then a single line of few characters far apart, which are not lines of their own"""
+    generator = np.random.default_rng(0)
+    row, col = np.divmod(np.arange(200), 20)
+    top = 40 * row + generator.uniform(-4, 4, 200)
+    boxes = np.stack([top, 40 * col, top + 25, 40 * col + 25], 1)
+    boxes[:, [0, 2]] += tilt * boxes[:, 1:2]
+    assert images.find_lines(boxes).tolist() == row.tolist()
+    sparse = np.array([[tilt * x, x, tilt * x + 25, x + 25] for x in (0, 200, 400, 600)])
+    assert images.find_lines(sparse).tolist() == [0] * 4
