@@ -72,7 +72,7 @@ class Reader:
         alike = self.known[distance.topk(min(NUM_ALIKE, len(distance)), largest=False).indices]
         log_p, deviation = reading.log_likelihood[i].item(), reading.deviation[i].sum().item()
         return f"""{animate(strokes, found.inks[i])}
-<p>{int(reading.drawing.on[i].sum())} strokes; log p(x | strokes) {log_p:.0f} nats; they deviate from the library's strokes by
+<p>{util.count(int(reading.drawing.on[i].sum()), "stroke")}; log p(x | strokes) {log_p:.0f} nats; they deviate from the library's strokes by
 {deviation:.1f} nats (0: they are in it)</p>
 <p>From the library:<br>{show(self.library[visible])}</p><p>By other hands:<br>{show(examples)}</p><p>Resembles:<br>{show(alike)}</p>"""
 
