@@ -116,7 +116,7 @@ const at = e => [e.offsetX * canvas.width / canvas.clientWidth, e.offsetY * canv
 const send = () => {{ clearTimeout(timer); timer = setTimeout(() => trigger('submit', {{png: canvas.toDataURL()}}), {PAUSE}); }};
 const draw = e => {{ if (e.pointerId === pointer) {{ pen.lineTo(...at(e)); pen.stroke(); }} }};
 canvas.onpointerdown = e => {{
-    if (pointer !== null || e.button) return;
+    if ((pointer ?? e.pointerId) !== e.pointerId || e.button) return;
     pointer = e.pointerId;
     clearTimeout(timer);
     canvas.setPointerCapture(e.pointerId);

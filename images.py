@@ -27,6 +27,7 @@ MIN_CONTRAST = 0.1  # between ink and the paper around it, as a fraction of the 
 ACCENT = 0.5  # the farthest that a dot or an accent is from the rest of its character, as a share of the rest's size
 MOST_TILT = 0.14  # of lines of text, a tangent: eight degrees
 LINE_COST = 0.5  # of one more line, in squared distances of a character from the middle of its line, in heights
+TILT_COST = 0.7  # of the largest tilt, likewise
 MOST_DOTS = 3  # dots as small as specks, for each larger piece of ink; if there are more, all are specks
 SHEET_SIDE = 240  # pixels, the longer side of the photograph when a sheet is sought
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
@@ -318,7 +319,7 @@ def find_lines(boxes):
         line = np.empty(len(boxes), int)
         line[order] = np.cumsum(np.diff(level[order], prepend=level.min()) > 0.7 * height)
         mean = np.bincount(line, level) / np.bincount(line)
-        cost = (((level - mean[line]) / height) ** 2).sum() + LINE_COST * len(mean)
+        cost = (((level - mean[line]) / height) ** 2).sum() + LINE_COST * len(mean) + TILT_COST * abs(tilt) / MOST_TILT
         if cost < least:
             best, least = line, cost
     return best

@@ -633,7 +633,7 @@ def _build_without_values(args, num_alphabets, saved):
     """Like `build`, on the meta device; () if a model cannot be built there, as with NumPy, or if no size is large for the saved
     states"""
     fields = [field.name for field in util.get_fields().values() if field.type is int and field.setting.group == "model"]
-    largest = max([num_alphabets, *(getattr(args, name) for name in fields)])
+    largest = max([num_alphabets, *(getattr(args, name) or 0 for name in fields)])
     if largest**2 <= sum(value.numel() for state in saved for value in state.values() if torch.is_tensor(value)):
         return ()
     try:

@@ -1,6 +1,5 @@
 """The tasks of a sweep: what each runs, how far it has got, and how tasks run on this machine."""
 
-import contextlib
 import ctypes
 import os
 import pathlib
@@ -102,8 +101,10 @@ def get_progress(task):
 def get_training_progress(task):
     """Progress up to the newest intact checkpoint; a training whose latest.pt is damaged is not done"""
     checkpoint, latest, damages = None, checkpoints.get_path(task.model), []
-    with contextlib.suppress(UserError, OSError):
+    try:
         checkpoint = checkpoints.load_newest(task.model, warn=damages.append)
+    except (UserError, OSError) as error:
+        damages.append(util.describe_error(error))
     damage = damages[0] if damages else ""
     if checkpoint is None:
         return Progress(False, 0, task.total, damage=damage)
@@ -132,7 +133,7 @@ def get_evaluation_progress(task):
             saved = util.load_checkpoint(saved_path, keys=checkpoints.RESULT_KEYS if saved_path == path else STATE_KEYS)
         except FileNotFoundError:  # the evaluation has just ended
             continue
-        except UserError as error:  # it starts over
+        except UserError as error:  # it starts over, if the file is damaged
             damage = damage or str(error)
             continue
         is_current = training.done and saved["settings"]["model"] == training.model

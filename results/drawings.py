@@ -137,7 +137,9 @@ def draw_primitives(generative_model, resolution):
     middle = torch.stack([(p.amax(1) + p.amin(1)) / 2 for p in (x, y)], 1)  # [K, 2]
     size = torch.stack([p.amax(1) - p.amin(1) for p in (x, y)], 1).amax(1)
     params = generative_model.get_rendering_params()
-    half_widths = [get_half_width(*stroke[3:], *params.tolist()) for stroke in primitives.tolist()]
+    half_widths = [
+        min(get_half_width(*stroke[3:], *params.tolist()), 0.5) for stroke in primitives.tolist()
+    ]  # some are all grey
     zoom = 0.9 / max((size + 2 * size.new_tensor(half_widths)).max().item(), 1e-3)
     start = 0.5 - middle * zoom  # [K, 2]
     scaled = primitives * primitives.new_tensor([zoom, zoom, 1, 1 / zoom, zoom])  # keeps the shape of the ink

@@ -176,13 +176,15 @@ def load_newest(path_base, warn=warn):
 
     Args: warn: called with each warning
     Returns: the checkpoint, or None if there are none
-    Raises: UserError if there are checkpoints but all are damaged
+    Raises: UserError if there are checkpoints but all are damaged; util.Unreadable
     """
     latest = get_path(path_base)
     paths = get_all(latest)[::-1]
     for path in paths:
         try:
             checkpoint = load(path)
+        except util.Unreadable:  # it would be replaced
+            raise
         except UserError as error:
             warn(str(error))
             continue
@@ -410,7 +412,8 @@ def restore_optimizer(name, optimizer, state, ours, theirs, rate):
     optimizer.load_state_dict({**state, "param_groups": groups})
     for group, tensors in zip(optimizer.param_groups, held, strict=True):
         for key, tensor in tensors.items():  # which a callback may hold, or a CUDA graph
-            group[key] = tensor.fill_(group[key])
+            tensor.data.copy_(torch.as_tensor(group[key]))
+            group[key] = tensor
 
 
 def _to_plain(value):

@@ -522,11 +522,11 @@ def test_what_looks_plain_but_may_not_load_is_tried(value):
     )
 
 
-def test_a_rate_that_is_a_tensor_stays_the_same_tensor():
-    rate = torch.tensor(1e-3)
+@pytest.mark.parametrize("rate", [torch.tensor(1e-3), torch.tensor([1e-3]), torch.tensor(1e-3, requires_grad=True)])
+def test_a_rate_that_is_a_tensor_stays_the_same_tensor(rate):
     parts, hyperparameters = get_parts(lr=rate)
     saved = {**checkpoints.get_states(parts), "hyperparameters": hyperparameters}
-    saved["optimizer"]["param_groups"][0]["lr"] = torch.tensor(5e-4)
+    saved["optimizer"]["param_groups"][0]["lr"] = torch.full_like(rate, 5e-4)
     checkpoints.restore_parts(parts, saved, hyperparameters)
     assert parts["optimizer"].param_groups[0]["lr"] is rate and rate == 5e-4
 
@@ -569,7 +569,7 @@ def get_mask():
 
 
 class Masked(models.Bernoulli):
-    def __init__(self):
+    def __init__(self, num_blurs: Annotated[int | None, util.Setting("of the mask", 1, group="model")] = None):
         super().__init__()
         self.register_buffer("mask", get_mask(), persistent=False)
         self.turn = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(3, 5))

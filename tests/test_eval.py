@@ -333,6 +333,9 @@ def test_an_evaluation_is_repeatable_and_kept(model, capsys, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises((UserError, type(error))):
             patch.setattr(pathlib.Path, "read_bytes", mock.Mock(side_effect=error))
             checkpoints.load_saved(util.SAVE / model / "logp" / "test_vimco.pt", report.load_result, {})
+        with monkeypatch.context() as patch, pytest.raises((UserError, type(error)), match="cannot be read|memory|^$"):
+            patch.setattr(pathlib.Path, "read_bytes", mock.Mock(side_effect=error))
+            checkpoints.load_newest(model)  # without falling back to an older one
     assert (util.SAVE / model / "logp" / "test_vimco.pt").exists()  # it may be intact
     other = evaluate(model, "vimco", "--force", "--seed", "1")
     assert other["log_p"] != first["log_p"]

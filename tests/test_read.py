@@ -125,3 +125,10 @@ def test_lines_of_a_tilted_page(tilt):
     assert images.find_lines(boxes).tolist() == row.tolist()
     sparse = np.array([[tilt * x, x, tilt * x + 25, x + 25] for x in (0, 200, 400, 600)])
     assert images.find_lines(sparse).tolist() == [0] * 4
+
+
+def test_lines_of_an_upright_page_with_few_characters():
+    """Those of the second line stand further left than those of the first"""
+    for middles in ([(0, 500), (60, 0)], [(0, 400), (0, 500), (60, 0), (60, 100)], [(0, 600), (60, 0), (60, 100), (60, 200)]):
+        boxes = np.array([[y - 20, x - 20, y + 20, x + 20] for y, x in middles])
+        assert images.find_lines(boxes).tolist() == [y // 60 for y, _ in middles]
