@@ -114,7 +114,7 @@ pen.lineCap = pen.lineJoin = 'round';
 let timer, pointer = null;  // of several fingers, the first draws
 const at = e => [e.offsetX * canvas.width / canvas.clientWidth, e.offsetY * canvas.height / canvas.clientHeight];
 const send = () => {{ clearTimeout(timer); timer = setTimeout(() => trigger('submit', {{png: canvas.toDataURL()}}), {PAUSE}); }};
-const draw = e => {{ if (e.pointerId === pointer) {{ pen.lineTo(...at(e)); pen.stroke(); }} }};
+const draw = canvas.onpointermove = e => {{ if (e.pointerId === pointer) {{ pen.lineTo(...at(e)); pen.stroke(); }} }};
 canvas.onpointerdown = e => {{
     if ((pointer ?? e.pointerId) !== e.pointerId || e.button) return;
     pointer = e.pointerId;
@@ -123,11 +123,10 @@ canvas.onpointerdown = e => {{
     pen.beginPath();
     pen.moveTo(at(e)[0] - 0.1, at(e)[1]);  // a line of no length would leave no dot
     draw(e);
-    canvas.onpointermove = draw;
 }};
 canvas.onpointerup = canvas.onpointercancel = e => {{
     if (e.pointerId !== pointer) return;
-    pointer = canvas.onpointermove = null;
+    pointer = null;
     send();
 }};
 element.querySelector('button').onclick = () => {{ pen.clearRect(0, 0, canvas.width, canvas.height); send(); }};

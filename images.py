@@ -308,9 +308,9 @@ def split_page(ink):
 
 
 def find_lines(boxes):
-    """Numbers the lines of text on a page that may be tilted: boxes [N, 4] (top, left, bottom, right) -> [N], from 0. At each tilt
-    a line begins where a character's middle is lower than the previous one's by its height. Of the tilts, the one is chosen
-    at which few lines hold all characters closely."""
+    """Numbers the lines of text on a page that may be tilted: boxes [N, 4] (top, left, bottom, right, in pixels) -> [N], from
+    0. At each tilt, a line begins where a character's middle is lower than the previous one's by its height. Of the tilts, the
+    one is chosen at which few lines hold all characters closely."""
     height, (y, x) = np.median(boxes[:, 2] - boxes[:, 0]), (boxes[:, :2] + boxes[:, 2:]).T / 2
     best, least = None, np.inf
     for tilt in sorted(np.linspace(-MOST_TILT, MOST_TILT, 57), key=abs):

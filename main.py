@@ -224,7 +224,7 @@ def train_step(run, obs_id):
 
 
 def step_schedules(run):
-    """Raises: UserError if a schedule of fixed length has ended"""
+    """Moves the learning-rate schedules on by an iteration. Raises: UserError if one of fixed length has ended"""
     try:
         for scheduler in run.get_schedulers():
             scheduler.step()

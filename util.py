@@ -524,7 +524,7 @@ def get_flags(args):
     for name, field in get_fields().items():
         default = get_run_default(name, args.test_run)
         value, flag = getattr(args, name, default), f"--{name.replace('_', '-')}"
-        if value == default or value is None is field.default or name == "cuda":
+        if value == default or (value is None and field.default is None) or name == "cuda":
             continue
         if field.type is bool:
             flags.append(flag if value else f"--no-{flag[2:]}")

@@ -137,10 +137,8 @@ def draw_primitives(generative_model, resolution):
     middle = torch.stack([(p.amax(1) + p.amin(1)) / 2 for p in (x, y)], 1)  # [K, 2]
     size = torch.stack([p.amax(1) - p.amin(1) for p in (x, y)], 1).amax(1)
     params = generative_model.get_rendering_params()
-    half_widths = [
-        min(get_half_width(*stroke[3:], *params.tolist()), 0.5) for stroke in primitives.tolist()
-    ]  # some are all grey
-    zoom = 0.9 / max((size + 2 * size.new_tensor(half_widths)).max().item(), 1e-3)
+    half_widths = size.new_tensor([get_half_width(*stroke[3:], *params.tolist()) for stroke in primitives.tolist()])
+    zoom = 0.9 / max((size + 2 * half_widths.clamp(max=0.5)).max().item(), 1e-3)  # some strokes may cover the whole square
     start = 0.5 - middle * zoom  # [K, 2]
     scaled = primitives * primitives.new_tensor([zoom, zoom, 1, 1 / zoom, zoom])  # keeps the shape of the ink
     arcs = torch.cat([start.to(scaled.dtype), scaled], 1).unsqueeze(1)  # [K, 1, 7]

@@ -427,12 +427,14 @@ class Line(NamedTuple):
 def draw_lines(path, lines, title, xlabel, ticks=None, limits=None):
     """Draws lines, {label: Line}, into a PDF. Args: title: its lines, some possibly empty; ticks: of the x-axis; limits: of the
     y-axis"""
-    from results import figures  # a sweep's jobs, which draw nothing, start sooner without matplotlib
+    import matplotlib  # here, since a sweep's jobs, which draw nothing, start sooner without it
+
+    from results import figures
 
     figure = figures.make_figure(6.4, 4.1, "\n".join(filter(None, title)))
     axes = figure.subplots()
     if len(lines) > 10:  # the colours that matplotlib starts with
-        axes.set_prop_cycle(color=figures.matplotlib.colormaps["tab20"].colors)
+        axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
     for label, line in lines.items():
         (drawn,) = axes.plot(
             line.x, line.y, marker="o", markersize=2.5, lw=1.3, label=figures.literal(textwrap.fill(label, 60))
