@@ -13,6 +13,7 @@ import math
 import signal
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 import data
 import losses
@@ -246,6 +247,12 @@ def get_steps(run):
     return [ReplayedStep(step) for step in steps]
 
 
+def get_optimizer_values(run):
+    """All parameters, hyperparameters and states of the run's optimisers: a list of objects"""
+    optimizers = [part for part in run.parts.values() if isinstance(part, torch.optim.Optimizer)]
+    return tree_leaves([[optimizer.param_groups, list(optimizer.state.values())] for optimizer in optimizers])
+
+
 # ------------------------------------------------------------------ beside the steps
 
 
@@ -335,7 +342,11 @@ def train(run):
     with util.show_progress(total=total, initial=done, unit="it") as bar:
         while run.stop.received is None and not run.reason:
             if run.get_due():
+                before = get_optimizer_values(run)
                 call_back(run)
+                after = get_optimizer_values(run)
+                if list(map(id, before)) != list(map(id, after)):  # which a recorded CUDA graph would not notice
+                    pretrain, step = get_steps(run)
                 continue
             if run.pretrain_iteration < args.pretrain_iterations:
                 statistics = pretrain()
@@ -388,7 +399,8 @@ def main(argv=None):
         elif any(some for name in ("logp/*.pt", "*/[0-9]*.pdf") for some in (util.SAVE / path_base).glob(name)):
             warn(f"{util.SAVE / path_base} holds pictures or evaluations of another model; to keep them apart, choose a --name")
         rendering.set_compile(args.compile, device)
-        memory_size = run.state["memory"].shape[1] if "memory" in run.state else 0
+        programs = run.state.get("memory")
+        memory_size = programs.shape[1] if getattr(programs, "ndim", 0) > 2 else 0  # a part of another kind may be called so
         build = functools.partial(models.build, args, dataset.num_alphabets, device)
         batch_size, memory = min(args.batch_size, len(dataset.train.obs)), (losses.init_memory, losses.remember)
         kernel_check.check(build, device, args.num_particles, batch_size, memory_size, *memory)

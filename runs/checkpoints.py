@@ -212,6 +212,12 @@ def get_state_path(path, half=None):
     return path.parent / "checkpoints" / (path.name if half is None else f"{path.stem}-{half}.pt")
 
 
+def get_name_aside(path):
+    """A name beside a file's, at which there is none"""
+    names = (path.with_name(f"{path.name}.old{number}") for number in itertools.chain([""], itertools.count(2)))
+    return next(name for name in names if not name.exists())
+
+
 def load_saved(path, load, settings, force=False):
     """Loads what is saved of an evaluation, by load(path). A damaged file is set aside. Returns: None if there is none or, with
     force, a different evaluation. Raises: UserError if a different evaluation is in its place; util.Unreadable"""
@@ -222,9 +228,7 @@ def load_saved(path, load, settings, force=False):
     except util.Unreadable:
         raise
     except UserError as error:
-        names = (path.with_name(f"{path.name}.old{number}") for number in itertools.chain([""], itertools.count(2)))
-        aside = next(name for name in names if not name.exists())
-        path.rename(aside)
+        aside = path.rename(get_name_aside(path))
         warn(f"{error}; it is evaluated again, and the file is now {aside.name}")
         return None
     differences = util.describe_differences(saved["settings"], settings)

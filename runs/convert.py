@@ -39,13 +39,27 @@ def convert(path):
         util.save_checkpoint(path, convert_run(old))
     elif isinstance(old, dict) and RESULT <= old.keys():
         result = convert_result(old)
-        name = path.with_name(f"{result['settings']['mode']}_{result['settings']['algorithm']}.pt")
         util.save_checkpoint(path, result)
-        if path.stem.partition("_")[0] in ("test", "unseen") and not name.exists():
-            return f"is rewritten as {path.rename(name)}"
+        if (renamed := rename(path, result["settings"])) != path:
+            return f"is rewritten as {renamed}"
     else:
         return "is neither a checkpoint of a run nor a result of an evaluation, and stays as it is"
     return "is rewritten"
+
+
+def rename(path, settings):
+    """Renames a result whose name says test or unseen for the images that it is of. A file that has the name already stays, and
+    this one is kept beside it. Returns: its path"""
+    is_milestone = path.parent.name.endswith("_every_checkpoint")
+    if (path.parent if is_milestone else path).name.partition("_")[0] not in ("test", "unseen"):
+        return path
+    new = path.with_name(f"{settings['mode']}_{settings['algorithm']}.pt")
+    if is_milestone:
+        new = path.parent.with_name(f"{settings['mode']}_every_checkpoint") / path.name
+        new.parent.mkdir(exist_ok=True)
+    if new.exists() and path in (new, *new.parent.glob(f"{new.name}.old*")):
+        return path
+    return path.rename(checkpoints.get_name_aside(new) if new.exists() else new)
 
 
 def convert_run(old):

@@ -630,6 +630,19 @@ def test_older_evaluations_are_kept_and_renamed_when_rewritten(small_model, caps
     assert convert.convert(logp / "test_own.pt.old") == f"is rewritten as {logp / 'train_own.pt'}"
     assert_same(load(small_model, "own", "train")["settings"], expected["settings"])
     assert tasks.get_progress(task).done
+    tested = load(small_model, "own", "test")
+    torch.save(make_older(expected), logp / "test_own.pt")  # when there is one by the right name
+    unseen = {**make_older(tested), "settings": {**make_older(tested)["settings"], "mode": "unseen"}}
+    torch.save(unseen, logp / "unseen_own.pt")
+    (logp / "test_every_checkpoint").mkdir()
+    torch.save(make_older(expected), logp / "test_every_checkpoint" / "2.pt")
+    for old, new in [("test_own.pt", "train_own.pt.old"), ("unseen_own.pt", "test_own.pt")]:
+        assert convert.convert(logp / old) == f"is rewritten as {logp / new}"
+    milestone = logp / "train_every_checkpoint" / "2.pt"
+    assert convert.convert(logp / "test_every_checkpoint" / "2.pt") == f"is rewritten as {milestone}"
+    assert_same(load(small_model, "own", "test")["settings"], tested["settings"])
+    for path in [logp / "train_own.pt.old", milestone]:
+        assert_same(report.load_result(path)["settings"], expected["settings"])
     capsys.readouterr()
     assert eval_logp.main(["--report"]) == 0
     stdout, stderr = capsys.readouterr()

@@ -76,6 +76,27 @@ def test_training(folder, capfd, algorithm, conditional):
     assert "novel_proportion" in stderr or algorithm != "mws"
 
 
+def test_steps_are_recorded_anew_when_a_callback_changes_an_optimiser(folder, monkeypatch):
+    """A CUDA graph reads a hyperparameter that is a number, and the place of any tensor, only when it is recorded"""
+    get_steps, recorded = main.get_steps, []
+
+    def change(run):
+        (group, _), i = run.optimizer.param_groups, run.iteration
+        if i == 2:
+            group["lr"] *= 0.5
+        elif i == 3:
+            group["weight_decay"] = 0.1
+        elif i == 4:
+            run.optimizer.state.clear()
+        elif i == 5:
+            run.optimizer = run.parts["optimizer"] = main.get_optimizer(run.generative_model, run.inference_network, 2.0)
+
+    monkeypatch.setattr(main, "test", change)
+    monkeypatch.setattr(main, "get_steps", lambda run: recorded.append(run.iteration) or get_steps(run))
+    run(*TINY, *"--pretrain-iterations 1 --num-iterations 7 --test-interval 1 --data-location data.mat".split())
+    assert recorded == [0, 2, 3, 4, 5]
+
+
 def test_killed_at_random_moments_ends_with_the_same_bits(folder):
     """Of MWS; test_faults.py has the others, killed at each file operation"""
     flags = [*TINY, *"--pretrain-iterations 20 --num-iterations 70 --save-interval 7 --data-location data.mat".split()]
