@@ -72,14 +72,14 @@ class Reader:
         alike = self.known[distance.topk(min(NUM_ALIKE, len(distance)), largest=False).indices]
         log_p, deviation = reading.log_likelihood[i].item(), reading.deviation[i].sum().item()
         return f"""{animate(strokes, found.inks[i])}
-<p>{util.count(int(reading.drawing.on[i].sum()), "stroke")}; log p(x | strokes) {log_p:.0f} nats; they deviate from the library's strokes by
-{deviation:.1f} nats (0: they are in it)</p>
+<p>{util.count(int(reading.drawing.on[i].sum()), "stroke")}; log p(x | strokes) {log_p:.0f} nats (how probable they make the
+ink); they deviate from the library's by {deviation:.1f} nats (0: they are in it)</p>
 <p>From the library:<br>{show(self.library[visible])}</p><p>By other hands:<br>{show(examples)}</p><p>Resembles:<br>{show(alike)}</p>"""
 
 
 def show(drawn):
     """Images [N, R, R], ink 1, as HTML"""
-    return " ".join(f'<img src="{to_uri(1 - image.numpy())}" width="44" style="display:inline;margin:1px">' for image in drawn)
+    return " ".join(f'<img src="{to_uri(1 - image.numpy())}" width="40" style="display:inline;margin:1px">' for image in drawn)
 
 
 def to_uri(grey):
@@ -129,8 +129,11 @@ canvas.onpointerup = canvas.onpointercancel = e => {{
     pointer = null;
     send();
 }};
-element.querySelector('button').onclick = () => {{ pen.clearRect(0, 0, canvas.width, canvas.height); send(); }};
+const clear = () => {{ clearTimeout(timer); pen.clearRect(0, 0, canvas.width, canvas.height); }};
+canvas.addEventListener('clear', clear);
+element.querySelector('button').onclick = () => {{ clear(); send(); }};
 """
+CLEAR = "(...given) => { document.querySelector('canvas').dispatchEvent(new Event('clear')); return given; }"
 
 
 def build(reader):
@@ -173,8 +176,8 @@ def build(reader):
             with gradio.Column(min_width=PAGE):
                 answer = gradio.HTML()
         pad.submit(read_page, None, answer, show_progress="hidden", trigger_mode="multiple", concurrency_limit=None)
-        known.click(read_known, None, answer)
-        upload.upload(read_file, upload, answer)
+        known.click(read_known, None, answer, js=CLEAR)
+        upload.upload(read_file, upload, answer, js=CLEAR)
     return page
 
 

@@ -48,7 +48,7 @@ from util import UserError, warn, warn_once
 STATE_KEYS = {"settings", "network", "table", "iteration", "log_p"}
 ALGORITHMS = report.ALGORITHMS
 LEARNING_RATE = 1e-3
-SIZES = {  # what they are; the paper's defaults, and those that differ by algorithm
+SIZES = {  # name: help, the paper's default, and defaults of other algorithms
     "num_particles": ("particles per image in training; mws: proposals, and programs drawn from the memory", 100, {"mws": 10}),
     "num_iterations": ("iterations of training", 20000, {"mws": 1000, "own": 0}),
     "batch_size": ("images per step of training", 50, {}),
@@ -237,7 +237,7 @@ def enumerate_memory(evaluation):
 def run(evaluation, settings, path, stop):
     """Searches, trains the network and estimates log p, until done or a signal arrives. Returns: whether it is done"""
     args, num_images, clock = evaluation.args, len(evaluation.obs), SaveClock(evaluation.args.save_minutes)
-    save, num_steps = functools.partial(util.save_checkpoint, path), itertools.count(1)  # of all kinds
+    save, num_steps = functools.partial(util.save_checkpoint, path), itertools.count(1)  # steps of all kinds
     train = functools.partial(train_step, evaluation)
     if evaluation.device.type == "cuda" and args.compile and args.algorithm != "mws":  # whose steps look scores up
         train = ReplayedStep(train)
@@ -303,7 +303,9 @@ def search_step(evaluation, stop):
         util.set_random_state(state, evaluation.device)
         return
     evaluation.table.score(obs_id, model, latent.unsqueeze(1), obs, alphabet)
-    rank = torch.arange(args.memory_size, device=evaluation.device).clamp(max=len(latent) - 1)  # of too few, the last repeats
+    rank = torch.arange(args.memory_size, device=evaluation.device).clamp(
+        max=len(latent) - 1
+    )  # if too few are found, the last repeats
     evaluation.programs[obs_id] = models.pack(latent[rank], evaluation.programs.dtype)
     evaluation.num_searched += 1
 

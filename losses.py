@@ -94,7 +94,7 @@ def particle_objective(function):
 
 
 def depends_on_others(loss, leaves):
-    """Whether a loss has gradients for more than these leaves of its graph. If not, to differentiate it anew would be wasted"""
+    """Whether a loss has gradients for more than these leaves of its graph. If not, a second backward pass would be wasted"""
     nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -388,7 +388,7 @@ def init_state(args, num_data, device):
 
 
 def get_parameters(state):
-    """The parameters among a state that are to be trained, but by no optimiser in the state: a list"""
+    """The trainable parameters of a state that no optimiser in it trains: a list"""
     optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
     trained = {id(x) for optimizer in optimizers for group in optimizer.param_groups for x in group["params"]}
     parts = [part.parameters() if isinstance(part, torch.nn.Module) else [part] for part in state.values()]

@@ -87,11 +87,11 @@ class Run:
         self.flush_statistics()
         if replaced := [name for name, part in self.state.items() if self.parts.get(name) is not part]:
             raise UserError(
-                f"the part {replaced[0]} of run.state is not that of run.parts, which is saved: change state in place (copy_)"
+                f"run.state[{replaced[0]!r}] has been replaced, but the one in run.parts is saved: change state in place (copy_)"
             )
         used = dict(optimizer=self.optimizer, pretrain_optimizer=self.pretrain_optimizer)
         if replaced := [name for name, part in used.items() if self.parts.get(name, part) is not part]:
-            raise UserError(f"run.{replaced[0]} is not that of run.parts, which is saved: replace both")
+            raise UserError(f"run.{replaced[0]} has been replaced, but the one in run.parts is saved: replace both")
         if changed := [name for name, shape in self.shapes.items() if getattr(self.parts.get(name), "shape", shape) != shape]:
             raise UserError(
                 f"the part {changed[0]} of the run has changed its shape, so it could not be restored: keep the shape, or make it an"
@@ -449,7 +449,7 @@ def parse_args(argv=None):
     if args.algorithm == "vimco" and args.num_particles < 2:
         raise UserError("--algorithm vimco needs --num-particles of at least 2")
     if args.q_uniform_mixture == 1:
-        raise UserError("--q-uniform-mixture 1 leaves the inference network nothing to learn; give less")
+        raise UserError("--q-uniform-mixture 1 leaves the inference network nothing to learn; it must be below 1")
     if args.initial_max_curve > 0.5 and not args.big_arcs:
         raise UserError(f"--initial-max-curve {args.initial_max_curve} is too large without --big-arcs; give at most 0.5")
     if args.small_dataset and args.dataset_size is not None:

@@ -102,7 +102,7 @@ class Particles(NamedTuple):
 
     latent: torch.Tensor  # [P, B, A, 2]
     log_p: torch.Tensor  # log p(z, x), [P, B]; has gradients where they cost nothing
-    log_q: torch.Tensor  # log q(z|x), [P, B]; likewise
+    log_q: torch.Tensor  # log q(z|x), [P, B]; the same holds
     context: torch.Tensor  # the network's encoding of the images, with gradients: [B, H]
 
 

@@ -107,7 +107,8 @@ def from_inks(inks, name):
 def read(generative_model, characters, tick=lambda: None):
     """Traces Characters with the model's strokes, and refits these to the ink. Returns: Reading. `tick` is called after each of
     matching.TRACING.num_steps steps of each variation.AT_ONCE characters"""
-    strokes = matching.find_strokes(generative_model, characters.inks, characters.obs, 1, deviations=DEVIATIONS, tick=tick)
+    how = dict(num_traces=1, deviations=DEVIATIONS, corners=True)
+    strokes = matching.find_strokes(generative_model, characters.inks, characters.obs, **how, tick=tick)
     drawing = strokes.drawing.select(0)  # the only trace
     used = drawing.on | drawing.displacement.any(2)  # [N, A]
     arcs = torch.cat([drawing.displacement, drawing.theta.unsqueeze(2)], 2).flatten(0, 1)  # [N * A, 3]

@@ -38,7 +38,7 @@ FLOOR = 0.03  # f'
 PART, HOLE = 8.0, 4.0  # for each extra or missing part or hole of the ink
 MOST = 3  # at most so many count
 END, UNMATCHED = 18.0, 0.45  # for each end of a line, times the distance to its partner; that distance if it has none
-TRACING = Schedule(60, 0.5, 1.0, 0.6)  # of the refit to the image itself, on whose ink traces already lie
+TRACING = Schedule(60, 0.5, 1.0, 0.6)  # to the image itself, whose ink the traces already follow
 COARSE = Schedule(50, 0.25, 0.6, 0.8)  # to another image, on a coarse grid
 FINE = Schedule(60, 0.6, 1.0, 0.8)  # and on all pixels
 
@@ -54,19 +54,19 @@ class Strokes(NamedTuple):
         return Strokes(self.obs[ids], self.drawing.select(slice(None), ids))
 
 
-def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, deviations=OWN, tick=lambda: None):
+def find_strokes(generative_model, inks, obs, num_traces=NUM_TRACES, seed=0, deviations=OWN, corners=False, tick=lambda: None):
     """Traces images and refits the strokes to them.
 
     Args:
         inks: the N images, a list of arrays [H, W] of bool, of any size; obs [N, R, C] in [0, 1]: the same, scaled down
         seed: of the stroke order in further traces
-        deviations: Deviations from the library's strokes
+        deviations: Deviations from the library's strokes; corners: as for tracing.trace
         tick: called after each step of each variation.AT_ONCE drawings
     Returns: Strokes, with num_traces per image, the first trace being the most obvious one
     """
     rng = np.random.default_rng(seed)
     rngs = [None] * len(inks) + [rng] * len(inks) * (num_traces - 1)
-    centre, start = tracing.trace(generative_model, inks * num_traces, rngs)
+    centre, start = tracing.trace(generative_model, inks * num_traces, rngs, corners)
     images = obs.repeat(num_traces, 1, 1)  # [K * N, R, C]
     drawing, _, _ = variation.refit(centre, images, deviations, TRACING, start, tick=tick)
     return Strokes(obs, variation.change(drawing, lambda x: x.unflatten(0, (num_traces, len(inks)))))

@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
     name: str
     characters: torch.Tensor  # [N, 28, 28], the share of ink in each pixel
-    tests: torch.Tensor  # [M, 28, 28], likewise
+    tests: torch.Tensor  # [M, 28, 28], the same
     answers: torch.Tensor  # [M], the character of each test image, from 0
     inks: list  # of the N characters and M tests at full size: arrays [H, W] of bool
 

@@ -48,7 +48,7 @@ class Stage(NamedTuple):
     widening: int  # factor on the width of the narrowest beams
     share_of_maps: float  # that it takes: those that led to the best programs so far
     floor: float  # logit of paper: ink not drawn yet costs -floor nats a pixel
-    share_alike: float  # of a beam, in which programs may be alike
+    share_alike: float  # fraction of a beam in which programs may be alike
 
 
 QUICK = Effort(15, 20, 100, 100, 60, 20)  # takes seconds an image when compiled
@@ -222,8 +222,9 @@ class BeamSearch:
     """A stochastic beam search for programs of an image, under some maps [t] (None: under all, if there are any).
 
     Each step samples some of the strokes that could follow the beam's programs, and keeps those of the longer programs whose
-    own best next stroke would lead to the highest score. Beyond a share of the beam, only the best go on of programs that
-    lead to about the same place and explain the ink about as well. A pixel of ink that is not drawn costs about -floor nats.
+    own best next stroke would lead to the highest score. In all but a share of the beam, of programs that end at about the
+    same place with about the same log likelihood, only the best is kept. A pixel of ink that is not drawn costs about -floor
+    nats.
     """
 
     def __init__(self, image, map_id, floor, share_alike):

@@ -2,7 +2,8 @@
 
 1. The ink is thinned to lines one pixel wide, between junctions and ends. Lines that go straight on across a junction are
    joined (`find_lines`).
-2. Each line is divided into strokes, at points s_0 < ... < s_K, by dynamic programming (`divide`). The division minimises
+2. Each line, or (where `corners` is given) each of its parts between sharp corners, is divided into strokes, at points
+   s_0 < ... < s_K, by dynamic programming (`divide`). The division minimises
 
        sum_k  COST + |e_k|^2 / 2 + 1 / (2 TAU^2) integral of dist_k(s)^2 ds
 
@@ -37,6 +38,7 @@ CROSSING = 8  # closer junctions are merged
 REACH = 8  # length of a line used for its direction at a junction
 SMOOTH = 2  # standard deviation of the Gaussian that smooths lines
 STRAIGHT = math.radians(60)  # the sharpest turn of a line across a junction
+CORNER = math.radians(45)  # the least turn of a line at a corner
 
 # Fractions of the page
 STEP = 0.03  # distance between the points at which a line may be divided
@@ -49,18 +51,20 @@ LONGEST = 40  # steps in a stroke, at most
 TURN_NOISE, ORDER_NOISE = 0.3, 0.5  # in further traces: of turns in radians, of the logarithms of distances
 
 
-def trace(generative_model, inks, rngs=None):
+def trace(generative_model, inks, rngs=None, corners=False):
     """Traces N images with A strokes each, as many as the longest trace takes; other traces end with strokes of no length.
 
     Args:
         inks: a list of arrays [H, W] of bool, of any size
         rngs: for each, None for the most obvious trace or a numpy.random.Generator for another one
+        corners: divide lines at corners, round which strokes would go otherwise: closer to the ink, but more strokes
     Returns: Drawing of the library's strokes, starting where the trace does, with one pen; Variation that lays them on the ink
     """
     primitives = generative_model.get_primitives().detach().float()  # [P, 5]
     library = primitives[:, :3].double().numpy()
     rngs = rngs or [None] * len(inks)
-    starts, *lists = zip(*(_trace(make_square(ink), library, rng) for ink, rng in zip(inks, rngs, strict=True)), strict=True)
+    traces = [_trace(make_square(ink), library, rng, corners) for ink, rng in zip(inks, rngs, strict=True)]
+    starts, *lists = zip(*traces, strict=True)
     latent, arcs, used = (pad_sequence(tensors, batch_first=True) for tensors in lists)
     centre = variation.get_drawing(generative_model, latent)
     sharpness, width = (primitives[:, i].mean().expand(used.shape) for i in (3, 4))
@@ -70,7 +74,7 @@ def trace(generative_model, inks, rngs=None):
     return centre, variation.get_none(centre)._replace(displacement=moved, theta=turned)
 
 
-def _trace(ink, library, rng):
+def _trace(ink, library, rng, corners):
     """Returns: start of the first stroke [2]; of each stroke, primitive and pen [A, 2], dx, dy and theta [A, 3], and True"""
     lines, latent, arcs, pen, start = find_lines(ink, rng), [], [], None, [0.5, 0.5]
     while lines:
@@ -81,7 +85,8 @@ def _trace(ink, library, rng):
             arcs.append(np.append(line[0] - pen, 0.0))
             latent.append([find_nearest(arcs[-1][None], library)[0][0], 0])
             pen = line[0]
-        for primitive, end, theta in divide(line, library):
+        parts = divide_at_corners(line, len(ink)) if corners else [line]
+        for primitive, end, theta in [stroke for part in parts for stroke in divide(part, library)]:
             dot = np.linalg.norm(end - pen) < DOT
             arcs.append(np.array([DOT, 0, 0]) if dot else np.append(end - pen, theta))
             latent.append([primitive, 1])
@@ -128,6 +133,18 @@ def divide(line, library):
         strokes.append((int(primitive[s]), points[point], theta[s]))
         point = first[s]
     return strokes[::-1]
+
+
+def divide_at_corners(line, side):
+    """Divides a line where it turns sharply: [n, 2] -> a list of [m, 2]. Args: side: of the ink, in pixels"""
+    reach, point = max(round(REACH * side / PAGE), 1), line @ [1, 1j]
+    middle, cuts = np.arange(reach, len(line) - reach), []
+    before, after = point[middle] - point[middle - reach], point[middle + reach] - point[middle]
+    turn = np.abs(np.angle(after * before.conj()))
+    for i in (-turn).argsort(kind="stable"):  # the sharpest turn first
+        if turn[i] >= CORNER and all(abs(middle[i] - cut) > reach for cut in cuts):
+            cuts.append(middle[i])
+    return [line[first : last + 1] for first, last in itertools.pairwise([0, *sorted(cuts), len(line) - 1])]
 
 
 def _resample(line):

@@ -105,13 +105,17 @@ def test_strokes_lie_on_the_ink_that_two_visitors_draw(browser):
 
 def test_a_known_character_and_a_photograph(browser, tmp_path):
     visitor = browser()
+    draw(visitor, [(0.2, 0.3), (0.8, 0.3)])  # which is neither kept nor read
     visitor.click("text=A known character")
     visitor.wait_for_selector("svg.strokes path", state="attached")
+    assert not get_ink(visitor).any()
+    draw(visitor, [(0.2, 0.3), (0.8, 0.3)])
     page = PIL.Image.new("L", (400, 300), 200)
     page.paste(30, (60, 100, 160, 108)), page.paste(30, (250, 60, 258, 200))
     page.save(tmp_path / "page.png")
     visitor.set_input_files("input[type=file]", tmp_path / "page.png")
     visitor.wait_for_function("document.querySelectorAll('svg.strokes').length == 2")
+    assert not get_ink(visitor).any()
     (tmp_path / "broken.png").write_bytes(b"no picture")
     visitor.set_input_files("input[type=file]", tmp_path / "broken.png")
     visitor.wait_for_selector("text=broken.png is damaged or not an image")

@@ -124,6 +124,27 @@ def test_the_division_is_the_best_of_all():
     np.testing.assert_allclose([end for _, end, _ in tracing.divide(line, LIBRARY)], points[best[1:]])
 
 
+def test_lines_are_cut_at_corners():
+    """Within the pixels by which smoothing rounds them, and nowhere else; strokes end there"""
+    box = get_line((0.2, 0.2), (0.2, 0.8), (0.8, 0.8), (0.8, 0.2))
+    (line,) = tracing.find_lines(draw_ink(box))
+    parts = tracing.divide_at_corners(line, SIDE)
+    corners = [part[-1] for part in parts[:-1]]
+    assert all((one[-1] == other[0]).all() for one, other in itertools.pairwise(parts))
+    expected = [(0.2, 0.8), (0.8, 0.8)]
+    np.testing.assert_allclose(corners, expected if line[0][0] < 0.5 else expected[::-1], atol=2.5 / SIDE)
+    (circle,) = tracing.find_lines(draw_ink(*LINES["circle"]))
+    for smooth in (circle, line[:5], line[:1]):
+        (part,) = tracing.divide_at_corners(smooth, SIDE)
+        assert (part == smooth).all()
+    torch.manual_seed(1)
+    model = models.GenerativeModel(64).requires_grad_(False)
+    centre, start = tracing.trace(model, [draw_ink(box)], corners=True)
+    arcs = variation.get_arcs(variation.vary(centre, start, OWN))[0]  # [A, 7]
+    ends = (arcs[:, :2] + arcs[:, 2:4]).numpy()
+    assert np.linalg.norm(ends[:, None] - expected, axis=2).min(0).max() < 2.5 / SIDE
+
+
 def test_traces_lie_on_the_ink():
     """Of letters: nearly all the ink is drawn, and little else, before any refit; in whatever order"""
     model = models.GenerativeModel(64, likelihood="learned-affine").requires_grad_(False)
