@@ -156,7 +156,8 @@ def draw_losses(trained, checkpoint):
     log_num_images = None
     if memory is not None:  # the entropy of a prior with one equally probable program per image
         log_num_images = math.log(len(memory) / max(trained.num_alphabets, 1))
-    figure = figures.losses_figure(statistics, log_num_images, f"{trained.name}, iteration {trained.iteration}")
+    tested = "training images" if checkpoint["args"]["small_dataset"] else "test images"  # by main.py --test-interval
+    figure = figures.losses_figure(statistics, log_num_images, f"{trained.name}, iteration {trained.iteration}", tested)
     save_figures(trained, "losses" if trained.is_latest else f"losses/{trained.iteration}", [figure])
 
 

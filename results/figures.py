@@ -302,29 +302,29 @@ def plot_curve(axes, curve):
     return low[settled:].min(), high[settled:].max()
 
 
-def losses_figure(statistics, log_num_images, title):
+def losses_figure(statistics, log_num_images, title, tested="test images"):
     """The learning curves.
 
     Args: statistics: as in a checkpoint; log_num_images: the dashed line of the prior loss, log of the number
-        of images (per alphabet, if conditional), or None
+        of images (per alphabet, if conditional), or None; tested: the images of tests during training, in words
     """
     curves = get_curves(statistics)
     num_cols = choose_num_cols(len(curves), most=4)
     num_rows = math.ceil(len(curves) / num_cols)
     figure = make_figure(3.6 * num_cols, 2.8 * num_rows, title)
     for number, ((phase, name), curve) in enumerate(curves.items(), start=1):
-        plot_panel(figure.add_subplot(num_rows, num_cols, number), phase, name, curve, log_num_images)
+        plot_panel(figure.add_subplot(num_rows, num_cols, number), phase, name, curve, log_num_images, tested)
     return figure
 
 
-def plot_panel(axes, phase, name, curve, log_num_images):
+def plot_panel(axes, phase, name, curve, log_num_images, tested):
     """Plots a statistic of a phase of training; other arguments as for `losses_figure`"""
     words = literal(name.replace("_", " "))
     axes.set_title(words if phase == "train" or name.startswith(phase) else f"{phase} {words}", fontsize=9)
     axes.set_xlabel("iteration of pretraining" if phase == "pretrain" else "iteration")
     axes.grid(alpha=0.25)
     if phase == "test":
-        axes.plot(*curve, marker=".", label="estimate")
+        axes.plot(*curve, marker=".", label=f"estimate, {tested}")
     else:
         is_share = name in SHARES
         low, high = plot_curve(axes, (curve[0], curve[1].clip(min=LEAST_SHARE / 10)) if is_share else curve)
