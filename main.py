@@ -87,11 +87,11 @@ class Run:
         self.flush_statistics()
         if replaced := [name for name, part in self.state.items() if self.parts.get(name) is not part]:
             raise UserError(
-                f"run.state[{replaced[0]!r}] has been replaced, but the one in run.parts is saved: change state in place (copy_)"
+                f"the part {replaced[0]} of run.state is not that of run.parts, which is saved: change state in place (copy_)"
             )
         used = dict(optimizer=self.optimizer, pretrain_optimizer=self.pretrain_optimizer)
         if replaced := [name for name, part in used.items() if self.parts.get(name, part) is not part]:
-            raise UserError(f"run.{replaced[0]} has been replaced, but the one in run.parts is saved: replace both")
+            raise UserError(f"run.{replaced[0]} is not that of run.parts, which is saved: replace both")
         if changed := [name for name, shape in self.shapes.items() if getattr(self.parts.get(name), "shape", shape) != shape]:
             raise UserError(
                 f"the part {changed[0]} of the run has changed its shape, so it could not be restored: keep the shape, or make it an"

@@ -346,7 +346,7 @@ def find_unusable(parts, checkpoint, ours, theirs):
         if name not in checkpoint:
             reasons[name] = f"the checkpoint has no {words}"
         elif name in ours and get_kind(ours[name]) != get_kind(theirs[name]):
-            reasons[name] = f"{words}: its kind of optimiser, or its number of groups, differs from the checkpoint's"
+            reasons[name] = f"{words}: a different kind of optimiser, or number of groups, than in the checkpoint"
         elif name in ours and get_sizes(part.state_dict()) != get_sizes(checkpoint[name]):
             reasons[name] = f"{words}: its groups have other numbers of parameters than in the checkpoint"
         elif is_schedule(part) and get_entries(part.state_dict()) != get_entries(checkpoint[name]):
