@@ -50,7 +50,7 @@ class TrainedModel:
     def __init__(self, name, checkpoint, dataset=None, other_data=""):
         self.name, self.folder, self.path = name, util.SAVE / name, pathlib.Path(checkpoint["path"])
         self.dataset, self.other_data = dataset, other_data
-        self.memory = checkpoint["memory"]  # programs of the images that it was trained on
+        self.memory = checkpoints.get_programs(checkpoint)  # programs of the images that it was trained on
         self.iteration, self.num_alphabets = checkpoint["iteration"], checkpoint["num_alphabets"]
         self.generative_model, self.inference_network = models.from_checkpoint(checkpoint)
 
@@ -149,13 +149,13 @@ def save_film(path, frames, milliseconds):
 
 def draw_losses(trained, checkpoint):
     """Writes losses.pdf or, for an older checkpoint, losses/<iteration>.pdf"""
-    statistics, memory = checkpoint["statistics"], checkpoint["memory"]
+    statistics = checkpoint["statistics"]
     if not figures.get_curves(statistics):
         print(f"{trained.name}: no losses in this checkpoint")
         return
     log_num_images = None
-    if memory is not None:  # the entropy of a prior with one equally probable program per image
-        log_num_images = math.log(len(memory) / max(trained.num_alphabets, 1))
+    if trained.memory is not None:  # the entropy of a prior with one equally probable program per image
+        log_num_images = math.log(len(trained.memory) / max(trained.num_alphabets, 1))
     tested = "training images" if checkpoint["args"]["small_dataset"] else "test images"  # by main.py --test-interval
     figure = figures.losses_figure(statistics, log_num_images, f"{trained.name}, iteration {trained.iteration}", tested)
     save_figures(trained, "losses" if trained.is_latest else f"losses/{trained.iteration}", [figure])

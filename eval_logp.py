@@ -529,7 +529,7 @@ def load_images(args, checkpoint, load_data=data.load_and_tell):
     num_all = len(split.obs)
     spread = args.images == "spread"
     ids = data.spread(num_all, args.num_data) if spread else torch.arange(min(args.num_data, num_all))
-    memory, images = checkpoint["memory"], split.select(ids)
+    memory, images = checkpoints.get_programs(checkpoint), split.select(ids)
     kind = "training" if args.mode == "train" else "test"
     if not data.was_trained_on(checkpoint, dataset):
         kind = "other"

@@ -399,8 +399,8 @@ def main(argv=None):
         elif any(some for name in ("logp/*.pt", "*/[0-9]*.pdf") for some in (util.SAVE / path_base).glob(name)):
             warn(f"{util.SAVE / path_base} holds pictures or evaluations of another model; to keep them apart, choose a --name")
         rendering.set_compile(args.compile, device)
-        programs = run.state.get("memory")
-        memory_size = programs.shape[1] if getattr(programs, "ndim", 0) > 2 else 0  # a part of another kind may be called so
+        programs = checkpoints.get_programs(run.state)
+        memory_size = 0 if programs is None else programs.shape[1]
         build = functools.partial(models.build, args, dataset.num_alphabets, device)
         batch_size, memory = min(args.batch_size, len(dataset.train.obs)), (losses.init_memory, losses.remember)
         kernel_check.check(build, device, args.num_particles, batch_size, memory_size, *memory)

@@ -19,7 +19,7 @@ import pickle
 import torch
 from torch.utils._pytree import tree_leaves
 
-import losses  # noqa: F401  # it and models declare settings
+import losses  # it and models declare settings
 import util
 from util import UserError, warn
 
@@ -162,6 +162,15 @@ def fill_in(checkpoint):
     removed = {name: value for name, value in vars(args).items() if name not in known}
     settings = {**util.get_settings(args), "data": checkpoint["data"]}
     return {"memory": None, **checkpoint, "args": vars(args), "settings": settings, "removed": removed}
+
+
+def get_programs(parts):
+    """The programs that a run, given its parts or a checkpoint, remembers of its training images, packed: [N, M, A]; None if it
+    has no memory, or one of another kind"""
+    memory = parts.get("memory")
+    if not torch.is_tensor(memory) or memory.dim() not in (3, 4):
+        return None
+    return memory if memory.dim() == 3 else losses.pack(memory, torch.int16)
 
 
 def is_table(value):

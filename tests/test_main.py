@@ -1,6 +1,7 @@
 """The training script, end to end, as a user runs it."""
 
 import csv
+import functools
 import pathlib
 import shutil
 import signal
@@ -19,6 +20,7 @@ from test_util import cut, put_code, small_disk
 
 import diagnostics
 import eval_logp
+import losses
 import main
 import rendering
 import util
@@ -95,6 +97,18 @@ def test_steps_are_recorded_anew_when_a_callback_changes_an_optimiser(folder, mo
     monkeypatch.setattr(main, "get_steps", lambda run: recorded.append(run.iteration) or get_steps(run))
     run(*TINY, *"--pretrain-iterations 1 --num-iterations 7 --test-interval 1 --data-location data.mat".split())
     assert recorded == [0, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("memory", [torch.zeros(3), torch.nn.Embedding(2, 3), torch.zeros(100, 2, 3, 2, dtype=torch.long)])
+def test_a_part_called_memory_of_another_kind(folder, monkeypatch, memory, capsys):
+    """It is saved as any other; only plain programs are taken for remembered ones"""
+    objective = losses.keeps(lambda: {"memory": memory})(functools.partial(losses.wake_sleep))
+    monkeypatch.setitem(losses.OBJECTIVES, "rws", objective)
+    run(*TINY, *"--algorithm rws --pretrain-iterations 1 --num-iterations 2 --data-location data.mat".split())
+    name = get_run_folder().name
+    assert eval_logp.main(["--checkpoint-path", name, *"--algorithm own --mode train --num-data 2".split()]) == 0
+    assert diagnostics.main(["--checkpoint-path", name, "--num-reconstructions", "2"]) == 0
+    assert "error" not in capsys.readouterr().err and (get_run_folder() / "reconstructions" / "2.pdf").exists()
 
 
 def test_killed_at_random_moments_ends_with_the_same_bits(folder):
