@@ -137,7 +137,7 @@ def divide(line, library):
 
 def divide_at_corners(line, side):
     """Divides a line where it turns sharply: [n, 2] -> a list of [m, 2]. Args: side: of the ink, in pixels"""
-    reach, point = max(round(REACH * side / PAGE), 1), line @ [1, 1j]
+    reach, point = max(round(REACH * side / PAGE), 4), line @ [1, 1j]  # coarse ink is jagged
     middle, cuts = np.arange(reach, len(line) - reach), []
     before, after = point[middle] - point[middle - reach], point[middle + reach] - point[middle]
     turn = np.abs(np.angle(after * before.conj()))
