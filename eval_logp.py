@@ -303,9 +303,8 @@ def search_step(evaluation, stop):
         util.set_random_state(state, evaluation.device)
         return
     evaluation.table.score(obs_id, model, latent.unsqueeze(1), obs, alphabet)
-    rank = torch.arange(args.memory_size, device=evaluation.device).clamp(
-        max=len(latent) - 1
-    )  # if too few are found, the last repeats
+    # If too few are found, the last repeats
+    rank = torch.arange(args.memory_size, device=evaluation.device).clamp(max=len(latent) - 1)
     evaluation.programs[obs_id] = models.pack(latent[rank], evaluation.programs.dtype)
     evaluation.num_searched += 1
 

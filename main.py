@@ -248,9 +248,10 @@ def get_steps(run):
 
 
 def get_optimizer_values(run):
-    """All parameters, hyperparameters and states of the run's optimisers: a list of objects"""
+    """All parameters, hyperparameters and states of the run's optimisers, and which of them are frozen: a list of objects"""
     optimizers = [part for part in run.parts.values() if isinstance(part, torch.optim.Optimizer)]
-    return tree_leaves([[optimizer.param_groups, list(optimizer.state.values())] for optimizer in optimizers])
+    values = tree_leaves([[optimizer.param_groups, list(optimizer.state.values())] for optimizer in optimizers])
+    return [*values, *(value.requires_grad for value in values if torch.is_tensor(value))]
 
 
 # ------------------------------------------------------------------ beside the steps

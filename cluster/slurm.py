@@ -344,9 +344,8 @@ def run_task(where):
         task = listing.tasks[index]
     except (UserError, ValueError, TypeError, IndexError):
         raise UserError(f"--task {where!r} is not a task of a sweep; this option is for Slurm jobs, not for people") from None
-    if not (
-        FOLDER.exists() and os.path.samefile(FOLDER, listing.path.parent)
-    ):  # Slurm falls back to /tmp if a job's folder is gone
+    # Slurm falls back to /tmp if a job's folder is gone
+    if not (FOLDER.exists() and os.path.samefile(FOLDER, listing.path.parent)):
         raise UserError(f"this job runs in {os.getcwd()}, whose {FOLDER} is not that of its sweep: submit it anew from there")
     os.environ.update(listing.environment)
     is_chain = path != where

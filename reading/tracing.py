@@ -38,7 +38,7 @@ CROSSING = 8  # closer junctions are merged
 REACH = 8  # length of a line used for its direction at a junction
 SMOOTH = 2  # standard deviation of the Gaussian that smooths lines
 STRAIGHT = math.radians(60)  # the sharpest turn of a line across a junction
-CORNER = math.radians(45)  # the least turn of a line at a corner
+CORNER, SHARP = math.radians(45), 0.7  # the least turn of a line at a corner, also as a share of that within twice REACH
 
 # Fractions of the page
 STEP = 0.03  # distance between the points at which a line may be divided
@@ -139,8 +139,13 @@ def divide_at_corners(line, side):
     """Divides a line where it turns sharply: [n, 2] -> a list of [m, 2]. Args: side: of the ink, in pixels"""
     reach, point = max(round(REACH * side / PAGE), 4), line @ [1, 1j]  # coarse ink is jagged
     middle, cuts = np.arange(reach, len(line) - reach), []
-    before, after = point[middle] - point[middle - reach], point[middle + reach] - point[middle]
-    turn = np.abs(np.angle(after * before.conj()))
+
+    def get_turn(reach):
+        before, after = np.maximum(middle - reach, 0), np.minimum(middle + reach, len(line) - 1)
+        return np.abs(np.angle((point[after] - point[middle]) * (point[middle] - point[before]).conj()))
+
+    turn = get_turn(reach)
+    turn = np.where(turn >= SHARP * get_turn(2 * reach), turn, 0)  # an arc turns twice as much within twice the reach
     for i in (-turn).argsort(kind="stable"):  # the sharpest turn first
         if turn[i] >= CORNER and all(abs(middle[i] - cut) > reach for cut in cuts):
             cuts.append(middle[i])

@@ -168,9 +168,9 @@ def get_programs(parts):
     """The programs that a run, given its parts or a checkpoint, remembers of its training images, packed: [N, M, A]; None if it
     has no memory, or one of another kind"""
     memory = parts.get("memory")
-    if not torch.is_tensor(memory) or memory.dim() not in (3, 4):
+    if not torch.is_tensor(memory) or memory.is_floating_point():
         return None
-    return memory if memory.dim() == 3 else losses.pack(memory, torch.int16)
+    return losses.pack(memory, torch.int16) if memory.shape[3:] == (2,) else memory if memory.dim() == 3 else None
 
 
 def is_table(value):

@@ -142,7 +142,7 @@ def main():
     parser = util.ArgumentParser(description=__doc__)
     parser.add("files", "files to rewrite", nargs="+", type=pathlib.Path)
     status = 0
-    for path in parser.parse_args().files:
+    for path in sorted(parser.parse_args().files):  # those called test make room for those called unseen
         try:
             with checkpoints.using({"path": path}):
                 print(f"{path} {convert(path)}", flush=True)

@@ -92,14 +92,18 @@ def test_steps_are_recorded_anew_when_a_callback_changes_an_optimiser(folder, mo
             run.optimizer.state.clear()
         elif i == 5:
             run.optimizer = run.parts["optimizer"] = main.get_optimizer(run.generative_model, run.inference_network, 2.0)
+        elif i == 6:
+            run.generative_model.pre_width.requires_grad_(False)
 
     monkeypatch.setattr(main, "test", change)
     monkeypatch.setattr(main, "get_steps", lambda run: recorded.append(run.iteration) or get_steps(run))
     run(*TINY, *"--pretrain-iterations 1 --num-iterations 7 --test-interval 1 --data-location data.mat".split())
-    assert recorded == [0, 2, 3, 4, 5]
+    assert recorded == [0, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("memory", [torch.zeros(3), torch.nn.Embedding(2, 3), torch.zeros(100, 2, 3, 2, dtype=torch.long)])
+@pytest.mark.parametrize(
+    "memory", [torch.zeros(3), torch.nn.Embedding(2, 3), torch.randn(5, 4, 3), torch.zeros(100, 2, 3, 2).long()]
+)
 def test_a_part_called_memory_of_another_kind(folder, monkeypatch, memory, capsys):
     """It is saved as any other; only plain programs are taken for remembered ones"""
     objective = losses.keeps(lambda: {"memory": memory})(functools.partial(losses.wake_sleep))

@@ -134,7 +134,8 @@ def test_lines_are_cut_at_corners():
     expected = [(0.2, 0.8), (0.8, 0.8)]
     np.testing.assert_allclose(corners, expected if line[0][0] < 0.5 else expected[::-1], atol=2.5 / SIDE)
     (circle,) = tracing.find_lines(draw_ink(*LINES["circle"]))
-    for smooth in (circle, line[:5], line[:1]):
+    (small,) = tracing.find_lines(draw_ink(0.5 + 0.1 * (LINES["circle"][0] - 0.5) / 0.3))
+    for smooth in (circle, small, line[:5], line[:1]):
         (part,) = tracing.divide_at_corners(smooth, SIDE)
         assert (part == smooth).all()
     torch.manual_seed(1)
