@@ -174,8 +174,8 @@ def _take_per_alphabet(split, size, num_groups):
     if fewest < num:
         which = " of each alphabet" * (split.alphabet is not None)
         raise UserError(
-            f"a data set of {size} takes {num} training images{which}, but there are only {fewest}; use a"
-            " smaller data set, or provide more data"
+            f"a data set of {size} takes {num} training images{which}, but there are only {fewest};"
+            " use a smaller data set, or provide more data"
         )
     return split.select(torch.cat(ids))
 

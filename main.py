@@ -247,13 +247,6 @@ def get_steps(run):
     return [ReplayedStep(step) for step in steps]
 
 
-def get_optimizer_values(run):
-    """All parameters, hyperparameters and states of the run's optimisers, and which of them are frozen: a list of objects"""
-    optimizers = [part for part in run.parts.values() if isinstance(part, torch.optim.Optimizer)]
-    values = tree_leaves([[optimizer.param_groups, list(optimizer.state.values())] for optimizer in optimizers])
-    return [*values, *(value.requires_grad for value in values if torch.is_tensor(value))]
-
-
 # ------------------------------------------------------------------ beside the steps
 
 
@@ -280,8 +273,9 @@ def test(run):
 def call_back(run):
     """Calls the first callback that is due, with the run, its models in evaluation mode, and all its statistics so far. Random
     numbers drawn in it do not affect the run. A callback interrupted by a signal may return False, to be called again when the
-    run resumes"""
+    run resumes. Returns: whether it has changed an optimiser"""
     run.flush_statistics()
+    before = get_optimizer_values(run)
     modules = [*run.generative_model.modules(), *run.inference_network.modules()]
     modes = [module.training for module in modules]
     run.generative_model.eval(), run.inference_network.eval()
@@ -291,6 +285,14 @@ def call_back(run):
     util.set_random_state(random_state, run.device)
     for module, mode in zip(modules, modes, strict=True):
         module.training = mode
+    return list(map(id, before)) != list(map(id, get_optimizer_values(run)))
+
+
+def get_optimizer_values(run):
+    """All parameters, hyperparameters and states of the run's optimisers, and which of them are frozen: a list of objects"""
+    optimizers = [part for part in run.parts.values() if isinstance(part, torch.optim.Optimizer)]
+    values = tree_leaves([[optimizer.param_groups, list(optimizer.state.values())] for optimizer in optimizers])
+    return [*values, *(value.requires_grad for value in values if torch.is_tensor(value))]
 
 
 def is_milestone(iteration):
@@ -343,10 +345,7 @@ def train(run):
     with util.show_progress(total=total, initial=done, unit="it") as bar:
         while run.stop.received is None and not run.reason:
             if run.get_due():
-                before = get_optimizer_values(run)
-                call_back(run)
-                after = get_optimizer_values(run)
-                if list(map(id, before)) != list(map(id, after)):  # which a recorded CUDA graph would not notice
+                if call_back(run):  # a recorded CUDA graph would not notice
                     pretrain, step = get_steps(run)
                 continue
             if run.pretrain_iteration < args.pretrain_iterations:

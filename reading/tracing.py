@@ -38,7 +38,7 @@ CROSSING = 8  # closer junctions are merged
 REACH = 8  # length of a line used for its direction at a junction
 SMOOTH = 2  # standard deviation of the Gaussian that smooths lines
 STRAIGHT = math.radians(60)  # the sharpest turn of a line across a junction
-CORNER, SHARP = math.radians(45), 0.7  # the least turn of a line at a corner, also as a share of that within twice REACH
+CORNER, SHARP = math.radians(45), 0.7  # the least turn at a corner, and its least share of the turn within twice REACH
 
 # Fractions of the page
 STEP = 0.03  # distance between the points at which a line may be divided

@@ -170,7 +170,9 @@ def get_programs(parts):
     memory = parts.get("memory")
     if not torch.is_tensor(memory) or memory.is_floating_point():
         return None
-    return losses.pack(memory, torch.int16) if memory.shape[3:] == (2,) else memory if memory.dim() == 3 else None
+    if memory.dim() == 4 and memory.shape[3] == 2:
+        return losses.pack(memory, torch.int16)
+    return memory if memory.dim() == 3 else None
 
 
 def is_table(value):
