@@ -203,6 +203,7 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
         obs_id = torch.arange(batch_size).repeat(num_particles)  # [P * B]
         # [1, N, A, 2], [N], [1, N], [1, N]
         latent, obs_id, grad_log_p, grad_log_q = _select_heavy(latent, obs_id, grad_log_p, grad_log_q, threshold)
+        log_p, log_q = log_p.detach(), log_q.detach()  # of all particles; the selected ones are scored again
         obs, context = obs[obs_id], context.index_select(0, obs_id)  # [N, R, C], [N, H]
         alphabet = None if alphabet is None else alphabet[obs_id]  # [N, L]
     else:
@@ -401,7 +402,7 @@ def get_loss(args, step, state, **others):
     objective = OBJECTIVES[args.algorithm]
     available = {**util.get_own_settings(args, "algorithm"), **step._asdict(), **state, **others}
     fixed = util.get_fixed(objective)
-    names = [name for name in _get_names(objective) or available if name in available and name not in fixed]
+    names = [name for name in _get_names(objective, available) if name in available and name not in fixed]
     loss, statistics = objective(**{name: available[name] for name in names})
     return loss, get_statistics(statistics, [step.iteration, step.generative_model, step.inference_network, *state.values()])
 
@@ -432,12 +433,15 @@ def _get_storages(parts):
     return {x.untyped_storage()._cdata for x in tensors if torch.is_tensor(x)}
 
 
-@functools.cache
-def _get_names(objective):
-    """The names of an objective's arguments; none if it takes any"""
-    parameters = inspect.signature(objective, follow_wrapped=False).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return [] if takes_all else list(parameters)
+def _get_names(objective, available):
+    """The names of an objective's arguments; those available if it takes any. A decorator that passes on whatever it is given
+    takes what the decorated function does, unless that needs something else, as the functions of `particle_objective` do"""
+    for follows in (False, True):
+        parameters = inspect.signature(objective, follow_wrapped=follows).parameters
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+            return available if follows and not needed <= available.keys() else parameters
+    return available
 
 
 OBJECTIVES = {"mws": mws, "rws": rws, "vimco": vimco, "tvo": tvo, "sleep": wake_sleep}  # the choices of --algorithm

@@ -71,8 +71,9 @@ class Run:
         self.epoch = self.order = None  # the order of the data in this epoch, which follows from the iteration
         self.statistics = {}  # see runs/curves.py
         self.pending = []  # statistics not yet moved off the device
-        # Last, when all parts exist: hyperparameters and shapes as the code sets them
+        # Last, when all parts exist: hyperparameters, shapes and what is frozen, as the code sets them
         self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
+        self.requires_grad = checkpoints.get_requires_grad(self.parts)
         self.shapes = {name: part.shape for name, part in self.parts.items() if torch.is_tensor(part)}
 
     def record(self, phase, statistics):
@@ -102,6 +103,7 @@ class Run:
         for name, now in checkpoints.get_hyperparameters(self.parts).items():
             if get_kind(now) != get_kind(hyperparameters.get(name, now)):  # a callback has replaced the optimiser
                 hyperparameters[name] = now
+        requires_grad = checkpoints.get_requires_grad(self.parts)
         return dict(
             args=vars(self.args),
             data=self.settings["data"],
@@ -116,6 +118,8 @@ class Run:
             statistics=self.statistics,
             random_state=util.get_random_state(self.device),
             hyperparameters=hyperparameters,
+            # Only where a callback has changed it
+            requires_grad={k: value for k, value in requires_grad.items() if value != self.requires_grad.get(k, value)},
             **checkpoints.get_states(self.parts),
         )
 
@@ -134,6 +138,7 @@ class Run:
                 warn(f"the checkpoint has a part {name}, which this run lacks; it is ignored")
         with checkpoints.using(checkpoint):
             checkpoints.restore_parts(self.parts, checkpoint, self.hyperparameters)
+            checkpoints.set_requires_grad(self.parts, checkpoint.get("requires_grad", {}))
             for name in ["statistics", "pretrain_iteration", "iteration", "num_called", "reason"]:
                 setattr(self, name, checkpoint[name])
             self.clock.fill_(self.iteration)

@@ -5,6 +5,7 @@ inference network samples the same ones again and again as it gets sharper. In t
 without variance: log p(x) >= log sum p(z, x) over the distinct latents in it.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -193,12 +194,14 @@ class ScoreTable:
         num_particles, batch_size = latent.shape[:2]
         obs_id = torch.arange(batch_size, device=obs.device).repeat(num_particles)  # [P * B]
         codes = pack(latent.flatten(0, 1), torch.int16)  # [P * B, A]
-        log_joint = obs.new_empty(len(codes), dtype=next(generative_model.parameters()).dtype)
+        dtypes = {parameter.dtype for parameter in generative_model.parameters()}  # the prior's may differ, say
+        log_joint = obs.new_empty(len(codes), dtype=functools.reduce(torch.promote_types, dtypes))
         rows = Rows(get_hash(codes, image_id[obs_id]), image_id[obs_id], codes, log_joint)
         known = self._find(rows, self.settled) | self._find(rows, self.recent)
         unknown = (~known).nonzero().squeeze(1)  # [N]
         if len(unknown):
-            rows.log_joint[unknown] = score_rows(generative_model, codes[unknown], obs, alphabet, obs_id[unknown])
+            scores = score_rows(generative_model, codes[unknown], obs, alphabet, obs_id[unknown])
+            rows.log_joint[unknown] = scores.to(log_joint.dtype)
             self._add(Rows(*(column[unknown] for column in rows)))
         return rows.log_joint.view(num_particles, batch_size)
 

@@ -393,7 +393,7 @@ def get_path_base(args):
     defaults = get_first_names({name: field.default for name, field in fields.items()})
     if test_run:
         limits = get_first_names(get_test_run_limits(args))
-        defaults |= {name: min(limits[name], defaults[name]) for name in limits if defaults[name] is not None}
+        defaults |= {name: limit if defaults[name] is None else min(limit, defaults[name]) for name, limit in limits.items()}
         defaults["data_location"] = get_run_default("data_location", True)
     conditional, small, seed = (settings.pop(name) for name in ("condition_on_alphabet", "small_dataset", "seed"))
     algorithm, num_particles = settings.pop("algorithm"), settings.pop("num_particles")

@@ -307,7 +307,8 @@ def name_rows(settings):
 
 
 def find_copies(models):
-    """The names of runs that are copies of others, with a warning. Args: models: {name: digests of what was evaluated of it}"""
+    """The names of runs that are copies of others, with a warning. Args: models: {name: what identifies each model that was
+    evaluated of it}"""
     owners, copies = {}, set()
     for name, digests in models.items():
         originals = {owners.setdefault(digest, name) for digest in digests} - {name}
@@ -547,9 +548,13 @@ def draw_milestones(runs, path):
     for name in sorted(runs, key=get_order):
         if kind not in runs[name]:
             warn(f"{name} is left out: its checkpoints were evaluated on other images or with other numbers of particles")
-    names = sorted(first, key=get_order)
-    copies = find_copies({name: {result["settings"]["model"] for result in runs[name][kind].values()} for name in names})
-    for name in [name for name in names if name not in copies]:
+    # Different settings may lead to the same model at first: RWS and VIMCO take the same first step
+    digests = {
+        name: {(str(result["model_settings"]), result["settings"]["model"]) for result in runs[name][kind].values()}
+        for name in sorted(first, key=get_order)
+    }
+    copies = find_copies(digests)
+    for name in [name for name in digests if name not in copies]:
         results = runs[name][kind]
         models[row_names[name]].append(results)
         rows += [get_milestone_row(name, results[i]) for i in sorted(results)]

@@ -28,7 +28,7 @@ RESULT_KEYS = {
     "latents", "statistics", "run", "model_settings", "model_iteration",
 }  # fmt: skip
 # Besides those of TYPES, names that parts of a run cannot have
-RESERVED = {"format", "path", "settings", "removed", "debug", "alphabet_names"}
+RESERVED = {"format", "path", "settings", "removed", "debug", "alphabet_names", "requires_grad"}
 TYPES = dict(
     args=dict, data=str, data_summary=str, num_alphabets=int, generative_model=dict, inference_network=dict,
     pretrain_iteration=int, iteration=int, num_due=int, num_called=int, reason=str, statistics=dict, random_state=dict,
@@ -315,6 +315,23 @@ def get_hyperparameters(parts):
         for name, part in parts.items()
         if isinstance(part, torch.optim.Optimizer)
     }
+
+
+def _get_parameters(parts):
+    """The parameters of modules among parts: {<part>.<name>: parameter}"""
+    modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    return {f"{name}.{key}": parameter for name, part in modules.items() for key, parameter in part.named_parameters()}
+
+
+def get_requires_grad(parts):
+    """Whether each parameter of modules among parts is trained, rather than frozen: a dict of bools by name"""
+    return {name: parameter.requires_grad for name, parameter in _get_parameters(parts).items()}
+
+
+def set_requires_grad(parts, values):
+    """Sets what `get_requires_grad` returns, for those among its names that parts have"""
+    for name, parameter in _get_parameters(parts).items():
+        parameter.requires_grad_(values.get(name, parameter.requires_grad))
 
 
 def restore_parts(parts, checkpoint, hyperparameters):

@@ -131,6 +131,8 @@ ROUGH = {  # what works in a first draft: NumPy's numbers and random numbers, la
             "        self.hyperparameters = checkpoints.get_hyperparameters(self.parts)\n",
             "        self.state['mean'] = self.parts['mean'] = torch.zeros(())\n"
             "        self.best = self.parts['best'] = Best()\n"
+            "        freeze = lambda run: run.iteration == 2 and run.generative_model.pre_dxdy.requires_grad_(False)\n"
+            "        self.callbacks.append((2, freeze))\n"
             "        self.hyperparameters = checkpoints.get_hyperparameters(self.parts)\n",
         ),
         (
@@ -253,6 +255,7 @@ def test_a_change_works_everywhere(copy, name):
     elif name == "rough":
         assert resumed["reason"] == "True" and resumed["iteration"] == 6 and resumed["mean"] != 0
         assert type(resumed["best"]["value"]) is float and resumed["best"]["value"] < 1e9
+        assert resumed["requires_grad"] == {"generative_model.pre_dxdy": False}
         assert resumed["inference_network"]["total"] == torch.tensor(1e-9, dtype=torch.double)
     else:
         model = resumed["generative_model"]
@@ -446,17 +449,20 @@ def test_a_partial_of_an_objective_keeps_what_it_fixes_and_the_state(monkeypatch
         taken.append((memory.tolist(), num_particles, weight))
         return memory.sum(), {}
 
+    def pass_on(objective):
+        return functools.wraps(objective)(lambda *args, **others: objective(*args, **others))
+
     mine, fixed = losses.keeps(init)(functools.partial(plain)), dict(num_particles=3, weight=2.0)
     kept_later = losses.keeps(init)(functools.partial(plain, **fixed))
     losses.keeps(init)(plain)
-    for name, objective in [("mine", mine), ("ours", functools.partial(plain, **fixed)), ("theirs", kept_later)]:
+    ours = functools.partial(plain, **fixed)
+    for name, objective in [("mine", mine), ("wrapped", pass_on(plain)), ("ours", ours), ("theirs", kept_later)]:
         monkeypatch.setitem(losses.OBJECTIVES, name, objective)
         args = main.parse_args(["--algorithm", name, "--num-particles", "4", "--weight", "5"])
         step = losses.Step(*[torch.nn.Linear(1, 1)] * 2, torch.zeros(1), None, None, 4, 0, torch.tensor(0))
         losses.get_loss(args, step, losses.init_state(args, 2, torch.device("cpu")))
-    assert taken == [([5.0, 5.0], 4, 5.0), *[([2.0, 2.0], 3, 2.0)] * 2] and util.get_fields()["weight"].owners == (
-        ("algorithm", "mine"),
-    )
+    assert taken == [([5.0, 5.0], 4, 5.0)] * 2 + [([2.0, 2.0], 3, 2.0)] * 2
+    assert util.get_fields()["weight"].owners == (("algorithm", "mine"), ("algorithm", "wrapped"))
     monkeypatch.setitem(losses.OBJECTIVES, "rws_3", functools.partial(losses.rws, num_particles=3))
     assert main.parse_args(["--algorithm", "rws_3"]).algorithm == "rws_3"
 

@@ -134,6 +134,15 @@ def test_scores_are_looked_up(monkeypatch, collide):
     torch.testing.assert_close(table.score(torch.arange(NUM_IMAGES), model, every, obs), log_p)
 
 
+def test_scores_of_a_prior_in_its_own_precision():
+    model, network, obs = get_tiny()
+    log_prior, images = model.log_prior, torch.arange(NUM_IMAGES)
+    log_p, _ = get_exact(model, network, obs, images)
+    model.log_prior = lambda *args: log_prior(*args).double()
+    every = get_latents().unsqueeze(1).expand(-1, NUM_IMAGES, -1, -1)
+    torch.testing.assert_close(scoring.ScoreTable(num_arcs=2).score(images, model, every, obs), log_p)
+
+
 def test_the_table_is_bounded(monkeypatch):
     monkeypatch.setattr(scoring, "MAX_RECENT", 100)
     monkeypatch.setattr(scoring.keep_best, "__defaults__", (50,))
@@ -243,6 +252,10 @@ def test_every_checkpoint(folder, capsys, monkeypatch):
     shutil.copytree(util.SAVE / model, util.SAVE / f"{model}_seed=2")
     assert ", 1 seed, " in report.compare_milestones([model, f"{model}_seed=2"])[1]
     assert f"{model}_seed=2 is left out: it is a copy of {model}, not another seed" in capsys.readouterr().err
+    runs = {name: report.read_milestones(name) for name in (model, f"{model}_seed=2")}
+    for result in [result for found in runs[f"{model}_seed=2"].values() for result in found.values()]:
+        result["model_settings"]["algorithm"] = "vimco"  # whose first step is that of rws
+    assert len(report.draw_milestones(runs, util.SAVE / "x.pdf")) == 4 and not capsys.readouterr().err
     behind = report.get_milestones_folder(seeds[1], "train")
     behind.mkdir(parents=True)
     result = report.load_result(report.get_milestones_folder(model, "train") / "6.pt")

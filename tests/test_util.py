@@ -265,10 +265,14 @@ def test_an_old_name_that_is_taken_again_is_refused(monkeypatch):
 
 
 def test_settings_added_and_removed_since_a_checkpoint(monkeypatch, capsys):
-    def mine(length: Annotated[int, util.Setting("a length", limit=3)] = 100):
+    def mine(
+        length: Annotated[int, util.Setting("a length", limit=3)] = 100,
+        depth: Annotated[int | None, util.Setting("a depth", limit=2)] = None,
+    ):
         pass
 
     monkeypatch.setitem(util.CHOICES["algorithm"], "mine", mine)
+    assert util.get_path_base(main.parse_args(["--test-run", "--algorithm", "mine"])) == "test_run_mine_10_large"
     for flags, length in [([], 100), (["--test-run"], 3)]:
         saved = {**vars(main.parse_args(flags)), "odd_one": 0.5}
         del saved["length"]
