@@ -29,6 +29,7 @@ MOST_TILT = 0.14  # of lines of text, a tangent: eight degrees
 LINE_COST = 0.5  # of one more line, in squared distances of characters from the middle of their line, relative to their height
 TILT_COST = 0.7  # of the largest tilt, in the same unit
 MOST_DOTS = 3  # dots as small as specks, for each larger piece of ink; if there are more, all are specks
+PALE, LEAST_IN_SHADOW = 0.7, 0.6  # of the darkest ink's darkness: the most of a shadow, the least of ink on a page with one
 SHEET_SIDE = 240  # pixels, the longer side of the photograph when a sheet is sought
 MAX_WORKING_SIDE = 800  # pixels; larger photographs are scaled down first
 ONLY_RECOGNISED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow needs other programs to read
@@ -192,7 +193,7 @@ def find_sheet(grey):
             step = 0 if corners is None else _get_step(blank, corners)
             if step > MIN_CONTRAST and quality * min(step, 0.3) > best:
                 best, chosen = quality * min(step, 0.3), (corners, blank if light is small else 1 - blank)
-    if chosen is None:
+    if chosen is None or _goes_on_beside(grey, *chosen):
         return grey
     sheet = _cut_out(grey, *chosen)
     # A small blank region may be a character: a bold stroke, or the inside of a box.
@@ -236,6 +237,20 @@ def _get_step(blank, corners):
     return np.quantile((inside - outside) / np.maximum(inside, 0.05), 0.1)
 
 
+def _goes_on_beside(grey, corners, blank):
+    """Whether there is as much ink beside a supposed sheet as on it: then it is only a part of a page, in or beside a shadow.
+    Arguments as for `_cut_out`"""
+    sheet = skimage.draw.polygon2mask(blank.shape, corners)
+    areas = [scipy.ndimage.binary_erosion(area, iterations=5, border_value=1) for area in (sheet, ~sheet)]
+    light = _darken_ink(_scale_down(grey, MAX_WORKING_SIDE))
+    darkness = _get_darkness(light, _fill_in_narrow(light))
+    on, beside = (darkness[skimage.transform.resize(area, light.shape, order=0)] for area in areas)
+    if not on.size or not beside.size:
+        return False
+    least = PALE * np.quantile(on, 0.995)
+    return (beside > least).mean() > 0.5 * (on > least).mean()
+
+
 def _cut_out(grey, corners, blank):
     """The part of an image around a sheet, whose corners [K, 2] are given on a smaller, blank image"""
     mask = scipy.ndimage.binary_erosion(skimage.draw.polygon2mask(blank.shape, corners), iterations=3)
@@ -257,10 +272,28 @@ def _scale_down(grey, side):
 
 def find_ink(grey):
     """Finds the ink on a page [rows, columns]: bool. Ink is darker than the paper around it, or lighter, if that is what stands
-    out on the page. The paper's brightness is estimated by filling in dark things narrower than a third of the page."""
-    grey = _scale_down(grey, MAX_WORKING_SIDE)
+    out on the page."""
+    light = _darken_ink(_scale_down(grey, MAX_WORKING_SIDE))
+    paper = _fill_in(light)
+    ink = _find_dark(paper - light)
+    if _is_shadow(ink, _get_darkness(light, paper)):
+        ink = _find_dark(_get_darkness(light, _fill_in_narrow(light)), LEAST_IN_SHADOW)
+    return ink
+
+
+def _darken_ink(grey):
+    """Grey values [rows, columns], inverted if what stands out is lighter than its surroundings"""
     detail = grey - scipy.ndimage.gaussian_filter(grey, max(grey.shape) / 8, mode="nearest")
-    light = grey if ((detail - detail.mean()) ** 3).mean() <= 0 else 1 - grey
+    return grey if ((detail - detail.mean()) ** 3).mean() <= 0 else 1 - grey
+
+
+def _get_darkness(light, paper):
+    """The share of the light falling on paper that is missing"""
+    return 1 - light / np.maximum(paper, 1 / 255)
+
+
+def _fill_in(light):
+    """The paper's brightness on a page [rows, columns], by filling in dark things narrower than a third of it"""
     coarse = _scale_down(light, 96)
     window = max(max(coarse.shape) // 3, 3)
     # Extrapolate the change in light beyond the edge, which strokes may reach.
@@ -270,13 +303,39 @@ def find_ink(grey):
     interior = tuple(slice(n, m - n) for n, m in zip(pad, extended.shape, strict=True))
     extended[interior] = coarse
     paper = scipy.ndimage.gaussian_filter(scipy.ndimage.grey_closing(extended, (window, window)), window / 8)[interior]
-    darkness = skimage.transform.resize(paper, light.shape, order=1) - light
-    strongest = np.sort(darkness, axis=None)[-max(min(darkness.size // 200, 30), 1)]
+    return skimage.transform.resize(paper, light.shape, order=1)
+
+
+def _fill_in_narrow(light):
+    """Like `_fill_in`, but only things narrower than an eleventh of the page, so that the edges of shadows, straight or round,
+    stay sharp"""
+    coarse = _scale_down(light, 240)
+    reach = max(max(coarse.shape) // 22, 1)
+    extended = np.pad(coarse, 2 * reach, "edge")
+    shapes = np.ones([2 * reach + 1] * 2), skimage.morphology.disk(reach)
+    paper = np.min([scipy.ndimage.grey_closing(extended, footprint=shape) for shape in shapes], 0)
+    return skimage.transform.resize(paper[2 * reach : -2 * reach, 2 * reach : -2 * reach], light.shape, order=1)
+
+
+def _find_dark(darkness, least=1 / 3):
+    """The pixels that are clearly darker than the paper, by at least a share of what the darkest ink is: [rows, columns]"""
+    strongest = _get_strongest(darkness)
     if strongest < MIN_CONTRAST:
-        return np.zeros(light.shape, bool)
+        return np.zeros(darkness.shape, bool)
     # Most of a page is paper: the threshold separates clearly darker pixels from the rest.
     threshold = skimage.filters.threshold_otsu(darkness.clip(0, strongest))
-    return darkness > max(threshold, strongest / 3, MIN_CONTRAST / 2)
+    return darkness > max(threshold, least * strongest, MIN_CONTRAST / 2)
+
+
+def _get_strongest(darkness):
+    """That of the darkest ink, but for a few pixels"""
+    return np.sort(darkness, axis=None)[-max(min(darkness.size // 200, 30), 1)]
+
+
+def _is_shadow(ink, darkness):
+    """Whether what counts as ink includes a shadow: a wide area that is much paler than the darkest ink"""
+    wide = scipy.ndimage.minimum_filter(ink, max(max(ink.shape) // 20, 8), mode="nearest")
+    return wide.any() and np.median(darkness[wide]) < PALE * _get_strongest(darkness)
 
 
 def split_page(ink):

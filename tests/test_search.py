@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import pytest
+import scipy.ndimage
 import torch
 
 import images
@@ -337,6 +338,21 @@ def lay_on_desk(sheet, desk, share, angle=0, place=(0.5, 0.5)):
 def test_a_sheet_on_a_desk(desk, share, options):
     photo = lay_on_desk(draw_sheet(), desk, share, **options)
     assert len(images.find_characters("desk.jpg", photo)) == 12
+
+
+@pytest.mark.parametrize("shade", [0.7, 0.5])
+@pytest.mark.parametrize("where", ["corner", "slanted", "middle"])
+def test_a_shadow_on_the_page(where, shade):
+    """Whether it falls across the page or looks like a sheet itself"""
+    rows, cols = np.mgrid[:360, :480]
+    shadow = {
+        "corner": (rows > 170) & (cols > 250),
+        "slanted": cols + 0.6 * rows > 350,
+        "middle": (rows / 360 - 0.5) ** 2 / 0.08 + (cols / 480 - 0.5) ** 2 / 0.04 < 1,
+    }[where]
+    light = scipy.ndimage.gaussian_filter(np.where(shadow, shade, 1.0), 3)
+    page = np.asarray(draw_sheet()) / 255 * light + 0.01 * np.random.RandomState(0).randn(360, 480)
+    assert len(images.find_characters("shadow.png", encode(page))) == 12
 
 
 def test_sheets_of_other_kinds(capsys):
