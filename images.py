@@ -238,17 +238,20 @@ def _get_step(blank, corners):
 
 
 def _goes_on_beside(grey, corners, blank):
-    """Whether there is as much ink beside a supposed sheet as on it: then it is only a part of a page, in or beside a shadow.
-    Arguments as for `_cut_out`"""
+    """Whether there are as many strokes beside a supposed sheet as on it: then it is only a part of a page, in or beside a
+    shadow. What is twice as thick as the sheet's strokes (a pen, say) is none. Arguments as for `_cut_out`"""
     sheet = skimage.draw.polygon2mask(blank.shape, corners)
     areas = [scipy.ndimage.binary_erosion(area, iterations=5, border_value=1) for area in (sheet, ~sheet)]
     light = _darken_ink(_scale_down(grey, MAX_WORKING_SIDE))
     darkness = _get_darkness(light, _fill_in_narrow(light))
-    on, beside = (darkness[skimage.transform.resize(area, light.shape, order=0)] for area in areas)
-    if not on.size or not beside.size:
+    on, beside = (skimage.transform.resize(area, light.shape, order=0) for area in areas)
+    if not on.any() or not beside.any():
         return False
-    least = PALE * np.quantile(on, 0.995)
-    return (beside > least).mean() > 0.5 * (on > least).mean()
+    ink = darkness > PALE * np.quantile(darkness[on], 0.995)
+    thickness, pieces = scipy.ndimage.distance_transform_edt(ink), skimage.measure.label(ink)
+    thickest = scipy.ndimage.maximum(thickness, pieces, np.arange(pieces.max() + 1))  # of each piece
+    strokes = ink & (thickest[pieces] <= 2 * np.quantile(thickness[on & ink], 0.95))
+    return strokes[beside].mean() > 0.5 * ink[on].mean()
 
 
 def _cut_out(grey, corners, blank):

@@ -315,7 +315,7 @@ def draw_sheet(paper=235, ink=40):
 def lay_on_desk(sheet, desk, share, angle=0, place=(0.5, 0.5)):
     """A photograph of 500 x 400 on which a sheet takes some share: JPEG bytes"""
     rows, cols = np.mgrid[:400, :500]
-    if desk == "wood":
+    if isinstance(desk, str):  # wood
         desk = 110 + 30 * np.sin(rows / 6 + np.sin(cols / 60)) + 15 * np.sin(cols * rows / 5000)
     photo = PIL.Image.fromarray(np.broadcast_to(desk, rows.shape).astype(np.uint8))
     scale = (share * photo.width * photo.height / (sheet.width * sheet.height)) ** 0.5
@@ -353,6 +353,16 @@ def test_a_shadow_on_the_page(where, shade):
     light = scipy.ndimage.gaussian_filter(np.where(shadow, shade, 1.0), 3)
     page = np.asarray(draw_sheet()) / 255 * light + 0.01 * np.random.RandomState(0).randn(360, 480)
     assert len(images.find_characters("shadow.png", encode(page))) == 12
+
+
+@pytest.mark.parametrize("side", [14, 300])
+def test_things_beside_a_sheet(side):
+    """As dark as the ink, and as much of it, but no strokes: keys or a pen on the desk"""
+    sheet = draw_sheet()
+    desk = np.full((400, 500), 150)
+    for left in range(10, 480, 20 if side < 100 else 440):
+        desk[20 : 20 + side, left : left + 14] = 30
+    assert len(images.find_characters("desk.jpg", lay_on_desk(sheet, desk, 0.4, place=(0.5, 1)))) == 12
 
 
 def test_sheets_of_other_kinds(capsys):
