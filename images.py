@@ -275,7 +275,7 @@ def _scale_down(grey, side):
 
 def find_ink(grey):
     """Finds the ink on a page [rows, columns]: bool. Ink is darker than the paper around it, or lighter, if that is what stands
-    out on the page."""
+    out on the page. Shadows are not ink."""
     light = _darken_ink(_scale_down(grey, MAX_WORKING_SIDE))
     paper = _fill_in(light)
     ink = _find_dark(paper - light)
@@ -321,7 +321,8 @@ def _fill_in_narrow(light):
 
 
 def _find_dark(darkness, least=1 / 3):
-    """The pixels that are clearly darker than the paper, by at least a share of what the darkest ink is: [rows, columns]"""
+    """The pixels that are clearly darker than the paper. Args: darkness: how much darker each one is, [rows, columns]; least: share
+    of the darkest ink's darkness"""
     strongest = _get_strongest(darkness)
     if strongest < MIN_CONTRAST:
         return np.zeros(darkness.shape, bool)
@@ -331,7 +332,7 @@ def _find_dark(darkness, least=1 / 3):
 
 
 def _get_strongest(darkness):
-    """That of the darkest ink, but for a few pixels"""
+    """The darkness of the darkest ink, but for a few pixels"""
     return np.sort(darkness, axis=None)[-max(min(darkness.size // 200, 30), 1)]
 
 

@@ -435,13 +435,16 @@ def _get_storages(parts):
 
 def _get_names(objective, available):
     """The names of an objective's arguments; those available if it takes any. A decorator that passes on whatever it is given
-    takes what the decorated function does, unless that needs something else, as the functions of `particle_objective` do"""
-    for follows in (False, True):
-        parameters = inspect.signature(objective, follow_wrapped=follows).parameters
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
-            needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
-            return available if follows and not needed <= available.keys() else parameters
-    return available
+    also takes what the decorated function does, unless that needs something else, as the functions of `particle_objective` do"""
+
+    def takes_any(parameters):
+        return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+    own, decorated = (inspect.signature(objective, follow_wrapped=follows).parameters for follows in (False, True))
+    if not takes_any(own):
+        return list(own)
+    needed = {name for name, parameter in decorated.items() if parameter.default is parameter.empty}
+    return list(available) if takes_any(decorated) or not needed <= available.keys() else [*own, *decorated]
 
 
 OBJECTIVES = {"mws": mws, "rws": rws, "vimco": vimco, "tvo": tvo, "sleep": wake_sleep}  # the choices of --algorithm

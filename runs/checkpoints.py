@@ -318,20 +318,23 @@ def get_hyperparameters(parts):
 
 
 def _get_parameters(parts):
-    """The parameters of modules among parts: {<part>.<name>: parameter}"""
+    """The tensors among parts (except results of computations), and the parameters of modules among them: {<part> or
+    <part>.<name>: tensor}"""
     modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
-    return {f"{name}.{key}": parameter for name, part in modules.items() for key, parameter in part.named_parameters()}
+    within = {f"{name}.{key}": parameter for name, part in modules.items() for key, parameter in part.named_parameters()}
+    return {**{name: part for name, part in parts.items() if torch.is_tensor(part) and part.is_leaf}, **within}
 
 
 def get_requires_grad(parts):
-    """Whether each parameter of modules among parts is trained, rather than frozen: a dict of bools by name"""
+    """Whether each parameter among parts is trained, rather than frozen: a dict of bools by name"""
     return {name: parameter.requires_grad for name, parameter in _get_parameters(parts).items()}
 
 
 def set_requires_grad(parts, values):
     """Sets what `get_requires_grad` returns, for those among its names that parts have"""
-    for name, parameter in _get_parameters(parts).items():
-        parameter.requires_grad_(values.get(name, parameter.requires_grad))
+    parameters = _get_parameters(parts)
+    for name in parameters.keys() & values.keys():
+        parameters[name].requires_grad_(values[name])
 
 
 def restore_parts(parts, checkpoint, hyperparameters):

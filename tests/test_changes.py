@@ -450,7 +450,7 @@ def test_a_partial_of_an_objective_keeps_what_it_fixes_and_the_state(monkeypatch
         return memory.sum(), {}
 
     def pass_on(objective):
-        return functools.wraps(objective)(lambda *args, **others: objective(*args, **others))
+        return functools.wraps(objective)(lambda *args, iteration, **others: objective(*args, **others))
 
     mine, fixed = losses.keeps(init)(functools.partial(plain)), dict(num_particles=3, weight=2.0)
     kept_later = losses.keeps(init)(functools.partial(plain, **fixed))
@@ -471,6 +471,11 @@ def test_frozen_parameters_stay_as_they_are():
     frozen, free = (torch.nn.Parameter(torch.ones(2), requires_grad=x) for x in (False, True))
     main.update(torch.optim.AdamW([frozen, free], weight_decay=0.1), free.sum())
     assert torch.equal(frozen, torch.ones(2)) and (free < 1).all()
+    parts = {"state": free, "layer": torch.nn.Linear(1, 1), "computed": free.sum()}
+    parts["layer"].bias.requires_grad_(False)
+    assert checkpoints.get_requires_grad(parts) == {"state": True, "layer.weight": True, "layer.bias": False}
+    checkpoints.set_requires_grad(parts, {"state": False, "layer.bias": True, "gone": True})
+    assert checkpoints.get_requires_grad(parts) == {"state": False, "layer.weight": True, "layer.bias": True}
 
 
 def test_callbacks_and_a_reason_to_stop(copy):
