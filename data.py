@@ -358,16 +358,16 @@ HIDDEN = re.compile(
 class File(typing.NamedTuple):
     """A file in a folder or zip"""
 
-    name: str  # relative to the location, with slashes
+    path: pathlib.PurePosixPath  # relative to the location
     read: typing.Callable  # returns its bytes
 
     @property
     def folders(self):
-        return self.name.split("/")[:-1]
+        return self.path.parts[:-1]
 
     @property
     def suffix(self):
-        return pathlib.PurePosixPath(self.name).suffix.lower()
+        return self.path.suffix.lower()
 
 
 def _load_image_files(path, prepare):
@@ -409,7 +409,7 @@ def _describe_skipped(path, files):
         return []
     kinds = ["outside the folders" if file.suffix in get_suffixes() else file.suffix[1:].upper() or "other" for file in files]
     counts = _list_counts(collections.Counter(sorted(kinds)))
-    examples = ", ".join(file.name for file in files[:5]) + ", ..." * (len(files) > 5)
+    examples = ", ".join(str(file.path) for file in files[:5]) + ", ..." * (len(files) > 5)
     advice = "; to read HEIC, pip install pillow-heif, or convert it to JPEG or PNG" * (not {"HEIC", "HEIF"}.isdisjoint(kinds))
     warn(f"{path}: skipped {counts}: {examples}{advice}")
     return [f"skipped: {count(len(files), 'file')} ({counts})"]
@@ -425,7 +425,7 @@ def _arrange_official(files):
     itself has no parts"""
     files = list(filter(_is_official, files))
     if any("images_background" in file.folders for file in files):  # parts of it are included a second time
-        files = [file for file in files if "images_background_small" not in file.name]
+        files = [file for file in files if "images_background_small" not in str(file.path)]
     parts = [next((PARTS[name.lower()] for name in file.folders[:-2] if name.lower() in PARTS), None) for file in files]
     have_parts = _have_parts(parts)
     # images_background and images_evaluation have no alphabet in common
@@ -478,17 +478,12 @@ def list_files(path, archive=None):
     files in it. Args: path: for errors, if an open archive is given"""
     in_zip = archive is not None or path.is_file()
     for file in _list_zip(path, archive or path) if in_zip else _list_folder(path):
-        if _is_hidden(file.name):
+        if any(HIDDEN.fullmatch(part) for part in file.path.parts if part != ".."):
             continue
-        if re.fullmatch(OFFICIAL_ZIP, file.name.split("/")[-1]):
-            yield from list_files(f"{path}: {file.name}", io.BytesIO(file.read()))
+        if re.fullmatch(OFFICIAL_ZIP, file.path.name):
+            yield from list_files(f"{path}: {file.path}", io.BytesIO(file.read()))
         else:
             yield file
-
-
-def _is_hidden(name):
-    """Whether a file, named relative to a folder or in a zip, was added by a system"""
-    return any(HIDDEN.fullmatch(part) for part in pathlib.PurePosixPath(name).parts if part != "..")
 
 
 def _list_folder(path):
@@ -503,13 +498,13 @@ def _list_folder(path):
         # Folders before links to them, since the first name counts
         for folder in sorted(folders, key=lambda name: os.path.islink(os.path.join(parent, name))):
             real = os.path.realpath(os.path.join(parent, folder))
-            if _is_hidden(folder) or real in known:
+            if HIDDEN.fullmatch(folder) or real in known:
                 folders.remove(folder)
             known.add(real)
         files += [pathlib.Path(parent, name) for name in names]
     files = [file for file in sorted(files) if file.is_file()]  # not a pipe, or a link to nothing
     unpacked = {file for file in files if re.fullmatch(OFFICIAL_ZIP, file.name) and file.with_suffix("").exists()}
-    return [File(file.relative_to(path).as_posix(), file.read_bytes) for file in files if file not in unpacked]
+    return [File(file.relative_to(path), file.read_bytes) for file in files if file not in unpacked]
 
 
 def _list_zip(path, file):
@@ -521,10 +516,10 @@ def _list_zip(path, file):
         with _decoding(f"{path}: {name}"):  # encrypted, broken, or compressed by an unknown method
             return archive.read(name)
 
-    # Some Windows programs write backslashes
-    names = {name.replace("\\", "/").lstrip("/"): name for name in archive.namelist()}
-    for name in sorted((name for name in names if not name.endswith("/")), key=lambda name: name.split("/")):  # as paths
-        yield File(name, functools.partial(read, names[name]))
+    names = [name for name in archive.namelist() if not name.endswith(("/", "\\"))]  # some Windows programs write backslashes
+    inside = {pathlib.PurePosixPath(name.replace("\\", "/").lstrip("/")): name for name in names}
+    for file_path in sorted(inside):
+        yield File(file_path, functools.partial(read, inside[file_path]))
 
 
 # ------------------------------------------------------------------ splits

@@ -12,7 +12,6 @@ makes runs of the same kind from the official release's images, to choose settin
 
 from fast import before_torch  # noqa: F401  # isort: skip
 import collections
-import pathlib
 import random
 import re
 import zipfile
@@ -45,11 +44,11 @@ def load(path):
     source = util.expand_user(path)
     if not source.exists():
         raise UserError(f"there is no {path}; get all_runs.zip from https://github.com/brendenlake/omniglot")
-    files = {file.name: file for file in data.list_files(source)}
-    labels = sorted(name for name in files if pathlib.PurePosixPath(name).name.lower() == LABELS)
+    files = {file.path: file for file in data.list_files(source)}
+    labels = sorted(name for name in files if name.name.lower() == LABELS)
     if not labels:
         raise UserError(f"{path} holds no runs: give Omniglot's all_runs.zip, or the folder that it unpacks to")
-    runs = [_load_run(path, pathlib.PurePosixPath(name), files) for name in labels]
+    runs = [_load_run(path, name, files) for name in labels]
     (name, number), *_ = collections.Counter(run.name for run in runs).most_common()
     if number > 1:
         raise UserError(f"{path} holds {number} runs called {name}; give the folder of one of them")
@@ -64,11 +63,10 @@ def summarise(runs):
 
 def _load_run(path, labels, files):
     folder = labels.parent
-    prefix = "" if folder.name == "" else f"{folder}/"  # the path may be that of a single run
-    pictures = [name for name, file in files.items() if name.startswith(prefix) and file.suffix in get_suffixes()]
-    pairs = _read_labels(f"{path}: {labels}", files[str(labels)].read(), pictures)
+    pictures = [name for name, file in files.items() if folder in name.parents and file.suffix in get_suffixes()]
+    pairs = _read_labels(f"{path}: {labels}", files[labels].read(), pictures)
     characters, tests = sorted(filter(_is_training, pictures)), list(pairs)
-    others = sorted({*pictures} - {*characters, *tests})
+    others = sorted(map(str, {*pictures} - {*characters, *tests}))
     if others:
         warn(f"{path}: {labels} does not name {', '.join(others[:3])}{', ...' * (len(others) > 3)}; left out")
     inks = []
@@ -82,7 +80,7 @@ def _load_run(path, labels, files):
 
 
 def _is_training(name):
-    return pathlib.PurePosixPath(name).parent.name.lower() in ("training", "train")
+    return name.parent.name.lower() in ("training", "train")
 
 
 def _read_labels(source, content, pictures):
@@ -90,22 +88,23 @@ def _read_labels(source, content, pictures):
     pairs = {}
     for line in filter(None, map(str.strip, content.decode("utf-8-sig", errors="replace").splitlines())):
         names = re.split(r"\s*[,\t]\s*" if re.search(r"[,\t]", line) else r"\s+", line)
-        pair = sorted((_find(name, pictures) for name in names), key=_is_training)
-        if list(map(_is_training, pair)) != [False, True] or "" in pair:
+        pair = [_find(name, pictures) for name in names]
+        if None in pair or sorted(map(_is_training, pair)) != [False, True]:
             raise UserError(f"{source}: a line does not name a test and a training image that exist: {line[:80]!r}")
-        if pairs.setdefault(*pair) != pair[1]:
-            raise UserError(f"{source}: {pair[0]} is named twice, with different answers")
+        test, training = sorted(pair, key=_is_training)
+        if pairs.setdefault(test, training) != training:
+            raise UserError(f"{source}: {test} is named twice, with different answers")
     if not pairs:
         raise UserError(f"{source}: no line names a test and a training image")
     return pairs
 
 
 def _find(name, pictures):
-    """The picture meant by a name relative to any folder, or "" if there is not exactly one"""
+    """The picture meant by a name relative to any folder, or None if there is not exactly one"""
     parts = re.split(r"[\\/]+", name.lower())
     tails = ["/" + "/".join(parts[i:]) for i in range(len(parts))]
-    found = ([picture for picture in pictures if f"/{picture.lower()}".endswith(tail)] for tail in tails)
-    return next((some[0] for some in found if len(some) == 1), "")
+    found = ([picture for picture in pictures if f"/{picture}".lower().endswith(tail)] for tail in tails)
+    return next((some[0] for some in found if len(some) == 1), None)
 
 
 # ------------------------------------------------------------------ making runs
@@ -114,10 +113,10 @@ def _find(name, pictures):
 def make(path, out, num_runs, seed):
     """Writes runs of random characters and pairs of people to a zip; alphabets take turns in random order"""
     images = collections.defaultdict(lambda: collections.defaultdict(dict))  # alphabet -> character -> person -> bytes
-    for name, read in data.list_files(util.expand_user(path)):
-        match = re.fullmatch(r"(?:.*/)?([^/]+)/character(\d+)/\d+_(\d+)\.png", name)
+    for file in data.list_files(util.expand_user(path)):
+        match = re.fullmatch(r"(?:.*/)?([^/]+)/character(\d+)/\d+_(\d+)\.png", str(file.path))
         if match:
-            images[match[1]][int(match[2])][int(match[3])] = read
+            images[match[1]][int(match[2])][int(match[3])] = file.read
     alphabets = sorted(
         name
         for name, characters in images.items()
