@@ -33,12 +33,12 @@ RESULT_KEYS = {"settings", "forward", "backward", "structure", "answers"}
 
 
 def classify(run, model, args):
-    """Classifies the test images of an oneshot_runs.Run. Returns: matching.Comparison; structural distances [M, N]"""
+    """Compares the test images of an oneshot_runs.Run with its characters. Returns: matching.Comparison"""
     obs = torch.cat([run.characters, run.tests])
     strokes = matching.find_strokes(model, run.inks, obs, args.num_traces, seed=args.seed)
     structure = compare_inks(run, matching.get_structure, matching.get_structural_distance).float()
     characters, tests = (strokes.select(ids) for ids in torch.arange(len(obs)).tensor_split([len(run.characters)]))
-    return matching.compare(tests, characters, structure, matching.FINE._replace(num_steps=args.num_steps)), structure
+    return matching.compare(tests, characters, structure, matching.FINE._replace(num_steps=args.num_steps))
 
 
 def compare_inks(run, describe, get_distance):
@@ -48,9 +48,9 @@ def compare_inks(run, describe, get_distance):
     return torch.tensor([[get_distance(test, character) for character in characters] for test in tests])
 
 
-def draw(path, run, name, result, structure):
+def draw(path, run, name, result):
     """Writes a page: each test image, and its best characters with their strokes varied to fit it"""
-    total = matching.combine(result.forward, result.backward, structure).gather(1, result.candidates)
+    total = matching.combine(result.forward, result.backward, result.structure).gather(1, result.candidates)
     order = total.topk(min(NUM_SHOWN, total.shape[1]), 1).indices  # [M, S], among the candidates
     best, test = result.candidates.gather(1, order), torch.arange(len(order)).unsqueeze(1)
     probs = variation.get_probs(result.drawing.select(test, order), RESOLUTION, RESOLUTION)  # [M, S, R, R]
@@ -136,9 +136,9 @@ def main(argv=None):
             for run, path, own, result in zip(runs, paths, settings, results, strict=True):
                 if result is None or not torch.equal(result["answers"], run.answers):  # or labels were corrected
                     rendering.set_compile(args.compile)
-                    found, structure = classify(run, model, args)
-                    draw(path.with_suffix(".pdf"), run, name, found, structure)
-                    scores = dict(forward=found.forward, backward=found.backward, structure=structure)
+                    found = classify(run, model, args)
+                    draw(path.with_suffix(".pdf"), run, name, found)
+                    scores = dict(forward=found.forward, backward=found.backward, structure=found.structure)
                     result = dict(settings=own, **scores, answers=run.answers)
                     util.save_checkpoint(path, result)
                     bar.update()

@@ -118,6 +118,7 @@ class Comparison(NamedTuple):
 
     forward: torch.Tensor  # [M, N], the score of each test image under the strokes of each character, nats
     backward: torch.Tensor  # [M, N], that of each character under the strokes of each test image, relative to others', nats
+    structure: torch.Tensor  # [M, N], structural distances, nats
     candidates: torch.Tensor  # [M, S], the characters that were refined; the scores of others are lower bounds
     drawing: Drawing  # of [M, S], the strokes of each candidate, varied to fit the test image
 
@@ -138,7 +139,7 @@ def compare(tests, characters, structure, schedule=FINE):
     forward[test, candidates] = refined.logsumexp(0)
     backward[test, candidates] = back_refined.logsumexp(0) - baseline[candidates]
     best = drawing.select(refined.argmax(0), test, torch.arange(test.shape[1]).expand_as(test))
-    return Comparison(forward, backward, candidates, best)
+    return Comparison(forward, backward, structure, candidates, best)
 
 
 def get_baseline(own, among):
