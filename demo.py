@@ -42,7 +42,7 @@ class Reader:
     """Reads characters with a model. Args: model: GenerativeModel; known: data.Split of known characters"""
 
     def __init__(self, model, known):
-        self.model, self.lock = model, threading.Lock()
+        self.model = model
         known = known.select(known.obs.flatten(1).any(1).nonzero().squeeze(1))  # those that are not blank
         which = (
             known.obs.flatten(1) if known.character is None else np.column_stack([known.alphabet.argmax(1), known.character])
@@ -53,15 +53,14 @@ class Reader:
         self.read(characters.from_inks([np.eye(56, dtype=bool)], ""))  # the first reading is slow
 
     def read(self, found):
-        """HTML about Characters"""
+        """HTML about Characters. Seeds the random numbers, so not to be called twice at a time"""
         if not len(found):
             return "<p>There is no character on this page.</p>"
         left_out = f"<p>The first {MOST} of {len(found)} characters are shown.</p>" * (len(found) > MOST)
         found = characters.Characters(found.inks[:MOST], found.files[:MOST])
-        with self.lock:  # for the seed
-            util.set_seed(0)
-            reading = characters.read(self.model, found)
-            examples = drawings.vary_strokes(reading.drawing, NUM_EXAMPLES, 56)
+        util.set_seed(0)
+        reading = characters.read(self.model, found)
+        examples = drawings.vary_strokes(reading.drawing, NUM_EXAMPLES, 56)
         return left_out + "<hr>".join(self.show(found, reading, examples[i], i) for i in range(len(found)))
 
     def show(self, found, reading, examples, i):
