@@ -132,12 +132,12 @@ def load_for_model(checkpoint, location=None, load=load_and_tell):
         dataset = load(location, False, None, find)
     if num_known not in (0, dataset.num_alphabets):
         raise UserError(f"the model knows {num_known} alphabets, {location} has {dataset.num_alphabets}; set --data-location")
-    known, names = checkpoint.get("alphabet_names", []), list(dataset.alphabet_names)
-    have_names = known and "alphabet 1" not in known + names  # chardata.mat has none, nor have older checkpoints
-    if have_names and known != names and not was_trained_on(checkpoint, dataset):
-        raise UserError(f"the model's alphabets differ from those of {location}; set --data-location")
-    if num_known and not have_names and not was_trained_on(checkpoint, dataset):
-        warn_once(f"without names, the alphabets of {location} are taken to be in the order of the training data's")
+    if num_known and not was_trained_on(checkpoint, dataset):
+        known, names = checkpoint.get("alphabet_names", []), list(dataset.alphabet_names)
+        if not known or "alphabet 1" in known + names:  # chardata.mat has none, nor have older checkpoints
+            warn_once(f"without names, the alphabets of {location} are taken to be in the order of the training data's")
+        elif known != names:
+            raise UserError(f"the model's alphabets differ from those of {location}; set --data-location")
     return dataset
 
 

@@ -96,11 +96,11 @@ def find(generative_model, obs, alphabet=None, proposals=None, num_best=NUM_BEST
 
 
 @torch.no_grad()
-def read(generative_model, inference_network, obs, effort=None, num_proposals=1000):
+def read(generative_model, inference_network, obs, num_proposals=1000):
     """Searches for the most probable program of each image, beginning with proposals of the inference network. A conditional
     model takes the alphabet of the most probable proposal.
 
-    Args: obs [N, R, C] in {0, 1}; effort: Effort, by default QUICK
+    Args: obs [N, R, C] in {0, 1}
     Returns: latent [N, A, 2]; log_joint [N], nats; alphabets: a list of N, [L] one-hot each, or None if not conditional
     """
     alphabets, found = [None] * len(obs), []
@@ -109,7 +109,7 @@ def read(generative_model, inference_network, obs, effort=None, num_proposals=10
     for x, alphabet in zip(show_progress(obs, desc="searching", unit="image"), alphabets, strict=True):
         given = None if alphabet is None else alphabet[None]
         proposals = inference_network.sample(x[None], num_proposals, given).squeeze(1)  # [P, A, 2]
-        found.append(find(generative_model, x, alphabet, proposals, 1, effort or QUICK))
+        found.append(find(generative_model, x, alphabet, proposals, 1, QUICK))
     latent, log_joint = map(torch.cat, zip(*found, strict=True))
     return latent, log_joint, alphabets
 
