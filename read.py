@@ -71,8 +71,8 @@ def draw_cell(axes, corner, ink, lines, on):
 
 def get_strokes(reading, i):
     """The strokes of a character as plain values (see drawings.get_program)"""
-    num = int(reading.num_strokes[i])
-    program = drawings.get_program(variation.resize(reading.drawing.select([i]), num), reading.latent[i, :num])
+    program = drawings.get_program(reading.drawing.select([i]), reading.latent[i])
+    del program["strokes"][reading.num_strokes[i] :]
     for stroke, deviation in zip(program["strokes"], reading.deviation[i].tolist(), strict=False):
         stroke["deviation"] = deviation
     return program
