@@ -184,9 +184,8 @@ def _differentiate_arcs(constants, on, arc_id, grad, x, y, rendering_params):
     on = on.gather(1, arc_id)  # [B, R * C]
     arc_id = arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)  # [B, 10, R * C]
     strongest = constants.transpose(1, 2).gather(2, arc_id)  # [B, 10, R * C]
-    params = rendering_params.expand(len(on), -1)  # [B, 2]
-    batched, size = (strongest, on, grad, params), _get_gradient_chunk_size(grad.device)
-    grad_strongest, grad_params = _run_in_chunks(_differentiate_draw, batched, (x, y), size)
+    batched = strongest, on, grad, rendering_params.expand(len(on), -1)
+    grad_strongest, grad_params = _run_in_chunks(_differentiate_draw, batched, (x, y), len(on))  # at once
     grad_constants = torch.bmm(grad_strongest, is_of_arc)  # [B, 10, A], summed in a fixed order
     return grad_constants.transpose(1, 2), grad_params.sum(0)
 
@@ -206,10 +205,9 @@ def get_logits(arcs, on_offs, rendering_params, num_rows, num_cols):
     """
     if kernels.are_used("drawing", arcs):
         logits = gpu.DrawArcs.apply(arcs, on_offs != 0, rendering_params, num_rows, num_cols)  # [B, R * C]
-        return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
-    x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
-    constants = get_arc_constants(arcs)  # [B, A, 10]
-    logits = _DrawArcs.apply(constants, on_offs != 0, x, y, rendering_params)  # [B, R * C]
+    else:
+        x, y = get_pixel_centres(num_rows, num_cols, arcs)  # each [R * C]
+        logits = _DrawArcs.apply(get_arc_constants(arcs), on_offs != 0, x, y, rendering_params)  # [B, R * C]
     return logits.unflatten(-1, (num_rows, num_cols))  # [B, R, C]
 
 
