@@ -35,8 +35,7 @@ class Characters:
     @functools.cached_property
     def obs(self):
         """The same, scaled down: [N, 28, 28] in [0, 1]"""
-        obs = np.array([images.shrink(ink.astype(np.float32)) for ink in self.inks])
-        return torch.from_numpy(obs.reshape(-1, images.SIDE, images.SIDE)).float()
+        return torch.from_numpy(np.stack([images.shrink(ink.astype(np.float32)) for ink in self.inks])).float()
 
     @functools.cached_property
     def names(self):

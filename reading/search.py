@@ -402,7 +402,7 @@ def get_library(primitives):
     bulge = (theta / 2).tan() / 2  # height of the arc over its chord, in lengths of the chord
     shape = torch.stack([dx, dy, dx / 2 - bulge * dy, dy / 2 + bulge * dx], 1)  # end and middle
     distance = torch.cdist(shape, shape).square() + 1e-4
-    return Library(primitives[:, :2], distance.fill_diagonal_(math.inf) if len(shape) > 1 else distance)
+    return Library(primitives[:, :2], distance.fill_diagonal_(math.inf))
 
 
 def mutate(population, library, num_mutants):
