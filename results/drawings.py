@@ -63,15 +63,13 @@ def draw_parts(drawing, on, resolution):
 def draw_stages(drawing, resolution, num_stages=None, alone=False):
     """Draws programs after each visible stroke, or each of these strokes alone: [N, S, R, R], NaN after the last. Args:
     num_stages: S, by default as many as the longest program has"""
-    num_arcs = drawing.on.shape[1]
-    upto = torch.ones(num_arcs, num_arcs, dtype=torch.bool).tril()
-    on = drawing.on.unsqueeze(1) & (torch.eye(num_arcs, dtype=torch.bool) if alone else upto)  # [N, A, A]
-    order = (~drawing.on).long().argsort(dim=1, stable=True)  # the visible strokes first
-    probs = draw_parts(drawing, on, resolution)  # [N, A, R, R]
-    probs = probs.gather(1, order[..., None, None].expand_as(probs))
-    num_visible = drawing.on.sum(1)
-    probs[torch.arange(num_arcs) >= num_visible.unsqueeze(1)] = math.nan
-    return probs[:, : num_stages or max([1, *num_visible.tolist()])]
+    num_visible = drawing.on.sum(1)  # [N]
+    stage = torch.arange(num_stages or max([1, *num_visible.tolist()]))  # [S]
+    rank = (drawing.on.cumsum(1) - 1).unsqueeze(1)  # each stroke's number among the visible ones: [N, 1, A]
+    drawn = rank == stage.unsqueeze(1) if alone else rank <= stage.unsqueeze(1)  # [N, S, A]
+    probs = draw_parts(drawing, drawing.on.unsqueeze(1) & drawn, resolution)
+    probs[stage >= num_visible.unsqueeze(1)] = math.nan
+    return probs
 
 
 def is_off_page(drawing):

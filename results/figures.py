@@ -150,32 +150,31 @@ def panels_figure(panels, num_cols, title):
     return figure
 
 
-def row_figures(draw_rows, labels, title, num_rows, headings=()):
-    """Pages of rows of pictures with a label each, and perhaps a heading for each column.
+def row_figure(rows, labels, title, headings=()):
+    """Rows of pictures with a label each, and perhaps a heading for each column.
 
-    Args: draw_rows: a function from the numbers of n rows [n] to [n, S, R, R] or [n, S, R, R, 3]; labels: N strings;
-        headings: S strings
-    Yields: a figure, its axes, and the numbers of its rows
+    Args: rows [N, S, R, R] or [N, S, R, R, 3]; labels: N strings; headings: S strings
+    Returns: the figure, its axes
     """
-    longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
-    for ids in torch.arange(len(labels)).split(num_rows):
-        rows, chosen = draw_rows(ids), ids.tolist()
-        num_cols, size, gap = rows.shape[1], rows.shape[2], get_gap(rows.shape[2])
-        figure = make_figure(0.7 * num_cols + max(0.07 * longest, 1) + 0.5, 0.7 * len(chosen) + 0.6, title)
-        axes = figure.subplots()
-        axes.set_anchor("W")  # the labels on its left are part of the layout, whatever the picture's proportions
-        show(axes, tile(rows.flatten(0, 1), num_cols))
-        for col, heading in enumerate(headings):
-            write(axes, place(0, col, size)[0] + size / 2, -gap, heading, va="bottom")
-        for row, i in enumerate(chosen):
-            write(axes, -gap, place(row, 0, size)[1] + size / 2, labels[i], ha="right")
-        yield figure, axes, chosen
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    num_rows, num_cols, size = rows.shape[:3]
+    gap = get_gap(size)
+    figure = make_figure(0.7 * num_cols + max(0.07 * longest, 1) + 0.5, 0.7 * num_rows + 0.6, title)
+    axes = figure.subplots()
+    axes.set_anchor("W")  # the labels on its left are part of the layout, whatever the picture's proportions
+    show(axes, tile(rows.flatten(0, 1), num_cols))
+    for col, heading in enumerate(headings):
+        write(axes, place(0, col, size)[0] + size / 2, -gap, heading, va="bottom")
+    for row, label in enumerate(labels):
+        write(axes, -gap, place(row, 0, size)[1] + size / 2, label, ha="right")
+    return figure, axes
 
 
-def example_figures(obs, examples, names, title, num_rows=12):
+def example_figures(obs, examples, names, title):
     """Pages of rows: a character's name, its image, and new examples of it: obs [N, R, R], examples [N, E, R, R]"""
     rows = torch.cat([obs.unsqueeze(1), examples], 1)
-    for figure, axes, _ in row_figures(lambda ids: rows[ids], names, title, num_rows):
+    for ids in torch.arange(len(rows)).split(12):
+        figure, axes = row_figure(rows[ids], [names[i] for i in ids], title)
         axes.axvline(place(0, 1, obs.shape[1])[0] - get_gap(obs.shape[1]) / 2 - 0.5, color="black", lw=0.8)
         yield figure
 
@@ -192,7 +191,7 @@ def matches_figure(tests, characters, best, probs, answers, title):
     rows = torch.cat([to_colour(tests.unsqueeze(1)), pairs.flatten(1, 2)], 1)
     is_right, size = best == answers.unsqueeze(1), tests.shape[1]  # [M, S]
     labels = [f"{i + 1}: {'right' if right else 'wrong'}" for i, right in enumerate(is_right[:, 0])]
-    ((figure, axes, _),) = row_figures(lambda ids: rows[ids], labels, title, len(rows))
+    figure, axes = row_figure(rows, labels, title)
     for row, rank in np.ndindex(*best.shape):
         if rank == 0 or is_right[row, rank]:
             left, top = (x - (get_gap(size) + 1) / 2 for x in place(row, 2 * rank + 1, size))
@@ -224,7 +223,7 @@ def colour_newest(stages, strokes, paper):
     return 1 - stages.unsqueeze(-1) * (1 - new * colour)
 
 
-def stroke_figures(obs, drawing, labels, title, resolution, num_rows=20):
+def stroke_figures(obs, drawing, labels, title, resolution):
     """Pages of rows: an image, its program as the model sees it, and the drawing after each visible stroke, with the
     newest one in colour and the pen's path to it dotted.
 
@@ -233,23 +232,21 @@ def stroke_figures(obs, drawing, labels, title, resolution, num_rows=20):
     moves, off_page = drawings.get_pen_path(drawing, resolution), drawings.is_off_page(drawing)
     num_stages = max(int(drawing.on.sum(1).max()), 1)
     headings = ["image", "as the\nmodel\nsees it", *(f"stroke\n{i + 1}" for i in range(num_stages))]
-
-    def draw_rows(ids):
+    for ids in torch.arange(len(obs)).split(20):
         some = drawing.select(ids)
         pair = [drawings.resize(images, resolution) for images in (obs[ids], drawings.draw_seen(some, obs.shape[1]))]
         stages, strokes = (drawings.draw_stages(some, resolution, num_stages, alone) for alone in (False, True))
         paper = drawings.draw_parts(some, torch.zeros_like(some.on).unsqueeze(1), resolution)
-        return torch.cat([to_colour(torch.stack(pair, 1)), colour_newest(stages, strokes, paper)], 1)  # [n, columns, R, R, 3]
-
-    for figure, axes, chosen in row_figures(draw_rows, labels, title, num_rows, headings):
+        rows = torch.cat([to_colour(torch.stack(pair, 1)), colour_newest(stages, strokes, paper)], 1)  # [n, columns, R, R, 3]
+        figure, axes = row_figure(rows, [labels[i] for i in ids], title, headings)
         write(axes, -get_gap(resolution), -get_gap(resolution), "log p(z, x)", ha="right", va="bottom")
-        for row, i in enumerate(chosen):
+        for row, i in enumerate(ids.tolist()):
             visible = drawing.on[i].nonzero().squeeze(1).tolist()
             for step, (previous, stroke) in enumerate(itertools.pairwise([-1, *visible])):
                 left, top = place(row, 2 + step, resolution)
                 draw_pen(axes, moves[i, previous + 1 : stroke], left, top, resolution)
                 if off_page[i, stroke]:
-                    stage, band = drawings.draw_stages(drawing.select(torch.tensor([i])), resolution)[0, step], resolution // 4
+                    stage, band = stages[row, step], resolution // 4
                     y = 0.9 if stage[-band:].sum() <= stage[:band].sum() else 0.1  # beside the ink
                     write(axes, left + resolution / 2, top + resolution * y, "off page", color=NEWEST)
         yield figure
