@@ -20,31 +20,21 @@ def convolve(obs, conv0, conv1):
     """Two convolutions, each pooled by max_pool2d(x, 3, 2) and then rectified: obs [B, 28, 28],
     conv0 = Conv2d(1, C, 3, padding=2), conv1 = Conv2d(C, D, 3, padding=1) -> [B, D, 6, 6]"""
     obs = obs.to(next(conv0.parameters()).dtype)
-    if not are_ours(conv0, conv1) or obs.shape[1:] != (28, 28):  # custom layers or images
+    is_ours = is_plain(conv0, padding=2) and is_plain(conv1, padding=1) and conv0.in_channels == 1
+    if not is_ours or obs.shape[1:] != (28, 28):  # custom layers or images
         return F.max_pool2d(conv1(F.max_pool2d(conv0(obs.unsqueeze(1)), 3, 2).relu()), 3, 2).relu()
     if gpu.is_gpu(obs.device) or obs.requires_grad or not ((obs == 0) | (obs == 1)).all():
         return _convolve_each(obs, conv0, conv1)
     return torch.cat([_convolve_shared(chunk, conv0, conv1) for chunk in obs.split(IMAGE_CHUNK_SIZE)])
 
 
-def are_ours(conv0, conv1):
-    """Whether the layers are those that this module and the kernels compute"""
-    ours = {"kernel_size": (3, 3), "stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
-    same = all(getattr(conv, name, None) == value for conv in (conv0, conv1) for name, value in ours.items())
-    has_bias = same and conv0.bias is not None and conv1.bias is not None
-    return (
-        has_bias
-        and is_plain(conv0)
-        and is_plain(conv1)
-        and conv0.in_channels == 1
-        and (conv0.padding, conv1.padding) == ((2, 2), (1, 1))
-    )
-
-
-def is_plain(conv):
-    """Whether a layer does what Conv2d does, and nothing else"""
+def is_plain(conv, padding):
+    """Whether a layer is what Conv2d(..., 3, padding=padding) makes, and does nothing else"""
+    if type(conv) is not torch.nn.Conv2d or "forward" in vars(conv) or conv.bias is None:
+        return False
     has_hooks = any(getattr(conv, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
-    return type(conv) is torch.nn.Conv2d and "forward" not in vars(conv) and not has_hooks
+    options = conv.kernel_size, conv.stride, conv.dilation, conv.padding, conv.groups, conv.padding_mode
+    return not has_hooks and options == ((3, 3), (1, 1), (1, 1), (padding, padding), 1, "zeros")
 
 
 def _convolve_each(obs, conv0, conv1):
