@@ -77,12 +77,13 @@ def load_result(path):
     return result
 
 
-def load_results(name, paths):
-    """Loads results of a run's evaluations, by path. Leaves out, with a warning, those that are damaged, and those of another
-    model than the run's, which was trained anew or whose folder they were copied to"""
-    results, model = {}, None
+def load_results(name, paths, get_file_name):
+    """Loads results of a run's evaluations: a list. Leaves out, with a warning, those that are damaged, those of another model
+    than the run's, which was trained anew or whose folder they were copied to, and those that get_file_name(result) names
+    otherwise"""
+    results, latest = [], None
     with contextlib.suppress(UserError):  # results may have come without checkpoints
-        model = checkpoints.load(checkpoints.get_path(name)) if paths else None
+        latest = checkpoints.load(checkpoints.get_path(name)) if paths else None
     for path in paths:
         try:
             result = load_result(path)
@@ -90,35 +91,30 @@ def load_results(name, paths):
             warn(f"{error}; left out")
             continue
         with checkpoints.using({"path": path}):
-            # Also of the latest model, since a checkpoint of another run may have been copied beside it
-            difference = model and compare_settings(result["model_settings"], model["settings"])
-            difference = difference or model and describe_difference(result, load_evaluated(name, result, model))
+            difference = latest and describe_difference(name, result, latest)
         if difference:
             advice = "delete it, or replace it by eval_logp.py --force"
             warn(f"{path} is left out: it is of a different model from this run's current one ({difference}); {advice}")
+        elif path.name != get_file_name(result):
+            warn(f"{path} is left out: a result by this name would be {get_file_name(result)}")
         else:
-            results[path] = result
+            results.append(result)
     return results
 
 
-def load_evaluated(name, result, model):
-    """The run's checkpoint of the iteration that was evaluated if it is kept, else its latest one, model"""
-    path = checkpoints.get_path(name, result["model_iteration"])
-    if result["model_iteration"] != model["iteration"] and path.exists():
-        with contextlib.suppress(UserError):  # a damaged one says nothing
-            return checkpoints.load(path)
-    return model
-
-
-def describe_difference(result, model):
-    """Why the evaluated model cannot be an earlier or the present state of the run with this checkpoint; "" if it can"""
-    if differences := compare_settings(result["model_settings"], model["settings"]):
+def describe_difference(name, result, latest):
+    """Why the evaluated model cannot be an earlier or the present state of a run, given its latest checkpoint; "" if it can"""
+    if differences := compare_settings(result["model_settings"], latest["settings"]):
         return differences
-    if result["model_iteration"] > model["iteration"]:
-        return f"iteration {result['model_iteration']} of {model['iteration']}"
-    digests = result["settings"]["model"], checkpoints.get_digest(model)
-    is_latest = result["model_iteration"] == model["iteration"]
-    return f"model is {digests[0]} there and {digests[1]} here" if is_latest and digests[0] != digests[1] else ""
+    iteration = result["model_iteration"]
+    if iteration > latest["iteration"]:
+        return f"iteration {iteration} of {latest['iteration']}"
+    try:
+        then = latest if iteration == latest["iteration"] else checkpoints.load(checkpoints.get_path(name, iteration))
+    except UserError:  # one that is not kept, or damaged, says nothing
+        return ""
+    digests = result["settings"]["model"], checkpoints.get_digest(then)
+    return f"model is {digests[0]} there and {digests[1]} here" if digests[0] != digests[1] else ""
 
 
 def compare_settings(theirs, ours):
@@ -139,14 +135,13 @@ def get_place(images):
 
 def read_runs(folder):
     """Reads the evaluations of one run: a Run for each set of images, test images first"""
+
+    def get_file_name(result):
+        return checkpoints.get_result_path(folder.name, result["settings"]).name
+
     by_images = collections.defaultdict(dict)  # images -> algorithm -> result
-    paths = sorted(folder.glob("logp/[!.]*.pt"))
-    for path, result in load_results(folder.name, paths).items():
-        name = checkpoints.get_result_path(folder.name, result["settings"]).name
-        if path.name == name:
-            by_images[get_images(result)][result["settings"]["algorithm"]] = result
-        else:
-            warn(f"{path} is left out: a result by this name would be {name}")
+    for result in load_results(folder.name, sorted(folder.glob("logp/[!.]*.pt")), get_file_name):
+        by_images[get_images(result)][result["settings"]["algorithm"]] = result
     return [
         Run(folder.name, images, choose_comparable(folder.name, by_images[images]))
         for images in sorted(by_images, key=get_place)
@@ -507,10 +502,7 @@ def read_milestones(name, modes="*"):
     {(images, what describe_work says): {iteration: result}}. Args: modes: test, train or, for both, *"""
     groups = collections.defaultdict(dict)
     paths = sorted((util.SAVE / name / "logp").glob(f"{modes}_every_checkpoint/[!.]*.pt"))
-    for path, result in load_results(name, paths).items():
-        if path.stem != str(result["model_iteration"]):
-            warn(f"{path} is left out: a result by this name would be {result['model_iteration']}.pt")
-            continue
+    for result in load_results(name, paths, lambda result: f"{result['model_iteration']}.pt"):
         groups[get_images(result), describe_work(result["settings"])][result["model_iteration"]] = result
     return groups
 
