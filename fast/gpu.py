@@ -7,7 +7,6 @@ device, which has no values and launches nothing, and a CPU executes compiled ke
 The module is large because each of five operations needs its kernels' sizes, results and gradients.
 """
 
-import contextlib
 import importlib
 import math
 import os
@@ -58,7 +57,7 @@ def launch(kernel, grid, *args, get_options=None, **options):
     module, name = kernel.split(".")
     module = importlib.import_module(f".triton_{module}", __package__)  # only if Triton is installed
     options.update(get_options(module) if get_options else {})
-    with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(args[0]):
         getattr(module, name)[grid](*args, **options, enable_fp_fusion=True)
 
 
