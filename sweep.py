@@ -172,13 +172,15 @@ def run_here(args):
     if args.cuda and not has_gpus:
         raise UserError("--cuda: there is no usable GPU; run without --cuda")
     left, is_all = choose_tasks(args)
-    num_gpus = len(tasks.get_visible_gpus()) if has_gpus and args.cuda is not False else 0
+    gpus = tasks.get_visible_gpus() if has_gpus and args.cuda is not False else []
+    if gpus:
+        left = [task._replace(flags=[*task.flags, "--cuda"]) for task in left]
     if args.dry_run:
         for task in left:
-            print(shlex.join(task.get_command() + ["--cuda"] * (num_gpus > 0)))
+            print(shlex.join(task.get_command()))
         return 0
     with StopSignal() as stop:
-        num_done = tasks.run_all(left, args.jobs or 1, num_gpus, stop)
+        num_done = tasks.run_all(left, args.jobs or 1, gpus, stop)
     resume = "; rerun the same command to resume" if num_done < len(left) else ""
     print(f"{num_done} of {len(left)} done, in {util.SAVE}/{resume}")
     if stop.received is not None:

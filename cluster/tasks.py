@@ -251,16 +251,15 @@ def get_visible_gpus():
     return names or [str(number) for number in range(torch.cuda.device_count())]
 
 
-def start(task, slot, num_slots, num_gpus):
-    """Starts a task on its slot's share of the cores, and, if there are GPUs, on one of them. Returns: the process"""
+def start(task, slot, num_slots, gpus):
+    """Starts a task on its slot's share of the cores, and, if GPUs are named, on one of them. Returns: the process"""
     pins = hasattr(os, "sched_setaffinity")
     cores = sorted(os.sched_getaffinity(0)) if pins else list(range(os.cpu_count() or 1))
     share = cores[slot % len(cores) :: num_slots]
     # Processes with as many threads as cores would slow each other down several-fold.
     environment = {"OMP_NUM_THREADS": str(len(share)), **os.environ}
-    if num_gpus:
-        task = task._replace(flags=[*task.flags, "--cuda"])
-        environment["CUDA_VISIBLE_DEVICES"] = get_visible_gpus()[slot % num_gpus]
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     with open_log(task) as log:
         streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         process = subprocess.Popen(task.get_command(), env=environment, preexec_fn=_prepare_child, **streams)
@@ -303,7 +302,7 @@ def wait_for_lock(task, seconds=5):
     return False
 
 
-def run_all(tasks, num_slots, num_gpus, stop):
+def run_all(tasks, num_slots, gpus, stop):
     """Runs tasks as child processes, num_slots at a time, until all have ended or a signal arrives, which is passed on to make
     them save. Returns: how many succeeded"""
     waiting, running, num_done = list(tasks), {}, 0  # running: slot -> task, process
@@ -313,7 +312,7 @@ def run_all(tasks, num_slots, num_gpus, stop):
             if wait_for_lock(task):
                 slot = min(set(range(num_slots)) - running.keys())
                 try:
-                    running[slot] = task, start(task, slot, num_slots, num_gpus)
+                    running[slot] = task, start(task, slot, num_slots, gpus)
                     print(f"{task}: started, log {task.get_path('log')}", flush=True)
                 except UserError as error:
                     print(f"{task}: not started: {error}", flush=True)

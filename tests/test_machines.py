@@ -281,7 +281,7 @@ def test_a_ctrl_c_reaches_the_runs_of_a_sweep_once(folder, monkeypatch):
     def sweep_on():
         os.setpgid(0, 0)
         with StopSignal() as stop, contextlib.redirect_stdout(io.StringIO()):
-            tasks.run_all([task], 1, 0, stop)
+            tasks.run_all([task], 1, [], stop)
 
     pid = fork(sweep_on)
     wait_for(lambda: "started" in tasks.read_log(task), 10)

@@ -265,7 +265,7 @@ def test_a_killed_sweep_stops_its_tasks(folder, monkeypatch):
     monkeypatch.setattr(tasks.Task, "get_command", lambda _: ["bash", "-c", script])
     task = tasks.Task("run", "train", [], 1)
     log = task.get_path("log")
-    pid = fork(lambda: (tasks.start(task, 0, 1, 0), time.sleep(60)))
+    pid = fork(lambda: (tasks.start(task, 0, 1, []), time.sleep(60)))
     wait_for(lambda: log.exists() and "started" in log.read_text().splitlines())
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -367,5 +367,5 @@ def test_tasks_share_the_gpus_that_the_sweep_may_use(folder, monkeypatch):
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         seen.clear()
         for slot in range(3):
-            tasks.start(task, slot, 3, len(tasks.get_visible_gpus()))
+            tasks.start(task, slot, 3, tasks.get_visible_gpus())
         assert [environment["CUDA_VISIBLE_DEVICES"] for environment in seen] == expected
