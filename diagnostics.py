@@ -305,9 +305,8 @@ def main(argv=None):
     if args.checkpoint_path is None:
         draw_all(args, load_data)
     else:
-        path = checkpoints.find(args.checkpoint_path)
-        checkpoint = checkpoints.load(path)
-        draw_run(checkpoints.get_run_name(path, checkpoint["args"]), checkpoint, args, load_data)
+        checkpoint = checkpoints.load(checkpoints.find(args.checkpoint_path))
+        draw_run(checkpoints.get_run_name(checkpoint), checkpoint, args, load_data)
     if util.SAVE.is_dir():
         print(f"overview: {overview.write_overview()}")
     return 0

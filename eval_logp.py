@@ -399,9 +399,8 @@ def _run_half(num_threads, arguments):
 
 def evaluate(args):
     """Evaluates a checkpoint. Returns: the exit status"""
-    checkpoint_path = checkpoints.find(args.checkpoint_path)
-    checkpoint = load_numbers(checkpoint_path, util.get_device(args.cuda), args.algorithm)
-    name = checkpoints.get_run_name(checkpoint_path, checkpoint["args"])
+    checkpoint = load_numbers(checkpoints.find(args.checkpoint_path), util.get_device(args.cuda), args.algorithm)
+    name = checkpoints.get_run_name(checkpoint)
     path = checkpoints.get_result_path(name, vars(args))
     with StopSignal() as stop:
         status = evaluate_checkpoint(args, checkpoint, name, path, stop)
@@ -434,7 +433,7 @@ def evaluate_every_checkpoint(args):
                 continue
             if checkpoint["iteration"] == 0:  # still in pretraining
                 continue
-            name = name or checkpoints.get_run_name(path, checkpoint["args"])
+            name = name or checkpoints.get_run_name(checkpoint)
             args.data_location = args.data_location or checkpoint["args"]["data_location"]  # for older ones as well
             result_path = report.get_milestones_folder(name, args.mode) / f"{checkpoint['iteration']}.pt"
             status = evaluate_checkpoint(args, checkpoint, name, result_path, stop, load_data)

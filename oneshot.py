@@ -118,11 +118,12 @@ def choose_runs(args):
 def main(argv=None):
     args = get_parser().parse_args(argv)
     runs = choose_runs(args)
-    path = checkpoints.find(args.checkpoint_path)
-    checkpoint = checkpoints.load(path)
+    checkpoint = checkpoints.load(checkpoints.find(args.checkpoint_path))
     if checkpoint["num_alphabets"]:
-        raise UserError(f"{path} is conditional on alphabets, and does not know those of the runs; give another model")
-    name = checkpoints.get_run_name(path, checkpoint["args"])
+        raise UserError(
+            f"{args.checkpoint_path} is conditional on alphabets, and does not know those of the runs; give another model"
+        )
+    name = checkpoints.get_run_name(checkpoint)
     model, _ = models.from_checkpoint(checkpoint)
     util.set_seed(args.seed)
     folder, rows = util.SAVE / name / "oneshot", []

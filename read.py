@@ -102,9 +102,8 @@ def save_searched(model, network, found, folder, name):
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    path = checkpoints.find(args.checkpoint_path)
-    checkpoint = checkpoints.load(path)
-    name = checkpoints.get_run_name(path, checkpoint["args"])
+    checkpoint = checkpoints.load(checkpoints.find(args.checkpoint_path))
+    name = checkpoints.get_run_name(checkpoint)
     model, network = models.from_checkpoint(checkpoint)
     folder = util.SAVE / name / "read" if args.output is None else util.expand_user(args.output)
     util.set_seed(args.seed)

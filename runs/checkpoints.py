@@ -79,16 +79,16 @@ def get_all(path):
     return list(filter(pathlib.Path.exists, paths))
 
 
-def get_run_name(checkpoint_path, run_args):
-    """The name of a checkpoint's run: that of its folder in save/ or, for a checkpoint from elsewhere, the one implied by its
-    arguments (a dict), with "-from-<folder>" appended if save/ holds another run of that name"""
-    given = pathlib.Path(checkpoint_path).absolute().parent
+def get_run_name(checkpoint):
+    """The name of a checkpoint's run, given what `load` returns: that of its folder in save/ or, for a checkpoint from elsewhere,
+    the one implied by its arguments, with "-from-<folder>" appended if save/ holds another run of that name"""
+    given = pathlib.Path(checkpoint["path"]).absolute().parent
     for folder in (given, given.resolve()):  # a run's folder may be a link, or reached by one
         if folder.name == "checkpoints" and folder.parent.parent.resolve() == util.SAVE.resolve():
             return folder.parent.name
-    name = util.get_path_base(argparse.Namespace(**run_args))
+    name = util.get_path_base(argparse.Namespace(**checkpoint["args"]))
     ours = list((util.SAVE / name / "checkpoints").glob("*.pt"))
-    if not ours or any(filecmp.cmp(checkpoint_path, path, shallow=False) for path in ours):  # none there, or a copy
+    if not ours or any(filecmp.cmp(checkpoint["path"], path, shallow=False) for path in ours):  # none there, or a copy
         return name
     while folder.name in ("checkpoints", "save", name):
         folder = folder.parent

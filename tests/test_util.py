@@ -101,17 +101,21 @@ def test_long_names_of_seeds_differ_in_the_seed_alone():
 def test_a_checkpoint_from_elsewhere_keeps_apart_from_a_run_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_args = vars(main.parse_args(["--small-dataset"]))
+
+    def get_name(path):
+        return checkpoints.get_run_name({"path": path, "args": run_args})
+
     ours = checkpoints.get_path("mws_20")
     others = ["pretrained/mws_20.pt", "there/save/mws_20/checkpoints/latest.pt"]
     for path in others:
         util.write(path, b"theirs")
-    assert [checkpoints.get_run_name(path, run_args) for path in others] == ["mws_20"] * 2
+    assert [get_name(path) for path in others] == ["mws_20"] * 2
     util.write(ours, b"ours")
-    assert [checkpoints.get_run_name(path, run_args) for path in [ours, shutil.copy(ours, "copy.pt"), *others]] == [
+    assert [get_name(path) for path in [ours, shutil.copy(ours, "copy.pt"), *others]] == [
         "mws_20", "mws_20", "mws_20-from-pretrained", "mws_20-from-there",
     ]  # fmt: skip
     pathlib.Path("save/linked").symlink_to(pathlib.Path("there/save/mws_20").absolute())
-    assert checkpoints.get_run_name("save/linked/checkpoints/latest.pt", run_args) == "linked"
+    assert get_name("save/linked/checkpoints/latest.pt") == "linked"
 
 
 def test_runs_that_differ_do_not_share_a_folder():
