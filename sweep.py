@@ -61,10 +61,10 @@ def get_runs(args):
     the settings after --. Raises: UserError if a model is not in the sweep, or two runs would share a folder"""
     runs, known, load_data = {}, set(), functools.cache(data.load)
     models = [util.get_path_base(model_args) for model_args in get_sweep_argss(False, None, args.large_conditional)]
-    has_size = any(word.split("=")[0] == "--dataset-size" for word in args.settings)  # in place of the small data set
     argss = get_sweep_argss(args.test_run, args.data_location, args.large_conditional)
     for seed, (model, model_args) in itertools.product(args.seeds or [None], zip(models, argss, strict=True)):
-        flags = [flag for flag in util.get_flags(model_args) if not (has_size and flag == "--small-dataset")]
+        left_out = ["--small-dataset"] if "--dataset-size" in args.given else []
+        flags = [flag for flag in util.get_flags(model_args) if flag not in left_out]
         flags += [*args.settings, *[f"--seed={seed}"] * (seed is not None)]
         run_args = training.parse_args(flags)
         if run_args.cuda:
@@ -105,7 +105,7 @@ def get_tasks(args):
 def get_evaluation(args, model, run_args, algorithm):
     """The Task of evaluating a run, given main.py's run_args, with its seed. Raises: UserError if --eval-options are invalid"""
     flags = [f"--checkpoint-path={checkpoints.get_path(model)}", f"--algorithm={algorithm}"]
-    if args.data_location is not None or any(word.split("=")[0] == "--data-location" for word in args.settings):
+    if args.data_location is not None or "--data-location" in args.given:
         flags += [f"--data-location={run_args.data_location}"]
     flags += [f"--seed={run_args.seed}"] * (run_args.seed != util.Config.seed)
     flags += TEST_RUN_EVALUATION * args.test_run + util.split_words("--eval-options", args.eval_options)
@@ -393,7 +393,8 @@ def parse_args(argv=None):
     cut = argv.index("--") if "--" in argv else len(argv)
     args = get_parser().parse_args(argv[:cut])
     args.settings = argv[cut + 1 :]
-    if args.seeds and any(word.split("=")[0] == "--seed" for word in args.settings):
+    args.given = {word.split("=")[0] for word in args.settings}  # main.py's flags among them
+    if args.seeds and "--seed" in args.given:
         raise UserError("--seeds and, after the --, --seed exclude each other; give one")
     if sum([args.cluster, args.status, args.plot, args.cancel, args.rm]) > 1:
         raise UserError("--cluster, --status, --plot, --cancel and --rm exclude each other; give one")
