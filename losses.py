@@ -15,7 +15,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import util
 from fast import gpu
@@ -404,33 +404,23 @@ def get_loss(args, step, state, **others):
     fixed = util.get_fixed(objective)
     names = [name for name in _get_names(objective, available) if name in available and name not in fixed]
     loss, statistics = objective(**{name: available[name] for name in names})
-    return loss, get_statistics(statistics, [step.iteration, step.generative_model, step.inference_network, *state.values()])
+    return loss, get_statistics(statistics, step.iteration.device)
 
 
-def get_statistics(statistics, kept):
-    """Statistics of an objective or a callback as they are recorded: scalars on the device, none of which changes later.
-
-    Args: kept: tensors and objects with a state_dict that later steps change; the first is on the device
-    Raises: UserError if one is not a scalar
-    """
-    storages, device, recorded = _get_storages(kept), kept[0].device, {}
+def get_statistics(statistics, device):
+    """Statistics of an objective or a callback as they are recorded: copies of scalars, on the device, as float32, so that none
+    of them changes later. Raises: UserError if one is not a scalar"""
+    scalars = []
     for name, value in statistics.items():
         is_scalar = isinstance(value, torch.Tensor | numbers.Real | np.ndarray) and np.ndim(value) == 0
         if not isinstance(name, str) or name == "iteration" or not is_scalar:
             raise util.UserError(f"the statistic {name!r} must be a scalar, and cannot be called iteration")
         if torch.is_tensor(value):
-            is_copied = device.type == "cpu" or _get_storages([value]) & storages  # on a GPU, copying takes a launch
-            recorded[name] = value.detach().clone() if is_copied else value.detach()
-        else:  # without a copy, which a CUDA graph could not record
+            scalars.append(value.detach().to(device, torch.float32))
+        else:  # without a copy to the device, which a CUDA graph could not record
             rounded = torch.tensor(float(value), dtype=torch.float32).item()  # to infinity if it is too large
-            recorded[name] = torch.full((), rounded, dtype=torch.float32, device=device)
-    return recorded
-
-
-def _get_storages(parts):
-    """Identifies the storages of tensors, and of those in objects with a state_dict: a set"""
-    tensors = tree_leaves([part if torch.is_tensor(part) else part.state_dict() for part in parts])
-    return {x.untyped_storage()._cdata for x in tensors if torch.is_tensor(x)}
+            scalars.append(torch.full((), rounded, dtype=torch.float32, device=device))
+    return dict(zip(statistics, torch.stack(scalars), strict=True)) if scalars else {}
 
 
 def _get_names(objective, available):

@@ -78,7 +78,7 @@ class Run:
 
     def record(self, phase, statistics):
         """Records statistics, a dict of scalars, of this iteration, as they are now"""
-        self.pending.append((phase, self.iteration, losses.get_statistics(statistics, [self.clock, *self.parts.values()])))
+        self.pending.append((phase, self.iteration, losses.get_statistics(statistics, self.device)))
 
     def flush_statistics(self):
         append_statistics(self.statistics, self.pending)
@@ -205,7 +205,7 @@ def pretrain_step(run):
     """Takes a step of sleep. Returns: the statistics to record"""
     num_samples = losses.get_num_dreams(run.args.batch_size, run.args.num_particles)
     loss, statistics = losses.sleep(run.generative_model, run.inference_network, num_samples)
-    statistics = losses.get_statistics(statistics, [run.clock, run.generative_model, run.inference_network])
+    statistics = losses.get_statistics(statistics, run.device)
     update(run.pretrain_optimizer, loss)
     return statistics
 
