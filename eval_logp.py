@@ -128,11 +128,15 @@ class Evaluation:
 
     def get_inputs(self, obs_id):
         """For images obs_id [B]: obs, alphabet, and their indices in a lookup network"""
-        return dict(
-            obs=self.obs[obs_id],
-            alphabet=None if self.alphabet is None else self.alphabet[obs_id],
-            obs_id=None if self.args.algorithm in ("own", "sleep") else obs_id,
-        )
+        indices = None if self.args.algorithm in ("own", "sleep") else obs_id
+        return dict(obs=self.obs[obs_id], alphabet=self.get_alphabet(obs_id), obs_id=indices)
+
+    def get_alphabet(self, obs_id):
+        return None if self.alphabet is None else self.alphabet[obs_id]
+
+    def score(self, obs_id, latent):
+        """log p(z, x), looked up in the table or added to it: images obs_id [B], latent [P, B, A, 2] -> [P, B]"""
+        return self.table.score(obs_id, self.generative_model, latent, self.obs[obs_id], self.get_alphabet(obs_id))
 
 
 def build_network(args, checkpoint, num_images):
@@ -203,9 +207,7 @@ def add_proposals(evaluation):
     """Adds proposals for a batch of images to the guaranteed bound on a GPU, where replayed steps do not; on a CPU, those of
     every step join it"""
     obs_id = get_obs_id(evaluation)
-    inputs = evaluation.get_inputs(obs_id)
-    latent = evaluation.network.sample(obs_id, evaluation.args.num_particles, inputs["alphabet"])
-    evaluation.table.score(obs_id, evaluation.generative_model, latent, inputs["obs"], inputs["alphabet"])
+    evaluation.score(obs_id, evaluation.network.sample(obs_id, evaluation.args.num_particles, evaluation.get_alphabet(obs_id)))
 
 
 @torch.no_grad()
@@ -230,8 +232,7 @@ def enumerate_memory(evaluation):
     """Adds the programs that the model remembers of its training images to the guaranteed bound"""
     if evaluation.memory is not None:
         obs_id = torch.arange(len(evaluation.obs), device=evaluation.device)
-        inputs, latent = evaluation.get_inputs(obs_id), models.unpack(evaluation.memory).transpose(0, 1)  # [M, N, A, 2]
-        evaluation.table.score(obs_id, evaluation.generative_model, latent, inputs["obs"], inputs["alphabet"])
+        evaluation.score(obs_id, models.unpack(evaluation.memory).transpose(0, 1))  # of latents [M, N, A, 2]
 
 
 def run(evaluation, settings, path, stop):
@@ -291,8 +292,7 @@ def search_step(evaluation, stop):
     """Finds programs of the next image. If a signal arrives, it changes nothing"""
     state, args, model = util.get_random_state(evaluation.device), evaluation.args, evaluation.generative_model
     obs_id = torch.tensor([evaluation.num_searched], device=evaluation.device)
-    inputs = evaluation.get_inputs(obs_id)
-    obs, alphabet = inputs["obs"], inputs["alphabet"]
+    obs, alphabet = evaluation.obs[obs_id], evaluation.get_alphabet(obs_id)
     proposals = [evaluation.own_network.sample(obs, search.NUM_PROPOSALS, alphabet).squeeze(1)]  # [P, A, 2]
     if evaluation.memory is not None:
         proposals.append(models.unpack(evaluation.memory[obs_id]).squeeze(0))
@@ -302,7 +302,7 @@ def search_step(evaluation, stop):
     if stop.received is not None:
         util.set_random_state(state, evaluation.device)
         return
-    evaluation.table.score(obs_id, model, latent.unsqueeze(1), obs, alphabet)
+    evaluation.score(obs_id, latent.unsqueeze(1))
     # If too few are found, the last repeats
     rank = torch.arange(args.memory_size, device=evaluation.device).clamp(max=len(latent) - 1)
     evaluation.programs[obs_id] = models.pack(latent[rank], evaluation.programs.dtype)
@@ -312,11 +312,10 @@ def search_step(evaluation, stop):
 def memoised_step(evaluation, obs_id):
     """Updates the memory of images obs_id [B] with the network's proposals, then trains the network by a step on programs drawn
     from the memory in proportion to p(z, x). Returns: the statistics to record, nats per image"""
-    args, model, inputs = evaluation.args, evaluation.generative_model, evaluation.get_inputs(obs_id)
-    obs, alphabet = inputs["obs"], inputs["alphabet"]
+    args, alphabet = evaluation.args, evaluation.get_alphabet(obs_id)
     proposal = evaluation.network.sample(obs_id, args.num_particles, alphabet)  # [P, B, A, 2]
     scorer = functools.partial(evaluation.table.score, obs_id)
-    memory = model, evaluation.programs, obs, obs_id, proposal, alphabet, scorer
+    memory = evaluation.generative_model, evaluation.programs, evaluation.obs[obs_id], obs_id, proposal, alphabet, scorer
     latent, log_joint, _ = losses.update_memory(*memory)  # [M, B, A, 2], [M, B]
     drawn = log_joint.t().softmax(1).multinomial(args.num_particles, replacement=True).t()  # [P, B]
     latent = latent[drawn, torch.arange(len(obs_id), device=evaluation.device)]  # [P, B, A, 2]
@@ -335,7 +334,7 @@ def estimate_together(halves, stop):
 
     Returns: log p by the mixture [N], and by each half [2, N]; or None if a signal arrives
     """
-    model, log_p, by_half = halves[0].generative_model, [], []
+    log_p, by_half = [], []
     num_particles = math.ceil(halves[0].args.test_num_particles / len(halves))
     for half in halves:
         half.network.eval()
@@ -343,11 +342,10 @@ def estimate_together(halves, stop):
     for obs_id in util.show_progress(images, desc="estimating", unit="image"):
         if stop.received is not None:
             return None
-        inputs = halves[0].get_inputs(obs_id)
-        obs, alphabet = inputs["obs"], inputs["alphabet"]
+        alphabet = halves[0].get_alphabet(obs_id)
         latent = [half.network.sample(obs_id, num_particles, alphabet) for half in halves]  # each [P, 1, A, 2]
         log_q = torch.stack([half.network.log_prob(torch.cat(latent), obs_id, alphabet) for half in halves])  # [2, 2P, 1]
-        log_joint = halves[0].table.score(obs_id, model, torch.cat(latent), obs, alphabet)  # [2P, 1]
+        log_joint = halves[0].score(obs_id, torch.cat(latent))  # [2P, 1]
         own = (log_joint - log_q).unflatten(1, (len(halves), -1))  # [2, 2, P, 1]
         by_half.append(torch.stack([scoring.log_mean_weight(own[i, i]) for i in range(len(halves))]))
         log_p.append(scoring.log_mean_weight(log_joint - scoring.log_mean_weight(log_q)))

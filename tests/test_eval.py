@@ -521,10 +521,10 @@ def test_the_mixture_of_both_networks_estimates_what_neither_alone_can(monkeypat
     model, network, obs = get_tiny()
     halves, exact = [], get_exact(model, network, obs, torch.arange(NUM_IMAGES))[0].double().logsumexp(0)
     for first in (0, 1):
-        half = argparse.Namespace(generative_model=model, network=get_tiny()[1], obs=obs, device=torch.device("cpu"))
+        half = object.__new__(eval_logp.Evaluation)
+        vars(half).update(generative_model=model, network=get_tiny()[1], obs=obs, alphabet=None, device=torch.device("cpu"))
         half.args = argparse.Namespace(test_num_particles=4000)
         half.table = scoring.ScoreTable(num_arcs=2)
-        half.get_inputs = lambda obs_id: dict(obs=obs[obs_id], obs_id=obs_id, alphabet=None)
         with torch.no_grad():
             half.network.decoder.linear.bias[first] += 20  # of the first primitive or the second, for both strokes
         halves.append(half)
