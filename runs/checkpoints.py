@@ -304,17 +304,16 @@ def get_states(parts):
 
 def get_hyperparameters(parts):
     """The hyperparameters of the optimisers among parts, by name: a list of dicts, one for each group of parameters"""
-    return {
-        name: [
-            {
-                "optimiser": type(part).__name__,
-                **{key: _to_plain(value) for key, value in group.items() if key not in {"params", *OF_DEVICES}},
-            }
-            for group in part.param_groups
-        ]
-        for name, part in parts.items()
-        if isinstance(part, torch.optim.Optimizer)
-    }
+    optimizers = {name: part for name, part in parts.items() if isinstance(part, torch.optim.Optimizer)}
+    return {name: describe_groups(type(part).__name__, part.param_groups) for name, part in optimizers.items()}
+
+
+def describe_groups(kind, groups):
+    """The hyperparameters of an optimiser's groups: a list of dicts"""
+    return [
+        {"optimiser": kind, **{key: _to_plain(x) for key, x in group.items() if key not in {"params", *OF_DEVICES}}}
+        for group in groups
+    ]
 
 
 def _get_parameters(parts):

@@ -72,7 +72,7 @@ def convert_run(old):
             del new[name]
         elif old[name]["state"]:
             add_missing_states(old, name)
-    made = {name: get_hyperparameters(old[name]) for name in optimizers if name in new}
+    made = {name: checkpoints.describe_groups("Adam", old[name]["param_groups"]) for name in optimizers if name in new}
     if old["memory"] is not None:
         new["memory"] = old["memory"]
     tested = old["statistics"].get("test_iteration", torch.zeros(0))
@@ -100,13 +100,6 @@ def add_missing_states(old, name):
     for number, value in enumerate(parameters):
         zeros = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
         old[name]["state"].setdefault(number, zeros)
-
-
-def get_hyperparameters(state):
-    return [
-        {"optimiser": "Adam", **{key: list(x) if isinstance(x, tuple) else x for key, x in group.items() if key != "params"}}
-        for group in state["param_groups"]
-    ]
 
 
 def convert_statistics(old):
