@@ -24,10 +24,7 @@ def _import(name, globals=None, locals=None, fromlist=(), level=0):
     if level or first not in _OURS:
         return builtins.__import__(name, globals, locals, fromlist, level)
     module = importlib.import_module(f"{__name__}.{name}")
-    for wanted in fromlist or ():
-        if not hasattr(module, wanted):
-            importlib.import_module(f"{__name__}.{name}.{wanted}")
-    return module if fromlist else sys.modules[f"{__name__}.{first}"]
+    return module if fromlist else sys.modules[f"{__name__}.{first}"]  # a module in fromlist is imported when it is looked up
 
 
 def _import_part(package, name):
