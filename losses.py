@@ -377,9 +377,10 @@ def init_state(args, num_data, device):
     part's name is taken"""
     objective = OBJECTIVES[args.algorithm]
     init = util.get_init_state(objective)
+    if init is None:
+        return {}
     available = {**vars(args), "num_data": num_data, **util.get_fixed(objective)}
-    names = [] if init is None else [name for name in inspect.signature(init).parameters if name in available]
-    parts = {} if init is None else init(**{name: available[name] for name in names})
+    parts = init(**{name: available[name] for name in inspect.signature(init).parameters if name in available})
     for name, part in parts.items():
         if name in {*Step._fields, *util.get_own_settings(args, "algorithm"), "scorer", "optimizer", "pretrain_optimizer"}:
             raise util.UserError(f"{args.algorithm}: its state cannot hold a part called {name}: the name is taken; rename it")
