@@ -449,8 +449,7 @@ def parse_args(argv=None):
     for name in util.RUN_DEFAULTS[True]:
         if getattr(args, name) is None:
             setattr(args, name, util.get_run_default(name, args.test_run))
-    if args.test_run:
-        util.lower_to_limits(args, vars(args))
+    vars(args).update(util.limit(vars(args), args))
     if args.algorithm == "vimco" and args.num_particles < 2:
         raise UserError("--algorithm vimco needs --num-particles of at least 2")
     if args.q_uniform_mixture == 1:

@@ -279,7 +279,7 @@ def get_own_fields(function):
     """The settings that an algorithm or likelihood declares: a list of Fields, without those that a functools.partial
     fixes"""
     fields, fixed = [], get_fixed(function)
-    for part in filter(None, [get_whole(function), get_init_state(function)]):
+    for part in filter(None, [function, get_init_state(function)]):
         try:
             parameters = inspect.signature(part, eval_str=True).parameters
         except ValueError:  # a built-in function may have none, and declares no settings
@@ -293,12 +293,8 @@ def get_own_fields(function):
 
 def get_init_state(objective):
     """The function that losses.keeps declared for an objective, or for the one that a functools.partial wraps; else None"""
-    return getattr(objective, "init_state", getattr(get_whole(objective), "init_state", None))
-
-
-def get_whole(function):
-    """The function that a functools.partial wraps, or the function itself"""
-    return function.func if isinstance(function, functools.partial) else function
+    wrapped = getattr(objective, "func", None)
+    return getattr(objective, "init_state", getattr(wrapped, "init_state", None))
 
 
 def get_fixed(function):
@@ -335,15 +331,13 @@ def get_own_settings(args, name):
 def make_args(saved):
     """Converts a checkpoint's arguments, a dict, to a namespace: missing settings get their defaults, within the limits of a
     test run, renamed ones keep their values, and those that no longer exist stay as they are"""
-    args, added = dict(saved), []
+    args, added = dict(saved), {}
     for name, field in get_fields().items():
-        if name not in args:
-            added += [name] * (field.setting.formerly not in args)
-            args[name] = args.pop(field.setting.formerly, field.default)
-    args = argparse.Namespace(**args)
-    if args.test_run:
-        lower_to_limits(args, added)
-    return args
+        if name not in args and field.setting.formerly in args:
+            args[name] = args.pop(field.setting.formerly)
+        elif name not in args:
+            added[name] = field.default
+    return argparse.Namespace(**args, **limit(added, argparse.Namespace(**args, **added)))
 
 
 def warn_of_removed(checkpoint):
@@ -386,15 +380,12 @@ def get_path_base(args):
 
     Raises: UserError if it is not a valid folder name, which the arguments of a foreign file may imply
     """
-    settings, fields = get_first_names(get_settings(args)), get_fields()
+    settings = get_first_names(get_settings(args))
     test_run = "test_run_" * bool(settings.pop("test_run"))
     if getattr(args, "name", None):
         return to_run_name(test_run + args.name)
-    defaults = get_first_names({name: field.default for name, field in fields.items()})
-    if test_run:
-        limits = get_first_names(get_test_run_limits(args))
-        defaults |= {name: limit if defaults[name] is None else min(limit, defaults[name]) for name, limit in limits.items()}
-        defaults["data_location"] = get_run_default("data_location", True)
+    defaults = {name: field.default for name, field in get_fields().items()} | RUN_DEFAULTS[bool(test_run)]
+    defaults = get_first_names(limit(defaults, args))
     conditional, small, seed = (settings.pop(name) for name in ("condition_on_alphabet", "small_dataset", "seed"))
     algorithm, num_particles = settings.pop("algorithm"), settings.pop("num_particles")
     total = num_particles + settings.get("memory_size", 0)
@@ -486,27 +477,24 @@ class ArgumentParser(argparse.ArgumentParser):
         if field.type is bool:
             action = "store_true" if field.default is False else argparse.BooleanOptionalAction
             self.add(flag, f"{help} (default: yes)" if field.default else help, *formerly, action=action, default=field.default)
-        elif choices is not None:
-            self.add(flag, help, *formerly, choices=list(choices), default=field.default)
         else:
-            self.add(flag, help, *formerly, type=field.get_parser(), default=field.default)
+            self.add(flag, help, *formerly, type=field.get_parser(), choices=choices, default=field.default)
 
     def error(self, message):
         raise UserError(f"{message[:300]}; see --help")
 
 
-def get_test_run_limits(args):
-    """The upper limits that --test-run puts on settings, by name; a likelihood may lower them, to stay under two minutes"""
+def limit(values, args):
+    """Values of settings, a dict, within the limits of a test run if args, a namespace, are of one. A likelihood may lower the
+    limits, to stay under two minutes"""
+    if not args.test_run:
+        return values
     limits = {name: field.setting.limit for name, field in get_fields().items() if field.setting.limit is not None}
-    return limits | getattr(CHOICES["likelihood"][args.likelihood], "test_run_limits", {})
-
-
-def lower_to_limits(args, names):
-    """Lowers settings of a test run, given by their names, to its limits, in place. Args: args: a namespace"""
-    for name, limit in get_test_run_limits(args).items():
-        if name in names:
-            value = getattr(args, name)
-            setattr(args, name, limit if value is None else min(value, limit))
+    limits |= getattr(CHOICES["likelihood"][args.likelihood], "test_run_limits", {})
+    lowered = {
+        name: most if values[name] is None else min(values[name], most) for name, most in limits.items() if name in values
+    }
+    return {**values, **lowered}
 
 
 # Defaults that depend on --test-run. They do not depend on the number of iterations, which must not change bits
