@@ -127,9 +127,8 @@ class Evaluation:
             util.set_random_state(state["random_state"], self.device)
 
     def get_inputs(self, obs_id):
-        """For images obs_id [B]: obs, alphabet, and their indices in a lookup network"""
-        indices = None if self.args.algorithm in ("own", "sleep") else obs_id
-        return dict(obs=self.obs[obs_id], alphabet=self.get_alphabet(obs_id), obs_id=indices)
+        """What objectives and estimates take of images obs_id [B]"""
+        return dict(obs=self.obs[obs_id], alphabet=self.get_alphabet(obs_id), obs_id=obs_id)
 
     def get_alphabet(self, obs_id):
         return None if self.alphabet is None else self.alphabet[obs_id]

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 import util
 from fast import gpu
-from models import LookupInferenceNetwork, pack, sample_categorical, unpack
+from models import pack, sample_categorical, unpack
 from scoring import can_select, find_distinct, log_mean_weight, needs_gradients, propose, score
 from util import Setting
 
@@ -77,8 +77,7 @@ def particle_objective(function):
     def objective(
         generative_model, inference_network, obs, num_particles=10, alphabet=None, obs_id=None, scorer=score, **others
     ):
-        known_as = obs_id if isinstance(inference_network, LookupInferenceNetwork) else None
-        particles = propose(generative_model, inference_network, obs, num_particles, alphabet, known_as, scorer)
+        particles = propose(generative_model, inference_network, obs, num_particles, alphabet, obs_id, scorer)
         scores = [x.detach().requires_grad_() for x in (particles.log_p, particles.log_q)]
         available = dict(
             generative_model=generative_model, inference_network=inference_network, obs=obs, num_particles=num_particles,

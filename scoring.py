@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fast import gpu
-from models import match_images, pack, unpack
+from models import LookupInferenceNetwork, match_images, pack, unpack
 
 ROWS_AT_ONCE = 1024  # latents scored at a time without gradients on a CPU: their images fit in the cache
 CAPACITY = 10_000  # latents kept per image in a table
@@ -108,9 +108,10 @@ class Particles(NamedTuple):
 
 
 def propose(generative_model, inference_network, obs, num_particles, alphabet=None, obs_id=None, scorer=score):
-    """Draws Particles: obs [B, R, C]; alphabet [B, L] one-hot; obs_id [B] if q is a LookupInferenceNetwork; scorer: `score`, or
-    a faster equivalent"""
-    context = inference_network.get_context(obs if obs_id is None else obs_id, alphabet)
+    """Draws Particles: obs [B, R, C]; alphabet [B, L] one-hot; obs_id [B], used if q is a LookupInferenceNetwork; scorer:
+    `score`, or a faster equivalent"""
+    known_as = obs_id if isinstance(inference_network, LookupInferenceNetwork) else obs
+    context = inference_network.get_context(known_as, alphabet)
     latent, log_q = inference_network.decoder.sample_and_log_prob(num_particles, context)
     if can_select(latent) or not needs_gradients(generative_model):
         log_p = scorer(generative_model, latent, obs, alphabet)
