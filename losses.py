@@ -426,15 +426,11 @@ def get_statistics(statistics, device):
 def _get_names(objective, available):
     """The names of an objective's arguments; those available if it takes any. A decorator that passes on whatever it is given
     also takes what the decorated function does, unless that needs something else, as the functions of `particle_objective` do"""
-
-    def takes_any(parameters):
-        return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-
     own, decorated = (inspect.signature(objective, follow_wrapped=follows).parameters for follows in (False, True))
-    if not takes_any(own):
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
         return list(own)
-    needed = {name for name, parameter in decorated.items() if parameter.default is parameter.empty}
-    return list(available) if takes_any(decorated) or not needed <= available.keys() else [*own, *decorated]
+    needed = {name for name, parameter in decorated.items() if parameter.default is parameter.empty}  # the name of ** included
+    return [*own, *decorated] if needed <= available.keys() else list(available)
 
 
 OBJECTIVES = {"mws": mws, "rws": rws, "vimco": vimco, "tvo": tvo, "sleep": wake_sleep}  # the choices of --algorithm
