@@ -141,17 +141,12 @@ def get_log_weight(generative_model, inference_network, obs, num_particles, alph
 
 
 class Rows(NamedTuple):
-    """Distinct latents with their scores, sorted by key"""
+    """Latents with their scores; after `merge`, they are distinct and sorted by key"""
 
     key: torch.Tensor  # [N], 64-bit hash of image and latent
     obs_id: torch.Tensor  # [N], of the image
     codes: torch.Tensor  # [N, A], packed latents
     log_joint: torch.Tensor  # [N], log p(z, x)
-
-
-def get_rows(obs_id, codes, log_joint):
-    """Makes Rows from rows in any order, possibly repeated"""
-    return merge([Rows(get_hash(codes, obs_id), obs_id, codes, log_joint)])
 
 
 def merge(some_rows):

@@ -177,7 +177,8 @@ def get_joint_bound(results):
     some_rows = []
     for result in results:
         latents, num_images = result["latents"], len(result["log_p_by_image"])
-        some_rows.append(scoring.get_rows(latents["obs_id"].long(), latents["codes"], latents["log_joint"]))
+        obs_id, codes = latents["obs_id"].long(), latents["codes"]
+        some_rows.append(scoring.Rows(scoring.get_hash(codes, obs_id), obs_id, codes, latents["log_joint"]))
     return scoring.get_enumeration_bound(scoring.keep_best(scoring.merge(some_rows)), num_images)
 
 
