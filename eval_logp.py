@@ -131,10 +131,11 @@ class Evaluation:
         return dict(obs=self.obs[obs_id], alphabet=self.get_alphabet(obs_id), obs_id=obs_id)
 
     def get_alphabet(self, obs_id):
+        """The alphabets of images obs_id [B], one-hot [B, L], or None if the model is not conditional"""
         return None if self.alphabet is None else self.alphabet[obs_id]
 
     def score(self, obs_id, latent):
-        """log p(z, x), looked up in the table or added to it: images obs_id [B], latent [P, B, A, 2] -> [P, B]"""
+        """log p(z, x), looked up in the table or added to it: images obs_id [B], latent [P, B, A, 2] -> [P, B], nats"""
         return self.table.score(obs_id, self.generative_model, latent, self.obs[obs_id], self.get_alphabet(obs_id))
 
 

@@ -252,7 +252,8 @@ def get_visible_gpus():
 
 
 def start(task, slot, num_slots, gpus):
-    """Starts a task on its slot's share of the cores, and, if GPUs are named, on one of them. Returns: the process"""
+    """Starts a task on its slot's share of the cores and, if there are GPUs, on one of them. Args: gpus: their names, as in
+    CUDA_VISIBLE_DEVICES. Returns: the process"""
     pins = hasattr(os, "sched_setaffinity")
     cores = sorted(os.sched_getaffinity(0)) if pins else list(range(os.cpu_count() or 1))
     share = cores[slot % len(cores) :: num_slots]

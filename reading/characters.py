@@ -35,7 +35,8 @@ class Characters:
     @functools.cached_property
     def obs(self):
         """The same, scaled down: [N, 28, 28] in [0, 1]"""
-        return torch.from_numpy(np.stack([images.shrink(ink.astype(np.float32)) for ink in self.inks])).float()
+        obs = np.array([images.shrink(ink.astype(np.float32)) for ink in self.inks])
+        return torch.from_numpy(obs.reshape(-1, images.SIDE, images.SIDE)).float()  # N may be 0
 
     @functools.cached_property
     def names(self):

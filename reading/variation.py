@@ -225,7 +225,7 @@ def _refit(centre, start, aligned, obs, deviations, schedule, tick):
     optimizer = torch.optim.Adam(variation, lr=LEARNING_RATE)
     with torch.enable_grad():
         for step in range(schedule.num_steps):
-            share = min(step / (schedule.when * schedule.num_steps), 1.0)
+            share = min(step / max(schedule.when * schedule.num_steps, 1), 1.0)  # `when` may be 0
             sharp = schedule.blur + (schedule.last_blur - schedule.blur) * share
             blurred = centre._replace(sharpness=centre.sharpness * sharp)
             loss = -score(blurred, variation, obs, deviations).sum()

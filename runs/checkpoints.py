@@ -309,7 +309,8 @@ def get_hyperparameters(parts):
 
 
 def describe_groups(kind, groups):
-    """The hyperparameters of an optimiser's groups: a list of dicts"""
+    """The hyperparameters of an optimiser's groups, as its param_groups or its state_dict holds them: a list of dicts. Args: kind:
+    name of its class"""
     return [
         {"optimiser": kind, **{key: _to_plain(x) for key, x in group.items() if key not in {"params", *OF_DEVICES}}}
         for group in groups

@@ -112,6 +112,7 @@ def test_a_model_in_double_precision_reads_the_same():
     single, double = (characters.read(some, found) for some in (model, model.double()))
     assert torch.equal(single.latent, double.latent) and double.drawing.theta.dtype == torch.float32
     torch.testing.assert_close(single.log_likelihood, double.log_likelihood, atol=0.1, rtol=0)
+    assert characters.from_inks([~cross & cross], "blank").obs.shape == (0, 28, 28)
 
 
 @pytest.mark.parametrize("tilt", [-0.1, -0.03, 0.0, 0.05, 0.12])

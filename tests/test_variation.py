@@ -152,6 +152,9 @@ def test_a_fit_is_repeatable_and_never_worse():
     assert torch.equal(*scores)
     unchanged = variation.get_log_likelihood(centre, obs)
     assert (scores[0] >= unchanged).all() and (scores[0] > unchanged + 5).any()
+    sharp = matching.COARSE._replace(num_steps=3, when=0.0)
+    drawing, _, distance = variation.refit(centre, obs, variation.HAND, sharp)
+    assert (variation.get_log_likelihood(drawing, obs) - distance >= unchanged).all()
 
 
 def test_a_fit_begins_where_it_is_told():
