@@ -90,23 +90,22 @@ HOSTILE += [("data_location", "a\0b"), ("likelihood", "../../x"), ("num_arcs", 1
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # a tensor in the place of a list
-def test_forged_files_end_in_one_line(folder, capsys):
+def test_forged_files_end_in_one_line(folder):
     """With the right digest, and anything in the place of each entry; nothing is allocated for sizes that are not the file's"""
     run(*FLAGS)
     latest = get_run_folder() / "checkpoints/latest.pt"
     checkpoint = util.load_checkpoint(latest)
     forged = [{**checkpoint, name: wrong} for name in checkpoint for wrong in WRONG if name not in ("format", "data_summary")]
     forged += [{**checkpoint, "args": {**checkpoint["args"], name: value}} for name, value in HOSTILE]
-    num_refused, before = 0, sorted(folder.rglob("*"))
+    num_refused, before, args = 0, sorted(folder.rglob("*")), main.parse_args(FLAGS)
+    dataset = main.load_data(args)
     for contents in forged:
         util.save_checkpoint(latest, contents)
         try:
             models.from_checkpoint(checkpoints.load(latest))
-            args = main.parse_args(FLAGS)
-            restored = main.Run(args, main.load_data(args), torch.device("cpu"))
-            restored.restore(checkpoints.load(latest))
+            main.Run(args, dataset, torch.device("cpu")).restore(checkpoints.load(latest))
         except UserError as error:
-            assert len(str(error).splitlines()) == 1 and "latest.pt" in str(error) or "save/" in str(error)
+            assert len(str(error).splitlines()) == 1 and ("latest.pt" in str(error) or "save/" in str(error)), error
             num_refused += 1
     assert sorted(folder.rglob("*")) == before and num_refused > 0.8 * len(forged)
 
