@@ -140,7 +140,7 @@ def test_a_file_of_an_older_version_is_rewritten(folder, capsys):
         assert_same(got[name], value, name)
 
 
-def test_names_from_outside_are_shown_literally(folder, run_script, capsys):
+def test_names_from_outside_are_shown_literally(folder, run_script):
     """Mathematics, bytes that are not UTF-8"""
     run(*FLAGS)
     names = [os.fsencode("$x_$.png"), b"lat\xff.png", b"a$b.png"]

@@ -324,7 +324,7 @@ def test_nan_is_remembered(use_kernels):
 
 
 @pytest.mark.parametrize("name, num_alphabets", [("rws", 0), ("mws", 3)])
-def test_an_objective(use_kernels, name, num_alphabets, monkeypatch):
+def test_an_objective(use_kernels, name, num_alphabets):
     """Loss and all gradients of an objective, given the same programs"""
     model = models.GenerativeModel(16, num_alphabets=num_alphabets, num_arcs=3, likelihood_settings={"num_maps": 4})
     with torch.no_grad():  # strokes that differ: equal ones tie where they meet
@@ -357,7 +357,7 @@ def test_an_objective(use_kernels, name, num_alphabets, monkeypatch):
     assert_near(results[1], results[0], 1e-3, floor=1e-6)
 
 
-def test_nan_reaches_the_scores(use_kernels, monkeypatch):
+def test_nan_reaches_the_scores(use_kernels):
     use_kernels(True)
     for name in ["pre_dxdy", "pre_theta", "pre_sharpness", "pre_width", "pre_rendering_params", "theta_affine"]:
         model = models.GenerativeModel(num_arcs=3, likelihood_settings={"num_maps": 4}).to(device)

@@ -136,7 +136,7 @@ def test_several_processes_write_the_same_file(tmp_path):
     assert len(set(path.read_bytes())) == 1 and os.listdir(tmp_path) == ["index.html"]
 
 
-def test_what_a_killed_writer_leaves_is_removed(tmp_path, monkeypatch):
+def test_what_a_killed_writer_leaves_is_removed(tmp_path):
     def die():
         os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         util.write(tmp_path / "1.pt", b"x")
