@@ -3,6 +3,7 @@ import pathlib
 import shutil
 import signal
 import sys
+import time
 import traceback
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, a process for each core
@@ -68,6 +69,14 @@ def fork(function):
         finally:
             os._exit(1)
     return pid
+
+
+def wait_for(condition, seconds=240, describe=lambda: ""):
+    """Waits until a condition, a function, holds. Args: describe: a function that says, if it does not, what there is instead"""
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, describe()
+        time.sleep(0.1)
 
 
 def find_chromium():

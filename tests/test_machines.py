@@ -19,9 +19,8 @@ import time
 import pytest
 import scipy.io
 import torch
-from conftest import ROOT, assert_same, fork, make_mat
+from conftest import ROOT, assert_same, fork, make_mat, wait_for
 from test_main import SHORT, TINY, get_run_folder, load_latest, run
-from test_sweep import wait_for
 
 import data
 import eval_logp

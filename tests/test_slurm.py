@@ -1,5 +1,6 @@
 """Sweeps on a real Slurm of one node, as job arrays and by a stand-in for om-repeat."""
 
+import functools
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import threading
 import time
 import types
 
+import conftest
 import pytest
 from conftest import ROOT, assert_same
 from test_sweep import get_cells, get_small_argss, load, run
@@ -56,7 +58,7 @@ def cluster(slurm_conf, folder, monkeypatch):
     if subprocess.run(["scontrol", "ping"], capture_output=True).returncode:  # the test failed while it was down
         start_controller()
     subprocess.run(["scancel", "--me"], check=True)
-    wait_for(lambda: not list_jobs(), 60)
+    wait_for(lambda: not list_jobs(), seconds=60)
 
 
 @pytest.fixture
@@ -64,11 +66,9 @@ def om_repeat(monkeypatch):
     monkeypatch.setenv("PATH", f"{ROOT / 'tests/openmind'}:{os.environ['PATH']}")
 
 
-def wait_for(condition, seconds=200):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, subprocess.run(["squeue"], capture_output=True, text=True).stdout
-        time.sleep(0.1)
+wait_for = functools.partial(
+    conftest.wait_for, seconds=200, describe=lambda: subprocess.run(["squeue"], capture_output=True, text=True).stdout
+)
 
 
 def start_controller():

@@ -15,7 +15,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, assert_same, fork
+from conftest import ROOT, assert_same, fork, wait_for
 from test_main import TINY
 
 import eval_logp
@@ -58,13 +58,6 @@ def run(*flags, status=0, script=sweep):
 
 def load(name):
     return util.load_checkpoint(checkpoints.get_path(name))
-
-
-def wait_for(condition, seconds=240):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end
-        time.sleep(0.5)
 
 
 def get_cells(*flags):
