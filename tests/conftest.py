@@ -119,6 +119,18 @@ def run_script(monkeypatch, capsys):
 
 
 @pytest.fixture
+def assert_refused(run_script):
+    """Calls a script's main with arguments that it refuses, in one line with all of some words"""
+
+    def assert_refused(script, argv, words):
+        status, _, stderr = run_script(script, *argv)
+        assert status == 2 and stderr.count("\n") == 1 and stderr.startswith(f"{script.__name__}.py: error:"), (argv, stderr)
+        assert all(word in stderr for word in words), (argv, stderr)
+
+    return assert_refused
+
+
+@pytest.fixture
 def stop_at(monkeypatch):
     """Lets a script's run get a signal before the step after an iteration, once"""
 

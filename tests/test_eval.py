@@ -855,10 +855,10 @@ def test_nan_is_refused_at_once_and_infinity_is_not(part, algorithm, model):
         eval_logp.load_numbers(path, "cpu", "rws")  # which trains a network of its own
 
 
-def test_bad_input(folder, run_script):
+def test_bad_input(folder, run_script, assert_refused):
     pathlib.Path("broken.pt").write_bytes(b"PK")
     torch.save({"a": 1}, "other.pt")
-    cases = [
+    for flags, words in [
         (["--algorithm", "rws"], ["--checkpoint-path"]),
         (["--checkpoint-path", "save/none/checkpoints/latest.pt"], ["save/none", "python main.py"]),
         (["--checkpoint-path", "mws_20"], ["mws_20", "python main.py"]),
@@ -866,11 +866,8 @@ def test_bad_input(folder, run_script):
         (["--checkpoint-path", "other.pt"], ["other.pt", "not a checkpoint"]),
         (["--checkpoint-path", "other.pt", "--num-data", "0"], ["--num-data"]),
         (["--checkpoint-path", "other.pt", "--algorithm", "tvo"], ["--algorithm"]),
-    ]
-    results = [run_script(eval_logp, *flags) for flags in [*(flags for flags, _ in cases), ["--report"]]]
-    for (flags, words), (status, _, stderr) in zip(cases, results, strict=False):
-        assert status == 2 and stderr.count("\n") == 1 and stderr.startswith("eval_logp.py: error:"), (flags, stderr)
-        assert all(word in stderr for word in words), (flags, stderr)
-    status, stdout, stderr = results[-1]
+    ]:
+        assert_refused(eval_logp, flags, words)
+    status, stdout, stderr = run_script(eval_logp, "--report")
     assert status == 0 and stdout.count("\n") == 1 and "nothing in save/" in stdout and not stderr
     assert not pathlib.Path("save").exists()

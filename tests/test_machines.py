@@ -162,10 +162,10 @@ def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch):
     assert (tmp_path / "x").read_bytes() == b"y"
 
 
-def test_a_link_to_nowhere_is_named(folder, run_script):
+def test_a_link_to_nowhere_is_named(folder, assert_refused):
     pathlib.Path("save").symlink_to("/scratch/purged")
-    status, _, stderr = run_script(main, *SHORT, "--data-location", "data.mat")
-    assert status == 2 and stderr.count("\n") == 1 and "save is a link to /scratch/purged, which does not exist" in stderr
+    words = "save is a link to /scratch/purged, which does not exist"
+    assert_refused(main, [*SHORT, "--data-location", "data.mat"], [words])
 
 
 def test_line_ends_do_not_depend_on_gits_settings(tmp_path):

@@ -236,7 +236,7 @@ def test_runs_are_read_and_damage_is_one_line(tmp_path):
         assert "\n" not in str(raised.value)
 
 
-def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_script, monkeypatch):
+def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_script, assert_refused, monkeypatch):
     write_runs(tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     asked = []
@@ -269,8 +269,7 @@ def test_the_script_classifies_resumes_and_tells_what_is_wrong(tmp_path, run_scr
         (["--num-traces=1"], "num-traces is 2 there and 1 here"),
         (["--runs", "nowhere"], "there is no nowhere"),
     ]:
-        status, _, stderr = run_script(oneshot, *argv, *extra)
-        assert status == 2 and message in stderr and stderr.strip().count("\n") == 0, stderr
+        assert_refused(oneshot, [*argv, *extra], [message])
 
 
 @pytest.mark.parametrize(
