@@ -17,6 +17,7 @@ import util  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NUM_ALPHABETS = 5
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 
 
 def assert_near(got, want, tolerance, floor=0.0):

@@ -3,7 +3,6 @@
 import csv
 import functools
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import ROOT, assert_same, make_mat
+from conftest import ROOT, assert_same, make_mat, needs_compiler
 from test_data import fill
 from test_util import cut, put_code, small_disk
 
@@ -163,10 +162,9 @@ def get_path_base(flags):
     return util.get_path_base(main.parse_args(flags))
 
 
+@needs_compiler
 @pytest.mark.long
 def test_a_compiled_run_goes_on_with_the_same_bits(folder, stop_at):
-    if shutil.which("g++") is None:
-        pytest.skip("there is no C++ compiler")
     flags = [*SHORT, "--compile", "--data-location", "data.mat", "--likelihood", "learned-affine"]
     try:
         run(*flags)

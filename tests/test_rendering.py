@@ -1,13 +1,12 @@
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_near
+from conftest import ROOT, assert_near, needs_compiler
 
 import models
 import rendering
@@ -176,8 +175,6 @@ def test_large_images_are_drawn_a_few_at_a_time(monkeypatch):
 
 @pytest.fixture
 def compiled():
-    if shutil.which("g++") is None:
-        pytest.skip("there is no C++ compiler")
     before = torch.get_rng_state()
     rendering.set_compile(True)
     assert torch.equal(torch.get_rng_state(), before)
@@ -185,6 +182,7 @@ def compiled():
     rendering.set_compile(False)
 
 
+@needs_compiler
 @pytest.mark.long  # in the process of test_main.py's compiled run, whose kernels it then finds compiled
 def test_compiled_is_the_same_for_all_numbers_of_images_and_arcs(compiled):
     """With gradients and without; and NaN as well"""
@@ -245,7 +243,7 @@ NOEXEC = (
 )
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@needs_compiler
 def test_a_compiler_that_is_killed_leaves_no_part_of_a_library(tmp_path):
     compiler, cache = tmp_path / "compiler", tmp_path / "cache"
     compiler.write_text(
