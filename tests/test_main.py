@@ -11,9 +11,8 @@ import time
 import forks
 import numpy as np
 import pytest
-import scipy.io
 import torch
-from conftest import ROOT, assert_same, make_mat, needs_compiler
+from conftest import ROOT, assert_same, needs_compiler
 from test_data import fill
 from test_util import cut, put_code, small_disk
 
@@ -210,10 +209,6 @@ def test_a_folder_with_other_settings_is_refused(folder):
     with pytest.raises(UserError, match="seed is 0 there and 5 here, .*big-arcs is False there and True here"):
         run(*flags, "--seed", "5", "--big-arcs")
     assert (other / "checkpoints" / "latest.pt").read_bytes() == checkpoint
-    other.rename(other.with_name(get_path_base(flags)))
-    scipy.io.savemat("data.mat", make_mat(90, 6))
-    with pytest.raises(UserError, match="data is"):
-        run(*flags)
 
 
 BAD_INPUT = [
