@@ -498,8 +498,7 @@ def test_callbacks_and_a_reason_to_stop(copy):
     assert "is complete: 4 iterations, stopped because it has seen enough" in process.stdout
     path_base, stopped = process.stdout.splitlines()[-1], load(process.stdout.splitlines()[-1])
     shutil.move("save", "stopped")
-    code = "import json, sys; sys.path.insert(0, sys.argv[1]); import main; main.main(json.loads(sys.argv[2]))"
-    use(code, str(ROOT), json.dumps([*TINY, "--algorithm=rws", "--num-iterations=4"]))
+    main.main([*TINY, "--algorithm=rws", "--num-iterations=4"])
     whole = load(path_base)
     for part in ["generative_model", "inference_network"]:
         assert_same(stopped[part], whole[part])
