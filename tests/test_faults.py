@@ -11,11 +11,11 @@ import shutil
 import subprocess
 import sys
 
-import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_same
+from test_data import encode
 from test_main import SHORT, TINY, get_run_folder, run
 
 import diagnostics
@@ -148,7 +148,7 @@ def test_names_from_outside_are_shown_literally(folder, run_script):
     image[10:30, 18:21] = 0
     for name in names:
         with open(name, "wb") as file:
-            file.write(imageio.imwrite("<bytes>", image, extension=".png"))
+            file.write(encode(image))
     flags = ["--checkpoint-path", str(get_run_folder()), "--examples=1"]
     status, stdout, _ = run_script(read, *flags, *map(os.fsdecode, names))
     assert status == 0 and "lat\\udcff" in stdout
