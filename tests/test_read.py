@@ -13,7 +13,7 @@ import torch
 import images
 import models
 import read
-from reading import characters, search
+from reading import characters, matching, search
 from runs import checkpoints
 
 LINES = {  # (x, y), fractions of a character's box, y downwards
@@ -79,6 +79,8 @@ def test_strokes_lie_on_the_ink(photograph, tmp_path, run_script):
 
 def test_programs_and_files_that_cannot_be_read(photograph, tmp_path, run_script, monkeypatch):
     monkeypatch.setattr(search, "QUICK", search.Effort(1, 1, 10, 10, 5, 0))
+    monkeypatch.setattr(search, "STAGES", search.STAGES[:1])
+    monkeypatch.setattr(matching, "TRACING", matching.TRACING._replace(num_steps=1))
     monkeypatch.setattr(search, "read", functools.partial(search.read, num_proposals=50))
     monkeypatch.setattr(read.rendering, "set_compile", lambda enabled: None)
     monkeypatch.chdir(tmp_path)
