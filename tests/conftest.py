@@ -21,7 +21,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there i
 
 
 def assert_near(got, want, tolerance, floor=0.0):
-    """Each tensor is another one, to a tolerance of that one's norm"""
+    """The norm of each difference is at most a tolerance times that of the tensor wanted, plus a floor"""
     for x, y in zip(got, want, strict=True):
         assert (x - y).norm() <= tolerance * y.norm() + floor
 
@@ -58,7 +58,7 @@ def make_mat(num_train=200, num_test=40):
 
 
 def fork(function):
-    """Calls a function in a process of its own. Returns: its number"""
+    """Calls a function in a process of its own. Returns: the process's id"""
     pid = os.fork()
     if pid == 0:
         try:
@@ -133,7 +133,7 @@ def assert_refused(run_script):
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """Lets a script's run get a signal before the step after an iteration, once"""
+    """Sends the process a signal, once, when a script's run has reached an iteration and is about to take the next step"""
 
     def stop_at(script, iteration, number=signal.SIGTERM):
         train_step, numbers = script.train_step, [number]

@@ -1,5 +1,5 @@
-"""What researchers change takes one place, and works through kill, resume, pictures, evaluation and sweep: each change is made to
-the text of a copy of the project, which is then used as they would."""
+"""A researcher's change is made in one place, and works through kill, resume, pictures, evaluation and sweep: each is made to
+the text of a copy of the project, which is then used as a researcher would use it."""
 
 import argparse
 import collections

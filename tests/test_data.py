@@ -1,3 +1,5 @@
+"""Where characters come from: files in every format, downloads, and what people bring."""
+
 import hashlib
 import http.server
 import io

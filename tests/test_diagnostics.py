@@ -257,7 +257,7 @@ def check_overview(folder, model, other):
     assert "<title>13</title>" in dom
 
 
-def test_missing_and_nothing(folder, capsys):
+def test_without_any_run(folder, capsys):
     assert diagnostics.main([]) == 0
     assert "no run in save/ yet" in capsys.readouterr().out and not pathlib.Path("save").exists()
     with pytest.raises(UserError, match="there is no checkpoint mws_20; save/ holds no run"):

@@ -1,4 +1,4 @@
-"""Draws agree with densities, shapes and errors."""
+"""Models: their draws follow their densities, fast and straightforward computations agree, and what does not fit is refused."""
 
 import functools
 import math
@@ -135,7 +135,7 @@ def test_translation_shifts_whole_pixels():
 
 
 def get_images(name):
-    """A few images in float64, or what is unusual: [B, 28, 28]"""
+    """Ordinary and unusual images, in float64: [B, 28, 28]"""
     noise = torch.rand(130, 28, 28, dtype=torch.double)  # more than are convolved at a time
     return {
         "noise": (noise > 0.5).double(),
@@ -320,7 +320,7 @@ def test_an_image_is_drawn_where_its_strokes_are():
         lambda: models.GenerativeModel(num_alphabets=2).log_prior(torch.zeros(1, 2, 10, 2).long(), torch.eye(3)),
     ],
 )
-def test_errors(make):
+def test_settings_and_alphabets_that_do_not_fit_are_refused(make):
     with pytest.raises(ValueError):
         make()
 

@@ -1,3 +1,5 @@
+"""Strokes to pixels, and pixels to log-probabilities: against the textbook's formulas, at limits, and compiled."""
+
 import math
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Search for programs, and the characters of one's own that it is for."""
+"""The search for programs, and finding characters on photographs and scans."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Sweeps of small models: here, on a real Slurm, and what one may do wrong."""
+"""Sweeps of small models on this machine, and what users may do wrong; test_slurm.py has those on Slurm."""
 
 import contextlib
 import io
