@@ -86,7 +86,11 @@ class Evaluation:
         self.optimizer = get_adam(self.network.parameters(), device, LEARNING_RATE)
         # The objective's own settings are those of the model, or their defaults
         self.objective_args = argparse.Namespace(**{**checkpoint["args"], "algorithm": args.algorithm})
-        self.state = losses.init_state(self.objective_args, len(self.obs), device) if args.algorithm in ("rws", "vimco") else {}
+        self.state = (
+            losses.init_state(self.objective_args, len(self.obs), device, checkpoint["num_alphabets"])
+            if args.algorithm in ("rws", "vimco")
+            else {}
+        )
         if own := losses.get_parameters(self.state):
             self.optimizer.add_param_group({"params": own})
         self.table = ScoreTable(self.generative_model.num_arcs, device)
@@ -105,7 +109,7 @@ class Evaluation:
     def get_checkpoint(self, settings):
         """Raises: UserError if training has diverged"""
         append_statistics(self.statistics, self.pending)
-        check_finite(self.network.parameters())
+        check_finite([parameter for group in self.optimizer.param_groups for parameter in group["params"]])
         return dict(
             settings=settings,
             args=vars(self.args),
@@ -142,12 +146,11 @@ class Evaluation:
 def build_network(args, checkpoint, num_images):
     """Builds the inference network: an amortised one for sleep, which trains on other images, else one that knows
     the images by their index"""
-    model_args = checkpoint["args"]
-    shared = {name: model_args[name] for name in ("num_primitives", "num_arcs")}
-    shared |= dict(lstm_hidden_size=args.lstm_hidden_size, num_alphabets=checkpoint["num_alphabets"])
+    of_run, num_alphabets = argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"]
+    own = dict(lstm_hidden_size=args.lstm_hidden_size, num_alphabets=num_alphabets)
     if args.algorithm == "sleep":
-        return models.InferenceNetwork(obs_embedding_dim=model_args["obs_embedding_dim"], **shared)
-    return models.LookupInferenceNetwork(num_images, **shared)
+        return models.build_inference_network(of_run, uniform_mixture=0.0, **own)
+    return models.LookupInferenceNetwork(num_images, of_run.num_primitives, num_arcs=of_run.num_arcs, **own)
 
 
 def build_models(args, checkpoint, num_images, device):

@@ -235,7 +235,8 @@ def _select_heavy(latent, obs_id, grad_log_p, grad_log_q, threshold):
 def keeps(init_state):
     """Declares the state of an objective: parts that a run keeps for it, saves, restores and passes to it by name.
 
-    Args: init_state(num_data, num_arcs, num_primitives, own settings ...) -> {name: tensor or object with a state_dict}
+    Args: init_state(num_data, num_arcs, num_primitives, num_alphabets, own settings ..., whichever it names) -> {name: tensor
+        or object with a state_dict}; num_alphabets: 0 if the model is unconditional
     """
 
     def declare(objective):
@@ -371,14 +372,14 @@ class Step(NamedTuple):
     iteration: torch.Tensor  # number done before; a scalar on the device, so that a CUDA graph reads it anew in each step
 
 
-def init_state(args, num_data, device):
+def init_state(args, num_data, device, num_alphabets=0):
     """The initial state of the objective that a run's arguments choose: {name: part}, on the device. Raises: UserError if a
     part's name is taken"""
     objective = OBJECTIVES[args.algorithm]
     init = util.get_init_state(objective)
     if init is None:
         return {}
-    available = {**vars(args), "num_data": num_data, **util.get_fixed(objective)}
+    available = {**vars(args), "num_data": num_data, "num_alphabets": num_alphabets, **util.get_fixed(objective)}
     parts = init(**{name: available[name] for name in inspect.signature(init).parameters if name in available})
     for name, part in parts.items():
         if name in {*Step._fields, *util.get_own_settings(args, "algorithm"), "scorer", "optimizer", "pretrain_optimizer"}:

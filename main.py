@@ -49,7 +49,9 @@ class Run:
         self.generative_model, self.inference_network = models.build(args, self.num_alphabets, device)
         self.optimizer = get_optimizer(self.generative_model, self.inference_network, args.prior_lr_factor)
         self.pretrain_optimizer = get_adam(self.inference_network.parameters(), device)
-        self.state = losses.init_state(args, len(dataset.train.obs), device)  # the objective's, such as the memory of mws
+        self.state = losses.init_state(
+            args, len(dataset.train.obs), device, self.num_alphabets
+        )  # the objective's, such as the memory of mws
         if own := losses.get_parameters(self.state):
             self.optimizer.add_param_group({"params": own})
         # All that is saved and restored: tensors and objects with a state_dict. Learning-rate schedulers among them are stepped
@@ -71,10 +73,12 @@ class Run:
         self.epoch = self.order = None  # the order of the data in this epoch, which follows from the iteration
         self.statistics = {}  # see runs/curves.py
         self.pending = []  # statistics not yet moved off the device
-        # Last, when all parts exist: hyperparameters, shapes and what is frozen, as the code sets them
+        # Last, when all parts exist: arguments, hyperparameters, shapes and what is frozen, as the code sets them
+        self.given = dict(vars(args))
         self.hyperparameters = checkpoints.get_hyperparameters(self.parts)
         self.requires_grad = checkpoints.get_requires_grad(self.parts)
         self.shapes = {name: part.shape for name, part in self.parts.items() if torch.is_tensor(part)}
+        self.model_shapes = self.get_model_shapes()
 
     def record(self, phase, statistics):
         """Records statistics, a dict of scalars, of this iteration, as they are now"""
@@ -98,14 +102,15 @@ class Run:
                 f"the part {changed[0]} of the run has changed its shape, so it could not be restored: keep the shape, or make it an"
                 " object with a state_dict"
             )
-        check_finite([*self.generative_model.parameters(), *self.inference_network.parameters()])
+        check_finite(self.get_trained())
         hyperparameters, get_kind = dict(self.hyperparameters), checkpoints.get_kind
         for name, now in checkpoints.get_hyperparameters(self.parts).items():
             if get_kind(now) != get_kind(hyperparameters.get(name, now)):  # a callback has replaced the optimiser
                 hyperparameters[name] = now
         requires_grad = checkpoints.get_requires_grad(self.parts)
         return dict(
-            args=vars(self.args),
+            args=self.given,
+            changed_args={name: getattr(self.args, name) for name in self.get_changed_args()},
             data=self.settings["data"],
             data_summary=self.data_summary,
             num_alphabets=self.num_alphabets,
@@ -139,10 +144,25 @@ class Run:
         with checkpoints.using(checkpoint):
             checkpoints.restore_parts(self.parts, checkpoint, self.hyperparameters)
             checkpoints.set_requires_grad(self.parts, checkpoint.get("requires_grad", {}))
+            vars(self.args).update(checkpoint.get("changed_args", {}))
             for name in ["statistics", "pretrain_iteration", "iteration", "num_called", "reason"]:
                 setattr(self, name, checkpoint[name])
             self.clock.fill_(self.iteration)
             util.set_random_state(checkpoint["random_state"], self.device)
+
+    def get_changed_args(self):
+        """The names of settings that a callback has changed and that affect what is learned, such as num_particles"""
+        return [name for name in util.get_settings(self.args) if getattr(self.args, name, None) != self.given.get(name)]
+
+    def get_trained(self):
+        """All parameters of the models and of whatever else the run's optimisers train: a list"""
+        optimizers = [part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer)]
+        trained = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+        return [*self.generative_model.parameters(), *self.inference_network.parameters(), *trained]
+
+    def get_model_shapes(self):
+        models = self.generative_model, self.inference_network
+        return [{name: parameter.shape for name, parameter in model.named_parameters()} for model in models]
 
     def get_schedulers(self):
         """The learning-rate schedulers that step without a value"""
@@ -294,10 +314,11 @@ def call_back(run):
 
 
 def get_optimizer_values(run):
-    """All parameters, hyperparameters and states of the run's optimisers, and which of them are frozen: a list of objects"""
+    """All parameters, hyperparameters and states of the run's optimisers, which of them are frozen, and the run's arguments: a list
+    of objects"""
     optimizers = [part for part in run.parts.values() if isinstance(part, torch.optim.Optimizer)]
     values = tree_leaves([[optimizer.param_groups, list(optimizer.state.values())] for optimizer in optimizers])
-    return [*values, *(value.requires_grad for value in values if torch.is_tensor(value))]
+    return [*values, *(value.requires_grad for value in values if torch.is_tensor(value)), *vars(run.args).values()]
 
 
 def is_milestone(iteration):
@@ -311,6 +332,9 @@ def save(run, name="latest"):
     path, checkpoint = checkpoints.get_path(run.path_base, name), run.get_checkpoint()
     if not checkpoints.is_plain(checkpoint):
         checkpoints.copy(checkpoint)  # raises, naming the part, if it could not be loaded
+    if run.get_model_shapes() != run.model_shapes:  # a callback has changed them
+        with torch.random.fork_rng():
+            models.from_checkpoint(checkpoints.fill_in(checkpoints.copy(checkpoint)))  # raises if nobody could load it
     util.save_checkpoint(path, checkpoint)
     return path
 
@@ -333,8 +357,9 @@ def show(run, bar):
         bar.set_description("training" if run.iteration else "pretraining", refresh=False)
         shown = curves.get_last(run.statistics, "train" if run.iteration else "pretrain")
         shown |= curves.get_last(run.statistics, "test")
-        if not all(map(math.isfinite, shown.values())):
-            check_finite([*run.generative_model.parameters(), *run.inference_network.parameters()])
+        if strange := [name for name, value in shown.items() if not math.isfinite(value)]:
+            check_finite(run.get_trained())
+            util.warn_once(f"{', '.join(strange)} is not a finite number, though all parameters are: see losses.csv")
         bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
 

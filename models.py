@@ -377,6 +377,8 @@ class GenerativeModel(nn.Module):
         self.pre_width = nn.Parameter(torch.full((num_primitives,), -2.0))
         self.pre_rendering_params = nn.Parameter(torch.tensor([3.0, -3.0]))
         self.likelihood = LIKELIHOODS[likelihood](**(likelihood_settings or {}))
+        if taken := sorted(super().state_dict().keys() & self.likelihood.state_dict().keys()):
+            raise UserError(f"the likelihood {likelihood} has a parameter {taken[0]}, as the model has: rename it")
         self.register_state_dict_post_hook(_shorten_names)
         self.register_load_state_dict_pre_hook(_lengthen_names)
 
@@ -578,23 +580,32 @@ def build(args, num_alphabets, device="cpu"):
     Returns: GenerativeModel, InferenceNetwork, on the device
     """
     num_alphabets = num_alphabets if args.condition_on_alphabet else 0
-    shared = dict(num_primitives=args.num_primitives, num_arcs=args.num_arcs, num_alphabets=num_alphabets)
     generative_model = GenerativeModel(
+        num_primitives=args.num_primitives,
+        num_arcs=args.num_arcs,
+        num_alphabets=num_alphabets,
         initial_max_curve=args.initial_max_curve,
         big_arcs=args.big_arcs,
         lstm_hidden_size=args.p_lstm_hidden_size,
         likelihood=args.likelihood,
         likelihood_settings=util.get_own_settings(args, "likelihood"),
         uniform_mixture=args.p_uniform_mixture,
-        **shared,
     )
-    inference_network = InferenceNetwork(
+    inference_network = build_inference_network(args, num_alphabets)
+    return generative_model.to(device), inference_network.to(device)
+
+
+def build_inference_network(args, num_alphabets, **others):
+    """Builds an InferenceNetwork. Args: num_alphabets: 0 if unconditional; others: arguments in place of those of a run"""
+    of_run = dict(
+        num_primitives=args.num_primitives,
+        num_arcs=args.num_arcs,
+        num_alphabets=num_alphabets,
         lstm_hidden_size=args.q_lstm_hidden_size,
         obs_embedding_dim=args.obs_embedding_dim,
         uniform_mixture=args.q_uniform_mixture,
-        **shared,
     )
-    return generative_model.to(device), inference_network.to(device)
+    return InferenceNetwork(**{**of_run, **others})
 
 
 def from_checkpoint(checkpoint, device="cpu"):

@@ -265,7 +265,8 @@ def get_fields():
                         f"the setting {own.name} of {choice} has another type, default or range than that of {others}: rename"
                         " it, or declare both alike"
                     )
-                fields[own.name] = known._replace(owners=(*known.owners, (name, choice)))
+                if known is own or known.owners:  # not one of Config's, which all runs have
+                    fields[own.name] = known._replace(owners=(*known.owners, (name, choice)))
     for name, field in fields.items():
         if field.setting.formerly in fields:
             raise UserError(
@@ -313,13 +314,17 @@ def make_field(name, kind, default):
     field = Field(name, plain, default, setting, ())
     if default in (inspect.Parameter.empty, dataclasses.MISSING):
         raise ValueError(f"the setting {name} needs a default (a tuple rather than a list)")
-    if not isinstance(plain, type) and setting.parse is None:
+    if setting.parse is None and (not isinstance(plain, type) or issubclass(plain, list | tuple | dict | set)):
         raise ValueError(f"the setting {name} needs a plain type such as str, not {plain}, or a function parse=")
     if plain in (int, float) and default is not None:
         try:
             field.get_parser()(repr(default))
         except argparse.ArgumentTypeError as error:  # a UserError, or that of a researcher's own parser
             raise ValueError(f"the setting {name}: its default {error}; declare the lowest and the highest value") from None
+        except ValueError:
+            raise ValueError(
+                f"the setting {name}: its default {default!r} is not of the type {plain.__name__}; declare that of the default"
+            ) from None
     return field
 
 
@@ -517,8 +522,22 @@ def get_flags(args):
         if field.type is bool:
             flags.append(flag if value else f"--no-{flag[2:]}")
         else:
-            flags.append(f"{flag}={'none' if value is None else get_text(value)}")  # as a parser that yields None would read
+            flags.append(
+                f"{flag}={'none' if value is None else write_value(field, value)}"
+            )  # as a parser that yields None would read
     return flags
+
+
+def write_value(field, value):
+    """The text of a setting's value on a command line. Raises: UserError if its own function `parse` does not read it back"""
+    text = get_text(value)
+    try:
+        is_read = field.setting.parse is None or field.setting.parse(text) == value
+    except Exception:  # from a researcher's own function
+        is_read = False
+    if not is_read:
+        raise UserError(f"the setting {field.name} cannot be passed on: its function parse does not read {text!r} as {value!r}")
+    return text
 
 
 def split_words(flag, text):

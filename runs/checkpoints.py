@@ -28,7 +28,7 @@ RESULT_KEYS = {
     "latents", "statistics", "run", "model_settings", "model_iteration",
 }  # fmt: skip
 # Besides those of TYPES, names that parts of a run cannot have
-RESERVED = {"format", "path", "settings", "removed", "debug", "alphabet_names", "requires_grad"}
+RESERVED = {"format", "path", "settings", "removed", "debug", "alphabet_names", "requires_grad", "changed_args"}
 TYPES = dict(
     args=dict, data=str, data_summary=str, num_alphabets=int, generative_model=dict, inference_network=dict,
     pretrain_iteration=int, iteration=int, num_due=int, num_called=int, reason=str, statistics=dict, random_state=dict,
@@ -286,8 +286,10 @@ def copy(checkpoint):
                 raise
             is_strange = isinstance(error, pickle.UnpicklingError)
             reason = "it holds more than tensors and plain values" if is_strange else util.get_reason(error, 150)
+            strange = [key for key in value if not is_plain(value[key])] if name == "args" else []
+            what = f"setting {strange[0].replace('_', '-')}" if strange else f"part {name}"
             raise UserError(
-                f"the part {name} of the run cannot be saved and loaded: {reason}; older checkpoints are intact"
+                f"the {what} of the run cannot be saved and loaded: {reason}; older checkpoints are intact"
             ) from error
     return copied
 

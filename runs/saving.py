@@ -1,6 +1,7 @@
 """When a run saves: every few minutes, and on signals that stop it. This has no effect on what the run computes."""
 
 import signal
+import threading
 import time
 
 
@@ -29,7 +30,8 @@ class StopSignal:
         self.received = None
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        in_main = threading.current_thread() is threading.main_thread()  # others receive no signals
+        self.handlers = {number: signal.signal(number, self._receive) for number in SIGNALS if in_main}
         return self
 
     def __exit__(self, *_):

@@ -19,6 +19,7 @@ from conftest import ROOT, assert_same
 from test_models import GRUDecoder, MixtureWeights
 
 import data
+import eval_logp
 import losses
 import main
 import models
@@ -132,7 +133,8 @@ ROUGH = {  # what works in a first draft: NumPy's numbers and random numbers, la
             "        self.state['mean'] = self.parts['mean'] = torch.zeros(())\n"
             "        self.best = self.parts['best'] = Best()\n"
             "        freeze = lambda run: run.iteration == 2 and run.generative_model.pre_dxdy.requires_grad_(False)\n"
-            "        self.callbacks.append((2, freeze))\n"
+            "        more = lambda run: setattr(run.args, 'num_particles', run.args.num_particles + 1)\n"
+            "        self.callbacks += [(2, freeze), (2, more)]\n"
             "        self.hyperparameters = checkpoints.get_hyperparameters(self.parts)\n",
         ),
         (
@@ -255,7 +257,9 @@ def test_a_change_works_everywhere(copy, name):
     elif name == "rough":
         assert resumed["reason"] == "True" and resumed["iteration"] == 6 and resumed["mean"] != 0
         assert type(resumed["best"]["value"]) is float and resumed["best"]["value"] < 1e9
-        assert resumed["requires_grad"] == {"generative_model.pre_dxdy": False}
+        assert resumed["requires_grad"] == {"generative_model.pre_dxdy": False} and resumed["changed_args"] == {
+            "num_particles": 4
+        }
         assert resumed["inference_network"]["total"] == torch.tensor(1e-9, dtype=torch.double)
     else:
         model = resumed["generative_model"]
@@ -414,8 +418,7 @@ def test_parameters_in_the_state_are_trained_once(monkeypatch):
         return temperature**2 - log_p.mean(), {}
 
     monkeypatch.setitem(losses.OBJECTIVES, "tempered", tempered)
-    args = main.parse_args([*TINY, "--algorithm=tempered"])
-    run = main.Run(args, data.load("glyphs", dataset_size=14), torch.device("cpu"))
+    run = make_run("--algorithm=tempered")
     main.train_step(run, torch.arange(5))
     assert run.state["temperature"].item() == pytest.approx(1 - 1e-3) and len(run.optimizer.param_groups[-1]["params"]) == 1
 
@@ -429,6 +432,67 @@ def test_another_cell_is_not_taken_for_an_lstm():
     model.prior.lstm = Normalised(66, 64)
     with pytest.raises(TypeError, match="for another cell .Normalised., override its _step"):
         model.sample(2)
+
+
+def make_run(*flags):
+    return main.Run(main.parse_args([*TINY, *flags]), data.load("glyphs", dataset_size=14), torch.device("cpu"))
+
+
+def test_a_model_whose_shape_has_changed_is_not_saved(folder):
+    """As when a callback leaves out maps: no evaluation could load it"""
+    run = make_run()
+    path, before = main.save(run), torch.get_rng_state()
+    content = path.read_bytes()
+    maps = run.generative_model.likelihood.theta_affine
+    maps.data = maps.data[:20].clone()
+    with pytest.raises(util.UserError, match="does not make this program's models .*size mismatch for likelihood.theta_affine"):
+        main.save(run)
+    assert path.read_bytes() == content and torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_setting_that_cannot_be_saved_is_named():
+    with pytest.raises(util.UserError, match="the setting mine of the run cannot be saved and loaded: it holds more"):
+        checkpoints.copy({"args": {"seed": 0, "mine": pathlib.Path("a")}})
+
+
+def test_the_network_of_an_evaluation_is_built_as_a_runs_is(monkeypatch):
+    """But for what the evaluation itself sets"""
+    build = models.build_inference_network
+    monkeypatch.setattr(models, "build_inference_network", lambda *args, **others: build(*args, **others, obs_embedding_dim=7))
+    args = vars(main.parse_args(["--num-primitives=5", "--num-arcs=3", "--q-uniform-mixture=0.5"]))
+    evaluation = argparse.Namespace(algorithm="sleep", lstm_hidden_size=9)
+    network = eval_logp.build_network(evaluation, dict(args=args, num_alphabets=4), 2)
+    assert network.conv3.out_channels == 7 and network.num_alphabets == 4
+    decoder = network.decoder
+    assert (decoder.num_primitives, decoder.num_arcs, decoder.uniform_mixture, decoder.lstm.hidden_size) == (5, 3, 0, 9)
+
+
+def test_a_likelihood_with_a_parameter_of_the_models_name(monkeypatch):
+    class Wide(models.Bernoulli):
+        def __init__(self):
+            super().__init__()
+            self.pre_width = torch.nn.Parameter(torch.zeros(3))
+
+    monkeypatch.setitem(models.LIKELIHOODS, "wide", Wide)
+    with pytest.raises(util.UserError, match="the likelihood wide has a parameter pre_width, as the model has: rename it"):
+        models.GenerativeModel(likelihood="wide")
+
+
+def test_divergence_of_the_state_and_losses_that_are_no_numbers(monkeypatch, capsys):
+    """Parameters in the state are finite in what is saved, as the models' are; a loss may be nan although they are"""
+    init = losses.keeps(lambda num_alphabets: {"critic": torch.nn.Linear(1, num_alphabets)})
+    monkeypatch.setitem(losses.OBJECTIVES, "mine", init(lambda **_: None))
+    run = make_run("--algorithm=mine", "--condition-on-alphabet")
+    assert run.state["critic"].out_features == 14
+    run.get_checkpoint()
+    run.state["critic"].weight.data[3] = torch.nan
+    with pytest.raises(util.UserError, match="training has diverged"):
+        run.get_checkpoint()
+    run.state["critic"].weight.data[3] = run.iteration = 3
+    run.record("train", {"theta_loss": torch.nan, "phi_loss": 1.0})
+    run.curves = argparse.Namespace(update=lambda statistics: None)
+    main.show(run, util.show_progress(total=5, disable=True))
+    assert "warning: theta_loss is not a finite number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["obs", "optimizer", "alphabet"])
@@ -542,13 +606,10 @@ def test_a_rate_that_is_a_tensor_stays_the_same_tensor(rate):
 
 
 def test_an_optimiser_replaced_on_the_way_starts_afresh(capsys):
-    def make_run():
-        return main.Run(main.parse_args([*TINY, "--algorithm=rws"]), data.load("glyphs", dataset_size=14), torch.device("cpu"))
-
-    run = make_run()
+    run = make_run("--algorithm=rws")
     run.optimizer = run.parts["optimizer"] = torch.optim.SGD(run.generative_model.parameters(), momentum=0.9)
     main.train_step(run, torch.arange(5))
-    make_run().restore(checkpoints.fill_in(checkpoints.copy(run.get_checkpoint())))
+    make_run("--algorithm=rws").restore(checkpoints.fill_in(checkpoints.copy(run.get_checkpoint())))
     assert "optimizer: a different kind of optimiser" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import pathlib
 import pickle
@@ -266,6 +267,43 @@ def test_an_old_name_that_is_taken_again_is_refused(monkeypatch):
     monkeypatch.setitem(util.CHOICES["algorithm"], "mine", mine)
     with pytest.raises(UserError, match="was formerly test_run, as another one is called now"):
         util.get_fields()
+
+
+def test_a_setting_that_all_runs_share_with_an_objective(monkeypatch):
+    """It stays in the names of all runs"""
+    setting = util.get_fields()["prior_lr_factor"].setting
+
+    def mine(prior_lr_factor: Annotated[float, setting] = 1.0):
+        pass
+
+    monkeypatch.setitem(util.CHOICES["algorithm"], "mine", mine)
+    flags = ["--prior-lr-factor=0.5", "--algorithm"]
+    assert all("prior-lr-factor=0.5" in util.get_path_base(main.parse_args([*flags, name])) for name in ("rws", "mine"))
+
+
+@pytest.mark.parametrize(
+    "kind, default, parse, words",
+    [
+        (int, 1e3, None, "setting mine: its default 1000.0 is not of the type int"),
+        (tuple, (1, 2), None, "setting mine needs a plain type such as str"),
+    ],
+)
+def test_settings_declared_wrongly(kind, default, parse, words):
+    with pytest.raises(ValueError, match=words):
+        util.make_field("mine", Annotated[kind, util.Setting("a setting", parse=parse)], default)
+
+
+@pytest.mark.parametrize("parse, text", [(json.loads, '{"a": 2.0}'), (lambda name: getattr(torch, name), "float64")])
+def test_a_value_whose_text_cannot_be_read_back_is_not_passed_on(parse, text, monkeypatch):
+    """By the sweep, to main.py"""
+
+    def mine(extra: Annotated[object | None, util.Setting("anything", parse=parse)] = None):
+        pass
+
+    monkeypatch.setitem(util.CHOICES["algorithm"], "mine", mine)
+    assert util.get_flags(main.parse_args(["--algorithm=mine"])) == ["--algorithm=mine"]
+    with pytest.raises(util.UserError, match="the setting extra cannot be passed on"):
+        util.get_flags(main.parse_args(["--algorithm=mine", f"--extra={text}"]))
 
 
 def test_settings_added_and_removed_since_a_checkpoint(monkeypatch, capsys):
