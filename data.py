@@ -163,6 +163,13 @@ def count_common(split, other):
     return sum(map(set(known).__contains__, rows))
 
 
+def warn_of_common(images, train):
+    """Warns if some of a Split of test images equal training images. Returns: how many"""
+    if num := count_common(images, train):
+        warn_once(f"of the {len(images.obs)} test images, {num} equal training images, so not all are unseen")
+    return num
+
+
 def _take_per_alphabet(split, size, num_groups):
     """Selects the first images of each alphabet or, if there are no alphabets, of all images"""
     num, rest = divmod(size, num_groups)

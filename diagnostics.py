@@ -52,6 +52,7 @@ class TrainedModel:
         self.dataset, self.other_data = dataset, other_data
         self.memory = checkpoints.get_programs(checkpoint)  # programs of the images that it was trained on
         self.iteration, self.num_alphabets = checkpoint["iteration"], checkpoint["num_alphabets"]
+        self.settings = checkpoint["settings"]
         self.generative_model, self.inference_network = models.from_checkpoint(checkpoint)
 
     @property
@@ -220,7 +221,10 @@ def film_training(trained, obs_id, args):
     obs_id, frames = obs_id[:NUM_FILMED], []
     for path in [*(numbered[i] for i in data.spread(len(numbered), MAX_FRAMES - 1)), trained.path]:
         try:
-            then = TrainedModel(trained.name, checkpoints.load(path), trained.dataset)
+            checkpoint = checkpoints.load(path)
+            if not checkpoints.is_of_run(checkpoint, trained.settings):
+                continue
+            then = TrainedModel(trained.name, checkpoint, trained.dataset)
         except UserError as error:
             print(f"{trained.name}: {error}, left out of the animation")
             continue

@@ -423,7 +423,7 @@ def load_numbers(path, device, algorithm):
 def evaluate_every_checkpoint(args):
     """Evaluates all checkpoints of a run's training, the latest first, since it knows where the data are now, and writes a CSV
     and a figure. Damaged ones are left out, with a warning. Returns: the exit status. Raises: UserError if there are none"""
-    given, name = checkpoints.find(args.checkpoint_path), None
+    given, name, settings = checkpoints.find(args.checkpoint_path), None, None
     device, load_data = util.get_device(args.cuda), functools.cache(data.load_and_tell)
     with StopSignal() as stop:
         for path in checkpoints.get_all(given)[::-1]:
@@ -432,7 +432,8 @@ def evaluate_every_checkpoint(args):
             except UserError as error:
                 warn(f"{error}; left out")
                 continue
-            if checkpoint["iteration"] == 0:  # still in pretraining
+            settings = settings or checkpoint["settings"]
+            if checkpoint["iteration"] == 0 or not checkpoints.is_of_run(checkpoint, settings):  # 0: still in pretraining
                 continue
             name = name or checkpoints.get_run_name(checkpoint)
             args.data_location = args.data_location or checkpoint["args"]["data_location"]  # for older ones as well
@@ -449,7 +450,7 @@ def evaluate_every_checkpoint(args):
 
 def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_and_tell):
     """Runs or resumes one evaluation, and writes its result. Returns: the exit status"""
-    images, memory, kind = load_images(args, checkpoint, load_data)
+    images, memory, kind, num_seen = load_images(args, checkpoint, load_data)
     with checkpoints.using(checkpoint):
         settings = get_settings(args, checkpoint, images, kind)
     with locks.lock(path.parent / f".{path.stem}.lock", f"{name} is being evaluated by {args.algorithm}", stop):
@@ -462,7 +463,7 @@ def evaluate_checkpoint(args, checkpoint, name, path, stop, load_data=data.load_
         if result is None:
             print(f"stopped by {signal.Signals(stop.received).name}, saved; rerun the same command to resume")
             return 128 + stop.received
-        util.save_checkpoint(path, result)
+        util.save_checkpoint(path, {**result, "num_seen": num_seen})
         for part in parts:
             checkpoints.get_state_path(path, part.args.half).unlink(missing_ok=True)
     print(f"{report.describe(path)}: {path}")
@@ -520,7 +521,7 @@ def load_images(args, checkpoint, load_data=data.load_and_tell):
 
     Args: load_data: data.load_and_tell, or a cached version
     Returns: data.Split; the memory's rows for these images, [N, M, A], or None if they are not training images of MWS; the
-        images' kind: test, training or other
+        images' kind: test, training or other; how many test images equal training images
     Raises: UserError if they do not fit the model
     """
     dataset = data.load_for_model(checkpoint, args.data_location, load_data)
@@ -534,9 +535,8 @@ def load_images(args, checkpoint, load_data=data.load_and_tell):
         kind = "other"
         if args.data_location in (None, checkpoint["args"]["data_location"]):
             warn_once("the data have changed since training: the model may have been trained on some of the images to evaluate")
-    if kind == "test" and (num := data.count_common(images, dataset.train)):
-        warn_once(f"of the {len(images.obs)} test images, {num} equal training images, so not all are unseen")
-    return images, memory[ids.to(memory.device)] if memory is not None and kind == "training" else None, kind
+    num_seen = data.warn_of_common(images, dataset.train) if kind == "test" else 0
+    return images, memory[ids.to(memory.device)] if memory is not None and kind == "training" else None, kind, num_seen
 
 
 def get_choices(args):

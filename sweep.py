@@ -286,7 +286,8 @@ def get_removable(args, folder, evaluations):
 def remove(args):
     """Deletes runs after asking: all, or those chosen by options; with --eval-logp, only their evaluations, all or those chosen
     by --eval-algorithms and --eval-options. Folders that are not runs stay, as do runs that are in use or in the queue."""
-    found = {util.SAVE / path.relative_to(util.SAVE).parts[0] for name in SIGNS for path in util.SAVE.glob(f"[!.]*/{name}")}
+    signs = [*SIGNS, *["logp/*.pt"] * args.eval_logp]  # a checkpoint from elsewhere may have been evaluated
+    found = {util.SAVE / path.relative_to(util.SAVE).parts[0] for name in signs for path in util.SAVE.glob(f"[!.]*/{name}")}
     if has_choice(args):
         found &= {util.SAVE / path_base for path_base in get_runs(args)}
     folders = leave_used([folder for folder in sorted(found) if not folder.is_symlink()], args)
@@ -296,9 +297,9 @@ def remove(args):
     print("\n".join(map(str, sum(paths.values(), []))) or f"there is nothing to delete in {util.SAVE}/")
     if args.dry_run or not paths:
         return 0
-    evaluations_of = "the evaluations of " * args.eval_logp
+    evaluations_of, all_of_it = "the evaluations of " * args.eval_logp, ", checkpoints and all" * (not args.eval_logp)
     if not args.yes:
-        print(f"delete {evaluations_of}{util.count(len(paths), 'run')}, checkpoints and all? [y/N] ", end="", flush=True)
+        print(f"delete {evaluations_of}{util.count(len(paths), 'run')}{all_of_it}? [y/N] ", end="", flush=True)
         answer = sys.stdin.readline() if sys.stdin is not None else ""
         if not answer:
             raise UserError("there is no terminal to ask; give --yes to delete them")

@@ -155,6 +155,9 @@ def get_evaluation_progress(task):
 def describe_differences(saved, task, location):
     """How what is saved of an evaluation differs from what the task asks for, in words. Args: location: of the training's data"""
     settings = {**saved["settings"], **{name: saved["args"].get(name) for name in CHOICE_OF_IMAGES}}
+    number = re.search(r"\((\d+)\)$", saved["settings"]["images"])  # of images, after their fingerprint
+    if number and int(number[1]) < (settings["num_data"] or 0) and int(number[1]) <= task.settings["num_data"]:  # all there are
+        settings |= {name: task.settings[name] for name in ("num_data", "images")}
     theirs, ours = (name_images(some, location) for some in (settings, task.settings))
     if task.settings.get("data_location") is None and settings.get("kind_of_images") in ("test", "training"):
         theirs["images_from"] = ours["images_from"]  # the training's data, wherever they were

@@ -70,6 +70,7 @@ def main():
     if not data.was_trained_on(checkpoint, dataset):
         util.warn("these are not the data that the model was trained on: it may have seen some of the images")
     images = dataset.test.select(data.spread(len(dataset.test.obs), args.num_data))
+    data.warn_of_common(images, dataset.train)
     model, network = models.from_checkpoint(checkpoint)
     rendering.set_compile(True)
     util.set_seed(args.seed)

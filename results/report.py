@@ -281,7 +281,13 @@ def get_order(name):
 def group(runs):
     """Groups runs by table and row: {images: {name of the model: Runs with different seeds}}. Test images come first, then
     those of most models."""
-    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    groups, digests = collections.defaultdict(lambda: collections.defaultdict(list)), collections.defaultdict(set)
+    for run in sorted(
+        runs, key=lambda run: (run.name != run.first.get("run", run.name), get_order(run.name))
+    ):  # originals first
+        digests[run.name] |= {(str(run.first["model_settings"]), run.first["settings"]["model"])}
+    copies = find_copies(digests)
+    runs = [run for run in runs if run.name not in copies]
     names = name_rows({run.name: run.first["model_settings"] for run in runs})
     for run in sorted(runs, key=lambda run: get_order(names[run.name])):
         groups[run.images][names[run.name]].append(run)
@@ -353,6 +359,7 @@ def get_row(name, runs):
         "images": runs[0].images.kind,
         "fingerprint": runs[0].images.fingerprint,
         "images in words": describe_images(first),
+        "equal to training images": max(result.get("num_seen", 0) for run in runs for result in run.results.values()),
         "evaluated by": "; ".join(dict.fromkeys(work for run in runs for work in run.work.values())),
     }
     estimates = {}  # means over images and their standard errors, of each run
@@ -389,6 +396,8 @@ def print_table(rows):
     for work in dict.fromkeys(work for row in rows for work in row["evaluated by"].split("; ")):
         names = [row["model"] for row in rows if work in row["evaluated by"].split("; ")]
         print(f"evaluated by {work}" + f" ({', '.join(names)})" * (len(names) < len(rows)))
+    if seen := max(row["equal to training images"] for row in rows):
+        print(f"not all are unseen: {seen} equal training images")
 
 
 def describe_value(row, name):
@@ -609,7 +618,7 @@ def main(mode=None, name_missing=False):
     """Args: mode: test or train, or None for all images; name_missing: also list the paper's models without a value for the
     images shown first"""
     kind = {"test": "test", "train": "training"}.get(mode)
-    runs = [run for path in sorted(util.SAVE.glob("*/logp")) for run in read_runs(path.parent)]
+    runs = [run for path in sorted(util.SAVE.glob("[!.]*/logp")) for run in read_runs(path.parent)]
     groups = group([run for run in runs if kind in (None, run.images.kind)])
     if not groups:
         print(

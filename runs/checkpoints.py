@@ -79,6 +79,14 @@ def get_all(path):
     return list(filter(pathlib.Path.exists, paths))
 
 
+def is_of_run(checkpoint, settings, warn=warn):
+    """Whether a checkpoint, one beside another, is of the same run, whose settings are given; if not, warns"""
+    differences = util.describe_differences(checkpoint["settings"], settings)
+    if differences:
+        warn(f"{checkpoint['path']} is left out: it is of another run: {differences}")
+    return not differences
+
+
 def get_run_name(checkpoint):
     """The name of a checkpoint's run, given what `load` returns: that of its folder in save/ or, for a checkpoint from elsewhere,
     the one implied by its arguments, with "-from-<folder>" appended if save/ holds another run of that name"""

@@ -213,10 +213,14 @@ def test_every_checkpoint(folder, capsys, monkeypatch):
     every = f"--algorithm own --every-checkpoint --no-compile --test-num-particles 20 --checkpoint-path {model}".split()
     path = checkpoints.get_path(model, 3)
     path.write_bytes(path.read_bytes()[:-100])
+    other = checkpoints.load(checkpoints.get_path(model, 2))
+    util.save_checkpoint(checkpoints.get_path(model, 4), {**other, "args": {**other["args"], "seed": 1}, "iteration": 4})
     calls, run = [], eval_logp.run
     monkeypatch.setattr(eval_logp, "run", lambda *args: calls.append(1) or run(*args))
     assert eval_logp.main([*every, "--mode", "train"]) == 0
-    assert re.search(r"warning: .*/3.pt is damaged.*; left out", capsys.readouterr().err) and len(calls) == 3
+    stderr = capsys.readouterr().err
+    assert re.search(r"warning: .*/3.pt is damaged.*; left out", stderr) and len(calls) == 3
+    assert "/4.pt is left out: it is of another run: seed is 1 there and 0 here\n" in stderr
     assert eval_logp.main([*every, "--mode", "train"]) == 0 and len(calls) == 3
     assert eval_logp.main(every) == 0 and len(calls) == 6
     rows = {mode: list(csv.DictReader(open(f"save/{model}/logp/{mode}_every_checkpoint.csv"))) for mode in ("train", "test")}
@@ -435,11 +439,18 @@ def test_a_row_averages_what_all_of_its_seeds_have(capsys, monkeypatch):
 def test_only_seeds_of_one_model_share_a_row(capsys):
     """Not runs that their names alone make seeds, nor copies"""
     runs = [get_fake_run(f"a_seed={i}", "cc", -float(i)) for i in range(4)]
+    backup = get_fake_run("a_seed=0", "cc", 0.0)._replace(name="a_backup")
+    backup.results["mws"]["run"] = "a_seed=0"
     runs[1].results["mws"]["model_settings"]["likelihood"] = "bernoulli"
     runs[2].results["mws"]["settings"]["model"] = "a_seed=0"
     runs[3].results["mws"]["model_settings"].update(seed=3, later_setting=1)
-    assert [(row["model"], row["seeds"], row["mws"]) for row in get_rows(*runs)] == [("a", 2, -1.5), ("a_seed=1", 1, -1.0)]
-    assert capsys.readouterr().err == "warning: a_seed=2 is left out: it is a copy of a_seed=0, not another seed\n"
+    assert [(row["model"], row["seeds"], row["mws"]) for row in get_rows(backup, *runs)] == [
+        ("a", 2, -1.5),
+        ("a_seed=1", 1, -1.0),
+    ]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {name} is left out: it is a copy of a_seed=0, not another seed" for name in ("a_seed=2", "a_backup")
+    ]
     names = [
         "b_data-location=x.npz-1",
         "b_data-location=y.npz-2_seed=1",
@@ -662,6 +673,7 @@ def test_older_evaluations_are_kept_and_renamed_when_rewritten(small_model, caps
     tables = stdout.split("\n\n")
     assert len(tables) == 3 and not stderr
     assert tables[0].startswith("the first 4 images of the test part of the model's data, unseen (fingerprint ")
+    assert tables[0].endswith("\nnot all are unseen: 4 equal training images")
     assert tables[1].startswith("the first 4 training images, on which")
     for table, mode in zip(tables, ["test", "train"], strict=False):
         assert table.count(small_model) == 1 and f"{load(small_model, 'own', mode)['log_p']:.2f}" in table
@@ -684,6 +696,10 @@ def test_a_sweeps_evaluation_is_of_the_trained_model_as_it_is_now(model, monkeyp
     assert re.fullmatch(r"images-from is data\.mat-\w+ there and copy\.mat-\w+ here", tasks.get_progress(other).others)
     (same,) = get_evaluation_tasks(model, monkeypatch, "--data-location", str(pathlib.Path("data.mat").resolve()))
     assert tasks.get_progress(same).done
+    assert eval_logp.main([*OWN, model, "--num-data=1000", "--force"]) == 0  # all six that there are
+    for num, others in [(1000, ""), (50, ""), (6, ""), (5, "num-data is 1000 there and 5 here")]:
+        (some,) = get_evaluation_tasks(model, monkeypatch, f"--num-data={num}")
+        assert (tasks.get_progress(some).done, tasks.get_progress(some).others) == (not others, others)
     path = checkpoints.get_path(model)
     checkpoint = torch.load(path, weights_only=True)
     next(iter(checkpoint["generative_model"].values())).add_(1)

@@ -241,7 +241,9 @@ def test_sweep_here(make_sweep, monkeypatch):
     every = pathlib.Path(f"save/{models[1]}/logp/test_every_checkpoint/110.pt")
     assert run("--rm", *evaluation, "--yes").splitlines()[:2] == own and every.exists()
     assert not any(map(os.path.exists, own))
-    pathlib.Path("save/notes").mkdir()
+    pathlib.Path("save/notes/logp").mkdir(parents=True)
+    pathlib.Path("save/notes/logp/test_mws.pt").touch()  # of a checkpoint from elsewhere
+    assert "save/notes/logp" in run("--rm", "--eval-logp", "--dry-run").splitlines()
     stdout = run("--rm", "--dry-run")
     assert sorted(stdout.splitlines()) == sorted(f"save/{name}" for name in models)
     monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
