@@ -86,11 +86,9 @@ class Evaluation:
         self.optimizer = get_adam(self.network.parameters(), device, LEARNING_RATE)
         # The objective's own settings are those of the model, or their defaults
         self.objective_args = argparse.Namespace(**{**checkpoint["args"], "algorithm": args.algorithm})
-        self.state = (
-            losses.init_state(self.objective_args, len(self.obs), device, checkpoint["num_alphabets"])
-            if args.algorithm in ("rws", "vimco")
-            else {}
-        )
+        self.state = {}
+        if args.algorithm in ("rws", "vimco"):
+            self.state = losses.init_state(self.objective_args, len(self.obs), device, checkpoint["num_alphabets"])
         if own := losses.get_parameters(self.state):
             self.optimizer.add_param_group({"params": own})
         self.table = ScoreTable(self.generative_model.num_arcs, device)
@@ -146,8 +144,8 @@ class Evaluation:
 def build_network(args, checkpoint, num_images):
     """Builds the inference network: an amortised one for sleep, which trains on other images, else one that knows
     the images by their index"""
-    of_run, num_alphabets = argparse.Namespace(**checkpoint["args"]), checkpoint["num_alphabets"]
-    own = dict(lstm_hidden_size=args.lstm_hidden_size, num_alphabets=num_alphabets)
+    of_run = argparse.Namespace(**checkpoint["args"])
+    own = dict(lstm_hidden_size=args.lstm_hidden_size, num_alphabets=checkpoint["num_alphabets"])
     if args.algorithm == "sleep":
         return models.build_inference_network(of_run, uniform_mixture=0.0, **own)
     return models.LookupInferenceNetwork(num_images, of_run.num_primitives, num_arcs=of_run.num_arcs, **own)

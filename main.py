@@ -49,9 +49,8 @@ class Run:
         self.generative_model, self.inference_network = models.build(args, self.num_alphabets, device)
         self.optimizer = get_optimizer(self.generative_model, self.inference_network, args.prior_lr_factor)
         self.pretrain_optimizer = get_adam(self.inference_network.parameters(), device)
-        self.state = losses.init_state(
-            args, len(dataset.train.obs), device, self.num_alphabets
-        )  # the objective's, such as the memory of mws
+        # The objective's, such as the memory of mws
+        self.state = losses.init_state(args, len(dataset.train.obs), device, self.num_alphabets)
         if own := losses.get_parameters(self.state):
             self.optimizer.add_param_group({"params": own})
         # All that is saved and restored: tensors and objects with a state_dict. Learning-rate schedulers among them are stepped
@@ -298,9 +297,9 @@ def test(run):
 def call_back(run):
     """Calls the first callback that is due, with the run, its models in evaluation mode, and all its statistics so far. Random
     numbers drawn in it do not affect the run. A callback interrupted by a signal may return False, to be called again when the
-    run resumes. Returns: whether it has changed an optimiser"""
+    run resumes. Returns: whether it has changed an optimiser or an argument"""
     run.flush_statistics()
-    before = get_optimizer_values(run)
+    before = get_step_values(run)
     modules = [*run.generative_model.modules(), *run.inference_network.modules()]
     modes = [module.training for module in modules]
     run.generative_model.eval(), run.inference_network.eval()
@@ -310,12 +309,12 @@ def call_back(run):
     util.set_random_state(random_state, run.device)
     for module, mode in zip(modules, modes, strict=True):
         module.training = mode
-    return list(map(id, before)) != list(map(id, get_optimizer_values(run)))
+    return list(map(id, before)) != list(map(id, get_step_values(run)))
 
 
-def get_optimizer_values(run):
-    """All parameters, hyperparameters and states of the run's optimisers, which of them are frozen, and the run's arguments: a list
-    of objects"""
+def get_step_values(run):
+    """What a step does not compute: all parameters, hyperparameters and states of the run's optimisers, which of them are frozen,
+    and the run's arguments: a list of objects"""
     optimizers = [part for part in run.parts.values() if isinstance(part, torch.optim.Optimizer)]
     values = tree_leaves([[optimizer.param_groups, list(optimizer.state.values())] for optimizer in optimizers])
     return [*values, *(value.requires_grad for value in values if torch.is_tensor(value)), *vars(run.args).values()]

@@ -522,14 +522,14 @@ def get_flags(args):
         if field.type is bool:
             flags.append(flag if value else f"--no-{flag[2:]}")
         else:
-            flags.append(
-                f"{flag}={'none' if value is None else write_value(field, value)}"
-            )  # as a parser that yields None would read
+            flags.append(f"{flag}={write_value(field, value)}")
     return flags
 
 
 def write_value(field, value):
     """The text of a setting's value on a command line. Raises: UserError if its own function `parse` does not read it back"""
+    if value is None:
+        return "none"  # as a parser that yields None would read
     text = get_text(value)
     try:
         is_read = field.setting.parse is None or field.setting.parse(text) == value

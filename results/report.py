@@ -282,9 +282,8 @@ def group(runs):
     """Groups runs by table and row: {images: {name of the model: Runs with different seeds}}. Test images come first, then
     those of most models."""
     groups, digests = collections.defaultdict(lambda: collections.defaultdict(list)), collections.defaultdict(set)
-    for run in sorted(
-        runs, key=lambda run: (run.name != run.first.get("run", run.name), get_order(run.name))
-    ):  # originals first
+    runs = sorted(runs, key=lambda run: (run.name != run.first.get("run", run.name), get_order(run.name)))  # originals first
+    for run in runs:
         digests[run.name] |= {(str(run.first["model_settings"]), run.first["settings"]["model"])}
     copies = find_copies(digests)
     runs = [run for run in runs if run.name not in copies]

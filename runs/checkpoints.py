@@ -79,7 +79,7 @@ def get_all(path):
     return list(filter(pathlib.Path.exists, paths))
 
 
-def is_of_run(checkpoint, settings, warn=warn):
+def is_of_run(checkpoint, settings):
     """Whether a checkpoint, one beside another, is of the same run, whose settings are given; if not, warns"""
     differences = util.describe_differences(checkpoint["settings"], settings)
     if differences:
