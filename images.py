@@ -285,7 +285,11 @@ def find_ink(grey):
 
 
 def _darken_ink(grey):
-    """Grey values [rows, columns], inverted if what stands out is lighter than its surroundings"""
+    """Grey values [rows, columns], inverted if what stands out is lighter than its surroundings or, however bold, than the even
+    background of a picture drawn on a screen"""
+    edge = _get_edge(grey)
+    if np.mean(np.abs(edge - np.median(edge)) < 1.5 / 255) > 0.95:
+        return grey if grey.mean() <= np.median(edge) else 1 - grey
     detail = grey - scipy.ndimage.gaussian_filter(grey, max(grey.shape) / 8, mode="nearest")
     return grey if ((detail - detail.mean()) ** 3).mean() <= 0 else 1 - grey
 

@@ -17,6 +17,7 @@ import pathlib
 
 import torch
 from matplotlib.collections import LineCollection
+from matplotlib.patches import Rectangle
 
 import models
 import rendering
@@ -58,12 +59,14 @@ def draw_cell(axes, corner, ink, lines, on):
     """The ink [R, C], and over it the strokes `on` among lines [A, T, 2] and the pen's way to the last of them"""
     (left, top), half = corner, 0.5 / (len(ink) - 1)  # the page's edge is in the middle of a pixel
     box = left - half, left + 1 + half, top + 1 + half, top - half
+    page = Rectangle((left - half, top - half), 1 + 2 * half, 1 + 2 * half, transform=axes.transData)
     axes.imshow(-ink * (0.3 if on else 1), cmap="gray", vmin=-1, vmax=0, extent=box, interpolation="none")
     up = range(on[-2] + 1 if len(on) > 1 else 0, on[-1]) if on else []
     styles = [(on[:-1], "black", "-", 1.2), (up, figures.PEN_UP, ":", 0.6), (on[-1:], figures.NEWEST, "-", 1.6)]
     for strokes, colour, style, width in styles:
         some = lines[list(strokes)] + [left, top]
-        axes.add_collection(LineCollection(some, colors=colour, ls=style, lw=width, capstyle="round"))
+        drawn = LineCollection(some, colors=colour, ls=style, lw=width, capstyle="round")
+        axes.add_collection(drawn).set_clip_path(page)
 
 
 # ------------------------------------------------------------------ strokes and programs
@@ -79,20 +82,25 @@ def get_strokes(reading, i):
 
 
 def save_searched(model, network, found, folder, name):
-    """Searches for the best programs of the model's own strokes, and writes their drawings. Args: name: of the model"""
-    obs = (found.obs >= 0.5).float()
+    """Searches for the best programs of the model's own strokes, and writes each as it is found, then their drawings. Args:
+    name: of the model"""
+    obs, latents, labels = (found.obs >= 0.5).float(), [], []
     rendering.set_compile(True)  # takes a while, but a search takes longer
-    latent, log_joint, alphabets = search.read(model, network, obs)
-    rendering.set_compile(False)  # the drawings have other sizes, each of which would take longer to compile
-    map_ids, drawing = drawings.get_map_ids(model, latent, obs), variation.get_drawing(model, latent, obs)
-    for i, stem in enumerate(found.names):
-        program = drawings.get_program(drawing.select([i]), latent[i], map_ids[i])
-        details = dict(image=found.files[i], model=name, log_joint=log_joint[i].item())
-        if alphabets[i] is not None:
-            details["alphabet"] = alphabets[i].argmax().item()
+    for i, (latent, log_joint, alphabet) in enumerate(search.read(model, network, obs)):
+        rendering.set_compile(False)  # the drawings have other sizes, each of which would take longer to compile
+        image, stem = obs[i : i + 1], found.names[i]
+        (map_id,) = drawings.get_map_ids(model, latent[None], image)
+        program = drawings.get_program(variation.get_drawing(model, latent[None], image), latent, map_id)
+        details = dict(image=found.files[i], model=name, log_joint=log_joint)
+        if alphabet is not None:
+            details["alphabet"] = alphabet.argmax().item()
         drawings.save_program(folder / f"{stem}-program", program, **details)
+        latents.append(latent)
+        labels.append(f"{stem}\n{log_joint:.0f} nats")
+        rendering.set_compile(True)
+    rendering.set_compile(False)
+    drawing = variation.get_drawing(model, torch.stack(latents), obs)
     title = f"best programs found of {name}'s own strokes, as the model sees them"
-    labels = [f"{stem}\n{score:.0f} nats" for stem, score in zip(found.names, log_joint.tolist(), strict=True)]
     pages = figures.stroke_figures(obs, drawing, labels, title, RESOLUTION)
     return figures.save_pdf(folder / "programs.pdf", pages)
 

@@ -91,7 +91,7 @@ def take(name, content, as_is=False):
     else:
         inks = [images.get_ink(images.decode(name, content)) >= 0.5]
         if not inks[0].any():
-            raise UserError(f"{name} is blank")
+            raise UserError(f"{name} is blank, or its light is too uneven for --as-is")
     return from_inks(inks, name)
 
 

@@ -73,7 +73,9 @@ def _load_run(path, labels, files):
     for name in [*characters, *tests]:
         inks.append(get_ink(decode(f"{path}: {name}", files[name].read())) >= 0.5)
         if not 0 < inks[-1].mean() <= 0.5:
-            raise UserError(f"{path}: {name} is {'more than half ink' if inks[-1].any() else 'blank'}")
+            raise UserError(
+                f"{path}: {name} is {'more than half ink' if inks[-1].any() else 'blank, or its light is too uneven'}"
+            )
     images = torch.from_numpy(np.stack([shrink(ink.astype(np.float64)) for ink in inks])).float()
     answers = torch.tensor([characters.index(name) for name in pairs.values()])
     return Run(folder.name or util.expand_user(path).resolve().stem, *images.tensor_split([len(characters)]), answers, inks)

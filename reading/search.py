@@ -101,17 +101,16 @@ def read(generative_model, inference_network, obs, num_proposals=1000):
     model takes the alphabet of the most probable proposal.
 
     Args: obs [N, R, C] in {0, 1}
-    Returns: latent [N, A, 2]; log_joint [N], nats; alphabets: a list of N, [L] one-hot each, or None if not conditional
+    Yields: for each image, latent [A, 2]; log_joint, nats; alphabet, [L] one-hot, or None if the model is not conditional
     """
-    alphabets, found = [None] * len(obs), []
+    alphabets = [None] * len(obs)
     if generative_model.num_alphabets:
         alphabets = [guess_alphabet(generative_model, inference_network, x, num_proposals) for x in obs]
     for x, alphabet in zip(show_progress(obs, desc="searching", unit="image"), alphabets, strict=True):
         given = None if alphabet is None else alphabet[None]
         proposals = inference_network.sample(x[None], num_proposals, given).squeeze(1)  # [P, A, 2]
-        found.append(find(generative_model, x, alphabet, proposals, 1, QUICK))
-    latent, log_joint = map(torch.cat, zip(*found, strict=True))
-    return latent, log_joint, alphabets
+        latent, log_joint = find(generative_model, x, alphabet, proposals, 1, QUICK)
+        yield latent.squeeze(0), log_joint.item(), alphabet
 
 
 def guess_alphabet(generative_model, inference_network, obs, num_proposals):

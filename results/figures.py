@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import textwrap
+import warnings
 
 import matplotlib
 import matplotlib.backends.backend_agg
@@ -26,6 +27,8 @@ EMPTY, NEWEST, PEN_UP, START = "#e8eef4", "#d1410c", "#3b7dd8", "#3b7dd8"
 RIGHT, WRONG = "#2a8a3e", "#c0281e"
 SHARES, LEAST_SHARE = ("novel_proportion", "new_map"), 1e-5  # statistics on a logarithmic axis, and where it begins
 SETTLED = 0.05  # share of a curve at its beginning that does not affect the axis
+
+warnings.filterwarnings("ignore", "Glyph .* missing from font")  # letters of a file's name, shown as boxes
 
 # ------------------------------------------------------------------ tiles
 

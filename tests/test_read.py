@@ -100,6 +100,14 @@ def test_programs_and_files_that_cannot_be_read(photograph, tmp_path, run_script
     program = json.loads((folder / "x-program.json").read_text())
     assert len(program["strokes"]) == 10 and program["log_joint"] < 0 and 0 <= program["alphabet"] < 50 and "map_id" in program
     assert program["model"] == folder.parent.name
+    # What was found is kept if the search stops before its end
+    found = iter([search.find])
+    monkeypatch.setattr(search, "find", lambda *args: next(found)(*args))
+    for path in folder.glob("*-program.*"):
+        path.unlink()
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        read.main([*files[:1], *files[3:], "--as-is", "--program", *model])
+    assert [path.name for path in folder.glob("*-program.json")] == ["x-program.json"]
     status, _, stderr = run_script(read, "none.png")
     assert status == 2 and stderr.splitlines()[-1].endswith(
         "there is no character to read; give images of characters, or --as-is"
@@ -115,6 +123,17 @@ def test_a_model_in_double_precision_reads_the_same():
     assert torch.equal(single.latent, double.latent) and double.drawing.theta.dtype == torch.float32
     torch.testing.assert_close(single.log_likelihood, double.log_likelihood, atol=0.1, rtol=0)
     assert characters.from_inks([~cross & cross], "blank").obs.shape == (0, 28, 28)
+
+
+@pytest.mark.parametrize("ink", [0, 1])
+def test_bold_letters_drawn_on_a_screen(ink):
+    """An E whose pen is a quarter of its size, dark or light, although it covers most of the picture"""
+    page = PIL.Image.new("1", (400, 400), 1 - ink)
+    for line in ([(70, 70), (70, 330)], [(70, 70), (330, 70)], [(70, 200), (330, 200)], [(70, 330), (330, 330)]):
+        PIL.ImageDraw.Draw(page).line(line, ink, 84)
+    assert (images.find_ink(np.float32(page)) == (np.array(page) == ink)).mean() > 0.99
+    (character,) = images.find_characters("E", imageio.imwrite("<bytes>", 255 * np.uint8(page), extension=".png"))
+    assert 0.05 < character.mean() < 0.2
 
 
 @pytest.mark.parametrize("tilt", [-0.1, -0.03, 0.0, 0.05, 0.12])
