@@ -339,10 +339,12 @@ def save(run, name="latest"):
 
 
 def save_if_due(run, clock):
-    """Saves a milestone, then latest.pt, if they are due. A run killed in between rewrites the milestone when it resumes"""
-    if run.iteration > 0 and is_milestone(run.iteration):
+    """Saves latest.pt if it is due, and after each milestone, so that no numbered checkpoint is newer. A run killed in between
+    rewrites the milestone when it resumes"""
+    reached = run.iteration > 0 and is_milestone(run.iteration)
+    if reached:
         save(run, run.iteration)
-    if (run.iteration or run.pretrain_iteration) % run.args.save_interval == 0 or clock.is_due():
+    if reached or (run.iteration or run.pretrain_iteration) % run.args.save_interval == 0 or clock.is_due():
         save(run)
         clock.restart()
 
@@ -421,7 +423,8 @@ def main(argv=None):
         if checkpoint is not None:
             is_latest = checkpoint["path"] == str(checkpoints.get_path(path_base))
             if is_latest and checkpoints.is_complete(checkpoint, args.num_iterations):
-                why = f", stopped because {run.reason}" if run.reason else "; more with --num-iterations"
+                more = f" (a test run takes at most {util.get_fields()['num_iterations'].setting.limit})" * args.test_run
+                why = f", stopped because {run.reason}" if run.reason else f"; more with --num-iterations{more}"
                 print(f"{util.SAVE / path_base} is complete: {run.iteration} iterations{why}")
                 return 0
             print(f"resuming at iteration {run.iteration} ({run.pretrain_iteration} of pretraining) of {path_base}")

@@ -37,7 +37,7 @@ def get_row(task, job):
         notes = [tasks.get_log_end(task, 1)] * (state == "failed") + [verdict]
         notes += [f"a different evaluation is saved: {progress.others}"] * bool(progress.others)
     iteration, log = f"{progress.iteration}/{progress.total}", task.get_path("log")
-    age = datetime.timedelta(seconds=abs(int(time.time() - progress.saved))) if progress.saved else ""
+    age = datetime.timedelta(seconds=max(int(time.time() - progress.saved), 0)) if progress.saved else ""
     number = job.number + f" ({job.reason})" * (job.reason not in ("", "None")) if job else ""
     cells = [task, state, iteration, progress.value, age, tasks.get_device(task), number, log if log.exists() else ""]
     return [str(cell) or "-" for cell in cells], list(filter(None, [progress.damage, *notes]))

@@ -23,9 +23,11 @@ def lock(path, what, stop=None):
     Args: what: what a process that holds it is doing, in words; stop: a StopSignal, which ends the wait
     Raises: UserError if another process holds it or it cannot be written
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     patience, start = PATIENCE if "SLURM_JOB_ID" in os.environ else MOMENT, time.monotonic()
-    with open(path, "a+") as file:
+    with util.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+    with file:
         while not take(file):
             holder, waited = f"{what} by {get_holder(path)}", time.monotonic() - start
             if stop is not None and stop.received is not None:

@@ -244,7 +244,7 @@ def test_killed_between_any_two_file_operations(folder):
     cases.append(["eval_logp", 1, str(run_folder), "killed5_{n}", evaluate])
 
     ends = die(*cases)
-    assert [len(paths) for paths in ends] == [18, 1, 1, 1, 1, 9]  # losses.csv, twice, and four saves, of three operations each
+    assert [len(paths) for paths in ends] == [21, 1, 1, 1, 1, 9]  # losses.csv, twice, and five saves, of three operations each
     for i, paths in enumerate(ends[:-1]):
         want = load_all(expected[i])
         assert want.keys() == {"1.pt", "2.pt", "latest.pt"}
