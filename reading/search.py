@@ -103,11 +103,10 @@ def read(generative_model, inference_network, obs, num_proposals=1000):
     Args: obs [N, R, C] in {0, 1}
     Yields: for each image, latent [A, 2]; log_joint, nats; alphabet, [L] one-hot, or None if the model is not conditional
     """
-    alphabets = [None] * len(obs)
-    if generative_model.num_alphabets:
-        alphabets = [guess_alphabet(generative_model, inference_network, x, num_proposals) for x in obs]
-    for x, alphabet in zip(show_progress(obs, desc="searching", unit="image"), alphabets, strict=True):
-        given = None if alphabet is None else alphabet[None]
+    for x in show_progress(obs, desc="searching", unit="image"):
+        is_conditional = generative_model.num_alphabets > 0
+        alphabet = guess_alphabet(generative_model, inference_network, x, num_proposals) if is_conditional else None
+        given = alphabet[None] if is_conditional else None
         proposals = inference_network.sample(x[None], num_proposals, given).squeeze(1)  # [P, A, 2]
         latent, log_joint = find(generative_model, x, alphabet, proposals, 1, QUICK)
         yield latent.squeeze(0), log_joint.item(), alphabet
