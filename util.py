@@ -76,11 +76,15 @@ def describe_error(error):
         return "out of GPU memory; use a smaller --batch-size, fewer --num-particles or another GPU"
     if isinstance(error, OSError):
         path = error.filename
-        if path and os.path.islink(path) and not os.path.exists(path):
-            return f"{path} is a link to {os.readlink(path)}, which does not exist"
-        return f"{error.strerror or error}{f': {path}' if path else ''}"
+        return describe_dead_link(path) or f"{error.strerror or error}{f': {path}' if path else ''}"
     if is_out_of_memory(error):
         return "out of memory; use a smaller --batch-size, --memory-size or model, or fewer --num-particles"
+
+
+def describe_dead_link(path):
+    """What is wrong if a path, or None, is a link to nothing; else None"""
+    if path and os.path.islink(path) and not os.path.exists(path):
+        return f"{path} is a link to {os.readlink(path)}, which does not exist"
 
 
 def is_out_of_memory(error):
@@ -638,8 +642,9 @@ def writing(path):
         yield
     except OSError as error:
         advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
+        reason = describe_dead_link(error.filename) or error.strerror
         raise UserError(
-            f"cannot write {path} ({error.strerror}); what was saved before is intact: {advice} and run the same command again"
+            f"cannot write {path} ({reason}); what was saved before is intact: {advice} and run the same command again"
         ) from None
 
 
