@@ -188,7 +188,7 @@ def main(argv=None):
         gradio = None
     if gradio is None or int(gradio.__version__.split(".")[0]) < 6:
         raise UserError("the page needs gradio, 6 or newer: pip install 'gradio>=6'")
-    model, _ = models.from_checkpoint(checkpoints.load(checkpoints.find(args.checkpoint_path)))
+    model, _ = models.from_checkpoint(checkpoints.load_given(args.checkpoint_path))
     try:
         known = data.load(args.data_location).train
     except (UserError, OSError) as error:

@@ -64,7 +64,7 @@ class TrainedModel:
     def is_latest(self):
         """Whether this was the newest checkpoint of the run when it was read"""
         latest = checkpoints.get_path(self.name)
-        newest = None if self.path.resolve() == latest.resolve() else checkpoints.load_newest(self.name)
+        newest = None if self.path.resolve() == latest.resolve() else checkpoints.load_newest(latest)
         return newest is None or self.iteration >= newest["iteration"]
 
     def get_title(self):
@@ -97,7 +97,7 @@ class TrainedModel:
         """Training images, and their programs as the model sees them: [N, R, R] each"""
         obs, latent = self.get_images(obs_id)[0], self.reconstruct(obs_id)
         drawing = variation.get_drawing(self.generative_model, latent, obs)
-        return drawings.resize(obs, resolution), drawings.draw_seen(drawing, resolution)
+        return drawings.resize(obs, resolution), variation.get_probs(drawing, resolution, resolution)
 
     def get_alphabet_name(self, obs_id):
         """The name of a training image's alphabet; "" if there are no alphabets"""
@@ -109,7 +109,7 @@ class TrainedModel:
         if self.memory is not None:
             latent = models.unpack(self.memory.flatten(0, 1))
         else:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 latent = self.generative_model.sample_latent(NUM_COUNTED)
         visible = latent[..., 0][latent[..., 1] > 0]
         counts = visible.bincount(minlength=len(self.generative_model.pre_theta))
@@ -295,7 +295,7 @@ def draw_all(args, load_data):
         print(f"there is no run in {util.SAVE}/ yet; train one with python main.py")
     for name in names:
         try:
-            checkpoint = checkpoints.load_newest(name)
+            checkpoint = checkpoints.load_newest(checkpoints.get_path(name))
             if checkpoint is None:
                 print(f"{name}: no checkpoint yet, skipped")
             else:
@@ -309,7 +309,7 @@ def main(argv=None):
     if args.checkpoint_path is None:
         draw_all(args, load_data)
     else:
-        checkpoint = checkpoints.load(checkpoints.find(args.checkpoint_path))
+        checkpoint = checkpoints.load_given(args.checkpoint_path, parts=())
         draw_run(checkpoints.get_run_name(checkpoint), checkpoint, args, load_data)
     if util.SAVE.is_dir():
         print(f"overview: {overview.write_overview()}")

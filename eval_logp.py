@@ -27,6 +27,7 @@ import signal
 import threading
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 import data
 import losses
@@ -47,7 +48,6 @@ from util import UserError, warn, warn_once
 
 STATE_KEYS = {"settings", "network", "table", "iteration", "log_p"}
 ALGORITHMS = report.ALGORITHMS
-LEARNING_RATE = 1e-3
 SIZES = {  # name: help, the paper's default, and defaults of other algorithms
     "num_particles": ("particles per image in training; mws: proposals, and programs drawn from the memory", 100, {"mws": 10}),
     "num_iterations": ("iterations of training", 20000, {"mws": 1000, "own": 0}),
@@ -83,7 +83,7 @@ class Evaluation:
             self.network = self.own_network
         else:
             self.network = build_network(args, checkpoint, len(self.obs)).to(device)
-        self.optimizer = get_adam(self.network.parameters(), device, LEARNING_RATE)
+        self.optimizer = get_adam(self.network.parameters(), device)
         # The objective's own settings are those of the model, or their defaults
         self.objective_args = argparse.Namespace(**{**checkpoint["args"], "algorithm": args.algorithm})
         self.state = {}
@@ -123,8 +123,9 @@ class Evaluation:
     def restore(self, state):
         with checkpoints.using(state):
             checkpoints.restore_parts(self.parts, state, self.hyperparameters)
-            for name in ["num_searched", "iteration", "statistics", "log_p"]:
+            for name in ["num_searched", "iteration", "log_p"]:
                 setattr(self, name, state[name])
+            self.statistics = tree_map_only(torch.Tensor, torch.Tensor.cpu, state["statistics"])
             self.clock.fill_(self.iteration)
             util.set_random_state(state["random_state"], self.device)
 
@@ -398,7 +399,7 @@ def _run_half(num_threads, arguments):
 
 def evaluate(args):
     """Evaluates a checkpoint. Returns: the exit status"""
-    checkpoint = load_numbers(checkpoints.find(args.checkpoint_path), util.get_device(args.cuda), args.algorithm)
+    checkpoint = checkpoints.load_given(args.checkpoint_path, util.get_device(args.cuda), get_parts(args.algorithm))
     name = checkpoints.get_run_name(checkpoint)
     path = checkpoints.get_result_path(name, vars(args))
     with StopSignal() as stop:
@@ -408,14 +409,9 @@ def evaluate(args):
     return status
 
 
-def load_numbers(path, device, algorithm):
-    """Loads a checkpoint of main.py. Raises: UserError if that fails, or if a part that the algorithm uses holds NaN. (Masks
-    of attention may hold infinity.)"""
-    checkpoint = checkpoints.load(path, device)
-    for part in ["generative_model"] + ["inference_network"] * (algorithm in ("own", "mws")):
-        if any(value.isnan().any() for value in checkpoint[part].values() if torch.is_tensor(value)):
-            raise UserError(f"{path}: the {part.replace('_', ' ')} has values that are not numbers, so it cannot be evaluated")
-    return checkpoint
+def get_parts(algorithm):
+    """The parts of a checkpoint that an algorithm computes with"""
+    return ["generative_model"] + ["inference_network"] * (algorithm in ("own", "mws"))
 
 
 def evaluate_every_checkpoint(args):
@@ -426,7 +422,8 @@ def evaluate_every_checkpoint(args):
     with StopSignal() as stop:
         for path in checkpoints.get_all(given)[::-1]:
             try:
-                checkpoint = load_numbers(path, device, args.algorithm)
+                checkpoint = checkpoints.load(path, device)
+                checkpoints.check_numbers(checkpoint, get_parts(args.algorithm))
             except UserError as error:
                 warn(f"{error}; left out")
                 continue
@@ -483,12 +480,20 @@ def run_one(args, checkpoint, images, memory, settings, path, stop):
             if args.half is None or evaluation.iteration < args.num_iterations:  # not a half that is done
                 print(f"resuming at iteration {evaluation.iteration} of {state_path}")
         rendering.set_compile(args.compile, device)
-        build = functools.partial(build_models, args, checkpoint, len(evaluation.obs), device)
-        kernel_check.check(build, device, args.num_particles, min(args.batch_size, len(evaluation.obs)))
+        check_kernels(args, checkpoint, len(evaluation.obs), device)
         if not run(evaluation, settings, state_path, stop):
             return None
         enumerate_memory(evaluation)
     return evaluation
+
+
+def check_kernels(args, checkpoint, num_images, device):
+    """Tries a GPU's kernels with all networks that the evaluation uses: searches begin with proposals of the model's own"""
+    memory = (args.memory_size, losses.init_memory, losses.remember) if args.algorithm == "mws" else ()
+    for algorithm in [args.algorithm, *["own"] * (args.algorithm == "mws")]:
+        like_args = argparse.Namespace(**{**vars(args), "algorithm": algorithm})
+        build = functools.partial(build_models, like_args, checkpoint, num_images, device)
+        kernel_check.check(build, device, args.num_particles, min(args.batch_size, num_images), *memory)
 
 
 def run_halves(args, *what):

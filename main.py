@@ -13,6 +13,7 @@ import math
 import signal
 
 import torch
+import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
 import data
@@ -22,7 +23,7 @@ import rendering
 import scoring
 import util
 from fast import kernel_check
-from fast.cuda_graph import ReplayedStep
+from fast.cuda_graph import ReplayedStep, check_recordable
 from runs import checkpoints, curves, locks
 from runs.curves import append_statistics, check_finite
 from runs.saving import SaveClock, StopSignal
@@ -200,6 +201,8 @@ def update(optimizer, loss):
     for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
         if parameter.grad is None and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
+    if loss.is_cuda:
+        check_recordable(optimizer)
     optimizer.step()
 
 
@@ -249,25 +252,32 @@ def train_step(run, obs_id):
 
 
 def step_schedules(run):
-    """Moves the learning-rate schedules on by an iteration. Raises: UserError if one of fixed length has ended"""
+    """Moves the learning-rate schedules on by an iteration. Returns: whether they have changed a number, which a recorded step
+    would not notice. Raises: UserError if one of fixed length has ended"""
+    schedulers, changes_number = run.get_schedulers(), False
+    before = [(group, dict(group)) for scheduler in schedulers for group in scheduler.optimizer.param_groups]
     try:
-        for scheduler in run.get_schedulers():
+        for scheduler in schedulers:
             scheduler.step()
     except ValueError as error:  # OneCycleLR's
         raise UserError(f"the learning-rate schedule cannot go on: {error}; give it the full length at the start") from error
+    for group, old in before:
+        if torch.is_tensor(old["lr"]) and group["lr"] is not old["lr"]:  # replaced, but a recorded step reads the old one
+            group["lr"] = old["lr"].fill_(group["lr"])
+        changed = [key for key in old.keys() - {"params"} if group[key] is not old[key] and group[key] != old[key]]
+        changes_number = changes_number or bool(changed)
+    return changes_number
 
 
 def get_steps(run):
     """The pretraining step, called without arguments, and the training step, called with obs_id; CUDA graphs on a GPU"""
     steps = functools.partial(pretrain_step, run), functools.partial(train_step, run)
-    schedules = list(filter(checkpoints.is_schedule, run.parts.values()))
-    cycles_momentum = any(getattr(schedule, "cycle_momentum", False) for schedule in schedules)  # which a graph would freeze
-    if run.device.type != "cuda" or not run.args.compile or cycles_momentum:
+    if run.device.type != "cuda" or not run.args.compile:
         return steps
-    for schedule in schedules:
+    for schedule in filter(checkpoints.is_schedule, run.parts.values()):
         for group in schedule.optimizer.param_groups:
-            if not torch.is_tensor(group["lr"]):
-                group["lr"] = torch.tensor(group["lr"], device=run.device)  # a graph reads it anew in each step
+            if group.get("fused") or group.get("capturable"):  # a graph then reads a tensor anew in each step
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=run.device)
     return [ReplayedStep(step) for step in steps]
 
 
@@ -297,7 +307,7 @@ def test(run):
 def call_back(run):
     """Calls the first callback that is due, with the run, its models in evaluation mode, and all its statistics so far. Random
     numbers drawn in it do not affect the run. A callback interrupted by a signal may return False, to be called again when the
-    run resumes. Returns: whether it has changed an optimiser or an argument"""
+    run resumes. Returns: whether it has changed what a recorded step would not notice"""
     run.flush_statistics()
     before = get_step_values(run)
     modules = [*run.generative_model.modules(), *run.inference_network.modules()]
@@ -309,15 +319,23 @@ def call_back(run):
     util.set_random_state(random_state, run.device)
     for module, mode in zip(modules, modes, strict=True):
         module.training = mode
-    return list(map(id, before)) != list(map(id, get_step_values(run)))
+    now = get_step_values(run)
+    return len(now) != len(before) or any(x is not y or p != q for (x, p), (y, q) in zip(before, now, strict=True))
 
 
 def get_step_values(run):
-    """What a step does not compute: all parameters, hyperparameters and states of the run's optimisers, which of them are frozen,
-    and the run's arguments: a list of objects"""
+    """What a step reads and a recorded one would not notice if it changed: hyperparameters and states of the run's optimisers,
+    attributes of its models, the objective's state, the data and the arguments. Returns: a list of pairs, each an object and, of
+    a tensor, where its values are, its shape and whether it is trained"""
     optimizers = [part for part in run.parts.values() if isinstance(part, torch.optim.Optimizer)]
-    values = tree_leaves([[optimizer.param_groups, list(optimizer.state.values())] for optimizer in optimizers])
-    return [*values, *(value.requires_grad for value in values if torch.is_tensor(value)), *vars(run.args).values()]
+    parts = [part for part in (run.generative_model, run.inference_network, *run.state.values()) if isinstance(part, nn.Module)]
+    values = tree_leaves([
+        *([optimizer.param_groups, list(optimizer.state.values())] for optimizer in optimizers),
+        *(list(vars(module).values()) for part in parts for module in part.modules()),
+        *(run.state, run.train_data.obs, run.train_data.alphabet, list(vars(run.args).values())),
+    ])  # fmt: skip
+    has_place = [torch.is_tensor(x) and x.layout == torch.strided for x in values]
+    return [(x, (x.data_ptr(), x.shape, x.requires_grad) if has else None) for x, has in zip(values, has_place, strict=True)]
 
 
 def is_milestone(iteration):
@@ -332,7 +350,7 @@ def save(run, name="latest"):
     if not checkpoints.is_plain(checkpoint):
         checkpoints.copy(checkpoint)  # raises, naming the part, if it could not be loaded
     if run.get_model_shapes() != run.model_shapes:  # a callback has changed them
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             models.from_checkpoint(checkpoints.fill_in(checkpoints.copy(checkpoint)))  # raises if nobody could load it
     util.save_checkpoint(path, checkpoint)
     return path
@@ -389,7 +407,9 @@ def train(run):
                 run.iteration += 1
                 run.num_called = 0
                 run.pending.append(("train", run.iteration, statistics))
-                step_schedules(run)
+                if step_schedules(run) and isinstance(step, ReplayedStep):
+                    util.warn_once("a schedule changes numbers, which a CUDA graph would not notice: steps are slower")
+                    step = step.step
             else:
                 break
             show(run, bar)
@@ -415,7 +435,7 @@ def main(argv=None):
     path_base = checkpoints.find_run(args, lambda: data.get_fingerprint(dataset.train))
     with StopSignal() as stop, locks.lock_run(path_base, stop):
         run = Run(args, dataset, device, path_base)
-        run.stop, checkpoint = stop, checkpoints.load_newest(path_base)
+        run.stop, checkpoint = stop, checkpoints.load_newest(checkpoints.get_path(path_base))
         if checkpoint is not None:
             run.restore(checkpoint)
         try_to_resume(run)

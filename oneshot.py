@@ -118,7 +118,7 @@ def choose_runs(args):
 def main(argv=None):
     args = get_parser().parse_args(argv)
     runs = choose_runs(args)
-    checkpoint = checkpoints.load(checkpoints.find(args.checkpoint_path))
+    checkpoint = checkpoints.load_given(args.checkpoint_path)
     if checkpoint["num_alphabets"]:
         raise UserError(
             f"{args.checkpoint_path} is conditional on alphabets, and does not know those of the runs; give another model"

@@ -110,7 +110,7 @@ def save_searched(model, network, found, folder, name):
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    checkpoint = checkpoints.load(checkpoints.find(args.checkpoint_path))
+    checkpoint = checkpoints.load_given(args.checkpoint_path)
     name = checkpoints.get_run_name(checkpoint)
     model, network = models.from_checkpoint(checkpoint)
     folder = util.SAVE / name / "read" if args.output is None else util.expand_user(args.output)

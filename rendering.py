@@ -185,7 +185,7 @@ def _differentiate_arcs(constants, on, arc_id, grad, x, y, rendering_params):
     arc_id = arc_id.unsqueeze(1).expand(-1, constants.shape[2], -1)  # [B, 10, R * C]
     strongest = constants.transpose(1, 2).gather(2, arc_id)  # [B, 10, R * C]
     batched = strongest, on, grad, rendering_params.expand(len(on), -1)
-    grad_strongest, grad_params = _run_in_chunks(_differentiate_draw, batched, (x, y), len(on))  # at once
+    grad_strongest, grad_params = _run_in_chunks(_differentiate_draw, batched, (x, y), max(len(on), 1))  # at once
     grad_constants = torch.bmm(grad_strongest, is_of_arc)  # [B, 10, A], summed in a fixed order
     return grad_constants.transpose(1, 2), grad_params.sum(0)
 

@@ -127,15 +127,15 @@ def choose_tasks(args, queue=None):
     all_tasks, left, num_done = get_tasks(args), [], 0
     jobs = {job.task.key: job for job in queue or []}
     for task in all_tasks:
-        progress, training = tasks.get_progress(task), tasks.get_training_progress(task)
+        progress, trained = tasks.get_progress(task), tasks.get_training_progress(task)
         if progress.done:
             num_done += 1
         elif task.key in jobs:
             job = jobs[task.key]
             ending = ", which is ending: submit again in a minute" * (job.state == "COMPLETING")
             print(f"{task}: in the queue already, as job {job.number}{ending or describe_change(job.task, task)}")
-        elif task.kind != "train" and not training.done and (task.model, "train") not in jobs:
-            print(f"{task}: skipped, its model is not trained yet ({training.iteration} of {task.total} iterations)")
+        elif task.kind != "train" and not trained.done and (task.model, "train") not in jobs:
+            print(f"{task}: skipped, its model is not trained yet ({trained.iteration} of {task.total} iterations)")
         elif progress.others and "--force" not in task.flags:
             print(f"{task}: skipped, a different evaluation is saved: {progress.others}; --eval-options=--force replaces it")
         elif queue is None or tasks.wait_for_lock(task, 0):

@@ -660,8 +660,10 @@ def sync_folder(path):
     """Flushes a folder's list of names to the disk, where the file system can"""
     with contextlib.suppress(OSError):
         folder = os.open(path, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def load_checkpoint(path, device="cpu", keys=frozenset({"args", "generative_model", "iteration"})):

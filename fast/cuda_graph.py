@@ -8,6 +8,7 @@ import collections
 import contextlib
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from util import get_reason, warn
 
@@ -31,7 +32,9 @@ class ReplayedStep:
             self._record(shapes, inputs)
         self.num_calls[shapes] += 1
         if shapes not in self.recordings:
-            return self._call(inputs)
+            return self._call(
+                [x.clone() for x in inputs]
+            )  # aligned as when it is recorded, so that the same kernels are compiled
         graph, places, names, values = self.recordings[shapes]
         for place, x in zip(places, inputs, strict=True):
             place.copy_(x)
@@ -52,8 +55,8 @@ class ReplayedStep:
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 statistics = self.step(*places)
-                values = torch.stack(list(statistics.values()))
-        except RuntimeError as error:  # from CUDA, or an operation that reads values
+                values = torch.stack(list(statistics.values())) if statistics else torch.empty(0)
+        except Exception as error:  # from CUDA, an operation that reads values, or an optimiser that cannot be recorded
             self._give_up(before, error)
         else:
             self.recordings[shapes] = graph, places, list(statistics), values
@@ -70,3 +73,11 @@ class ReplayedStep:
         self.can_record = False
         cause = error.__context__ or error  # ending the capture also fails, and hides the original error
         warn(f"no CUDA graph, steps are slower: {get_reason(cause, 100)}")
+
+
+def check_recordable(optimizer):
+    """Raises: RuntimeError if a step is being recorded and the optimiser counts steps on the CPU, where replays would not count"""
+    if torch.cuda.is_current_stream_capturing():
+        values = [x for x in tree_leaves(list(optimizer.state.values())) if x is not None]
+        if not all(torch.is_tensor(x) and x.device.type != "cpu" for x in values):
+            raise RuntimeError(f"{type(optimizer).__name__} keeps part of its state on the CPU")

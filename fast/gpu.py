@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-LOG_PAPER = math.log(1e-6)  # the logit of a pixel far from all arcs: log(1e-6)
+LOG_PAPER = math.log(1e-6)  # the logit of a pixel far from all arcs
 EPS = torch.finfo(torch.float32).eps  # the lowest probability of a pixel's value; the highest is one minus that
 NEGLIGIBLE = 2**-24  # too small for float32 to add to a weight of one
 MAX_DECODER_SIZE = 256  # most units or primitives that a program of the decoder's kernels can hold in registers

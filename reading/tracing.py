@@ -24,6 +24,7 @@ import math
 
 import numpy as np
 import scipy.ndimage
+import skimage
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -219,9 +220,8 @@ def _get_edges(ink):
 
 def _get_graph(ink):
     """Thinned ink as a graph. Returns: positions (row, column) of its nodes, and edges (node, node, points [n, 2])"""
-    from skimage.morphology import skeletonize
-
-    thin = skeletonize(np.ascontiguousarray(np.pad(ink, 1) > 0))[1:-1, 1:-1]  # older versions reject transposed arrays
+    padded = np.ascontiguousarray(np.pad(ink, 1) > 0)  # older versions of skimage reject transposed arrays
+    thin = skimage.morphology.skeletonize(padded)[1:-1, 1:-1]
     pixels = dict.fromkeys(map(tuple, np.argwhere(thin).tolist()))  # in order
     beside = {pixel: _get_neighbours(pixel, pixels) for pixel in pixels}
     node_of = {pixel: i for i, pixel in enumerate(p for p in pixels if len(beside[p]) != 2)}

@@ -62,7 +62,7 @@ def main():
     parser.add("--data-location", "as for main.py (default: where the model was trained)", type=util.to_location, default=None)
     parser.add("--seed", "seed of all random numbers", type=util.in_range(int), default=0)
     args = parser.parse_args()
-    checkpoint = checkpoints.load(checkpoints.find(args.checkpoint_path))
+    checkpoint = checkpoints.load_given(args.checkpoint_path)
     num_alphabets = checkpoint["num_alphabets"]
     if num_alphabets < 2:
         raise util.UserError(f"{args.checkpoint_path} is not conditional on the alphabet; give one that is")

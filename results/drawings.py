@@ -16,7 +16,6 @@ import rendering
 import util
 from reading import variation
 
-PIXELS_AT_ONCE = 64 * 28 * 28
 FAINT = 0.05  # probability of ink that is invisible
 NUM_TRIES = 3  # at a new example that stays within the page
 NUM_PIXELS = 28  # along a character's side; units of the SVG
@@ -33,21 +32,9 @@ def get_map_ids(generative_model, latent, obs):
 
 @torch.no_grad()
 def draw(generative_model, latent, resolution, maps=None):
-    """latent [..., A, 2] -> probabilities of ink [..., R, R] at a resolution, canonical, or through maps [..., 2, 3]"""
-    params = generative_model.get_rendering_params()
-    return draw_arcs(params, generative_model.get_arcs(latent), latent[..., 1], resolution, maps)
-
-
-@torch.no_grad()
-def draw_arcs(params, arcs, on, resolution, maps=None):
-    """Like `draw`, from arcs [..., A, 7], those that leave ink, on [..., A], and params [2], as for rendering.get_logits. Arcs
-    and maps may lack some of the dimensions of `on`, or have size 1 there."""
-    arcs, at_once = arcs.expand(*on.shape, 7), max(PIXELS_AT_ONCE // resolution**2, 1)
-    chunks = zip(arcs.flatten(0, -3).split(at_once), on.flatten(0, -2).split(at_once), strict=True)
-    probs = torch.cat([rendering.get_logits(*chunk, params, resolution, resolution).sigmoid() for chunk in chunks])
-    if maps is not None:
-        probs = rendering.apply_maps(probs, maps.expand(*on.shape[:-1], 2, 3).flatten(0, -3))
-    return probs.cpu().view(*on.shape[:-1], resolution, resolution)
+    """latent [N, A, 2] -> probabilities of ink [N, R, R] at a resolution, canonical, or through maps [N, 2, 3]"""
+    probs = generative_model.get_logits(latent, resolution, resolution).sigmoid()
+    return (probs if maps is None else rendering.apply_maps(probs, maps)).cpu()
 
 
 # ------------------------------------------------------------------ stroke by stroke
@@ -55,9 +42,11 @@ def draw_arcs(params, arcs, on, resolution, maps=None):
 # These take a reading.variation.Drawing of N programs, with original or refitted strokes.
 
 
+@torch.no_grad()
 def draw_parts(drawing, on, resolution):
     """Draws some of the strokes: on [N, S, A] -> [N, S, R, R]"""
-    return draw_arcs(drawing.params, variation.get_arcs(drawing).unsqueeze(1), on, resolution, drawing.map.unsqueeze(1))
+    many = variation.change(drawing, lambda x: x.unsqueeze(1).expand(-1, on.shape[1], *x.shape[1:]))
+    return variation.get_probs(many._replace(on=on), resolution, resolution)
 
 
 def draw_stages(drawing, resolution, num_stages=None, alone=False):
@@ -91,11 +80,6 @@ def get_pen_path(drawing, resolution):
     return (points + 1) / 2 * (resolution - 1)
 
 
-def draw_seen(drawing, resolution):
-    """Draws a Drawing of [N], seen through its maps: [N, R, R]"""
-    return draw_arcs(drawing.params, variation.get_arcs(drawing), drawing.on, resolution, drawing.map)
-
-
 def resize(obs, resolution):
     """Scales images [N, R, C] to another resolution, without smoothing"""
     return F.interpolate(obs.unsqueeze(1).cpu(), size=(resolution, resolution), mode="nearest")[:, 0]
@@ -106,7 +90,7 @@ def vary_strokes(drawing, num_examples, resolution):
     """Draws programs as other hands would: [N, E, R, R]. Each is the first of a few tries that stays within the page, if any"""
     ids = torch.arange(len(drawing.on)).repeat_interleave(num_examples * NUM_TRIES)
     varied = variation.sample(drawing.select(ids))
-    probs = draw_seen(varied, resolution).unflatten(0, (-1, NUM_TRIES))  # [N * E, T, R, R]
+    probs = variation.get_probs(varied, resolution, resolution).unflatten(0, (-1, NUM_TRIES))  # [N * E, T, R, R]
     edge = (probs > 0.5).sum((2, 3)) - (probs[..., 1:-1, 1:-1] > 0.5).sum((2, 3))  # pixels of ink on it: [N * E, T]
     return probs[torch.arange(len(probs)), edge.argmin(1)].unflatten(0, (-1, num_examples))
 
@@ -124,13 +108,14 @@ def get_points(primitives, num=33):
     return chord * (dx * turn.cos() - dy * turn.sin()), chord * (dx * turn.sin() + dy * turn.cos())
 
 
+@torch.no_grad()
 def draw_primitives(generative_model, resolution):
     """Draws every primitive in the middle of a tile, all on the scale at which the largest fills its tile.
 
     Returns: probabilities of ink [K, R, R]; where each starts, in pixels (column, row) [K, 2]; a tile's side, in units of a
         character's
     """
-    primitives = generative_model.get_primitives().detach()  # [K, 5]
+    primitives = generative_model.get_primitives()  # [K, 5]
     x, y = get_points(primitives)
     middle = torch.stack([(p.amax(1) + p.amin(1)) / 2 for p in (x, y)], 1)  # [K, 2]
     size = torch.stack([p.amax(1) - p.amin(1) for p in (x, y)], 1).amax(1)
@@ -142,7 +127,7 @@ def draw_primitives(generative_model, resolution):
     arcs = torch.cat([start.to(scaled.dtype), scaled], 1).unsqueeze(1)  # [K, 1, 7]
     on = torch.ones(len(arcs), 1, dtype=torch.long, device=arcs.device)
     pixel = torch.stack([start[:, 0], 1 - start[:, 1]], 1) * (resolution - 1)
-    return draw_arcs(params, arcs, on, resolution), pixel.cpu(), 1 / zoom
+    return rendering.get_logits(arcs, on, params, resolution, resolution).sigmoid().cpu(), pixel.cpu(), 1 / zoom
 
 
 # ------------------------------------------------------------------ SVG and JSON

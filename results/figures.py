@@ -20,6 +20,7 @@ from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
 import util
+from reading import variation
 from results import drawings
 
 MAX_POINTS = 300  # in a curve; longer curves are thinned
@@ -237,7 +238,7 @@ def stroke_figures(obs, drawing, labels, title, resolution):
     headings = ["image", "as the\nmodel\nsees it", *(f"stroke\n{i + 1}" for i in range(num_stages))]
     for ids in torch.arange(len(obs)).split(20):
         some = drawing.select(ids)
-        pair = [drawings.resize(images, resolution) for images in (obs[ids], drawings.draw_seen(some, obs.shape[1]))]
+        pair = [drawings.resize(images, resolution) for images in (obs[ids], variation.get_probs(some, *obs.shape[1:]))]
         stages, strokes = (drawings.draw_stages(some, resolution, num_stages, alone) for alone in (False, True))
         paper = drawings.draw_parts(some, torch.zeros_like(some.on).unsqueeze(1), resolution)
         rows = torch.cat([to_colour(torch.stack(pair, 1)), colour_newest(stages, strokes, paper)], 1)  # [n, columns, R, R, 3]

@@ -51,7 +51,7 @@ def main():
     parser.add("--effort", "as for eval_logp.py", type=util.in_range(float, 0.01), default=1.0)
     parser.add("--seed", "seed of all random numbers", type=util.in_range(int), default=0)
     args = parser.parse_args()
-    model, network = models.from_checkpoint(checkpoints.load(checkpoints.find(args.checkpoint_path)))
+    model, network = models.from_checkpoint(checkpoints.load_given(args.checkpoint_path))
     rendering.set_compile(True)
     util.set_seed(args.seed)
     with torch.no_grad():

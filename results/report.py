@@ -79,8 +79,7 @@ def load_result(path):
 
 def load_results(name, paths, get_file_name):
     """Loads results of a run's evaluations: a list. Leaves out, with a warning, those that are damaged, those of another model
-    than the run's, which was trained anew or whose folder they were copied to, and those that get_file_name(result) names
-    otherwise"""
+    (the run was trained anew, or they were copied into its folder), and those that get_file_name(result) names otherwise"""
     results, latest = [], None
     with contextlib.suppress(UserError):  # results may have come without checkpoints
         latest = checkpoints.load(checkpoints.get_path(name)) if paths else None

@@ -56,14 +56,20 @@ def find(path):
     Raises: UserError if there is none; the message lists the existing runs
     """
     pretrained = pathlib.Path(__file__).resolve().parents[1] / "pretrained" / f"{pathlib.Path(path).stem}.pt"
-    candidates = [pathlib.Path(path), pathlib.Path(f"{path}.pt"), pathlib.Path(path, "checkpoints/latest.pt"), get_path(path)]
+    newest = [found for latest in get_latest(path) for found in get_all(latest)[-1:]]
+    candidates = [pathlib.Path(path), pathlib.Path(f"{path}.pt"), *newest]
     candidates += [pretrained] * (pathlib.Path(path).parent == pathlib.Path("pretrained"))
     if found := next(filter(os.path.isfile, candidates), None):
         return found
-    runs = sorted(latest.parents[1].name for latest in util.SAVE.glob("*/checkpoints/latest.pt"))
+    runs = sorted({found.parents[1].name for found in util.SAVE.glob("*/checkpoints/*.pt")})
     there = f"{util.SAVE}/ holds {', '.join(runs)}" if runs else f"{util.SAVE}/ holds no run: train one with python main.py"
     there += f"; pretrained/{pretrained.stem} is a pretrained model" * pretrained.is_file()
     raise UserError(f"there is no checkpoint {path}; {there}")
+
+
+def get_latest(path):
+    """Where the latest checkpoint of a run is, if a user gives the run's folder or its name"""
+    return pathlib.Path(path, "checkpoints/latest.pt"), get_path(path)
 
 
 def get_numbered(folder, suffix="pt"):
@@ -119,7 +125,7 @@ def find_run(args, get_fingerprint):
     for folder in [util.SAVE / there, *util.SAVE.glob(f"{glob.escape(start)}data-location=*")]:
         checkpoint = None
         with contextlib.suppress(UserError):  # the run itself will report damage
-            checkpoint = load_newest(folder.name, warn=lambda _: None)
+            checkpoint = load_newest(get_path(folder.name), warn=lambda _: None)
         if checkpoint is not None:
             settings = {**checkpoint["settings"], **checkpoint["removed"]}
             is_same = not util.describe_differences(settings, {**ours, "data": settings["data"]})
@@ -190,18 +196,35 @@ def is_table(value):
     return are_columns and bool(columns) and "iteration" in value
 
 
-def load_newest(path_base, warn=warn):
-    """Loads a run's latest.pt or, if that is damaged, the newest checkpoint that is not, with a warning.
+def load_given(path, device="cpu", parts=("generative_model",)):
+    """Loads the checkpoint that a user refers to, see `find`; of a run, the newest intact one. Args: parts: those to compute with.
+    Raises: UserError if there is none, or as `check_numbers` does"""
+    found = find(path)
+    is_run = found.parent in [latest.parent for latest in get_latest(path)]
+    checkpoint = load_newest(found, warn, device) if is_run else load(found, device)
+    check_numbers(checkpoint, parts)
+    return checkpoint
 
-    Args: warn: called with each warning
+
+def check_numbers(checkpoint, parts):
+    """Raises: UserError if one of these parts of a checkpoint holds NaN. (Masks of attention may hold infinity.)"""
+    for part in parts:
+        if any(value.isnan().any() for value in checkpoint[part].values() if torch.is_tensor(value)):
+            what = f"the {part.replace('_', ' ')} has values that are not numbers, so it cannot be used"
+            raise UserError(f"{checkpoint['path']}: {what}")
+
+
+def load_newest(latest, warn=warn, device="cpu"):
+    """Loads a run's latest.pt or, if that is missing or damaged, the newest intact checkpoint beside it, with a warning.
+
+    Args: latest: its path; warn: called with each warning
     Returns: the checkpoint, or None if there are none
     Raises: UserError if there are checkpoints but all are damaged; util.Unreadable
     """
-    latest = get_path(path_base)
     paths = get_all(latest)[::-1]
     for path in paths:
         try:
-            checkpoint = load(path)
+            checkpoint = load(path, device)
         except util.Unreadable:  # it would be replaced
             raise
         except UserError as error:
@@ -211,7 +234,7 @@ def load_newest(path_base, warn=warn):
             warn(f"using {path}, the newest intact checkpoint")
         return checkpoint
     if paths:
-        raise UserError(f"no checkpoint in {latest.parent} is intact; move {util.SAVE / path_base} away to start over")
+        raise UserError(f"no checkpoint in {latest.parent} is intact; move {latest.parents[1]} away to start over")
     return None
 
 

@@ -13,7 +13,6 @@ import zipfile
 
 import torch
 
-import losses  # noqa: F401  # it and models declare settings
 import util
 from runs import checkpoints
 from util import UserError

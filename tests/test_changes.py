@@ -668,3 +668,49 @@ def test_a_schedule_that_has_ended():
     with pytest.raises(util.UserError, match="cannot go on: Tried to step 3 times.*; give it the full length at the start"):
         for _ in range(2):
             main.step_schedules(run)
+
+
+class Replacing(torch.optim.lr_scheduler.LRScheduler):
+    """Puts a number in place of a learning rate that is a tensor, as torch's CosineAnnealingWarmRestarts did until 2.9"""
+
+    def get_lr(self):
+        return [0.5**self.last_epoch]
+
+    def step(self, epoch=None):
+        super().step(epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.5**self.last_epoch
+
+
+@pytest.mark.parametrize(
+    "lr, make_schedule, changes_number",
+    [
+        (torch.tensor(1.0), Replacing, False),
+        (1.0, Replacing, True),
+        (torch.tensor(1.0), lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), False),
+        (1.0, lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), True),
+        (1.0, lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), False),
+    ],
+)
+def test_a_recorded_step_notices_a_schedule(lr, make_schedule, changes_number):
+    """It reads a tensor anew, but no number"""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.Adam([parameter], lr=lr, fused=torch.is_tensor(lr))
+    schedule = make_schedule(optimizer)
+    (group,), run = optimizer.param_groups, argparse.Namespace(get_schedulers=lambda: [schedule])
+    group["lr"] = lr  # set on a GPU once all parts exist
+    parameter.grad = torch.ones(1)
+    optimizer.step()
+    assert main.step_schedules(run) == changes_number
+    assert group["lr"] == (1.0 if isinstance(schedule, torch.optim.lr_scheduler.ConstantLR) else 0.5)
+    assert group["lr"] is lr or not torch.is_tensor(lr)
+
+
+def test_a_recorded_step_notices_a_schedule_of_momentum():
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=torch.tensor(0.1), fused=True)
+    linear = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=2)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [linear, cycle], [2])
+    run = argparse.Namespace(get_schedulers=lambda: [schedule])
+    optimizer.step()
+    assert [main.step_schedules(run) for _ in range(4)] == [False, False, True, True]

@@ -5,6 +5,7 @@ Triton kernels themselves, tests/test_cuda_graph.py a stand-in for CUDA graphs."
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -25,6 +26,7 @@ import models
 import rendering
 import util
 from fast import cuda_graph, gpu, kernel_check
+from results import report
 from runs import checkpoints
 
 aten = torch.ops.aten
@@ -375,3 +377,18 @@ def test_evaluation(tmp_path, monkeypatch, capfd, algorithm):
     assert eval_logp.main(["--checkpoint-path", str(latest), "--algorithm", algorithm, *flags]) == 0
     captured = capfd.readouterr()
     assert "log p(x) = -" in captured.out and "warning" not in captured.err
+
+
+@needs_gpu
+@pytest.mark.parametrize("algorithm", ["sleep", "rws", "mws"])
+def test_a_stopped_evaluation_goes_on(tmp_path, monkeypatch, stop_at, algorithm):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["--test-run", "--cuda"]) == 0
+    latest = next(tmp_path.glob("save/*/checkpoints/latest.pt"))
+    flags = "--num-data 4 --num-iterations 12 --num-particles 20 --test-num-particles 50 --cuda --effort 0.1".split()
+    command = ["--checkpoint-path", str(latest), "--algorithm", algorithm, *flags]
+    stop_at(eval_logp, 5)
+    assert eval_logp.main(command) == 128 + signal.SIGTERM
+    assert eval_logp.main(command) == 0
+    (path,) = tmp_path.glob("save/*/logp/*.pt")
+    assert len(report.load_result(path)["statistics"]["train"]["iteration"]) == 12

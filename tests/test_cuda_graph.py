@@ -163,3 +163,22 @@ def test_training_goes_on_wherever_a_capture_fails(stage, no_gpu, monkeypatch, c
     (line,) = capsys.readouterr().err.splitlines()
     cause = {"beginning": "no memory for a graph", "end": "capture_end failed"}.get(stage, "the step failed")
     assert line == f"warning: no CUDA graph, steps are slower: {cause}"
+
+
+def test_a_step_without_statistics(no_gpu):
+    replayed = cuda_graph.ReplayedStep(lambda x: {})
+    for _ in range(6):
+        assert replayed(torch.ones(2)) == {}
+
+
+def test_an_optimiser_that_counts_steps_on_the_cpu_is_not_recorded(monkeypatch):
+    parameter = torch.nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    for kind, reason in [(torch.optim.SGD, None), (torch.optim.Adagrad, "Adagrad keeps part of its state on the CPU")]:
+        optimizer = kind([parameter], lr=0.1)
+        optimizer.step()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        cuda_graph.check_recordable(optimizer)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match=reason) if reason else contextlib.nullcontext():
+            cuda_graph.check_recordable(optimizer)

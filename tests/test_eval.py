@@ -352,7 +352,7 @@ def test_an_evaluation_is_repeatable_and_kept(model, capsys, monkeypatch):
             checkpoints.load_saved(util.SAVE / model / "logp" / "test_vimco.pt", report.load_result, {})
         with monkeypatch.context() as patch, pytest.raises((UserError, type(error)), match="cannot be read|memory|^$"):
             patch.setattr(pathlib.Path, "read_bytes", mock.Mock(side_effect=error))
-            checkpoints.load_newest(model)  # without falling back to an older one
+            checkpoints.load_newest(checkpoints.get_path(model))  # without falling back to an older one
     assert (util.SAVE / model / "logp" / "test_vimco.pt").exists()  # it may be intact
     other = evaluate(model, "vimco", "--force", "--seed", "1")
     assert other["log_p"] != first["log_p"]
@@ -866,9 +866,9 @@ def test_nan_is_refused_at_once_and_infinity_is_not(part, algorithm, model):
         checkpoint[part]["last"] = torch.tensor([0, value])
         util.save_checkpoint(path, checkpoint)
         with pytest.raises(UserError, match=error) if error else contextlib.nullcontext():
-            eval_logp.load_numbers(path, "cpu", algorithm)
+            checkpoints.load_given(path, parts=eval_logp.get_parts(algorithm))
     if part == "inference_network":
-        eval_logp.load_numbers(path, "cpu", "rws")  # which trains a network of its own
+        checkpoints.load_given(path, parts=eval_logp.get_parts("rws"))  # which trains a network of its own
 
 
 def test_bad_input(folder, run_script, assert_refused):

@@ -439,6 +439,8 @@ def test_kernels_that_work_stay_on(use_kernels, monkeypatch, capsys):
     monkeypatch.setattr(kernel_check, "MOST_ROWS", 6)
     # more than fits, which a run that scores a few at a time can have
     kernel_check.check(lambda: (model, network), device, 10**7, 3, 2, losses.init_memory, losses.remember)
+    model.double(), network.double()  # which has no kernels
+    kernel_check.check(lambda: (model, network), device, 2, 3, 2, losses.init_memory, losses.remember)
     assert gpu.kernels.operators == gpu.OPERATORS and capsys.readouterr().err == ""
 
 

@@ -63,7 +63,7 @@ def test_other_data_are_another_run(folder, monkeypatch):
     pathlib.Path("other").mkdir()
     scipy.io.savemat("other/data.mat", make_mat(90, 6))
     run(*SHORT, "--data-location", "other/data.mat", "--num-iterations", "2")
-    assert len(list(util.SAVE.iterdir())) == 2 and checkpoints.load_newest(started.name)["iteration"] == 7
+    assert len(list(util.SAVE.iterdir())) == 2 and checkpoints.load_newest(checkpoints.get_path(started.name))["iteration"] == 7
     scipy.io.savemat("other/data.mat", make_mat(70, 6))
     with pytest.raises(UserError, match="data is .* there and .* here"):
         run(*SHORT, "--data-location", "other/data.mat")

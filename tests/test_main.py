@@ -76,8 +76,8 @@ def test_training(folder, capfd, algorithm, conditional):
     assert "novel_proportion" in stderr or algorithm != "mws"
 
 
-def test_steps_are_recorded_anew_when_a_callback_changes_an_optimiser(folder, monkeypatch):
-    """A CUDA graph reads a hyperparameter that is a number, and the place of any tensor, only when it is recorded"""
+def test_steps_are_recorded_anew_when_a_callback_changes_what_they_read(folder, monkeypatch):
+    """A CUDA graph reads a number, and the place of any tensor, only when it is recorded"""
     get_steps, recorded = main.get_steps, []
 
     def change(run):
@@ -92,11 +92,17 @@ def test_steps_are_recorded_anew_when_a_callback_changes_an_optimiser(folder, mo
             run.optimizer = run.parts["optimizer"] = main.get_optimizer(run.generative_model, run.inference_network, 2.0)
         elif i == 6:
             run.generative_model.pre_width.requires_grad_(False)
+        elif i == 7:
+            run.generative_model.pre_theta.data = run.generative_model.pre_theta.data.clone()
+        elif i == 8:
+            run.generative_model.likelihood.temperature = 2.0
+        elif i == 9:
+            run.train_data = run.train_data._replace(obs=1 - run.train_data.obs)
 
     monkeypatch.setattr(main, "test", change)
     monkeypatch.setattr(main, "get_steps", lambda run: recorded.append(run.iteration) or get_steps(run))
-    run(*TINY, *"--pretrain-iterations 1 --num-iterations 7 --test-interval 1 --data-location data.mat".split())
-    assert recorded == [0, 2, 3, 4, 5, 6]
+    run(*TINY, *"--pretrain-iterations 1 --num-iterations 11 --test-interval 1 --data-location data.mat".split())
+    assert recorded == [0, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize(

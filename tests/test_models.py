@@ -231,6 +231,15 @@ def test_a_loss_of_scores_may_depend_on_parameters_directly():
     torch.testing.assert_close(gradients[0], gradients[1] + 6 * model.pre_dxdy.detach())
 
 
+def test_a_loss_of_weight_zero():
+    """As when it is phased in: no particle then needs gradients"""
+    objective = losses.particle_objective(lambda log_p, log_q: (0 * (log_p + log_q).mean(), {}))
+    model, network = models.GenerativeModel(num_arcs=4), models.InferenceNetwork(num_arcs=4)
+    loss, _ = objective(model, network, model.sample(6)[1], 5)
+    loss.backward()
+    assert loss == 0 and all((x.grad == 0).all() for x in [*model.parameters(), *network.parameters()] if x.grad is not None)
+
+
 @pytest.mark.parametrize("likelihood", ["learned-affine", "bernoulli"])
 def test_chunks_change_nothing(likelihood, monkeypatch):
     model = models.GenerativeModel(likelihood=likelihood, num_arcs=4)

@@ -195,28 +195,34 @@ DAMAGES = [
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints(run_folder, damage, capsys):
-    assert checkpoints.load_newest("run")["iteration"] == 12
+    assert checkpoints.load_newest(checkpoints.get_path("run"))["iteration"] == 12
     damage(run_folder / "latest.pt")
     with pytest.raises(UserError, match="latest.pt") as error:
         util.load_checkpoint(run_folder / "latest.pt")
     assert len(str(error.value).splitlines()) == 1
-    assert checkpoints.load_newest("run")["iteration"] == 10
+    assert checkpoints.load_newest(checkpoints.get_path("run"))["iteration"] == 10
     assert "latest.pt" in capsys.readouterr().err
+    for run in ("run", run_folder.parent):
+        assert checkpoints.load_given(run)["iteration"] == 10
+    with pytest.raises(UserError, match="latest.pt"):  # this file, not the run
+        checkpoints.load_given(run_folder / "latest.pt")
     damage(run_folder / "10.pt")
-    assert checkpoints.load_newest("run")["iteration"] == 3
+    assert checkpoints.load_newest(checkpoints.get_path("run"))["iteration"] == 3
     for name in (1, 3):
         damage(run_folder / f"{name}.pt")
     with pytest.raises(UserError, match="no checkpoint in .* is intact"):
-        checkpoints.load_newest("run")
+        checkpoints.load_newest(checkpoints.get_path("run"))
     assert not pathlib.Path("executed").exists()
 
 
 def test_missing_checkpoints(run_folder):
-    assert checkpoints.load_newest("another") is None
+    assert checkpoints.load_newest(checkpoints.get_path("another")) is None
     with pytest.raises(UserError, match="no checkpoint"):
         util.load_checkpoint("save/run/checkpoints/7.pt")
     (run_folder / "latest.pt").unlink()
-    assert checkpoints.load_newest("run")["iteration"] == 10
+    assert checkpoints.load_newest(checkpoints.get_path("run"))["iteration"] == checkpoints.load_given("run")["iteration"] == 10
+    with pytest.raises(UserError, match="there is no checkpoint other; save/ holds run"):
+        checkpoints.find("other")
 
 
 @contextlib.contextmanager
