@@ -243,7 +243,7 @@ def run(evaluation, settings, path, stop):
     save, num_steps = functools.partial(util.save_checkpoint, path), itertools.count(1)  # steps of all kinds
     train = functools.partial(train_step, evaluation)
     if evaluation.device.type == "cuda" and args.compile and args.algorithm != "mws":  # whose steps look scores up
-        train = ReplayedStep(train)
+        train = ReplayedStep(train, evaluation.device)
     adds_proposals = not looks_scores_up(evaluation) and args.algorithm in ("rws", "vimco")
 
     def train_and_count():

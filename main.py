@@ -278,7 +278,7 @@ def get_steps(run):
         for group in schedule.optimizer.param_groups:
             if group.get("fused") or group.get("capturable"):  # a graph then reads a tensor anew in each step
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=run.device)
-    return [ReplayedStep(step) for step in steps]
+    return [ReplayedStep(step, run.device) for step in steps]
 
 
 # ------------------------------------------------------------------ beside the steps

@@ -19,10 +19,10 @@ class ReplayedStep:
     """Wraps a step: a function from tensors on a GPU to a dict of scalars, which may change models, optimisers and memories in
     place. The first few calls for given input shapes run the step itself; it is then recorded, and replayed from then on, with
     the same kernels, random numbers and results. A step that cannot be recorded keeps running as it is, after a one-line
-    warning."""
+    warning. Args: device: where the step's tensors are; by default, the current GPU"""
 
-    def __init__(self, step):
-        self.step, self.stream = step, torch.cuda.Stream()
+    def __init__(self, step, device=None):
+        self.step, self.device, self.stream = step, device, torch.cuda.Stream(device)
         self.num_calls, self.recordings = collections.Counter(), {}  # keyed by the inputs' shapes
         self.can_record = True
 
@@ -43,15 +43,15 @@ class ReplayedStep:
 
     def _call(self, inputs):
         """Runs the step on the recording stream, so that autograd and the allocator tie what they keep to it"""
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             statistics = self.step(*inputs)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return statistics
 
     def _record(self, shapes, inputs):
         """Records the graph, its inputs, and the names and values of the statistics; if that fails, gives up recording"""
-        places, graph, before = [x.clone() for x in inputs], torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        places, graph, before = [x.clone() for x in inputs], torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 statistics = self.step(*places)
@@ -66,8 +66,8 @@ class ReplayedStep:
         to work from then on. Earlier recordings would continue with the generator's old state."""
         torch.cuda.set_stream(stream)
         with contextlib.suppress(RuntimeError):
-            torch.cuda.synchronize()
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            torch.cuda.synchronize(self.device)
+        generator = torch.cuda.default_generators[stream.device.index]
         generator.graphsafe_set_state(generator.clone_state())
         self.recordings.clear()
         self.can_record = False

@@ -42,6 +42,11 @@ class Recorder(TorchDispatchMode):
 
 
 class NoStream:
+    device = torch.device("cuda", 0)
+
+    def __init__(self, device=None):
+        pass
+
     def wait_stream(self, stream):
         pass
 
@@ -67,8 +72,7 @@ def no_gpu(monkeypatch):
     """What cuda_graph.py needs of torch.cuda, without a GPU"""
     monkeypatch.setattr(gpu.kernels, "operators", [])  # which need one
     monkeypatch.setattr(torch.cuda, "default_generators", [Generator()])
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "Stream", NoStream)
     monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
@@ -144,7 +148,7 @@ def test_training_goes_on_wherever_a_capture_fails(stage, no_gpu, monkeypatch, c
             raise RuntimeError("the step failed")
         return {"random": torch.rand(3).sum() + x}
 
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
     replayed = cuda_graph.ReplayedStep(step)
     replayed.recordings["earlier"] = "a recording with the generator's old state"
