@@ -221,20 +221,23 @@ def load_newest(latest, warn=warn, device="cpu"):
     Returns: the checkpoint, or None if there are none
     Raises: UserError if there are checkpoints but all are damaged; util.Unreadable
     """
-    paths = get_all(latest)[::-1]
+    paths, damages = get_all(latest)[::-1], []
     for path in paths:
         try:
             checkpoint = load(path, device)
         except util.Unreadable:  # it would be replaced
             raise
         except UserError as error:
-            warn(str(error))
+            damages.append(str(error))
             continue
+        for message in damages:
+            warn(message)
         if path != paths[0]:
             warn(f"using {path}, the newest intact checkpoint")
         return checkpoint
-    if paths:
-        raise UserError(f"no checkpoint in {latest.parent} is intact; move {latest.parents[1]} away to start over")
+    if damages:
+        advice = f"no checkpoint in {latest.parent} is intact; move {latest.parents[1]} away to start over"
+        raise UserError(f"{damages[0]}; {advice}")
     return None
 
 
