@@ -134,7 +134,7 @@ def save_figures(trained, stem, some_figures):
     figures.save_pdf(trained.folder / f"{stem}.pdf", itertools.chain([first], pages))
     if trained.is_latest and not trained.other_data:
         thumbnail = io.BytesIO()
-        first.set_layout_engine("none")  # it is laid out for the PDF already
+        first.set_layout_engine(None)  # it is laid out for the PDF already
         first.savefig(thumbnail, format="png", dpi=overview.THUMBNAIL_PIXELS / first.get_size_inches()[0])
         util.write(overview.get_thumbnail_path(trained.name, stem.split("/")[0]), thumbnail.getvalue())
 

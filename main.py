@@ -343,27 +343,27 @@ def is_milestone(iteration):
     return iteration % 5000 == 0 or iteration in POWERS
 
 
-def save(run, name="latest"):
-    """Returns: the path. Raises: UserError if a part has become something that cannot be saved and loaded; the file stays as it
-    was"""
-    path, checkpoint = checkpoints.get_path(run.path_base, name), run.get_checkpoint()
+def save(run, *others):
+    """Writes latest.pt and, before it, the same under other names. Returns: the path of latest.pt. Raises: UserError if a part
+    has become something that cannot be saved and loaded; the files stay as they were"""
+    checkpoint = run.get_checkpoint()
     if not checkpoints.is_plain(checkpoint):
         checkpoints.copy(checkpoint)  # raises, naming the part, if it could not be loaded
     if run.get_model_shapes() != run.model_shapes:  # a callback has changed them
         with torch.random.fork_rng(devices=[]):
             models.from_checkpoint(checkpoints.fill_in(checkpoints.copy(checkpoint)))  # raises if nobody could load it
-    util.save_checkpoint(path, checkpoint)
-    return path
+    content, latest = util.encode(checkpoint), checkpoints.get_path(run.path_base)
+    for path in [*(checkpoints.get_path(run.path_base, name) for name in others), latest]:
+        util.write(path, content)
+    return latest
 
 
 def save_if_due(run, clock):
     """Saves latest.pt if it is due, and after each milestone, so that no numbered checkpoint is newer. A run killed in between
     rewrites the milestone when it resumes"""
     reached = run.iteration > 0 and is_milestone(run.iteration)
-    if reached:
-        save(run, run.iteration)
     if reached or (run.iteration or run.pretrain_iteration) % run.args.save_interval == 0 or clock.is_due():
-        save(run)
+        save(run, *[run.iteration] * reached)
         clock.restart()
 
 

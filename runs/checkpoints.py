@@ -236,8 +236,8 @@ def load_newest(latest, warn=warn, device="cpu"):
             warn(f"using {path}, the newest intact checkpoint")
         return checkpoint
     if damages:
-        advice = f"no checkpoint in {latest.parent} is intact; move {latest.parents[1]} away to start over"
-        raise UserError(f"{damages[0]}; {advice}")
+        advice = f"move {latest.parents[1]} away to start over"
+        raise UserError(f"no checkpoint in {latest.parent} is intact: {damages[0]}; {advice}")
     return None
 
 

@@ -123,9 +123,9 @@ def test_a_file_of_an_older_version_is_rewritten(folder, capsys):
     torch.save({**older, "memory": None, "statistics": statistics, "settings": {"data": saved["data"]}}, path)
     for name in ["1", "2", "3"]:
         (path.parent / f"{name}.pt").unlink()
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint") as error:
         run(*FLAGS, "--algorithm", "rws", "--num-iterations", "6")
-    assert f"{path} is damaged or not a checkpoint" in capsys.readouterr().err
+    assert f"{path} is damaged or not a checkpoint" in str(error.value)
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     pathlib.Path("damaged.pt").write_bytes(damaged)
