@@ -64,7 +64,9 @@ class TrainedModel:
     def is_latest(self):
         """Whether this was the newest checkpoint of the run when it was read"""
         latest = checkpoints.get_path(self.name)
-        newest = None if self.path.resolve() == latest.resolve() else checkpoints.load_newest(latest)
+        if self.path.resolve() == latest.resolve():
+            return True
+        newest = checkpoints.load_newest(latest, warn=lambda _: None)  # damage has been reported, or does not matter here
         return newest is None or self.iteration >= newest["iteration"]
 
     def get_title(self):
