@@ -707,10 +707,11 @@ def test_a_recorded_step_notices_a_schedule(lr, make_schedule, changes_number):
 
 
 def test_a_recorded_step_notices_a_schedule_of_momentum():
-    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=torch.tensor(0.1), fused=True)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=0.1, fused=True)
     linear = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=2)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [linear, cycle], [2])
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)  # set on a GPU once all parts exist
     run = argparse.Namespace(get_schedulers=lambda: [schedule])
     optimizer.step()
     assert [main.step_schedules(run) for _ in range(4)] == [False, False, True, True]
