@@ -197,7 +197,7 @@ def differentiate(generative_model, inference_network, particles, obs, alphabet,
     latent, log_p, log_q, context = particles
     num_particles, batch_size = latent.shape[:2]
     negligible = torch.finfo(grad_log_p.dtype).eps / 2  # too small to change a sum of weights, which is one
-    threshold = negligible / batch_size  # the factors are weights divided by the batch size
+    threshold = negligible / batch_size  # factors are weights divided by the batch size; so do not scale a loss by 1e-6 or less
     if can_select(latent):
         obs_id = torch.arange(batch_size).repeat(num_particles)  # [P * B]
         # [1, N, A, 2], [N], [1, N], [1, N]

@@ -32,9 +32,8 @@ class ReplayedStep:
             self._record(shapes, inputs)
         self.num_calls[shapes] += 1
         if shapes not in self.recordings:
-            return self._call(
-                [x.clone() for x in inputs]
-            )  # aligned as when it is recorded, so that the same kernels are compiled
+            # Clones are aligned in memory as when the step is recorded, so that the same kernels are compiled
+            return self._call([x.clone() for x in inputs])
         graph, places, names, values = self.recordings[shapes]
         for place, x in zip(places, inputs, strict=True):
             place.copy_(x)
