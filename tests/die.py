@@ -10,7 +10,8 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import torch._inductor.config  # noqa: E402, F401  torch would import it in each process
+import torch._dynamo  # noqa: E402, F401  torch would import it, and the next, in each process
+import torch._inductor.config  # noqa: E402, F401
 
 import util  # noqa: E402
 
