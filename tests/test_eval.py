@@ -33,6 +33,7 @@ import scoring
 import sweep
 import util
 from cluster import tasks
+from fast import kernel_check
 from reading import search
 from results import conditioning, report
 from runs import checkpoints, convert
@@ -869,6 +870,16 @@ def test_nan_is_refused_at_once_and_infinity_is_not(part, algorithm, model):
             checkpoints.load_given(path, parts=eval_logp.get_parts(algorithm))
     if part == "inference_network":
         checkpoints.load_given(path, parts=eval_logp.get_parts("rws"))  # which trains a network of its own
+
+
+def test_kernels_are_tried_with_every_network(model, monkeypatch):
+    built, checkpoint = [], checkpoints.load(checkpoints.find(model))
+    monkeypatch.setattr(kernel_check, "check", lambda build, *_: built.append(type(build()[1])))
+    for algorithm in ("mws", "rws", "sleep", "own"):
+        args = eval_logp.parse_args(["--checkpoint-path", model, "--algorithm", algorithm])
+        eval_logp.check_kernels(args, checkpoint, 2, torch.device("cpu"))
+    own, lookup = models.InferenceNetwork, models.LookupInferenceNetwork
+    assert built == [lookup, own, lookup, own, own]
 
 
 def test_bad_input(folder, run_script, assert_refused):
