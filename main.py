@@ -252,9 +252,9 @@ def train_step(run, obs_id):
 
 
 def step_schedules(run):
-    """Moves the learning-rate schedules on by an iteration. Returns: whether they have changed a number, which a recorded step
+    """Moves the learning-rate schedules on by an iteration. Returns: whether they have replaced a value, which a recorded step
     would not notice. Raises: UserError if one of fixed length has ended"""
-    schedulers, changes_number = run.get_schedulers(), False
+    schedulers = run.get_schedulers()
     before = [(group, dict(group)) for scheduler in schedulers for group in scheduler.optimizer.param_groups]
     try:
         for scheduler in schedulers:
@@ -264,9 +264,8 @@ def step_schedules(run):
     for group, old in before:
         if torch.is_tensor(old["lr"]) and group["lr"] is not old["lr"]:  # replaced, but a recorded step reads the old one
             group["lr"] = old["lr"].fill_(group["lr"])
-        changed = [key for key in old.keys() - {"params"} if group[key] is not old[key] and group[key] != old[key]]
-        changes_number = changes_number or bool(changed)
-    return changes_number
+    pairs = [(group[key], old[key]) for group, old in before for key in old.keys() - {"params"}]
+    return any(value is not was and not (isinstance(value, int | float | tuple) and value == was) for value, was in pairs)
 
 
 def get_steps(run):

@@ -102,7 +102,7 @@ def get_training_progress(task):
     """Progress up to the newest intact checkpoint; a training whose latest.pt is damaged is not done"""
     checkpoint, latest, damages = None, checkpoints.get_path(task.model), []
     try:
-        checkpoint = checkpoints.load_newest(checkpoints.get_path(task.model), warn=damages.append)
+        checkpoint = checkpoints.load_newest(latest, warn=damages.append)
     except (UserError, OSError) as error:
         damages.append(util.describe_error(error))
     damage = damages[0] if damages else ""
