@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 import shutil
@@ -14,6 +15,8 @@ import scipy.io  # noqa: E402
 import torch  # noqa: E402
 
 import util  # noqa: E402
+
+gc.set_threshold(50_000, 20, 20)  # of all that torch and its compiler import, little becomes garbage
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NUM_ALPHABETS = 5
