@@ -10,7 +10,7 @@ import tempfile
 import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-IMPORTS = ["torch", "torch._dynamo", "torch._inductor.config", "scipy.io", "matplotlib.figure", "matplotlib.backends.backend_agg", "tqdm"]
+IMPORTS = "torch torch._dynamo torch._inductor.config scipy.io matplotlib.figure matplotlib.backends.backend_agg tqdm".split()
 MAIN = "import main, util; util.run_script(main.main)"
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(IMPORTS)
