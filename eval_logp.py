@@ -1,6 +1,6 @@
 """Estimates log p of images under a trained generative model, and reports all estimates.
 
-    python eval_logp.py --checkpoint-path mws_20 --algorithm mws                    # 15 minutes on two cores: the one to report
+    python eval_logp.py --checkpoint-path mws_20 --algorithm mws                    # the one to report: 15 to 30 minutes
     python eval_logp.py --checkpoint-path mws_20 --algorithm own                    # a minute
     python eval_logp.py --checkpoint-path mws_20 --algorithm rws                    # hours (minutes with --cuda): the paper's procedure
     python eval_logp.py --checkpoint-path mws_20 --algorithm own --every-checkpoint # in the course of training
@@ -628,7 +628,7 @@ def get_parser():
         low = 0 if name == "num_iterations" else 1
         add(f"--{name.replace('_', '-')}", f"{help} (default: {defaults})", type=util.in_range(int, low))
     add("--memory-size", "mws: programs remembered per image", type=positive, default=search.NUM_BEST)
-    effort = "mws: length of the search, in units of about ten seconds on one core per image and half (and 35 MB of memory), with 40 maps"
+    effort = "mws: length of the search; 1: 10 to 25 seconds on one core per image and half, and 35 MB of memory, with 40 maps"
     add("--effort", effort, type=util.in_range(float, 0.01, 1000), default=1.0)
     add("--seed", "seed of all random numbers", type=util.in_range(int, 0, 2**63 - 1), default=0)
     add("--force", "repeat an evaluation that is complete, or replace one with other settings", action="store_true")
